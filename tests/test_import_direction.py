@@ -1,0 +1,122 @@
+"""The house rule: imports point strictly downward.
+
+Read from the sources, not from what happens to be loaded, so that an import hidden in a function
+counts too. Two light-weight promises are proven in a fresh interpreter: ``import llama2rt`` loads
+no torch, and ``ops`` and ``model`` load neither pydantic nor tyro.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llama2rt
+
+PACKAGE = Path(llama2rt.__file__).parent
+
+# Top to bottom; rooms on one line are neighbours and do not import each other.
+LEVELS = [
+    {"cli"},
+    {"quickstart"},
+    {"stages"},
+    {"report", "evaluate"},
+    {"generate", "train"},
+    {"checkpoint", "data"},
+    {"text", "model"},
+    {"algorithms", "ops"},
+    {"kernels", "_cpu", "_cuda"},
+]
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+# Read by every room, importing none: the error type, and the shipped recipes (data, not code).
+EVERYONE = {"errors", "recipes", "__version__", "version"}
+# Front doors: they may look at anything.
+UNBOUND = {"__init__", "__main__", "doctor"}
+# The cluster models know the shape of a model and nothing else.
+ONLY = {"cluster": {"cluster", "model"}}
+
+
+def rooms_imported_by(source: str, module: str) -> set[str]:
+    """Rooms of llama2rt that `source`, the text of `module` (dotted, absolute), imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: -node.level]
+                base = ".".join([*parents, base] if base else parents)
+            names = [f"{base}.{a.name}" for a in node.names] if base == "llama2rt" else [base]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "llama2rt" and len(parts) > 1:
+                found.add(parts[1])
+    return found
+
+
+def violation(importer: str, imported: str) -> bool:
+    """Whether room `importer` may not import room `imported`."""
+    if importer in UNBOUND or imported in EVERYONE or importer == imported:
+        return False
+    if importer in ONLY:
+        return imported not in ONLY[importer]
+    if importer in EVERYONE:
+        return True
+    if imported == "cluster":
+        return LEVEL_OF[importer] > LEVEL_OF["stages"]
+    return imported not in LEVEL_OF or LEVEL_OF[imported] <= LEVEL_OF[importer]
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downward(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    room = relative.parts[0].removesuffix(".py")
+    # An __init__ counts as a module inside its package: relative imports start there.
+    module = ".".join(["llama2rt", *relative.with_suffix("").parts])
+    wrong = {
+        imported
+        for imported in rooms_imported_by(path.read_text(encoding="utf-8"), module)
+        if violation(room, imported)
+    }
+    assert not wrong, f"{relative} imports {sorted(wrong)}, which lie above or beside {room}"
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "expected"),
+    [
+        ("import llama2rt.train.loop", "llama2rt.ops.cpu", {"train"}),
+        ("from llama2rt import model, ops", "llama2rt.cli", {"model", "ops"}),
+        ("from ..text import chat", "llama2rt.data.packing", {"text"}),
+        ("from . import reference", "llama2rt.ops.cpu", {"ops"}),
+        ("def f():\n    from llama2rt.stages import ppo", "llama2rt.model.llama", {"stages"}),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, module: str, expected: set[str]) -> None:
+    assert rooms_imported_by(source, module) == expected
+
+
+def test_the_rule_refuses_upward_and_sideways_imports() -> None:
+    assert violation("ops", "model") and violation("text", "model") and violation("errors", "ops")
+    assert violation("cluster", "train") and violation("report", "evaluate")
+    assert not violation("stages", "ops") and not violation("cluster", "model")
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        ("import llama2rt", ["torch", "numpy", "pydantic", "tyro", "transformers"]),
+        ("import llama2rt.ops, llama2rt.model", ["pydantic", "tyro", "transformers"]),
+    ],
+)
+def test_light_imports_stay_light(statement: str, forbidden: list[str]) -> None:
+    program = f"import sys\n{statement}\nprint([m for m in {forbidden} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
