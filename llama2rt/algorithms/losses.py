@@ -1,0 +1,175 @@
+"""Losses of reward modelling, direct preference learning and PPO, one value per example or token.
+
+Averaging stays with the caller, who alone knows what a batch is (micro-batches, packed tokens,
+several processes). Every sigmoid goes through `logsigmoid`, so a gap of 100 or 10,000 gives a
+finite loss and a finite gradient where `log(sigmoid(x))` or `log(exp(x) + exp(y))` would not.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kind = Literal["dpo", "ipo", "hinge", "kto", "nca", "exo", "robust", "simpo", "orpo"]
+
+# Kinds defined on log-probabilities averaged over a response's tokens. The others take sums.
+AVERAGED: frozenset[str] = frozenset({"ipo", "simpo", "orpo"})
+# Kinds without a reference model.
+REFERENCE_FREE: frozenset[str] = frozenset({"simpo", "orpo"})
+# Kinds in which a label is taken to be wrong with probability `label_smoothing`.
+SMOOTHED: frozenset[str] = frozenset({"dpo", "exo", "robust", "simpo"})
+
+
+def ranking(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """Bradley-Terry loss of a reward model, `-log sigmoid(chosen - rejected - margin)`.
+
+    Scores and result are [n]; `margin` is a number or [n] (`rewards.margin`).
+    Llama 2, section 3.2.2, equation 2; with margin 0, RLHF Workflow, section 2.2.
+    """
+    return -F.logsigmoid(chosen - rejected - margin)
+
+
+def safety(scores: Tensor, is_safe: Tensor) -> Tensor:
+    """Auxiliary classification loss of the safety reward model, one value per response.
+
+    Binary cross-entropy of `sigmoid(scores)` against `is_safe` (bool), both [n]. Llama 2 reports
+    its effect (Table 29) without a formula; this is the plainest reading.
+    """
+    return F.binary_cross_entropy_with_logits(scores, is_safe.to(scores.dtype), reduction="none")
+
+
+def preference(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+    *,
+    kind: Kind,
+    beta: float,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+) -> Tensor:
+    """Direct preference losses over response log-probabilities, all [n] -> [n].
+
+    The caller passes averages over response tokens for the kinds in `AVERAGED` and sums for the
+    rest; the references may be None for those in `REFERENCE_FREE`.
+
+    dpo     Rafailov et al. 2023; with label_smoothing, Mitchell's conservative DPO
+    ipo     Azar et al. 2023, equation 17; beta is its tau
+    hinge   SLiC, Zhao et al. 2023
+    kto     Ethayarajh et al. 2024 on pairs: the policy's KL, the mean over the other side of the
+            pairs passed here, is a constant (no gradient), floored at 0
+    nca     Chen et al. 2024, pairwise
+    exo     Ji et al. 2024, equation 16; needs label_smoothing > 0
+    robust  Chowdhury et al. 2024; needs label_smoothing < 0.5
+    simpo   Meng et al. 2024; gamma is the target margin, in units of beta times log-probability
+    orpo    Hong et al. 2024; beta weighs the odds ratio beside the chosen response's own loss
+
+    Raises ValueError for an unknown kind, a missing reference, a smoothing outside its range, and
+    for a setting that the kind would silently ignore.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: expected 0 <= value < 0.5, got {label_smoothing}")
+    if label_smoothing and kind not in SMOOTHED:
+        raise ValueError(f"label_smoothing: {kind} has none, got {label_smoothing}")
+    if gamma and kind != "simpo":
+        raise ValueError(f"gamma: only simpo has a target margin, got {gamma} for {kind}")
+
+    if kind == "simpo":
+        gap = beta * (policy_chosen - policy_rejected) - gamma
+        return _smoothed(gap, label_smoothing)
+    if kind == "orpo":
+        log_odds = _log_odds(policy_chosen) - _log_odds(policy_rejected)
+        return -policy_chosen - beta * F.logsigmoid(log_odds)
+
+    if reference_chosen is None or reference_rejected is None:
+        raise ValueError(f"reference: {kind} needs the reference model's log-probabilities")
+    chosen = policy_chosen - reference_chosen
+    rejected = policy_rejected - reference_rejected
+    gap = beta * (chosen - rejected)
+    if kind == "dpo":
+        return _smoothed(gap, label_smoothing)
+    if kind == "ipo":
+        return (chosen - rejected - 1 / (2 * beta)).square()
+    if kind == "hinge":
+        return (1 - gap).relu()
+    if kind == "kto":
+        chosen_kl = chosen.detach().mean().clamp(min=0)
+        rejected_kl = rejected.detach().mean().clamp(min=0)
+        desirable = 1 - torch.sigmoid(beta * (chosen - rejected_kl))
+        undesirable = 1 - torch.sigmoid(beta * (chosen_kl - rejected))
+        return (desirable + undesirable) / 2
+    if kind == "nca":
+        return -(
+            F.logsigmoid(beta * chosen)
+            + 0.5 * F.logsigmoid(-beta * chosen)
+            + 0.5 * F.logsigmoid(-beta * rejected)
+        )
+    if kind == "robust":
+        kept = (1 - label_smoothing) * -F.logsigmoid(gap)
+        flipped = label_smoothing * -F.logsigmoid(-gap)
+        return (kept - flipped) / (1 - 2 * label_smoothing)
+    if label_smoothing == 0:
+        raise ValueError("label_smoothing: exo needs a value above 0 (its target has full support)")
+    target = torch.tensor([1 - label_smoothing, label_smoothing]).log().to(gap)
+    return torch.sigmoid(gap) * (F.logsigmoid(gap) - target[0]) + torch.sigmoid(-gap) * (
+        F.logsigmoid(-gap) - target[1]
+    )
+
+
+def infonca(
+    policy: Tensor, reference: Tensor, rewards: Tensor, *, beta: float, alpha: float = 1.0
+) -> Tensor:
+    """InfoNCA for K scored responses a prompt (Chen et al. 2024): [n, K] three times -> [n].
+
+    Cross-entropy of softmax(beta * log-ratio) against softmax(rewards / alpha); log-probabilities
+    are sums over response tokens.
+    """
+    target = (rewards / alpha).softmax(dim=-1)
+    return -(target * (beta * (policy - reference)).log_softmax(dim=-1)).sum(dim=-1)
+
+
+def policy_clip(
+    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate per token (Schulman et al. 2017, equation 7), to be minimised.
+
+    All [T]. Returns the loss and a bool [T]: where clipping was active, that is, where the token
+    has no gradient.
+    """
+    ratio = (logprob - old_logprob).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+def value_clip(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the critic, its move since the rollout clipped to +-clip.
+
+    All [T]; returns the loss and a bool [T] of where clipping was active. From OpenAI's PPO
+    (baselines; Ziegler et al. 2019), which Llama 2 does not depart from explicitly.
+    """
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    plain = 0.5 * (values - returns).square()
+    clipped = 0.5 * (near - returns).square()
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+def _smoothed(gap: Tensor, label_smoothing: float) -> Tensor:
+    return -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
+
+
+def _log_odds(logprob: Tensor) -> Tensor:
+    """log(p / (1 - p)) from log p; log(1 - p) by whichever form keeps its digits."""
+    # A certain response (log p = 0) would have infinite odds: held one fp32 step below.
+    logprob = logprob.clamp(max=-1e-7)
+    near_one = logprob > -0.6931
+    below = torch.where(near_one, torch.full_like(logprob, -1.0), logprob)
+    above = torch.where(near_one, logprob, torch.full_like(logprob, -0.5))
+    complement = torch.where(near_one, (-torch.expm1(above)).log(), torch.log1p(-below.exp()))
+    return logprob - complement
