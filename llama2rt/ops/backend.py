@@ -1,0 +1,149 @@
+"""Which code runs an op: one process-wide choice, and the table from (op, backend) to a function.
+
+The choice is a plain module value rather than a context variable because `torch.compile` can guard
+on the first and breaks the graph on the second. Public wrappers read it once per call (`resolve`)
+and hand it on as an op argument, so that backward runs on the backend its forward ran on.
+
+Left out: choice per op or per thread. Mixing backends is what `ops.use` around a region is for.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+
+import torch
+
+from llama2rt.ops import composed, reference
+
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "swiglu",
+    "rope",
+    "attention",
+    "decode_attention",
+    "token_logprob",
+)
+NAMES = ("reference", "cpu", "triton", "cuda")
+# What a device prefers, best first. The reference runs anywhere and closes each list.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load(name: str) -> tuple[dict[str, Callable], str]:
+    """The backend's native functions, and why it is unusable ("" when it is usable)."""
+    if name == "triton":
+        return {}, "this version ships no Triton kernels"
+    try:
+        module: ModuleType = importlib.import_module(f"llama2rt.ops.{name}")
+    except ImportError as error:
+        return {}, f"llama2rt._{name} does not import: {error}"
+    return dict(module.NATIVE), ""
+
+
+_native: dict[str, dict[str, Callable]] = {"reference": {}}
+_unusable: dict[str, str] = {"reference": ""}
+for _name in NAMES[1:]:
+    _native[_name], _unusable[_name] = _load(_name)
+
+_choice: str | None = os.environ.get("LLAMA2RT_BACKEND") or None
+
+
+def _why_not(name: str, device: str) -> str:
+    """Why backend `name` cannot run tensors of device type `device`; "" if it can."""
+    if name not in NAMES:
+        return f"unknown backend {name!r}, expected one of {', '.join(NAMES)}"
+    if _unusable[name]:
+        return _unusable[name]
+    if name == "cpu" and device != "cpu":
+        return f"its kernels run on CPU tensors, got a tensor on {device!r}"
+    if name in ("triton", "cuda") and device != "cuda":
+        return f"its kernels run on CUDA tensors, got a tensor on {device!r}"
+    return ""
+
+
+def resolve(tensor: torch.Tensor) -> str:
+    """Backend for an op on `tensor`: the one asked for, else the best one its device can use."""
+    device = tensor.device.type
+    if _choice is not None:
+        reason = _why_not(_choice, device)
+        if reason:
+            raise ValueError(f"backend {_choice!r} was asked for but cannot be used: {reason}")
+        return _choice
+    for name in PREFERENCE.get(device, ()):
+        if not _why_not(name, device):
+            return name
+    return "reference"
+
+
+def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
+    """The function that runs `op` (or `op` + "_backward") on backend `name`."""
+    if name == "reference":
+        return getattr(reference, op)
+    native = _native[name].get(op)
+    if native is not None and dtype in NATIVE_DTYPES:
+        return native
+    return getattr(composed, op)
+
+
+class use:
+    """`with ops.use("reference"): ...` runs every op inside on that backend, whole process.
+
+    `use(None)` returns to the automatic choice. Raises ValueError, saying why, for a backend that
+    is unknown or was not built; a backend that does not fit a tensor's device raises at the op.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None:
+            reason = _unusable[name] if name in NAMES else _why_not(name, "")
+            if reason:
+                raise ValueError(f"backend {name!r} cannot be used: {reason}")
+        self.name = name
+
+    def __enter__(self) -> "use":
+        global _choice
+        self.previous, _choice = _choice, self.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _choice
+        _choice = self.previous
+
+
+def checkpoint_context() -> tuple[use, use]:
+    """`context_fn` of torch.utils.checkpoint: the recomputation runs on the forward's backend.
+
+    Called by checkpoint at forward time; without it a recomputation after the end of a
+    `with ops.use(...)` block would run, and round, differently from the forward it repeats.
+    """
+    return use(_choice), use(_choice)
+
+
+def backends(device: str | torch.device = "cpu") -> dict[str, dict]:
+    """Per op: what is built, what an op on `device` would run on, and why not the others.
+
+    Returns `{op: {"chosen": backend, "native": [backends with own kernels for the op],
+    "composed": [usable backends that compose torch calls], "unusable": {backend: reason}}}`.
+    """
+    kind = torch.device(device).type
+    reasons = {name: _why_not(name, kind) for name in NAMES}
+    if _choice is not None:
+        chosen = _choice
+    else:
+        chosen = next((n for n in PREFERENCE.get(kind, ()) if not reasons[n]), "reference")
+    usable = [name for name in NAMES if not reasons[name]]
+    return {
+        op: {
+            "chosen": chosen,
+            "native": [name for name in usable if op in _native[name]],
+            "composed": [name for name in usable if op not in _native[name]],
+            "unusable": {name: reason for name, reason in reasons.items() if reason},
+        }
+        for op in OPS
+    }

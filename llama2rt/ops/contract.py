@@ -1,0 +1,471 @@
+"""The seven ops: arguments and errors, schema, fake implementation, autograd. Backends plug in below.
+
+Each op is registered with `torch.library.Library` (about a tenth of `custom_op`'s cost per call) under
+`torch.ops.llama2rt`. Schemas always return the same tuple, take the backend's name as last argument
+and save it for backward. The public wrappers check shapes and dtypes on the host, without touching
+data; ids and offsets are checked where the data is at hand (reference and CPU).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from llama2rt.ops import backend
+
+_LIB = torch.library.Library("llama2rt", "DEF")
+_ops = torch.ops.llama2rt
+
+
+def _define(schema: str, fake) -> None:
+    """Declare an op whose last argument names the backend that runs it."""
+    name = schema.partition("(")[0]
+
+    def run(*arguments):
+        *tensors, choice = arguments
+        return backend.implementation(name, choice, tensors[0].dtype)(*tensors)
+
+    _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIB.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llama2rt::{name}", fake, lib=_LIB)
+
+
+def _autograd(name: str, backward, setup_context) -> None:
+    torch.library.register_autograd(
+        f"llama2rt::{name}", backward, setup_context=setup_context, lib=_LIB
+    )
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """dtype of statistics (rstd, log-sum-exp, logprob): fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _expect(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _expect_like(argument: str, tensor: Tensor, other: Tensor, name: str, shape: tuple) -> None:
+    """`tensor` has `shape` and shares dtype and device with `other`, which is called `name`."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{argument}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != other.dtype:
+        raise ValueError(
+            f"{argument}: expected dtype {other.dtype} (that of {name}), got {tensor.dtype}"
+        )
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{argument}: expected device {other.device} (that of {name}), got {tensor.device}"
+        )
+
+
+def _expect_floating(argument: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{argument}: expected a floating-point dtype, got {tensor.dtype}")
+
+
+def _expect_index(argument: str, tensor: Tensor, like: Tensor, name: str, shape: tuple) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{argument}: expected dtype int32 or int64, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{argument}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{argument}: expected device {like.device} (that of {name}), got {tensor.device}"
+        )
+
+
+# --- rms_norm ---------------------------------------------------------------------------------
+
+_define(
+    "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor)",
+    lambda x, weight, eps, backend: (_like(x), x.new_empty(x.shape[0], dtype=_wide(x))),
+)
+_define(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda dy, x, weight, rstd, backend: (_like(x), _like(weight)),
+)
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, weight, _, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _rms_norm_backward(ctx, dy, _):
+    if dy is None:
+        return None, None, None, None
+    return *_ops.rms_norm_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
+
+
+_autograd("rms_norm", _rms_norm_backward, _rms_norm_setup)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation: x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    x [..., N] and weight [N], one floating dtype; returns x's shape and dtype. Statistics in fp32.
+    Source: Zhang and Sennrich 2019; Llama 2, section 2.2. ValueError on a mismatch.
+    """
+    _expect_floating("x", x)
+    _expect(x.dim() >= 1, "x", "at least one dimension", "a scalar")
+    _expect_like("weight", weight, x, "x", (x.shape[-1],))
+    choice = backend.resolve(x)
+    if x.dim() == 2:
+        return _ops.rms_norm(x, weight, eps, choice)[0]
+    return _ops.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, choice)[0].view(x.shape)
+
+
+# --- add_rms_norm -----------------------------------------------------------------------------
+
+_define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda x, residual, weight, eps, backend: (
+        _like(x),
+        _like(x),
+        x.new_empty(x.shape[0], dtype=_wide(x)),
+    ),
+)
+_define(
+    "add_rms_norm_backward(Tensor dy, Tensor? dsummed, Tensor summed, Tensor weight, Tensor rstd,"
+    " str backend) -> (Tensor, Tensor)",
+    lambda dy, dsummed, summed, weight, rstd, backend: (_like(summed), _like(weight)),
+)
+
+
+def _add_rms_norm_setup(ctx, inputs, output):
+    _, _, weight, _, ctx.backend = inputs
+    _, summed, rstd = output
+    ctx.save_for_backward(summed, weight, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd)
+
+
+def _add_rms_norm_backward(ctx, dy, dsummed, _):
+    if dy is None:  # the normed half went unused
+        return dsummed, dsummed, None, None, None
+    dx, dweight = _ops.add_rms_norm_backward(dy, dsummed, *ctx.saved_tensors, ctx.backend)
+    return dx, dx, dweight, None, None
+
+
+_autograd("add_rms_norm", _add_rms_norm_backward, _add_rms_norm_setup)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Residual addition and the norm that follows it: (rms_norm(x + residual), x + residual).
+
+    x and residual [..., N], weight [N], one floating dtype; both results have x's shape and dtype.
+    The norm is taken of the sum as rounded to that dtype. ValueError on a mismatch.
+    """
+    _expect_floating("x", x)
+    _expect(x.dim() >= 1, "x", "at least one dimension", "a scalar")
+    _expect_like("residual", residual, x, "x", tuple(x.shape))
+    _expect_like("weight", weight, x, "x", (x.shape[-1],))
+    choice = backend.resolve(x)
+    if x.dim() == 2:
+        return _ops.add_rms_norm(x, residual, weight, eps, choice)[:2]
+    rows = (-1, x.shape[-1])
+    y, summed, _ = _ops.add_rms_norm(x.reshape(rows), residual.reshape(rows), weight, eps, choice)
+    return y.view(x.shape), summed.view(x.shape)
+
+
+# --- swiglu -----------------------------------------------------------------------------------
+
+_define(
+    "swiglu(Tensor gate, Tensor up, str backend) -> Tensor",
+    lambda gate, up, backend: _like(gate),
+)
+_define(
+    "swiglu_backward(Tensor dy, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)",
+    lambda dy, gate, up, backend: (_like(gate), _like(up)),
+)
+
+
+def _swiglu_setup(ctx, inputs, output):
+    gate, up, ctx.backend = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _swiglu_backward(ctx, dy):
+    return *_ops.swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None
+
+
+_autograd("swiglu", _swiglu_backward, _swiglu_setup)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, elementwise: the gated half of a SwiGLU feed-forward layer.
+
+    gate and up [..., F], one floating dtype; returns their shape and dtype, computed in fp32.
+    Source: Shazeer 2020; Llama 2, section 2.2. ValueError on a mismatch.
+    """
+    _expect_floating("gate", gate)
+    _expect(gate.dim() >= 1, "gate", "at least one dimension", "a scalar")
+    _expect_like("up", up, gate, "gate", tuple(gate.shape))
+    choice = backend.resolve(gate)
+    if gate.dim() == 2:
+        return _ops.swiglu(gate, up, choice)
+    rows = (-1, gate.shape[-1])
+    return _ops.swiglu(gate.reshape(rows), up.reshape(rows), choice).view(gate.shape)
+
+
+# --- rope -------------------------------------------------------------------------------------
+
+_define(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda q, k, cos, sin, positions, backend: (_like(q), _like(k)),
+)
+_define(
+    "rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, Tensor positions, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda dq, dk, cos, sin, positions, backend: (_like(dq), _like(dk)),
+)
+
+
+def _rope_setup(ctx, inputs, output):
+    _, _, cos, sin, positions, ctx.backend = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _rope_backward(ctx, dq, dk):
+    return *_ops.rope_backward(dq, dk, *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
+_autograd("rope", _rope_backward, _rope_setup)
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of queries and keys, half-split pairs as in Hugging Face weights.
+
+    q [T, Hq, D] and k [T, Hkv, D], one floating dtype; cos and sin [P, D/2], fp32 (or fp64);
+    positions [T], int32 or int64, 0 <= position < P. Element i is paired with i + D/2:
+    (a, b) -> (a cos - b sin, b cos + a sin), in fp32. Returns new tensors of q's and k's shapes.
+    Source: Su et al. 2021. ValueError on a mismatch, and (reference, CPU) on a position outside.
+    """
+    _expect_floating("q", q)
+    _expect(q.dim() == 3 and q.shape[2] % 2 == 0, "q", "shape [T, Hq, D], D even", list(q.shape))
+    _expect(k.dim() == 3, "k", "shape [T, Hkv, D]", list(k.shape))
+    _expect_like("k", k, q, "q", (q.shape[0], k.shape[1], q.shape[2]))
+    _expect(
+        cos.dim() == 2 and cos.shape[1] * 2 == q.shape[2] and cos.device == q.device,
+        "cos",
+        f"shape [P, {q.shape[2] // 2}] on {q.device}",
+        f"{list(cos.shape)} on {cos.device}",
+    )
+    _expect(
+        cos.dtype in (torch.float32, torch.float64), "cos", "dtype float32 or float64", cos.dtype
+    )
+    _expect_like("sin", sin, cos, "cos", tuple(cos.shape))
+    _expect_index("positions", positions, q, "q", (q.shape[0],))
+    return _ops.rope(q, k, cos, sin, positions, backend.resolve(q))
+
+
+# --- attention --------------------------------------------------------------------------------
+
+_define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int max_seqlen, bool causal,"
+    " float scale, str backend) -> (Tensor, Tensor)",
+    lambda q, k, v, cu_q, cu_k, max_seqlen, causal, scale, backend: (
+        _like(q),
+        q.new_empty(q.shape[1], q.shape[0], dtype=_wide(q)),
+    ),
+)
+_define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor cu_q, Tensor cu_k, int max_seqlen, bool causal, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda dout, q, k, v, *_: (_like(q), _like(k), _like(v)),
+)
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 9
+    gradients = _ops.attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
+    return *gradients, None, None, None, None, None, None
+
+
+_autograd("attention", _attention_backward, _attention_setup)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention over packed documents; a document's queries see only its own keys.
+
+    q [Tq, Hq, D], k and v [Tk, Hkv, D], one floating dtype, Hq a multiple of Hkv (grouped queries:
+    query head h reads key head h // (Hq / Hkv)). cu_seqlens [B+1] int32 or int64 holds the documents'
+    offsets in q, and in k and v unless cu_seqlens_k [B+1] gives those. Empty documents are legal.
+    causal aligns bottom-right: the last query of a document sees its last key, so a query of a
+    document with fewer keys than queries may see none and gives 0. max_seqlen: an upper bound on
+    document length in q, which spares some backends a device synchronisation. scale defaults to
+    1/sqrt(D). Returns [Tq, Hq, D] in q's dtype. Softmax in fp32; bitwise repeatable.
+    ValueError on a mismatch, and (reference, CPU) on offsets that do not rise from 0 to T.
+    """
+    _expect_floating("q", q)
+    _expect(q.dim() == 3, "q", "shape [T, Hq, D]", list(q.shape))
+    _expect(
+        k.dim() == 3 and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
+        "k",
+        f"shape [T, Hkv, {q.shape[2]}] with Hkv dividing {q.shape[1]}",
+        list(k.shape),
+    )
+    tokens = q.shape[0] if cu_seqlens_k is None else k.shape[0]
+    _expect_like("k", k, q, "q", (tokens, k.shape[1], q.shape[2]))
+    _expect_like("v", v, k, "k", tuple(k.shape))
+    _expect(cu_seqlens.dim() == 1, "cu_seqlens", "shape [B+1]", list(cu_seqlens.shape))
+    _expect_index("cu_seqlens", cu_seqlens, q, "q", tuple(cu_seqlens.shape))
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    else:
+        _expect_index("cu_seqlens_k", cu_seqlens_k, q, "q", tuple(cu_seqlens.shape))
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[2])
+    choice = backend.resolve(q)
+    return _ops.attention(
+        q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen or 0, causal, scale, choice
+    )[0]
+
+
+# --- decode_attention -------------------------------------------------------------------------
+
+_define(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths,"
+    " float scale, str backend) -> Tensor",
+    lambda q, *_: _like(q),
+)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """One query per sequence against its paged key/value cache: a step of generation.
+
+    q [B, Hq, D]; k_cache and v_cache [pages, page, Hkv, D], same dtype; block_table [B, most] int32
+    or int64: entry j is the page of tokens j*page ... (j+1)*page - 1, entries past a sequence's end
+    are not read; lengths [B]: tokens in the cache, this one included. Length 0 gives 0. Not
+    differentiable. Returns [B, Hq, D] in q's dtype. Source: Kwon et al. 2023 (paged attention).
+    """
+    _expect_floating("q", q)
+    _expect(q.dim() == 3, "q", "shape [B, Hq, D]", list(q.shape))
+    _expect(
+        k_cache.dim() == 4 and k_cache.shape[2] > 0 and q.shape[1] % k_cache.shape[2] == 0,
+        "k_cache",
+        f"shape [pages, page, Hkv, {q.shape[2]}] with Hkv dividing {q.shape[1]}",
+        list(k_cache.shape),
+    )
+    _expect_like("k_cache", k_cache, q, "q", (*k_cache.shape[:3], q.shape[2]))
+    _expect_like("v_cache", v_cache, k_cache, "k_cache", tuple(k_cache.shape))
+    _expect(block_table.dim() == 2, "block_table", "shape [B, pages]", list(block_table.shape))
+    _expect_index("block_table", block_table, q, "q", (q.shape[0], block_table.shape[1]))
+    _expect_index("lengths", lengths, q, "q", (q.shape[0],))
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[2])
+    choice = backend.resolve(q)
+    return _ops.decode_attention(q, k_cache, v_cache, block_table, lengths, scale, choice)
+
+
+# --- token_logprob ----------------------------------------------------------------------------
+
+
+def _token_logprob_fake(hidden, weight, targets, temperature, entropy, backend):
+    logprob = hidden.new_empty(hidden.shape[0], dtype=_wide(hidden))
+    return logprob, torch.empty_like(logprob) if entropy else logprob.new_empty(0), _like(logprob)
+
+
+_define(
+    "token_logprob(Tensor hidden, Tensor weight, Tensor targets, float temperature, bool entropy,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    _token_logprob_fake,
+)
+_define(
+    "token_logprob_backward(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight,"
+    " Tensor targets, Tensor lse, Tensor? entropy, float temperature, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda dlogprob, dentropy, hidden, weight, *_: (_like(hidden), _like(weight)),
+)
+
+
+def _token_logprob_setup(ctx, inputs, output):
+    hidden, weight, targets, ctx.temperature, _, ctx.backend = inputs
+    _, entropy, lse = output
+    ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+
+
+def _token_logprob_backward(ctx, dlogprob, dentropy, _):
+    hidden, weight, targets, lse, entropy = ctx.saved_tensors
+    if dlogprob is None and dentropy is None:
+        return (None,) * 6
+    if dlogprob is None:
+        dlogprob = torch.zeros_like(lse)
+    if dentropy is None:
+        entropy = None
+    dhidden, dweight = _ops.token_logprob_backward(
+        dlogprob, dentropy, hidden, weight, targets, lse, entropy, ctx.temperature, ctx.backend
+    )
+    return dhidden, dweight, None, None, None, None
+
+
+_autograd("token_logprob", _token_logprob_backward, _token_logprob_setup)
+
+
+def token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability (nats) of each target under softmax(hidden @ weight.T / temperature).
+
+    hidden [T, dim] and weight [V, dim], one floating dtype; targets [T] int32 or int64 below V, where
+    a negative one means "not predicted": logprob 0, entropy 0, no gradient. Returns fp32 [T], or with
+    entropy=True also each row's entropy (nats), [T]; both are differentiable and logprob <= 0. The
+    [T, V] logits are never held in memory (except by the reference, which is the oracle).
+    ValueError on a mismatch, temperature <= 0, and (reference, CPU) on a target >= V.
+    """
+    _expect_floating("hidden", hidden)
+    _expect(hidden.dim() == 2, "hidden", "shape [T, dim]", list(hidden.shape))
+    _expect(weight.dim() == 2, "weight", "shape [V, dim]", list(weight.shape))
+    _expect_like("weight", weight, hidden, "hidden", (weight.shape[0], hidden.shape[1]))
+    _expect_index("targets", targets, hidden, "hidden", (hidden.shape[0],))
+    _expect(temperature > 0, "temperature", "a number above 0", temperature)
+    choice = backend.resolve(hidden)
+    logprob, spread, _ = _ops.token_logprob(hidden, weight, targets, temperature, entropy, choice)
+    return (logprob, spread) if entropy else logprob
