@@ -1,10 +1,11 @@
 """Fast compositions of torch calls, for every op a backend has no native kernel for.
 
-Written for the CPU (they run on any device): no [T, V] logits in memory, attention of packed documents
-in a few batched calls. Same signatures and semantics as `reference`, same rounding to the dtype.
+Written for the CPU (they run on any device): no [T, V] logits in memory, attention of packed
+documents in a few batched calls. Same signatures and semantics as `reference`, same rounding to the dtype.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -58,13 +59,13 @@ class Group(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _groups(bounds: tuple[int, ...], causal: bool) -> list[Group]:
     """Split the documents of a batch into groups for batched attention (same for every layer)."""
-    lengths = [(end - start, start) for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [(end - start, start) for start, end in itertools.pairwise(bounds)]
     lengths = sorted((pair for pair in lengths if pair[0]), reverse=True)
     groups = []
     first = 0
     while first < len(lengths):
         longest, total, last = lengths[first][0], 0, first
-        # Padding sits after a document's end, where a causal mask hides it; otherwise none is allowed.
+        # Padding sits after a document's end, where a causal mask hides it; without one, none.
         while last < len(lengths):
             filled = total + lengths[last][0]
             padding = 1 - filled / ((last + 1 - first) * longest)

@@ -1,6 +1,6 @@
-"""The seven ops: arguments and errors, schema, fake implementation, autograd. Backends plug in below.
+"""The seven ops: arguments and errors, schema, fake implementation, autograd.
 
-Each op is registered with `torch.library.Library` (about a tenth of `custom_op`'s cost per call) under
+Each op is registered with `torch.library.Library` (a fraction of `custom_op`'s cost per call) under
 `torch.ops.llama2rt`. Schemas always return the same tuple, take the backend's name as last argument
 and save it for backward. The public wrappers check shapes and dtypes on the host, without touching
 data; ids and offsets are checked where the data is at hand (reference and CPU).
@@ -321,8 +321,8 @@ def attention(
     """Softmax attention over packed documents; a document's queries see only its own keys.
 
     q [Tq, Hq, D], k and v [Tk, Hkv, D], one floating dtype, Hq a multiple of Hkv (grouped queries:
-    query head h reads key head h // (Hq / Hkv)). cu_seqlens [B+1] int32 or int64 holds the documents'
-    offsets in q, and in k and v unless cu_seqlens_k [B+1] gives those. Empty documents are legal.
+    query head h reads key head h // (Hq / Hkv)). cu_seqlens [B+1] int32 or int64 holds the
+    documents' offsets in q, and in k and v unless cu_seqlens_k [B+1] gives those. Empty documents are legal.
     causal aligns bottom-right: the last query of a document sees its last key, so a query of a
     document with fewer keys than queries may see none and gives 0. max_seqlen: an upper bound on
     document length in q, which spares some backends a device synchronisation. scale defaults to
@@ -454,9 +454,9 @@ def token_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability (nats) of each target under softmax(hidden @ weight.T / temperature).
 
-    hidden [T, dim] and weight [V, dim], one floating dtype; targets [T] int32 or int64 below V, where
-    a negative one means "not predicted": logprob 0, entropy 0, no gradient. Returns fp32 [T], or with
-    entropy=True also each row's entropy (nats), [T]; both are differentiable and logprob <= 0. The
+    hidden [T, dim] and weight [V, dim], one floating dtype; targets [T] int32 or int64 below V,
+    where a negative one means "not predicted": logprob 0, entropy 0, no gradient. Returns fp32 [T],
+    or with entropy=True also each row's entropy (nats), [T]; both are differentiable and logprob <= 0. The
     [T, V] logits are never held in memory (except by the reference, which is the oracle).
     ValueError on a mismatch, temperature <= 0, and (reference, CPU) on a target >= V.
     """

@@ -1,9 +1,11 @@
-"""The oracle: every op and its backward formula in plain torch, as close to the mathematics as text.
+"""The oracle: every op and its backward formula in plain torch, as near to the mathematics as text.
 
-Computes in fp64 when given fp64, else in fp32, and rounds once to the input's dtype at the end. It is
-what kernels are judged by, so nothing here is clever: attention walks over documents, token_logprob
+Computes in fp64 when given fp64, else in fp32, and rounds once to the input's dtype at the end. It
+is what kernels are judged by, so nothing here is clever: attention walks over documents, token_logprob
 holds all logits. `gradcheck` runs on these backward formulas.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -110,8 +112,8 @@ def _documents(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> list[tuple[s
     return [
         (slice(*pair_q), slice(*pair_k))
         for pair_q, pair_k in zip(
-            zip(bounds_q, bounds_q[1:], strict=False),
-            zip(bounds_k, bounds_k[1:], strict=False),
+            itertools.pairwise(bounds_q),
+            itertools.pairwise(bounds_k),
             strict=True,
         )
     ]
