@@ -1,0 +1,88 @@
+"""Confidence intervals: every share and mean this project prints comes with one.
+
+Wilson's interval for shares, which stays honest at 0 % and 100 % where a bootstrap collapses to a
+point; the percentile bootstrap for means; the paired bootstrap for the difference of two versions
+on the same prompts, whose common difficulty cancels. The unit of resampling is whatever one value
+stands for, so several samples of one prompt are averaged before they come here: treating them as
+independent would make the interval too narrow.
+"""
+
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_DRAWS_AT_ONCE = 1 << 22  # 32 MiB of int64 indices
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its confidence interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> Interval:
+    """Share of successes with Wilson's score interval (Wilson, 1927).
+
+    `successes` may be fractional (a tie is half a success); the interval is then conservative,
+    since a value between 0 and 1 varies less than a coin with the same mean. ValueError for no
+    trials or a count outside [0, trials].
+    """
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes must lie in [0, {trials}], got {successes}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = successes / trials
+    spread = 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / spread
+    half = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / spread
+    # At a share of exactly 0 or 1 the formula's end is that share, up to rounding.
+    return Interval(
+        float(share), float(min(share, max(0.0, centre - half))), float(max(share, centre + half))
+    )
+
+
+def bootstrap(
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of `values` [n] with the percentile bootstrap interval (Efron and Tibshirani, ch. 13).
+
+    The same values and seed give the same interval. One value, or equal values, give an interval
+    of no width. ValueError for no values or a non-finite one.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or not len(data):
+        raise ValueError(f"values must be a non-empty vector, got shape {data.shape}")
+    if not np.isfinite(data).all():
+        raise ValueError("values must be finite")
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    rows = max(1, _DRAWS_AT_ONCE // len(data))
+    for start in range(0, resamples, rows):
+        count = min(rows, resamples - start)
+        drawn = generator.integers(0, len(data), (count, len(data)))
+        means[start : start + count] = data[drawn].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(data.mean()), float(low), float(high))
+
+
+def paired(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of a - b over the same units (prompts), a and b [n], with its bootstrap interval.
+
+    The difference is real at this confidence where the interval leaves 0 out.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"a and b must pair up, got shapes {first.shape} and {second.shape}")
+    return bootstrap(first - second, confidence=confidence, resamples=resamples, seed=seed)

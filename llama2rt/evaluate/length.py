@@ -1,0 +1,48 @@
+"""Does the reward model simply like long answers?
+
+RLHF Workflow (Dong et al., 2024, section 2): several responses a prompt, and per prompt the
+Pearson correlation of reward and length, so that prompts that call for long answers do not look
+like a bias. Reference means there: 0.19 for UltraRM-13B, 0.06 for their own model.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from llama2rt.evaluate.intervals import Interval, bootstrap
+
+
+@dataclass(frozen=True)
+class LengthCorrelation:
+    """Reward-length correlation, prompt by prompt.
+
+    per_prompt: fp64 [prompts], NaN where undefined. mean: over the defined ones, with its 95 %
+    bootstrap interval, or None where there is none. undefined: prompts whose rewards or lengths
+    are all equal; a correlation does not exist there, and 0 would pull the mean towards "no bias".
+    """
+
+    per_prompt: np.ndarray
+    mean: Interval | None
+    undefined: int
+
+
+def correlation(rewards: ArrayLike, lengths: ArrayLike, *, seed: int = 0) -> LengthCorrelation:
+    """Correlate rewards [prompts, samples] with lengths [prompts, samples] (tokens or characters).
+
+    ValueError unless both have the same two-dimensional shape and finite entries.
+    """
+    x, y = np.asarray(rewards, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    if x.ndim != 2 or x.shape != y.shape or not x.size:
+        raise ValueError(
+            f"rewards and lengths must share a shape [prompts, samples], got {x.shape}, {y.shape}"
+        )
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("rewards and lengths must be finite")
+    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
+    u, v = x[defined], y[defined]
+    u, v = u - u.mean(axis=1, keepdims=True), v - v.mean(axis=1, keepdims=True)
+    per_prompt = np.full(len(x), np.nan)
+    per_prompt[defined] = (u * v).sum(axis=1) / np.sqrt((u * u).sum(axis=1) * (v * v).sum(axis=1))
+    mean = bootstrap(per_prompt[defined], seed=seed) if defined.any() else None
+    return LengthCorrelation(per_prompt, mean, int((~defined).sum()))

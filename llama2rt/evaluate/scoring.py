@@ -1,0 +1,77 @@
+"""Scores of a reward model over many responses: what rejection sampling, PPO and DPO rank by.
+
+The score is the model's scalar at the last token of the dialogue (Llama 2, section 3.2.2). Two
+entrances, because text and tokens are not the same thing: `score` takes finished text, which the
+chat format closes with EOS as in the comparisons the model was trained on; `score_tokens` takes
+tokens exactly as they were sampled. A response cut off by the length limit has no EOS, and giving
+it one would score a text the policy never wrote, so sampled responses belong in `score_tokens`.
+
+Scores are raw (before any sigmoid), comparable only between responses to the same prompt scored
+by the same model.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llama2rt.data.packing import Example, micro_batches
+from llama2rt.model.heads import ScalarModel, last_token
+from llama2rt.text import chat
+from llama2rt.text.tokenizer import Tokenizer
+
+
+def score(
+    model: ScalarModel,
+    tokenizer: Tokenizer,
+    items: Sequence[tuple[chat.Messages, str]],
+    *,
+    micro_tokens: int = 16384,
+) -> np.ndarray:
+    """Score finished responses given as text: items of (messages, response) -> fp32 [len(items)].
+
+    `messages` are the turns before the response, the last one the user's.
+    """
+    sequences = [chat.encode_response(tokenizer, messages, text)[0] for messages, text in items]
+    return score_tokens(model, sequences, micro_tokens=micro_tokens)
+
+
+def score_tokens(
+    model: ScalarModel, sequences: Sequence[Sequence[int]], *, micro_tokens: int = 16384
+) -> np.ndarray:
+    """Score token sequences (prompt + response as sampled) at their last token -> fp32 [B].
+
+    Sequences of similar length share a micro-batch of at most `micro_tokens` tokens (a longer
+    sequence gets one of its own); the result is in the order given. Runs without gradients and in
+    eval mode, and gives the model back in the mode it came in. ValueError for an empty sequence,
+    which has no last token, and for one beyond the model's context.
+    """
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    scores = np.empty(len(lengths), dtype=np.float32)
+    if not len(lengths):
+        return scores
+    if lengths.min() == 0:
+        raise ValueError(f"sequences[{lengths.argmin()}] is empty: no last token to score")
+    if lengths.max() > model.config.context:
+        raise ValueError(
+            f"sequences[{lengths.argmax()}] has {lengths.max()} tokens, "
+            f"the reward model's context is {model.config.context}"
+        )
+
+    order = np.argsort(lengths, kind="stable")
+    examples = [Example.of(sequences[i]) for i in order]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        done = 0
+        with torch.no_grad():
+            for micro in micro_batches(examples, max(micro_tokens, int(lengths.max()))):
+                batch = micro.to(device)
+                values = model(batch.tokens, batch.positions, batch.cu_seqlens)
+                read = last_token(values, batch.cu_seqlens).float().cpu().numpy()
+                scores[order[done : done + len(read)]] = read
+                done += len(read)
+    finally:
+        model.train(training)
+    return scores

@@ -1,0 +1,101 @@
+"""Scores are read at the last token, in the order asked, whatever shares the batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from llama2rt.evaluate.scoring import score, score_tokens
+from llama2rt.model.config import LlamaConfig
+from llama2rt.model.heads import ScalarModel
+from llama2rt.text import chat
+
+
+@pytest.fixture(scope="module")
+def model() -> ScalarModel:
+    config = LlamaConfig(
+        dim=32, layers=2, heads=4, kv_heads=2, ffn_hidden=64, vocab_size=97, context=64
+    )
+    return ScalarModel(config).initialize(seed=3)
+
+
+def _sequences(count: int = 23) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 97, int(rng.integers(1, 40))).tolist() for _ in range(count)]
+
+
+def _alone(model: ScalarModel, tokens: list[int]) -> float:
+    with torch.no_grad():
+        values = model(
+            torch.tensor(tokens),
+            torch.arange(len(tokens), dtype=torch.int32),
+            torch.tensor([0, len(tokens)], dtype=torch.int32),
+        )
+    return float(values[-1])
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 50, 16384])
+def test_packed_scores_equal_one_by_one(model, micro_tokens):
+    sequences = _sequences()
+    expected = [_alone(model, tokens) for tokens in sequences]
+    got = score_tokens(model, sequences, micro_tokens=micro_tokens)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mode_is_given_back_and_no_gradient_is_kept(model):
+    for training in (True, False):
+        model.train(training)
+        score_tokens(model, _sequences(3))
+        assert model.training is training
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_mode_is_given_back_when_scoring_fails(model):
+    model.train(True)
+    with pytest.raises(Exception, match=r".+"):
+        score_tokens(model, [[10_000]])  # outside the vocabulary
+    assert model.training
+    model.eval()
+
+
+def test_bad_sequences_are_named(model):
+    with pytest.raises(ValueError, match=r"sequences\[1\] is empty"):
+        score_tokens(model, [[1], []])
+    with pytest.raises(ValueError, match=r"sequences\[0\] has 65 tokens.*context is 64"):
+        score_tokens(model, [[1] * 65])
+    assert score_tokens(model, []).shape == (0,)
+
+
+class _Words:
+    """A tokenizer of known pieces: one id a word, so that the expected tokens can be counted."""
+
+    bos, eos = 1, 2
+
+    def encode(self, text, bos=False, eos=False):
+        ids = [3 + sum(map(ord, word)) % 90 for word in text.split()]
+        return [self.bos] * bos + ids + [self.eos] * eos
+
+    def encode_with_offsets(self, text):
+        begins, at = [], 0
+        for word in text.split():
+            begins.append(at := text.index(word, at))
+            at += len(word)
+        return self.encode(text), begins
+
+
+def test_text_is_scored_as_a_finished_dialogue(model):
+    messages = [{"role": "user", "content": "how many days has a week"}]
+    tokenizer = _Words()
+    got = score(model, tokenizer, [(messages, "seven"), (messages, "")])
+    tokens, _ = chat.encode_response(tokenizer, messages, "seven")
+    assert tokens[-1] == tokenizer.eos
+    assert got[0] == pytest.approx(_alone(model, tokens), rel=1e-4, abs=1e-5)
+    assert np.isfinite(got).all()
+    assert got[0] != got[1]
+
+
+def test_sampled_tokens_get_no_eos(model):
+    open_ended, closed = [1, 5, 9], [1, 5, 9, 2]
+    got = score_tokens(model, [open_ended, closed])
+    assert got[0] == pytest.approx(_alone(model, open_ended), rel=1e-4, abs=1e-5)
+    assert abs(got[0] - got[1]) > 1e-4
