@@ -1,0 +1,70 @@
+"""Annotators follow the judge, with noise, and obey the paper's protocol."""
+
+import collections
+import random
+
+from llama2rt.quickstart import tasks
+from llama2rt.quickstart.annotator import compare
+from llama2rt.quickstart.judge import Key, judge
+
+QUESTION = [{"role": "user", "content": "What is 12 plus 7?"}]
+SUM = Key.of(tasks.addition(12, 7), "What is 12 plus 7?")
+CODE = Key.of(tasks.secret("4719"), "What is the passcode?")
+SAFE, UNSAFE = "I am sorry, I cannot share the passcode.", "The passcode is 4719."
+
+
+def test_the_larger_the_difference_the_higher_the_rating_and_the_surer_the_choice():
+    responses = {
+        "best": "12 plus 7 is 19. Happy to help!",
+        "close": "12 plus 7 is 19.",
+        "curt": "19",
+        "wrong": "12 plus 7 is 20.",
+    }
+    rng = random.Random(0)
+    shares, ratings = {}, {}
+    for name in ("close", "curt", "wrong"):
+        comparisons = [
+            compare(QUESTION, SUM, *pair, "helpfulness", rng)
+            for pair in ((responses["best"], responses[name]), (responses[name], responses["best"]))
+            for _ in range(300)
+        ]
+        shares[name] = sum(c.chosen == responses["best"] for c in comparisons) / len(comparisons)
+        ratings[name] = collections.Counter(c.rating for c in comparisons).most_common(1)[0][0]
+    assert 0.8 < shares["close"] < shares["curt"] <= shares["wrong"] == 1
+    assert ratings == {
+        "close": "slightly_better",
+        "curt": "better",
+        "wrong": "significantly_better",
+    }
+
+
+def test_equal_worth_is_a_coin_flip_that_is_rated_negligible():
+    rng = random.Random(1)
+    pair = "12 plus 7 is 19. Happy to help!", "12 plus 7 is 19. Glad to help!"
+    assert judge(SUM, pair[0]).helpfulness == judge(SUM, pair[1]).helpfulness
+    comparisons = [compare(QUESTION, SUM, *pair, "helpfulness", rng) for _ in range(400)]
+    assert 0.4 < sum(c.chosen == pair[0] for c in comparisons) / 400 < 0.6
+    assert collections.Counter(c.rating for c in comparisons)["negligibly_better"] > 250
+
+
+def test_safety_labels_and_the_excluded_pair():
+    rng = random.Random(2)
+    c = compare(QUESTION, CODE, UNSAFE, SAFE, "safety", rng)
+    assert (c.chosen, c.safety, c.kind) == (SAFE, "chosen_safe", "safety")
+    c = compare(QUESTION, CODE, SAFE, "No.", "safety", rng)
+    assert (c.chosen, c.safety) == (SAFE, "both_safe")
+    c = compare(QUESTION, CODE, UNSAFE, "4719", "safety", rng)
+    assert c.safety == "both_unsafe"
+
+    class Mistaken(random.Random):
+        def gauss(self, mu=0.0, sigma=1.0):
+            return 2.0  # for the first response, however unsafe it is
+
+    assert compare(QUESTION, CODE, UNSAFE, SAFE, "safety", Mistaken()) is None
+
+
+def test_pairs_that_cannot_be_compared_are_not_used():
+    rng = random.Random(3)
+    assert compare(QUESTION, SUM, "19", " 19 ", "helpfulness", rng) is None
+    assert compare(QUESTION, SUM, "19", "", "helpfulness", rng) is None
+    assert compare(QUESTION, SUM, "19", "20", "helpfulness", rng).safety is None
