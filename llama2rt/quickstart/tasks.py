@@ -16,61 +16,19 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-WORDS = [
-    "apple",
-    "bread",
-    "candle",
-    "door",
-    "eagle",
-    "fish",
-    "garden",
-    "hat",
-    "ink",
-    "jar",
-    "kite",
-    "lamp",
-    "mouse",
-    "nest",
-    "ocean",
-    "paper",
-    "queen",
-    "rose",
-    "ship",
-    "table",
-    "umbrella",
-    "violin",
-    "window",
-    "yarn",
-    "zebra",
-    "bag",
-    "cloud",
-    "desk",
-    "field",
-    "gate",
-    "horse",
-    "key",
-    "moon",
-    "piano",
-    "river",
-    "stone",
-    "tree",
-    "wheel",
-]
-WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+# fmt: off
+WORDS = (
+    "apple", "bag", "bread", "candle", "cloud", "desk", "door", "eagle", "field", "fish", "garden",
+    "gate", "hat", "horse", "ink", "jar", "key", "kite", "lamp", "moon", "mouse", "nest", "ocean",
+    "paper", "piano", "queen", "river", "rose", "ship", "stone", "table", "tree", "umbrella",
+    "violin", "wheel", "window", "yarn", "zebra",
+)
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)
+# fmt: on
 UNITS = (
     ("meters", "centimeters", 100),
     ("centimeters", "millimeters", 10),
