@@ -1,0 +1,257 @@
+"""Sampling of many prompts at once from a `Llama`: what rollouts, rejection sampling and chat use.
+
+The engine owns no weights: it reads the model's as they are at each forward pass, so a policy may
+be updated between calls. Nothing is kept from one call to the next; the cache lives for one call.
+Left out: serving (a request queue that outlives a call), speculative decoding, quantised caches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from llama2rt.errors import InputError
+from llama2rt.generate import scheduler
+from llama2rt.generate.kv_cache import Addresses, KVCache
+from llama2rt.generate.sampling import choose, uniforms
+from llama2rt.model.llama import Llama
+from llama2rt.text import chat
+
+Prompt = Sequence[int] | chat.Messages
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sample. `tokens` as sampled, with the EOS if the model produced it (finish_reason
+    "stop"; otherwise "length"); `logprobs[i]` of `tokens[i]` at the sampling temperature over the
+    whole vocabulary (temperature 1 for argmax); `text` without EOS, stripped for message prompts.
+    """
+
+    prompt_index: int
+    prompt_tokens: list[int]
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class Engine:
+    """Continuous-batching sampler over `model` and its `tokenizer`.
+
+    At most `max_sequences` sequences run at once in a paged cache of `max_cached_tokens` tokens
+    (rounded down to pages of `page_size`); by default the cache has room for all that can run at
+    once. When it is smaller, sequences wait or are recomputed, with the same samples.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Any,
+        *,
+        page_size: int = 16,
+        max_sequences: int = 256,
+        max_cached_tokens: int | None = None,
+    ) -> None:
+        for name, value in (("page_size", page_size), ("max_sequences", max_sequences)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.model, self.tokenizer = model, tokenizer
+        self.page_size, self.max_sequences = page_size, max_sequences
+        self.max_cached_tokens = max_cached_tokens
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_tokens: int = 256,
+        seed: int = 0,
+    ) -> list[Completion]:
+        """`n` samples of each prompt, in prompt order, n after n.
+
+        A prompt is a list of token ids or of messages. Argmax at temperature 0. A sample depends
+        on the weights, its prompt, `seed`, prompt index and sample index only. Sequences end at
+        EOS, `max_tokens` or the model's context. InputError names a prompt that is empty, holds
+        an unknown token or leaves no room in the context.
+        """
+        finished: list[Completion | None] = [None] * (len(prompts) * n)
+        for index, completion in self.iterate(
+            prompts, n, temperature, top_p, top_k, max_tokens, seed
+        ):
+            finished[index] = completion
+        return [completion for completion in finished if completion is not None]
+
+    def iterate(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_tokens: int = 256,
+        seed: int = 0,
+    ) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, but yields (place in generate's list, sample) as each one finishes."""
+        encoded = self._encode(prompts)
+        steps = self._steps(encoded, n, temperature, top_p, top_k, max_tokens, seed)
+        for _, finished in steps:
+            for sequence in finished:
+                tokens = sequence.tokens.tolist()
+                text = self._decode(tokens)
+                if isinstance(prompts[sequence.prompt][0], Mapping):
+                    text = text.strip()
+                yield (
+                    sequence.prompt * n + sequence.sample,
+                    Completion(
+                        prompt_index=sequence.prompt,
+                        prompt_tokens=encoded[sequence.prompt].tolist(),
+                        text=text,
+                        tokens=tokens,
+                        logprobs=sequence.logprobs.tolist(),
+                        finish_reason=sequence.finish_reason,
+                    ),
+                )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_tokens: int = 256,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """One sample of one prompt as pieces of text; a character is held back until complete."""
+        tokens: list[int] = []
+        shown = ""
+        for sampled, finished in self._steps(
+            self._encode([prompt]), 1, temperature, top_p, top_k, max_tokens, seed
+        ):
+            tokens += sampled.tolist()
+            text = self._decode(tokens)
+            if finished or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        config = self.model.config
+        encoded = []
+        for i, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise InputError(f"prompt {i}: empty")
+            if isinstance(prompt[0], Mapping):
+                try:
+                    prompt = chat.encode_prompt(self.tokenizer, cast(chat.Messages, prompt))
+                except InputError as error:
+                    raise InputError(f"prompt {i}: {error}") from None
+            tokens = np.asarray(prompt, dtype=np.int32)
+            if len(tokens) >= config.context:
+                raise InputError(
+                    f"prompt {i}: {len(tokens)} tokens leave no room in the context of "
+                    f"{config.context}"
+                )
+            if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+                raise InputError(f"prompt {i}: token id outside 0..{config.vocab_size - 1}")
+            encoded.append(tokens)
+        return encoded
+
+    def _decode(self, tokens: list[int]) -> str:
+        if tokens and tokens[-1] == self.tokenizer.eos:
+            tokens = tokens[:-1]
+        return self.tokenizer.decode(tokens)
+
+    @torch.inference_mode()
+    def _steps(
+        self,
+        prompts: list[np.ndarray],
+        n: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        max_tokens: int,
+        seed: int,
+    ) -> Iterator[tuple[np.ndarray, list[scheduler.Sequence]]]:
+        """Yields each forward pass's sampled tokens and the sequences it finished."""
+        for name, value, valid, expected in (
+            ("n", n, n >= 1, "at least 1"),
+            ("temperature", temperature, temperature >= 0, "at least 0"),
+            ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+            ("top_k", top_k, top_k >= 0, "at least 0 (0: no limit)"),
+            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: expected {expected}, got {value}")
+        model, page_size = self.model, self.page_size
+        lengths = np.array([len(tokens) for tokens in prompts], np.int32)
+        limits = np.minimum(max_tokens, model.config.context - lengths)
+        longest = -(-int((lengths + limits).max(initial=0)) // page_size)
+        if self.max_cached_tokens is None:
+            pages = longest * (1 + min(self.max_sequences, len(prompts) * n))
+        else:
+            pages = self.max_cached_tokens // page_size
+            if pages < longest:
+                raise ValueError(
+                    f"max_cached_tokens: expected at least {longest * page_size} for the longest "
+                    f"prompt with max_tokens, got {self.max_cached_tokens}"
+                )
+        queue = scheduler.Scheduler(
+            prompts,
+            limits,
+            n,
+            seed,
+            self.tokenizer.eos,
+            pages=pages,
+            page_size=page_size,
+            max_sequences=self.max_sequences,
+        )
+        cache = KVCache(model.config.layers, pages, page_size)
+        training = model.training
+        model.eval()
+        try:
+            while queue.unfinished:
+                step = queue.step()
+                tokens, logprobs = self._forward(step, cache, temperature, top_p, top_k)
+                yield tokens, queue.record(step, tokens, logprobs)
+        finally:
+            model.train(training)
+
+    def _forward(
+        self, step: scheduler.Step, cache: KVCache, temperature: float, top_p: float, top_k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        device = self.model.output.device
+
+        def put(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        decoding = len(step.lengths)
+        prefilled = len(step.tokens) - decoding
+        chosen, logprobs = np.empty(0, np.int32), np.empty(0, np.float32)
+        if len(step.tokens):
+            # Each decoding token is a document of one token after the prompts.
+            documents = np.concatenate(
+                [step.cu_seqlens, prefilled + np.arange(1, decoding + 1, dtype=np.int32)]
+            )
+            cache.addresses = Addresses(
+                slots=put(step.slots),
+                prompt_cu_seqlens=put(step.cu_seqlens),
+                prompt_tokens=prefilled,
+                longest_prompt=int(np.diff(step.cu_seqlens).max(initial=0)),
+                block_table=put(step.block_table),
+                lengths=put(step.lengths),
+            )
+            hidden = self.model.hidden(
+                put(step.tokens).long(), put(step.positions), put(documents), cache=cache
+            )
+            if decoding:
+                logits = functional.linear(hidden[prefilled:], self.model.output).float()
+                uniform = put(uniforms(step.keys, step.counts))
+                sampled = choose(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
+                chosen, logprobs = (tensor.cpu().numpy() for tensor in sampled)
+        if step.copies.size:
+            cache.copy(*put(step.copies))
+        return chosen, logprobs

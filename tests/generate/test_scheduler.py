@@ -1,0 +1,133 @@
+"""Continuous batching on its own: a fake model that is a function of the cache's content.
+
+The cache here holds token ids, written through `slots`, copied through `copies` and read through
+`block_table`, so a page that is shared, moved or freed wrongly changes what a sequence generates.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama2rt.generate.kv_cache import PagePool
+from llama2rt.generate.sampling import stream_keys
+from llama2rt.generate.scheduler import Scheduler
+
+EOS = 2
+
+
+def _next_token(context, key):
+    value = 0
+    for token in (*context, int(key) % 1009):
+        value = (value * 31 + token + 1) % 10_007
+    return value % 17  # EOS now and then
+
+
+def _run(prompts, limits, n=1, *, pages, page_size=4, max_sequences=3, eos=EOS):
+    scheduler = Scheduler(
+        prompts, limits, n, 0, eos, pages=pages, page_size=page_size, max_sequences=max_sequences
+    )
+    cache = np.full(pages * page_size, -1)
+    finished, statistics = {}, {"prefilled": 0, "steps": 0, "widest": 0}
+    while scheduler.unfinished:
+        step = scheduler.step()
+        decoding = len(step.lengths)
+        assert decoding <= max_sequences
+        assert len(step.tokens) or step.copies.size or scheduler.rows.size  # no idle step
+        assert len(np.unique(step.slots)) == len(step.slots) == len(step.tokens)
+        cache[step.slots] = step.tokens
+        sampled = np.empty(decoding, np.int32)
+        for i, (table, length) in enumerate(zip(step.block_table, step.lengths, strict=True)):
+            context = cache.reshape(-1, page_size)[table].ravel()[:length]
+            assert step.positions[len(step.tokens) - decoding + i] == length - 1
+            sampled[i] = _next_token(context.tolist(), step.keys[i])
+        blocks = cache.reshape(-1, page_size)
+        blocks[step.copies[1]] = blocks[step.copies[0]]
+        for sequence in scheduler.record(step, sampled, -sampled.astype(np.float32)):
+            finished[sequence.prompt, sequence.sample] = sequence
+        statistics["prefilled"] += int(step.cu_seqlens[-1])
+        statistics["steps"] += 1
+        statistics["widest"] = max(statistics["widest"], decoding)
+    assert scheduler.pool.free == pages, "pages leaked"
+    assert sorted(finished) == [(p, s) for p in range(len(prompts)) for s in range(n)]
+    return finished, statistics
+
+
+def _alone(prompt, limit, key):
+    context, tokens = prompt.tolist(), []
+    while len(tokens) < limit and (not tokens or tokens[-1] != EOS):
+        tokens.append(_next_token(context + tokens, key))
+    return tokens
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 19), min_size=1, max_size=6),
+    n=st.integers(1, 5),
+    max_tokens=st.integers(1, 20),
+    page_size=st.integers(1, 5),
+    max_sequences=st.integers(1, 7),
+    spare=st.integers(0, 12),
+    data=st.data(),
+)
+def test_every_sample_as_if_alone(lengths, n, max_tokens, page_size, max_sequences, spare, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    prompts = [rng.integers(3, 17, size).astype(np.int32) for size in lengths]
+    limits = rng.integers(1, max_tokens + 1, len(lengths)).astype(np.int32)
+    # From the least memory that is legal upwards: preemption, dropped prompts, delayed admission.
+    longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+    pages = -(-int(longest) // page_size) + spare
+    finished, _ = _run(
+        prompts, limits, n, pages=pages, page_size=page_size, max_sequences=max_sequences
+    )
+    for (p, s), sequence in finished.items():
+        key = stream_keys(0, np.array([p]), np.array([s]))[0]
+        tokens = _alone(prompts[p], limits[p], key)
+        assert sequence.tokens.tolist() == tokens
+        assert sequence.logprobs.tolist() == [-t for t in tokens]
+        assert sequence.finish_reason == ("stop" if tokens[-1] == EOS else "length")
+
+
+def test_samples_share_their_prompt():
+    prompts = [np.arange(3, 3 + size, dtype=np.int32) for size in (14, 9)]
+    limits = np.array([5, 5], np.int32)
+    _, statistics = _run(prompts, limits, 8, pages=200, max_sequences=16)
+    assert statistics["prefilled"] == 13 + 8  # each prompt once, up to its last token
+    assert statistics["widest"] == 16
+    _, statistics = _run(prompts, limits, 8, pages=200, max_sequences=3)
+    assert statistics["prefilled"] == 13 + 8  # also when its samples enter one by one
+
+
+def test_memory_is_shared_too():
+    prompt = [np.arange(3, 16, dtype=np.int32) % 13 + 3]  # 12 cached: three full pages of 4
+    _, statistics = _run(prompt, np.array([4], np.int32), 4, pages=3 + 4, max_sequences=4)
+    assert statistics["widest"] == 4
+
+
+def test_preempted_sequences_are_recomputed():
+    prompts = [np.full(5, 3 + i, np.int32) for i in range(4)]
+    limits = np.full(4, 30, np.int32)
+    _, roomy = _run(prompts, limits, pages=100, max_sequences=4, eos=-1)
+    _, tight = _run(prompts, limits, pages=12, max_sequences=4, eos=-1)
+    assert roomy["prefilled"] == 16
+    assert tight["prefilled"] > 16
+    assert tight["widest"] > 1
+
+
+def test_finished_sequences_leave_at_once():
+    prompts = [np.array([5], np.int32)] * 6
+    limits = np.array([1, 9, 1, 1, 1, 1], np.int32)
+    _, statistics = _run(prompts, limits, pages=40, max_sequences=2)
+    assert statistics["steps"] <= 11  # the long one's nine and the entering steps, not 6 in turn
+
+
+def test_pages_are_counted():
+    pool = PagePool(4)
+    a = pool.take(3)
+    pool.share(a[:2])
+    pool.release(a)
+    assert pool.free == 2
+    pool.release(a[:2])
+    assert pool.free == 4
+    with pytest.raises(AssertionError, match="5 pages taken, 4 free"):
+        pool.take(5)
