@@ -1,0 +1,1 @@
+"""Records, files of them, token streams, packed batches and resumable loaders."""

@@ -1,0 +1,241 @@
+"""Deterministic loaders that resume at any step, to the bit, across epoch boundaries too.
+
+A loader's whole state is (epoch, position in the epoch); the order of an epoch is a permutation
+drawn from (seed, epoch) alone and is computed again on resume, never stored. Every epoch hands out
+every example once: the last step of an epoch may be smaller, and nothing is carried into the next.
+``next()`` returns the micro-batches of one optimizer step. No worker processes: packing a step
+takes microseconds next to the step itself.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from llama2rt.data.packing import (
+    Batch,
+    Example,
+    PairBatch,
+    groups,
+    micro_batches,
+    pack_pairs,
+    too_long,
+)
+from llama2rt.data.tokens import TokenFile, pack_windows, shares
+from llama2rt.errors import InputError
+
+Step = TypeVar("Step")
+
+
+class _Loader(Generic[Step]):
+    """Order, epochs and resumption of ``size`` items, ``batch_size`` a step."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, epochs: int | None) -> None:
+        if size < 1:
+            raise InputError("the loader has no examples")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs: expected at least 1 or None, got {epochs}")
+        self._size, self._batch_size = size, batch_size
+        self._seed, self._epochs = seed, epochs
+        self._epoch, self._position = 0, 0
+        self._order: np.ndarray | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self._size // self._batch_size)
+
+    def _assemble(self, indices: np.ndarray) -> list[Step]:
+        """Micro-batches of the items ``indices``."""
+        raise NotImplementedError
+
+    def _start_epoch(self) -> np.ndarray:
+        return np.random.default_rng([self._seed, self._epoch]).permutation(self._size)
+
+    def next(self) -> list[Step]:
+        """Micro-batches of the next optimizer step; StopIteration after the last epoch."""
+        if self._order is not None and self._position >= len(self._order):
+            self._epoch, self._position, self._order = self._epoch + 1, 0, None
+        if self._epochs is not None and self._epoch >= self._epochs:
+            raise StopIteration
+        if self._order is None:
+            self._order = self._start_epoch()
+            if self._position >= len(self._order):  # resumed exactly at the end of an epoch
+                return self.next()
+        indices = self._order[self._position : self._position + self._batch_size]
+        self._position += len(indices)
+        return self._assemble(indices)
+
+    def __iter__(self) -> Iterator[list[Step]]:
+        return self
+
+    __next__ = next
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: where the next step begins, and what it depends on."""
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken. InputError when the data, seed or batch size are
+        not those of the saved run, because the sequence would silently differ."""
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise InputError(f"cannot resume: {key} was {state.get(key)}, is {value} now")
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = None
+
+    def _identity(self) -> dict[str, Any]:
+        return {"size": self._size, "batch_size": self._batch_size, "seed": self._seed}
+
+
+def _fingerprint(examples: Sequence[Example]) -> int:
+    """Changes when any token does, so that a run is not resumed on other data unnoticed."""
+    value = 0
+    for example in examples:
+        value = zlib.crc32(example.tokens.tobytes(), value + len(example.tokens))
+    return value
+
+
+def _require_fit(lengths: Sequence[int], micro_tokens: int) -> None:
+    """Fail when the loader is made, not hours later when the long example's turn comes."""
+    for index, length in enumerate(lengths):
+        if length > micro_tokens:
+            raise too_long(index, length, micro_tokens)
+
+
+class ExampleLoader(_Loader[Batch]):
+    """Steps of ``batch_size`` examples in micro-batches of at most ``micro_tokens`` tokens, for
+    ``epochs`` epochs (None: for ever). InputError where an example is longer than that."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        micro_tokens: int,
+        seed: int,
+        epochs: int | None = None,
+    ) -> None:
+        super().__init__(len(examples), batch_size, seed, epochs)
+        self._examples, self._micro_tokens = examples, micro_tokens
+        self._fingerprint = _fingerprint(examples)
+        _require_fit([len(example.tokens) for example in examples], micro_tokens)
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"content": self._fingerprint}
+
+    def _assemble(self, indices: np.ndarray) -> list[Batch]:
+        return micro_batches([self._examples[i] for i in indices], self._micro_tokens)
+
+
+class PairLoader(_Loader[PairBatch]):
+    """Steps of ``batch_size`` (chosen, rejected) pairs in micro-batches of at most ``micro_tokens``
+    tokens, both sides counted; each of ``extras`` holds one number a pair and travels with it."""
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Example, Example]],
+        extras: Mapping[str, ArrayLike] | None,
+        batch_size: int,
+        micro_tokens: int,
+        seed: int,
+        epochs: int | None = None,
+    ) -> None:
+        super().__init__(len(pairs), batch_size, seed, epochs)
+        self._pairs, self._micro_tokens = pairs, micro_tokens
+        self._extras = {name: np.asarray(value) for name, value in (extras or {}).items()}
+        for name, value in self._extras.items():
+            if len(value) != len(pairs):
+                raise ValueError(f"extras[{name!r}]: expected {len(pairs)} rows, got {len(value)}")
+        self._lengths = np.array([len(a.tokens) + len(b.tokens) for a, b in pairs])
+        self._fingerprint = _fingerprint([example for pair in pairs for example in pair])
+        _require_fit(self._lengths.tolist(), micro_tokens)
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"content": self._fingerprint}
+
+    def _assemble(self, indices: np.ndarray) -> list[PairBatch]:
+        result = []
+        for group in groups(self._lengths[indices].tolist(), self._micro_tokens):
+            chosen = indices[group.start : group.stop]
+            extras = {name: value[chosen] for name, value in self._extras.items()}
+            result.append(pack_pairs([self._pairs[i] for i in chosen], extras))
+        return result
+
+
+class TokenLoader(_Loader[Batch]):
+    """Windows of ``context`` tokens over one or more token files, about ``batch_tokens`` tokens a
+    step (a whole number of windows) in micro-batches of at most ``micro_tokens``.
+
+    A file is read as a ring, cut into windows from a random place that differs each time through it,
+    and the windows come in random order; going through it once predicts every token once. Documents
+    inside a window begin at BOS and do not see each other; a window that begins inside a document
+    starts at position 0 there, and nothing predicts a BOS.
+
+    ``weights`` (one a file, any scale; section 2.1 up-samples the most factual sources) sets the
+    shares of the windows handed out; without them every file is gone through once an epoch. With
+    them an epoch still hands out as many windows as the files hold, each file continuing where it
+    stood: an up-sampled one is gone through more often, never with replacement.
+    """
+
+    def __init__(
+        self,
+        files: TokenFile | Sequence[TokenFile],
+        context: int,
+        batch_tokens: int,
+        micro_tokens: int,
+        seed: int,
+        epochs: int | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        if context < 1 or batch_tokens < context or micro_tokens < context:
+            raise InputError(
+                f"batch_tokens {batch_tokens} and micro_tokens {micro_tokens} must both hold at "
+                f"least one window of context {context}"
+            )
+        self._files = [files] if isinstance(files, TokenFile) else list(files)
+        self._context, self._micro_windows = context, micro_tokens // context
+        self._windows = [-(-(len(file) - 1) // context) for file in self._files]
+        self._draws = shares(self._windows, weights)
+        super().__init__(sum(self._draws), batch_tokens // context, seed, epochs)
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {
+            "context": self._context,
+            "draws": self._draws,
+            "files": [file.digest for file in self._files],
+        }
+
+    def _start_epoch(self) -> np.ndarray:
+        """The epoch's windows in order, as rows (file, first token, length)."""
+        rows = []
+        for index, (file, windows, draws) in enumerate(
+            zip(self._files, self._windows, self._draws, strict=True)
+        ):
+            ring = len(file) - 1
+            drawn = np.arange(self._epoch * draws, (self._epoch + 1) * draws)
+            for turn in np.unique(drawn // windows):
+                generator = np.random.default_rng([self._seed, index, turn])
+                start = generator.integers(ring)
+                order = generator.permutation(windows)
+                begin = order[drawn[drawn // windows == turn] % windows] * self._context
+                length = np.minimum(self._context, ring - begin)
+                rows.append(
+                    np.stack([np.full_like(begin, index), (start + begin) % ring, length], axis=1)
+                )
+        table = np.concatenate(rows)
+        return table[np.random.default_rng([self._seed, self._epoch]).permutation(len(table))]
+
+    def _assemble(self, indices: np.ndarray) -> list[Batch]:
+        result = []
+        for at in range(0, len(indices), self._micro_windows):
+            windows = [
+                self._files[file].window(begin, length)
+                for file, begin, length in indices[at : at + self._micro_windows].tolist()
+            ]
+            result.append(pack_windows(windows))
+        return result

@@ -1,0 +1,154 @@
+"""Packed batches: documents end to end in one row of tokens, no padding anywhere.
+
+``Batch`` is what every training objective receives; ``PairBatch`` is the same with chosen and
+rejected documents side by side. Packing never splits and never truncates an example: one that does
+not fit is an error that says so, because a shortened answer would teach the model to stop short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from llama2rt.errors import InputError
+
+
+class Example(NamedTuple):
+    """One document: ``tokens`` int32 [n], and ``trainable`` bool [n], True where the model should
+    learn to predict that token."""
+
+    tokens: np.ndarray
+    trainable: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: ArrayLike, trainable: ArrayLike | None = None) -> Example:
+        """From lists, such as the two ``text.chat.encode_dialogue`` returns; everything is
+        trainable by default."""
+        array = np.asarray(tokens, dtype=np.int32)
+        if trainable is None:
+            return cls(array, np.ones(len(array), dtype=np.bool_))
+        mask = np.asarray(trainable, dtype=np.bool_)
+        if mask.shape != array.shape:
+            raise ValueError(f"trainable: expected shape {array.shape}, got {mask.shape}")
+        return cls(array, mask)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``tokens`` int64 [T], ``positions`` int32 [T] from 0 in each document, ``cu_seqlens`` int32
+    [B+1], ``targets`` int64 [T]: the next token of the same document where it is trainable, else -1.
+    ``weight`` is the number of targets >= 0, counted on the CPU so that no one waits for a device."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    targets: torch.Tensor
+    weight: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+    @property
+    def documents(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """``batch`` holds 2n documents: chosen 0, rejected 0, chosen 1, ... ``extras`` are [n] tensors,
+    one value a pair (margins, ratings, reference log-probabilities). ``weight`` is n."""
+
+    batch: Batch
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        return self.batch.documents // 2
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.extras.items()}
+        return PairBatch(self.batch.to(device), moved)
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """One batch of ``examples`` in their order; empty documents are legal, no documents are not."""
+    if not examples:
+        raise ValueError("examples: expected at least one")
+    tokens = np.concatenate([example.tokens for example in examples])
+    trainable = np.concatenate([example.trainable for example in examples])
+    lengths = np.fromiter((len(example.tokens) for example in examples), np.int64, len(examples))
+    targets = np.full(len(tokens), -1, dtype=np.int64)
+    targets[:-1] = np.where(trainable[1:], tokens[1:], -1)
+    targets[np.cumsum(lengths)[lengths > 0] - 1] = -1
+    return pack_arrays(tokens, targets, lengths)
+
+
+def pack_arrays(tokens: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> Batch:
+    """The batch of documents that lie end to end already: ``tokens`` and ``targets`` [T] and the
+    documents' ``lengths`` [B], which add up to T."""
+    cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    positions = np.arange(len(tokens), dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+    return Batch(
+        tokens=torch.from_numpy(tokens.astype(np.int64)),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        targets=torch.from_numpy(targets.astype(np.int64, copy=False)),
+        weight=int(np.count_nonzero(targets >= 0)),
+    )
+
+
+def pack_pairs(
+    pairs: Sequence[tuple[Example, Example]], extras: Mapping[str, ArrayLike] | None = None
+) -> PairBatch:
+    """One batch of (chosen, rejected) ``pairs``; each of ``extras`` holds one number a pair and
+    becomes a tensor (floating point as fp32)."""
+    values: dict[str, torch.Tensor] = {}
+    for name, value in (extras or {}).items():
+        tensor = torch.as_tensor(np.asarray(value))
+        if tensor.shape[:1] != (len(pairs),):
+            raise ValueError(f"extras[{name!r}]: expected {len(pairs)} rows, got {tensor.shape}")
+        values[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return PairBatch(pack([example for pair in pairs for example in pair]), values)
+
+
+def groups(lengths: Sequence[int], max_tokens: int) -> list[range]:
+    """Consecutive runs of indices whose ``lengths`` add up to at most ``max_tokens`` each: greedy,
+    order kept. InputError where a single one is longer."""
+    result: list[range] = []
+    begin = total = 0
+    for index, length in enumerate(lengths):
+        if length > max_tokens:
+            raise too_long(index, length, max_tokens)
+        if total + length > max_tokens:
+            result.append(range(begin, index))
+            begin, total = index, 0
+        total += length
+    if len(lengths) > begin:
+        result.append(range(begin, len(lengths)))
+    return result
+
+
+def too_long(index: int, length: int, max_tokens: int) -> InputError:
+    return InputError(
+        f"example {index} has {length} tokens, more than a micro-batch of {max_tokens}: "
+        "raise micro_tokens or leave the example out"
+    )
+
+
+def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
+    """``examples`` packed in order into batches of at most ``max_tokens`` tokens; none is split.
+    InputError for an example that is longer than that."""
+    lengths = [len(example.tokens) for example in examples]
+    return [pack([examples[i] for i in group]) for group in groups(lengths, max_tokens)]

@@ -1,0 +1,219 @@
+"""The five records that files hold and stages pass to each other, and what makes one valid.
+
+``from_json`` is strict about meaning (roles in turn, ratings by name, finite numbers, nothing blank)
+and its messages name the key, so that a reader only adds FILE:LINE. Constructors do not check:
+records made by the library itself are right by construction, and go through ``from_json`` when they
+are read back. Keys that a record does not have are ignored, because users' files carry more than we
+need, unless one looks like a misspelt key of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+from llama2rt.errors import InputError
+from llama2rt.text.chat import check_messages
+
+Messages = list[dict[str, str]]
+
+# Best first (section 3.2.1); "negligibly_better" is the paper's "negligibly better / unsure".
+RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
+SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
+KINDS = ("helpfulness", "safety")
+
+
+class _Record:
+    optional: ClassVar[frozenset[str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able object that ``from_json`` reads back; None and empty fields are left out."""
+        return {
+            key: value
+            for key, value in asdict(self).items()  # type: ignore[call-overload]
+            if key not in self.optional or value not in (None, "", {})
+        }
+
+    @classmethod
+    def from_json(cls, obj: Any) -> Self:
+        """InputError naming the key, what was found and what is expected."""
+        if not isinstance(obj, Mapping):
+            raise InputError(f"expected a JSON object, got {_name(obj)}")
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in obj:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+                if close and close[0] not in obj:
+                    raise InputError(f"unknown key {key!r}: did you mean {close[0]!r}?")
+        for key in known:
+            if key not in cls.optional and key not in obj:
+                raise InputError(f"missing key {key!r}")
+        present = {
+            k: obj[k] for k in known if k in obj and not (k in cls.optional and obj[k] is None)
+        }
+        record = cls(**present)
+        record._check()
+        return record
+
+    def _check(self) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Document(_Record):
+    """A text to pretrain on."""
+
+    text: str
+    source: str = ""
+    optional: ClassVar[frozenset[str]] = frozenset({"source"})
+
+    def _check(self) -> None:
+        _check_text("text", self.text)
+        _check_text("source", self.source, blank=True)
+
+
+@dataclass(frozen=True)
+class Dialogue(_Record):
+    """A finished conversation: the last message is the assistant's."""
+
+    messages: Messages
+    source: str = ""
+    optional: ClassVar[frozenset[str]] = frozenset({"source"})
+
+    def _check(self) -> None:
+        _check_messages("messages", self.messages, "assistant")
+        _check_text("source", self.source, blank=True)
+
+
+@dataclass(frozen=True)
+class Prompt(_Record):
+    """A conversation to be answered. ``kind`` decides which reward model rules in RLHF."""
+
+    id: str
+    messages: Messages
+    kind: str = "helpfulness"
+    optional: ClassVar[frozenset[str]] = frozenset({"kind"})
+
+    def _check(self) -> None:
+        _check_text("id", self.id)
+        _check_messages("messages", self.messages, "user")
+        _check_choice("kind", self.kind, KINDS)
+
+
+@dataclass(frozen=True)
+class Comparison(_Record):
+    """Two answers to one prompt, one of them preferred (section 3.2.1)."""
+
+    prompt: Messages
+    chosen: str
+    rejected: str
+    rating: str | None = None
+    safety: str | None = None
+    kind: str = "helpfulness"
+    source: str = ""
+    optional: ClassVar[frozenset[str]] = frozenset({"rating", "safety", "kind", "source"})
+
+    def _check(self) -> None:
+        _check_messages("prompt", self.prompt, "user")
+        _check_text("chosen", self.chosen)
+        _check_text("rejected", self.rejected)
+        if self.chosen.strip() == self.rejected.strip():
+            raise InputError("chosen and rejected are equal")
+        if self.rating is not None:
+            _check_choice("rating", self.rating, RATINGS)
+        if self.safety is not None:
+            _check_choice("safety", self.safety, SAFETY)
+        _check_choice("kind", self.kind, KINDS)
+        _check_text("source", self.source, blank=True)
+
+
+@dataclass(frozen=True)
+class Sample(_Record):
+    """What a policy answered. The response may be empty: the policy said only EOS."""
+
+    prompt_id: str
+    messages: Messages
+    response: str
+    scores: dict[str, float] = field(default_factory=dict)
+    reward: float | None = None
+    policy: str = ""
+    temperature: float | None = None
+    seed: int | None = None
+    optional: ClassVar[frozenset[str]] = frozenset(
+        {"scores", "reward", "policy", "temperature", "seed"}
+    )
+
+    def _check(self) -> None:
+        _check_text("prompt_id", self.prompt_id)
+        _check_messages("messages", self.messages, "user")
+        _check_text("response", self.response, blank=True)
+        if not isinstance(self.scores, dict):
+            raise InputError(f"scores: expected an object of numbers, got {_name(self.scores)}")
+        for name, score in self.scores.items():
+            _check_number(f"scores.{name}", score)
+        if self.reward is not None:
+            _check_number("reward", self.reward)
+        _check_text("policy", self.policy, blank=True)
+        if self.temperature is not None:
+            _check_number("temperature", self.temperature)
+            if self.temperature < 0:
+                raise InputError(f"temperature: expected at least 0, got {self.temperature}")
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, int)
+        ):
+            raise InputError(f"seed: expected an integer, got {_name(self.seed)}")
+
+
+Record = Document | Dialogue | Prompt | Comparison | Sample
+RECORDS: dict[str, type[Record]] = {
+    "document": Document,
+    "dialogue": Dialogue,
+    "prompt": Prompt,
+    "comparison": Comparison,
+    "sample": Sample,
+}
+
+
+def _check_text(key: str, value: Any, blank: bool = False) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{key}: expected text, got {_name(value)}")
+    if "\0" in value:
+        raise InputError(f"{key}: holds a null character")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{key}: lone surrogate at character {error.start}") from None
+    if not blank and not value.strip():
+        raise InputError(f"{key} is blank")
+
+
+def _check_messages(key: str, value: Any, last: str) -> None:
+    if not isinstance(value, list):
+        raise InputError(f"{key}: expected a list of messages, got {_name(value)}")
+    try:
+        check_messages(value, last=last)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    for index, message in enumerate(value):
+        _check_text(f"{key}: message {index + 1} content", message["content"])
+
+
+def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{key}: expected a number, got {_name(value)}")
+    if not math.isfinite(value):
+        raise InputError(f"{key}: expected a finite number, got {value}")
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{key}: expected one of {', '.join(choices)}; got {value!r}")
+
+
+def _name(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", str: "text", list: "a list"}
+    names |= {dict: "an object", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

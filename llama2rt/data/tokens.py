@@ -1,0 +1,176 @@
+"""A tokenised corpus on disk: one memory-mapped stream of ids, each document BOS text EOS.
+
+One file: a fixed-size JSON header, then the ids as uint16 (uint32 above 65,536 pieces). The header
+says which tokenizer made it, so that a stream is never read with another one, how many bytes of text
+it holds, so that a loss can be given in bits per byte, and the ids' hash. Nothing of the corpus is
+held in memory. Sharding over files and over machines is the caller's: the loader takes several files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from llama2rt.data.packing import Batch, pack_arrays
+from llama2rt.data.records import Document
+from llama2rt.errors import InputError
+from llama2rt.text.tokenizer import Tokenizer
+
+HEADER_BYTES = 1024
+_FORMAT = "llama2rt-tokens-1"
+_DOCUMENTS_AT_ONCE = 256  # bounds memory; enough for the tokenizer's threads
+
+
+class TokenFile:
+    """A token file opened for reading: ``len()`` is the number of ids; ``documents``,
+    ``text_bytes`` (UTF-8, before tokenising), ``tokenizer`` (its digest), ``digest`` (of the ids),
+    ``bos``. InputError when the file is not one or is damaged."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                header = json.loads(file.read(HEADER_BYTES))
+            if header["format"] != _FORMAT:
+                raise ValueError(header["format"])
+            self.documents, self.text_bytes = int(header["documents"]), int(header["text_bytes"])
+            self.tokenizer, self.digest = str(header["tokenizer"]), str(header["digest"])
+            self.bos, length = int(header["bos"]), int(header["tokens"])
+            dtype = np.dtype(header["dtype"])
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be opened ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.path}: not a token file of this version") from None
+        expected = HEADER_BYTES + length * dtype.itemsize
+        if self.path.stat().st_size != expected:
+            raise InputError(
+                f"{self.path}: damaged: {self.path.stat().st_size} bytes, expected {expected}"
+            )
+        self._ids = np.memmap(self.path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=length)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def ids(self) -> np.ndarray:
+        """All ids, memory-mapped."""
+        return self._ids
+
+    def require(self, tokenizer: Tokenizer) -> None:
+        """InputError unless ``tokenizer`` made this file."""
+        if tokenizer.digest != self.tokenizer:
+            raise InputError(f"{self.path}: was made with another tokenizer; build it again")
+
+    def window(self, begin: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``length`` ids from ``begin`` on, the stream read as a ring that leaves out the last id
+        (which has no successor): (tokens, targets, lengths of the documents in it). Targets are
+        the successors, -1 where that is a BOS."""
+        ring = len(self._ids) - 1
+        index = np.arange(begin, begin + length) % ring
+        tokens, targets = self._ids[index], self._ids[index + 1].astype(np.int64)
+        targets[targets == self.bos] = -1
+        starts = np.flatnonzero(tokens == self.bos)
+        edges = np.unique(np.concatenate([[0], starts, [length]]))
+        return tokens, targets, np.diff(edges)
+
+    def batches(self, context: int, micro_tokens: int) -> Iterator[Batch]:
+        """The whole stream once, in order, in windows of ``context``: for a held-out loss."""
+        size = len(self._ids) - 1
+        step = max(micro_tokens // context, 1) * context
+        for at in range(0, size, step):
+            begins = range(at, min(at + step, size), context)
+            yield pack_windows([self.window(b, min(context, size - b)) for b in begins])
+
+
+def pack_windows(windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
+    """One batch of what ``TokenFile.window`` returned."""
+    tokens, targets, lengths = (np.concatenate(parts) for parts in zip(*windows, strict=True))
+    return pack_arrays(tokens, targets, lengths)
+
+
+def build(documents: Iterable[Document | str], tokenizer: Tokenizer, path: str | Path) -> TokenFile:
+    """Tokenise ``documents`` into the file ``path``, which appears only when it is complete.
+    InputError when there is no document."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    texts = (text if isinstance(text, str) else text.text for text in documents)
+    count = tokens = text_bytes = 0
+    digest = hashlib.sha256()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(b" " * HEADER_BYTES)
+            while batch := list(islice(texts, _DOCUMENTS_AT_ONCE)):
+                for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                    data = np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=dtype).tobytes()
+                    file.write(data)
+                    digest.update(data)
+                    count, tokens = count + 1, tokens + len(ids) + 2
+                    text_bytes += len(text.encode())
+            if not count:
+                raise InputError(f"{path}: no documents to tokenise")
+            header = {
+                "format": _FORMAT,
+                "dtype": dtype.str,
+                "tokens": tokens,
+                "documents": count,
+                "text_bytes": text_bytes,
+                "bos": tokenizer.bos,
+                "tokenizer": tokenizer.digest,
+                "digest": digest.hexdigest(),
+            }
+            file.seek(0)
+            file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return TokenFile(path)
+
+
+def split(
+    documents: Iterable[Document | str], held_out: float
+) -> tuple[list[Document], list[Document]]:
+    """The documents without their last ``held_out`` fraction (of UTF-8 bytes), and that rest. The
+    document on the border is cut after the line that crosses it. InputError where either part would
+    be empty."""
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must lie between 0 and 1, got {held_out}")
+    whole = [d if isinstance(d, Document) else Document(d) for d in documents]
+    left = round(sum(len(d.text.encode()) for d in whole) * (1 - held_out))
+    first: list[Document] = []
+    last: list[Document] = []
+    for document in whole:
+        data = document.text.encode()
+        newline = data.find(b"\n", max(left - 1, 0))
+        cut = 0 if left <= 0 else len(data) if newline < 0 else newline + 1
+        left -= len(data)
+        for part, text in ((first, data[:cut]), (last, data[cut:])):
+            if text.strip():
+                part.append(Document(text.decode(), document.source))
+    if not first or not last:
+        raise InputError(f"too little text to hold out a fraction of {held_out}")
+    return first, last
+
+
+def shares(sizes: Sequence[int], weights: Sequence[float] | None) -> list[int]:
+    """``sum(sizes)`` divided in proportion to ``weights`` (largest remainders), or ``sizes``
+    themselves without weights."""
+    if weights is None:
+        return list(sizes)
+    if len(weights) != len(sizes):
+        raise InputError(f"{len(weights)} mixture weights for {len(sizes)} files")
+    if any(not 0 < weight < float("inf") for weight in weights):
+        raise InputError(f"mixture weights must be positive numbers, got {list(weights)}")
+    exact = np.array(weights) / sum(weights) * sum(sizes)
+    whole = np.floor(exact).astype(int)
+    for index in np.argsort(whole - exact, kind="stable")[: sum(sizes) - whole.sum()]:
+        whole[index] += 1
+    return whole.tolist()

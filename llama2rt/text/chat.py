@@ -1,0 +1,109 @@
+"""The Llama-2-Chat format, and which of its tokens a model should learn.
+
+Each finished pair of turns is ``BOS [INST] user [/INST] answer EOS`` and is tokenised on its own, in
+one piece: the boundary between prompt and answer is read off the pieces' offsets, because a prompt
+tokenised alone need not be how the tokenizer sees it in context. There is no default system prompt.
+Formula: Meta's reference ``chat_completion`` (Llama 2 repository, generation.py), as its model card
+describes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from llama2rt.errors import InputError
+from llama2rt.text.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, str]]
+
+TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+def check_messages(messages: Messages, *, last: str) -> None:
+    """InputError unless ``messages`` are an optional system message, then user and assistant in
+    turns, ending with role ``last`` ("user" to be answered, "assistant" when finished), none blank
+    (a finished dialogue's last answer included) and none holding a format tag, with which a user
+    could speak as somebody else."""
+    if not messages:
+        raise InputError("no messages")
+    for index, message in enumerate(messages):
+        where = f"message {index + 1}"
+        if not isinstance(message, Mapping):
+            raise InputError(f"{where}: expected an object with role and content")
+        if set(message) != {"role", "content"}:
+            keys = ", ".join(sorted(map(str, message))) or "none"
+            raise InputError(f"{where}: expected the keys role and content, got {keys}")
+        role, content = message["role"], message["content"]
+        if role not in ("system", "user", "assistant"):
+            raise InputError(f"{where}: role {role!r} is not system, user or assistant")
+        if not isinstance(content, str):
+            raise InputError(f"{where}: content must be text, got {type(content).__name__}")
+        if role == "system":
+            if index:
+                raise InputError(f"{where}: a system message may only come first")
+        else:
+            turn = index - (messages[0]["role"] == "system")
+            expected = "assistant" if turn % 2 else "user"
+            if role != expected:
+                raise InputError(f"{where}: expected role {expected}, got {role}")
+        if not content.strip():
+            raise InputError(f"{where}: {role} content is blank")
+        for tag in TAGS:
+            if tag in content:
+                raise InputError(f"{where}: {role} content holds the format tag {tag}")
+    if messages[-1]["role"] != last:
+        raise InputError(
+            f"the last message must be from the {last}, not the {messages[-1]['role']}"
+        )
+
+
+def encode_dialogue(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
+    """Tokens of a finished dialogue, and for each whether the model should learn to predict it:
+    True on the assistants' tokens and the EOS that ends them (section 3.1: the loss on prompt
+    tokens is zeroed). InputError as ``check_messages``."""
+    check_messages(messages, last="assistant")
+    return _encode_pairs(tokenizer, _turns(messages))
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Tokens of a dialogue whose last message, the user's, is to be answered: open after [/INST].
+    Always a prefix of ``encode_response``'s tokens. InputError as ``check_messages``."""
+    check_messages(messages, last="user")
+    turns = _turns(messages)
+    tokens, _ = _encode_pairs(tokenizer, turns[:-1])
+    return tokens + tokenizer.encode(_instruction(turns[-1]), bos=True)
+
+
+def encode_response(
+    tokenizer: Tokenizer, messages: Messages, response: str
+) -> tuple[list[int], list[bool]]:
+    """``encode_dialogue`` of the prompt ``messages`` answered by ``response``, where the response
+    may be anything a model said: blank, or holding tags. Only the messages are checked."""
+    check_messages(messages, last="user")
+    return _encode_pairs(tokenizer, [*_turns(messages), response])
+
+
+def _turns(messages: Messages) -> list[str]:
+    """User, assistant, user, ...; the system text folded into the first user turn."""
+    turns = [message["content"] for message in messages]
+    if messages[0]["role"] == "system":
+        system, *turns = turns
+        if not turns:
+            raise InputError("a system message alone cannot be answered")
+        turns[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0]}"
+    return turns
+
+
+def _instruction(user: str) -> str:
+    return f"[INST] {user.strip()} [/INST]"
+
+
+def _encode_pairs(tokenizer: Tokenizer, turns: Sequence[str]) -> tuple[list[int], list[bool]]:
+    tokens: list[int] = []
+    trainable: list[bool] = []
+    for user, answer in zip(turns[::2], turns[1::2], strict=True):
+        instruction = _instruction(user)
+        ids, begins = tokenizer.encode_with_offsets(f"{instruction} {answer.strip()} ")
+        tokens += [tokenizer.bos, *ids, tokenizer.eos]
+        trainable += [False, *(begin >= len(instruction) for begin in begins), True]
+    return tokens, trainable

@@ -1,0 +1,55 @@
+"""What every test shares: real inputs where they are present, one seed, few threads."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+# Before torch or numpy start their thread pools.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def _shared_data_folder() -> Path:
+    """LLAMA2RT_TEST_DATA, or the folder that lies beside a checkout where real inputs are kept."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    return Path(os.environ.get("LLAMA2RT_TEST_DATA", default))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """``shared_data(name)``: the path of a real input, or a skip that says what is missing."""
+
+    def path(name: str) -> Path:
+        found = _shared_data_folder() / name
+        if not found.is_file():
+            pytest.skip(f"real input {found} is absent (set LLAMA2RT_TEST_DATA to its folder)")
+        return found
+
+    return path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seed = os.environ.get("SEED", "0")
+    config.llama2rt_seed = random.randrange(2**31) if seed == "random" else int(seed)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"SEED={config.llama2rt_seed} (SEED=random draws another one)"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    return request.config.llama2rt_seed
+
+
+@pytest.fixture(autouse=True)
+def _same_start(request: pytest.FixtureRequest) -> None:
+    """Each test starts from the same seeds, whichever ran before it."""
+    import numpy
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    random.seed(request.config.llama2rt_seed)
+    numpy.random.seed(request.config.llama2rt_seed)
+    torch.manual_seed(request.config.llama2rt_seed)
