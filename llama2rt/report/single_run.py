@@ -1,0 +1,133 @@
+"""The report of one run directory: every stage's run gets a page, whatever the stage.
+
+It draws what metrics.jsonl holds and lists what manifest.json says; a stage with figures of its
+own passes them as further sections. A run that was killed, or has logged nothing yet, still gets
+its page.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama2rt.errors import InputError
+from llama2rt.report import html, training
+from llama2rt.report.files import write_json
+
+
+def of_run(
+    directory: str | Path,
+    *,
+    title: str | None = None,
+    sections: Sequence[html.Section] = (),
+    numbers: Mapping[str, object] | None = None,
+) -> Path:
+    """Write report.html and report.json into a run directory; return the path of the page.
+
+    sections: put before the training curves; numbers: added to report.json. InputError where the
+    folder holds neither a manifest nor metrics.
+    """
+    directory = Path(directory)
+    manifest, metrics = read_manifest(directory), read_metrics(directory / "metrics.jsonl")
+    if not manifest and not metrics:
+        raise InputError(f"{directory}: no run directory (neither manifest.json nor metrics.jsonl)")
+    title = title or f"Run: {directory.resolve().name}"
+    write_json(
+        directory / "report.json",
+        {
+            "title": title,
+            "complete": bool(manifest.get("complete", False)),
+            "summary": manifest.get("summary", {}),
+            "steps": int(metrics[-1]["step"]) if metrics else 0,
+            "last": metrics[-1] if metrics else {},
+            **(numbers or {}),
+        },
+    )
+    return html.write(
+        directory / "report.html",
+        title,
+        [*sections, *training_sections(metrics), html.Section("This run", facts(directory))],
+        subtitle=_status(manifest, metrics),
+    )
+
+
+def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section]:
+    """The sections metrics call for: training curves, and PPO's or DPO's own figure."""
+    keys = {key for row in metrics for key in row}
+    blocks: list[html.Block] = [training.curves(metrics)]
+    if {"kl", "reward"} <= keys:
+        blocks.append(training.kl_against_reward(metrics))
+    if keys & {"chosen_reward", "rejected_reward"}:
+        blocks.append(training.margins(metrics))
+    return [html.Section("Training", blocks)]
+
+
+def facts(directory: str | Path) -> list[html.Block]:
+    """What a run was made of: summary, versions, seed, input hashes, and the recipe folded away."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    listed: dict[str, object] = {"directory": str(directory)}
+    for key in ("started", "finished", "seed"):
+        if manifest.get(key) is not None:
+            listed[key] = manifest[key]
+    for group in ("summary", "versions", "inputs", "parents"):
+        listed |= _flat(manifest.get(group, {}), group)
+    blocks: list[html.Block] = [html.Facts(listed)]
+    recipe = directory / "recipe.toml"
+    if recipe.exists():
+        blocks.append(html.Text("The resolved recipe", recipe.read_text(encoding="utf-8")))
+    return blocks
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """manifest.json of a run directory, empty where there is none; InputError if damaged."""
+    path = Path(directory) / "manifest.json"
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: expected an object, got {type(manifest).__name__}")
+    return manifest
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl in the order of their steps, empty where there is no file.
+
+    A last line cut short by a kill is left out; InputError names any other damaged line. Where a
+    resumed run has logged a step again, the later row wins.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows[int(row["step"])] = row
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number}: not a row of metrics ({error!r})") from error
+    return [rows[step] for step in sorted(rows)]
+
+
+def _status(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    state = "Complete" if manifest.get("complete") else "Not complete"
+    return f"{state}, {metrics[-1]['step']} steps logged." if metrics else f"{state}."
+
+
+def _flat(value: object, prefix: str) -> dict[str, object]:
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    flat: dict[str, object] = {}
+    for key, item in pairs:
+        flat |= _flat(item, f"{prefix}.{key}")
+    return flat
