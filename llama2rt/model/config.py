@@ -1,7 +1,4 @@
-"""The shape of a model, the published presets, and how many parameters a shape has.
-
-Plain numbers only: importable without torch, so that cluster models and the command line stay light.
-"""
+"""The shape of a model, the published presets, and how many parameters a shape has."""
 
 import dataclasses
 from dataclasses import dataclass

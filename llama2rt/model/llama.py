@@ -1,7 +1,7 @@
-"""The transformer of Llama 2 (section 2.2) on packed documents: no padding, no masks, no batch axis.
+"""The transformer of Llama 2 (section 2.2) on packed documents: no padding, masks or batch axis.
 
-Knows nothing of parallelism, precision policy, optimisers or checkpoint formats. Head counts are read
-from tensor shapes, so a layer sharded over heads just works. Dropout does not exist in LLaMA.
+Knows nothing of parallelism, precision policy, optimisers or checkpoint formats. Head counts are
+read from tensor shapes, so a layer sharded over heads just works. LLaMA has no dropout.
 """
 
 import math
@@ -79,7 +79,8 @@ class Llama(nn.Module):
     """A LLaMA-2-family language model over packed tokens.
 
     A batch is tokens [T] int64, positions [T] (each document's own, from 0) and cu_seqlens [B+1]
-    int32, the documents' offsets. `initialize` or a checkpoint fills the weights. `torch.compile(fullgraph=True)` takes `hidden`.
+    int32, the documents' offsets. `initialize` or a checkpoint fills the weights.
+    `torch.compile(fullgraph=True)` takes `hidden`, and `forward`.
     """
 
     def __init__(

@@ -1,0 +1,44 @@
+"""`llama2rt convert SRC DST --to hf|meta|native`: one model folder into another format."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from llama2rt.checkpoint import hf, meta, native
+from llama2rt.checkpoint.load import load
+from llama2rt.errors import InputError
+from llama2rt.model import ScalarModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: Literal["hf", "meta", "native"],
+    *,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    shards: int = 1,
+) -> None:
+    """Read the model folder `source` and write it as `destination`, tokenizer included.
+
+    dtype None keeps the stored one. shards: model-parallel ranks of a Meta folder. InputError when
+    the source cannot be read, the destination already holds something, or the target format cannot
+    express the model.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise InputError(f"{destination}: already exists and is not empty")
+    if shards != 1 and to != "meta":
+        raise InputError("shards: only a Meta folder is split into ranks")
+    model, tokenizer = load(source, dtype=DTYPES[dtype] if dtype else None)
+    if to == "meta":
+        if isinstance(model, ScalarModel):
+            raise InputError(f"{source}: a model with a scalar head has no Meta format; use hf")
+        try:
+            meta.save(model, tokenizer, destination, shards=shards)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    else:
+        (hf if to == "hf" else native).save(model, tokenizer, destination)

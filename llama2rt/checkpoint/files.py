@@ -1,0 +1,178 @@
+"""Model folders on disk: written whole or not at all, read tensor by tensor with errors that name.
+
+Weights are safetensors in Hugging Face's layout (one `model.safetensors`, or shards and an index),
+for this project's own folders too, so that one reader and one writer serve both.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llama2rt.errors import InputError
+from llama2rt.model import Llama, ScalarModel
+
+SHARD_BYTES = 5 << 30  # Hugging Face's own default size
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends without an error.
+
+    A model folder already there is replaced by renames, so that a reader finds the old or the new
+    one; anything else there is an InputError, because it may not be ours to delete.
+    """
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise InputError(f"{folder}: exists and is not a model folder; choose another name")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    fresh = scratch / "new"
+    fresh.mkdir()
+    try:
+        yield fresh
+        for path in [*fresh.iterdir(), fresh]:
+            _sync(path)
+        if folder.exists():
+            folder.rename(scratch / "old")
+        fresh.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replaceable(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or "params.json" in names or {"config.json", SINGLE} <= names or INDEX in names
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; InputError naming the file (and line) otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors as one safetensors file, or as shards of at most `shard_bytes` and an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    where = {}
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        where.update(dict.fromkeys(shard, file))
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+        save_file(whole, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, name, tensor) of every tensor in a folder's safetensors, one at a time."""
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        files = {folder / SINGLE: None}
+    elif index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index}: weight_map: expected an object of tensor names to files")
+        files = {}
+        for name, file in weight_map.items():
+            files.setdefault(folder / str(file), set()).add(name)
+    else:
+        raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
+    for path, names in files.items():
+        if not path.is_file():
+            raise InputError(f"{path}: listed in {index.name} but missing")
+        try:
+            with safe_open(path, framework="pt") as file:
+                present = set(file.keys())
+                for name in sorted(names or present):
+                    if name not in present:
+                        raise InputError(f"{path}: {name}: listed in {index.name} but missing")
+                    yield path, name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged or not safetensors: {error}") from None
+
+
+def weights(model: Llama | ScalarModel) -> dict[str, nn.Parameter]:
+    """Parameters by name; a tied output once, under the embedding's name (as in transformers)."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if model.config.tied:
+        named.pop("output", None)
+    return named
+
+
+def fill(
+    model: Llama | ScalarModel,
+    tensors: Iterator[tuple[Path, str, Tensor]],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a model built on the meta device its weights; InputError for one missing, left over or
+    of the wrong shape. `tensors` are named as in the model; dtype None keeps the first one's."""
+    wanted = weights(model)
+    filled: dict[str, nn.Parameter] = {}
+    path = None
+    for path, name, tensor in tensors:
+        if name == "output" and model.config.tied:
+            continue
+        if name not in wanted:
+            raise InputError(f"{path}: {name}: not part of a model of this configuration")
+        if tensor.shape != wanted[name].shape:
+            raise InputError(
+                f"{path}: {name}: expected shape {list(wanted[name].shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+        if dtype is None:
+            dtype = tensor.dtype
+        # A copy: a mapped file that is truncated later must not take the process with it.
+        filled[name] = nn.Parameter(tensor.to(device, dtype, copy=True))
+    missing = sorted(wanted.keys() - filled.keys())
+    if missing:
+        raise InputError(f"{path}: {missing[0]}: missing ({len(missing)} tensors in all)")
+    for name, parameter in filled.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+    if isinstance(model, Llama) and model.config.tied:
+        model.output = model.embedding.weight

@@ -1,0 +1,202 @@
+"""Hugging Face folders: LlamaForCausalLM, and LlamaForSequenceClassification with one label.
+
+Reads safetensors with config.json in transformers 4's and 5's spellings, writes what both load.
+What this model cannot express (biases, scaled rotary embeddings, other activations) is refused by
+key rather than ignored, because ignoring it gives fluent nonsense.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama2rt.checkpoint import files
+from llama2rt.checkpoint.native import find_tokenizer, parse_config
+from llama2rt.checkpoint.tokenizer_json import write_tokenizer
+from llama2rt.errors import InputError
+from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.text.tokenizer import Tokenizer
+
+CAUSAL = "LlamaForCausalLM"
+SCALAR = "LlamaForSequenceClassification"
+
+_TOP = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output": "lm_head.weight",
+}
+_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_BLOCK_INVERSE = {theirs: ours for ours, theirs in _BLOCK.items()}
+
+
+def hf_name(name: str) -> str:
+    """transformers' name of one of our parameters."""
+    if name == "head.weight":
+        return "score.weight"
+    name = name.removeprefix("backbone.")
+    if name in _TOP:
+        return _TOP[name]
+    _, layer, module, leaf = name.split(".")
+    return f"model.layers.{layer}.{_BLOCK[module]}.{leaf}"
+
+
+def our_name(name: str, scalar: bool) -> str | None:
+    """Our name of one of transformers' parameters; None for one that carries no weight."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return None
+    if name == "score.weight":
+        return "head.weight"
+    prefix = "backbone." if scalar else ""
+    for ours, theirs in _TOP.items():
+        if name == theirs:
+            return prefix + ours
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and len(parts) >= 5:
+        module = _BLOCK_INVERSE.get(".".join(parts[3:-1]))
+        if module:
+            return f"{prefix}blocks.{parts[2]}.{module}.{parts[-1]}"
+    return name  # unknown: refused by `fill`, under the name it has in the file
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """LlamaConfig from a config.json; InputError naming the key that this model cannot honour."""
+    raw = files.read_json(path)
+    if raw.get("model_type") != "llama":
+        raise InputError(f"{path}: model_type: expected 'llama', got {raw.get('model_type')!r}")
+    for key, only in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("num_labels", 1),
+    ):
+        if raw.get(key, only) != only:
+            raise InputError(f"{path}: {key}: only {only!r} is supported, got {raw[key]!r}")
+    # transformers 4: rope_theta and rope_scaling; transformers 5: both inside rope_parameters.
+    rope = raw.get("rope_parameters") or {}
+    for key, value in (("rope_parameters", rope), ("rope_scaling", raw.get("rope_scaling") or {})):
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind != "default":
+            raise InputError(f"{path}: {key}: only unscaled rope is supported, got {kind!r}")
+    required = {}
+    for ours, theirs in (
+        ("dim", "hidden_size"),
+        ("layers", "num_hidden_layers"),
+        ("heads", "num_attention_heads"),
+        ("ffn_hidden", "intermediate_size"),
+        ("vocab_size", "vocab_size"),
+    ):
+        if theirs not in raw:
+            raise InputError(f"{path}: {theirs}: missing")
+        required[ours] = raw[theirs]
+    config = parse_config(
+        path,
+        {
+            **required,
+            "kv_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            "context": raw.get("max_position_embeddings", 2048),
+            "norm_eps": raw.get("rms_norm_eps", 1e-6),
+            "rope_theta": float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+            "tied": bool(raw.get("tie_word_embeddings", False)),
+        },
+    )
+    if (raw.get("head_dim") or config.head_dim) != config.head_dim:
+        raise InputError(
+            f"{path}: head_dim: expected hidden_size / num_attention_heads = {config.head_dim}, "
+            f"got {raw['head_dim']}"
+        )
+    return config
+
+
+def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """config.json for a model, in the spellings of transformers 4 and 5 at once."""
+    config, scalar = model.config, isinstance(model, ScalarModel)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    described: dict[str, Any] = {
+        "architectures": [SCALAR if scalar else CAUSAL],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_hidden,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if scalar:
+        described["id2label"], described["label2id"] = {"0": "score"}, {"score": 0}
+    if tokenizer is not None:
+        described["bos_token_id"], described["eos_token_id"] = tokenizer.bos, tokenizer.eos
+    return described
+
+
+def save(
+    model: Llama | ScalarModel,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    *,
+    shard_bytes: int = files.SHARD_BYTES,
+) -> None:
+    """Write a folder that AutoModelForCausalLM (a ScalarModel: AutoModelForSequenceClassification)
+    and AutoTokenizer load; atomic, a model folder already there is replaced."""
+    with files.new_folder(Path(folder)) as fresh:
+        files.write_json(fresh / "config.json", write_config(model, tokenizer))
+        weights = {hf_name(name): parameter for name, parameter in files.weights(model).items()}
+        files.write_tensors(fresh, weights, shard_bytes)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, fresh, model.config.context)
+            if isinstance(model, Llama):
+                ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+                files.write_json(fresh / "generation_config.json", ids)
+
+
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Llama | ScalarModel, Tokenizer | None]:
+    """Read a Hugging Face folder; a sequence classifier with one label becomes a ScalarModel.
+
+    dtype None keeps the dtype the weights are stored in. InputError names file and key.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    config = read_config(path)
+    architectures = files.read_json(path).get("architectures") or [CAUSAL]
+    if architectures[0] not in (CAUSAL, SCALAR):
+        raise InputError(
+            f"{path}: architectures: expected {CAUSAL} or {SCALAR}, got {architectures[0]!r}"
+        )
+    scalar = architectures[0] == SCALAR
+    with torch.device("meta"):
+        model = ScalarModel(config) if scalar else Llama(config)
+
+    def renamed() -> Iterator[tuple[Path, str, Tensor]]:
+        for file, name, tensor in files.read_tensors(folder):
+            ours = our_name(name, scalar)
+            if ours is not None:
+                yield file, ours, tensor
+
+    files.fill(model, renamed(), device, dtype)
+    return model, find_tokenizer(folder)

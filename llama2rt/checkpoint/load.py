@@ -1,0 +1,32 @@
+"""`llama2rt.load`: any model folder, whoever wrote it."""
+
+from pathlib import Path
+
+import torch
+
+from llama2rt.checkpoint import files, hf, meta, native
+from llama2rt.errors import InputError
+from llama2rt.model import Llama, ScalarModel
+from llama2rt.text.tokenizer import Tokenizer
+
+
+def load(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Llama | ScalarModel, Tokenizer | None]:
+    """(model, tokenizer) from a folder of this project, of Hugging Face or of Meta.
+
+    The folder's kind is read from its files: params.json (Meta), or config.json with (this project)
+    or without (Hugging Face) `"format": "llama2rt"`. Returns a ScalarModel where the folder holds
+    one; the tokenizer is None where it has none. dtype None keeps the stored one. InputError names
+    the file and key that cannot be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model folder")
+    config = folder / "config.json"
+    if config.is_file():
+        reader = native if files.read_json(config).get("format") == native.FORMAT else hf
+        return reader.load(folder, device, dtype)
+    if (folder / "params.json").is_file():
+        return meta.load(folder, device, dtype)
+    raise InputError(f"{folder}: no config.json and no params.json, so not a model folder")

@@ -1,0 +1,226 @@
+"""Meta's original folders: params.json and consolidated.NN.pth, one file per model-parallel rank.
+
+Two conventions differ from ours (and Hugging Face's): tensors are split over ranks, and rotary
+pairs are neighbours instead of halves, so query and key rows are permuted on the way. Getting the
+latter wrong gives fluent gibberish.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama2rt.checkpoint import files
+from llama2rt.checkpoint.native import find_tokenizer, parse_config
+from llama2rt.errors import InputError
+from llama2rt.model import Llama, LlamaConfig
+from llama2rt.text.tokenizer import Tokenizer
+
+# our name -> (Meta's name, dimension that is split over ranks; None: replicated)
+_TOP: dict[str, tuple[str, int | None]] = {
+    "embedding.weight": ("tok_embeddings.weight", 1),
+    "norm.weight": ("norm.weight", None),
+    "output": ("output.weight", 0),
+}
+_BLOCK: dict[str, tuple[str, int | None]] = {
+    "attention_norm": ("attention_norm", None),
+    "query": ("attention.wq", 0),
+    "key": ("attention.wk", 0),
+    "value": ("attention.wv", 0),
+    "attention_output": ("attention.wo", 1),
+    "ffn_norm": ("ffn_norm", None),
+    "gate": ("feed_forward.w1", 0),
+    "down": ("feed_forward.w2", 1),
+    "up": ("feed_forward.w3", 0),
+}
+
+
+def to_halves(weight: Tensor, heads: int) -> Tensor:
+    """Query or key rows from neighbouring rotary pairs (Meta) to half-split ones (ours)."""
+    rows, dim = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
+def to_pairs(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `to_halves`."""
+    rows, dim = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
+def ffn_hidden(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Width of the feed-forward layer as Meta's code derives it."""
+    width = int(2 * 4 * dim / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * -(-width // multiple_of)
+
+
+def _theirs(name: str) -> tuple[str, int | None]:
+    if name in _TOP:
+        return _TOP[name]
+    _, layer, module, leaf = name.split(".")
+    theirs, split = _BLOCK[module]
+    return f"layers.{layer}.{theirs}.{leaf}", split
+
+
+def _heads(name: str, config: LlamaConfig) -> int | None:
+    """Number of heads whose rows are permuted in a parameter, None if it is stored as it is."""
+    if name.endswith(".query.weight"):
+        return config.heads
+    return config.kv_heads if name.endswith(".key.weight") else None
+
+
+def _shards(folder: Path) -> list[tuple[Path, dict[str, Tensor]]]:
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise InputError(f"{folder}: no consolidated.NN.pth in this folder")
+    for number, path in enumerate(paths):
+        if path.name != f"consolidated.{number:02}.pth":
+            raise InputError(f"{folder}: consolidated.{number:02}.pth is missing")
+    shards = []
+    for path in paths:
+        try:
+            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise InputError(f"{path}: damaged or not a checkpoint: {reason}") from None
+        shards.append((path, shard))
+    return shards
+
+
+def _config(path: Path, shards: list, tokenizer: Tokenizer | None) -> LlamaConfig:
+    raw = files.read_json(path)
+    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
+        if key not in raw:
+            raise InputError(f"{path}: {key}: missing")
+    if raw.get("use_scaled_rope"):
+        raise InputError(f"{path}: use_scaled_rope: only unscaled rope is supported")
+    first, weights = shards[0]
+    for key in ("layers.0.feed_forward.w1.weight", "output.weight"):
+        if key not in weights:
+            raise InputError(f"{first}: {key}: missing")
+    vocabulary = raw.get("vocab_size", -1)
+    if vocabulary < 0:  # Llama 2's own params.json leaves it to the tokenizer
+        rows = weights["output.weight"].shape[0] * len(shards)
+        vocabulary = tokenizer.vocab_size if tokenizer else rows
+    config = parse_config(
+        path,
+        {
+            "dim": raw["dim"],
+            "layers": raw["n_layers"],
+            "heads": raw["n_heads"],
+            "kv_heads": raw.get("n_kv_heads") or raw["n_heads"],
+            # The weights say it exactly; params.json only by a formula that changed over time.
+            "ffn_hidden": weights["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
+            "vocab_size": vocabulary,
+            "norm_eps": raw["norm_eps"],
+            "rope_theta": float(raw.get("rope_theta", 10000.0)),
+        },
+    )
+    return parse_config(path, {**vars(config), "context": _context(config)})
+
+
+def _context(config: LlamaConfig) -> int:
+    """params.json holds no context length: that of the published model with these numbers."""
+    for name in LlamaConfig.presets():
+        preset = LlamaConfig.preset(name)
+        if vars(preset) == {**vars(config), "context": preset.context}:
+            return preset.context
+    return config.context
+
+
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Llama, Tokenizer | None]:
+    """Read a Meta folder, merging its shards; what params.json says wins over any preset.
+
+    The tokenizer is tokenizer.model in the folder or, as Meta distributes it, one level above.
+    dtype None keeps the stored one. InputError names file and key.
+    """
+    folder = Path(folder)
+    shards = _shards(folder)
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None and (folder.parent / "tokenizer.model").is_file():
+        tokenizer = Tokenizer.load(folder.parent / "tokenizer.model")
+    config = _config(folder / "params.json", shards, tokenizer)
+    with torch.device("meta"):
+        model = Llama(config)
+
+    def merged() -> Iterator[tuple[Path, str, Tensor]]:
+        known = {"rope.freqs"}
+        for name, _ in model.named_parameters():
+            theirs, split = _theirs(name)
+            known.add(theirs)
+            parts = []
+            for path, shard in shards:
+                if theirs not in shard:
+                    raise InputError(f"{path}: {theirs}: missing")
+                parts.append(shard[theirs])
+            if name == "embedding.weight" and parts[0].shape[1] == config.dim:
+                split = 0  # Llama 3 splits its embedding over the vocabulary
+            whole = parts[0] if split is None else torch.cat(parts, split)
+            heads = _heads(name, config)
+            if heads is not None and whole.shape[0] == heads * config.head_dim:
+                whole = to_halves(whole, heads)
+            yield shards[0][0], name, whole
+        for path, shard in shards:
+            if extra := sorted(shard.keys() - known):
+                raise InputError(f"{path}: {extra[0]}: not part of a model of this configuration")
+
+    files.fill(model, merged(), device, dtype)
+    return model, tokenizer
+
+
+def _params(config: LlamaConfig) -> dict[str, Any]:
+    """params.json; finds multiple_of and ffn_dim_multiplier that give the config's own width."""
+    width, plain = config.ffn_hidden, int(2 * 4 * config.dim / 3)
+    # Llama 2 7B/13B/34B, 70B, Llama 3 8B; then anything that divides the width.
+    tried = [(256, None), (4096, 1.3), (1024, 1.3)]
+    exact = next(m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if width % m == 0)
+    tried += [(exact, None), (exact, (width - exact / 2) / plain)]
+    multiple, multiplier = next(pair for pair in tried if ffn_hidden(config.dim, *pair) == width)
+    params = {
+        "dim": config.dim,
+        "n_layers": config.layers,
+        "n_heads": config.heads,
+        "n_kv_heads": config.kv_heads,
+        "multiple_of": multiple,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "vocab_size": config.vocab_size,
+    }
+    if multiplier is not None:
+        params["ffn_dim_multiplier"] = multiplier
+    return params
+
+
+def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path, *, shards: int = 1) -> None:
+    """Write a Meta folder of `shards` model-parallel ranks; atomic. ValueError if the shape cannot
+    be split that way. A tied output is written out in full, because Meta's code has no tying."""
+    config = model.config
+    for name in ("dim", "kv_heads", "ffn_hidden", "vocab_size"):
+        if shards < 1 or getattr(config, name) % shards:
+            raise ValueError(
+                f"shards: expected a divisor of {name} {getattr(config, name)}, got {shards}"
+            )
+    weights: list[dict[str, Tensor]] = [{} for _ in range(shards)]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        theirs, split = _theirs(name)
+        whole = parameter.detach().cpu()
+        heads = _heads(name, config)
+        if heads is not None:
+            whole = to_pairs(whole, heads)
+        parts = [whole] * shards if split is None else whole.chunk(shards, split)
+        for shard, part in zip(weights, parts, strict=True):
+            # A clone: torch.save would store the whole tensor behind a slice.
+            shard[theirs] = part.clone(memory_format=torch.contiguous_format)
+    with files.new_folder(Path(folder)) as fresh:
+        files.write_json(fresh / "params.json", _params(config))
+        for number, shard in enumerate(weights):
+            torch.save(shard, fresh / f"consolidated.{number:02}.pth")
+        if tokenizer is not None:
+            tokenizer.save(fresh)

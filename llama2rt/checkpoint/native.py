@@ -1,0 +1,65 @@
+"""This project's own model folder: config.json, model.safetensors under our names, the tokenizer.
+
+What stages write and read between each other. The file names and the sharding are Hugging Face's,
+the tensor names ours.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama2rt.checkpoint import files
+from llama2rt.errors import InputError
+from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.text.tokenizer import Tokenizer
+
+FORMAT = "llama2rt"
+KINDS: dict[str, type[Llama] | type[ScalarModel]] = {"llama": Llama, "scalar": ScalarModel}
+
+
+def save(model: Llama | ScalarModel, tokenizer: Tokenizer | None, folder: str | Path) -> None:
+    """Write `folder` atomically; a model folder already there is replaced."""
+    kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
+    with files.new_folder(Path(folder)) as fresh:
+        shape = dataclasses.asdict(model.config)
+        files.write_json(fresh / "config.json", {"format": FORMAT, "kind": kind, "config": shape})
+        files.write_tensors(fresh, files.weights(model))
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+
+
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Llama | ScalarModel, Tokenizer | None]:
+    """Read what `save` wrote; InputError naming file and key for a damaged or foreign folder."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    description = files.read_json(path)
+    if description.get("format") != FORMAT:
+        raise InputError(f"{path}: format: expected {FORMAT!r}, got {description.get('format')!r}")
+    if description.get("kind") not in KINDS:
+        raise InputError(
+            f"{path}: kind: expected one of {', '.join(KINDS)}, got {description.get('kind')!r}"
+        )
+    config = parse_config(path, description.get("config"))
+    with torch.device("meta"):
+        model = KINDS[description["kind"]](config)
+    files.fill(model, files.read_tensors(folder), device, dtype)
+    return model, find_tokenizer(folder)
+
+
+def parse_config(path: Path, fields: Any) -> LlamaConfig:
+    """LlamaConfig from JSON fields; InputError naming `path` for an impossible one."""
+    try:
+        return LlamaConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a model folder, or None where it has none."""
+    if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        return Tokenizer.load(folder)
+    return None
