@@ -1,10 +1,10 @@
 """Rows as other people publish them, turned into our records.
 
 Each format is a test on a row's keys and a function from the row to JSON objects in our own form,
-which ``records`` then checks like any other. A row may give several records (four ranked answers) or
-none where the source's own rule leaves it out (an SHP pair with too small a score ratio). Extra keys
-of a foreign row are ignored. Selection rules: Dong et al. 2024 (arXiv 2405.07863), section 2 and its
-appendix on data; what they drop as malformed is an error here, tolerated by ``skip_invalid``.
+which ``records`` then checks like any other. A row may give several records (four ranked answers)
+or none where the source's own rule leaves it out (an SHP pair with too small a score ratio). Extra
+keys of a foreign row are ignored. Selection rules: Dong et al. 2024 (arXiv 2405.07863), section 2;
+what they drop as malformed is an error here, to be tolerated by ``skip_invalid``.
 """
 
 from __future__ import annotations

@@ -171,10 +171,10 @@ class TokenLoader(_Loader[Batch]):
     """Windows of ``context`` tokens over one or more token files, about ``batch_tokens`` tokens a
     step (a whole number of windows) in micro-batches of at most ``micro_tokens``.
 
-    A file is read as a ring, cut into windows from a random place that differs each time through it,
-    and the windows come in random order; going through it once predicts every token once. Documents
-    inside a window begin at BOS and do not see each other; a window that begins inside a document
-    starts at position 0 there, and nothing predicts a BOS.
+    A file is read as a ring, cut into windows from a random place that differs each time through
+    it, and the windows come in random order; going through it once predicts every token once.
+    Documents inside a window begin at BOS and do not see each other; a window that begins inside a
+    document starts at position 0 there, and nothing predicts a BOS.
 
     ``weights`` (one a file, any scale; section 2.1 up-samples the most factual sources) sets the
     shares of the windows handed out; without them every file is gone through once an epoch. With

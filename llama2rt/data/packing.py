@@ -41,8 +41,9 @@ class Example(NamedTuple):
 @dataclass(frozen=True)
 class Batch:
     """``tokens`` int64 [T], ``positions`` int32 [T] from 0 in each document, ``cu_seqlens`` int32
-    [B+1], ``targets`` int64 [T]: the next token of the same document where it is trainable, else -1.
-    ``weight`` is the number of targets >= 0, counted on the CPU so that no one waits for a device."""
+    [B+1], ``targets`` int64 [T]: the document's next token where that is trainable, else -1.
+    ``weight`` is the number of targets >= 0, counted on the CPU so that nobody waits for a device.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor

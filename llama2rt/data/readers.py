@@ -42,18 +42,21 @@ def read(
     (TinyShakespeare's speeches make scenes); where ``document_separator`` is given, such as
     "<|endoftext|>", the file is cut there and blank pieces are left out.
     """
-    return list(Reader(paths, kind, skip_invalid, document_separator))
+    return list(iterate(paths, kind, skip_invalid, document_separator))
 
 
 def iterate(
     paths: Paths, kind: str, skip_invalid: int = 0, document_separator: str | None = None
 ) -> Iterator[Any]:
     """``read``, one record at a time and nothing held in memory."""
-    return iter(Reader(paths, kind, skip_invalid, document_separator))
+    reader = Reader(paths, kind, skip_invalid, document_separator)
+    yield from reader
+    for message in reader.skipped:
+        logger.warning("skipped %s", message)
 
 
 class Reader:
-    """Iterable over the records of ``read``, which afterwards knows what it met: ``skipped`` (the
+    """Iterable over the records of ``read``, which knows afterwards what it met: ``skipped`` (the
     messages of tolerated records), ``rows``, ``rows_without_records`` (left out by their format's
     own rule), ``formats`` and ``ignored_keys`` (counts by name)."""
 
@@ -136,7 +139,6 @@ class Reader:
                 message += f" (after {self.skip_invalid} skipped, as many as skip_invalid allows)"
             raise InputError(message)
         self.skipped.append(message)
-        logger.warning("skipped %s", message)
 
 
 def write(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -257,10 +259,10 @@ def _text_rows(path: Path, separator: str | None) -> Iterator[tuple[int, Any]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     pyarrow = _pyarrow(path)
-    import pyarrow.parquet  # noqa: F811
+    from pyarrow.parquet import ParquetFile
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
     except pyarrow.ArrowInvalid as error:

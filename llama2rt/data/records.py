@@ -1,10 +1,10 @@
 """The five records that files hold and stages pass to each other, and what makes one valid.
 
-``from_json`` is strict about meaning (roles in turn, ratings by name, finite numbers, nothing blank)
-and its messages name the key, so that a reader only adds FILE:LINE. Constructors do not check:
-records made by the library itself are right by construction, and go through ``from_json`` when they
-are read back. Keys that a record does not have are ignored, because users' files carry more than we
-need, unless one looks like a misspelt key of ours.
+``from_json`` is strict about meaning (roles in turn, ratings by name, finite numbers, nothing
+blank) and its messages name the key, so that a reader only adds FILE:LINE. Constructors do not
+check: records made by the library itself are right by construction, and go through ``from_json``
+when they are read back. Keys that a record does not have are ignored, because users' files carry
+more than we need, unless one looks like a misspelt key of ours.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The Llama-2-Chat format, and which of its tokens a model should learn.
 
-Each finished pair of turns is ``BOS [INST] user [/INST] answer EOS`` and is tokenised on its own, in
-one piece: the boundary between prompt and answer is read off the pieces' offsets, because a prompt
+Each finished pair of turns is ``BOS [INST] user [/INST] answer EOS`` and is tokenised on its own,
+in one go: the boundary between prompt and answer is read off the pieces' offsets, because a prompt
 tokenised alone need not be how the tokenizer sees it in context. There is no default system prompt.
-Formula: Meta's reference ``chat_completion`` (Llama 2 repository, generation.py), as its model card
-describes it.
+Formula: Meta's reference ``chat_completion`` (Llama 2 repository, generation.py).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""LLaMA's tokenizer: SentencePiece BPE, trained here or loaded, and tokenizer.json where that is all
-a checkpoint has.
+"""LLaMA's tokenizer: SentencePiece BPE, trained or loaded; tokenizer.json where a checkpoint has
+only that.
 
 One small class over two libraries, so that the rest of the house sees text, ids and offsets only.
-Special tokens never come out of text: a document that contains the characters ``</s>`` gets ordinary
-pieces, whichever library is underneath; BOS and EOS enter through arguments. There is no pad id, no
-truncation and no chat template here (``text.chat`` owns the format).
+Special tokens never come out of text: a document that contains the characters ``</s>`` gets
+ordinary pieces, whichever library is underneath; BOS and EOS enter through arguments. There is no
+pad id, no truncation and no chat template here (``text.chat`` owns the format).
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class Tokenizer:
 
         ``texts`` yields documents (``str``) or UTF-8 text files (``Path``). ``vocab_size`` counts
         everything: 3 specials, 256 bytes, the characters that cover 99.995 % of the text, and the
-        merges; from about 350 for ASCII text up to 32000. Training is deterministic. InputError when
-        the text holds too many characters for ``vocab_size``, or too few distinct words to fill it.
-        Settings: the trainer spec inside LLaMA's published tokenizer.model.
+        merges; from about 350 for ASCII text up to 32000. Training is deterministic. InputError
+        when the text has too many different characters for ``vocab_size``, or too few different
+        words to fill it. Settings: the trainer spec inside LLaMA's published tokenizer.model.
         """
         import io
 
@@ -224,8 +224,9 @@ class _JsonBackend:
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos = self._special(config, "bos_token", _BOS_NAMES)
         self.eos = self._special(config, "eos_token", _EOS_NAMES)
-        unk = getattr(self.tokenizer.model, "unk_token", None)
-        self.unk = -1 if unk is None else self.tokenizer.token_to_id(unk)
+        name = getattr(self.tokenizer.model, "unk_token", None)
+        unk = None if name is None else self.tokenizer.token_to_id(name)
+        self.unk = -1 if unk is None else unk
 
     def _special(self, config: dict[str, Any], key: str, usual: tuple[str, ...]) -> int:
         named = config.get(key)
@@ -297,8 +298,8 @@ def _training_error(message: str, vocab_size: int) -> str:
     small = re.search(r"smaller than required_chars\.?\s*(\d+) vs (\d+)", message)
     if small:
         return (
-            f"vocab_size {vocab_size} is too small for this text: specials, bytes and the characters "
-            f"it uses need at least {small.group(2)}"
+            f"vocab_size {vocab_size} is too small for this text: specials, bytes and the "
+            f"characters it uses need at least {small.group(2)}"
         )
     large = re.search(r"value <= (\d+)", message)
     if large:

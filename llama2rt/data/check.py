@@ -1,0 +1,145 @@
+"""``llama2rt check FILE --as KIND``: is the file good, and what is in it.
+
+Numbers that tell whether a file is what its owner thinks it is: counts, lengths in characters and
+in turns, labels, exact duplicates, and what was skipped or ignored. Lengths in tokens would need a
+tokenizer, which a file of records does not have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llama2rt.data.readers import Paths, Reader
+from llama2rt.data.records import KINDS, RATINGS, SAFETY, Comparison, Dialogue, Document, Prompt
+
+
+def check(path: Paths, kind: str, skip_invalid: int = 0) -> dict[str, Any]:
+    """Read ``path`` as records of ``kind`` and describe them, JSON-able. InputError with FILE:LINE
+    on the first bad record beyond ``skip_invalid`` tolerated ones."""
+    reader = Reader(path, kind, skip_invalid)
+    records = list(reader)
+    return {
+        "files": [str(file) for file in reader.paths],
+        "kind": kind,
+        "records": len(records),
+        "rows": reader.rows,
+        "rows_without_records": reader.rows_without_records,
+        "formats": dict(reader.formats),
+        "ignored_keys": dict(reader.ignored_keys),
+        "skipped": reader.skipped,
+        **_describe(records),
+    }
+
+
+def print_check(result: dict[str, Any], console: Console | None = None) -> None:
+    """``check``'s result as tables for a reader."""
+    console = console or Console()
+    title = f"{result['records']} {result['kind']}s in {', '.join(result['files'])}"
+    console.print(title, style="bold", soft_wrap=True, highlight=False, markup=False)
+    lengths = Table("what", "mean", "least", "median", "95 %", "most")
+    counts = Table("what", "value", "count", "share")
+    for key, value in result.items():
+        if isinstance(value, dict) and "median" in value:
+            cells = [value[name] for name in ("mean", "min", "median", "p95", "max")]
+            shown = [f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}" for cell in cells]
+            lengths.add_row(key.replace("_", " "), *shown)
+        elif isinstance(value, dict) and value:
+            total = sum(value.values())
+            for name, count in value.items():
+                share = f"{count / total:.1%}" if total else ""
+                counts.add_row(key.replace("_", " "), name, f"{count:,}", share)
+        elif isinstance(value, int) and key != "records":
+            counts.add_row(key.replace("_", " "), "", f"{value:,}", "")
+    console.print(lengths)
+    console.print(counts)
+    for message in result["skipped"]:
+        console.print(f"skipped {message}", style="yellow", soft_wrap=True, markup=False)
+
+
+def _describe(records: Sequence[Any]) -> dict[str, Any]:
+    first = records[0]
+    if isinstance(first, Document):
+        texts = [r.text for r in records]
+        return {
+            "characters": _spread(map(len, texts)),
+            "bytes": sum(len(text.encode()) for text in texts),
+            "duplicates": len(texts) - len(set(texts)),
+            "sources": _counts(r.source for r in records),
+        }
+    if isinstance(first, Dialogue):
+        answers = [m["content"] for r in records for m in r.messages if m["role"] == "assistant"]
+        return {
+            **_conversations([r.messages for r in records]),
+            "answer_characters": _spread(map(len, answers)),
+            "sources": _counts(r.source for r in records),
+        }
+    if isinstance(first, Prompt):
+        return {
+            **_conversations([r.messages for r in records]),
+            "kinds": _counts((r.kind for r in records), KINDS),
+        }
+    if isinstance(first, Comparison):
+        longer = [len(r.chosen) > len(r.rejected) for r in records]
+        return {
+            **_conversations([r.prompt for r in records]),
+            "chosen_characters": _spread(len(r.chosen) for r in records),
+            "rejected_characters": _spread(len(r.rejected) for r in records),
+            "chosen_longer": sum(longer),
+            "ratings": _counts((r.rating for r in records), RATINGS),
+            "safety": _counts((r.safety for r in records), SAFETY),
+            "kinds": _counts((r.kind for r in records), KINDS),
+            "sources": _counts(r.source for r in records),
+        }
+    names = sorted({name for r in records for name in r.scores})
+    rewards = [r.reward for r in records if r.reward is not None]
+    return {
+        **_conversations([r.messages for r in records]),
+        "prompts": len({r.prompt_id for r in records}),
+        "response_characters": _spread(len(r.response) for r in records),
+        "empty_responses": sum(not r.response for r in records),
+        **{f"score_{n}": _spread(r.scores[n] for r in records if n in r.scores) for n in names},
+        **({"reward": _spread(rewards)} if rewards else {}),
+        "policies": _counts(r.policy for r in records),
+        "temperatures": _counts(
+            None if r.temperature is None else str(r.temperature) for r in records
+        ),
+    }
+
+
+def _conversations(conversations: Sequence[list[dict[str, str]]]) -> dict[str, Any]:
+    keys = [tuple((m["role"], m["content"]) for m in messages) for messages in conversations]
+    return {
+        "turns": _spread(sum(role == "user" for role, _ in key) for key in keys),
+        "characters": _spread(sum(len(content) for _, content in key) for key in keys),
+        "system_messages": sum(key[0][0] == "system" for key in keys),
+        "duplicates": len(keys) - len(set(keys)),
+    }
+
+
+def _spread(values: Iterable[float]) -> dict[str, float]:
+    array = np.fromiter(values, dtype=float)
+    return {
+        "mean": float(array.mean()),
+        "min": float(array.min()),
+        "median": float(np.median(array)),
+        "p95": float(np.percentile(array, 95)),
+        "max": float(array.max()),
+    }
+
+
+def _counts(values: Iterable[str | None], order: Sequence[str] = ()) -> dict[str, int]:
+    """Counts by value, in ``order`` where one is given, else most frequent first; empty where no
+    record says anything."""
+    counter = Counter(value or "none" for value in values)
+    names = [*order, "none"] if order else [name for name, _ in counter.most_common()]
+    return (
+        {name: counter[name] for name in names if counter[name]}
+        if counter.keys() - {"none"}
+        else {}
+    )
