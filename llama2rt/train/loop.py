@@ -1,0 +1,217 @@
+"""The optimisation loop that pretraining, SFT, reward models and DPO share.
+
+A step is a list of micro-batches; their summed losses are divided by what the whole step predicts
+(``micro.weight`` summed), never per micro-batch, so one batch of eight is eight of one. Everything
+a step depends on is in the checkpoint, so a run killed anywhere continues to the same bits.
+
+Left out: what a loss is (the stage's objective), and PPO's phases, which use `Optimizer` directly.
+"""
+
+import contextlib
+import math
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llama2rt.train.metrics import Throughput, gemm_ceiling, training_flops
+from llama2rt.train.optimizer import Optimizer
+from llama2rt.train.options import TrainOptions
+from llama2rt.train.progress import ProgressLine
+from llama2rt.train.recompute import recompute_blocks
+from llama2rt.train.run import Run
+from llama2rt.train.schedule import learning_rate
+
+# (model, micro-batch) -> (loss summed over the micro-batch, other sums to report)
+Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Any]]]
+
+
+class Loader(Protocol):
+    """The micro-batches of one optimizer step at a time, resumable (see data.loader)."""
+
+    def next(self) -> list[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def fit(
+    run: Run,
+    model: nn.Module,
+    loader: Loader,
+    objective: Objective,
+    options: TrainOptions,
+    *,
+    steps: int,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """Train ``model`` in place for ``steps`` steps, from the run's newest checkpoint if it has one.
+
+    The model is put into ``options.precision`` and left there. ``objective`` returns the loss
+    summed over a micro-batch's ``weight`` and further sums; all are divided by the step's weight
+    and logged. ``validate(model)`` runs without gradients every ``validate_every`` steps and after
+    the last; the numbers of its last call are returned.
+
+    Ctrl-C and SIGTERM finish the step, save, and raise KeyboardInterrupt (a second one stops at
+    once). A loss or gradient norm that is not finite raises FloatingPointError before it reaches
+    the weights; the last checkpoint stays.
+    """
+    device = next(model.parameters()).device
+    optimizer = Optimizer(model, options)
+    found = run.store.latest()
+    done, last = 0, {}
+    if found is not None:
+        done, tensors, state = found
+        loader.load_state_dict(state["loader"])
+        last = state["validation"]
+        _restore_generators(tensors, state["generators"])
+        optimizer.load_state_dict(tensors)
+        del tensors, found
+    run.truncate_metrics(done)
+
+    def save(step: int) -> None:
+        generators = _generator_tensors()
+        state = {
+            "loader": loader.state_dict(),
+            "validation": last,
+            "generators": _generator_state(),
+        }
+        run.store.save(step, {**optimizer.state_dict(), **generators}, state)
+
+    def check() -> dict[str, float]:
+        assert validate is not None
+        model.eval()
+        with torch.no_grad():
+            numbers = {name: float(value) for name, value in validate(model).items()}
+        model.train()
+        return numbers
+
+    model.train()
+    ceiling = gemm_ceiling(device.type, options.dtype)
+    recompute = recompute_blocks(model) if options.activation_checkpointing else None
+    name = run.directory.resolve().name
+    with (
+        recompute or contextlib.nullcontext(),
+        ProgressLine(name, steps, done) as line,
+        _interrupts() as interrupted,
+    ):
+        throughput = Throughput()
+        for step in range(done, steps):
+            micros = loader.next()
+            weight = sum(micro.weight for micro in micros)
+            sums: dict[str, Tensor | float] = {}
+            for micro in micros:
+                throughput.add(*_cost(model, micro))
+                micro = micro.to(device)
+                loss, metrics = objective(model, micro)
+                (loss / max(1, weight)).backward()
+                optimizer.accumulate()
+                for key, value in {"loss": loss, **metrics}.items():
+                    value = value.detach() if isinstance(value, Tensor) else value
+                    sums[key] = sums.get(key, 0.0) + value
+                # The next forward pass must not start while this one's output is still held.
+                del loss, metrics
+            means = {key: float(value) / max(1, weight) for key, value in sums.items()}
+            lr = learning_rate(step, steps, options)
+            if not math.isfinite(means["loss"]):
+                raise FloatingPointError(_diverged(run, step + 1, f"the loss is {means['loss']}"))
+            try:
+                norm = optimizer.step(lr)
+            except FloatingPointError as error:
+                raise FloatingPointError(_diverged(run, step + 1, str(error))) from None
+            done = step + 1
+
+            if done % options.log_every == 0 or done == steps:
+                tokens_per_second, flops = throughput.read()
+                mfu = flops / ceiling
+                run.log(
+                    done,
+                    **means,
+                    lr=lr,
+                    gradient_norm=norm,
+                    tokens_per_second=tokens_per_second,
+                    mfu=mfu,
+                )
+                text = f"loss {means['loss']:.4f} {tokens_per_second:,.0f} tokens/s MFU {mfu:.0%}"
+                line.update(done, text)
+            due = options.validate_every and done % options.validate_every == 0
+            if validate is not None and (due or done == steps):
+                last = check()
+                run.log(done, **last)
+                throughput.read()
+            stop = bool(interrupted) and done < steps
+            if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
+                save(done)
+                throughput.read()
+            if stop:
+                raise KeyboardInterrupt(
+                    f"stopped after step {done} of {steps}; saved "
+                    f"{run.store.path(done)}, continue with --resume"
+                )
+    return last
+
+
+def _cost(model: nn.Module, micro: Any) -> tuple[int, int]:
+    """(tokens, FLOPs) of a Batch or of the Batch inside a PairBatch."""
+    batch = getattr(micro, "batch", micro)
+    flops = training_flops(model, batch.tokens, batch.cu_seqlens, batch.weight)
+    return batch.tokens.numel(), flops
+
+
+def _diverged(run: Run, step: int, what: str) -> str:
+    kept = run.store.steps()
+    where = f"step-{kept[-1]} is the last good checkpoint" if kept else "no checkpoint exists yet"
+    return (
+        f"{run.directory}: training diverged, {what} at step {step}; {where}. "
+        "Lower train.lr, lengthen the warm-up or look at the data of this step."
+    )
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM appends to; the second has its usual effect."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers; there Ctrl-C stays immediate
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _generator_tensors() -> dict[str, Tensor]:
+    tensors = {"generator.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _generator_state() -> dict[str, Any]:
+    kind, key, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [kind, np.asarray(key).tolist(), *rest]}
+
+
+def _restore_generators(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors.pop("generator.torch"))
+    if "generator.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors.pop("generator.cuda"))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))

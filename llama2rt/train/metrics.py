@@ -1,0 +1,78 @@
+"""What a training step cost: tokens per second, and MFU against a ceiling measured here.
+
+Model FLOPs utilisation divides the arithmetic a step needs (recomputation not counted) by what
+this machine's matrix multiplication really reaches in the same dtype, not by a data-sheet peak.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@functools.cache
+def gemm_ceiling(device_type: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of some square matrix products; measured once per process (0.3 s)."""
+    device = torch.device(device_type)
+    size = 1024 if device_type == "cpu" else 8192
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    # Random operands: products of zeros run faster than any real step does.
+    a = torch.randn(size, size, generator=generator).to(device, dtype)
+    b = torch.randn(size, size, generator=generator).to(device, dtype)
+
+    def seconds() -> float:
+        _synchronise(device_type)
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        _synchronise(device_type)
+        return time.perf_counter() - start
+
+    seconds()
+    return 4 * 2 * size**3 / min(seconds() for _ in range(5))
+
+
+def training_flops(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor, predicted: int) -> int:
+    """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token.
+
+    The output matrix counts for the ``predicted`` rows only (the others never reach it), the
+    embedding not at all, causal attention over each document by itself. ``model`` is a Llama or
+    holds one as ``backbone``.
+    """
+    backbone: Any = getattr(model, "backbone", model)
+    config = backbone.config
+    blocks = sum(p.numel() for p in backbone.blocks.parameters() if p.ndim == 2)
+    output = config.vocab_size * config.dim if backbone is model else 0
+    squares = int(cu_seqlens.diff().to(torch.int64).square().sum())
+    attention = config.layers * config.dim * squares  # q.k and p.v: 2 x 2 x dim x length^2 / 2
+    return 6 * (blocks * tokens.numel() + output * predicted + attention)
+
+
+class Throughput:
+    """Tokens and FLOPs counted since the last reading, per second of wall time."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._tokens = 0
+        self._flops = 0
+
+    def add(self, tokens: int, flops: int) -> None:
+        self._tokens += tokens
+        self._flops += flops
+
+    def read(self) -> tuple[float, float]:
+        """(tokens per second, FLOP/s) since the last reading."""
+        now = self._clock()
+        elapsed = max(now - self._start, 1e-9)
+        rates = self._tokens / elapsed, self._flops / elapsed
+        self._start, self._tokens, self._flops = now, 0, 0
+        return rates
+
+
+def _synchronise(device_type: str) -> None:
+    if device_type == "cuda":
+        torch.cuda.synchronize()
