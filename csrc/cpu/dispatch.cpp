@@ -1,0 +1,68 @@
+// Chooses among the instruction sets that were built by what this processor has. Compiled for the
+// oldest processor, because it is what runs before anything is known.
+#include "ops.h"
+
+#include <string.h>
+
+#include <atomic>
+#include <stdexcept>
+
+namespace baseline {
+extern const llama2rt::Kernels table;
+}
+#if defined(LLAMA2RT_X86)
+namespace avx2 {
+extern const llama2rt::Kernels table;
+}
+namespace avx512 {
+extern const llama2rt::Kernels table;
+}
+namespace avx512bf16 {
+extern const llama2rt::Kernels table;
+}
+#endif
+
+namespace llama2rt {
+
+#if defined(LLAMA2RT_X86)
+const char* const instruction_sets[] = {"baseline", "avx2", "avx512", "avx512bf16", nullptr};
+#else
+const char* const instruction_sets[] = {"baseline", nullptr};
+#endif
+
+const Kernels* find_kernels(const char* isa) {
+  if (!strcmp(isa, "baseline")) return &baseline::table;
+#if defined(LLAMA2RT_X86)
+  bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("f16c");
+  bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512dq");
+  bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_avx2 && !strcmp(isa, "avx2")) return &avx2::table;
+  if (has_avx512 && !strcmp(isa, "avx512")) return &avx512::table;
+  if (has_bf16 && !strcmp(isa, "avx512bf16")) return &avx512bf16::table;
+#endif
+  return nullptr;
+}
+
+static const Kernels* widest() {
+  const Kernels* best = nullptr;
+  for (const char* const* isa = instruction_sets; *isa; ++isa)
+    if (const Kernels* table = find_kernels(*isa)) best = table;
+  return best;
+}
+
+static std::atomic<const Kernels*>& selected() {
+  static std::atomic<const Kernels*> table{widest()};
+  return table;
+}
+
+const Kernels& kernels() { return *selected().load(std::memory_order_relaxed); }
+void select_kernels(const Kernels& table) { selected().store(&table, std::memory_order_relaxed); }
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace llama2rt

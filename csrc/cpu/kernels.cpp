@@ -1,0 +1,11 @@
+// The table of this instruction set's kernels.
+#include "ops.h"
+
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
+
+namespace LLAMA2RT_ISA {
+extern const Kernels table;
+const Kernels table = {TEXT(LLAMA2RT_ISA), rms_norm,        rms_norm_backward, swiglu,
+                       swiglu_backward,    rope,            decode_attention};
+}  // namespace LLAMA2RT_ISA

@@ -1,0 +1,50 @@
+// Work shared among threads, scratch memory, and the choice of a kernel by dtype.
+#pragma once
+
+#include <omp.h>
+#include <stdint.h>
+
+#include "ops.h"
+#include "vec.h"
+
+namespace LLAMA2RT_ISA {
+
+// Calls body(begin, end) over [0, items) on at most `threads` threads, fewer where the elements
+// would not repay waking them. Which thread gets which items never changes a result.
+template <typename Body>
+inline void parallel(int64_t items, int64_t elements, int threads, Body body) {
+  const int64_t elements_per_thread = 8192;
+  int64_t useful = elements / elements_per_thread;
+  if (useful > items) useful = items;
+  if (threads > useful) threads = useful > 1 ? (int)useful : 1;
+  if (threads == 1) {
+    if (items > 0) body((int64_t)0, items);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t count = omp_get_num_threads(), rank = omp_get_thread_num();
+    int64_t begin = items * rank / count, end = items * (rank + 1) / count;
+    if (begin < end) body(begin, end);
+  }
+}
+
+// Uninitialised fp32 scratch memory.
+struct Workspace {
+  explicit Workspace(int64_t floats) : data(new float[floats]) {}
+  ~Workspace() { delete[] data; }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  float* const data;
+};
+
+template <typename Function>
+inline void by_dtype(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::fp32: return function(float{});
+    case DType::bf16: return function(bf16{});
+    case DType::fp16: return function(f16{});
+  }
+}
+
+}  // namespace LLAMA2RT_ISA

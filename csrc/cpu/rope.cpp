@@ -1,0 +1,54 @@
+// Rotary position embedding (arXiv:2104.09864), half-split pairs as in Hugging Face weights:
+// element i of a head turns together with element i + head_dim / 2. Tables and arithmetic are fp32.
+#include "parallel.h"
+
+namespace LLAMA2RT_ISA {
+namespace {
+
+template <typename T>
+void rotate(const Rope::Heads& a, int64_t token, int64_t half, const float* cos, const float* sin,
+            float direction) {
+  for (int64_t head = 0; head < a.heads; ++head) {
+    const T* x = (const T*)a.x + token * a.token_stride + head * a.head_stride;
+    T* out = (T*)a.out + (token * a.heads + head) * 2 * half;
+    for_each_vector(half, [&](int64_t i, auto lanes) {
+      f32v first = load(x + i, lanes), second = load(x + half + i, lanes);
+      f32v c = load(cos + i, lanes), s = load(sin + i, lanes) * direction;
+      store(out + i, first * c - second * s, lanes);
+      store(out + half + i, second * c + first * s, lanes);
+    });
+  }
+}
+
+int64_t position_of(const Rope& a, int64_t token) {
+  return a.positions_are_int64 ? ((const int64_t*)a.positions)[token]
+                               : ((const int32_t*)a.positions)[token];
+}
+
+template <typename T>
+void apply(const Rope& a) {
+  const int64_t half = a.head_dim / 2;
+  const int64_t elements = a.tokens * (a.q.heads + a.k.heads) * a.head_dim;
+  const float direction = a.inverse ? -1.0f : 1.0f;
+  parallel(a.tokens, elements, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const float* cos = a.cos + position_of(a, token) * half;
+      const float* sin = a.sin + position_of(a, token) * half;
+      rotate<T>(a.q, token, half, cos, sin, direction);
+      rotate<T>(a.k, token, half, cos, sin, direction);
+    }
+  });
+}
+
+}  // namespace
+
+void rope(const Rope& a) {
+  for (int64_t token = 0; token < a.tokens; ++token) {
+    const int64_t position = position_of(a, token);
+    require(0 <= position && position < a.table_rows,
+            "positions: a value lies outside the rows of cos and sin");
+  }
+  by_dtype(a.dtype, [&](auto t) { apply<decltype(t)>(a); });
+}
+
+}  // namespace LLAMA2RT_ISA

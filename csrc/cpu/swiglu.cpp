@@ -1,0 +1,54 @@
+// SwiGLU (arXiv:2002.05202): y = silu(gate) * up, in fp32 throughout and rounded once; its gradient.
+#include "parallel.h"
+
+namespace LLAMA2RT_ISA {
+namespace {
+
+template <typename T>
+void forward(const Swiglu& a) {
+  const int64_t n = a.columns;
+  parallel(a.rows, a.rows * n, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* gate = (const T*)a.gate + row * a.gate_stride;
+      const T* up = (const T*)a.up + row * a.up_stride;
+      T* y = (T*)a.y + row * n;
+      for_each_vector(n, [&](int64_t i, auto lanes) {
+        f32v g = load(gate + i, lanes);
+        store(y + i, g * sigmoid(g) * load(up + i, lanes), lanes);
+      });
+    }
+  });
+}
+
+// d silu(g) / dg = s + g * s * (1 - s) with s = sigmoid(g)
+template <typename T>
+void backward(const SwigluBackward& a) {
+  const int64_t n = a.columns;
+  parallel(a.rows, a.rows * n, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* dy = (const T*)a.dy + row * a.dy_stride;
+      const T* gate = (const T*)a.gate + row * a.gate_stride;
+      const T* up = (const T*)a.up + row * a.up_stride;
+      T* dgate = (T*)a.dgate + row * n;
+      T* dup = (T*)a.dup + row * n;
+      for_each_vector(n, [&](int64_t i, auto lanes) {
+        f32v grad = load(dy + i, lanes), g = load(gate + i, lanes);
+        f32v s = sigmoid(g);
+        f32v silu = g * s;
+        store(dup + i, grad * silu, lanes);
+        store(dgate + i, grad * load(up + i, lanes) * (s + silu * (1.0f - s)), lanes);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void swiglu(const Swiglu& a) {
+  by_dtype(a.dtype, [&](auto t) { forward<decltype(t)>(a); });
+}
+void swiglu_backward(const SwigluBackward& a) {
+  by_dtype(a.dtype, [&](auto t) { backward<decltype(t)>(a); });
+}
+
+}  // namespace LLAMA2RT_ISA

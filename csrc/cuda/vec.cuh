@@ -1,0 +1,56 @@
+// Loads and stores of WIDTH neighbouring elements as fp32, in one 16-byte access where WIDTH fills
+// it, and the sum over a thread block.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace llama2rt {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(f16 x) { return __half2float(x); }
+
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline bf16 from_float<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline f16 from_float<f16>(float x) {
+  return __float2half_rn(x);
+}
+
+// WIDTH elements in a row of memory, aligned to their total size.
+template <typename T, int WIDTH>
+struct alignas(WIDTH * sizeof(T)) Pack {
+  T lanes[WIDTH];
+
+  __device__ static Pack load(const T* p) { return *reinterpret_cast<const Pack*>(p); }
+  __device__ void store(T* p) const { *reinterpret_cast<Pack*>(p) = *this; }
+  __device__ float operator[](int i) const { return to_float(lanes[i]); }
+  __device__ void set(int i, float x) { lanes[i] = from_float<T>(x); }
+};
+
+// Sum over all threads of the block, returned to each; blockDim.x is a multiple of 32. `warps`
+// holds 32 floats of shared memory that no thread may still be reading.
+__device__ inline float block_sum(float x, float* warps) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = lane < blockDim.x / 32 ? warps[lane] : 0.0f;
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+  return x;
+}
+
+}  // namespace llama2rt

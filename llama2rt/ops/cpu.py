@@ -1,0 +1,222 @@
+"""The backend of `llama2rt._cpu`: torch tensors to addresses and back, one function per kernel.
+
+Arguments have passed the checks of `contract`. What is left to do here is to copy where a kernel
+needs the last dimension contiguous, to allocate results, and to keep every temporary referenced
+until the call has returned. Each call names its thread count: torch's own.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
+from llama2rt import _cpu
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where its last dimension is contiguous, else a copy of which that is true."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    x, weight = _rows(x), weight.contiguous()
+    y, rstd = _empty(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    summed = None
+    if residual is not None:
+        residual, summed = _rows(residual), _empty(x)
+    _cpu.rms_norm(
+        _DTYPES[x.dtype],
+        *x.shape,
+        x.data_ptr(),
+        x.stride(0),
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+        weight.data_ptr(),
+        eps,
+        y.data_ptr(),
+        0 if summed is None else summed.data_ptr(),
+        rstd.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, summed, rstd
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, N], weight [N] -> (y, rstd [T] fp32)."""
+    y, _, rstd = _rms_norm(x, None, weight, eps)
+    return y, rstd
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x and residual [T, N], weight [N] -> (y, x + residual, rstd [T] fp32)."""
+    y, summed, rstd = _rms_norm(x, residual, weight, eps)
+    assert summed is not None
+    return y, summed, rstd
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dsummed: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, equal to that of residual; gradient of weight)."""
+    dy, x, weight, rstd = _rows(dy), _rows(summed), weight.contiguous(), rstd.contiguous()
+    if dsummed is not None:
+        dsummed = _rows(dsummed)
+    dx, dweight = _empty(x), _empty(weight)
+    _cpu.rms_norm_backward(
+        _DTYPES[x.dtype],
+        *x.shape,
+        dy.data_ptr(),
+        dy.stride(0),
+        0 if dsummed is None else dsummed.data_ptr(),
+        0 if dsummed is None else dsummed.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        rstd.data_ptr(),
+        dx.data_ptr(),
+        dweight.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dx, dweight
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of x, gradient of weight)."""
+    return add_rms_norm_backward(dy, None, x, weight, rstd)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up [T, F] -> silu(gate) * up."""
+    gate, up = _rows(gate), _rows(up)
+    y = _empty(gate)
+    _cpu.swiglu(
+        _DTYPES[gate.dtype],
+        *gate.shape,
+        gate.data_ptr(),
+        gate.stride(0),
+        up.data_ptr(),
+        up.stride(0),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of gate, gradient of up)."""
+    dy, gate, up = _rows(dy), _rows(gate), _rows(up)
+    dgate, dup = _empty(gate), _empty(up)
+    _cpu.swiglu_backward(
+        _DTYPES[gate.dtype],
+        *gate.shape,
+        dy.data_ptr(),
+        dy.stride(0),
+        gate.data_ptr(),
+        gate.stride(0),
+        up.data_ptr(),
+        up.stride(0),
+        dgate.data_ptr(),
+        dup.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dgate, dup
+
+
+def _rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    q, k, positions = _rows(q), _rows(k), positions.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    q_out, k_out = _empty(q), _empty(k)
+    _cpu.rope(
+        _DTYPES[q.dtype],
+        q.shape[0],
+        q.shape[2],
+        q.data_ptr(),
+        q.shape[1],
+        q.stride(0),
+        q.stride(1),
+        q_out.data_ptr(),
+        k.data_ptr(),
+        k.shape[1],
+        k.stride(0),
+        k.stride(1),
+        k_out.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[0],
+        positions.data_ptr(),
+        positions.dtype == torch.int64,
+        inverse,
+        torch.get_num_threads(),
+    )
+    return q_out, k_out
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k [T, Hkv, D], tables [P, D/2] -> both rotated. ValueError on a position."""
+    return _rope(q, k, cos, sin, positions, inverse=False)
+
+
+def rope_backward(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both gradients rotated back."""
+    return _rope(dq, dk, cos, sin, positions, inverse=True)
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """q [B, Hq, D], caches [pages, page, Hkv, D] -> [B, Hq, D]. ValueError on a page or length."""
+    q, k_cache, v_cache = _rows(q), _rows(k_cache), _rows(v_cache)
+    block_table, lengths = block_table.int().contiguous(), lengths.int().contiguous()
+    out = _empty(q)
+    _cpu.decode_attention(
+        _DTYPES[q.dtype],
+        *q.shape[:2],
+        k_cache.shape[2],
+        q.shape[2],
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        k_cache.data_ptr(),
+        *k_cache.stride()[:3],
+        v_cache.data_ptr(),
+        *v_cache.stride()[:3],
+        *k_cache.shape[:2],
+        block_table.data_ptr(),
+        *block_table.shape[1:],
+        block_table.stride(0),
+        lengths.data_ptr(),
+        scale,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+NATIVE: dict[str, Callable] = {
+    "rms_norm": rms_norm,
+    "rms_norm_backward": rms_norm_backward,
+    "add_rms_norm": add_rms_norm,
+    "add_rms_norm_backward": add_rms_norm_backward,
+    "swiglu": swiglu,
+    "swiglu_backward": swiglu_backward,
+    "rope": rope,
+    "rope_backward": rope_backward,
+    "decode_attention": decode_attention,
+}
