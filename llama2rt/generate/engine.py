@@ -25,9 +25,12 @@ Prompt = Sequence[int] | chat.Messages
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample. `tokens` as sampled, with the EOS if the model produced it (finish_reason
-    "stop"; otherwise "length"); `logprobs[i]` of `tokens[i]` at the sampling temperature over the
-    whole vocabulary (temperature 1 for argmax); `text` without EOS, stripped for message prompts.
+    """One sample.
+
+    `tokens` as sampled, the EOS included if the model produced it: finish_reason "stop", otherwise
+    "length". `logprobs[i]` is that of `tokens[i]` at the sampling temperature (1 for argmax) over
+    the whole vocabulary. `text` leaves the EOS out: for messages the answer, stripped; for token
+    ids what continues the prompt's own text.
     """
 
     prompt_index: int
@@ -101,21 +104,17 @@ class Engine:
         steps = self._steps(encoded, n, temperature, top_p, top_k, max_tokens, seed)
         for _, finished in steps:
             for sequence in finished:
-                tokens = sequence.tokens.tolist()
-                text = self._decode(tokens)
-                if isinstance(prompts[sequence.prompt][0], Mapping):
-                    text = text.strip()
-                yield (
-                    sequence.prompt * n + sequence.sample,
-                    Completion(
-                        prompt_index=sequence.prompt,
-                        prompt_tokens=encoded[sequence.prompt].tolist(),
-                        text=text,
-                        tokens=tokens,
-                        logprobs=sequence.logprobs.tolist(),
-                        finish_reason=sequence.finish_reason,
-                    ),
+                i, tokens = sequence.prompt, sequence.tokens.tolist()
+                prompt_tokens = encoded[i].tolist()
+                completion = Completion(
+                    prompt_index=i,
+                    prompt_tokens=prompt_tokens,
+                    text=self._text(prompts[i], prompt_tokens, tokens),
+                    tokens=tokens,
+                    logprobs=sequence.logprobs.tolist(),
+                    finish_reason=sequence.finish_reason,
                 )
+                yield i * n + sequence.sample, completion
 
     def stream(
         self,
@@ -127,13 +126,14 @@ class Engine:
         seed: int = 0,
     ) -> Iterator[str]:
         """One sample of one prompt as pieces of text; a character is held back until complete."""
+        encoded = self._encode([prompt])
         tokens: list[int] = []
         shown = ""
         for sampled, finished in self._steps(
-            self._encode([prompt]), 1, temperature, top_p, top_k, max_tokens, seed
+            encoded, 1, temperature, top_p, top_k, max_tokens, seed
         ):
             tokens += sampled.tolist()
-            text = self._decode(tokens)
+            text = self._text(prompt, encoded[0].tolist(), tokens)
             if finished or not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(shown) :]
                 shown = text
@@ -160,10 +160,16 @@ class Engine:
             encoded.append(tokens)
         return encoded
 
-    def _decode(self, tokens: list[int]) -> str:
-        if tokens and tokens[-1] == self.tokenizer.eos:
+    def _text(self, prompt: Prompt, prompt_tokens: list[int], tokens: list[int]) -> str:
+        if tokens[-1:] == [self.tokenizer.eos]:
             tokens = tokens[:-1]
-        return self.tokenizer.decode(tokens)
+        # A vocabulary padded for speed has rows without text; a rollout must not fail on one.
+        tokens = [token for token in tokens if token < self.tokenizer.vocab_size]
+        decode = self.tokenizer.decode
+        if isinstance(prompt[0], Mapping):
+            return decode(tokens).strip()
+        # Decoded alone, a continuation would lose the space in front of its first word.
+        return decode(prompt_tokens + tokens)[len(decode(prompt_tokens)) :]
 
     @torch.inference_mode()
     def _steps(

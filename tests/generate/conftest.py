@@ -75,7 +75,7 @@ def build_transformers(model):
 class Ids:
     """A tokenizer for tests on token ids: words are numbers, EOS is any id (-1: never)."""
 
-    bos = 1
+    bos, vocab_size = 1, 400
 
     def __init__(self, eos=2):
         self.eos = eos

@@ -191,7 +191,7 @@ def test_stop_and_length(models):
     cut = free.tokens.index(third) + 1
     stopped = Engine(model, models.Ids(third)).generate([prompt], temperature=0, max_tokens=12)[0]
     assert stopped.tokens == free.tokens[:cut] and stopped.finish_reason == "stop"
-    assert stopped.text == " ".join(map(str, free.tokens[: cut - 1]))
+    assert stopped.text.split() == [str(token) for token in free.tokens[: cut - 1]]
     # The limit reached exactly with EOS is a stop; one token earlier it is a length without EOS.
     exact = Engine(model, models.Ids(third)).generate([prompt], temperature=0, max_tokens=cut)[0]
     assert exact.finish_reason == "stop"
@@ -254,8 +254,16 @@ def test_messages_and_text(models, tokenizer):
     assert completion.text == tokenizer.decode(completion.tokens).strip()
     (raw,) = engine.generate([completion.prompt_tokens], max_tokens=30, seed=3)
     assert raw.tokens == completion.tokens
-    streamed = "".join(engine.stream(messages, max_tokens=30, seed=3))
-    assert streamed.strip() == completion.text
+    whole = tokenizer.decode(raw.prompt_tokens + raw.tokens)
+    assert whole == "[INST] questions about dates [/INST]" + raw.text
+    for prompt, text in ((messages, completion.text), (raw.prompt_tokens, raw.text)):
+        assert "".join(engine.stream(prompt, max_tokens=30, seed=3)) == text
+
+
+def test_a_padded_vocabulary_has_no_text(models, tokenizer):
+    model = models.build(vocab_size=4 * tokenizer.vocab_size)
+    completions = Engine(model, tokenizer).generate([[5, 6]], n=20, temperature=2.0, max_tokens=9)
+    assert any(max(c.tokens) >= tokenizer.vocab_size for c in completions)
 
 
 def test_model_state_is_left_alone(models):
