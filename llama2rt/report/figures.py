@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from llama2rt.report.plot import INK, MARKERS, MUTED, SERIES, Plot, canvas, nothing, percent
+from llama2rt.report.plot import INK, MARKERS, MUTED, RAMP, SERIES, Plot, canvas, nothing, percent
 
 Estimate = tuple[float, float, float]
 """(mean, low, high): a value and the ends of its 95 % interval."""
@@ -31,6 +32,8 @@ def accuracy_by_rating(
     gives them, shares in [0, 1].
     """
     ratings = list(dict.fromkeys(str(row["rating"]) for rows in models.values() for row in rows))
+    # The average stands apart: it is not a rating.
+    places = np.array([j + 0.3 * (rating == "average") for j, rating in enumerate(ratings)])
     with canvas(height=3.4) as (figure, (axes,)):
         if not ratings:
             nothing(axes)
@@ -38,7 +41,7 @@ def accuracy_by_rating(
         for i, (name, rows) in enumerate(models.items()):
             by_rating = {str(row["rating"]): row for row in rows}
             kept = [j for j, rating in enumerate(ratings) if rating in by_rating]
-            x = np.array(kept) + (i - (len(models) - 1) / 2) * width
+            x = places[kept] + (i - (len(models) - 1) / 2) * width
             mean, low, high = _estimates([_triple(by_rating[ratings[j]]) for j in kept])
             axes.bar(x, mean, width * 0.88, color=SERIES[i], alpha=0.85, label=name)
             axes.errorbar(x, mean, _bars(mean, low, high), fmt="none", ecolor=INK, elinewidth=1.1)
@@ -63,7 +66,7 @@ def accuracy_by_rating(
                 fontsize=8.5,
                 color=MUTED,
             )
-            axes.set_xticks(range(len(ratings)), [rating.replace("_", " ") for rating in ratings])
+            axes.set_xticks(places, [rating.replace("_", " ") for rating in ratings])
             axes.set_ylim(0, 1.08)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
             axes.yaxis.set_major_formatter(percent())
@@ -162,15 +165,20 @@ def best_of_n(
             nothing(axes)
         for i, (name, curve) in enumerate(policies.items()):
             colour = SERIES[i % len(SERIES)]
-            every = max(1, len(curve["n"]) // 8)
-            look: dict[str, Any] = {
-                "color": colour,
-                "marker": MARKERS[i % len(MARKERS)],
-                "markevery": every,
-            }
-            axes.plot(curve["n"], curve["max"], label=f"{name}, max", **look)
             axes.plot(
-                curve["n"], curve["median"], linestyle=(0, (4, 2)), label=f"{name}, median", **look
+                curve["n"],
+                curve["max"],
+                color=colour,
+                marker=MARKERS[i % len(MARKERS)],
+                markevery=_powers(curve["n"]),
+                label=f"{name}, max",
+            )
+            axes.plot(
+                curve["n"],
+                curve["median"],
+                color=colour,
+                linestyle=(0, (4, 2)),
+                label=f"{name}, median",
             )
             if len(policies) == 1:
                 axes.fill_between(
@@ -219,9 +227,9 @@ def temperatures(
                 axes.plot(
                     curve["n"],
                     curve["max"],
-                    color=_ramp(shade(i)),
+                    color=RAMP(shade(i)),
                     marker=MARKERS[i % len(MARKERS)],
-                    markevery=max(1, len(curve["n"]) // 6),
+                    markevery=_powers(curve["n"]),
                     label=f"T = {temperature:g}",
                 )
             axes.set_title(name)
@@ -309,22 +317,16 @@ def length_correlation(
         if not any(len(values) for values in defined.values()):
             nothing(axes, "no prompt with a defined correlation")
         else:
+            scale = ScalarMappable(Normalize(-1, 1), "RdBu_r")
             for i, values in enumerate(defined.values()):
                 if not len(values):
                     axes.text(0.5, i, "undefined", ha="center", va="center", color=MUTED)
                     continue
-                # At most 200 cells a row: sorted values lose nothing by averaging neighbours.
-                cells = [part.mean() for part in np.array_split(values, min(200, len(values)))]
-                mesh = axes.pcolormesh(
-                    np.linspace(0, 1, len(cells) + 1),
-                    [i - 0.38, i + 0.38],
-                    [cells],
-                    cmap="RdBu_r",
-                    vmin=-1,
-                    vmax=1,
-                    edgecolors="face",  # no hairlines between the cells
-                    linewidth=0.2,
-                )
+                # At most 120 cells a row: sorted values lose nothing by averaging neighbours. Each
+                # reaches to the right end, under its successors, so that no seams show.
+                cells = [part.mean() for part in np.array_split(values, min(120, len(values)))]
+                left = np.arange(len(cells)) / len(cells)
+                axes.barh(i, 1 - left, 0.76, left, color=scale.to_rgba(np.array(cells)))
                 axes.annotate(
                     f"mean {values.mean():+.2f}",
                     (1, i),
@@ -333,7 +335,7 @@ def length_correlation(
                     va="center",
                     fontsize=8.5,
                 )
-            figure.colorbar(mesh, ax=axes, label="Pearson r", pad=0.13, ticks=[-1, 0, 1])
+            figure.colorbar(scale, ax=axes, label="Pearson r", pad=0.1, ticks=[-1, 0, 1])
             axes.set_yticks(range(len(data)), list(data))
             axes.set_ylim(len(data) - 0.5, -0.5)
             axes.set_xlim(0, 1)
@@ -388,7 +390,8 @@ def win_matrix(
                         color=_readable(mesh.to_rgba(np.array([rate]))[0]),
                     )
             ticks = np.arange(len(names)) + 0.5
-            axes.set_xticks(ticks, names)
+            long = max(map(len, names)) > 8
+            axes.set_xticks(ticks, names, rotation=30 * long, ha="right" if long else "center")
             axes.set_yticks(ticks, names)
             axes.set_ylim(len(names), 0)
             axes.set_aspect("equal")
@@ -428,18 +431,28 @@ def _legend(figure: Figure, axes: Axes) -> None:
     """Above the axes, where it can never cover a line."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=min(6, len(labels)), columnspacing=1.6
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=min(6, len(labels)),
+        columnspacing=1.6,
+        handlelength=2.8,
     )
 
 
 def _samples_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xscale("log")
     largest = max(sizes, default=1)
-    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n <= largest]
+    ticks = [1 << power for power in range(int(largest).bit_length())]
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
     axes.set_xlim(0.93, max(2, largest) * 1.08)
     axes.set_xlabel("number of samples N")
+
+
+def _powers(sizes: Sequence[int]) -> list[int]:
+    """Indices of the powers of two: where the axis has its ticks, the lines have their markers."""
+    return [i for i, n in enumerate(sizes) if n & (n - 1) == 0]
 
 
 def _sparse(rows: list, most: int = 10) -> list:
@@ -447,14 +460,6 @@ def _sparse(rows: list, most: int = 10) -> list:
     if len(rows) <= most:
         return rows
     return [rows[i] for i in np.unique(np.geomspace(1, len(rows), most).astype(int) - 1)]
-
-
-def _ramp(share: float) -> tuple[float, float, float]:
-    """Cold to hot, both ends legible on white and on black (cividis' ends are not)."""
-    cold, middle, hot = (np.array(to_rgb(c)) for c in ("#3b7dd8", "#9a6fb0", "#e0532f"))
-    start, end, part = (cold, middle, 2 * share) if share < 0.5 else (middle, hot, 2 * share - 1)
-    red, green, blue = start + (end - start) * part
-    return float(red), float(green), float(blue)
 
 
 def _readable(colour: np.ndarray) -> str:

@@ -4,6 +4,7 @@ A page is a title, an optional row of headline numbers and sections; a section h
 blocks. Everything that comes from data is escaped: a sampled answer may contain any markup.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -136,8 +137,11 @@ def cell(value: object) -> str:
     if value is None:
         return NONE
     if isinstance(value, tuple):
-        mean, low, high = (cell(number) for number in value)
-        return f"{mean} [{low}, {high}]"
+        mean, low, high = value
+        # Three digits of the interval's width: more would be noise.
+        width = abs(high - low)
+        digits = min(6, max(0, 2 - math.floor(math.log10(width)))) if width else 3
+        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if hasattr(value, "item"):  # a NumPy scalar

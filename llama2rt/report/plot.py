@@ -19,6 +19,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter
 
@@ -26,6 +27,8 @@ from llama2rt.report.files import write_bytes
 
 INK, MUTED, GRID = "#20242c", "#5f6672", "#dde1e7"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b")
+# For ordered series, both ends legible on white and on black (those of viridis or plasma are not).
+RAMP = LinearSegmentedColormap.from_list("cold-hot", ["#3b7dd8", "#9a6fb0", "#e0532f"])
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 VARIABLES = {
     INK: "--ink",
@@ -70,6 +73,8 @@ _STYLE: dict[Any, Any] = {
     "legend.labelcolor": INK,
     "errorbar.capsize": 0,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.wspace": 0.05,
+    "figure.constrained_layout.hspace": 0.05,
     "svg.fonttype": "none",
 }
 
@@ -142,7 +147,7 @@ def canvas(
 
 def percent() -> Formatter:
     """Axis labels in per cent for shares in [0, 1]."""
-    return FuncFormatter(lambda share, _: f"{100 * share:.0f} %")
+    return FuncFormatter(lambda share, _: f"{100 * share:.4g} %")
 
 
 def nothing(axes: Axes, reason: str = "no data") -> None:

@@ -96,8 +96,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl in the order of their steps, empty where there is no file.
 
-    A last line cut short by a kill is left out; InputError names any other damaged line. Where a
-    resumed run has logged a step again, the later row wins.
+    Lines of the same step (training and validation) become one row. A last line cut short by a
+    kill is left out; InputError names any other damaged line.
     """
     path = Path(path)
     if not path.exists():
@@ -107,7 +107,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows[int(row["step"])] = row
+            step = int(row["step"])
+            rows[step] = {**rows.get(step, {}), **row}
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
@@ -124,6 +125,8 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
     if isinstance(value, Mapping):
         pairs = list(value.items())
     elif isinstance(value, list):
+        if prefix.startswith("summary"):
+            return {}  # a table has no place among facts; it is in report.json
         pairs = [(str(i), item) for i, item in enumerate(value)]
     else:
         return {prefix: value}

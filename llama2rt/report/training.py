@@ -1,7 +1,7 @@
 """Figures about a run: what its metrics.jsonl says about how training went.
 
 The rows are those of the file, as dicts; which panels are drawn follows from the keys found in
-them, so that every stage's run gets its figure from the one function. PPO and DPO have a second
+them, so that every stage's run gets its figure from one function. PPO and DPO have a second
 figure each, for the trade they make.
 """
 
@@ -10,17 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 
-from llama2rt.report.plot import MARKERS, MUTED, SERIES, Plot, canvas, nothing, percent
+from llama2rt.report.plot import MARKERS, MUTED, RAMP, SERIES, Plot, canvas, nothing, percent
 
 Rows = Sequence[Mapping[str, float]]
 
 
 class Metric(NamedTuple):
-    """How a metric is drawn: `label` with its unit; `share` for values in [0, 1] as per cent."""
+    """How a metric is drawn: `label` with its unit; `share` for values in [0, 1] as per cent;
+    `noisy` where a running mean helps."""
 
     label: str
     share: bool = False
+    noisy: bool = True
 
 
 METRICS = {
@@ -28,15 +31,15 @@ METRICS = {
     "validation_loss": Metric("validation loss (nats a target)"),
     "bits_per_byte": Metric("bits per byte"),
     "accuracy": Metric("accuracy", share=True),
-    "margin": Metric("score margin"),
+    "score_gap": Metric("score gap, chosen - rejected"),
     "reward": Metric("reward"),
     "kl": Metric("KL to the reference (nats a response)"),
     "entropy": Metric("entropy (nats a token)"),
     "clip_fraction": Metric("clipped tokens", share=True),
     "value_loss": Metric("value loss"),
     "length": Metric("response length (tokens)"),
-    "lr": Metric("learning rate"),
-    "grad_norm": Metric("gradient norm"),
+    "lr": Metric("learning rate", noisy=False),
+    "gradient_norm": Metric("gradient norm"),
     "tokens_per_second": Metric("throughput (tokens/s)"),
     "mfu": Metric("model FLOP/s utilisation", share=True),
 }
@@ -44,20 +47,23 @@ METRICS = {
 
 
 def curves(rows: Rows, *, title: str = "Training curves") -> Plot:
-    """One small panel for each known metric in the rows, against the optimizer step.
+    """One small panel for each metric in the rows, against the optimizer step.
 
     The pale line is each logged value, the strong one their running mean. Rows need "step";
-    non-finite values leave gaps.
+    non-finite values are left out. `METRICS` come first and with their units; other keys follow
+    where they were logged more than once.
     """
-    found = {key: _series(rows, key) for key in METRICS}
-    found = {key: series for key, series in found.items() if len(series[0])}
-    columns = 3 if len(found) > 4 else 2
+    others = sorted({key for row in rows for key in row} - {"step", *METRICS})
+    found = {key: _series(rows, key) for key in (*METRICS, *others)}
+    found = {key: series for key, series in found.items() if len(series[0]) > (key not in METRICS)}
+    columns = 2 if len(found) in (2, 4) else 3
     lines = max(1, -(-len(found) // columns))
     with canvas(lines, columns, height=2.15 * lines + 0.2) as (figure, panels):
         for axes, (key, (steps, values)) in zip(panels, found.items(), strict=False):
-            _curve(axes, steps, values, SERIES[0])
-            axes.set_title(METRICS[key].label, fontsize=9.5, fontweight="normal")
-            if METRICS[key].share:
+            metric = METRICS.get(key) or Metric(key.replace("_", " "))
+            _curve(axes, steps, values, SERIES[0], noisy=metric.noisy)
+            axes.set_title(metric.label, fontsize=9.5, fontweight="normal")
+            if metric.share:
                 axes.yaxis.set_major_formatter(percent())
         for axes in panels[len(found) :]:
             axes.set_axis_off()
@@ -90,7 +96,7 @@ def kl_against_reward(rows: Rows, *, title: str = "PPO: reward against KL") -> P
             nothing(axes)
         else:
             axes.plot(kl, reward, color=MUTED, linewidth=0.7, alpha=0.6)
-            dots = axes.scatter(kl, reward, c=step, cmap="plasma", s=26, vmin=0, zorder=3)
+            dots = axes.scatter(kl, reward, c=step, cmap=RAMP, s=26, vmin=0, zorder=3)
             axes.annotate("start", (kl[0], reward[0]), (7, -3), textcoords="offset points")
             if len(kept) > 1:
                 axes.annotate("end", (kl[-1], reward[-1]), (7, -3), textcoords="offset points")
@@ -168,19 +174,36 @@ def _curve(
     *,
     label: str | None = None,
     marker: str = "o",
+    noisy: bool = True,
 ) -> None:
+    # Plain numbers: a power of ten in the corner of a small panel collides with its title.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if not np.ptp(values):
+        axes.set_yticks([values[0]])  # not five ticks with the same label
+        noisy = False
     if len(values) < 20:
         axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=label)
         return
-    # Bounded size however long the run: the extremes of at most 300 stretches, and their means.
+    # Bounded size however long the run: the extremes of at most 300 stretches, and their middles.
     stretches = np.array_split(np.arange(len(values)), min(300, len(values)))
     extremes = np.unique([s[f(values[s])] for s in stretches for f in (np.argmin, np.argmax)])
+    if not noisy:
+        axes.plot(steps[extremes], values[extremes], color=colour, label=label)
+        return
     axes.plot(steps[extremes], values[extremes], color=colour, linewidth=0.8, alpha=0.35)
-    window = max(3, len(values) // 40) | 1
-    padded = np.pad(values, window // 2, mode="reflect")
-    smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
+    mean, reach = _running_mean(values)
     at = np.array([s[len(s) // 2] for s in stretches])
-    axes.plot(steps[at], smooth[at], color=colour, label=label)
+    at = at[reach[at] >= reach.max() / 3]
+    axes.plot(steps[at], mean[at], color=colour, label=label)
+
+
+def _running_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centred mean over a twentieth of the run, and how far each reaches to either side: less
+    towards the ends, so that a steep start is neither flattened nor shifted."""
+    index = np.arange(len(values))
+    reach = np.minimum(max(1, len(values) // 40), np.minimum(index, index[::-1]))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1), reach
 
 
 def _some(count: int, most: int = 20) -> list[int]:
