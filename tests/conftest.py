@@ -4,6 +4,7 @@ import os
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before torch or numpy start their thread pools.
@@ -32,10 +33,31 @@ def shared_data():
 def pytest_configure(config: pytest.Config) -> None:
     seed = os.environ.get("SEED", "0")
     config.llama2rt_seed = random.randrange(2**31) if seed == "random" else int(seed)
+    # No deadline: on a busy machine an example's time says nothing about the code.
+    hypothesis.settings.register_profile(
+        "llama2rt", deadline=None, derandomize=seed != "random", print_blob=True
+    )
+    hypothesis.settings.load_profile("llama2rt")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"SEED={config.llama2rt_seed} (SEED=random draws another one)"
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A 400-piece tokenizer trained on a few made sentences."""
+    from llama2rt.text import Tokenizer
+
+    sentence = "the quick brown fox jumps over lazy dogs and counts sheep from zero to twelve"
+    words = sentence.split()
+    sentences = [
+        f"{a} {b} {c}, {a}{c}. 2+{len(b)}={len(b) + 2}; what is {b}? [INST] {c} [/INST]"
+        for a in words
+        for b in words[::2]
+        for c in words[::3]
+    ]
+    return Tokenizer.train(sentences, 400, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

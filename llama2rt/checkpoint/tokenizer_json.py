@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, processors
 
 from llama2rt.checkpoint import files
 from llama2rt.errors import InputError
+from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece's visible space
@@ -40,6 +41,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
+        "chat_template": chat.HUGGING_FACE_TEMPLATE,
     }
     files.write_json(folder / "tokenizer_config.json", config)
 

@@ -17,6 +17,23 @@ Messages = Sequence[Mapping[str, str]]
 
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
+# The same format for transformers' apply_chat_template, which exported tokenizers carry: the
+# template published with Llama-2-chat, without its default system prompt.
+HUGGING_FACE_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% set turns = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for turn in turns %}"
+    "{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('user and assistant must take turns, the user first') }}{% endif %}"
+    "{% if turn['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + ((system if loop.first else '') + turn['content']).strip()"
+    " + ' [/INST]' }}"
+    "{% else %}{{ ' ' + turn['content'].strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
 
 def check_messages(messages: Messages, *, last: str) -> None:
     """InputError unless ``messages`` are an optional system message, then user and assistant in
