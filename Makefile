@@ -1,0 +1,93 @@
+# Two commands matter: `make run` (set up, then the main job) and `make test` (set up, then every
+# check). Both need Python 3.11+, a C++ compiler and a package index, and nothing else.
+#
+#   make run     .venv, install, `llama2rt quickstart`      (more options: make run ARGS="--seed 1")
+#   make test    .venv, install with the test extra, ruff, mypy, pytest         (SEED=random explores)
+#   make bench   the benchmarks; nothing else should be running
+#   make gpu     tests and benchmarks of a GPU machine, with its own python3 and without a network
+#   make native  the native modules built into the source tree, for work on them
+#   make clean   remove all of this except runs/
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+RUN ?= runs/quickstart
+ARGS ?=
+OUT ?= build
+
+# Without an NVIDIA GPU, torch is named exactly, at a version that is also offered as a CPU build:
+# pip prefers 2.13.0+cpu to 2.13.0 where it finds both, while the open range of pyproject.toml could
+# bring a later release and with it gigabytes of CUDA libraries. Where the index holds CUDA builds
+# only (PyPI on Linux), this avoids them:
+#   make run TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH ?= torch==2.13.0
+else
+TORCH ?= torch
+endif
+
+# What an installed package is made of. Set-up is repeated when one of these is newer than its stamp.
+SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
+	$(shell find csrc llama2rt -type f -not -name '*.so' -not -name '*.pyc')
+
+.PHONY: run test bench gpu native clean
+
+run: $(VENV)/.installed
+	$(BIN)/llama2rt quickstart --out $(RUN) $(ARGS)
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet '.[test]'
+	touch $(VENV)/.installed $@
+
+# Plain pytest: `python -m pytest` would put this folder, not the installed package, first.
+test: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	SEED=$(SEED) $(BIN)/pytest -q
+
+# glibc returns large blocks to the system, and page faults then take half of a CPU training step.
+# Both sides of every comparison keep their memory here; what that hides is measured apart, each
+# side in a process of its own (docs and benchmarks say which figure is which).
+bench: $(VENV)/.tested
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_TOP_PAD_=67108864 \
+		$(BIN)/pytest -q -s benchmarks
+
+# -P keeps this folder off sys.path, as plain pytest does.
+gpu:
+	$(PYTHON) -m pip install --no-index --no-build-isolation --no-deps --force-reinstall .
+	rm -rf build/gpu && mkdir -p build/gpu $(OUT)
+	$(PYTHON) -P -m llama2rt.doctor --json | tee build/gpu/doctor.json
+	set -o pipefail; status=0; \
+	nvidia-smi | tee build/gpu/nvidia-smi.txt || status=1; \
+	$(PYTHON) -P -m pytest -q tests/gpu 2>&1 | tee build/gpu/tests.txt || status=1; \
+	$(PYTHON) -P -m pytest -q -s benchmarks/ops --benchmark-json build/gpu/ops.json 2>&1 \
+		| tee build/gpu/ops.txt || status=1; \
+	tar -czf $(OUT)/llama2rt-gpu.tar.gz -C build gpu; \
+	exit $$status
+
+# The finished module is moved into place: processes that have the old one loaded keep it.
+native: $(VENV)/.tested
+	$(BIN)/python -m pip install --quiet pybind11
+	cmake -S . -B build/native -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build build/native --parallel 2
+	mv build/native/_*.so llama2rt/
+
+clean:
+	rm -rf $(VENV) build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f llama2rt/_*.so
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
