@@ -63,7 +63,7 @@ test: $(VENV)/.tested
 # Both sides of every comparison keep their memory here; what that hides is measured apart, each
 # side in a process of its own (docs and benchmarks say which figure is which).
 bench: $(VENV)/.tested
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_TOP_PAD_=67108864 \
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864 \
 		$(BIN)/pytest -q -s benchmarks
 
 # -P keeps this folder off sys.path, as plain pytest does.
