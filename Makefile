@@ -20,8 +20,7 @@ OUT ?= build
 # Without an NVIDIA GPU, torch is named exactly, at a version that is also offered as a CPU build:
 # pip prefers 2.13.0+cpu to 2.13.0 where it finds both, while the open range of pyproject.toml could
 # bring a later release and with it gigabytes of CUDA libraries. Where the index holds CUDA builds
-# only (PyPI on Linux), this avoids them:
-#   make run TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# only, name PyTorch's own index of CPU builds: make run TORCH="torch --index-url URL"
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH ?= torch==2.13.0
 else
