@@ -76,6 +76,7 @@ _STYLE: dict[Any, Any] = {
     "figure.constrained_layout.wspace": 0.05,
     "figure.constrained_layout.hspace": 0.05,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of versions are not formulas
 }
 
 

@@ -1,0 +1,82 @@
+"""The page of a run directory, whatever state the run was left in."""
+
+import json
+
+import pytest
+
+from llama2rt import report
+from llama2rt.errors import InputError
+from llama2rt.report.single_run import read_metrics
+
+
+def _run(folder, rows, *, complete=True, tail=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+    (folder / "recipe.toml").write_text('[train]\nlr = 1e-4 # <b>"quoted"</b>\n')
+    manifest = {
+        "seed": 7,
+        "versions": {"torch": "2.13.0"},
+        "inputs": {"data": {"path": "corpus.txt", "sha256": "ab" * 32}},
+        "parents": [{"path": "runs/base"}],
+        "complete": complete,
+        "summary": {"loss": 1.25, "accuracy": {"better": 0.75}, "intervals": [{"x": 1}]},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_page_and_numbers_of_a_finished_run(tmp_path):
+    folder = _run(tmp_path / "sft", [{"step": i, "loss": 2.0 / i} for i in range(1, 40)])
+    page = report.of_run(
+        folder, sections=[report.Section("Extra", [])], numbers={"bits_per_byte": 2.1}
+    )
+    text = page.read_text()
+    assert page == folder / "report.html"
+    for expected in ("Run: sft", "Complete, 39 steps", "ab" * 32, "runs/base", "Extra", "0.75"):
+        assert expected in text
+    assert "&lt;b&gt;" in text and "summary.intervals" not in text
+    numbers = json.loads((folder / "report.json").read_text())
+    assert numbers["complete"] is True and numbers["steps"] == 39
+    assert numbers["bits_per_byte"] == 2.1
+    assert numbers["summary"]["accuracy"] == {"better": 0.75}
+    assert numbers["last"]["step"] == 39
+
+
+def test_stages_get_their_own_figure(tmp_path):
+    ppo = _run(tmp_path / "ppo", [{"step": i, "kl": 0.1, "reward": 1.0} for i in (1, 2)])
+    assert "PPO: reward against KL" in report.of_run(ppo).read_text()
+    rows = [{"step": i, "chosen_reward": 0.1, "rejected_reward": 0.0} for i in (1, 2)]
+    assert "DPO: implicit rewards" in report.of_run(_run(tmp_path / "dpo", rows)).read_text()
+
+
+def test_a_killed_run_and_an_empty_one_have_a_page(tmp_path):
+    killed = _run(
+        tmp_path / "killed", [{"step": 1, "loss": 1.0}], complete=False, tail='{"step": 2, "lo'
+    )
+    assert "Not complete, 1 steps" in report.of_run(killed).read_text()
+    empty = _run(tmp_path / "empty", [], complete=False)
+    assert "no metrics logged" in report.of_run(empty).read_text()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="no run directory"):
+        report.of_run(tmp_path / "other")
+
+
+def test_lines_of_one_step_become_one_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 1}\n{"step": 1, "loss": 2}\n{"step": 2, "accuracy": 3}\n')
+    assert read_metrics(path) == [{"step": 1, "loss": 2}, {"step": 2, "loss": 1, "accuracy": 3}]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"loss": 1}', '{"step": null}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: "):
+        read_metrics(path)
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    for content in ("{", "[]"):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(InputError, match=r"manifest\.json: "):
+            report.of_run(tmp_path)
