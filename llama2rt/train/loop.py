@@ -100,7 +100,7 @@ def fit(
     with (
         recompute or contextlib.nullcontext(),
         ProgressLine(name, steps, done) as line,
-        _interrupts() as interrupted,
+        interrupts() as interrupted,
     ):
         throughput = Throughput()
         for step in range(done, steps):
@@ -175,7 +175,7 @@ def _diverged(run: Run, step: int, what: str) -> str:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def interrupts() -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM appends to; the second has its usual effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -77,13 +77,16 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @model_validator(mode="before")
     @classmethod
-    def _refine_defaults(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def refine(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """``given`` with each table laid over the stage's default for it."""
         refined = dict(given)
         for name, field in cls.model_fields.items():
             if isinstance(refined.get(name), dict) and isinstance(field.default, BaseModel):
                 refined[name] = field.default.model_dump(exclude_unset=True) | refined[name]
         return refined
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refined(cls, given: Any) -> Any:
+        return cls.refine(given) if isinstance(given, dict) else given

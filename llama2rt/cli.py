@@ -1,0 +1,412 @@
+"""The command line: ``llama2rt VERB RECIPE.toml [--key value] --out DIR [--resume] [--json]``.
+
+A stage's verb reads a recipe (a path, or the name of one that is shipped), takes any of its keys as
+an option, and runs the stage. The other verbs are functions whose arguments become options. Verbs
+import their code when they are called, so that ``--help`` answers at once; one whose module is not
+there is not offered. Exit status: 0 done, 2 bad input, 1 anything else (Ctrl-C included).
+"""
+
+import importlib
+import json
+import logging
+import sys
+import textwrap
+import tomllib
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import llama2rt
+from llama2rt.errors import InputError
+
+if TYPE_CHECKING:
+    from llama2rt.train.options import Recipe
+
+_PACKAGE = Path(llama2rt.__file__).parent
+
+# Verb -> (module in llama2rt, what it does).
+STAGES = {
+    "pretrain": ("stages.pretrain", "train a language model on text"),
+    "sft": ("stages.sft", "fine-tune on dialogues, loss on the answers only"),
+    "reward": ("stages.reward", "train a reward model on comparisons"),
+    "rejection": ("stages.rejection", "sample K answers, fine-tune on the best"),
+    "ppo": ("stages.ppo", "PPO against two reward models"),
+    "dpo": ("stages.dpo", "online DPO: best against worst of the model's own answers"),
+    "iterate": ("stages.iterate", "RLHF-V1 to Vn as one resumable command"),
+}
+# Verb -> (module, function, what it does); "" for functions of this file.
+COMMANDS = {
+    "quickstart": (
+        "quickstart.command",
+        "quickstart",
+        "the whole pipeline on a toy, with a report",
+    ),
+    "generate": ("generate.commands", "generate", "sample answers to prompts"),
+    "chat": ("generate.commands", "chat", "talk to a model"),
+    "evaluate": ("evaluate.commands", "", "accuracy of a reward model, win rates of versions"),
+    "check": ("data.check", "", "validate a file of records and describe it"),
+    "tokenizer": ("text.tokenizer", "", "train a tokenizer in LLaMA's settings"),
+    "convert": ("checkpoint.convert", "", "a model folder into another format"),
+    "doctor": ("doctor", "doctor", "what is built, what is missing and how to get it"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the ``llama2rt`` command; leaves through SystemExit with its status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbs = available()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(verbs))
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"llama2rt {llama2rt.__version__}")
+        sys.exit(0)
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in verbs:
+        _fail(f"unknown verb {verb!r}: expected one of {', '.join(verbs)}", status=2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
+    from llama2rt.train.allocator import keep_malloc
+
+    keep_malloc()
+    try:
+        if verb in STAGES:
+            _run_stage(verb, rest)
+        else:
+            _run_command(verb, rest)
+    except InputError as error:
+        _fail(f"{verb}: {error}", status=2)
+    except KeyboardInterrupt as error:
+        _fail(f"{verb}: {error or 'interrupted'}", status=1)
+    except BrokenPipeError:
+        sys.exit(1)  # the reader of our output has left
+    except (FloatingPointError, OSError, _checkpoint_error()) as error:
+        _fail(f"{verb}: {error}", status=1)
+
+
+def available() -> dict[str, str]:
+    """Verbs of this installation and what they do."""
+    modules = {name: module for name, (module, *_) in {**STAGES, **COMMANDS}.items()}
+    return {
+        name: {**STAGES, **COMMANDS}[name][-1]
+        for name, module in modules.items()
+        if (_PACKAGE / f"{module.replace('.', '/')}.py").is_file()
+    }
+
+
+def usage(verbs: dict[str, str]) -> str:
+    """The text of ``llama2rt --help``."""
+
+    def rows(names: Sequence[str]) -> str:
+        return "\n".join(f"  {name:<12}{verbs[name]}" for name in names if name in verbs)
+
+    recipes = ", ".join(sorted(path.stem for path in (_PACKAGE / "recipes").glob("*.toml")))
+    return f"""\
+usage: llama2rt VERB ...
+
+Training stages: llama2rt VERB RECIPE [--key value ...] --out DIR [--resume] [--json]
+{rows(list(STAGES))}
+
+Everything else
+{rows(list(COMMANDS))}
+
+{textwrap.fill(f"RECIPE is a TOML file or one of those shipped: {recipes}.", 88)}
+Keys of a recipe are options: --train.lr 1e-3 --data a.txt b.txt. Paths in a recipe are relative
+to the working directory. DIR receives recipe.toml, manifest.json, metrics.jsonl, TensorBoard
+files, checkpoints/ and model/. After Ctrl-C or a kill, the same command with --resume goes on.
+
+  llama2rt VERB --help    all options of a verb
+  llama2rt --version
+
+Exit status: 0 done, 2 bad input, 1 anything else."""
+
+
+def _run_stage(verb: str, arguments: list[str]) -> None:
+    module = importlib.import_module(f"llama2rt.{STAGES[verb][0]}")
+    recipe_class = typing.get_type_hints(module.run)["recipe"]
+    given = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    if given is None and not {"-h", "--help"} & set(arguments):
+        raise InputError(f"the recipe comes first: llama2rt {verb} RECIPE [--key value] --out DIR")
+    values = read_recipe(find_recipe(given)) if given is not None else {}
+    options = _stage_options(verb, recipe_class, given, values, arguments)
+    folder = module.run(options.recipe, options.out, resume=options.resume)
+    if options.json:
+        manifest = json.loads((options.out / "manifest.json").read_text())
+        result = {"out": str(options.out), "model": str(folder), "summary": manifest["summary"]}
+        print(json.dumps(result))
+    else:
+        print(f"{verb}: done, {folder}", file=sys.stderr)
+
+
+def find_recipe(name: str) -> Path:
+    """The file ``name``, or the shipped recipe of that name; InputError if there is neither."""
+    shipped = _PACKAGE / "recipes" / f"{name}.toml"
+    if Path(name).is_file():
+        return Path(name)
+    if "/" not in name and shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(path.stem for path in shipped.parent.glob("*.toml")))
+    raise InputError(f"{name}: no such recipe file, and not one of those shipped ({names})")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The TOML table in ``path``; InputError with the line where it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _stage_options(
+    verb: str,
+    recipe_class: "type[Recipe]",
+    given: str | None,
+    values: dict[str, Any],
+    arguments: list[str],
+) -> Any:
+    """``recipe``, ``out``, ``resume`` and ``json`` as the file and the options say."""
+    import tyro
+    from pydantic import ValidationError
+
+    source = given if given is not None else verb
+    recipe = _unfinished(recipe_class, values, source)
+    options = make_dataclass(
+        "Options",
+        [
+            ("out", Annotated[Path, tyro.conf.arg(help="run directory", metavar="DIR")]),
+            (
+                "resume",
+                Annotated[
+                    bool, tyro.conf.arg(help="go on with the run in DIR, or leave it if done")
+                ],
+                False,
+            ),
+            (
+                "json",
+                Annotated[bool, tyro.conf.arg(help="print one JSON object when done")],
+                False,
+            ),
+            ("recipe", Annotated[recipe_class, tyro.conf.arg(name="")], recipe),
+        ],
+    )
+    try:
+        return tyro.cli(
+            options,
+            prog=f"llama2rt {verb} {given or 'RECIPE'}",
+            description=(recipe_class.__doc__ or "").strip(),
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ValidationError as error:
+        raise InputError(f"{source}: {_first(error.errors())}") from None
+
+
+def _unfinished(recipe_class: "type[Recipe]", values: dict[str, Any], source: str) -> "Recipe":
+    """The recipe of a file to which options may still add: its keys are checked one by one, keys
+    it must have are left open, and checks across keys wait for the options."""
+    import tyro
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        recipe_class.model_validate(values)
+    except ValidationError as error:
+        wrong = [
+            e
+            for e in error.errors()
+            if e["loc"] and not (e["type"] == "missing" and not e["loc"][1:])
+        ]
+        if wrong:
+            raise InputError(f"{source}: {_first(wrong)}") from None
+    refined = recipe_class.refine(values)
+    fields = {
+        name: TypeAdapter[Any](typing.cast(Any, field.annotation)).validate_python(refined[name])
+        if name in refined
+        else (tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True))
+        for name, field in recipe_class.model_fields.items()
+    }
+    return recipe_class.model_construct(**fields)
+
+
+def _first(errors: Sequence[Any]) -> str:
+    """The key, what is wrong with it, and what was given, of a pydantic error list."""
+    error = errors[0]
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such key in this recipe"
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+
+
+def _run_command(verb: str, arguments: list[str]) -> None:
+    import tyro
+
+    module, name, _ = COMMANDS[verb]
+    function: Callable[..., None]
+    if name:
+        function = getattr(importlib.import_module(f"llama2rt.{module}"), name)
+    else:
+        function = _OWN[verb]()
+    tyro.cli(
+        function,
+        prog=f"llama2rt {verb}",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _check() -> Callable[..., None]:
+    from typing import Literal
+
+    import tyro
+
+    from llama2rt.data.check import check, print_check
+
+    def command(
+        files: tyro.conf.Positional[tuple[Path, ...]],
+        *,
+        kind: Annotated[
+            Literal["document", "dialogue", "prompt", "comparison", "sample"],
+            tyro.conf.arg(name="as"),
+        ],
+        skip_invalid: int = 0,
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    ) -> None:
+        """Validate files of records and describe what is in them; the first bad record is named by
+        FILE:LINE.
+
+        Args:
+            files: JSON lines (also .gz), .txt, Parquet, or a folder of a Hugging Face dataset.
+            kind: What the files should hold.
+            skip_invalid: Bad records to tolerate; each is listed.
+            as_json: Print one JSON object.
+        """
+        if not files:
+            raise InputError("name at least one file")
+        result = check(files, kind, skip_invalid)
+        if as_json:
+            print(json.dumps(result))
+        else:
+            print_check(result)
+
+    return command
+
+
+def _convert() -> Callable[..., None]:
+    from typing import Literal
+
+    import tyro
+
+    from llama2rt.checkpoint.convert import convert
+
+    def command(
+        source: tyro.conf.Positional[Path],
+        destination: tyro.conf.Positional[Path],
+        *,
+        to: Literal["hf", "meta", "native"],
+        dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+        shards: int = 1,
+    ) -> None:
+        """Write a model folder in another format, tokenizer included.
+
+        Args:
+            source: Folder of this project, Hugging Face or Meta.
+            destination: A new folder.
+            to: Its format.
+            dtype: Dtype of the weights; None keeps what is there.
+            shards: Model-parallel ranks of a Meta folder.
+        """
+        convert(source, destination, to, dtype=dtype, shards=shards)
+
+    return command
+
+
+def _tokenizer() -> Callable[..., None]:
+    import tyro
+
+    from llama2rt.data.readers import iterate
+    from llama2rt.text.tokenizer import Tokenizer
+
+    def command(
+        files: tyro.conf.Positional[tuple[Path, ...]],
+        *,
+        vocab_size: int,
+        out: Path,
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    ) -> None:
+        """Train a SentencePiece BPE tokenizer in LLaMA's settings.
+
+        Args:
+            files: Text files or JSON lines of documents.
+            vocab_size: Pieces, the 3 specials and 256 bytes included.
+            out: Folder that receives tokenizer.model.
+            as_json: Print one JSON object.
+        """
+        if not files:
+            raise InputError("name at least one file")
+        texts = (document.text for document in iterate(files, "document"))
+        tokenizer = Tokenizer.train(texts, vocab_size, out)
+        result = {"out": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.digest}
+        print(json.dumps(result) if as_json else f"{out}: {tokenizer.vocab_size} pieces")
+
+    return command
+
+
+def _evaluate() -> Callable[..., None]:
+    import tyro
+
+    from llama2rt.evaluate.commands import describe, evaluate
+
+    def command(
+        reward_model: tyro.conf.Positional[Path],
+        *,
+        comparisons: tuple[Path, ...] = (),
+        samples: tuple[Path, ...] = (),
+        skip_invalid: int = 0,
+        micro_tokens: int = 16384,
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    ) -> None:
+        """Measure a reward model on comparisons, or compare versions by its scores.
+
+        Args:
+            reward_model: Folder of a reward model, with its tokenizer.
+            comparisons: Files of comparisons: accuracy by rating.
+            samples: Files of samples, one a version: mean reward, win rates, reward against N.
+            skip_invalid: Bad records to tolerate in each file.
+            micro_tokens: Tokens scored at once.
+            as_json: Print one JSON object.
+        """
+        result = evaluate(
+            reward_model, comparisons, samples, skip_invalid=skip_invalid, micro_tokens=micro_tokens
+        )
+        print(json.dumps(result) if as_json else describe(result))
+
+    return command
+
+
+_OWN: dict[str, Callable[[], Callable[..., None]]] = {
+    "check": _check,
+    "convert": _convert,
+    "evaluate": _evaluate,
+    "tokenizer": _tokenizer,
+}
+
+
+def _checkpoint_error() -> type[Exception]:
+    from llama2rt.checkpoint.store import CheckpointError
+
+    return CheckpointError
+
+
+def _fail(message: str, status: int) -> typing.NoReturn:
+    print(f"llama2rt {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

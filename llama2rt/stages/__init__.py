@@ -1,0 +1,1 @@
+"""The paper's training stages, one page each: a recipe class and ``run(recipe, directory)``."""

@@ -1,0 +1,217 @@
+"""Pretraining (section 2): next-token prediction on plain text, from random or given weights.
+
+Text becomes one memory-mapped token stream, documents apart by BOS and EOS; a step takes random
+windows of it. The last part of the text is held out, and its loss is also given in bits per byte of
+UTF-8, which compares across tokenizers. Left out: mixing sources by weight (``data.loader`` can)
+and everything distributed.
+"""
+
+import math
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from llama2rt.checkpoint import native
+from llama2rt.checkpoint.load import load
+from llama2rt.data import tokens
+from llama2rt.data.loader import TokenLoader
+from llama2rt.data.packing import Batch
+from llama2rt.data.readers import read
+from llama2rt.data.tokens import TokenFile
+from llama2rt.errors import InputError
+from llama2rt.model import Llama, LlamaConfig
+from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.loop import fit
+from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.run import Run
+
+
+class ModelShape(BaseModel):
+    """A published shape by name, or one's own; the vocabulary comes from the tokenizer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: str | None = None
+    """such as llama2-7b; fields given beside it replace its own"""
+    dim: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    """None for as many as heads (section 2.2: 8 in 34B and 70B)"""
+    ffn_hidden: int | None = None
+    """None for LLaMA's rule: 8/3 dim, rounded up to a multiple of 32"""
+    norm_eps: float | None = None
+    rope_theta: float | None = None
+    tied: bool | None = None
+
+    def config(self, vocab_size: int, context: int) -> LlamaConfig:
+        """InputError for a shape that cannot exist."""
+        given = self.model_dump(exclude={"preset"}, exclude_none=True)
+        given |= {"vocab_size": vocab_size, "context": context}
+        try:
+            if self.preset is not None:
+                return LlamaConfig.preset(self.preset, **given)
+            missing = [name for name in ("dim", "layers", "heads") if name not in given]
+            if missing:
+                raise ValueError(f"give preset, or {', '.join(missing)} too")
+            given.setdefault("kv_heads", given["heads"])
+            given.setdefault("ffn_hidden", -(-8 * given["dim"] // 3 // 32) * 32)
+            return LlamaConfig(**given)
+        except ValueError as error:
+            raise InputError(f"model: {error}") from None
+
+
+class PretrainRecipe(Recipe):
+    """Pretrain a model on text (or go on with one: init)."""
+
+    data: list[Path]
+    """text files or JSON lines with "text" """
+    document_separator: str | None = None
+    """cuts .txt files into documents; None: each file is one"""
+    skip_invalid: int = Field(0, ge=0)
+    """bad records to leave out before giving up"""
+    held_out: float = Field(0.01, ge=0, lt=1)
+    """last fraction of the text, by bytes, kept for the held-out loss"""
+
+    init: Path | None = None
+    """a model folder to continue from, with its shape and its tokenizer"""
+    model: ModelShape = ModelShape()
+    """the shape to start from with random weights; not with init"""
+    tokenizer: Path | None = None
+    """tokenizer.model, tokenizer.json or a folder with one"""
+    vocab_size: int | None = Field(None, gt=0)
+    """without tokenizer: train one of this size on the training text"""
+
+    context: int = Field(4096, gt=1)
+    """tokens in a window (Table 1: 4k)"""
+    batch_tokens: int = Field(4_194_304, gt=0)
+    """tokens in an optimizer step (Table 1: 4M)"""
+    steps: int | None = Field(None, gt=0)
+    """optimizer steps; or say epochs"""
+    epochs: float | None = Field(None, gt=0)
+    """times through the training text; or say steps"""
+    seed: int = 0
+    # Section 2.2: AdamW 0.9 / 0.95 / 1e-5, decay 0.1, clip 1.0, cosine to 10 %, warm-up 2000.
+    train: TrainOptions = TrainOptions(lr=3e-4, warmup_steps=2000)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.init is not None:
+            if self.model != ModelShape() or self.vocab_size is not None:
+                raise ValueError(
+                    "init brings its own model and tokenizer: leave out model, vocab_size"
+                )
+        elif (self.tokenizer is None) == (self.vocab_size is None):
+            raise ValueError("give exactly one of tokenizer and vocab_size")
+        return self
+
+
+def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """Tokenise, train, measure the held-out loss; returns the model folder."""
+    inputs = {f"data.{i}": path for i, path in enumerate(recipe.data)}
+    for name in ("init", "tokenizer"):
+        if getattr(recipe, name) is not None:
+            inputs[name] = getattr(recipe, name)
+    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    if run.complete:
+        return run.model_directory
+
+    training, held_out, tokenizer, model = prepare(recipe, run.directory)
+    options = recipe.train
+    loader = TokenLoader(
+        training, recipe.context, recipe.batch_tokens, options.micro_tokens, recipe.seed
+    )
+    steps = recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        assert held_out is not None
+        return held_out_loss(model, held_out, recipe.context, options.micro_tokens)
+
+    result = fit(
+        run,
+        model,
+        loader,
+        next_token,
+        options,
+        steps=steps,
+        validate=validate if held_out else None,
+    )
+    native.save(model, tokenizer, run.model_directory)
+    run.finish(**result)
+    return run.model_directory
+
+
+def prepare(
+    recipe: PretrainRecipe, directory: Path
+) -> tuple[TokenFile, TokenFile | None, Tokenizer, Llama]:
+    """(training stream, held-out stream, tokenizer, model), each built once and kept in
+    ``directory`` for a resumed run."""
+    files = directory / "tokens"
+    paths = [files / "training.bin"] + [files / "held_out.bin"] * (recipe.held_out > 0)
+    documents = None
+    if not all(path.exists() for path in paths):
+        documents = [read(recipe.data, "document", recipe.skip_invalid, recipe.document_separator)]
+        if recipe.held_out:
+            documents = list(tokens.split(documents[0], recipe.held_out))
+
+    model: Llama | None = None
+    tokenizer: Tokenizer | None = None
+    if recipe.init is not None:
+        loaded, tokenizer = load(recipe.init, dtype=torch.float32)
+        if not isinstance(loaded, Llama):
+            raise InputError(f"{recipe.init}: expected a language model, found a scalar model")
+        model = loaded
+    if recipe.tokenizer is not None:
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+    elif recipe.vocab_size is not None:
+        # The digest inside the token files ties them to this tokenizer; training it is
+        # deterministic, so one lost to a kill comes out the same.
+        trained = files / "tokenizer.model"
+        if documents is not None:
+            texts = [document.text for document in documents[0]]
+            tokenizer = Tokenizer.train(texts, recipe.vocab_size, trained)
+        else:
+            tokenizer = Tokenizer.load(trained)
+    if tokenizer is None:
+        raise InputError(f"{recipe.init}: holds no tokenizer; name one with the key tokenizer")
+
+    streams = []
+    for i, path in enumerate(paths):
+        if documents is not None:
+            tokens.build(documents[i], tokenizer, path)
+        stream = TokenFile(path)
+        stream.require(tokenizer)
+        streams.append(stream)
+    if model is None:
+        config = recipe.model.config(tokenizer.vocab_size, recipe.context)
+        model = Llama(config, dtype=torch.float32).initialize(recipe.seed)
+    if recipe.context > model.config.context:
+        raise InputError(f"context: {recipe.context} exceeds the model's {model.config.context}")
+    return streams[0], streams[1] if recipe.held_out else None, tokenizer, model
+
+
+def next_token(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy in nats summed over all targets."""
+    logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+    return -logprob.sum(), {}
+
+
+def held_out_loss(
+    model: nn.Module, stream: TokenFile, context: int, micro_tokens: int
+) -> dict[str, float]:
+    """Nats per token and bits per UTF-8 byte over the whole of ``stream``, EOS included, in
+    windows of ``context`` tokens that do not see each other."""
+    device = next(model.parameters()).device
+    nats, count = 0.0, 0
+    for batch in stream.batches(context, micro_tokens):
+        loss, _ = next_token(model, batch.to(device))
+        nats, count = nats + float(loss), count + batch.weight
+    return {
+        "held_out_loss": nats / count,
+        "bits_per_byte": nats / math.log(2) / stream.text_bytes,
+    }

@@ -1,0 +1,139 @@
+"""Supervised fine-tuning (section 3.1): the model learns to give the answers of dialogues.
+
+Dialogues are laid out in the chat format and packed; the loss is on the assistant's tokens and the
+EOS after them, and zero on everything the user said. Dialogues longer than the context are left out
+and counted, never cut: a cut answer teaches the model to stop short. Left out: Ghost Attention and
+context distillation (section 3.3, 4.2.4), which prepare dialogues and then come here.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llama2rt.checkpoint import native
+from llama2rt.data.loader import ExampleLoader
+from llama2rt.data.packing import Batch, Example, micro_batches
+from llama2rt.data.readers import read
+from llama2rt.data.records import Dialogue
+from llama2rt.errors import InputError
+from llama2rt.stages.phases import file_inputs, load_llama
+from llama2rt.text.chat import encode_dialogue
+from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.loop import fit
+from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.run import Run
+
+logger = logging.getLogger("llama2rt.stages.sft")
+
+
+class SFTRecipe(Recipe):
+    """Fine-tune a language model on dialogues; the loss is on the answers only."""
+
+    init: Path
+    """the model folder to start from"""
+    data: list[Path]
+    """dialogues (JSON lines with "messages", or a format the readers know)"""
+    validation: list[Path] = []
+    """held-out dialogues; without them, held_out of the data"""
+    held_out: float = Field(0.01, ge=0, lt=1)
+    """fraction of data, drawn from the seed, kept for the held-out loss"""
+    limit: int | None = Field(None, gt=0)
+    """use only this many dialogues, drawn from the seed"""
+    tokenizer: Path | None = None
+    """None for the one in init"""
+    skip_invalid: int = Field(0, ge=0)
+    """bad records to leave out before giving up"""
+
+    context: int | None = Field(None, gt=1)
+    """longest dialogue in tokens; None for the model's own (section 3.1: 4096)"""
+    batch_size: int = Field(64, gt=0)
+    """dialogues in an optimizer step (section 3.1: 64)"""
+    epochs: int = Field(2, gt=0)
+    """section 3.1: 2"""
+    seed: int = 0
+    # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
+    train: TrainOptions = TrainOptions(lr=2e-5)
+
+
+def run(recipe: SFTRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """Fine-tune and measure the held-out loss; returns the model folder."""
+    inputs = file_inputs(
+        init=recipe.init,
+        data=recipe.data,
+        validation=recipe.validation,
+        tokenizer=recipe.tokenizer,
+    )
+    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    if run.complete:
+        return run.model_directory
+    model, tokenizer = load_llama(recipe.init, recipe.tokenizer)
+    context = recipe.context or model.config.context
+    if context > model.config.context:
+        raise InputError(f"context: {context} exceeds the model's {model.config.context}")
+    training, held_out = (encode(part, tokenizer, context) for part in split(recipe))
+    options = recipe.train
+    loader = ExampleLoader(training, recipe.batch_size, options.micro_tokens, recipe.seed)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        return {"held_out_loss": answer_loss(model, held_out, options.micro_tokens)}
+
+    if held_out and not run.store.steps():
+        with torch.no_grad():
+            run.log(0, **validate(model))
+    result = fit(
+        run,
+        model,
+        loader,
+        objective,
+        options,
+        steps=recipe.epochs * loader.steps_per_epoch,
+        validate=validate if held_out else None,
+    )
+    native.save(model, tokenizer, run.model_directory)
+    run.finish(**result, dialogues=len(training))
+    return run.model_directory
+
+
+def split(recipe: SFTRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
+    """(training, held-out) dialogues, both in the order of the files."""
+    dialogues = read(recipe.data, "dialogue", recipe.skip_invalid)
+    order = np.random.default_rng(recipe.seed).permutation(len(dialogues))[: recipe.limit]
+    if recipe.validation:
+        held_out = read(recipe.validation, "dialogue", recipe.skip_invalid)
+        return [dialogues[i] for i in np.sort(order)], held_out
+    count = round(recipe.held_out * len(order))
+    if count == len(order):
+        raise InputError(f"held_out: {count} of {len(order)} dialogues leaves none to train on")
+    kept, aside = np.sort(order[count:]), np.sort(order[:count])
+    return [dialogues[i] for i in kept], [dialogues[i] for i in aside]
+
+
+def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) -> list[Example]:
+    """Tokens and loss mask of each dialogue that fits ``context``; InputError if none does."""
+    examples = [Example.of(*encode_dialogue(tokenizer, d.messages)) for d in dialogues]
+    fitting = [example for example in examples if len(example.tokens) <= context]
+    if len(fitting) < len(examples):
+        left_out = len(examples) - len(fitting)
+        logger.warning("%d dialogues longer than the context of %d left out", left_out, context)
+    if examples and not fitting:
+        raise InputError(f"context: all {len(examples)} dialogues are longer than {context} tokens")
+    return fitting
+
+
+def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy in nats summed over the answers' tokens; prompts have no target."""
+    logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+    return -logprob.sum(), {}
+
+
+def answer_loss(model: nn.Module, examples: Sequence[Example], micro_tokens: int) -> float:
+    """Nats per answer token over ``examples``."""
+    device = next(model.parameters()).device
+    batches = micro_batches(examples, micro_tokens)
+    nats = sum(float(objective(model, batch.to(device))[0]) for batch in batches)
+    return nats / sum(batch.weight for batch in batches)
