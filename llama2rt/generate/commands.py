@@ -17,7 +17,7 @@ from llama2rt.checkpoint import load
 from llama2rt.data import readers
 from llama2rt.data.records import Prompt, Sample
 from llama2rt.errors import InputError
-from llama2rt.generate.engine import Engine
+from llama2rt.generate.engine import Completion, Engine
 from llama2rt.model import Llama
 from llama2rt.text.chat import check_messages
 
@@ -84,19 +84,20 @@ def generate(
         for record in records
     ]
     started = time.perf_counter()
-    completions: list[Any] = [None] * (len(records) * n)
     columns = (
         *(TextColumn("sampling"), BarColumn(), MofNCompleteColumn()),
         *(TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn()),
     )
     tokens = 0
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(completions), rate=0.0)
-        for index, completion in engine.iterate(encoded, n, **sampling.options()):
-            completions[index] = completion
+        task = progress.add_task("", total=len(records) * n, rate=0.0)
+
+        def advance(completion: Completion) -> None:
+            nonlocal tokens
             tokens += len(completion.tokens)
-            rate = tokens / (time.perf_counter() - started)
-            progress.update(task, advance=1, rate=rate)
+            progress.update(task, advance=1, rate=tokens / (time.perf_counter() - started))
+
+        completions = engine.generate(encoded, n, **sampling.options(), on_finish=advance)
     seconds = time.perf_counter() - started
     samples = [
         Sample(

@@ -5,7 +5,7 @@ be updated between calls. Nothing is kept from one call to the next; the cache l
 Left out: serving (a request queue that outlives a call), speculative decoding, quantised caches.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -74,35 +74,20 @@ class Engine:
         top_k: int = 0,
         max_tokens: int = 256,
         seed: int = 0,
+        *,
+        on_finish: Callable[[Completion], None] | None = None,
     ) -> list[Completion]:
         """`n` samples of each prompt, in prompt order, n after n.
 
-        A prompt is a list of token ids or of messages. Argmax at temperature 0. A sample depends
-        on the weights, its prompt, `seed`, prompt index and sample index only. Sequences end at
-        EOS, `max_tokens` or the model's context. InputError names a prompt that is empty, holds
-        an unknown token or leaves no room in the context.
+        A prompt is a list of token ids or of messages. Argmax at temperature 0; top_p 1 and top_k 0
+        mean no limit. A sample depends on the weights, its prompt, `seed`, prompt index and sample
+        index only. Sequences end at EOS, `max_tokens` or the model's context. `on_finish` is called
+        with each sample as it ends, in any order (a progress bar). InputError names a prompt that
+        is empty, holds an unknown token or leaves no room in the context.
         """
-        finished: list[Completion | None] = [None] * (len(prompts) * n)
-        for index, completion in self.iterate(
-            prompts, n, temperature, top_p, top_k, max_tokens, seed
-        ):
-            finished[index] = completion
-        return [completion for completion in finished if completion is not None]
-
-    def iterate(
-        self,
-        prompts: Sequence[Prompt],
-        n: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        max_tokens: int = 256,
-        seed: int = 0,
-    ) -> Iterator[tuple[int, Completion]]:
-        """As `generate`, but yields (place in generate's list, sample) as each one finishes."""
         encoded = self._encode(prompts)
-        steps = self._steps(encoded, n, temperature, top_p, top_k, max_tokens, seed)
-        for _, finished in steps:
+        completions: list[Completion | None] = [None] * (len(prompts) * max(n, 0))
+        for _, finished in self._steps(encoded, n, temperature, top_p, top_k, max_tokens, seed):
             for sequence in finished:
                 i, tokens = sequence.prompt, sequence.tokens.tolist()
                 prompt_tokens = encoded[i].tolist()
@@ -114,7 +99,10 @@ class Engine:
                     logprobs=sequence.logprobs.tolist(),
                     finish_reason=sequence.finish_reason,
                 )
-                yield i * n + sequence.sample, completion
+                completions[i * n + sequence.sample] = completion
+                if on_finish is not None:
+                    on_finish(completion)
+        return cast(list[Completion], completions)
 
     def stream(
         self,

@@ -133,7 +133,9 @@ def test_samples_do_not_depend_on_the_batch(models):
     model = models.build()
     prompts = _prompts(7, 30)
     options = {"n": 3, "temperature": 0.9, "top_p": 0.95, "max_tokens": 20, "seed": 5}
-    expected = Engine(model, models.Ids()).generate(prompts, **options)
+    ended = []
+    expected = Engine(model, models.Ids()).generate(prompts, **options, on_finish=ended.append)
+    assert sorted(map(id, ended)) == sorted(map(id, expected))
     assert [c.prompt_index for c in expected] == [i for i in range(7) for _ in range(3)]
     assert [c.prompt_tokens for c in expected] == [p for p in prompts for _ in range(3)]
     assert len({tuple(c.tokens) for c in expected}) > 15
@@ -286,7 +288,7 @@ def test_model_state_is_left_alone(models):
     after = engine.generate([[5, 6, 7]], temperature=0, max_tokens=5)
     assert after[0].logprobs != before[0].logprobs, "weights are read live"
     model.eval()
-    next(engine.iterate([[5, 6, 7]], max_tokens=2))
+    engine.generate([[5, 6, 7]], max_tokens=2)
     assert not model.training
     model.train()
     stream = engine.stream([5, 6, 7], max_tokens=20)
