@@ -1,0 +1,265 @@
+"""Online iterative direct preference learning (Algorithm 1 of RLHF Workflow, arXiv 2405.07863).
+
+Each iteration: sample n responses a prompt from the policy so far, rank them by reward, add best
+against worst to the history, and run DPO on the whole history, starting from the previous
+iteration's model. The reference is always pi0, the model the first iteration starts from. An
+iteration is a run of its own below the stage's directory, with its samples, metrics and model.
+
+Left out: offline comparisons from files, and a second agent other than another temperature.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llama2rt.algorithms import losses, rewards
+from llama2rt.checkpoint import native
+from llama2rt.data.loader import PairLoader
+from llama2rt.data.packing import PairBatch
+from llama2rt.data.readers import read
+from llama2rt.errors import InputError
+from llama2rt.generate import Engine
+from llama2rt.model import Llama
+from llama2rt.stages import phases
+from llama2rt.stages.phases import Response, RewardModels
+from llama2rt.train.loop import fit
+from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.run import Run
+
+Pair = tuple[Response, Response]
+
+
+class DpoRecipe(Recipe):
+    """Improve a policy by DPO on its own ranked samples, in iterations."""
+
+    init: Path
+    """pi0, the SFT model: where the first iteration starts and every iteration's reference"""
+    helpfulness: Path
+    """the helpfulness reward model"""
+    safety: Path | None = None
+    data: list[Path]
+    """prompts"""
+    validation: list[Path] = Field([])
+    """held-out prompts for the report"""
+    tokenizer: Path | None = None
+    """None for the one in init"""
+
+    iterations: int = Field(3, gt=0)
+    prompts_per_iteration: int = Field(20_000, gt=0)
+    samples: int = Field(8, gt=1)
+    """n: best-of-n against worst-of-n"""
+    temperatures: list[float] = Field([1.0, 0.7], min_length=1)
+    """of equal shares of the samples; no top-k, no top-p"""
+    max_tokens: int = Field(2048, gt=0)
+    length_penalty: float = Field(0.0, ge=0)
+    """reward taken off per character when ranking"""
+    threshold: float = Field(0.15, ge=0, le=1)
+    """safety score below which the safety reward rules on any prompt"""
+
+    kind: losses.Kind = "dpo"
+    beta: float = Field(0.1, gt=0)
+    """the paper's eta"""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    gamma: float = Field(0.0, ge=0)
+    """simpo's target margin"""
+    batch_size: int = Field(128, gt=0)
+    """pairs"""
+    epochs: int = Field(2, gt=0)
+    """over the history, in each iteration"""
+    seed: int = 0
+    # The paper: lr 5e-7, cosine (to 0, as its Hugging Face schedule), warm-up 0.03.
+    train: TrainOptions = TrainOptions(lr=5e-7, warmup_ratio=0.03, min_lr_ratio=0.0)
+
+
+def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """All iterations; returns the last one's model folder."""
+    inputs = phases.file_inputs(
+        init=recipe.init,
+        helpfulness=recipe.helpfulness,
+        safety=recipe.safety,
+        data=recipe.data,
+        validation=recipe.validation,
+        tokenizer=recipe.tokenizer,
+    )
+    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    if run.complete:
+        return run.model_directory
+    options = recipe.train
+    reference, tokenizer = phases.load_llama(recipe.init, recipe.tokenizer, options.dtype)
+    reference.requires_grad_(False)
+    reward_models = RewardModels.load(
+        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype
+    )
+    prompts = read(recipe.data, "prompt")
+    held_out = read(recipe.validation, "prompt") if recipe.validation else []
+
+    count = min(recipe.prompts_per_iteration, len(prompts))
+    run.truncate_metrics(0)
+    pairs: list[Pair] = []
+    extras: dict[str, np.ndarray] = {}
+    policy_folder = recipe.init
+    parents: list[Path] = []
+    report: dict[str, Any] = {}
+    for iteration in range(recipe.iterations):
+        step = Run.open(
+            directory / f"iteration-{iteration + 1}",
+            recipe,
+            inputs={"policy": policy_folder},
+            parents=parents,
+            resume=True,
+        )
+
+        # Sample.
+        policy, _ = phases.load_llama(policy_folder, recipe.tokenizer, options.dtype)
+        sampled = phases.sample(
+            step.samples_directory,
+            Engine(policy, tokenizer),
+            reward_models,
+            phases.draw(prompts, count, recipe.seed, iteration),
+            n=recipe.samples,
+            temperatures=recipe.temperatures,
+            max_tokens=recipe.max_tokens,
+            seed=phases.derived_seed(recipe.seed, "iteration", iteration),
+            policy=str(policy_folder),
+            micro_tokens=options.micro_tokens,
+        )
+
+        # Rank: best against worst joins the history, with pi0's log-probabilities.
+        new = best_against_worst(sampled, recipe.length_penalty)
+        if not new and not pairs:
+            raise InputError(f"{directory}: no prompt gave two different answers to compare")
+        pairs += new
+        for name, values in reference_sums(reference, new, recipe).items():
+            extras[name] = np.concatenate([extras.get(name, np.empty(0)), values])
+
+        # Learn from the history, going on from this iteration's policy.
+        if not step.complete:
+            model, _ = phases.load_llama(policy_folder, recipe.tokenizer)
+            loader = PairLoader(
+                [
+                    (phases.response_example(chosen), phases.response_example(rejected))
+                    for chosen, rejected in pairs
+                ],
+                extras,
+                recipe.batch_size,
+                options.micro_tokens,
+                phases.derived_seed(recipe.seed, "order", iteration),
+            )
+            steps = recipe.epochs * loader.steps_per_epoch
+            fit(step, model, loader, objective(recipe), options, steps=steps)
+            native.save(model, tokenizer, step.model_directory)
+            numbers: dict[str, float] = {
+                "prompts": len(sampled),
+                "new_pairs": len(new),
+                "pairs": len(pairs),
+            }
+            numbers |= phases.summary([r for responses in sampled for r in responses])
+            if held_out:
+                measured = phases.measure(
+                    step.samples_directory / "held_out.jsonl",
+                    Engine(model, tokenizer),
+                    reference,
+                    reward_models,
+                    held_out,
+                    temperature=1.0,
+                    max_tokens=recipe.max_tokens,
+                    seed=phases.derived_seed(recipe.seed, "held-out"),
+                    policy=str(step.directory),
+                    micro_tokens=options.micro_tokens,
+                )
+                numbers |= {f"held_out/{name}": value for name, value in measured.items()}
+            phases.write_report(step, numbers)
+        report = step.manifest["summary"]
+        run.log(iteration + 1, **report)
+        policy_folder, parents = step.model_directory, [step.directory]
+
+    final, _ = phases.load_llama(policy_folder, recipe.tokenizer, options.dtype)
+    native.save(final, tokenizer, run.model_directory)
+    phases.write_report(run, {"iterations": recipe.iterations, **report})
+    return run.model_directory
+
+
+def best_against_worst(sampled: Sequence[Sequence[Response]], length_penalty: float) -> list[Pair]:
+    """(best, worst) of each prompt by reward less the length penalty.
+
+    A response that is only EOS is never compared: it says nothing, and a policy taught that it is
+    better, or worse, than an answer learns about stopping only. Prompts whose best and worst are
+    the same text, or earn the same, give no pair.
+    """
+    pairs = []
+    for responses in sampled:
+        candidates = [response for response in responses if response.text]
+        if len(candidates) < 2:
+            continue
+        reward = rewards.length_penalty(
+            torch.tensor([response.reward for response in candidates]),
+            torch.tensor([len(response.text) for response in candidates]),
+            length_penalty,
+        )
+        best, worst = candidates[int(reward.argmax())], candidates[int(reward.argmin())]
+        if best.text != worst.text and float(reward.max()) > float(reward.min()):
+            pairs.append((best, worst))
+    return pairs
+
+
+def reference_sums(
+    reference: Llama, pairs: Sequence[Pair], recipe: DpoRecipe
+) -> dict[str, np.ndarray]:
+    """pi0's log-probability of both sides of each pair, fp32 [n]: summed, or averaged where the
+    kind is defined on averages; nothing for kinds without a reference."""
+    if recipe.kind in losses.REFERENCE_FREE or not pairs:
+        return {}
+    responses = [response for pair in pairs for response in pair]
+    logprob, _ = phases.response_logprobs(
+        reference,
+        [phases.response_example(response) for response in responses],
+        1.0,
+        recipe.train.micro_tokens,
+    )
+    lengths = torch.tensor([len(response.tokens) for response in responses], device=logprob.device)
+    values = phases.segment_sums(logprob, lengths)
+    if recipe.kind in losses.AVERAGED:
+        values = values / lengths
+    chosen, rejected = values.cpu().view(-1, 2).unbind(1)
+    return {"reference_chosen": chosen.numpy(), "reference_rejected": rejected.numpy()}
+
+
+def objective(recipe: DpoRecipe) -> Any:
+    """The chosen kind of preference loss, summed over pairs."""
+
+    def loss(model: Llama, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        batch, extras = pairs.batch, pairs.extras
+        logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+        lengths = batch.cu_seqlens.diff().long()
+        values = phases.segment_sums(logprob, lengths)
+        if recipe.kind in losses.AVERAGED:
+            values = values / phases.segment_sums((batch.targets >= 0).float(), lengths)
+        chosen, rejected = values.view(-1, 2).unbind(1)
+        total = losses.preference(
+            chosen,
+            rejected,
+            extras.get("reference_chosen"),
+            extras.get("reference_rejected"),
+            kind=recipe.kind,
+            beta=recipe.beta,
+            label_smoothing=recipe.label_smoothing,
+            gamma=recipe.gamma,
+        ).sum()
+        gap = (chosen - rejected).detach()
+        if recipe.kind not in losses.REFERENCE_FREE:
+            gap = gap - (extras["reference_chosen"] - extras["reference_rejected"])
+        metrics = {
+            # Both are watched: in DPO the chosen log-probability often falls with the rejected.
+            "chosen_logprob": chosen.detach().sum(),
+            "rejected_logprob": rejected.detach().sum(),
+            "margin": recipe.beta * gap.sum(),
+            "accuracy": (gap > 0).sum(),
+        }
+        return total, metrics
+
+    return loss

@@ -1,0 +1,151 @@
+"""RLHF-V1 ... Vn (section 3.2.3) as one resumable command: a list of steps, each a stage's run.
+
+The paper's course is rejection sampling for V1 to V4, then rejection sampling and PPO on top of it
+for V5; online DPO can take the place of either. Every version is measured alike on held-out prompts
+by the same reward models, and the result is a table. Left out: collecting new preferences and
+refreshing the reward models between versions; name the new ones in a step's settings.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from llama2rt.data.readers import read
+from llama2rt.errors import InputError
+from llama2rt.generate import Engine
+from llama2rt.stages import dpo, phases, ppo, rejection
+from llama2rt.stages.phases import RewardModels
+from llama2rt.train.options import Recipe
+from llama2rt.train.run import Run
+
+STAGES: dict[str, Any] = {
+    "rejection": (rejection.RejectionRecipe, rejection.run),
+    "ppo": (ppo.PpoRecipe, ppo.run),
+    "dpo": (dpo.DpoRecipe, dpo.run),
+}
+
+
+class Step(Recipe):
+    """One version."""
+
+    name: str
+    """such as RLHF-V1; also the folder's name"""
+    stage: Literal["rejection", "ppo", "dpo"]
+    parent: str | None = None
+    """the version it builds on: that samples (rejection) or is trained on (ppo, dpo); None for the
+    step before, and sft for the first"""
+    settings: dict[str, Any] = Field({})
+    """keys of the stage's recipe that differ from its defaults"""
+
+
+class IterateRecipe(Recipe):
+    """Run several versions of RLHF one after another."""
+
+    sft: Path
+    """the first policy, and pi0 of every KL and DPO reference"""
+    base: Path | None = None
+    """what each rejection-sampled version is fine-tuned from; None for sft"""
+    helpfulness: Path
+    safety: Path | None = None
+    data: list[Path]
+    """prompts"""
+    validation: list[Path]
+    """held-out prompts, on which all versions are compared"""
+    pool_from: int = Field(4, gt=0)
+    """the rejection-sampled version, counted from 1, from which on the best samples of all earlier
+    ones are pooled ("up to V3 ... only from the preceding iteration")"""
+    max_tokens: int = Field(256, gt=0)
+    """response length, in every step that does not set its own and in measurements"""
+    micro_tokens: int = Field(4096, gt=0)
+    """most tokens in one forward pass of a measurement"""
+    threshold: float = Field(0.15, ge=0, le=1)
+    """safety score below which the safety reward rules on any prompt (section 3.2.3)"""
+    seed: int = 0
+    steps: list[Step] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        known = {"sft"}
+        for step in self.steps:
+            if step.name in known or "/" in step.name:
+                raise ValueError(f"steps: {step.name!r} is taken or no folder name")
+            if step.parent is not None and step.parent not in known:
+                raise ValueError(f"steps: {step.name}: parent {step.parent!r} is no earlier step")
+            known.add(step.name)
+        return self
+
+
+def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """All steps, then the table of versions into report.json; returns the last model's folder."""
+    inputs = phases.file_inputs(
+        sft=recipe.sft,
+        base=recipe.base,
+        helpfulness=recipe.helpfulness,
+        safety=recipe.safety,
+        data=recipe.data,
+        validation=recipe.validation,
+    )
+    plan = [stage_recipe(recipe, place, directory) for place in range(len(recipe.steps))]
+    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    models = {"sft": recipe.sft}
+    for step, resolved in zip(recipe.steps, plan, strict=True):
+        models[step.name] = STAGES[step.stage][1](resolved, directory / step.name, resume=True)
+    if not run.complete:
+        versions = [measure(recipe, name, folder, run) for name, folder in models.items()]
+        phases.write_report(run, {"versions": versions})
+    return models[recipe.steps[-1].name]
+
+
+def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:
+    """The recipe of a step: the stage's defaults, what the steps share, the step's own settings.
+    InputError naming the step for a setting that its stage does not have."""
+    step = recipe.steps[place]
+    before = recipe.steps[place - 1].name if place else "sft"
+    parent = step.parent or before
+    policy = recipe.sft if parent == "sft" else directory / parent / "model"
+    given: dict[str, Any] = {
+        "helpfulness": recipe.helpfulness,
+        "safety": recipe.safety,
+        "data": recipe.data,
+        "validation": recipe.validation,
+        "max_tokens": recipe.max_tokens,
+        "threshold": recipe.threshold,
+        "seed": phases.derived_seed(recipe.seed, step.name),
+    }
+    if step.stage == "rejection":
+        earlier = [s.name for s in recipe.steps[:place] if s.stage == "rejection"]
+        pooled = earlier if len(earlier) + 1 >= recipe.pool_from else []
+        given |= {
+            "policy": policy,
+            "init": recipe.base or recipe.sft,
+            "earlier": [directory / name for name in pooled],
+        }
+    elif step.stage == "ppo":
+        given |= {"init": policy, "reference": recipe.sft}
+    else:
+        given |= {"init": policy}
+    try:
+        return STAGES[step.stage][0](**(given | step.settings))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InputError(f"steps: {step.name}: {problems}") from None
+
+
+def measure(recipe: IterateRecipe, name: str, folder: Path, run: Run) -> dict[str, Any]:
+    """A row of the table: the version on the held-out prompts."""
+    model, tokenizer = phases.load_llama(folder)
+    reference, _ = phases.load_llama(recipe.sft)
+    numbers = phases.measure(
+        run.samples_directory / f"{name}.jsonl",
+        Engine(model, tokenizer),
+        reference,
+        RewardModels.load(recipe.helpfulness, recipe.safety, recipe.threshold),
+        read(recipe.validation, "prompt"),
+        temperature=1.0,
+        max_tokens=recipe.max_tokens,
+        seed=phases.derived_seed(recipe.seed, "versions"),
+        policy=name,
+        micro_tokens=recipe.micro_tokens,
+    )
+    return {"name": name, "model": str(folder), **numbers}

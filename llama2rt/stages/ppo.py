@@ -1,0 +1,362 @@
+"""PPO (section 3.2.3): the policy is moved towards what two reward models prefer, on a KL leash.
+
+One iteration, its phases in order: sample, score, recompute log-probabilities, shape rewards,
+estimate advantages, take one gradient step per mini-batch. Everything runs on packed response
+tokens; log-probabilities are always those of the sampling temperature. An iteration's randomness is
+derived from (seed, iteration) alone, so a resumed run draws what the first one would have drawn.
+
+Left out: several epochs over a rollout, shared policy and critic trunks, adaptive KL.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llama2rt.algorithms import advantages, losses
+from llama2rt.checkpoint import native
+from llama2rt.data.packing import Example, groups, pack
+from llama2rt.data.readers import read
+from llama2rt.data.records import Prompt
+from llama2rt.generate import Engine
+from llama2rt.model import Llama, ScalarModel
+from llama2rt.stages import phases
+from llama2rt.stages.phases import RewardModels
+from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.loop import interrupts
+from llama2rt.train.optimizer import Optimizer
+from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.progress import ProgressLine
+from llama2rt.train.run import Run
+from llama2rt.train.schedule import learning_rate
+
+
+class PpoRecipe(Recipe):
+    """Improve a policy on prompts with PPO and two reward models."""
+
+    init: Path
+    """the policy to start from: SFT, or the rejection-sampled version (V5 in the paper)"""
+    reference: Path | None = None
+    """pi0 of the KL penalty; None for init"""
+    helpfulness: Path
+    """the helpfulness reward model; the critic starts from it too"""
+    safety: Path | None = None
+    data: list[Path]
+    """prompts"""
+    validation: list[Path] = Field([])
+    """held-out prompts for early stopping; without them the last iteration's policy is kept"""
+    tokenizer: Path | None = None
+    """None for the one in init"""
+
+    iterations: int = Field(400, gt=0)
+    """200-400 in the paper"""
+    batch_size: int = Field(512, gt=0)
+    """responses an iteration"""
+    mini_batch_size: int = Field(64, gt=0)
+    """responses a gradient step; each is used once"""
+    clip: float = Field(0.2, gt=0)
+    beta: float = Field(0.01, ge=0)
+    """KL penalty, in whitened reward per nat (0.01 for 7B and 13B, 0.005 for 34B and 70B)"""
+    threshold: float = Field(0.15, ge=0, le=1)
+    """safety score below which the safety reward rules on any prompt"""
+
+    # Not given by Llama 2: the values of Ziegler et al. 2019 (lm-human-preferences), which
+    # InstructGPT and TRL kept.
+    gamma: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    value_coefficient: float = Field(0.1, gt=0)
+    """scale of the critic's loss; its own AdamW leaves that to matter in gradient clipping only"""
+    value_clip: float = Field(0.2, gt=0)
+    # Not given by either: ours.
+    critic_lr: float | None = Field(None, gt=0)
+    """None for train.lr"""
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(256, gt=0)
+    """response length; a longer response is cut there and scored as it stands, without an EOS"""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """taken off the whitened reward (so: in standard deviations) of a cut response"""
+    patience: int = Field(5, gt=0)
+    """evaluations without a better mean reward before stopping"""
+
+    seed: int = 0
+    # AdamW 0.9 / 0.95 / 1e-5, weight decay 0.1, gradient clip 1.0: as in pretraining.
+    # A step of its checkpoint_every and validate_every is an iteration.
+    train: TrainOptions = TrainOptions(
+        lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
+    )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's experience. Token vectors are fp32 [R]: all response tokens, end to end."""
+
+    examples: list[Example]
+    cu_responses: Tensor  # int64 [B+1], over response tokens
+    logprob: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The four models of PPO, and what samples and trains them."""
+
+    policy: Llama
+    critic: ScalarModel
+    reference: Llama
+    reward_models: RewardModels
+    engine: Engine
+    optimizer: Optimizer
+    critic_optimizer: Optimizer
+
+
+def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """Train until the iterations or the patience end; returns the folder of the policy with the
+    best mean held-out reward (of the last one where nothing is held out)."""
+    inputs = phases.file_inputs(
+        init=recipe.init,
+        reference=recipe.reference,
+        helpfulness=recipe.helpfulness,
+        safety=recipe.safety,
+        data=recipe.data,
+        validation=recipe.validation,
+        tokenizer=recipe.tokenizer,
+    )
+    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    if run.complete:
+        return run.model_directory
+    options = recipe.train
+    prompts = read(recipe.data, "prompt")
+    held_out = read(recipe.validation, "prompt") if recipe.validation else []
+    actors, tokenizer = load_actors(recipe)
+
+    done, waited, best = 0, 0, {}
+    found = run.store.latest()
+    if found is not None:
+        done, tensors, state = found
+        waited, best = state["waited"], state["best"]
+        actors.optimizer.load_state_dict(phases.unprefixed(tensors, "policy."))
+        actors.critic_optimizer.load_state_dict(phases.unprefixed(tensors, "critic."))
+        del tensors, found
+    run.truncate_metrics(done)
+
+    def validate() -> None:
+        nonlocal waited, best
+        numbers = measure(recipe, actors, held_out, run.samples_directory / f"{done:05d}.jsonl")
+        run.log(done, **{f"held_out/{name}": value for name, value in numbers.items()})
+        waited += 1
+        if not best or numbers["reward"] > best["reward"]:
+            waited, best = 0, {"iteration": done, **numbers}
+            native.save(actors.policy, tokenizer, run.model_directory)
+
+    if held_out and not best:
+        validate()
+    with (
+        ProgressLine(run.directory.resolve().name, recipe.iterations, done) as line,
+        interrupts() as interrupted,
+    ):
+        while done < recipe.iterations and waited < recipe.patience:
+            drawn = phases.draw(prompts, recipe.batch_size, recipe.seed, done)
+            rollout, metrics = collect(recipe, actors, drawn, done)
+            metrics |= improve(recipe, actors, rollout, done)
+            done += 1
+            if done % options.log_every == 0 or done == recipe.iterations:
+                run.log(done, **metrics)
+                line.update(done, f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}")
+            due = options.validate_every and done % options.validate_every == 0
+            if held_out and (due or done == recipe.iterations):
+                validate()
+            stop = bool(interrupted) and done < recipe.iterations
+            if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
+                tensors = phases.prefixed(actors.optimizer.state_dict(), "policy.")
+                tensors |= phases.prefixed(actors.critic_optimizer.state_dict(), "critic.")
+                run.store.save(done, tensors, {"waited": waited, "best": best})
+            if stop:
+                raise KeyboardInterrupt(
+                    f"stopped after iteration {done} of {recipe.iterations}; saved "
+                    f"{run.store.path(done)}, continue with --resume"
+                )
+    if not held_out:
+        native.save(actors.policy, tokenizer, run.model_directory)
+    phases.write_report(run, {"iterations": done, **best})
+    return run.model_directory
+
+
+def load_actors(recipe: PpoRecipe) -> tuple[Actors, Tokenizer]:
+    """Policy and critic in fp32 for their optimizers, reference and reward models frozen."""
+    options = recipe.train
+    policy, tokenizer = phases.load_llama(recipe.init, recipe.tokenizer)
+    reference, _ = phases.load_llama(
+        recipe.reference or recipe.init, recipe.tokenizer, options.dtype
+    )
+    critic = phases.load_scalar(recipe.helpfulness)
+    critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
+    actors = Actors(
+        policy=policy,
+        critic=critic,
+        reference=reference.requires_grad_(False),
+        reward_models=RewardModels.load(
+            recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype
+        ),
+        engine=Engine(policy, tokenizer),
+        optimizer=Optimizer(policy, options),
+        critic_optimizer=Optimizer(critic.requires_grad_(True), critic_options),
+    )
+    return actors, tokenizer
+
+
+def collect(
+    recipe: PpoRecipe, actors: Actors, prompts: Sequence[Prompt], iteration: int
+) -> tuple[Rollout, dict[str, float]]:
+    """Sample one response a prompt and work out what each of its tokens was worth."""
+    micro_tokens = recipe.train.micro_tokens
+
+    # Sample.
+    completions = actors.engine.generate(
+        [prompt.messages for prompt in prompts],
+        temperature=recipe.temperature,
+        max_tokens=recipe.max_tokens,
+        seed=phases.derived_seed(recipe.seed, "rollout", iteration),
+    )
+
+    # Score: logit(Rc), read at each response's last token, whether EOS or cut.
+    responses = phases.score_responses(
+        completions,
+        prompts,
+        actors.reward_models,
+        temperature=recipe.temperature,
+        seed=recipe.seed,
+        policy="",
+        micro_tokens=micro_tokens,
+    )
+    device = actors.policy.output.device
+    reward = torch.tensor([response.reward for response in responses], device=device)
+    cut = torch.tensor([not response.finished for response in responses], device=device)
+
+    # Recompute, at the sampling temperature: log-probabilities of the policy and of pi0, values.
+    examples = [phases.response_example(completion) for completion in completions]
+    logprob, entropy = phases.response_logprobs(
+        actors.policy, examples, recipe.temperature, micro_tokens
+    )
+    reference, _ = phases.response_logprobs(
+        actors.reference, examples, recipe.temperature, micro_tokens
+    )
+    values = phases.response_values(actors.critic, examples, micro_tokens)
+
+    # Shape: whitened over this iteration's batch (the paper names no population; a running mean
+    # would make the reward depend on history), paid at the last token, the KL penalty at each.
+    lengths = torch.tensor([len(completion.tokens) for completion in completions], device=device)
+    cu_responses = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    rewards = -recipe.beta * advantages.kl(logprob, reference, "k1")
+    final = advantages.whiten(reward) - recipe.missing_eos_penalty * cut
+    rewards = rewards.index_add(0, cu_responses[1:] - 1, final)
+
+    # Estimate, and whiten the advantages over all response tokens (Ziegler et al. 2019).
+    advantage, returns = advantages.gae(rewards, values, cu_responses, recipe.gamma, recipe.lam)
+    rollout = Rollout(
+        examples, cu_responses, logprob, values, advantages.whiten(advantage), returns
+    )
+    sampled = torch.tensor([p for c in completions for p in c.logprobs], device=device)
+    metrics = {
+        **phases.summary(responses),
+        **phases.kl_per_response(logprob, reference, len(responses)),
+        "entropy": float(entropy.mean()),
+        "value_explained_variance": float(
+            1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+        ),
+        # Sampler and trainer must agree on what was sampled: more than rounding here is a bug.
+        "sampler_gap": float((sampled - logprob).abs().max()),
+    }
+    return rollout, metrics
+
+
+def improve(
+    recipe: PpoRecipe, actors: Actors, rollout: Rollout, iteration: int
+) -> dict[str, float]:
+    """One gradient step of policy and critic per mini-batch, each response used once."""
+    options = recipe.train
+    device = actors.policy.output.device
+    count = len(rollout.examples)
+    order = np.random.default_rng([recipe.seed, 1, iteration]).permutation(count)
+    lengths = [len(example.tokens) for example in rollout.examples]
+    sums = {"policy_loss": 0.0, "value_loss": 0.0, "clip_fraction": 0.0}
+    norms: list[tuple[float, float]] = []
+    for begin in range(0, count, recipe.mini_batch_size):
+        members = order[begin : begin + recipe.mini_batch_size]
+        tokens = int(rollout.cu_responses.diff()[torch.from_numpy(members)].sum())
+        for group in groups([lengths[i] for i in members], max(options.micro_tokens, *lengths)):
+            chosen = members[group.start : group.stop]
+            batch = pack([rollout.examples[i] for i in chosen]).to(device)
+            rows = token_rows(rollout.cu_responses, torch.from_numpy(chosen).to(device))
+            predicts = batch.targets >= 0
+
+            logprob = actors.policy(
+                batch.tokens,
+                batch.positions,
+                batch.cu_seqlens,
+                batch.targets,
+                temperature=recipe.temperature,
+            )[predicts]
+            policy_loss, clipped = losses.policy_clip(
+                logprob, rollout.logprob[rows], rollout.advantages[rows], recipe.clip
+            )
+            (policy_loss.sum() / tokens).backward()
+            actors.optimizer.accumulate()
+
+            values = actors.critic(batch.tokens, batch.positions, batch.cu_seqlens)[predicts]
+            value_loss, _ = losses.value_clip(
+                values, rollout.values[rows], rollout.returns[rows], recipe.value_clip
+            )
+            (recipe.value_coefficient * value_loss.sum() / tokens).backward()
+            actors.critic_optimizer.accumulate()
+
+            sums["policy_loss"] += float(policy_loss.detach().sum())
+            sums["value_loss"] += float(value_loss.detach().sum())
+            sums["clip_fraction"] += float(clipped.sum())
+        norms.append(
+            (
+                actors.optimizer.step(learning_rate(iteration, recipe.iterations, options)),
+                actors.critic_optimizer.step(
+                    learning_rate(iteration, recipe.iterations, actors.critic_optimizer.options)
+                ),
+            )
+        )
+    total = len(rollout.logprob)
+    gradient_norm, critic_gradient_norm = np.mean(norms, axis=0)
+    return {
+        **{name: value / total for name, value in sums.items()},
+        "gradient_norm": float(gradient_norm),
+        "critic_gradient_norm": float(critic_gradient_norm),
+    }
+
+
+def token_rows(cu_responses: Tensor, members: Tensor) -> Tensor:
+    """int64 [sum of lengths]: places of the members' tokens among all response tokens, in order."""
+    lengths = cu_responses.diff()[members]
+    begins = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(cu_responses[members] - begins, lengths) + torch.arange(
+        int(lengths.sum()), device=lengths.device
+    )
+
+
+def measure(
+    recipe: PpoRecipe, actors: Actors, held_out: Sequence[Prompt], path: Path
+) -> dict[str, float]:
+    """The policy as it is now on the held-out prompts, with the same random numbers every time."""
+    return phases.measure(
+        path,
+        actors.engine,
+        actors.reference,
+        actors.reward_models,
+        held_out,
+        temperature=recipe.temperature,
+        max_tokens=recipe.max_tokens,
+        seed=phases.derived_seed(recipe.seed, "held-out"),
+        policy=path.stem,
+        micro_tokens=recipe.train.micro_tokens,
+    )

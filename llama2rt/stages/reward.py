@@ -1,0 +1,285 @@
+"""Reward modelling (section 3.2.2): a chat model's copy learns which of two answers people prefer.
+
+Two models are trained apart, helpfulness and safety, because the two pull in opposite directions.
+The head gives one number per token; a response's score is the one at its last token. What is left
+out: pairwise preference models that read both answers at once (another stage).
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from llama2rt.algorithms import losses, rewards
+from llama2rt.checkpoint import native
+from llama2rt.data.loader import PairLoader
+from llama2rt.data.packing import Example, PairBatch
+from llama2rt.data.readers import read
+from llama2rt.data.records import Comparison
+from llama2rt.errors import InputError
+from llama2rt.evaluate import preference
+from llama2rt.evaluate.scoring import score_tokens
+from llama2rt.model import ScalarModel
+from llama2rt.model.heads import last_token
+from llama2rt.stages.phases import default_device, file_inputs, load_llama, write_report
+from llama2rt.stages.pretrain import ModelShape
+from llama2rt.text import chat
+from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.loop import fit
+from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.run import Run
+
+logger = logging.getLogger("llama2rt.stages.reward")
+
+
+class RewardRecipe(Recipe):
+    """Train a helpfulness or a safety reward model on comparisons."""
+
+    init: Path | None = None
+    """the chat model to start from; its output head is replaced (section 3.2.2)"""
+    model: ModelShape = ModelShape()
+    """without init: a shape to start from with random weights, to try things out"""
+    context: int = Field(4096, gt=1)
+    """without init: the longest prompt with its response, in tokens"""
+    data: list[Path]
+    """comparisons of this model's own kind; all of them are used"""
+    mixed_in: list[Path] = Field([])
+    """further comparisons, drawn uniformly to make up mixed_in_share of the training set"""
+    mixed_in_share: float | None = Field(None, ge=0, lt=1)
+    """None for the paper's: 0.5 for helpfulness ("an equal amount"), 0.1 for safety ("90/10")"""
+    validation: list[Path] = Field([])
+    """held-out comparisons; without them, held_out of the data"""
+    held_out: int = Field(1000, ge=0)
+    """comparisons kept back from data, whole prompts at a time (1000 of each batch)"""
+    tokenizer: Path | None = None
+    """None for the one in init"""
+    skip_invalid: int = Field(0, ge=0)
+    """bad records to leave out before giving up"""
+
+    kind: Literal["helpfulness", "safety"] = "helpfulness"
+    margin: rewards.Scheme = "small"
+    """Table 27; a large margin makes the score distribution bimodal"""
+    safety_coefficient: float = Field(1.0, ge=0)
+    """weight of the safety model's classification loss (Table 29 gives its effect, no weight)"""
+    batch_size: int = Field(512, gt=0)
+    """pairs; 1024 rows"""
+    epochs: int = Field(1, gt=0)
+    """more than one over-fits"""
+    seed: int = 0
+    # 1e-5 for all but 70B (5e-6); cosine to 10 %; warm-up 3 % of steps, at least 5; AdamW as in
+    # pretraining.
+    train: TrainOptions = TrainOptions(lr=1e-5, warmup_ratio=0.03, warmup_minimum=5)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.init is None and (self.model == ModelShape() or self.tokenizer is None):
+            raise ValueError("give init, or model and tokenizer")
+        if self.init is not None and self.model != ModelShape():
+            raise ValueError("init brings its own shape: leave out model")
+        return self
+
+
+def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """Train, measure held-out accuracy by rating into report.json; returns the model folder."""
+    inputs = file_inputs(
+        init=recipe.init,
+        data=recipe.data,
+        mixed_in=recipe.mixed_in,
+        validation=recipe.validation,
+        tokenizer=recipe.tokenizer,
+    )
+    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    if run.complete:
+        return run.model_directory
+    model, tokenizer = initial_model(recipe)
+    training, held_out = split(recipe)
+    pairs, kept = encode(training, tokenizer, model.config.context)
+    held_out_pairs, held_out_kept = encode(held_out, tokenizer, model.config.context)
+    options = recipe.train
+    loader = PairLoader(
+        pairs, targets(kept, recipe), recipe.batch_size, options.micro_tokens, recipe.seed
+    )
+
+    def held_out_accuracy(model: Any) -> dict[str, float]:
+        chosen, rejected = score(model, held_out_pairs, options.micro_tokens)
+        return preference.accuracy(chosen, rejected, [c.rating for c in held_out_kept])
+
+    fit(
+        run,
+        model,
+        loader,
+        objective(recipe),
+        options,
+        steps=recipe.epochs * loader.steps_per_epoch,
+        validate=held_out_accuracy if held_out_pairs and options.validate_every else None,
+    )
+    report: dict[str, Any] = {"kind": recipe.kind, "trained_on": len(pairs)}
+    if held_out_pairs:
+        scores = score(model, held_out_pairs, options.micro_tokens)
+        report |= evaluate(*scores, held_out_kept)
+    native.save(model, tokenizer, run.model_directory)
+    write_report(run, report)
+    return run.model_directory
+
+
+def initial_model(recipe: RewardRecipe) -> tuple[ScalarModel, Tokenizer]:
+    """The chat model with a regression head in place of its output, fp32."""
+    if recipe.init is not None:
+        llama, tokenizer = load_llama(recipe.init, recipe.tokenizer)
+        return ScalarModel.from_llama(llama, recipe.seed), tokenizer
+    assert recipe.tokenizer is not None  # the recipe's own check
+    tokenizer = Tokenizer.load(recipe.tokenizer)
+    config = recipe.model.config(tokenizer.vocab_size, recipe.context)
+    model = ScalarModel(config, default_device(), torch.float32)
+    return model.initialize(recipe.seed), tokenizer
+
+
+def split(recipe: RewardRecipe) -> tuple[list[Comparison], list[Comparison]]:
+    """Training and held-out comparisons; no prompt is in both."""
+    own = read(recipe.data, "comparison", recipe.skip_invalid)
+    if recipe.validation:
+        held_out = read(recipe.validation, "comparison", recipe.skip_invalid)
+    else:
+        own, held_out = hold_out(own, recipe.held_out, recipe.seed)
+    other = read(recipe.mixed_in, "comparison", recipe.skip_invalid) if recipe.mixed_in else []
+    if not recipe.validation:
+        seen = {prompt_key(comparison) for comparison in held_out}
+        other = [comparison for comparison in other if prompt_key(comparison) not in seen]
+    share = recipe.mixed_in_share
+    if share is None:
+        share = {"helpfulness": 0.5, "safety": 0.1}[recipe.kind]
+    return mix(own, other, share, recipe.seed), held_out
+
+
+def prompt_key(comparison: Comparison) -> str:
+    return repr(comparison.prompt)
+
+
+def hold_out(
+    comparisons: Sequence[Comparison], count: int, seed: int
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Set about `count` comparisons aside: all those of prompts drawn at random, so that no
+    held-out prompt is trained on. InputError when nothing would be left to train on."""
+    keys = list(dict.fromkeys(prompt_key(comparison) for comparison in comparisons))
+    order = np.random.default_rng(seed).permutation(len(keys))
+    sizes = dict.fromkeys(keys, 0)
+    for comparison in comparisons:
+        sizes[prompt_key(comparison)] += 1
+    taken: set[str] = set()
+    total = 0
+    for i in order:
+        if total >= count:
+            break
+        taken.add(keys[i])
+        total += sizes[keys[i]]
+    kept = [c for c in comparisons if prompt_key(c) not in taken]
+    if not kept:
+        raise InputError(
+            f"held_out: {count} of {len(comparisons)} comparisons leaves none to train"
+        )
+    return kept, [c for c in comparisons if prompt_key(c) in taken]
+
+
+def mix(
+    own: Sequence[Comparison], other: Sequence[Comparison], share: float, seed: int
+) -> list[Comparison]:
+    """All of `own` and a uniform draw from `other`, without replacement, that makes up `share` of
+    the whole, or all of `other` where there are too few (section 3.2.2, data composition)."""
+    wanted = min(len(other), round(len(own) * share / (1 - share)))
+    drawn = np.random.default_rng(seed).permutation(len(other))[:wanted]
+    return [*own, *(other[i] for i in sorted(drawn))]
+
+
+def encode(
+    comparisons: Sequence[Comparison], tokenizer: Tokenizer, context: int
+) -> tuple[list[tuple[Example, Example]], list[Comparison]]:
+    """(chosen, rejected) token pairs, and the comparisons they stand for: one with a side longer
+    than the context is left out, because its score would be read inside a cut answer."""
+    pairs, kept = [], []
+    for comparison in comparisons:
+        chosen, rejected = (
+            Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
+            for text in (comparison.chosen, comparison.rejected)
+        )
+        if max(len(chosen.tokens), len(rejected.tokens)) <= context:
+            pairs.append((chosen, rejected))
+            kept.append(comparison)
+    if len(kept) < len(comparisons):
+        left_out = len(comparisons) - len(kept)
+        logger.warning("%d comparisons longer than the context of %d left out", left_out, context)
+    return pairs, kept
+
+
+def targets(comparisons: Sequence[Comparison], recipe: RewardRecipe) -> dict[str, np.ndarray]:
+    """Per pair: the margin, and the two safety labels with whether they are known."""
+    labels = [comparison.safety for comparison in comparisons]
+    return {
+        "margin": np.array([rewards.margin(c.rating, recipe.margin) for c in comparisons]),
+        "labelled": np.array([label is not None for label in labels]),
+        "chosen_safe": np.array([label in ("chosen_safe", "both_safe") for label in labels]),
+        "rejected_safe": np.array([label == "both_safe" for label in labels]),
+    }
+
+
+def objective(recipe: RewardRecipe) -> Any:
+    """Ranking loss with margin and, for safety, the classification loss: sums over pairs."""
+
+    def loss(model: ScalarModel, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        batch, extras = pairs.batch, pairs.extras
+        values = model(batch.tokens, batch.positions, batch.cu_seqlens)
+        chosen, rejected = last_token(values, batch.cu_seqlens).view(-1, 2).unbind(1)
+        total = losses.ranking(chosen, rejected, extras["margin"]).sum()
+        metrics = {
+            "accuracy": (chosen > rejected).sum(),
+            "score_gap": (chosen - rejected).detach().sum(),
+        }
+        if recipe.kind == "safety":
+            classification = losses.safety(chosen, extras["chosen_safe"]) + losses.safety(
+                rejected, extras["rejected_safe"]
+            )
+            safety = torch.where(extras["labelled"], classification, 0).sum()
+            metrics["safety_loss"] = safety.detach()
+            total = total + recipe.safety_coefficient * safety
+        return total, metrics
+
+    return loss
+
+
+def score(
+    model: ScalarModel, pairs: Sequence[tuple[Example, Example]], micro_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Raw scores fp32 [n] of the chosen and of the rejected sides."""
+    chosen, rejected = zip(*pairs, strict=True)
+    sides = [[example.tokens for example in side] for side in (chosen, rejected)]
+    return (
+        score_tokens(model, sides[0], micro_tokens=micro_tokens),
+        score_tokens(model, sides[1], micro_tokens=micro_tokens),
+    )
+
+
+def evaluate(
+    chosen: np.ndarray, rejected: np.ndarray, comparisons: Sequence[Comparison]
+) -> dict[str, Any]:
+    """Accuracy by rating and on average with intervals (Table 8) and, where safety is labelled, the
+    share of unsafe responses that score below 0.5 (Table 29)."""
+    ratings = [comparison.rating for comparison in comparisons]
+    table = preference.accuracy_table(chosen, rejected, ratings)
+    report: dict[str, Any] = {
+        "accuracy": {row["rating"]: row["mean"] for row in table},
+        "intervals": table,
+    }
+    labels = [comparison.safety for comparison in comparisons]
+    unsafe = np.concatenate(
+        [
+            chosen[[label == "both_unsafe" for label in labels]],
+            rejected[[label in ("chosen_safe", "both_unsafe") for label in labels]],
+        ]
+    )
+    if len(unsafe):
+        report["unsafe_recall"] = float((unsafe < 0).mean())
+    return report
