@@ -217,7 +217,8 @@ def _parse(line: bytes) -> Row:
     except UnicodeDecodeError as error:
         raise InputError(f"not valid UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"invalid JSON: {error.msg} at column {error.colno}") from None
+        reason = error.msg.removesuffix(" at")  # some of the library's messages end so
+        raise InputError(f"invalid JSON: {reason} at column {error.colno}") from None
     except RecursionError:
         raise InputError("invalid JSON: nested too deeply") from None
     except InputError:
