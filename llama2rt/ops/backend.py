@@ -63,18 +63,35 @@ def _why_not(name: str, device: str) -> str:
     return ""
 
 
+def _resolve_all() -> dict[str, str]:
+    """device type -> backend, for the devices that the choice in force can serve."""
+    if _choice is not None:
+        return {device: _choice for device in PREFERENCE if not _why_not(_choice, device)}
+    return {
+        device: next(name for name in names if not _why_not(name, device))
+        for device, names in PREFERENCE.items()
+    }
+
+
+_resolved = _resolve_all()
+
+
 def resolve(tensor: torch.Tensor) -> str:
     """Backend for an op on `tensor`: the one asked for, else the best one its device can use."""
     device = tensor.device.type
-    if _choice is not None:
-        reason = _why_not(_choice, device)
-        if reason:
-            raise ValueError(f"backend {_choice!r} was asked for but cannot be used: {reason}")
-        return _choice
-    for name in PREFERENCE.get(device, ()):
-        if not _why_not(name, device):
-            return name
-    return "reference"
+    name = _resolved.get(device)
+    if name is not None:
+        return name
+    if _choice is None or _choice == "reference":  # a device no backend was made for
+        return "reference"
+    reason = _why_not(_choice, device)
+    raise ValueError(f"backend {_choice!r} was asked for but cannot be used: {reason}")
+
+
+def _choose(name: str | None) -> None:
+    global _choice, _resolved
+    _choice = name
+    _resolved = _resolve_all()
 
 
 def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
@@ -102,8 +119,8 @@ class use:
         self.name = name
 
     def __enter__(self) -> "use":
-        global _choice
-        self.previous, _choice = _choice, self.name
+        self.previous = _choice
+        _choose(self.name)
         return self
 
     def __exit__(
@@ -112,8 +129,7 @@ class use:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _choice
-        _choice = self.previous
+        _choose(self.previous)
 
 
 def checkpoint_context() -> tuple[use, use]:
@@ -133,10 +149,7 @@ def backends(device: str | torch.device = "cpu") -> dict[str, dict]:
     """
     kind = torch.device(device).type
     reasons = {name: _why_not(name, kind) for name in NAMES}
-    if _choice is not None:
-        chosen = _choice
-    else:
-        chosen = next((n for n in PREFERENCE.get(kind, ()) if not reasons[n]), "reference")
+    chosen = _choice or _resolved.get(kind, "reference")
     usable = [name for name in NAMES if not reasons[name]]
     return {
         op: {

@@ -7,6 +7,7 @@ data; ids and offsets are checked where the data is at hand (reference and CPU).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,20 +15,34 @@ from torch import Tensor
 from llama2rt.ops import backend
 
 _LIB = torch.library.Library("llama2rt", "DEF")
-_ops = torch.ops.llama2rt
 
 
-def _define(schema: str, fake) -> None:
-    """Declare an op whose last argument names the backend that runs it."""
+def _define(schema: str, fake: Callable) -> Callable:
+    """Declare an op whose last argument names the backend that runs it; returns its entry point."""
     name = schema.partition("(")[0]
 
     def run(*arguments):
-        *tensors, choice = arguments
-        return backend.implementation(name, choice, tensors[0].dtype)(*tensors)
+        *rest, choice = arguments
+        return backend.implementation(name, choice, rest[0].dtype)(*rest)
 
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIB.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"llama2rt::{name}", fake, lib=_LIB)
+    overload = getattr(torch.ops.llama2rt, name).default
+
+    def call(*arguments):
+        # Sampling a small model is bound by the cost of calls, most of it the dispatcher's two
+        # detours through Python. Without gradients, tracing, modes or subclasses it has no work.
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch._C._len_torch_dispatch_stack()
+            or type(arguments[0]) is not Tensor
+        ):
+            return overload(*arguments)
+        return run(*arguments)
+
+    return call
 
 
 def _autograd(name: str, backward, setup_context) -> None:
@@ -45,48 +60,49 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _expect(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
+def _error(argument: str, expected: str, got: object) -> ValueError:
+    shown = list(got) if isinstance(got, torch.Size) else got
+    return ValueError(f"{argument}: expected {expected}, got {shown}")
 
 
-def _expect_like(argument: str, tensor: Tensor, other: Tensor, name: str, shape: tuple) -> None:
-    """`tensor` has `shape` and shares dtype and device with `other`, which is called `name`."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{argument}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != other.dtype:
-        raise ValueError(
-            f"{argument}: expected dtype {other.dtype} (that of {name}), got {tensor.dtype}"
-        )
-    if tensor.device != other.device:
-        raise ValueError(
-            f"{argument}: expected device {other.device} (that of {name}), got {tensor.device}"
-        )
-
-
-def _expect_floating(argument: str, tensor: Tensor) -> None:
+def _check_floating(argument: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
-        raise ValueError(f"{argument}: expected a floating-point dtype, got {tensor.dtype}")
+        raise _error(argument, "a floating-point dtype", tensor.dtype)
 
 
-def _expect_index(argument: str, tensor: Tensor, like: Tensor, name: str, shape: tuple) -> None:
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{argument}: expected dtype int32 or int64, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{argument}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{argument}: expected device {like.device} (that of {name}), got {tensor.device}"
-        )
+def _check_rows(argument: str, tensor: Tensor) -> None:
+    _check_floating(argument, tensor)
+    if tensor.dim() == 0:
+        raise _error(argument, "at least one dimension", "a scalar")
+
+
+def _check_like(argument: str, tensor: Tensor, other: Tensor, name: str, shape: tuple) -> None:
+    """`tensor` has `shape` and shares dtype and device with `other`, which is called `name`."""
+    if tensor.shape != shape:
+        raise _error(argument, f"shape {list(shape)}", tensor.shape)
+    if tensor.dtype != other.dtype:
+        raise _error(argument, f"dtype {other.dtype} (that of {name})", tensor.dtype)
+    if tensor.device != other.device:
+        raise _error(argument, f"device {other.device} (that of {name})", tensor.device)
+
+
+def _check_index(argument: str, tensor: Tensor, other: Tensor, name: str, shape: tuple) -> None:
+    """`tensor` holds integers, has `shape` and is on the device of `other`, called `name`."""
+    if tensor.dtype != torch.int32 and tensor.dtype != torch.int64:
+        raise _error(argument, "dtype int32 or int64", tensor.dtype)
+    if tensor.shape != shape:
+        raise _error(argument, f"shape {list(shape)}", tensor.shape)
+    if tensor.device != other.device:
+        raise _error(argument, f"device {other.device} (that of {name})", tensor.device)
 
 
 # --- rms_norm ---------------------------------------------------------------------------------
 
-_define(
+_run_rms_norm = _define(
     "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor)",
     lambda x, weight, eps, backend: (_like(x), x.new_empty(x.shape[0], dtype=_wide(x))),
 )
-_define(
+_run_rms_norm_backward = _define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, str backend)"
     " -> (Tensor, Tensor)",
     lambda dy, x, weight, rstd, backend: (_like(x), _like(weight)),
@@ -103,7 +119,7 @@ def _rms_norm_setup(ctx, inputs, output):
 def _rms_norm_backward(ctx, dy, _):
     if dy is None:
         return None, None, None, None
-    return *_ops.rms_norm_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
+    return *_run_rms_norm_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
 
 
 _autograd("rms_norm", _rms_norm_backward, _rms_norm_setup)
@@ -115,18 +131,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x [..., N] and weight [N], one floating dtype; returns x's shape and dtype. Statistics in fp32.
     Source: Zhang and Sennrich 2019; Llama 2, section 2.2. ValueError on a mismatch.
     """
-    _expect_floating("x", x)
-    _expect(x.dim() >= 1, "x", "at least one dimension", "a scalar")
-    _expect_like("weight", weight, x, "x", (x.shape[-1],))
+    _check_rows("x", x)
+    _check_like("weight", weight, x, "x", (x.shape[-1],))
     choice = backend.resolve(x)
     if x.dim() == 2:
-        return _ops.rms_norm(x, weight, eps, choice)[0]
-    return _ops.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, choice)[0].view(x.shape)
+        return _run_rms_norm(x, weight, eps, choice)[0]
+    return _run_rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, choice)[0].view(x.shape)
 
 
 # --- add_rms_norm -----------------------------------------------------------------------------
 
-_define(
+_run_add_rms_norm = _define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     lambda x, residual, weight, eps, backend: (
@@ -135,7 +150,7 @@ _define(
         x.new_empty(x.shape[0], dtype=_wide(x)),
     ),
 )
-_define(
+_run_add_rms_norm_backward = _define(
     "add_rms_norm_backward(Tensor dy, Tensor? dsummed, Tensor summed, Tensor weight, Tensor rstd,"
     " str backend) -> (Tensor, Tensor)",
     lambda dy, dsummed, summed, weight, rstd, backend: (_like(summed), _like(weight)),
@@ -153,7 +168,7 @@ def _add_rms_norm_setup(ctx, inputs, output):
 def _add_rms_norm_backward(ctx, dy, dsummed, _):
     if dy is None:  # the normed half went unused
         return dsummed, dsummed, None, None, None
-    dx, dweight = _ops.add_rms_norm_backward(dy, dsummed, *ctx.saved_tensors, ctx.backend)
+    dx, dweight = _run_add_rms_norm_backward(dy, dsummed, *ctx.saved_tensors, ctx.backend)
     return dx, dx, dweight, None, None
 
 
@@ -166,25 +181,24 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x and residual [..., N], weight [N], one floating dtype; both results have x's shape and dtype.
     The norm is taken of the sum as rounded to that dtype. ValueError on a mismatch.
     """
-    _expect_floating("x", x)
-    _expect(x.dim() >= 1, "x", "at least one dimension", "a scalar")
-    _expect_like("residual", residual, x, "x", tuple(x.shape))
-    _expect_like("weight", weight, x, "x", (x.shape[-1],))
+    _check_rows("x", x)
+    _check_like("residual", residual, x, "x", x.shape)
+    _check_like("weight", weight, x, "x", (x.shape[-1],))
     choice = backend.resolve(x)
     if x.dim() == 2:
-        return _ops.add_rms_norm(x, residual, weight, eps, choice)[:2]
+        return _run_add_rms_norm(x, residual, weight, eps, choice)[:2]
     rows = (-1, x.shape[-1])
-    y, summed, _ = _ops.add_rms_norm(x.reshape(rows), residual.reshape(rows), weight, eps, choice)
+    y, summed, _ = _run_add_rms_norm(x.reshape(rows), residual.reshape(rows), weight, eps, choice)
     return y.view(x.shape), summed.view(x.shape)
 
 
 # --- swiglu -----------------------------------------------------------------------------------
 
-_define(
+_run_swiglu = _define(
     "swiglu(Tensor gate, Tensor up, str backend) -> Tensor",
     lambda gate, up, backend: _like(gate),
 )
-_define(
+_run_swiglu_backward = _define(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)",
     lambda dy, gate, up, backend: (_like(gate), _like(up)),
 )
@@ -196,7 +210,7 @@ def _swiglu_setup(ctx, inputs, output):
 
 
 def _swiglu_backward(ctx, dy):
-    return *_ops.swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None
+    return *_run_swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None
 
 
 _autograd("swiglu", _swiglu_backward, _swiglu_setup)
@@ -208,24 +222,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate and up [..., F], one floating dtype; returns their shape and dtype, computed in fp32.
     Source: Shazeer 2020; Llama 2, section 2.2. ValueError on a mismatch.
     """
-    _expect_floating("gate", gate)
-    _expect(gate.dim() >= 1, "gate", "at least one dimension", "a scalar")
-    _expect_like("up", up, gate, "gate", tuple(gate.shape))
+    _check_rows("gate", gate)
+    _check_like("up", up, gate, "gate", gate.shape)
     choice = backend.resolve(gate)
     if gate.dim() == 2:
-        return _ops.swiglu(gate, up, choice)
+        return _run_swiglu(gate, up, choice)
     rows = (-1, gate.shape[-1])
-    return _ops.swiglu(gate.reshape(rows), up.reshape(rows), choice).view(gate.shape)
+    return _run_swiglu(gate.reshape(rows), up.reshape(rows), choice).view(gate.shape)
 
 
 # --- rope -------------------------------------------------------------------------------------
 
-_define(
+_run_rope = _define(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, str backend)"
     " -> (Tensor, Tensor)",
     lambda q, k, cos, sin, positions, backend: (_like(q), _like(k)),
 )
-_define(
+_run_rope_backward = _define(
     "rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, Tensor positions, str backend)"
     " -> (Tensor, Tensor)",
     lambda dq, dk, cos, sin, positions, backend: (_like(dq), _like(dk)),
@@ -238,7 +251,7 @@ def _rope_setup(ctx, inputs, output):
 
 
 def _rope_backward(ctx, dq, dk):
-    return *_ops.rope_backward(dq, dk, *ctx.saved_tensors, ctx.backend), None, None, None, None
+    return *_run_rope_backward(dq, dk, *ctx.saved_tensors, ctx.backend), None, None, None, None
 
 
 _autograd("rope", _rope_backward, _rope_setup)
@@ -254,27 +267,26 @@ def rope(
     (a, b) -> (a cos - b sin, b cos + a sin), in fp32. Returns new tensors of q's and k's shapes.
     Source: Su et al. 2021. ValueError on a mismatch, and (reference, CPU) on a position outside.
     """
-    _expect_floating("q", q)
-    _expect(q.dim() == 3 and q.shape[2] % 2 == 0, "q", "shape [T, Hq, D], D even", list(q.shape))
-    _expect(k.dim() == 3, "k", "shape [T, Hkv, D]", list(k.shape))
-    _expect_like("k", k, q, "q", (q.shape[0], k.shape[1], q.shape[2]))
-    _expect(
-        cos.dim() == 2 and cos.shape[1] * 2 == q.shape[2] and cos.device == q.device,
-        "cos",
-        f"shape [P, {q.shape[2] // 2}] on {q.device}",
-        f"{list(cos.shape)} on {cos.device}",
-    )
-    _expect(
-        cos.dtype in (torch.float32, torch.float64), "cos", "dtype float32 or float64", cos.dtype
-    )
-    _expect_like("sin", sin, cos, "cos", tuple(cos.shape))
-    _expect_index("positions", positions, q, "q", (q.shape[0],))
-    return _ops.rope(q, k, cos, sin, positions, backend.resolve(q))
+    _check_floating("q", q)
+    if q.dim() != 3 or q.shape[2] % 2:
+        raise _error("q", "shape [T, Hq, D] with D even", q.shape)
+    if k.dim() != 3:
+        raise _error("k", "shape [T, Hkv, D]", k.shape)
+    _check_like("k", k, q, "q", (q.shape[0], k.shape[1], q.shape[2]))
+    if cos.dim() != 2 or cos.shape[1] * 2 != q.shape[2]:
+        raise _error("cos", f"shape [P, {q.shape[2] // 2}]", cos.shape)
+    if cos.dtype != torch.float32 and cos.dtype != torch.float64:
+        raise _error("cos", "dtype float32 or float64", cos.dtype)
+    if cos.device != q.device:
+        raise _error("cos", f"device {q.device} (that of q)", cos.device)
+    _check_like("sin", sin, cos, "cos", cos.shape)
+    _check_index("positions", positions, q, "q", (q.shape[0],))
+    return _run_rope(q, k, cos, sin, positions, backend.resolve(q))
 
 
 # --- attention --------------------------------------------------------------------------------
 
-_define(
+_run_attention = _define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int max_seqlen, bool causal,"
     " float scale, str backend) -> (Tensor, Tensor)",
     lambda q, k, v, cu_q, cu_k, max_seqlen, causal, scale, backend: (
@@ -282,7 +294,7 @@ _define(
         q.new_empty(q.shape[1], q.shape[0], dtype=_wide(q)),
     ),
 )
-_define(
+_run_attention_backward = _define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor cu_q, Tensor cu_k, int max_seqlen, bool causal, float scale, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -300,7 +312,7 @@ def _attention_setup(ctx, inputs, output):
 def _attention_backward(ctx, dout, _):
     if dout is None:
         return (None,) * 9
-    gradients = _ops.attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
+    gradients = _run_attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
     return *gradients, None, None, None, None, None, None
 
 
@@ -322,41 +334,39 @@ def attention(
 
     q [Tq, Hq, D], k and v [Tk, Hkv, D], one floating dtype, Hq a multiple of Hkv (grouped queries:
     query head h reads key head h // (Hq / Hkv)). cu_seqlens [B+1] int32 or int64 holds the
-    documents' offsets in q, and in k and v unless cu_seqlens_k [B+1] gives those. Empty documents are legal.
-    causal aligns bottom-right: the last query of a document sees its last key, so a query of a
-    document with fewer keys than queries may see none and gives 0. max_seqlen: an upper bound on
-    document length in q, which spares some backends a device synchronisation. scale defaults to
-    1/sqrt(D). Returns [Tq, Hq, D] in q's dtype. Softmax in fp32; bitwise repeatable.
+    documents' offsets in q, and in k and v unless cu_seqlens_k [B+1] gives those. Empty documents
+    are legal. causal aligns bottom-right: the last query of a document sees its last key, so a
+    query of a document with fewer keys than queries may see none and gives 0. max_seqlen: an upper
+    bound on document length in q, which spares some backends a device synchronisation. scale
+    defaults to 1/sqrt(D). Returns [Tq, Hq, D] in q's dtype. Softmax in fp32; bitwise repeatable.
     ValueError on a mismatch, and (reference, CPU) on offsets that do not rise from 0 to T.
     """
-    _expect_floating("q", q)
-    _expect(q.dim() == 3, "q", "shape [T, Hq, D]", list(q.shape))
-    _expect(
-        k.dim() == 3 and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
-        "k",
-        f"shape [T, Hkv, {q.shape[2]}] with Hkv dividing {q.shape[1]}",
-        list(k.shape),
-    )
+    _check_floating("q", q)
+    if q.dim() != 3:
+        raise _error("q", "shape [T, Hq, D]", q.shape)
+    if k.dim() != 3 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise _error("k", f"shape [T, Hkv, {q.shape[2]}], Hkv dividing {q.shape[1]}", k.shape)
     tokens = q.shape[0] if cu_seqlens_k is None else k.shape[0]
-    _expect_like("k", k, q, "q", (tokens, k.shape[1], q.shape[2]))
-    _expect_like("v", v, k, "k", tuple(k.shape))
-    _expect(cu_seqlens.dim() == 1, "cu_seqlens", "shape [B+1]", list(cu_seqlens.shape))
-    _expect_index("cu_seqlens", cu_seqlens, q, "q", tuple(cu_seqlens.shape))
+    _check_like("k", k, q, "q", (tokens, k.shape[1], q.shape[2]))
+    _check_like("v", v, k, "k", k.shape)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise _error("cu_seqlens", "shape [B+1]", cu_seqlens.shape)
+    _check_index("cu_seqlens", cu_seqlens, q, "q", cu_seqlens.shape)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
     else:
-        _expect_index("cu_seqlens_k", cu_seqlens_k, q, "q", tuple(cu_seqlens.shape))
+        _check_index("cu_seqlens_k", cu_seqlens_k, q, "q", cu_seqlens.shape)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[2])
     choice = backend.resolve(q)
-    return _ops.attention(
+    return _run_attention(
         q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen or 0, causal, scale, choice
     )[0]
 
 
 # --- decode_attention -------------------------------------------------------------------------
 
-_define(
+_run_decode_attention = _define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths,"
     " float scale, str backend) -> Tensor",
     lambda q, *_: _like(q),
@@ -379,23 +389,25 @@ def decode_attention(
     are not read; lengths [B]: tokens in the cache, this one included. Length 0 gives 0. Not
     differentiable. Returns [B, Hq, D] in q's dtype. Source: Kwon et al. 2023 (paged attention).
     """
-    _expect_floating("q", q)
-    _expect(q.dim() == 3, "q", "shape [B, Hq, D]", list(q.shape))
-    _expect(
-        k_cache.dim() == 4 and k_cache.shape[2] > 0 and q.shape[1] % k_cache.shape[2] == 0,
-        "k_cache",
-        f"shape [pages, page, Hkv, {q.shape[2]}] with Hkv dividing {q.shape[1]}",
-        list(k_cache.shape),
-    )
-    _expect_like("k_cache", k_cache, q, "q", (*k_cache.shape[:3], q.shape[2]))
-    _expect_like("v_cache", v_cache, k_cache, "k_cache", tuple(k_cache.shape))
-    _expect(block_table.dim() == 2, "block_table", "shape [B, pages]", list(block_table.shape))
-    _expect_index("block_table", block_table, q, "q", (q.shape[0], block_table.shape[1]))
-    _expect_index("lengths", lengths, q, "q", (q.shape[0],))
+    _check_floating("q", q)
+    if q.dim() != 3:
+        raise _error("q", "shape [B, Hq, D]", q.shape)
+    if k_cache.dim() != 4 or k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
+        raise _error(
+            "k_cache",
+            f"shape [pages, page, Hkv, {q.shape[2]}], Hkv dividing {q.shape[1]}",
+            k_cache.shape,
+        )
+    _check_like("k_cache", k_cache, q, "q", (*k_cache.shape[:3], q.shape[2]))
+    _check_like("v_cache", v_cache, k_cache, "k_cache", k_cache.shape)
+    if block_table.dim() != 2:
+        raise _error("block_table", "shape [B, pages]", block_table.shape)
+    _check_index("block_table", block_table, q, "q", (q.shape[0], block_table.shape[1]))
+    _check_index("lengths", lengths, q, "q", (q.shape[0],))
     if scale is None:
         scale = 1 / math.sqrt(q.shape[2])
     choice = backend.resolve(q)
-    return _ops.decode_attention(q, k_cache, v_cache, block_table, lengths, scale, choice)
+    return _run_decode_attention(q, k_cache, v_cache, block_table, lengths, scale, choice)
 
 
 # --- token_logprob ----------------------------------------------------------------------------
@@ -406,12 +418,12 @@ def _token_logprob_fake(hidden, weight, targets, temperature, entropy, backend):
     return logprob, torch.empty_like(logprob) if entropy else logprob.new_empty(0), _like(logprob)
 
 
-_define(
+_run_token_logprob = _define(
     "token_logprob(Tensor hidden, Tensor weight, Tensor targets, float temperature, bool entropy,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     _token_logprob_fake,
 )
-_define(
+_run_token_logprob_backward = _define(
     "token_logprob_backward(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight,"
     " Tensor targets, Tensor lse, Tensor? entropy, float temperature, str backend)"
     " -> (Tensor, Tensor)",
@@ -435,7 +447,7 @@ def _token_logprob_backward(ctx, dlogprob, dentropy, _):
         dlogprob = torch.zeros_like(lse)
     if dentropy is None:
         entropy = None
-    dhidden, dweight = _ops.token_logprob_backward(
+    dhidden, dweight = _run_token_logprob_backward(
         dlogprob, dentropy, hidden, weight, targets, lse, entropy, ctx.temperature, ctx.backend
     )
     return dhidden, dweight, None, None, None, None
@@ -456,16 +468,19 @@ def token_logprob(
 
     hidden [T, dim] and weight [V, dim], one floating dtype; targets [T] int32 or int64 below V,
     where a negative one means "not predicted": logprob 0, entropy 0, no gradient. Returns fp32 [T],
-    or with entropy=True also each row's entropy (nats), [T]; both are differentiable and logprob <= 0. The
-    [T, V] logits are never held in memory (except by the reference, which is the oracle).
+    or with entropy=True also each row's entropy (nats), [T]; both are differentiable, and logprob
+    <= 0. The [T, V] logits are never held in memory (except by the reference, the oracle).
     ValueError on a mismatch, temperature <= 0, and (reference, CPU) on a target >= V.
     """
-    _expect_floating("hidden", hidden)
-    _expect(hidden.dim() == 2, "hidden", "shape [T, dim]", list(hidden.shape))
-    _expect(weight.dim() == 2, "weight", "shape [V, dim]", list(weight.shape))
-    _expect_like("weight", weight, hidden, "hidden", (weight.shape[0], hidden.shape[1]))
-    _expect_index("targets", targets, hidden, "hidden", (hidden.shape[0],))
-    _expect(temperature > 0, "temperature", "a number above 0", temperature)
+    _check_floating("hidden", hidden)
+    if hidden.dim() != 2:
+        raise _error("hidden", "shape [T, dim]", hidden.shape)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise _error("weight", f"shape [V, {hidden.shape[1]}] with V > 0", weight.shape)
+    _check_like("weight", weight, hidden, "hidden", (weight.shape[0], hidden.shape[1]))
+    _check_index("targets", targets, hidden, "hidden", (hidden.shape[0],))
+    if not temperature > 0:
+        raise _error("temperature", "a number above 0", temperature)
     choice = backend.resolve(hidden)
-    logprob, spread, _ = _ops.token_logprob(hidden, weight, targets, temperature, entropy, choice)
+    logprob, spread, _ = _run_token_logprob(hidden, weight, targets, temperature, entropy, choice)
     return (logprob, spread) if entropy else logprob

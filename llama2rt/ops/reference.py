@@ -1,8 +1,8 @@
 """The oracle: every op and its backward formula in plain torch, as near to the mathematics as text.
 
 Computes in fp64 when given fp64, else in fp32, and rounds once to the input's dtype at the end. It
-is what kernels are judged by, so nothing here is clever: attention walks over documents, token_logprob
-holds all logits. `gradcheck` runs on these backward formulas.
+is what kernels are judged by, so nothing here is clever: attention walks over documents,
+token_logprob holds all logits. `gradcheck` runs on these backward formulas.
 """
 
 import itertools
