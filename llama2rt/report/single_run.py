@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2rt.errors import InputError
-from llama2rt.report import html, training
+from llama2rt.report import figures, html, training
 from llama2rt.report.files import write_json
 
 
@@ -24,25 +24,29 @@ def of_run(
 ) -> Path:
     """Write report.html and report.json into a run directory; return the path of the page.
 
-    sections: put before the training curves; numbers: added to report.json. InputError where the
-    folder holds neither a manifest nor metrics.
+    report.json holds the manifest's summary, which is what the stage gave to `Run.finish`, and
+    `numbers`. sections: put before the training curves. A summary with "intervals" (the rows of
+    `preference.accuracy_table`) gets its bars. InputError where the folder holds neither a
+    manifest nor metrics.
     """
     directory = Path(directory)
     manifest, metrics = read_manifest(directory), read_metrics(directory / "metrics.jsonl")
     if not manifest and not metrics:
         raise InputError(f"{directory}: no run directory (neither manifest.json nor metrics.jsonl)")
     title = title or f"Run: {directory.resolve().name}"
+    summary = manifest.get("summary", {})
     write_json(
         directory / "report.json",
         {
-            "title": title,
             "complete": bool(manifest.get("complete", False)),
-            "summary": manifest.get("summary", {}),
             "steps": int(metrics[-1]["step"]) if metrics else 0,
-            "last": metrics[-1] if metrics else {},
+            **summary,
             **(numbers or {}),
         },
     )
+    if rows := summary.get("intervals"):
+        accuracy = figures.accuracy_by_rating({str(summary.get("kind", "reward model")): rows})
+        sections = [*sections, html.Section("Held-out accuracy", [accuracy])]
     return html.write(
         directory / "report.html",
         title,
@@ -55,9 +59,9 @@ def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section
     """The sections metrics call for: training curves, and PPO's or DPO's own figure."""
     keys = {key for row in metrics for key in row}
     blocks: list[html.Block] = [training.curves(metrics)]
-    if {"kl", "reward"} <= keys:
+    if {"kl_k1", "reward"} <= keys:
         blocks.append(training.kl_against_reward(metrics))
-    if keys & {"chosen_reward", "rejected_reward"}:
+    if "chosen_logprob" in keys:
         blocks.append(training.margins(metrics))
     return [html.Section("Training", blocks)]
 

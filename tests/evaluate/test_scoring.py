@@ -42,12 +42,17 @@ def test_packed_scores_equal_one_by_one(model, micro_tokens):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_mode_is_given_back_and_no_gradient_is_kept(model):
+def test_scores_in_eval_mode_without_gradients_and_gives_the_mode_back(model):
+    modes = []
+    hook = model.register_forward_hook(
+        lambda module, _, out: modes.append((module.training, out.requires_grad))
+    )
     for training in (True, False):
         model.train(training)
         score_tokens(model, _sequences(3))
         assert model.training is training
-        assert all(p.grad is None for p in model.parameters())
+    hook.remove()
+    assert modes == [(False, False)] * 2
 
 
 def test_mode_is_given_back_when_scoring_fails(model):

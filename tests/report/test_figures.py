@@ -33,12 +33,13 @@ def _rows(count):
             "step": step,
             "loss": 3.0 / step,
             "lr": 1e-4 * step,
-            "kl": 0.1 * step,
+            "kl_k1": 0.1 * step,
             "reward": 0.2 * step,
-            "chosen_reward": 0.1 * step,
-            "rejected_reward": -0.1 * step,
+            "chosen_logprob": 0.1 * step,
+            "rejected_logprob": -0.1 * step,
             "margin": 0.2 * step,
             "accuracy": 0.5,
+            "held_out_loss": 3.5 / step,
             "clipped_values": 0.1,
             "note": "text is not drawn",
         }
@@ -120,6 +121,18 @@ def test_equal_rewards_have_no_density_and_still_a_median():
     assert [row[0] for row in plot.rows] == ["flat", "one"]
     assert plot.rows[0][2:] == (1.0, 1.0, 1.0, 1.0)
     assert plot.svg()
+
+
+def test_held_out_values_join_the_panel_of_their_metric():
+    rows = [{"step": i, "loss": 1.0 / i, "reward": 1.0} for i in range(1, 30)]
+    rows[9]["held_out_loss"] = rows[9]["held_out/reward"] = 2.0
+    plot = training.curves(rows)
+    assert [axes.get_title(loc="left") for axes in plot.figure.axes] == [
+        "loss (nats a target)",
+        "reward",
+    ]
+    assert [row[0] for row in plot.rows] == ["loss", "held_out_loss", "reward", "held_out/reward"]
+    assert "held out" in _texts(plot)
 
 
 def test_non_finite_metrics_leave_gaps():

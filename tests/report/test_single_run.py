@@ -8,6 +8,8 @@ from llama2rt import report
 from llama2rt.errors import InputError
 from llama2rt.report.single_run import read_metrics
 
+ROW = {"rating": "better", "mean": 0.75, "low": 0.6, "high": 0.9, "pairs": 40, "ties": 0}
+
 
 def _run(folder, rows, *, complete=True, tail=""):
     folder.mkdir(parents=True, exist_ok=True)
@@ -19,7 +21,7 @@ def _run(folder, rows, *, complete=True, tail=""):
         "inputs": {"data": {"path": "corpus.txt", "sha256": "ab" * 32}},
         "parents": [{"path": "runs/base"}],
         "complete": complete,
-        "summary": {"loss": 1.25, "accuracy": {"better": 0.75}, "intervals": [{"x": 1}]},
+        "summary": {"loss": 1.25, "accuracy": {"better": 0.75}, "intervals": [ROW]},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -32,21 +34,27 @@ def test_page_and_numbers_of_a_finished_run(tmp_path):
     )
     text = page.read_text()
     assert page == folder / "report.html"
-    for expected in ("Run: sft", "Complete, 39 steps", "ab" * 32, "runs/base", "Extra", "0.75"):
+    for expected in (
+        "Run: sft",
+        "Complete, 39 steps",
+        "ab" * 32,
+        "runs/base",
+        "Extra",
+        "Held-out accuracy",
+    ):
         assert expected in text
     assert "&lt;b&gt;" in text and "summary.intervals" not in text
     numbers = json.loads((folder / "report.json").read_text())
     assert numbers["complete"] is True and numbers["steps"] == 39
     assert numbers["bits_per_byte"] == 2.1
-    assert numbers["summary"]["accuracy"] == {"better": 0.75}
-    assert numbers["last"]["step"] == 39
+    assert numbers["accuracy"] == {"better": 0.75}
 
 
 def test_stages_get_their_own_figure(tmp_path):
-    ppo = _run(tmp_path / "ppo", [{"step": i, "kl": 0.1, "reward": 1.0} for i in (1, 2)])
+    ppo = _run(tmp_path / "ppo", [{"step": i, "kl_k1": 0.1, "reward": 1.0} for i in (1, 2)])
     assert "PPO: reward against KL" in report.of_run(ppo).read_text()
-    rows = [{"step": i, "chosen_reward": 0.1, "rejected_reward": 0.0} for i in (1, 2)]
-    assert "DPO: implicit rewards" in report.of_run(_run(tmp_path / "dpo", rows)).read_text()
+    rows = [{"step": i, "chosen_logprob": -1.0, "rejected_logprob": -2.0} for i in (1, 2)]
+    assert "DPO: log-probabilities" in report.of_run(_run(tmp_path / "dpo", rows)).read_text()
 
 
 def test_a_killed_run_and_an_empty_one_have_a_page(tmp_path):
