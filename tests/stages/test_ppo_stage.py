@@ -1,0 +1,257 @@
+"""PPO: it learns, its quantities are those of single responses, truncation stays honest, it resumes
+to the bit."""
+
+import json
+
+import numpy as np
+import pocket as problem
+import pytest
+import torch
+
+from llama2rt.algorithms import advantages
+from llama2rt.data.readers import read
+from llama2rt.generate import Completion
+from llama2rt.stages import phases, ppo
+from llama2rt.train.run import Run
+
+
+def recipe(pocket, **settings) -> ppo.PpoRecipe:
+    given = {
+        "init": pocket.sft,
+        "helpfulness": pocket.helpfulness,
+        "safety": pocket.safety,
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "iterations": 10,
+        "batch_size": 64,
+        "mini_batch_size": 16,
+        "max_tokens": 8,
+        "beta": 0.05,
+        "missing_eos_penalty": 1.0,
+        "critic_lr": 3e-3,
+        "train": {"lr": 1e-3, "validate_every": 0},
+    }
+    return ppo.PpoRecipe(**(given | settings))
+
+
+def correct_share(path) -> float:
+    responses = phases.read_responses(path)
+    return float(np.mean([problem.correct(r.prompt.kind, r.text) for r in responses]))
+
+
+def test_a_verifiable_reward_rises_on_unseen_prompts(pocket, tmp_path):
+    """Over 3 seeds, and together by more than 5 standard errors."""
+    before, after = [], []
+    for seed in (1, 2, 3):
+        ppo.run(recipe(pocket, seed=seed), tmp_path / str(seed))
+        samples = tmp_path / str(seed) / "samples"
+        before.append(correct_share(samples / "00000.jsonl"))
+        after.append(correct_share(samples / "00010.jsonl"))
+        assert after[-1] > before[-1] + 0.1
+    error = np.sqrt(2 * 0.25 / 300)
+    assert np.mean(after) - np.mean(before) > 5 * error
+
+
+@pytest.fixture
+def actors(pocket):
+    return ppo.load_actors(recipe(pocket))[0]
+
+
+@pytest.fixture
+def prompts(pocket):
+    return read(pocket.prompts, "prompt")[:12]
+
+
+def test_kl_starts_at_zero_and_the_sampler_agrees(pocket, actors, prompts):
+    for temperature in (0.7, 1.0, 1.3):
+        settings = recipe(pocket, temperature=temperature)
+        _, metrics = ppo.collect(settings, actors, prompts, 0)
+        assert metrics["kl_k1"] == 0.0 and metrics["kl_k3"] == 0.0
+        assert metrics["sampler_gap"] < 1e-4
+
+
+def perturb(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_rollout_equals_one_response_at_a_time(pocket, actors, prompts, monkeypatch):
+    """Log-probabilities, values, whitening, the KL penalty and GAE, all by hand."""
+    perturb(actors.policy)
+    settings = recipe(pocket, temperature=1.3, beta=0.3, gamma=0.9, lam=0.8)
+    kept = {}
+    generate = actors.engine.generate
+
+    def remember(*args, **kwargs):
+        kept["completions"] = generate(*args, **kwargs)
+        return kept["completions"]
+
+    monkeypatch.setattr(actors.engine, "generate", remember)
+    rollout, metrics = ppo.collect(settings, actors, prompts, 0)
+    completions = kept["completions"]
+    assert any(c.finish_reason == "length" for c in completions)
+    assert any(c.finish_reason == "stop" for c in completions)
+
+    raw, _ = actors.reward_models.score(
+        [c.prompt_tokens + c.tokens for c in completions],
+        np.array([prompt.kind == "safety" for prompt in prompts]),
+        4096,
+    )
+    white = (raw - raw.mean()) / raw.std()
+    old, values, all_advantages, kl = [], [], [], 0.0
+    for i, completion in enumerate(completions):
+        tokens = torch.tensor(completion.prompt_tokens + completion.tokens)
+        positions = torch.arange(len(tokens))
+        ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        begin = len(completion.prompt_tokens)
+        rows = slice(begin - 1, len(tokens) - 1)
+        with torch.no_grad():
+            both = [
+                (m.logits(tokens, positions, ends) / 1.3).log_softmax(-1)
+                for m in (actors.policy, actors.reference)
+            ]
+            value = actors.critic(tokens, positions, ends)[rows]
+        policy, reference = (x[rows].gather(1, tokens[begin:, None])[:, 0] for x in both)
+        reward = -0.3 * (policy - reference)
+        reward[-1] += white[i] - (completion.finish_reason == "length")
+        running, one = 0.0, []
+        for t in reversed(range(len(reward))):
+            following = value[t + 1] if t + 1 < len(reward) else 0.0
+            running = reward[t] + 0.9 * following - value[t] + 0.9 * 0.8 * running
+            one.append(running)
+        old.append(policy)
+        values.append(value)
+        all_advantages.append(torch.stack(one[::-1]))
+        kl += float((policy - reference).sum()) / len(completions)
+    expected = torch.cat(all_advantages)
+    options = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(rollout.logprob, torch.cat(old), **options)
+    torch.testing.assert_close(rollout.values, torch.cat(values), **options)
+    torch.testing.assert_close(rollout.returns, expected + torch.cat(values), **options)
+    torch.testing.assert_close(rollout.advantages, advantages.whiten(expected), **options)
+    assert metrics["kl_k1"] == pytest.approx(kl, rel=1e-3, abs=1e-3)
+
+
+def test_a_cut_response_gains_no_eos(pocket):
+    _, tokenizer = phases.load_llama(pocket.sft)
+    completion = Completion(0, [1, 5, 6], "x", [7, 8], [-1.0, -1.0], "length")
+    example = phases.response_example(completion)
+    assert example.tokens.tolist() == [1, 5, 6, 7, 8]
+    assert example.trainable.tolist() == [False, False, False, True, True]
+    assert tokenizer.eos not in example.tokens
+
+
+def test_piecewise_reward_of_two_models(pocket, actors, prompts):
+    """A safety prompt, or a low safety score, is ruled by the safety model."""
+    completions = actors.engine.generate([p.messages for p in prompts], max_tokens=8, seed=3)
+    sequences = [c.prompt_tokens + c.tokens for c in completions]
+    is_safety = np.array([prompt.kind == "safety" for prompt in prompts])
+    reward, scores = actors.reward_models.score(sequences, is_safety, 4096)
+    ruled = is_safety | (scores["safety"] < 0.15)
+    assert ruled.any() and not ruled.all()
+    expected = np.where(ruled, scores["safety"], scores["helpfulness"])
+    np.testing.assert_allclose(reward, np.log(expected / (1 - expected)), rtol=1e-9)
+    alone = phases.RewardModels(actors.reward_models.helpfulness)
+    reward, scores = alone.score(sequences, is_safety, 4096)
+    assert list(scores) == ["helpfulness"]
+    expected = scores["helpfulness"]
+    np.testing.assert_allclose(reward, np.log(expected / (1 - expected)), rtol=1e-9)
+
+
+def test_token_rows():
+    cu_responses = torch.tensor([0, 3, 4, 9])
+    assert ppo.token_rows(cu_responses, torch.tensor([2, 0])).tolist() == [4, 5, 6, 7, 8, 0, 1, 2]
+    assert ppo.token_rows(cu_responses, torch.tensor([1])).tolist() == [3]
+
+
+def test_a_step_is_the_same_in_one_micro_batch_or_many(pocket):
+    """Losses are averaged over the mini-batch's tokens, not per micro-batch."""
+    after = []
+    for micro_tokens in (4096, 40):
+        settings = recipe(pocket, train={"lr": 1e-3, "micro_tokens": micro_tokens})
+        actors, _ = ppo.load_actors(settings)
+        drawn = read(pocket.prompts, "prompt")[:16]
+        rollout, _ = ppo.collect(settings, actors, drawn, 0)
+        ppo.improve(settings, actors, rollout, 0)
+        after.append([p.detach().clone() for p in actors.policy.parameters()])
+    for whole, parts in zip(*after, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+def test_only_policy_and_critic_move(pocket, actors, prompts):
+    frozen = [actors.reference, actors.reward_models.helpfulness, actors.reward_models.safety]
+    moving = [actors.policy, actors.critic]
+    before = [[p.clone() for p in model.parameters()] for model in frozen + moving]
+    rollout, _ = ppo.collect(recipe(pocket), actors, prompts, 0)
+    ppo.improve(recipe(pocket), actors, rollout, 0)
+    same = [
+        all(torch.equal(a, b) for a, b in zip(model.parameters(), old, strict=True))
+        for model, old in zip(frozen + moving, before, strict=True)
+    ]
+    assert same == [True, True, True, False, False]
+
+
+def test_critic_starts_from_the_helpfulness_model(actors):
+    for a, b in zip(
+        actors.critic.parameters(), actors.reward_models.helpfulness.parameters(), strict=True
+    ):
+        assert torch.equal(a, b) and a is not b
+
+
+def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch):
+    settings = recipe(
+        pocket,
+        iterations=5,
+        batch_size=16,
+        mini_batch_size=8,
+        train={"lr": 1e-3, "validate_every": 2, "checkpoint_every": 2},
+    )
+    whole = ppo.run(settings, tmp_path / "whole")
+    # The 6th line is iteration 4's, so that iteration 3 is taken again from checkpoint 2.
+    resumed = problem.killed_and_resumed(
+        monkeypatch, Run, "log", 6, ppo.run, settings, tmp_path / "killed"
+    )
+    assert problem.weights(whole) == problem.weights(resumed)
+    assert problem.metrics(tmp_path / "whole") == problem.metrics(tmp_path / "killed")
+    for sample in (tmp_path / "whole" / "samples").iterdir():
+        assert sample.read_bytes() == (tmp_path / "killed" / "samples" / sample.name).read_bytes()
+    assert (
+        ppo.run(settings, tmp_path / "killed", resume=True) == tmp_path / "killed" / "model"
+    )
+
+
+def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
+    """Held-out rewards 0, 2, 1, 1: stops two evaluations after the best and returns its weights."""
+    numbers = iter([0.0, 2.0, 1.0, 1.0, 9.0])
+    snapshots = []
+
+    def measure(settings, actors, held_out, path):
+        snapshots.append(actors.policy.norm.weight.detach().clone())
+        return {"reward": next(numbers)}
+
+    monkeypatch.setattr(ppo, "measure", measure)
+    settings = recipe(
+        pocket,
+        iterations=9,
+        batch_size=8,
+        mini_batch_size=8,
+        patience=2,
+        train={"lr": 1e-3, "validate_every": 1},
+    )
+    folder = ppo.run(settings, tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report == {"iterations": 3, "iteration": 1, "reward": 2.0}
+    model, _ = phases.load_llama(folder)
+    assert torch.equal(model.norm.weight, snapshots[1])
+    assert not torch.equal(model.norm.weight, snapshots[3])
+
+
+def test_defaults_are_the_papers():
+    settings = ppo.PpoRecipe(init="x", helpfulness="y", data=["z"])
+    assert (settings.batch_size, settings.mini_batch_size, settings.clip) == (512, 64, 0.2)
+    assert (settings.beta, settings.threshold, settings.train.lr) == (0.01, 0.15, 1e-6)
+    assert settings.train.schedule == "constant"
+    adamw = settings.train
+    assert (adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay) == (0.9, 0.95, 1e-5, 0.1)
