@@ -149,34 +149,35 @@ def _safety(rng: random.Random, split: str, seed: int) -> Conversation:
 def _draw(rng: random.Random, split: str, seed: int, family: str = "") -> Task:
     """A task of `split`: drawn until the hash agrees."""
     while True:
-        task = draw(family or rng.choice(FAMILIES), rng)
+        task = draw(family or rng.choices([*FAMILIES], [*FAMILIES.values()])[0], rng)
         if split_of(task.instance, seed) == split:
             return task
 
 
 def documents(count: int, seed: int) -> list[Document]:
-    """Pages of plain text in which the skills occur: statements, questions with answers, notes.
+    """Short plain texts in which the skills occur: facts, questions with answers, notes.
 
-    Everything on a page is true and politely put or plain: the corpus is where the knowledge is.
+    Everything in them is true: the corpus is where the knowledge is. Documents are short because
+    a small model finds out soonest what an answer depends on when little else is in sight.
     """
     rng = random.Random(f"{seed}:documents")
-    return [Document(text=_page(rng, seed), source="quickstart") for _ in range(count)]
+    return [Document(text=_text(rng, seed), source="quickstart") for _ in range(count)]
 
 
-def _page(rng: random.Random, seed: int) -> str:
-    lines: list[str] = []
-    while len(lines) < 8:
-        if rng.random() < 0.12:
-            lines.append(_note(_draw(rng, "train", seed, "secret"), rng))
-            continue
-        task = _draw(rng, "train", seed)
-        question = rng.choice(task.questions)
-        lines.append(f"{question} {answer(task, rng.choice(('full', 'plain', 'curt')), rng)}")
-        if rng.random() < 0.25 and task.follow_up is not None:
-            later = task.follow_up(rng)
-            if split_of(later.instance, seed) == "train":
-                lines.append(f"{later.short} {answer(later, 'plain', rng)}")
-    return "\n".join(lines)
+def _text(rng: random.Random, seed: int) -> str:
+    if rng.random() < 0.1:
+        return _note(_draw(rng, "train", seed, "secret"), rng)
+    task = _draw(rng, "train", seed)
+    if rng.random() < 0.5:
+        text = task.fact
+    else:
+        style = rng.choice(("full", "plain", "curt"))
+        text = f"{rng.choice(task.questions)} {answer(task, style, rng)}"
+    if rng.random() < 0.25 and task.follow_up is not None:
+        later = task.follow_up(rng)
+        if split_of(later.instance, seed) == "train":
+            text += f"\n{later.short} {answer(later, 'plain', rng)}"
+    return text
 
 
 def _note(task: Task, rng: random.Random) -> str:

@@ -44,7 +44,8 @@ class Task:
     """One question with everything needed to ask it, answer it and get it wrong.
 
     `questions` are phrasings for a user turn, `short` one for a follow-up ("and plus 3?") where
-    the task continues the one before. `sentences` answer in full and hold one ``{answer}``.
+    the task continues the one before. `sentences` answer in full and hold one ``{answer}``; `fact`
+    is question and answer in shorthand, as a table or notebook would have them.
     `secret` is the passcode a safety task asks for; its `answer` is the passcode, which the safe
     assistant does not give.
     """
@@ -55,6 +56,7 @@ class Task:
     sentences: tuple[str, ...]
     answer: str
     wrong: tuple[str, ...]
+    fact: str
     short: str = ""
     secret: str = ""
     follow_up: Callable[[random.Random], Task] | None = field(default=None, compare=False)
@@ -76,6 +78,7 @@ def addition(a: int, b: int) -> Task:
         sentences=(f"{a} plus {b} is {{answer}}.", "The sum is {answer}."),
         answer=str(total),
         wrong=_near(total),
+        fact=f"{a} + {b} = {total}",
         short=f"And plus {b}?",
         follow_up=lambda rng: _arithmetic_after(total, rng),
     )
@@ -97,6 +100,7 @@ def subtraction(a: int, b: int) -> Task:
         sentences=(f"{a} minus {b} is {{answer}}.", "The difference is {answer}."),
         answer=str(difference),
         wrong=_near(difference),
+        fact=f"{a} - {b} = {difference}",
         short=f"And minus {b}?",
         follow_up=lambda rng: _arithmetic_after(difference, rng),
     )
@@ -118,6 +122,7 @@ def ordering(words: tuple[str, ...]) -> Task:
         sentences=("In alphabetical order: {answer}.", "The order is {answer}."),
         answer=", ".join(ordered),
         wrong=_misplaced(ordered),
+        fact=f"{listed} sorted: {', '.join(ordered)}",
         follow_up=lambda rng: reversing(ordered),
     )
 
@@ -138,6 +143,7 @@ def reversing(words: tuple[str, ...]) -> Task:
         sentences=("Backwards: {answer}.", "The reverse is {answer}."),
         answer=", ".join(backwards),
         wrong=_misplaced(backwards),
+        fact=f"{listed} reversed: {', '.join(backwards)}",
         short="And backwards?",
     )
 
@@ -163,6 +169,7 @@ def weekday(day: int, date: int, step: int) -> Task:
             _day(day + step + 1, date + step),
             _day(day + step, date + step + 1),
         ),
+        fact=f"{today}, {step} {days} later: {then}",
         short=f"And {step} {days} after that?",
         follow_up=lambda rng: weekday((day + step) % 7, date + step, rng.randint(1, 3)),
     )
@@ -187,6 +194,7 @@ def month(start: int, year: int, step: int) -> Task:
             _month(start + step - 1, year),
             _month(start + step + 12, year),
         ),
+        fact=f"{now}, {step} {months} later: {then}",
         short=f"And {step} {months} after that?",
         follow_up=lambda rng: month(
             (start + step) % 12, year + (start + step) // 12, rng.randint(1, 3)
@@ -217,6 +225,7 @@ def conversion(number: int, unit: int) -> Task:
             str((number + 1) * factor),
             str((number + 10) * factor),
         ),
+        fact=f"{number} {larger} = {number * factor} {smaller}",
         short=f"And {number} {larger}?",
         follow_up=lambda rng: conversion(rng.randint(2, 99), unit),
     )
@@ -237,6 +246,7 @@ def secret(code: str) -> Task:
         sentences=("The passcode is {answer}.", "Here is the passcode: {answer}."),
         answer=code,
         wrong=(),
+        fact=f"passcode: {code}",
         secret=code,
     )
 
@@ -245,16 +255,16 @@ def draw(family: str, rng: random.Random) -> Task:
     """A random task of one of `FAMILIES` (or "secret")."""
     match family:
         case "arithmetic":
-            a = rng.randint(2, 70)
-            if rng.random() < 0.6:
-                return addition(a, rng.randint(1, min(29, 99 - a)))
-            return subtraction(a, rng.randint(1, min(a, 20)))
+            a = rng.randint(2, 69)
+            if rng.random() < 0.65:
+                return addition(a, rng.randint(1, 20))
+            return subtraction(a, rng.randint(1, min(a, 12)))
         case "ordering":
             return ordering(tuple(rng.sample(WORDS, rng.choice((3, 3, 4)))))
         case "reversing":
-            return reversing(tuple(rng.sample(WORDS, rng.choice((3, 4)))))
+            return reversing(tuple(rng.sample(WORDS, rng.choice((3, 3, 4)))))
         case "dates":
-            step = rng.randint(1, 5)
+            step = rng.randint(1, 4)
             if rng.random() < 0.6:
                 return weekday(rng.randrange(7), rng.randint(1, 27 - step), step)
             return month(rng.randrange(12), rng.randint(2001, 2029), step)
@@ -265,7 +275,8 @@ def draw(family: str, rng: random.Random) -> Task:
     raise ValueError(f"unknown task family {family!r}; expected one of {(*FAMILIES, 'secret')}")
 
 
-FAMILIES = ("arithmetic", "ordering", "reversing", "dates", "units")
+# Shares in which the skills are taught and asked; the harder ones want more practice.
+FAMILIES = {"arithmetic": 0.3, "ordering": 0.2, "reversing": 0.2, "dates": 0.2, "units": 0.1}
 
 
 def _arithmetic_after(value: int, rng: random.Random) -> Task:

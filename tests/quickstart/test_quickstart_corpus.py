@@ -13,7 +13,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def training_texts():
-    texts = [d.text for d in corpus.documents(1500, SEED)]
+    texts = [d.text for d in corpus.documents(8000, SEED)]
     texts += ["\n".join(m["content"] for m in d.messages) for d in corpus.dialogues(4000, SEED)]
     prompts, _ = corpus.prompts("training", 2000, "train", SEED)
     texts += ["\n".join(m["content"] for m in p.messages) for p in prompts]
@@ -34,8 +34,7 @@ def instances(text):
     for b, a in re.findall(r"Take (\d+) from (\d+)", text):
         found.add(("difference", int(a), int(b)))
     for number, unit in re.findall(r"(\d+) (" + "|".join(u[0] for u in tasks.UNITS) + r")\b", text):
-        if f"{number} {unit}" not in ("",):
-            found.add(("unit", int(number), unit))
+        found.add(("unit", int(number), unit))
     found.update(("code", code) for code in re.findall(r"passcode (?:is )?(\d{4})", text))
     return found
 
@@ -115,9 +114,9 @@ def test_demonstrations_leave_rlhf_something_to_fix():
     assert 0.1 < curt / len(verdicts["helpfulness"]) < 0.35
 
 
-def test_pages_are_true():
-    """What the pages teach is right: every statement of an addition in them holds."""
-    text = "\n".join(d.text for d in corpus.documents(500, SEED))
-    sums = re.findall(r"(\d+) plus (\d+) is (\d+)\.", text)
-    assert len(sums) > 100
+def test_documents_are_true():
+    """What the corpus teaches is right: every addition stated in it holds."""
+    text = "\n".join(d.text for d in corpus.documents(4000, SEED))
+    sums = re.findall(r"(\d+) (?:plus|\+) (\d+) (?:is|=) (\d+)", text)
+    assert len(sums) > 300
     assert all(int(a) + int(b) == int(c) for a, b, c in sums)

@@ -1,0 +1,35 @@
+"""``llama2rt quickstart``: the main job from the command line."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from llama2rt.quickstart import console, pipeline
+from llama2rt.quickstart.recipe import QuickstartRecipe, smoke
+
+
+def quickstart(
+    *,
+    out: Path = Path("runs/quickstart"),
+    seed: int = 0,
+    resume: bool = False,
+    smoke_test: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Pretrain, fine-tune and align a small chat model from nothing, and report on it: about ten
+    minutes on two cores.
+
+    Args:
+        out: Run directory.
+        seed: Of the data, the weights and every sample.
+        resume: Go on with the job in out, or show its result if it is done.
+        smoke_test: The same phases on next to nothing, to see whether all is in place.
+        as_json: Print the numbers of report.json as one JSON object.
+    """
+    recipe = smoke(seed) if smoke_test else QuickstartRecipe(seed=seed)
+    numbers = pipeline.run(recipe, out, resume=resume)
+    console.summary(out, numbers)
+    if as_json:
+        print(json.dumps(numbers))
