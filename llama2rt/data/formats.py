@@ -145,7 +145,11 @@ def _is_trl(row: Row) -> bool:
 @_register("TRL, explicit prompt", "comparison", "prompt chosen rejected", _is_trl)
 @_stateless
 def _trl(row: Row) -> Iterator[Row]:
+    """Beside answers of several turns (Capybara, UltraFeedback binarized) a prompt of plain text
+    repeats one of those turns: the answers' common context is the prompt then."""
     prompt = _messages(row["prompt"])
+    if isinstance(row["prompt"], str) and isinstance(row["chosen"], list) and row["chosen"][2:]:
+        prompt = _messages(row["chosen"])[:-1]
     sides = {side: _answer(prompt, side, row[side]) for side in ("chosen", "rejected")}
     yield {"prompt": prompt, **sides}
 
@@ -161,6 +165,30 @@ def _trl_implicit(row: Row) -> Iterator[Row]:
     prompt = _messages(row["chosen"])[:-1]
     sides = {side: _answer(prompt, side, row[side]) for side in ("chosen", "rejected")}
     yield {"prompt": prompt, **sides}
+
+
+@_register("UltraInteract", "comparison", "trajectory chosen rejected")
+@_stateless
+def _ultrainteract(row: Row) -> Iterator[Row]:
+    """Correct against incorrect nodes of a preference tree; the trajectory leads to both."""
+    sides = {side: row[side] for side in ("chosen", "rejected")}
+    yield {"prompt": _messages(row["trajectory"]), **sides, "source": "ultrainteract"}
+
+
+def _orca(question: str) -> Convert:
+    def convert(row: Row) -> Iterator[Row]:
+        """Pairs that the labelling model called a tie are left out."""
+        if row.get("status") == "tie":
+            return
+        system = [{"role": "system", "content": row["system"]}] if row["system"] else []
+        sides = {side: row[side] for side in ("chosen", "rejected")}
+        yield {"prompt": system + _user(row[question]), **sides, "source": "orca"}
+
+    return convert
+
+
+_register("Orca pairs", "comparison", "system question chosen rejected")(lambda: _orca("question"))
+_register("Distilabel-Orca", "comparison", "system input chosen rejected")(lambda: _orca("input"))
 
 
 @_register("ShareGPT conversations", "dialogue", "conversations")

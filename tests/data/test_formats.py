@@ -119,6 +119,41 @@ def test_prompts_without_ids_get_their_place(read_rows):
     ]
 
 
+def test_capybara_takes_the_answers_context_for_the_prompt(read_rows):
+    context = [user("u"), assistant("a"), user("v")]
+    row = {
+        "prompt": "v",
+        "chosen": [*context, assistant("c")],
+        "rejected": [*context, assistant("r")],
+        "rating_chosen": 5,
+    }
+    assert read_rows("comparison", row) == [Comparison(context, "c", "r")]
+    row["rejected"] = [user("u"), assistant("other"), user("v"), assistant("r")]
+    with pytest.raises(InputError, match="rejected: its context differs from the prompt"):
+        read_rows("comparison", row)
+
+
+def test_ultrainteract(read_rows):
+    trajectory = [
+        {"from": "user", "value": "u"},
+        {"from": "assistant", "value": "a"},
+        {"from": "user", "value": "wrong"},
+    ]
+    row = {"trajectory": trajectory, "chosen": "c", "rejected": "r", "id": "1", "parent_id": "0"}
+    context = [user("u"), assistant("a"), user("wrong")]
+    expected = Comparison(context, "c", "r", source="ultrainteract")
+    assert read_rows("comparison", row) == [expected]
+
+
+@pytest.mark.parametrize("question", ["input", "question"])
+def test_orca(read_rows, question):
+    row = {"system": "s", question: "u", "chosen": "c", "rejected": "r", "rating": [9, 3]}
+    system = {"role": "system", "content": "s"}
+    found = read_rows("comparison", row, {**row, "system": ""}, {**row, "status": "tie"})
+    assert [c.prompt for c in found] == [[system, user("u")], [user("u")]]
+    assert {(c.chosen, c.rejected) for c in found} == {("c", "r")}
+
+
 def test_hh_transcripts(read_rows):
     context = "\n\nHuman: hi\n\nAssistant: hello\n\nthere\n\nHuman: and? "
     row = {
