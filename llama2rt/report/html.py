@@ -114,7 +114,7 @@ def page(
     body = "".join(
         f'<section id="section-{i}"><h2>{escape(section.title)}</h2>'
         + (f"<p>{escape(section.text)}</p>" if section.text else "")
-        + "".join(_block(block) for block in section.blocks)
+        + "".join(_block(block, f"{i}-{j}") for j, block in enumerate(section.blocks))
         + "</section>"
         for i, section in enumerate(sections)
     )
@@ -138,9 +138,10 @@ def cell(value: object) -> str:
         return NONE
     if isinstance(value, tuple):
         mean, low, high = value
-        # Three digits of the interval's width: more would be noise.
+        # Two digits of the interval's width, more would be noise; shares in a column look alike.
         width = abs(high - low)
-        digits = min(6, max(0, 2 - math.floor(math.log10(width)))) if width else 3
+        digits = min(6, max(0, 1 - math.floor(math.log10(width)))) if width else 3
+        digits = max(digits, 3) if abs(high) <= 1 else digits
         return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -154,11 +155,11 @@ def cell(value: object) -> str:
     return str(value)
 
 
-def _block(block: Block) -> str:
+def _block(block: Block, place: str) -> str:
     match block:
         case Plot():
             return (
-                f"<figure><h3>{escape(block.title)}</h3><div class=drawing>{block.svg()}</div>"
+                f"<figure><h3>{escape(block.title)}</h3><div class=drawing>{block.svg(place)}</div>"
                 f"<figcaption>{escape(block.read)}</figcaption>"
                 f"<details><summary>The numbers</summary>"
                 f"{_table(block.header, block.rows)}</details></figure>"
@@ -297,7 +298,7 @@ font-size:.9rem;margin:.6rem 0}}
 pre{{overflow-x:auto;font-size:.84rem;line-height:1.45;background:var(--page);
 padding:.8rem 1rem;border-radius:8px}}
 @media (max-width:600px){{section{{padding:1rem}}.drawing svg{{min-width:560px}}}}
-@media print{{main{{max-width:none;padding:0}}nav{{display:none}}
+@media print{{main{{max-width:none;padding:0}}nav,figure details{{display:none}}
 section{{border:0;padding:0;break-inside:auto}}figure,tr,.headlines div{{break-inside:avoid}}
 h2,h3{{break-after:avoid}}.scroll,.drawing,pre{{overflow:visible}}pre{{white-space:pre-wrap}}}}
 """

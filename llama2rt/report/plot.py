@@ -93,12 +93,14 @@ class Plot:
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
 
-    def svg(self) -> str:
-        """The drawing as an `<svg>` element to stand inside HTML: no ids that clash, no links."""
+    def svg(self, salt: str = "") -> str:
+        """The drawing as an `<svg>` element to stand inside HTML, without links or scripts.
+
+        salt: goes into the ids of clip paths and markers; another one for each figure of a page
+        keeps them apart.
+        """
         buffer = io.StringIO()
-        # The salt enters the ids of clip paths and markers: equal in two figures of one page,
-        # they would point into the wrong one.
-        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.title}):
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"{self.title} {salt}"}):
             self.figure.savefig(
                 buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
             )

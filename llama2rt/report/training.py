@@ -211,7 +211,7 @@ def _curve(
     noisy: bool = True,
 ) -> None:
     # Plain numbers: a power of ten in the corner of a small panel collides with its title.
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
     if not np.ptp(values) and not axes.lines:
         axes.set_yticks([values[0]])  # not five ticks with the same label
         noisy = False
@@ -229,6 +229,10 @@ def _curve(
     at = np.array([s[len(s) // 2] for s in stretches])
     at = at[reach[at] >= reach.max() / 3]
     axes.plot(steps[at], mean[at], color=colour, label=label)
+
+
+def _plain(value: float, _: int) -> str:
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _running_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
