@@ -210,7 +210,9 @@ def prompts(
 ) -> tuple[list[Prompt], dict[str, Key]]:
     """`count` distinct prompts of a split, with the judge's keys by prompt id."""
     safety = round(count * safety_share)
-    records, keys, seen = [], {}, set()
+    records: list[Prompt] = []
+    keys: dict[str, Key] = {}
+    seen: set[str] = set()
     for kind, wanted in (("helpfulness", count - safety), ("safety", safety)):
         stream = conversations(kind, split, seed, name)
         while wanted:

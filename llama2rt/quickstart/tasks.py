@@ -256,9 +256,9 @@ def draw(family: str, rng: random.Random) -> Task:
     match family:
         case "arithmetic":
             a = rng.randint(2, 69)
-            if rng.random() < 0.65:
-                return addition(a, rng.randint(1, 20))
-            return subtraction(a, rng.randint(1, min(a, 12)))
+            if rng.random() < 0.6:
+                return addition(a, rng.choice((rng.randint(1, 9), 10, 20)))
+            return subtraction(a, rng.randint(1, min(a, 9)))
         case "ordering":
             return ordering(tuple(rng.sample(WORDS, rng.choice((3, 3, 4)))))
         case "reversing":
