@@ -2,9 +2,10 @@
 
 Host only (numpy), and vectorised over sequences: per step there is no Python work per sequence,
 only at its admission and its end. A step decodes one token of every live sequence and, in the same
-forward pass, prefills the prompts of those that enter. A prompt is cached up to its last token; the
-last one is the first to be decoded. So every sampled token comes from a decoded row, and all
-samples of a prompt start from the same pages. Pages are given out as sequences grow; when none is
+forward pass, prefills the prompts of those that enter: up to the last token, which is the first
+that each sample decodes. So every sampled token comes from a decoded row, and all samples of a
+prompt start from the same pages; those that need a copy of its last, partly filled page begin one
+step later. Pages are given out as sequences grow; when none is
 left, the youngest sequence goes back to the queue and is prefilled again, with the tokens it had,
 once there is room. Left out: priorities, chunked prefill, prefix reuse between different prompts.
 """
@@ -104,8 +105,9 @@ class Scheduler:
     def step(self) -> Step:
         """Grows the live sequences by a page where one is full, then admits waiting ones."""
         self._grow()
-        rows = self.rows
-        prefill, copies = self._admit()
+        prefill, copies, ready, later = self._admit()
+        rows = np.concatenate([self.rows, np.array(ready, np.int64)])
+        self.rows = np.concatenate([rows, np.array(later, np.int64)])
         cached = self._cached[rows]
         width = int(cached.max(initial=-1)) // self.page_size + 1
         table = self._pages[rows, :width]
@@ -168,11 +170,15 @@ class Scheduler:
         self._pages[full, self._held[full]] = self.pool.take(len(full))
         self._held[full] += 1
 
-    def _admit(self) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int]]]:
-        """(tokens, pages) of each prompt to prefill, and (source, target) pages to copy after."""
+    def _admit(
+        self,
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int]], list[int], list[int]]:
+        """(tokens, pages) of each prompt to prefill, (source, target) pages to copy after the
+        forward pass, slots that decode in it and slots that decode from the next one on."""
         prefill: list[tuple[np.ndarray, np.ndarray]] = []
         copies: list[tuple[int, int]] = []
-        entered: list[int] = []
+        ready: list[int] = []
+        later: list[int] = []
         prefilled = 0
         while self.waiting and self._free_slots:
             sequence = self.waiting[0]
@@ -180,33 +186,34 @@ class Scheduler:
             cached = len(tokens) - 1
             full, tail = divmod(cached, self.page_size)
             if self._shared is None:
-                needed = full + (tail > 0)
-                if not self._room(needed, entered):
-                    break
                 if prefilled and prefilled + cached > _PREFILL_TOKENS:
                     break
-                pages = self.pool.take(needed)
+                if not self._room(full + 1, ready + later):
+                    break
+                pages = self.pool.take(full + 1)
                 if cached:
                     prefill.append((tokens[:-1], pages))
                     prefilled += cached
                 if self._sibling_follows():
                     self._shared = pages
+            entering = ready
             if self._shared is not None:
                 pages = self._shared
-                room = self._room(int(tail > 0), entered)
-                if not self._sibling_follows() or (not room and not len(self.rows) and not entered):
+                room = self._room(1, ready + later)
+                alone = not (len(self.rows) or ready or later)
+                if not self._sibling_follows() or (alone and not room):
                     self._shared = None  # its own reference passes to this sequence
                 elif not room:
                     break
                 else:
                     self.pool.share(pages[:full])
+                    pages = np.append(pages[:full], self.pool.take(1))
                     if tail:
-                        pages = np.append(pages[:full], self.pool.take(1))
                         copies.append((int(self._shared[full]), int(pages[full])))
+                        entering = later
             self.waiting.popleft()
-            entered.append(self._enter(sequence, tokens, pages))
-        self.rows = np.concatenate([self.rows, np.array(entered, np.int64)])
-        return prefill, copies
+            entering.append(self._enter(sequence, tokens, pages))
+        return prefill, copies, ready, later
 
     def _sibling_follows(self) -> bool:
         """Whether the next two in the queue start from the same prompt, neither with own tokens."""
