@@ -127,7 +127,7 @@ def _write_checkpoint(
     # The index guards the shards; its own digest guards the index (state included).
     digest = hashlib.sha256(body.encode()).hexdigest()
     with open(folder / INDEX, "w") as stream:
-        stream.write(f"{body}\n{digest}\n")
+        stream.write(f"{body}\n{digest}")
         stream.flush()
         os.fsync(stream.fileno())
     _fsync(folder)
@@ -146,7 +146,7 @@ def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _verified_index(folder: Path) -> dict[str, Any]:
-    body, _, digest = (folder / INDEX).read_text().rstrip("\n").rpartition("\n")
+    body, _, digest = (folder / INDEX).read_text().rpartition("\n")
     if hashlib.sha256(body.encode()).hexdigest() != digest:
         raise ValueError(f"{INDEX} does not match its own digest")
     index = json.loads(body)

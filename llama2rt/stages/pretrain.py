@@ -71,9 +71,9 @@ class PretrainRecipe(Recipe):
     """text files or JSON lines with "text" """
     document_separator: str | None = None
     """cuts .txt files into documents; None: each file is one"""
-    skip_invalid: int = Field(0, ge=0)
+    skip_invalid: int = Field(default=0, ge=0)
     """bad records to leave out before giving up"""
-    held_out: float = Field(0.01, ge=0, lt=1)
+    held_out: float = Field(default=0.01, ge=0, lt=1)
     """last fraction of the text, by bytes, kept for the held-out loss"""
 
     init: Path | None = None
@@ -82,16 +82,16 @@ class PretrainRecipe(Recipe):
     """the shape to start from with random weights; not with init"""
     tokenizer: Path | None = None
     """tokenizer.model, tokenizer.json or a folder with one"""
-    vocab_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(default=None, gt=0)
     """without tokenizer: train one of this size on the training text"""
 
-    context: int = Field(4096, gt=1)
+    context: int = Field(default=4096, gt=1)
     """tokens in a window (Table 1: 4k)"""
-    batch_tokens: int = Field(4_194_304, gt=0)
+    batch_tokens: int = Field(default=4_194_304, gt=0)
     """tokens in an optimizer step (Table 1: 4M)"""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     """optimizer steps; or say epochs"""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """times through the training text; or say steps"""
     seed: int = 0
     # Section 2.2: AdamW 0.9 / 0.95 / 1e-5, decay 0.1, clip 1.0, cosine to 10 %, warm-up 2000.

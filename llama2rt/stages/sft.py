@@ -38,22 +38,22 @@ class SFTRecipe(Recipe):
     """the model folder to start from"""
     data: list[Path]
     """dialogues (JSON lines with "messages", or a format the readers know)"""
-    validation: list[Path] = []
+    validation: list[Path] = Field(default=[])
     """held-out dialogues; without them, held_out of the data"""
-    held_out: float = Field(0.01, ge=0, lt=1)
+    held_out: float = Field(default=0.01, ge=0, lt=1)
     """fraction of data, drawn from the seed, kept for the held-out loss"""
-    limit: int | None = Field(None, gt=0)
+    limit: int | None = Field(default=None, gt=0)
     """use only this many dialogues, drawn from the seed"""
     tokenizer: Path | None = None
     """None for the one in init"""
-    skip_invalid: int = Field(0, ge=0)
+    skip_invalid: int = Field(default=0, ge=0)
     """bad records to leave out before giving up"""
 
-    context: int | None = Field(None, gt=1)
+    context: int | None = Field(default=None, gt=1)
     """longest dialogue in tokens; None for the model's own (section 3.1: 4096)"""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """dialogues in an optimizer step (section 3.1: 64)"""
-    epochs: int = Field(2, gt=0)
+    epochs: int = Field(default=2, gt=0)
     """section 3.1: 2"""
     seed: int = 0
     # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
@@ -83,6 +83,7 @@ def run(recipe: SFTRecipe, directory: Path, *, resume: bool = False) -> Path:
         return {"held_out_loss": answer_loss(model, held_out, options.micro_tokens)}
 
     if held_out and not run.store.steps():
+        run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
         with torch.no_grad():
             run.log(0, **validate(model))
     result = fit(

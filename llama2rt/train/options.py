@@ -17,39 +17,39 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     """peak learning rate (section 2: 3e-4 for 7B and 13B)"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """after the warm-up: cosine down to min_lr_ratio, or constant (PPO, section 3.2.3)"""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """final learning rate as a fraction of the peak (section 2: 10 %)"""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """linear warm-up, in steps (section 2: 2000)"""
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """linear warm-up as a fraction of all steps (section 3.2.2: 0.03); not with warmup_steps"""
-    warmup_minimum: int = Field(0, ge=0)
+    warmup_minimum: int = Field(default=0, ge=0)
     """fewest steps that warmup_ratio may come to (section 3.2.2: 5)"""
 
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """on matrices only; norm weights are left alone"""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """largest global gradient norm (section 2: 1.0); inf for none"""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """compute precision; bf16 keeps fp32 master weights, moments and gradient sums"""
     activation_checkpointing: bool = False
     """keep one activation per block and recompute the rest in the backward pass"""
-    micro_tokens: int = Field(4096, gt=0)
+    micro_tokens: int = Field(default=4096, gt=0)
     """most tokens in one forward pass; a larger batch is accumulated over several"""
 
-    log_every: int = Field(1, gt=0)
+    log_every: int = Field(default=1, gt=0)
     """steps between lines in metrics.jsonl"""
-    checkpoint_every: int = Field(200, ge=0)
+    checkpoint_every: int = Field(default=200, ge=0)
     """steps between checkpoints; 0 for none but the one that Ctrl-C leaves"""
-    validate_every: int = Field(0, ge=0)
+    validate_every: int = Field(default=0, ge=0)
     """steps between held-out evaluations; 0 for one at the end only"""
 
     @model_validator(mode="after")
