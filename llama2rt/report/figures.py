@@ -117,6 +117,8 @@ def versions(
                 markersize=6.5,
                 color=colour,
                 elinewidth=2,
+                clip_on=False,  # a dot at 0 is a whole dot
+                zorder=3,
             )
             for place, value, right in zip(y, mean, high, strict=True):
                 axes.annotate(
@@ -328,7 +330,7 @@ def length_correlation(
                 left = np.arange(len(cells)) / len(cells)
                 axes.barh(i, 1 - left, 0.76, left, color=scale.to_rgba(np.array(cells)))
                 axes.annotate(
-                    f"mean {values.mean():+.2f}",
+                    f"mean {values.mean():+.2f}".replace("-", "\N{MINUS SIGN}"),
                     (1, i),
                     (8, 0),
                     textcoords="offset points",

@@ -279,11 +279,11 @@ vertical-align:top}}
 th{{font-weight:600;border-bottom-color:var(--muted)}}
 .number{{text-align:right;white-space:nowrap}}
 .dialogues{{width:100%}}
-.dialogues td{{min-width:11rem;overflow-wrap:anywhere}}
+.dialogues td{{min-width:7.5rem;overflow-wrap:anywhere}}
 .dialogues p{{margin:0 0 .35rem;white-space:pre-wrap}}
 .dialogues b{{font-weight:600;font-size:.8rem;color:var(--muted)}}
 .note,.dialogues .note{{color:var(--muted);font-size:.84rem}}
-.headlines{{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.9rem;
+.headlines{{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.9rem;
 margin:1.4rem 0}}
 .headlines div{{background:var(--paper);border:1px solid var(--grid);border-radius:10px;
 padding:.8rem 1rem}}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from llama2rt.report.plot import MARKERS, MUTED, RAMP, SERIES, Plot, canvas, nothing, percent
 
@@ -134,7 +134,9 @@ def kl_against_reward(rows: Rows, *, title: str = "PPO: reward against KL") -> P
             axes.margins(x=0.08)
             axes.set_xlabel("KL to the initial policy (nats a response)")
             axes.set_ylabel("mean reward")
-            figure.colorbar(dots, ax=axes, label="iteration")
+            figure.colorbar(
+                dots, ax=axes, label="iteration", ticks=MaxNLocator(nbins=6, integer=True)
+            )
     return Plot(
         figure,
         title,
@@ -212,6 +214,7 @@ def _curve(
 ) -> None:
     # Plain numbers: a power of ten in the corner of a small panel collides with its title.
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if not np.ptp(values) and not axes.lines:
         axes.set_yticks([values[0]])  # not five ticks with the same label
         noisy = False

@@ -135,6 +135,12 @@ def test_held_out_values_join_the_panel_of_their_metric():
     assert "held out" in _texts(plot)
 
 
+def test_steps_are_whole_numbers():
+    rows = [{"step": step, "loss": 1.0 * step} for step in (1, 2)]
+    (axes,) = [axes for axes in training.curves(rows).figure.axes if axes.lines]
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
 def test_non_finite_metrics_leave_gaps():
     rows = [{"step": i, "loss": float("nan") if i == 2 else 1.0 * i} for i in range(1, 5)]
     assert training.curves(rows).rows[0][:4] == ("loss", 3, 1.0, 4.0)

@@ -149,7 +149,8 @@ def test_same_input_gives_the_same_bytes():
     assert _full_page() == _full_page()
 
 
-def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", ["os.fsync", "os.replace"])
+def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch, failing):
     path = tmp_path / "new" / "report.html"
     html.write(path, "first", [])
     before = path.read_bytes()
@@ -157,7 +158,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(failing, full)
     with pytest.raises(OSError, match="no space"):
         html.write(path, "second", [])
     assert path.read_bytes() == before
