@@ -142,7 +142,7 @@ def killed_and_resumed(monkeypatch, owner, name: str, calls: int, run, recipe, d
 
 def metrics(directory: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in open(directory / "metrics.jsonl")]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     timed = ("tokens_per_second", "mfu")
     return [{key: line[key] for key in line if key not in timed} for line in lines]
 

@@ -1,0 +1,213 @@
+"""What holds for the kernels of `_cpu` beside their numbers: any strides, no input changed, nothing
+written outside, the same bits for any number of threads, offsets beyond 2^31, no index trusted.
+"""
+
+import mmap
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama2rt import _cpu
+from llama2rt.ops import cpu
+
+EPS = 1e-5
+
+
+def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambda x: x) -> list:
+    """One (kernel, arguments) for each kernel; `variant` is applied to each activation."""
+
+    def activation(*shape: int) -> Tensor:
+        return variant(torch.randn(shape).to(dtype))
+
+    x, residual, dy = (activation(rows, columns) for _ in range(3))
+    weight, rstd = torch.randn(columns).to(dtype), torch.rand(rows) + 0.5
+    q, k = activation(rows, 8, 40), activation(rows, 2, 40)
+    table, positions = torch.randn(2, 64, 20), torch.randint(64, (rows,))
+    k_cache, v_cache = activation(30, 4, 2, 40), activation(30, 4, 2, 40)
+    pages, lengths = torch.randint(30, (rows, 5)), torch.randint(21, (rows,))
+    return [
+        (cpu.rms_norm, (x, weight, EPS)),
+        (cpu.rms_norm_backward, (dy, x, weight, rstd)),
+        (cpu.add_rms_norm, (x, residual, weight, EPS)),
+        (cpu.add_rms_norm_backward, (dy, residual, x, weight, rstd)),
+        (cpu.swiglu, (x, residual)),
+        (cpu.swiglu_backward, (dy, x, residual)),
+        (cpu.rope, (q, k, *table, positions)),
+        (cpu.rope_backward, (q, k, *table, positions)),
+        (cpu.decode_attention, (q, k_cache, v_cache, pages, lengths, 0.2)),
+    ]
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def same_bits(a: Tensor | tuple, b: Tensor | tuple) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(as_tuple(a), as_tuple(b), strict=True))
+
+
+STRIDES = {
+    "rows apart": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "off alignment": lambda x: torch.cat((x[..., :1], x), -1)[..., 1:],
+    "columns first": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "one row repeated": lambda x: x[:1].expand_as(x),
+    "one value repeated": lambda x: x[:1, :1].expand_as(x) if x.dim() == 2 else x,
+    "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_any_strides(strides, dtype):
+    for kernel, arguments in calls(dtype, 9, 75, STRIDES[strides]):
+        dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+        assert same_bits(kernel(*arguments), kernel(*dense)), kernel.__name__
+
+
+def test_inputs_are_left_alone(dtype):
+    for kernel, arguments in calls(dtype):
+        copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        kernel(*arguments)
+        for argument, copy in zip(arguments, copies, strict=True):
+            assert not isinstance(argument, Tensor) or torch.equal(argument, copy), kernel.__name__
+
+
+def test_same_bits_for_any_number_of_threads_and_again(dtype):
+    for kernel, arguments in calls(dtype):
+        results = []
+        for threads in (1, 2, 3, 1):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            results.append(kernel(*arguments))
+            torch.set_num_threads(before)
+        assert all(same_bits(results[0], other) for other in results[1:]), kernel.__name__
+
+
+def test_several_python_threads_at_once(dtype):
+    work = calls(dtype)
+    expected = [kernel(*arguments) for kernel, arguments in work]
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(kernel, *arguments) for kernel, arguments in work * 8]
+    for index, future in enumerate(futures):
+        assert same_bits(future.result(), expected[index % len(work)])
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_rows_and_one_row(rows, dtype):
+    for kernel, arguments in calls(dtype, rows):
+        for result in as_tuple(kernel(*arguments)):
+            assert torch.isfinite(result).all(), kernel.__name__
+    for kernel, arguments in calls(dtype, 0):
+        if kernel in (cpu.rms_norm_backward, cpu.add_rms_norm_backward):
+            assert not kernel(*arguments)[1].any(), "no rows: a zero weight gradient"
+
+
+def test_nothing_is_written_outside(isa, dtype):
+    margin = 64
+    for columns in range(1, 50):
+        x, weight = torch.randn(3, columns).to(dtype), torch.randn(columns).to(dtype)
+        buffer = torch.full((2 * margin + x.numel(),), 7.0, dtype=dtype)
+        rstd = torch.empty(3)
+        y = buffer[margin:-margin]
+        _cpu.rms_norm(
+            cpu._DTYPES[dtype],
+            3,
+            columns,
+            x.data_ptr(),
+            columns,
+            0,
+            0,
+            weight.data_ptr(),
+            EPS,
+            y.data_ptr(),
+            0,
+            rstd.data_ptr(),
+            1,
+        )
+        assert torch.equal(y.view(3, columns), cpu.rms_norm(x, weight, EPS)[0])
+        assert (buffer[:margin] == 7).all() and (buffer[-margin:] == 7).all()
+
+
+def test_a_nan_stays_in_its_row(isa, dtype):
+    x, weight = torch.randn(4, 50).to(dtype), torch.ones(50, dtype=dtype)
+    x[2, 49] = torch.nan
+    for y in (cpu.rms_norm(x, weight, EPS)[0], cpu.swiglu(x, x)):
+        assert torch.isfinite(y[[0, 1, 3]]).all() and y[2, 49].isnan()
+
+
+def test_offsets_beyond_32_bits():
+    """Rows 2^31 elements apart, in address space that is reserved but never filled."""
+    rows, columns, stride = 3, 64, 2**31
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    size = 2 * (stride * (rows - 1) + columns)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | no_reserve)
+    except OSError as error:
+        pytest.skip(f"{size} bytes of address space: {error}")
+    far = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((rows, columns), (stride, 1))
+    near = torch.randn(rows, columns).bfloat16()
+    far.copy_(near)
+    weight, rstd = torch.randn(columns).bfloat16(), torch.rand(rows)
+    assert same_bits(
+        cpu.add_rms_norm(far, far, weight, EPS), cpu.add_rms_norm(near, near, weight, EPS)
+    )
+    assert same_bits(
+        cpu.add_rms_norm_backward(far, far, far, weight, rstd),
+        cpu.add_rms_norm_backward(near, near, near, weight, rstd),
+    )
+    assert same_bits(cpu.swiglu(far, far), cpu.swiglu(near, near))
+    assert same_bits(cpu.swiglu_backward(far, far, far), cpu.swiglu_backward(near, near, near))
+    far_heads, near_heads = far.unflatten(1, (2, 32)), near.unflatten(1, (2, 32))
+    table, positions = torch.randn(2, 5, 16), torch.arange(rows)
+    assert same_bits(
+        cpu.rope(far_heads, far_heads, *table, positions),
+        cpu.rope(near_heads, near_heads, *table, positions),
+    )
+    far_cache, near_cache = far_heads[:, None], near_heads[:, None]
+    pages, lengths = torch.tensor([[2, 1, 0]]).expand(rows, -1), torch.tensor([3, 2, 1])
+    assert same_bits(
+        cpu.decode_attention(far_heads, far_cache, far_cache, pages, lengths, 1.0),
+        cpu.decode_attention(near_heads, near_cache, near_cache, pages, lengths, 1.0),
+    )
+
+
+@pytest.mark.parametrize("position", [-1, 5])
+def test_a_position_outside_the_tables_is_refused(position):
+    q = torch.zeros(2, 1, 4)
+    with pytest.raises(ValueError, match="positions"):
+        cpu.rope(q, q, torch.zeros(5, 2), torch.zeros(5, 2), torch.tensor([0, position]))
+
+
+@pytest.mark.parametrize(
+    ("page", "length", "named"), [(3, 2, "block_table"), (-1, 2, "block_table"), (0, 5, "lengths")]
+)
+def test_a_page_or_length_outside_the_caches_is_refused(page, length, named):
+    q, cache = torch.zeros(1, 1, 4), torch.zeros(3, 2, 1, 4)
+    with pytest.raises(ValueError, match=named):
+        cpu.decode_attention(
+            q, cache, cache, torch.tensor([[page, 0]]), torch.tensor([length]), 1.0
+        )
+    unread = torch.tensor([[0, 99]])
+    assert not cpu.decode_attention(q, cache, cache, unread, torch.tensor([2]), 1.0).any()
+
+
+def test_select_refuses_what_the_processor_lacks():
+    with pytest.raises(ValueError, match="not usable"):
+        _cpu.select("avx1024")
+
+
+def test_one_openmp_runtime_beside_torch():
+    """Both orders of import end with one pool of threads, torch's own."""
+    program = (
+        "import {}, {}; torch.randn(4096, 64).sum();"
+        "lines = open('/proc/self/maps').read().splitlines();"
+        "print(len({{l.split()[-1] for l in lines if 'gomp' in l or 'iomp' in l}}))"
+    )
+    for order in (("torch", "llama2rt.ops"), ("llama2rt.ops", "torch")):
+        found = subprocess.run(
+            [sys.executable, "-c", program.format(*order)], capture_output=True, text=True
+        )
+        assert found.stdout.strip() == "1", found.stdout + found.stderr
