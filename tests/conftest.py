@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import hypothesis
+import hypothesis.core
 import pytest
 
 # Before torch or numpy start their thread pools.
@@ -34,10 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = os.environ.get("SEED", "0")
     config.llama2rt_seed = random.randrange(2**31) if seed == "random" else int(seed)
     # No deadline: on a busy machine an example's time says nothing about the code.
-    hypothesis.settings.register_profile(
-        "llama2rt", deadline=None, derandomize=seed != "random", print_blob=True
-    )
+    hypothesis.settings.register_profile("llama2rt", deadline=None, print_blob=True)
     hypothesis.settings.load_profile("llama2rt")
+    if config.option.hypothesis_seed is None:
+        hypothesis.core.global_force_seed = config.llama2rt_seed  # what that option sets
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -141,6 +141,7 @@ def test_training_settings_are_llamas(small_tokenizer):
     assert pieces.pad_id() == -1
     ordinary = [pieces.id_to_piece(i) for i in range(259, 400)]
     assert not any(len(p) > 1 and any(c.isdigit() for c in p) for p in ordinary)  # split_digits
+    assert pieces.id_to_piece(tokenizer.encode("the")[0]).startswith("\u2581")  # dummy prefix
     assert not any("\u2581" in p.lstrip("\u2581") for p in ordinary)  # pieces end with their word
     assert len(tokenizer.encode("  x")) > len(tokenizer.encode("x"))  # extra whitespace is kept
 
