@@ -1,0 +1,25 @@
+"""Tests of this folder need an NVIDIA GPU and skip, with the reason, without one."""
+
+import importlib
+
+import pytest
+import torch
+
+
+def why_not(backend: str) -> str:
+    """Why `backend` cannot run here, "" if it can."""
+    if not torch.cuda.is_available():
+        return f"no usable NVIDIA GPU (torch {torch.__version__})"
+    try:
+        importlib.import_module(f"llama2rt.ops.{backend}")
+    except ImportError as error:
+        return f"llama2rt.ops.{backend}: {error}"
+    return ""
+
+
+@pytest.fixture
+def cuda():
+    """llama2rt.ops.cuda."""
+    if reason := why_not("cuda"):
+        pytest.skip(reason)
+    return importlib.import_module("llama2rt.ops.cuda")
