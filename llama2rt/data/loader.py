@@ -94,10 +94,10 @@ class _Loader(Generic[Step]):
 
 
 def _fingerprint(examples: Sequence[Example]) -> int:
-    """Changes when any token does, so that a run is not resumed on other data unnoticed."""
+    """Changes when any token or mask does, so that no run is resumed on other data unnoticed."""
     value = 0
     for example in examples:
-        value = zlib.crc32(example.tokens.tobytes(), value + len(example.tokens))
+        value = zlib.crc32(example.trainable.tobytes(), zlib.crc32(example.tokens.tobytes(), value))
     return value
 
 

@@ -13,6 +13,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from llama2rt.errors import InputError
@@ -42,12 +43,10 @@ class _Record:
         """InputError naming the key, what was found and what is expected."""
         if not isinstance(obj, Mapping):
             raise InputError(f"expected a JSON object, got {_name(obj)}")
-        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        known = tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
         for key in obj:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-                if close and close[0] not in obj:
-                    raise InputError(f"unknown key {key!r}: did you mean {close[0]!r}?")
+            if key not in known and (meant := _misspelt(key, known)) and meant not in obj:
+                raise InputError(f"unknown key {key!r}: did you mean {meant!r}?")
         for key in known:
             if key not in cls.optional and key not in obj:
                 raise InputError(f"missing key {key!r}")
@@ -175,6 +174,11 @@ RECORDS: dict[str, type[Record]] = {
     "comparison": Comparison,
     "sample": Sample,
 }
+
+
+@lru_cache(maxsize=1024)  # the same keys come with every row of a file
+def _misspelt(key: str, known: tuple[str, ...]) -> str | None:
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None)
 
 
 def _check_text(key: str, value: Any, blank: bool = False) -> None:

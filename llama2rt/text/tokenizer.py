@@ -10,9 +10,11 @@ pad id, no truncation and no chat template here (``text.chat`` owns the format).
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,6 @@ class Tokenizer:
         when the text has too many different characters for ``vocab_size``, or too few different
         words to fill it. Settings: the trainer spec inside LLaMA's published tokenizer.model.
         """
-        import io
-
         import sentencepiece
 
         if vocab_size <= SPECIAL_AND_BYTE_PIECES:
@@ -110,7 +110,7 @@ class Tokenizer:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_chain(first, sentences),
+                sentence_iterator=chain([first], sentences),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -287,11 +287,6 @@ def _sentences(texts: Iterable[str] | Iterable[Path]) -> Iterator[str]:
                 line = line[cut:]
             if line.strip():
                 yield line
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _training_error(message: str, vocab_size: int) -> str:

@@ -123,13 +123,15 @@ def test_resuming_mid_run_forgets_what_was_handed_out_before(name, corpus, other
 
 def test_resuming_on_other_data_is_refused(corpus, other_corpus):
     state = ExampleLoader(examples(23), 5, 20, 3).state_dict()
-    changed = examples(23)
+    changed, masked = examples(23), examples(23)
     changed[7].tokens[1] += 1
+    masked[7].trainable[1] = False
     for other in (
         ExampleLoader(examples(22), 5, 20, 3),
         ExampleLoader(examples(23), 4, 20, 3),
         ExampleLoader(examples(23), 5, 20, 4),
         ExampleLoader(changed, 5, 20, 3),
+        ExampleLoader(masked, 5, 20, 3),
     ):
         with pytest.raises(InputError, match=r"cannot resume: \w+ was .*, is .* now"):
             other.load_state_dict(state)
