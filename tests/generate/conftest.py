@@ -37,6 +37,7 @@ def build(kv_heads=4, vocab_size=400, dtype=torch.float32, seed=0):
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(5)
+        model.output.mul_(3)
     return model.to(dtype)
 
 

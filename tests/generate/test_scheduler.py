@@ -104,14 +104,15 @@ def test_memory_is_shared_too():
     assert statistics["widest"] == 4
 
 
-def test_preempted_sequences_are_recomputed():
-    prompts = [np.full(5, 3 + i, np.int32) for i in range(4)]
-    limits = np.full(4, 30, np.int32)
+def test_preempted_sequences_are_recomputed_in_their_turn():
+    prompts = [np.full(5, 3 + i, np.int32) for i in range(8)]
+    limits = np.full(8, 30, np.int32)
     _, roomy = _run(prompts, limits, pages=100, max_sequences=4, eos=-1)
-    _, tight = _run(prompts, limits, pages=12, max_sequences=4, eos=-1)
-    assert roomy["prefilled"] == 16
-    assert tight["prefilled"] > 16
+    finished, tight = _run(prompts, limits, pages=12, max_sequences=4, eos=-1)
+    assert roomy["prefilled"] == 32
+    assert tight["prefilled"] > 32
     assert tight["widest"] > 1
+    assert list(finished) == sorted(finished), "first come, first served"
 
 
 def test_finished_sequences_leave_at_once():
