@@ -157,20 +157,20 @@ def attention_backward(
     heads, kv_heads, wide = q.shape[1], k.shape[1], lse.dtype
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for group in _groups(bounds, heads, causal):
-        gq, gk, gv, gout, gdout = (_take(x, group, heads) for x in (q, k, v, out, dout))
-        glse = _take(lse.T[..., None], group, heads)
+        gq, gk, gv, gdout = (_take(x, group, heads) for x in (q, k, v, dout))
         if group.valid is not None:  # a padded row repeats a real one, whose gradient counts once
             own = group.valid.repeat_interleave(heads, 0)[..., None]
             gdout = gdout * own.to(gdout.dtype)
         wide_dout, wide_v = gdout.to(wide), gv.to(wide)
-        delta = (wide_dout * gout).sum(-1, keepdim=True)
         gdq = torch.empty_like(wide_dout)
         gdk, gdv = torch.zeros_like(wide_dout), torch.zeros_like(wide_dout)
         for queries, keys, scores in _score_tiles(gq.to(wide) * scale, gk.to(wide), causal):
-            p = scores.sub_(glse[:, queries]).exp_()
+            # Not exp(scores - lse), nor rowsum(dout * out) as in flash attention: on whole rows the
+            # softmax and its gradient cost no more, and do not inherit the rounding of lse and out.
+            p = scores.softmax(-1)
             gdv[:, keys] += torch.bmm(p.to(q.dtype).transpose(1, 2), gdout[:, queries])
-            dscores = torch.bmm(wide_dout[:, queries], wide_v[:, keys].transpose(1, 2))
-            dscores = dscores.sub_(delta[:, queries]).mul_(p).to(q.dtype)
+            dp = torch.bmm(wide_dout[:, queries], wide_v[:, keys].transpose(1, 2))
+            dscores = torch._softmax_backward_data(dp, p, -1, wide).to(q.dtype)
             gdq[:, queries] = torch.bmm(dscores, gk[:, keys])
             gdk[:, keys] += torch.bmm(dscores.transpose(1, 2), gq[:, queries])
         _put(dq, group, gdq.mul_(scale).to(q.dtype))

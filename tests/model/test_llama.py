@@ -1,0 +1,250 @@
+"""The model against transformers on the same weights, and packing against one by one."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from llama2rt import Llama, LlamaConfig, ops
+from llama2rt.checkpoint.hf import hf_name, write_config
+from llama2rt.model import ScalarModel, last_token
+
+CONFIG = LlamaConfig(64, 2, 4, 4, 96, vocab_size=150, context=64, rope_theta=500.0)
+
+
+def unit_scale(model: Llama, seed: int = 0) -> Llama:
+    """Random weights large enough that every layer matters and logits have about unit scale."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+    return model
+
+
+def peer(model: Llama | ScalarModel) -> transformers.PreTrainedModel:
+    """transformers' model with the same weights."""
+    settings = write_config(model, None)
+    for key in ("architectures", "model_type", "dtype", "torch_dtype"):
+        settings.pop(key)
+    scalar = isinstance(model, ScalarModel)
+    config = transformers.LlamaConfig(**settings, attn_implementation="eager")
+    cls = transformers.LlamaForSequenceClassification if scalar else transformers.LlamaForCausalLM
+    theirs = cls(config)
+    weights = {hf_name(name): p.detach().clone() for name, p in model.named_parameters()}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= ({"lm_head.weight"} if model.config.tied else set())
+    return theirs
+
+
+def pack(documents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = torch.tensor([0, *(d.shape[0] for d in documents)])
+    positions = torch.cat([torch.arange(d.shape[0]) for d in documents])
+    return torch.cat(documents), positions, sizes.cumsum(0).to(torch.int32)
+
+
+def documents(*lengths: int, vocabulary: int = 150) -> list[Tensor]:
+    return [torch.randint(0, vocabulary, (length,)) for length in lengths]
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("kv_heads", [4, 1, 2])
+def test_logits_and_every_gradient_equal_transformers(kv_heads, backend):
+    # heads, heads / 4 and (with one head in four left) 1; then a group of two
+    config = LlamaConfig(64, 2, 4, kv_heads, 96, vocab_size=150, context=64, rope_theta=500.0)
+    model = unit_scale(Llama(config))
+    theirs = peer(model)
+    (tokens,) = documents(40)
+    targets = torch.randint(0, 150, (40,))
+    targets[::5] = -1
+    with ops.use(backend):
+        batch = pack([tokens])
+        logits = model.logits(*batch)
+        expected = theirs(tokens[None]).logits[0]
+        assert 0.5 < expected.std() < 2
+        assert (logits - expected).abs().max() < 1e-4
+
+        model(*batch, targets).sum().backward()
+    loss = torch.nn.functional.cross_entropy(expected, targets, reduction="sum", ignore_index=-1)
+    (-loss).backward()
+    theirs_grad = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in model.named_parameters():
+        expected_grad = theirs_grad[hf_name(name)]
+        difference = (parameter.grad - expected_grad).abs().max()
+        assert difference < 1e-4 * max(1.0, expected_grad.abs().max()), name
+
+
+def test_eight_heads_over_one_and_eight_heads_over_two():
+    for kv_heads in (1, 2):
+        config = LlamaConfig(64, 1, 8, kv_heads, 96, vocab_size=150, context=64)
+        model = unit_scale(Llama(config))
+        (tokens,) = documents(30)
+        difference = model.logits(*pack([tokens])) - peer(model)(tokens[None]).logits[0]
+        assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_equals_one_by_one(tied):
+    config = LlamaConfig(64, 2, 4, 2, 96, vocab_size=150, context=64, tied=tied)
+    model = unit_scale(Llama(config))
+    parts = documents(7, 1, 30, 31, 2)
+    tokens, positions, cu = pack(parts)
+    cu = torch.cat((cu[:2], cu[1:]))  # and an empty document between the first two
+    together = model.logits(tokens, positions, cu)
+    alone = torch.cat([model.logits(*pack([part])) for part in parts])
+    assert (together - alone).abs().max() < 1e-5
+
+    targets = torch.randint(0, 150, tokens.shape)
+    model(tokens, positions, cu, targets).sum().backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for part, wanted in zip(parts, targets.split([len(p) for p in parts]), strict=True):
+        model(*pack([part]), wanted).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_gives_logprob_and_entropy_of_the_logits():
+    model = unit_scale(Llama(CONFIG))
+    batch = pack(documents(9, 5))
+    targets = torch.randint(-1, 150, (14,))
+    targets[3] = -1
+    distribution = torch.distributions.Categorical(logits=model.logits(*batch) / 1.3)
+    logprob, entropy = model(*batch, targets, temperature=1.3, entropy=True)
+    predicted = targets >= 0
+    expected = distribution.log_prob(targets.clamp_min(0)) * predicted
+    torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, distribution.entropy() * predicted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(*batch, targets, temperature=1.3), logprob)
+    nothing = model(*batch, torch.full((14,), -1))
+    nothing.sum().backward()
+    assert torch.equal(nothing, torch.zeros(14))
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic):
+    torch._dynamo.reset()
+    model = unit_scale(Llama(CONFIG))  # never run before: compile also builds the rotary tables
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for lengths in ((5, 9), (3, 8)):
+        batch = pack(documents(*lengths))
+        targets = torch.randint(-1, 150, batch[0].shape)
+        torch.testing.assert_close(
+            compiled(*batch, targets), copy.deepcopy(model)(*batch, targets), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    plain = unit_scale(Llama(CONFIG))
+    wrapped = copy.deepcopy(plain)
+    for i, block in enumerate(wrapped.blocks):
+        wrapped.blocks[i] = checkpoint_wrapper(block, context_fn=ops.checkpoint_context)
+    batch, targets = pack(documents(11, 6)), torch.randint(0, 150, (17,))
+    for model in (plain, wrapped):
+        model(*batch, targets).sum().backward()
+    for one, other in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_sampling_first_does_not_spoil_training():
+    model = unit_scale(Llama(CONFIG))
+    batch = pack(documents(8, 3))
+    with torch.inference_mode():
+        before = model.logits(*batch)
+    after = model.logits(*batch)
+    after.sum().backward()
+    assert torch.equal(before, after)
+
+
+def test_a_cache_stands_in_for_attention():
+    model = unit_scale(Llama(CONFIG))
+    tokens, positions, cu = pack(documents(6, 4))
+    seen = []
+
+    class Plain:
+        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen.append((layer, q.shape, k.shape, v.shape))
+            return ops.attention(q, k, v, cu)
+
+    cached = model.hidden(tokens, positions, cu, cache=Plain())
+    assert torch.equal(cached, model.hidden(tokens, positions, cu))
+    assert [s[0] for s in seen] == [0, 1] and seen[0][1:] == ((10, 4, 16),) * 3
+
+
+def test_initialize():
+    one, two = (Llama(CONFIG).initialize(5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.output, Llama(CONFIG).initialize(6).output)
+    block = one.blocks[0]
+    assert block.gate.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.down.weight.std().item() == pytest.approx(0.02 / 2, rel=0.05)  # sqrt(2 * 2 layers)
+    assert block.attention_output.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert torch.equal(one.norm.weight, torch.ones(64))
+    assert sum(p.numel() for p in one.parameters()) == CONFIG.parameters
+    tied = Llama(LlamaConfig(64, 1, 4, 2, 96, vocab_size=150, tied=True)).initialize(0)
+    assert tied.output is tied.embedding.weight
+    assert sum(p.numel() for p in tied.parameters()) == tied.config.parameters
+
+
+def test_positions_beyond_the_context_are_an_error():
+    model = unit_scale(Llama(CONFIG))
+    with pytest.raises(ValueError, match="positions: "):
+        model.hidden(torch.zeros(1, dtype=torch.int64), torch.tensor([64]), torch.tensor([0, 1]))
+
+
+def test_scalar_model_equals_sequence_classification():
+    model = ScalarModel.from_llama(unit_scale(Llama(CONFIG)), seed=3)
+    assert not any("output" in name.split(".") for name, _ in model.named_parameters())
+    theirs = peer(model)
+    theirs.config.pad_token_id = None
+    parts = documents(12, 5, 1)
+    batch = pack(parts)
+    values = model(*batch)
+    scores = last_token(values, batch[2])
+    assert values.dtype == torch.float32 and values.shape == (18,)
+    expected = torch.stack([theirs(part[None]).logits[0, 0] for part in parts])
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+    scores.sum().backward()
+    expected.sum().backward()
+    theirs_grad = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs_grad[hf_name(name)], rtol=1e-3, atol=1e-4)
+
+
+def test_scalar_model_starts_from_a_copy():
+    llama = unit_scale(Llama(CONFIG))
+    model = ScalarModel.from_llama(llama, seed=3)
+    assert torch.equal(model.backbone.embedding.weight, llama.embedding.weight)
+    with torch.no_grad():
+        model.backbone.embedding.weight.zero_()
+    assert llama.embedding.weight.any()
+    values = model(*pack(documents(20)))
+    assert values.abs().max() < 5  # unit scale at most: rewards start small
+    again = ScalarModel.from_llama(llama, seed=3)
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+def test_last_token_refuses_empty_documents():
+    with pytest.raises(ValueError, match="cu_seqlens: expected documents with at least one token"):
+        last_token(torch.ones(3), torch.tensor([0, 2, 2, 3]))
+
+
+def test_bf16_runs_in_bf16():
+    model = unit_scale(Llama(CONFIG, dtype=torch.bfloat16))
+    exact = Llama(CONFIG)
+    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    batch = pack(documents(30, 20))
+    assert model.hidden(*batch).dtype == torch.bfloat16
+    targets = torch.randint(0, 150, (50,))
+    logprob = model(*batch, targets)
+    assert logprob.dtype == torch.float32
+    assert (logprob - exact(*batch, targets)).abs().mean() < 0.03

@@ -1,0 +1,365 @@
+"""The promises every op makes, on every backend this machine has: registration, errors, choice."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama2rt import ops
+from llama2rt.ops import backend
+
+USABLE = [name for name in ("reference", "cpu") if not backend._unusable[name]]
+CU = torch.tensor([0, 3, 3, 4, 10], dtype=torch.int32)  # an empty document and one of one token
+
+
+@pytest.fixture(params=USABLE)
+def on_backend(request: pytest.FixtureRequest):
+    with ops.use(request.param):
+        yield request.param
+
+
+def arguments(op: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list]:
+    """(differentiable inputs, the rest) of a small call."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+    table = torch.float64 if dtype == torch.float64 else torch.float32
+    angle = torch.rand(12, 4, dtype=table)
+    positions = torch.tensor([0, 1, 2, 0, 0, 1, 2, 3, 4, 11], dtype=torch.int32)
+    targets = torch.tensor([1, -1, 12, 0, 5, 5, -1, 3, 2, 9])
+    return {
+        "rms_norm": lambda: ([random(10, 7), random(7)], [1e-5]),
+        "add_rms_norm": lambda: ([random(10, 7), random(10, 7), random(7)], [1e-5]),
+        "swiglu": lambda: ([random(10, 7), random(10, 7)], []),
+        "rope": lambda: (
+            [random(10, 4, 8), random(10, 2, 8)],
+            [angle.cos(), angle.sin(), positions],
+        ),
+        "attention": lambda: ([random(10, 4, 8), random(10, 2, 8), random(10, 2, 8)], [CU]),
+        "token_logprob": lambda: ([random(10, 6), random(13, 6)], [targets]),
+    }[op]()
+
+
+DIFFERENTIABLE = [name for name in backend.OPS if name != "decode_attention"]
+KEYWORDS: dict[str, list[dict]] = {
+    "attention": [{}, {"causal": False, "scale": 0.3}],
+    "token_logprob": [{}, {"temperature": 0.7, "entropy": True}],
+}
+
+
+def cases() -> list:
+    return [(op, kw) for op in DIFFERENTIABLE for kw in KEYWORDS.get(op, [{}])]
+
+
+@pytest.mark.parametrize(("op", "keywords"), cases())
+def test_gradcheck(op, keywords, on_backend):
+    leaves, rest = arguments(op, torch.float64)
+
+    def call(*inputs):
+        return getattr(ops, op)(*inputs, *rest, **keywords)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_gradcheck_of_bottom_right_alignment(on_backend):
+    q = torch.randn(4, 2, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(8, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    cu_q, cu_k = torch.tensor([0, 1, 4]), torch.tensor([0, 5, 8])
+    for causal in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, causal=causal: ops.attention(
+                q, k, v, cu_q, cu_seqlens_k=cu_k, causal=causal
+            ),
+            (q, k, v),
+        )
+
+
+def registered(op: str, backward: bool, choice: str) -> tuple:
+    """Arguments of torch.ops.llama2rt.<op>, recorded from a real call."""
+    name = f"{op}_backward" if backward else op
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is getattr(torch.ops.llama2rt, name).default:
+                seen.append(args)
+            return function(*args, **(kwargs or {}))
+
+    leaves, rest = arguments(op)
+    keywords = KEYWORDS.get(op, [{}])[-1]
+    with ops.use(choice), Record():
+        result = getattr(ops, op)(*leaves, *rest, **keywords)
+        result = result if isinstance(result, tuple) else (result,)
+        sum(part.sum() for part in result).backward()
+    return seen[0]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_opcheck(op, backward, on_backend):
+    name = f"{op}_backward" if backward else op
+    values = registered(op, backward, on_backend)
+    values = tuple(
+        v.detach().requires_grad_(not backward and v.is_floating_point() and i < 3)
+        if isinstance(v, Tensor)
+        else v
+        for i, v in enumerate(values)
+    )
+    if op == "rope":  # the tables are constants
+        values = (*values[:2], *(v.detach() for v in values[2:5]), *values[5:])
+    torch.library.opcheck(getattr(torch.ops.llama2rt, name).default, values)
+
+
+def decode_arguments() -> list[Tensor]:
+    cache = torch.randn(2, 5, 4, 2, 8).unbind()
+    table = torch.tensor([[3, 1], [2, 0], [4, 4]], dtype=torch.int32)
+    return [torch.randn(3, 4, 8), *cache, table, torch.tensor([7, 0, 3], dtype=torch.int32)]
+
+
+def test_opcheck_decode_attention(on_backend):
+    overload = torch.ops.llama2rt.decode_attention.default
+    torch.library.opcheck(overload, (*decode_arguments(), 0.25, on_backend))
+
+
+def model_like(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """Every differentiable op in one graph."""
+    y, summed = ops.add_rms_norm(ops.rms_norm(x, weight, 1e-5), x, weight, 1e-5)
+    heads = ops.swiglu(y, summed).view(10, 2, 8)
+    q, k = ops.rope(heads, heads[:, :1], cos, sin, positions)
+    hidden = ops.attention(q, k, k, CU).flatten(1)
+    logprob, entropy = ops.token_logprob(
+        hidden, weight.expand(5, 16) * hidden[:5], positions % 5, temperature=0.9, entropy=True
+    )
+    return (logprob + entropy).sum()
+
+
+def test_compile_fullgraph_equals_eager(on_backend):
+    angle, positions = torch.rand(12, 4), torch.arange(10)
+    x, weight = torch.randn(10, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    rest = (angle.cos(), angle.sin(), positions)
+    torch._dynamo.reset()
+    compiled = torch.compile(model_like, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function in (model_like, compiled):
+        gradients.append(torch.autograd.grad(function(x, weight, *rest), (x, weight)))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():  # inference takes another way through the wrapper
+        torch.testing.assert_close(model_like(x, weight, *rest), compiled(x, weight, *rest))
+
+
+def test_compile_notices_a_change_of_backend():
+    torch._dynamo.reset()
+    seen = []
+    compiled = torch.compile(
+        lambda x: ops.swiglu(x, x), fullgraph=True, backend=lambda g, _: seen.append(str(g)) or g
+    )
+    x = torch.randn(3, 4)
+    for name in USABLE:
+        with ops.use(name):
+            compiled(x)
+    assert len(seen) == len(USABLE)
+    assert all(f"'{name}'" in text for name, text in zip(USABLE, seen, strict=True))
+
+
+def test_inductor_fullgraph():
+    torch._dynamo.reset()
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(8)
+
+    def layer(x):
+        return (ops.swiglu(ops.rms_norm(x, weight, 1e-5), x) * 2).sum()
+
+    (ours,) = torch.autograd.grad(torch.compile(layer, fullgraph=True)(x), x)
+    (eager,) = torch.autograd.grad(layer(x), x)
+    torch.testing.assert_close(ours, eager)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values behind strides that are not contiguous."""
+    wide = torch.stack((x, torch.full_like(x, torch.nan)), -1) if x.is_floating_point() else None
+    return x if wide is None else wide[..., 0]
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_any_strides_and_inputs_left_alone(op, on_backend):
+    leaves, rest = arguments(op)
+    keywords = KEYWORDS.get(op, [{}])[-1]
+
+    def run(inputs, extra, upstream):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        result = getattr(ops, op)(*inputs, *extra, **keywords)
+        result = result if isinstance(result, tuple) else (result,)
+        grads = torch.autograd.grad(result, inputs, [upstream(r) for r in result])
+        return [*result, *grads]
+
+    copies = [x.detach().clone() for x in leaves]
+    plain = run(leaves, rest, torch.ones_like)
+    odd = run(
+        [strided(x.detach()) for x in leaves],
+        rest,
+        lambda r: torch.ones(()).expand(r.shape),  # stride 0, as .sum().backward() gives
+    )
+    for one, other in zip(plain, odd, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(x, copy) for x, copy in zip(leaves, copies, strict=True))
+
+
+def test_empty_tensors(on_backend):
+    none = torch.zeros(1, dtype=torch.int32)
+    x, w = torch.empty(0, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    ops.rms_norm(x, w, 1e-5).sum().backward()
+    assert torch.equal(w.grad, torch.zeros(8))
+    assert ops.add_rms_norm(x, x, w, 1e-5)[0].shape == (0, 8)
+    assert ops.swiglu(x, x).shape == (0, 8)
+    heads = torch.empty(0, 2, 4, requires_grad=True)
+    table = torch.ones(3, 2)
+    assert ops.rope(heads, heads, table, table, none[:0])[0].shape == (0, 2, 4)
+    ops.attention(heads, heads, heads, none).sum().backward()
+    weight = torch.randn(5, 8, requires_grad=True)
+    ops.token_logprob(x, weight, torch.empty(0, dtype=torch.int64)).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(5, 8))
+    caches = torch.randn(2, 3, 4, 2, 4).unbind()
+    table = torch.empty(0, 2, dtype=torch.int32)
+    assert ops.decode_attention(heads, *caches, table, none[:0]).shape == (0, 2, 4)
+
+
+def test_leading_dimensions_of_rowwise_ops(on_backend):
+    x, w = torch.randn(2, 3, 8), torch.randn(8)
+    torch.testing.assert_close(ops.rms_norm(x, w, 1e-5)[1], ops.rms_norm(x[1], w, 1e-5))
+    torch.testing.assert_close(ops.swiglu(x, x)[1], ops.swiglu(x[1], x[1]))
+    torch.testing.assert_close(
+        ops.add_rms_norm(x, x, w, 1e-5)[0][1], ops.rms_norm(2 * x[1], w, 1e-5)
+    )
+    torch.testing.assert_close(ops.rms_norm(x[0, 0], w, 1e-5), ops.rms_norm(x[0, :1], w, 1e-5)[0])
+
+
+def test_half_of_add_rms_norm_unused(on_backend):
+    x, r, w = (torch.randn(s, requires_grad=True) for s in ((4, 8), (4, 8), (8,)))
+    ops.add_rms_norm(x, r, w, 1e-5)[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones(4, 8)) and w.grad is None
+
+
+H = torch.randn(10, 4, 8)
+K = torch.randn(10, 2, 8)
+TABLE = torch.rand(12, 4)
+IDS = torch.zeros(10, dtype=torch.int64)
+X, W = torch.randn(10, 6), torch.randn(13, 6)
+BAD = [
+    ("rms_norm", (X, W[0, :5], 1e-5), r"weight: expected shape \[6\], got \[5\]"),
+    ("rms_norm", (X, W[0].double(), 1e-5), r"weight: expected dtype .*float32.*got .*float64"),
+    ("rms_norm", (IDS, IDS, 1e-5), "x: expected a floating-point dtype"),
+    ("rms_norm", (X, W[0].to("meta"), 1e-5), r"weight: expected device cpu .*got meta"),
+    ("add_rms_norm", (X, X[:3], W[0], 1e-5), r"residual: expected shape \[10, 6\], got \[3, 6\]"),
+    ("swiglu", (X, X.T), r"up: expected shape \[10, 6\], got \[6, 10\]"),
+    ("rope", (H, K, TABLE[:, :3], TABLE[:, :3], IDS), r"cos: expected shape \[P, 4\]"),
+    ("rope", (H[..., :7], K, TABLE, TABLE, IDS), r"q: expected shape \[T, Hq, D\] with D even"),
+    ("rope", (H, K, TABLE, TABLE[:5], IDS), r"sin: expected shape \[12, 4\], got \[5, 4\]"),
+    ("rope", (H, K, TABLE, TABLE, IDS.float()), "positions: expected dtype int32 or int64"),
+    ("rope", (H, K, TABLE, TABLE, IDS + 12), "positions: "),
+    ("rope", (H, K, TABLE, TABLE, IDS - 1), "positions: "),
+    ("attention", (H, K[:, :1].expand(10, 3, 8), K, CU), r"k: expected shape .*Hkv dividing 4"),
+    ("attention", (H, K, K[:9], CU), r"v: expected shape \[10, 2, 8\], got \[9, 2, 8\]"),
+    ("attention", (H, K[:9], K[:9], CU), r"k: expected shape \[10, 2, 8\], got \[9, 2, 8\]"),
+    ("attention", (H, K, K, CU[None]), r"cu_seqlens: expected shape \[B\+1\]"),
+    ("attention", (H, K, K, CU[:-1]), "cu_seqlens: expected offsets rising from 0 to 10"),
+    ("attention", (H, K, K, CU.flip(0)), "cu_seqlens: expected offsets rising from 0 to 10"),
+    ("token_logprob", (X, W[:, :5], IDS), r"weight: expected shape \[13, 6\], got \[13, 5\]"),
+    ("token_logprob", (X, W, IDS[:4]), r"targets: expected shape \[10\], got \[4\]"),
+    (
+        "token_logprob",
+        (X, W, IDS + 13),
+        "targets: expected ids below the vocabulary size 13, got 13",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "values", "message"), BAD)
+def test_argument_errors(op, values, message, on_backend):
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, op)(*values)
+
+
+def test_temperature_must_be_positive(on_backend):
+    with pytest.raises(ValueError, match="temperature: expected a number above 0, got 0"):
+        ops.token_logprob(X, W, IDS, temperature=0.0)
+
+
+def test_choice_of_backend(monkeypatch):
+    automatic = backend.resolve(X)
+    assert automatic == ("cpu" if "cpu" in USABLE else "reference")
+    with ops.use("reference"):
+        assert backend.resolve(X) == "reference"
+        assert ops.backends()["rope"]["chosen"] == "reference"
+        with ops.use(None):
+            assert backend.resolve(X) == automatic
+        assert backend.resolve(X) == "reference"
+    assert backend.resolve(X) == automatic
+    assert backend.resolve(torch.empty(1, device="meta")) == "reference"
+
+
+def test_unusable_backends_say_why():
+    with pytest.raises(ValueError, match="'triton' cannot be used: this version ships no Triton"):
+        ops.use("triton")
+    with pytest.raises(ValueError, match="unknown backend 'opencl', expected one of reference"):
+        ops.use("opencl")
+    unusable = ops.backends("cpu")["rms_norm"]["unusable"]
+    assert set(unusable) >= {"triton", "cuda"} and all(unusable.values())
+    assert list(ops.backends("cpu")) == list(backend.OPS)
+    if "cpu" in USABLE:
+        assert "CUDA" not in ops.backends("cuda")["swiglu"]["unusable"]["cpu"]
+        assert "'cuda'" in ops.backends("cuda")["swiglu"]["unusable"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("reference", "reference"), ("triton", "no Triton kernels")]
+)
+def test_environment_variable(name, expected):
+    program = (
+        "import torch, llama2rt.ops as ops\n"
+        "print(ops.backends()['rope']['chosen'])\n"
+        "try: ops.swiglu(torch.ones(1, 2), torch.ones(1, 2))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"LLAMA2RT_BACKEND": name, "PATH": "", "HOME": "/tmp"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert expected in done.stdout
+
+
+def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
+    ran = []
+    original = backend.implementation
+    monkeypatch.setattr(
+        backend,
+        "implementation",
+        lambda op, name, dtype: ran.append(name) or original(op, name, dtype),
+    )
+    x = torch.randn(3, 4, requires_grad=True)
+    with ops.use("reference"):
+        y = ops.swiglu(x, x)
+    y.sum().backward()
+    assert ran == ["reference", "reference"]
+
+
+def test_checkpoint_context_repeats_on_the_forward_backend(monkeypatch):
+    ran = []
+    original = backend.implementation
+    monkeypatch.setattr(
+        backend,
+        "implementation",
+        lambda op, name, dtype: ran.append(name) or original(op, name, dtype),
+    )
+    x = torch.randn(3, 4, requires_grad=True)
+    with ops.use("reference"):
+        y = torch.utils.checkpoint.checkpoint(
+            lambda x: ops.swiglu(x, x), x, use_reentrant=False, context_fn=ops.checkpoint_context
+        )
+    y.sum().backward()
+    assert set(ran) == {"reference"} and len(ran) >= 3

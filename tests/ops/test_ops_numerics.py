@@ -1,0 +1,253 @@
+"""Attention, decoding and token_logprob on a CPU by the rule of `numerics.judge`, and what other
+projects got wrong in them.
+
+Yardsticks in the same dtype: SDPA's math formulation per document; and, on logits of a GEMM in that
+dtype made fp32, the chosen one less torch.logsumexp (as TRL's selective_log_softmax).
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import draw, judge
+from torch import Tensor
+
+from llama2rt import ops
+from llama2rt.ops import composed, packed_attention, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RAGGED = [1, 2, 0, 113, 203, 1, 60, 58, 57]
+
+
+@pytest.fixture(params=DTYPES, ids=["fp32", "bf16", "fp16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], causal: bool) -> Tensor:
+    """torch's attention, one document at a time, in the tensors' dtype."""
+    group = q.shape[1] // k.shape[1]
+    parts = []
+    for start, end in itertools.pairwise(bounds):
+        one, two, three = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        two, three = (x.repeat_interleave(group, 0) for x in (two, three))
+        scores = one @ two.transpose(1, 2) / math.sqrt(q.shape[2])
+        if causal:
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        parts.append((p @ three).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", ["normal", "small", "tail"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 8, 16), (8, 2, 24), (8, 1, 64)])
+def test_attention(heads, kv_heads, dim, causal, kind, dtype, seed):
+    cu, tokens, scale = offsets(RAGGED), sum(RAGGED), dim**-0.5
+    q = draw((tokens, heads, dim), dtype, kind, seed)
+    k = draw((tokens, kv_heads, dim), dtype, "normal", seed + 1)
+    v = draw((tokens, kv_heads, dim), dtype, kind, seed + 2)
+    dout = draw((tokens, heads, dim), dtype, "normal", seed + 3)
+    rest = (cu, cu, 0, causal, scale)
+    out, lse = packed_attention.attention(q, k, v, *rest)
+    exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), *rest)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    theirs = sdpa(*leaves, cu.tolist(), causal)
+    judge("out", out, exact, theirs.detach())
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+    ours = packed_attention.attention_backward(dout, q, k, v, out, lse, *rest)
+    wide = [x.double() for x in (dout, q, k, v)]
+    expected = reference.attention_backward(*wide, exact, exact_lse, *rest)
+    yardstick = torch.autograd.grad(theirs, leaves, dout)
+    for name, *three in zip(("dq", "dk", "dv"), ours, expected, yardstick, strict=True):
+        judge(name, *three, gradient=True)
+    again = packed_attention.attention_backward(dout, q, k, v, out, lse, *rest)
+    assert all(torch.equal(one, two) for one, two in zip(ours, again, strict=True))
+
+
+def test_attention_keeps_documents_apart():
+    """A batch equals its documents one by one, whatever else is packed beside them."""
+    cu, tokens = offsets(RAGGED), sum(RAGGED)
+    q, k, v = torch.randn(3, tokens, 4, 16).unbind()
+    together = ops.attention(q, k, v, cu)
+    for start, end in itertools.pairwise(cu.tolist()):
+        part = slice(start, end)
+        alone = ops.attention(q[part], k[part], v[part], torch.tensor([0, end - start]))
+        torch.testing.assert_close(together[part], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_causal_is_bottom_right_aligned(backend):
+    q, k, v = torch.randn(3, 9, 2, 8).unbind()
+    with ops.use(backend):
+        whole = ops.attention(q, k, v, torch.tensor([0, 4, 9]))
+        # The last two queries of each document against all its keys.
+        rows = torch.tensor([2, 3, 7, 8])
+        last = ops.attention(
+            q[rows], k, v, torch.tensor([0, 2, 4]), cu_seqlens_k=torch.tensor([0, 4, 9])
+        )
+        torch.testing.assert_close(last, whole[rows])
+        # More queries than keys: the first ones see nothing and give 0, with gradient 0.
+        q.requires_grad_()
+        few = ops.attention(
+            q, k[:5], v[:5], torch.tensor([0, 4, 9]), cu_seqlens_k=torch.tensor([0, 0, 5])
+        )
+        assert torch.equal(few[:4], torch.zeros(4, 2, 8))
+        few.sum().backward()
+        assert torch.equal(q.grad[:4], torch.zeros(4, 2, 8)) and q.grad.isfinite().all()
+
+
+def test_attention_at_large_scores():
+    q = torch.full((3, 1, 4), 100.0)
+    v = torch.randn(3, 1, 4)
+    out = ops.attention(q, q, v, torch.tensor([0, 3]))
+    torch.testing.assert_close(out[2], v.mean(0))
+
+
+@pytest.mark.parametrize("backend", ["composed", "native"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (8, 1)])
+def test_decode_attention(heads, kv_heads, backend, dtype, seed):
+    lengths = torch.tensor([1, 0, 17, 16, 40], dtype=torch.int32)
+    page, dim = 16, 24
+    caches = [draw((15, page, kv_heads, dim), dtype, "normal", seed + i) for i in (0, 1)]
+    table = torch.randperm(15).view(5, 3).to(torch.int32)
+    # What lies beyond a sequence's end must not be read: not even multiplied by zero.
+    for row, length in enumerate(lengths.tolist()):
+        for j in range(length, 48):
+            for cache in caches:
+                cache[table[row, j // page], j % page] = torch.nan
+        table[row, -(-length // page) :] = 10**6
+    q = draw((5, heads, dim), dtype, "normal", seed + 2)
+    if backend == "composed":
+        run = composed.decode_attention
+    else:
+        cpu = pytest.importorskip("llama2rt.ops.cpu")
+        run = cpu.decode_attention
+    ours = run(q, *caches, table, lengths, dim**-0.5)
+    wide = [x.double() for x in (q, *caches)]
+    exact = reference.decode_attention(*wide, table, lengths, dim**-0.5)
+    theirs = torch.zeros_like(q)
+    for row, length in enumerate(lengths.tolist()):
+        pages = table[row, : -(-length // page)].long()
+        if length:
+            k, v = (c[pages].flatten(0, 1)[:length] for c in caches)
+            theirs[row] = F.scaled_dot_product_attention(
+                q[row][:, None],
+                *(x.transpose(0, 1).repeat_interleave(heads // kv_heads, 0) for x in (k, v)),
+            )[:, 0]
+    judge("out", ours, exact, theirs)
+    assert torch.equal(ours[1], torch.zeros(heads, dim, dtype=dtype))
+
+
+def gather_minus_logsumexp(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> Tensor:
+    logits = F.linear(hidden, weight).float() / temperature
+    chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    return torch.where(targets >= 0, chosen - logits.logsumexp(-1), 0.0)
+
+
+@pytest.mark.parametrize("kind", ["normal", "small", "tail"])
+@pytest.mark.parametrize(
+    ("tokens", "dim", "vocabulary"), [(1, 8, 3), (70, 32, 500), (530, 24, 2100)]
+)
+def test_token_logprob(tokens, dim, vocabulary, kind, dtype, seed):
+    temperature = 0.7
+    hidden = draw((tokens, dim), dtype, kind, seed)
+    weight = draw((vocabulary, dim), dtype, "normal", seed + 1) * 0.3
+    targets = torch.randint(-1, vocabulary, (tokens,))
+    targets[-1] = vocabulary - 1
+    upstream = draw((tokens,), torch.float32, "normal", seed + 2)
+    logprob, _, lse = composed.token_logprob(hidden, weight, targets, temperature, False)
+    wide = (hidden.double(), weight.double(), targets)
+    exact, _, exact_lse = reference.token_logprob(*wide, temperature, False)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = gather_minus_logsumexp(*leaves, targets, temperature)
+    judge("logprob", logprob, exact, theirs.detach())
+
+    ours = composed.token_logprob_backward(
+        upstream, None, hidden, weight, targets, lse, None, temperature
+    )
+    expected = reference.token_logprob_backward(
+        upstream.double(), None, *wide, exact_lse, None, temperature
+    )
+    yardstick = torch.autograd.grad(theirs, leaves, upstream)
+    for name, *three in zip(("dhidden", "dweight"), ours, expected, yardstick, strict=True):
+        judge(name, *three, gradient=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_targets_below_zero_are_not_predicted(backend, dtype):
+    hidden = torch.randn(6, 8).to(dtype).requires_grad_()
+    weight = torch.randn(20, 8).to(dtype).requires_grad_()
+    targets = torch.tensor([3, -1, 19, -100, 0, -1])
+    with ops.use(backend):
+        logprob, entropy = ops.token_logprob(hidden, weight, targets, entropy=True)
+        (logprob + entropy).sum().backward()
+    skipped = targets < 0
+    for values in (logprob, entropy, hidden.grad):
+        assert not values[skipped].any() and values[~skipped].any()
+    assert logprob.dtype == entropy.dtype == torch.float32
+
+
+def test_logprob_is_never_positive(dtype, seed):
+    """Certain targets, where a target's logit rounded apart from the others would exceed their sum
+    (verl #2656)."""
+    hidden = draw((600, 64), dtype, "normal", seed) * 3
+    weight = draw((4500, 64), dtype, "normal", seed + 1)
+    targets = (hidden.float() @ weight.float().T).argmax(-1)
+    logprob = ops.token_logprob(hidden, weight, targets, temperature=0.25)
+    assert (logprob <= 0).all() and (logprob > -1e-3).float().mean() > 0.5
+
+
+def test_entropy_and_temperature_by_formula():
+    hidden, weight = torch.randn(40, 16), torch.randn(3000, 16)
+    targets = torch.randint(0, 3000, (40,))
+    for temperature in (0.5, 1.0, 1.3):
+        distribution = torch.distributions.Categorical(logits=hidden @ weight.T / temperature)
+        logprob, entropy = ops.token_logprob(
+            hidden, weight, targets, temperature=temperature, entropy=True
+        )
+        torch.testing.assert_close(logprob, distribution.log_prob(targets), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(entropy, distribution.entropy(), rtol=1e-4, atol=1e-4)
+
+
+def test_weight_gradient_is_accumulated_in_fp32(seed):
+    """Many equal small contributions to one row: a bf16 accumulator would stop growing at 256 of
+    them (Liger #1323)."""
+    tokens = 16 * composed.ROWS
+    hidden = torch.ones(tokens, 4, dtype=torch.bfloat16)
+    weight = torch.zeros(8, 4, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    ops.token_logprob(hidden, weight, targets).sum().backward()
+    assert weight.grad[0, 0].item() == pytest.approx(tokens * 7 / 8, rel=0.01)
+    assert weight.grad[1, 0].item() == pytest.approx(-tokens / 8, rel=0.01)
+
+
+def test_peak_memory_is_below_an_eighth_of_the_logits(monkeypatch):
+    """No tensor of the forward or backward pass comes near the [T, V] logits."""
+    tokens, dim, vocabulary = 2048, 16, 8192
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    hidden, weight = torch.randn(tokens, dim), torch.randn(vocabulary, dim)
+    targets = torch.randint(0, vocabulary, (tokens,))
+    with Sizes():
+        _, _, lse = composed.token_logprob(hidden, weight, targets, 1.0, False)
+        composed.token_logprob_backward(lse, None, hidden, weight, targets, lse, None, 1.0)
+    assert 0 < largest <= 4 * tokens * vocabulary / 8
