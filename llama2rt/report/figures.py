@@ -272,12 +272,11 @@ def reward_distribution(
             colour = SERIES[i % len(SERIES)]
             if not len(values):
                 continue
-            if np.ptp(values) > 0:  # a density of equal values does not exist
-                parts = axes.violinplot(
-                    [values], [i], orientation="horizontal", widths=0.82, showextrema=False
-                )
-                for body in parts["bodies"]:  # type: ignore[attr-defined]
-                    body.set(facecolor=colour, alpha=0.3, edgecolor=colour)
+            parts = axes.violinplot(
+                [values], [i], orientation="horizontal", widths=0.82, showextrema=False
+            )
+            for body in parts["bodies"]:  # type: ignore[attr-defined]
+                body.set(facecolor=colour, alpha=0.3, edgecolor=colour)
             low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
             axes.plot([low, high], [i, i], color=colour, linewidth=4, solid_capstyle="butt")
             axes.plot(middle, i, "o", color=INK, markersize=5.5)

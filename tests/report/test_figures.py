@@ -116,7 +116,7 @@ def test_undefined_correlations_are_counted_not_drawn():
     assert "mean +0.30" in _texts(plot) and "undefined" in _texts(plot)
 
 
-def test_equal_rewards_have_no_density_and_still_a_median():
+def test_equal_rewards_still_have_a_median():
     plot = figures.reward_distribution({"flat": [1.0] * 5, "empty": [], "one": [2.0]})
     assert [row[0] for row in plot.rows] == ["flat", "one"]
     assert plot.rows[0][2:] == (1.0, 1.0, 1.0, 1.0)
