@@ -103,9 +103,7 @@ class PretrainRecipe(Recipe):
             raise ValueError("give exactly one of steps and epochs")
         if self.init is not None:
             if self.model != ModelShape() or self.vocab_size is not None:
-                raise ValueError(
-                    "init brings its own model and tokenizer: leave out model, vocab_size"
-                )
+                raise ValueError("init brings its model and tokenizer: leave out model, vocab_size")
         elif (self.tokenizer is None) == (self.vocab_size is None):
             raise ValueError("give exactly one of tokenizer and vocab_size")
         return self

@@ -1,0 +1,210 @@
+"""The command line: exit statuses, messages that name file and key, options over recipes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llama2rt import cli
+
+RECIPE = """
+data = ["{text}"]
+held_out = 0.1
+vocab_size = 310
+context = 32
+batch_tokens = 256
+steps = 4
+[model]
+dim = 32
+layers = 1
+heads = 2
+[train]
+lr = 1e-2
+micro_tokens = 256
+"""
+
+
+def call(*arguments: str) -> int:
+    """Exit status of the command, run inside this process."""
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+        raise SystemExit(0)
+    return left.value.code
+
+
+@pytest.fixture(autouse=True)
+def _host(monkeypatch):
+    # The command owns its process; inside the tests' it must leave allocator and warnings alone.
+    import warnings
+
+    import llama2rt.train.allocator
+
+    monkeypatch.setattr(llama2rt.train.allocator, "keep_malloc", lambda: True)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} says {i * i} and no more than {i}\n" for i in range(200)))
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE.format(text=text))
+    return path
+
+
+def test_help_lists_what_is_installed_and_is_quick(capsys):
+    assert call("--help") == 0
+    text = capsys.readouterr().out
+    for word in ("pretrain", "sft", "check", "tinyshakespeare", "--resume", "Exit status"):
+        assert word in text
+    script = (
+        "import sys, llama2rt.cli as c; c.usage(c.available()); assert 'torch' not in sys.modules"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "False\n"
+
+
+def test_verbs_without_their_module_are_absent(monkeypatch, tmp_path, capsys):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "sft.py").touch()
+    monkeypatch.setattr(cli, "_PACKAGE", tmp_path)
+    assert list(cli.available()) == ["sft"]
+    assert call("pretrain") == 2
+    assert "unknown verb 'pretrain': expected one of sft" in capsys.readouterr().err
+
+
+def test_nothing_and_version(capsys):
+    assert call() == 2
+    assert call("--version") == 0
+    assert "llama2rt " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", sorted(cli.available()))
+def test_every_verb_has_help(verb, capsys):
+    assert call(verb, "--help") == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_a_run_with_options_and_json(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert (
+        call("pretrain", recipe, "--out", out, "--train.lr", "2e-3", "--steps", "3", "--json") == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == str(out / "model")
+    assert result["summary"]["bits_per_byte"] > 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["recipe"]["train"]["lr"], manifest["recipe"]["steps"]) == (2e-3, 3)
+    # The resolved recipe is itself a recipe.
+    assert call("pretrain", out / "recipe.toml", "--out", tmp_path / "again") == 0
+    assert call("pretrain", recipe, "--out", out) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("stepz = 3", "stepz: no such key in this recipe"),
+        ("[train]\nlr = -1", "train.lr: input should be greater than 0, got -1"),
+        ("[train]\nlr = 'fast'", "train.lr: input should be a valid number"),
+        ("[train]\nlrr = 1", "train.lrr: no such key in this recipe"),
+        ("epochs = 3", "give exactly one of steps and epochs"),
+        ("[train", "Expected ']'"),
+    ],
+)
+def test_a_bad_recipe_names_file_and_key(recipe, tmp_path, capsys, extra, message):
+    text = recipe.read_text()
+    if extra.startswith("[train"):
+        text = text[: text.index("[train]")] + extra
+    else:
+        text = extra + text
+    recipe.write_text(text)
+    assert call("pretrain", recipe, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "tiny.toml: " in error
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.lr", "-1"], "greater than 0"),
+        (["--train.lrr", "1"], "--train.lrr"),
+        (["--epochs", "3"], "give exactly one of steps and epochs"),
+        (["--data", "absent.txt"], "absent.txt: cannot be read"),
+    ],
+)
+def test_bad_options(recipe, tmp_path, capsys, arguments, message):
+    assert call("pretrain", recipe, "--out", tmp_path / "run", *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+
+
+def test_unknown_recipe_names_the_shipped_ones(capsys):
+    assert call("pretrain", "shakespear", "--out", "x") == 2
+    assert "tinyshakespeare" in capsys.readouterr().err
+
+
+def test_a_missing_key_may_come_as_an_option(recipe, tmp_path, capsys):
+    lines = recipe.read_text().splitlines()
+    data = next(line for line in lines if line.startswith("data"))
+    recipe.write_text("\n".join(line for line in lines if line != data))
+    assert call("pretrain", recipe, "--out", tmp_path / "run") == 2
+    assert call("pretrain", recipe, "--out", tmp_path / "run", "--data", tmp_path / "text.txt") == 0
+
+
+def test_check(tmp_path, capsys):
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert call("check", good, "--as", "document", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 2
+    assert call("check", good, "--as", "document") == 0
+    assert "2 documents" in capsys.readouterr().out
+    good.write_text('{"text": "one"}\n{"text": 2}\n')
+    assert call("check", good, "--as", "document") == 2
+    assert "good.jsonl:2: " in capsys.readouterr().err
+
+
+def test_tokenizer_and_convert(recipe, tmp_path, capsys):
+    arguments = ("--vocab-size", "330", "--out", tmp_path / "tokenizer", "--json")
+    assert call("tokenizer", tmp_path / "text.txt", *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 330
+    assert call("pretrain", recipe, "--out", tmp_path / "run") == 0
+    assert call("convert", tmp_path / "run" / "model", tmp_path / "hf", "--to", "hf") == 0
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert call("convert", tmp_path / "nowhere", tmp_path / "hf2", "--to", "hf") == 2
+
+
+def test_a_full_disk_is_status_one_without_traceback(recipe, tmp_path, capsys, monkeypatch):
+    from llama2rt.checkpoint import store
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    arguments = ("--out", tmp_path / "run", "--train.checkpoint-every", "1")
+    assert call("pretrain", recipe, *arguments) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "--resume" in error
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
+    command = [sys.executable, "-m", "llama2rt.cli", "pretrain", str(recipe), "--steps", "100000"]
+    command += ["--out", str(tmp_path / "run"), "--train.checkpoint-every", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1, error
+    assert "continue with --resume" in error
+    assert "Traceback" not in error
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"saved {saved}" in error

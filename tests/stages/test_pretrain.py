@@ -1,0 +1,146 @@
+"""Pretraining: text to tokenizer to model, held-out bits per byte, a resumed run."""
+
+import json
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import llama2rt
+from llama2rt.data.tokens import TokenFile
+from llama2rt.errors import InputError
+from llama2rt.stages import pretrain
+from llama2rt.stages.pretrain import ModelShape, PretrainRecipe
+from llama2rt.train import TrainOptions
+
+TEXT = "".join(
+    f"{a} has {i} {b}s and gives {i // 2} of the {b}s away, so {a} keeps {i - i // 2}.\n"
+    for i in range(12)
+    for a in ("Ann", "Bob", "Cleo", "Dan")
+    for b in ("pear", "ball", "coin")
+)
+
+
+def recipe(tmp_path, **changes) -> PretrainRecipe:
+    data = tmp_path / "text.txt"
+    data.write_text(TEXT)
+    fields = {
+        "data": [data],
+        "held_out": 0.1,
+        "vocab_size": 340,
+        "context": 32,
+        "batch_tokens": 512,
+        "epochs": 4,
+        "model": ModelShape(dim=32, layers=1, heads=2),
+        "train": TrainOptions(lr=1e-2, micro_tokens=256, validate_every=10),
+    }
+    return PretrainRecipe(**{**fields, **changes})
+
+
+def held_out(directory) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["bits_per_byte"] for line in lines if "bits_per_byte" in line]
+
+
+def test_text_to_model(tmp_path):
+    folder = pretrain.run(recipe(tmp_path), tmp_path / "run")
+    losses = held_out(tmp_path / "run")
+    assert losses[-1] < 0.8 * losses[0]
+    model, tokenizer = llama2rt.load(folder)
+    assert tokenizer.vocab_size == model.config.vocab_size == 340
+    assert model.config.ffn_hidden == 96
+    summary = json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]
+    assert summary["bits_per_byte"] == losses[-1]
+
+    # The tokenizer and the training stream saw nothing of the last tenth.
+    stream = TokenFile(tmp_path / "run" / "tokens" / "held_out.bin")
+    assert stream.text_bytes == pytest.approx(0.1 * len(TEXT), abs=100)
+    training = TokenFile(tmp_path / "run" / "tokens" / "training.bin")
+    assert training.text_bytes + stream.text_bytes == len(TEXT)
+
+    # Bits per byte by its definition: the probability of the whole text, one window at a time.
+    ids = torch.tensor(stream.ids().astype("int64"))
+    nats = 0.0
+    for begin in range(0, len(ids) - 1, 32):
+        window = ids[begin : begin + 33]
+        size = len(window) - 1
+        with torch.no_grad():
+            logits = model.logits(window[:-1], torch.arange(size), torch.tensor([0, size]).int())
+        nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    assert nats / math.log(2) / stream.text_bytes == pytest.approx(losses[-1], rel=1e-5)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
+    whole = pretrain.run(recipe(tmp_path), tmp_path / "whole")
+    options = TrainOptions(lr=1e-2, micro_tokens=256, validate_every=10, checkpoint_every=4)
+    changed = recipe(tmp_path, train=options)
+    original, calls = pretrain.next_token, []
+
+    def failing(model, batch):
+        calls.append(1)
+        if len(calls) == 17:
+            raise RuntimeError("power cut")
+        return original(model, batch)
+
+    monkeypatch.setattr(pretrain, "next_token", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pretrain.run(changed, tmp_path / "parts")
+    monkeypatch.undo()
+    parts = pretrain.run(changed, tmp_path / "parts", resume=True)
+    name = "model.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    assert held_out(tmp_path / "parts") == held_out(tmp_path / "whole")
+    # A complete run is left as it is.
+    before = (parts / name).stat().st_mtime_ns
+    assert pretrain.run(changed, tmp_path / "parts", resume=True) == parts
+    assert (parts / name).stat().st_mtime_ns == before
+
+
+def test_continues_from_a_model_folder(tmp_path):
+    first = pretrain.run(recipe(tmp_path), tmp_path / "first")
+    again = {"init": first, "vocab_size": None, "model": ModelShape(), "epochs": 1}
+    pretrain.run(recipe(tmp_path, **again), tmp_path / "second")
+    assert held_out(tmp_path / "second")[-1] < 1.02 * held_out(tmp_path / "first")[-1]
+    with pytest.raises(InputError, match="context: 64 exceeds the model's 32"):
+        pretrain.run(recipe(tmp_path, **again, context=64), tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 3}, "exactly one of steps and epochs"),
+        ({"vocab_size": None}, "exactly one of tokenizer and vocab_size"),
+        ({"init": "x"}, "init brings its model"),
+        ({"held_out": 1.0}, "less than 1"),
+        ({"model": {"dims": 3}}, "dims"),
+    ],
+)
+def test_impossible_recipes(tmp_path, changes, message):
+    with pytest.raises(ValidationError, match=message):
+        recipe(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (ModelShape(preset="llama9"), "model: preset: expected one of"),
+        (ModelShape(dim=30, layers=1, heads=4), "model: heads"),
+        (ModelShape(dim=32), "model: give preset, or layers, heads too"),
+    ],
+)
+def test_impossible_shapes_name_the_key(shape, message):
+    with pytest.raises(InputError, match=message):
+        shape.config(512, 64)
+
+
+def test_a_preset_with_changes():
+    config = ModelShape(preset="llama2-70b", layers=2).config(32000, 4096)
+    assert (config.layers, config.kv_heads, config.ffn_hidden) == (2, 8, 28672)
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare"])
+def test_shipped_recipes_are_valid(name):
+    from llama2rt.cli import find_recipe, read_recipe
+
+    PretrainRecipe.model_validate(read_recipe(find_recipe(name)))

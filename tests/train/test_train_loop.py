@@ -1,0 +1,231 @@
+"""The loop: global normalisation, resume to the bit, Ctrl-C, divergence, recomputation."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llama2rt.data.loader import ExampleLoader
+from llama2rt.data.packing import Batch, Example
+from llama2rt.model import Llama, LlamaConfig
+from llama2rt.train import Recipe, Run, TrainOptions, fit
+
+CONFIG = LlamaConfig(32, 2, 4, 2, 64, vocab_size=41, context=64)
+
+
+class Tiny(Recipe):
+    train: TrainOptions = TrainOptions()
+
+
+def examples(count: int = 24) -> list[Example]:
+    rng = np.random.default_rng(0)
+    made = []
+    for k in range(count):
+        tokens = (np.arange(rng.integers(3, 30)) * (k % 7 + 1)) % 41
+        made.append(Example.of(tokens, rng.random(len(tokens)) < 0.7))
+    return made
+
+
+def objective(model: Llama, batch: Batch):
+    logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+    return -logprob.sum(), {"tokens": batch.weight}
+
+
+def train(directory: Path, *, steps: int, batch: int = 8, loss=objective, **options) -> Llama:
+    options = TrainOptions(**{"lr": 1e-2, "checkpoint_every": 3, **options})
+    run = Run.open(directory, Tiny(train=options), resume=True)
+    model = Llama(CONFIG).initialize(0)
+    loader = ExampleLoader(examples(), batch, options.micro_tokens, seed=1)
+    fit(run, model, loader, loss, options, steps=steps)
+    return model
+
+
+def weights(model: Llama) -> torch.Tensor:
+    return torch.cat([p.detach().float().flatten() for p in model.parameters()])
+
+
+def losses(directory: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
+
+
+def test_one_batch_of_eight_is_eight_of_one(tmp_path):
+    # 30 tokens hold one long example or two short ones: micro-batches of unequal weight.
+    whole = train(tmp_path / "1x8", steps=6, micro_tokens=4096)
+    parts = train(tmp_path / "8x1", steps=6, micro_tokens=30)
+    for a, b in zip(losses(tmp_path / "1x8"), losses(tmp_path / "8x1"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    torch.testing.assert_close(weights(whole), weights(parts), rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_learns_like_fp32(tmp_path):
+    train(tmp_path / "fp32", steps=30)
+    model = train(tmp_path / "bf16", steps=30, precision="bf16", micro_tokens=100)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    full, half = losses(tmp_path / "fp32")[-1][1], losses(tmp_path / "bf16")[-1][1]
+    assert losses(tmp_path / "fp32")[0][1] - full > 1.0
+    assert half == pytest.approx(full, rel=0.05)
+
+
+def test_recomputation_changes_nothing(tmp_path):
+    plain = train(tmp_path / "plain", steps=4)
+    recomputed = train(tmp_path / "recomputed", steps=4, activation_checkpointing=True)
+    assert torch.equal(weights(plain), weights(recomputed))
+    assert not any("forward" in vars(block) for block in recomputed.blocks)
+
+
+def test_recomputation_keeps_one_activation_a_block(tmp_path):
+    from llama2rt.train.recompute import recompute_blocks
+
+    model = Llama(LlamaConfig(32, 8, 4, 4, 128, vocab_size=41, context=64)).initialize(0)
+    tokens = torch.arange(64) % 41
+    packed = tokens, torch.arange(64), torch.tensor([0, 64], dtype=torch.int32)
+
+    def saved() -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            held = model(*packed, tokens)  # noqa: F841, its graph keeps the storages alive
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+    plain = saved()
+    with recompute_blocks(model):
+        assert saved() < plain / 3
+
+
+def test_resume_after_every_step_is_bit_for_bit(tmp_path):
+    # Steps 1 to 8 cross two epochs of 24 examples in batches of 8.
+    for precision in ("fp32", "bf16"):
+        whole = train(tmp_path / f"{precision}-whole", steps=8, precision=precision)
+        directory = tmp_path / f"{precision}-parts"
+        for stop in range(1, 8):
+            train_until(directory, stop, precision)
+        parts = train(directory, steps=8, precision=precision, micro_tokens=4096)
+        assert torch.equal(weights(whole), weights(parts))
+        assert losses(tmp_path / f"{precision}-whole") == losses(directory)
+
+
+def train_until(directory: Path, stop: int, precision: str) -> None:
+    def interrupting(model: Llama, batch: Batch):
+        interrupting.steps += 1
+        os.kill(os.getpid(), signal.SIGINT)
+        return objective(model, batch)
+
+    interrupting.steps = 0
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {stop} of 8"):
+        train(directory, steps=8, precision=precision, loss=interrupting)
+    assert interrupting.steps == 1
+
+
+def test_the_handler_is_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    train(tmp_path, steps=1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_divergence_stops_before_the_weights(tmp_path, what):
+    def diverging(model: Llama, batch: Batch):
+        loss, metrics = objective(model, batch)
+        diverging.calls += 1
+        if diverging.calls > 4:
+            loss = loss * math.nan if what == "loss" else loss + (loss - loss.detach()) * math.inf
+        return loss, metrics
+
+    diverging.calls = 0
+    with pytest.raises(FloatingPointError, match=r"at step 5; step-3 is the last good checkpoint"):
+        train(tmp_path, steps=8, loss=diverging)
+    resumed = train(tmp_path, steps=8)
+    assert torch.equal(weights(resumed), weights(train(tmp_path / "whole", steps=8)))
+
+
+def test_metrics_are_means_over_the_whole_step(tmp_path):
+    train(tmp_path, steps=2, micro_tokens=64)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["tokens"] == 1.0
+    assert 0.9 * math.log(41) < line["loss"] < 1.1 * math.log(41)
+    assert {"lr", "gradient_norm", "tokens_per_second", "mfu"} <= line.keys()
+
+
+def test_validation_runs_without_gradients_and_is_returned(tmp_path):
+    calls = []
+
+    def validate(model: Llama) -> dict[str, float]:
+        assert not torch.is_grad_enabled()
+        assert not model.training
+        calls.append(1)
+        return {"held_out_loss": 1.5}
+
+    options = TrainOptions(validate_every=2)
+    run = Run.open(tmp_path, Tiny(train=options))
+    model = Llama(CONFIG).initialize(0)
+    loader = ExampleLoader(examples(), 8, 4096, seed=1)
+    assert fit(run, model, loader, objective, options, steps=5, validate=validate) == {
+        "held_out_loss": 1.5
+    }
+    assert len(calls) == 3
+
+
+# One process imports once; each life is a fork of it that is killed after a random time.
+KILLED = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from test_train_loop import *
+torch.set_num_threads(1)
+
+def job(directory, precision):
+    model = train(directory, steps=30, precision=precision, micro_tokens=100)
+    torch.save(weights(model), directory / "weights.pt")
+
+def live(directory, precision, seconds):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            job(directory, precision)
+            code = 0
+        finally:
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+random.seed(int(sys.argv[3]))
+whole, parts = Path(sys.argv[2]) / "whole", Path(sys.argv[2]) / "parts"
+start = time.monotonic()
+assert live(whole, "bf16", None) == 0
+life, killed = time.monotonic() - start, 0
+while not (parts / "weights.pt").exists():
+    # The last life is spared, so that a slow machine finishes too.
+    status = live(parts, "bf16", random.uniform(0.1, 0.6) * life if killed < 6 else None)
+    killed += os.WIFSIGNALED(status)
+assert torch.equal(torch.load(whole / "weights.pt"), torch.load(parts / "weights.pt"))
+assert losses(whole) == losses(parts)
+print("killed", killed, "times")
+"""
+
+
+def test_sigkill_at_random_moments_changes_no_bit(tmp_path, seed):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), str(seed)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[1]) >= 2, done.stdout
