@@ -175,13 +175,13 @@ def load(
     return model, tokenizer
 
 
-def _params(config: LlamaConfig) -> dict[str, Any]:
+def params(config: LlamaConfig) -> dict[str, Any]:
     """params.json; finds multiple_of and ffn_dim_multiplier that give the config's own width."""
     width, plain = config.ffn_hidden, int(2 * 4 * config.dim / 3)
     # Llama 2 7B/13B/34B, 70B, Llama 3 8B; then anything that divides the width.
     tried = [(256, None), (4096, 1.3), (1024, 1.3)]
     exact = next(m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if width % m == 0)
-    tried += [(exact, None), (exact, (width - exact / 2) / plain)]
+    tried += [(exact, None), (exact, (width - (exact - 1) / 2 + 0.25) / plain)]
     multiple, multiplier = next(pair for pair in tried if ffn_hidden(config.dim, *pair) == width)
     params = {
         "dim": config.dim,
@@ -219,7 +219,7 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path, *, shard
             # A clone: torch.save would store the whole tensor behind a slice.
             shard[theirs] = part.clone(memory_format=torch.contiguous_format)
     with files.new_folder(Path(folder)) as fresh:
-        files.write_json(fresh / "params.json", _params(config))
+        files.write_json(fresh / "params.json", params(config))
         for number, shard in enumerate(weights):
             torch.save(shard, fresh / f"consolidated.{number:02}.pth")
         if tokenizer is not None:

@@ -53,10 +53,9 @@ def documents(*lengths: int, vocabulary: int = 150) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
-@pytest.mark.parametrize("kv_heads", [4, 1, 2])
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])  # heads, heads / 4, 1
 def test_logits_and_every_gradient_equal_transformers(kv_heads, backend):
-    # heads, heads / 4 and (with one head in four left) 1; then a group of two
-    config = LlamaConfig(64, 2, 4, kv_heads, 96, vocab_size=150, context=64, rope_theta=500.0)
+    config = LlamaConfig(64, 2, 8, kv_heads, 96, vocab_size=150, context=64, rope_theta=500.0)
     model = unit_scale(Llama(config))
     theirs = peer(model)
     (tokens,) = documents(40)
@@ -77,15 +76,6 @@ def test_logits_and_every_gradient_equal_transformers(kv_heads, backend):
         expected_grad = theirs_grad[hf_name(name)]
         difference = (parameter.grad - expected_grad).abs().max()
         assert difference < 1e-4 * max(1.0, expected_grad.abs().max()), name
-
-
-def test_eight_heads_over_one_and_eight_heads_over_two():
-    for kv_heads in (1, 2):
-        config = LlamaConfig(64, 1, 8, kv_heads, 96, vocab_size=150, context=64)
-        model = unit_scale(Llama(config))
-        (tokens,) = documents(30)
-        difference = model.logits(*pack([tokens])) - peer(model)(tokens[None]).logits[0]
-        assert difference.abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("tied", [False, True])

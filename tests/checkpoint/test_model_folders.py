@@ -1,0 +1,472 @@
+"""Model folders in three formats: round trips, what transformers makes of ours, damage by name."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import llama2rt
+from llama2rt import Llama, LlamaConfig, Tokenizer
+from llama2rt.checkpoint import convert, files, hf, meta, native
+from llama2rt.errors import InputError
+from llama2rt.model import ScalarModel
+
+TOKENS = torch.tensor([1, 250, 13, 77, 399, 5, 6, 300])
+BATCH = (TOKENS, torch.arange(8), torch.tensor([0, 8], dtype=torch.int32))
+
+
+def make(**changes) -> Llama:
+    shape = {"dim": 64, "layers": 2, "heads": 8, "kv_heads": 4, "ffn_hidden": 96}
+    shape |= {"vocab_size": 400, "context": 64, "norm_eps": 3e-5, "rope_theta": 700.0}
+    model = Llama(LlamaConfig(**(shape | changes))).initialize(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(
+                torch.rand(parameter.shape).add_(0.5) * (5 if parameter.dim() > 1 else 1)
+            )
+    return model
+
+
+def logits(model: Llama) -> Tensor:
+    with torch.no_grad():
+        return model.logits(*BATCH)
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    ours, theirs = files.weights(one), files.weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+# --- native -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_native_round_trip(tmp_path, small_tokenizer, tied):
+    model = make(tied=tied)
+    native.save(model, small_tokenizer, tmp_path / "m")
+    loaded, tokenizer = llama2rt.load(tmp_path / "m")
+    assert loaded.config == model.config and same_weights(loaded, model)
+    assert tokenizer.digest == small_tokenizer.digest
+    assert (loaded.output is loaded.embedding.weight) == tied
+    assert all(p.requires_grad for p in loaded.parameters())
+    half, _ = llama2rt.load(tmp_path / "m", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    native.save(half, None, tmp_path / "half")
+    again, tokenizer = llama2rt.load(tmp_path / "half")
+    assert tokenizer is None and {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("writer", [native, hf])
+def test_scalar_model_round_trip(tmp_path, small_tokenizer, writer):
+    model = ScalarModel.from_llama(make(), seed=2)
+    writer.save(model, small_tokenizer, tmp_path / "m")
+    loaded, _ = llama2rt.load(tmp_path / "m")
+    assert isinstance(loaded, ScalarModel) and same_weights(loaded, model)
+    assert torch.equal(loaded(*BATCH), model(*BATCH))
+
+
+def test_saving_replaces_a_model_but_nothing_else(tmp_path, small_tokenizer):
+    folder = tmp_path / "m"
+    native.save(make(), small_tokenizer, folder)
+    other = make(layers=1)
+    native.save(other, None, folder)
+    loaded, tokenizer = llama2rt.load(folder)
+    assert loaded.config.layers == 1 and tokenizer is None
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]  # no temporary folder left behind
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("x")
+    with pytest.raises(InputError, match="thesis: exists and is not a model folder"):
+        native.save(other, None, tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
+    folder = tmp_path / "m"
+    native.save(make(), None, folder)
+
+    def full_disk(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        native.save(make(layers=1), None, folder)
+    loaded, _ = llama2rt.load(folder)
+    assert loaded.config.layers == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def rewrite(path: Path, **changes) -> None:
+    value = json.loads(path.read_text())
+    for key, new in changes.items():
+        if new is None:
+            del value[key]
+        else:
+            value[key] = new
+    path.write_text(json.dumps(value))
+
+
+def test_damage_is_named(tmp_path, small_tokenizer):
+    folder = tmp_path / "m"
+    native.save(make(), small_tokenizer, folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, description = weights.read_bytes(), config.read_text()
+
+    def refused(pattern: str) -> None:
+        with pytest.raises(InputError, match=pattern):
+            llama2rt.load(folder)
+
+    for cut in (0, 4, 100, len(whole) - 1):
+        weights.write_bytes(whole[:cut])
+        refused(r"model\.safetensors: damaged or not safetensors")
+    os.remove(weights)
+    refused(r"m: no model\.safetensors")
+    weights.write_bytes(whole)
+    config.write_text(description[:-30])
+    refused(r"config\.json:\d+: not JSON")
+    config.write_text("[1]")
+    refused(r"config\.json: expected a JSON object, got list")
+    config.write_text(description)
+    rewrite(config, kind="tree")
+    refused(r"config\.json: kind: expected one of llama, scalar, got 'tree'")
+    config.write_text(description)
+    shape = json.loads(description)["config"]
+    rewrite(config, config=shape | {"heads": 7})
+    refused(r"config\.json: heads: expected a divisor of dim 64, got 7")
+    rewrite(config, config=shape | {"depth": 7})
+    refused(r"config\.json: .*depth")
+    rewrite(config, config=shape | {"layers": 3})
+    refused(r"model\.safetensors: blocks\.2\.\S+: missing \(9 tensors in all\)")
+    rewrite(config, config=shape | {"layers": 1})
+    refused(r"model\.safetensors: blocks\.1\.\S+: not part of a model of this configuration")
+    rewrite(config, config=shape | {"ffn_hidden": 100})
+    refused(r"model\.safetensors: blocks\.\S+: expected shape \[.*\], got \[.*\]")
+    with pytest.raises(InputError, match="nowhere: no such model folder"):
+        llama2rt.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: no config\.json and no params\.json"):
+        llama2rt.load(tmp_path / "empty")
+
+
+# --- Hugging Face -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [files.SHARD_BYTES, 30_000])
+def test_transformers_loads_our_export_and_we_load_theirs(
+    tmp_path, small_tokenizer, tied, shard_bytes
+):
+    model = make(tied=tied)
+    hf.save(model, small_tokenizer, tmp_path / "ours", shard_bytes=shard_bytes)
+    assert (tmp_path / "ours" / files.INDEX).exists() == (shard_bytes == 30_000)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert theirs.dtype == torch.float32 and theirs.config.rope_parameters["rope_theta"] == 700.0
+    assert theirs.generation_config.eos_token_id == small_tokenizer.eos
+    with torch.no_grad():
+        expected = theirs(TOKENS[None]).logits[0]
+    assert 0.3 < expected.std() < 5
+    assert (logits(model) - expected).abs().max() < 1e-4
+
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    for folder in ("ours", "theirs"):
+        loaded, _ = llama2rt.load(tmp_path / folder)
+        assert loaded.config == model.config and same_weights(loaded, model)
+
+
+def test_transformers_loads_our_reward_model(tmp_path, small_tokenizer):
+    model = ScalarModel.from_llama(make(), seed=4)
+    hf.save(model, small_tokenizer, tmp_path / "m")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert theirs.num_labels == 1
+    with torch.no_grad():
+        score = theirs(TOKENS[None]).logits[0, 0]
+    torch.testing.assert_close(score, model(*BATCH)[-1].detach(), rtol=1e-4, atol=1e-5)
+
+
+TEXTS = [
+    "Hello world",
+    "  two spaces\n\nnew line 123",
+    " leading",
+    "",
+    "\u65e5\u672c\u8a9e \U0001f642 \u00e9 \u0416",
+    "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]",
+    "def f(x):\n    return x\t\t1.5e-3",
+    "the quick brown foxes jumped",
+]
+
+
+def check_auto_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    os.remove(folder / "tokenizer.model")  # tokenizer.json must be enough
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos, tokenizer.eos)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, bos=True)
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids), text
+
+
+def test_auto_tokenizer_equals_ours(tmp_path, small_tokenizer):
+    hf.save(make(), small_tokenizer, tmp_path / "m")
+    _, tokenizer = llama2rt.load(tmp_path / "m")
+    assert tokenizer.digest == small_tokenizer.digest
+    check_auto_tokenizer(tmp_path / "m", small_tokenizer)
+    # A folder with tokenizer.json alone goes through us unchanged.
+    model, from_json = llama2rt.load(tmp_path / "m")
+    assert all(from_json.encode(text) == small_tokenizer.encode(text) for text in TEXTS)
+    hf.save(model, from_json, tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(TEXTS[0])["input_ids"] == small_tokenizer.encode(TEXTS[0], bos=True)
+
+
+def test_auto_tokenizer_equals_llamas_own(tmp_path, shared_data):
+    tokenizer = Tokenizer.load(shared_data("llama_tokenizer.model"))
+    hf.save(make(dim=16, heads=2, kv_heads=1, vocab_size=32000), tokenizer, tmp_path / "m")
+    check_auto_tokenizer(tmp_path / "m", tokenizer)
+
+
+def test_both_spellings_of_rope_theta_and_dtype(tmp_path, small_tokenizer):
+    model = make()
+    hf.save(model, small_tokenizer, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    old = {"rope_parameters": None, "dtype": None, "head_dim": None, "mlp_bias": None}
+    rewrite(path, **old)  # as transformers 4 writes it
+    assert llama2rt.load(tmp_path / "m")[0].config == model.config
+    rewrite(path, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 700.0})
+    assert llama2rt.load(tmp_path / "m")[0].config == model.config
+    rewrite(path, num_key_value_heads=None)  # LLaMA 1: no such key
+    with pytest.raises(InputError, match=r"k_proj|key"):
+        llama2rt.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type: expected 'llama', got 'gpt2'"),
+        ({"attention_bias": True}, "attention_bias: only False is supported, got True"),
+        ({"hidden_act": "gelu"}, "hidden_act: only 'silu' is supported, got 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling: only unscaled rope"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: only unscaled rope"),
+        ({"head_dim": 32}, "head_dim: expected .* = 8, got 32"),
+        ({"hidden_size": None}, "hidden_size: missing"),
+        ({"num_attention_heads": 7}, "heads: expected a divisor of dim 64, got 7"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "architectures: expected"),
+    ],
+)
+def test_what_the_model_cannot_express_is_refused(tmp_path, changes, message):
+    hf.save(make(), None, tmp_path / "m")
+    rewrite(tmp_path / "m" / "config.json", **changes)
+    with pytest.raises(InputError, match=r"config\.json: " + message):
+        llama2rt.load(tmp_path / "m")
+
+
+def test_damaged_shards_are_named(tmp_path):
+    folder = tmp_path / "m"
+    hf.save(make(), None, folder, shard_bytes=30_000)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-5])
+    with pytest.raises(InputError, match=f"{shard.name}: damaged"):
+        llama2rt.load(folder)
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard.name}: listed in .*index.json but missing"):
+        llama2rt.load(folder)
+    shard.write_bytes(whole)
+    rewrite(folder / files.INDEX, weight_map={"model.norm.weight": shard.name})
+    with pytest.raises(InputError, match=f"{shard.name}: model.norm.weight: listed"):
+        llama2rt.load(folder)
+
+
+# --- Meta -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_meta_round_trip(tmp_path, small_tokenizer, shards, tied):
+    model = make(tied=tied)
+    meta.save(model, small_tokenizer, tmp_path / "m", shards=shards)
+    assert len(list((tmp_path / "m").glob("consolidated.*.pth"))) == shards
+    loaded, tokenizer = llama2rt.load(tmp_path / "m")
+    assert tokenizer.digest == small_tokenizer.digest
+    assert loaded.config.norm_eps == 3e-5 and loaded.config.ffn_hidden == 96
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_meta_shards_are_split_along_the_published_dimensions(tmp_path):
+    meta.save(make(), None, tmp_path / "m", shards=2)
+    shard = torch.load(tmp_path / "m" / "consolidated.01.pth", weights_only=True)
+    shapes = {name: list(tensor.shape) for name, tensor in shard.items()}
+    block = "layers.1."
+    assert {name[len(block) :]: s for name, s in shapes.items() if name.startswith(block)} == {
+        "attention.wq.weight": [32, 64],
+        "attention.wk.weight": [16, 64],
+        "attention.wv.weight": [16, 64],
+        "attention.wo.weight": [64, 32],
+        "feed_forward.w1.weight": [48, 64],
+        "feed_forward.w2.weight": [64, 48],
+        "feed_forward.w3.weight": [48, 64],
+        "attention_norm.weight": [64],
+        "ffn_norm.weight": [64],
+    }
+    assert shapes["tok_embeddings.weight"] == [400, 32]
+    assert shapes["output.weight"] == [200, 64] and shapes["norm.weight"] == [64]
+
+
+def interleaved_forward(weights: dict[str, Tensor], config: LlamaConfig, tokens: Tensor) -> Tensor:
+    """Meta's model, written from its paper and weights alone: neighbouring rotary pairs as complex
+    numbers, one document, no shared code with ours."""
+    length, heads, kv_heads = len(tokens), config.heads, config.kv_heads
+    size = config.dim // heads
+    frequency = config.rope_theta ** (-torch.arange(0, size, 2).double() / size)
+    angle = torch.outer(torch.arange(length).double(), frequency)
+    rotation = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[name]
+
+    def rotate(x: Tensor) -> Tensor:
+        return torch.view_as_real(
+            torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * rotation
+        ).flatten(-2)
+
+    x = weights["tok_embeddings.weight"][tokens]
+    for i in range(config.layers):
+        w = {k.split(".", 2)[2]: v for k, v in weights.items() if k.startswith(f"layers.{i}.")}
+        y = norm(x, f"layers.{i}.attention_norm.weight")
+        q = rotate((y @ w["attention.wq.weight"].T).view(length, heads, size))
+        k = rotate((y @ w["attention.wk.weight"].T).view(length, kv_heads, size))
+        v = (y @ w["attention.wv.weight"].T).view(length, kv_heads, size)
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / size**0.5
+        scores += torch.full((length, length), -torch.inf).triu(1)
+        y = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+        x = x + y @ w["attention.wo.weight"].T
+        y = norm(x, f"layers.{i}.ffn_norm.weight")
+        gate = y @ w["feed_forward.w1.weight"].T
+        y = gate * gate.sigmoid() * (y @ w["feed_forward.w3.weight"].T)
+        x = x + y @ w["feed_forward.w2.weight"].T
+    return norm(x, "norm.weight") @ weights["output.weight"].T
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_rotary_pairs_against_an_independent_interleaved_model(tmp_path, kv_heads):
+    model = make(kv_heads=kv_heads)
+    meta.save(model, None, tmp_path / "m")
+    stored = torch.load(tmp_path / "m" / "consolidated.00.pth", weights_only=True)
+    expected = interleaved_forward({k: v.double() for k, v in stored.items()}, model.config, TOKENS)
+    loaded, _ = llama2rt.load(tmp_path / "m")
+    for ours in (model, loaded):
+        assert (logits(ours) - expected).abs().max() < 1e-4
+
+
+def test_params_json_and_its_gaps(tmp_path, small_tokenizer):
+    model = make()
+    meta.save(model, small_tokenizer, tmp_path / "m")
+    path = tmp_path / "m" / "params.json"
+    rewrite(path, vocab_size=-1, norm_eps=1e-6, rope_theta=None)
+    loaded, _ = llama2rt.load(tmp_path / "m")
+    assert loaded.config.vocab_size == small_tokenizer.vocab_size == 400
+    assert loaded.config.norm_eps == 1e-6 and loaded.config.rope_theta == 10000.0
+    # As Meta distributes it: the tokenizer one level above; and a leftover of old checkpoints.
+    os.rename(tmp_path / "m" / "tokenizer.model", tmp_path / "tokenizer.model")
+    stored = torch.load(tmp_path / "m" / "consolidated.00.pth", weights_only=True)
+    stored["rope.freqs"] = torch.ones(4)
+    torch.save(stored, tmp_path / "m" / "consolidated.00.pth")
+    loaded, tokenizer = llama2rt.load(tmp_path / "m")
+    assert tokenizer.vocab_size == 400
+    rewrite(path, n_kv_heads=None)
+    with pytest.raises(InputError, match=r"blocks\.\S+key|key"):
+        llama2rt.load(tmp_path / "m")
+
+
+def test_llama3_style_embedding_shards(tmp_path):
+    model = make()
+    meta.save(model, None, tmp_path / "m", shards=2)
+    for number, rows in enumerate(model.embedding.weight.detach().chunk(2)):
+        path = tmp_path / "m" / f"consolidated.{number:02}.pth"
+        stored = torch.load(path, weights_only=True)
+        stored["tok_embeddings.weight"] = rows.clone()
+        torch.save(stored, path)
+    loaded, _ = llama2rt.load(tmp_path / "m")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_meta_damage_is_named(tmp_path):
+    folder = tmp_path / "m"
+    meta.save(make(), None, folder, shards=2)
+    second = folder / "consolidated.01.pth"
+    whole = second.read_bytes()
+
+    def refused(pattern: str) -> None:
+        with pytest.raises(InputError, match=pattern):
+            llama2rt.load(folder)
+
+    second.write_bytes(whole[: len(whole) // 2])
+    refused(r"consolidated\.01\.pth: damaged")
+    stored = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    torch.save({k: v for k, v in stored.items() if k != "norm.weight"}, second)
+    refused(r"consolidated\.01\.pth: norm\.weight: missing")
+    torch.save(stored | {"lora.weight": torch.ones(1)}, second)
+    refused(r"consolidated\.01\.pth: lora\.weight: not part")
+    os.rename(second, folder / "consolidated.02.pth")
+    refused(r"m: consolidated\.01\.pth is missing")
+    for path in folder.glob("*.pth"):
+        path.unlink()
+    refused(r"m: no consolidated\.NN\.pth")
+
+
+def test_ffn_width_formula_of_the_published_models():
+    published = {
+        "llama2-7b": (256, None),
+        "llama2-13b": (256, None),
+        "llama2-34b": (256, None),
+        "llama2-70b": (4096, 1.3),
+        "llama3-8b": (1024, 1.3),
+    }
+    for name, (multiple, multiplier) in published.items():
+        config = LlamaConfig.preset(name)
+        assert meta.ffn_hidden(config.dim, multiple, multiplier) == config.ffn_hidden
+        params = meta.params(config)
+        assert (params["multiple_of"], params.get("ffn_dim_multiplier")) == (multiple, multiplier)
+    for width in (1, 7, 96, 100, 171, 1000, 2048, 5461, 5462, 65536):
+        config = LlamaConfig(768, 1, 12, 12, width)
+        params = meta.params(config)
+        got = meta.ffn_hidden(768, params["multiple_of"], params.get("ffn_dim_multiplier"))
+        assert got == width
+
+
+# --- convert ----------------------------------------------------------------------------------
+
+
+def test_convert_between_all_formats(tmp_path, small_tokenizer):
+    model = make(context=4096)  # what a Meta folder, which stores no context, is read with
+    native.save(model, small_tokenizer, tmp_path / "native0")
+    previous = "native0"
+    for number, to in enumerate(("hf", "meta", "native", "meta", "hf", "native"), 1):
+        name = f"{to}{number}"
+        convert(tmp_path / previous, tmp_path / name, to, shards=2 if to == "meta" else 1)
+        loaded, tokenizer = llama2rt.load(tmp_path / name)
+        assert loaded.config == model.config and same_weights(loaded, model), name
+        assert tokenizer.digest == small_tokenizer.digest
+        previous = name
+    convert(tmp_path / "hf1", tmp_path / "bf16", "native", dtype="bf16")
+    assert llama2rt.load(tmp_path / "bf16")[0].output.dtype == torch.bfloat16
+
+
+def test_convert_refuses(tmp_path):
+    native.save(make(), None, tmp_path / "m")
+    native.save(ScalarModel.from_llama(make()), None, tmp_path / "reward")
+    with pytest.raises(InputError, match="m: already exists and is not empty"):
+        convert(tmp_path / "m", tmp_path / "m", "hf")
+    with pytest.raises(InputError, match="reward: a model with a scalar head has no Meta format"):
+        convert(tmp_path / "reward", tmp_path / "x", "meta")
+    with pytest.raises(InputError, match="shards: expected a divisor of dim 64, got 3"):
+        convert(tmp_path / "m", tmp_path / "x", "meta", shards=3)
+    with pytest.raises(InputError, match="shards: only a Meta folder"):
+        convert(tmp_path / "m", tmp_path / "x", "hf", shards=2)
+    assert not (tmp_path / "x").exists()
