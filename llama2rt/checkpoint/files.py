@@ -110,13 +110,13 @@ def write_tensors(
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     """(file, name, tensor) of every tensor in a folder's safetensors, one at a time."""
     index = folder / INDEX
+    files: dict[Path, set[str]] = {}
     if (folder / SINGLE).is_file():
-        files = {folder / SINGLE: None}
+        files[folder / SINGLE] = set()  # all it holds
     elif index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: weight_map: expected an object of tensor names to files")
-        files = {}
         for name, file in weight_map.items():
             files.setdefault(folder / str(file), set()).add(name)
     else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class LlamaConfig:
         return list(PRESETS)
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "LlamaConfig":
+    def preset(cls, name: str, **changes: Any) -> "LlamaConfig":
         """A published shape by name, with fields replaced as asked; ValueError if unknown."""
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")

@@ -23,7 +23,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Llama(config, device, dtype)
-        self.backbone.output = None
+        self.backbone.register_parameter("output", None)
         self.head = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype)
 
     @torch.no_grad()

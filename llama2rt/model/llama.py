@@ -5,7 +5,7 @@ read from tensor shapes, so a layer sharded over heads just works. LLaMA has no 
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Cache(Protocol):
 
 
 class Norm(nn.Module):
-    def __init__(self, dim: int, eps: float, **factory) -> None:
+    def __init__(self, dim: int, eps: float, **factory: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim, **factory))
         self.eps = eps
@@ -37,7 +37,7 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int, **factory) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, **factory: Any) -> None:
         super().__init__()
         dim, hidden, kv_dim = config.dim, config.ffn_hidden, config.kv_heads * config.head_dim
         self.layer = layer
@@ -90,7 +90,7 @@ class Llama(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **factory)
         self.blocks = nn.ModuleList(
@@ -182,10 +182,12 @@ class Llama(nn.Module):
         )
         if rows.shape[0] == tokens.shape[0]:
             return result
-        if entropy:
-            return tuple(_scatter(part, rows, tokens.shape[0]) for part in result)
-        return _scatter(result, rows, tokens.shape[0])
+        if isinstance(result, tuple):
+            logprob, spread = result
+            return _scatter(logprob, rows, tokens), _scatter(spread, rows, tokens)
+        return _scatter(result, rows, tokens)
 
 
-def _scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
-    return values.new_zeros(size).index_copy(0, rows, values)
+def _scatter(values: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """values at `rows` of a vector as long as tokens, 0 elsewhere."""
+    return values.new_zeros(tokens.shape[0]).index_copy(0, rows, values)

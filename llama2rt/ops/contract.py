@@ -8,6 +8,7 @@ data; ids and offsets are checked where the data is at hand (reference and CPU).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def _define(schema: str, fake: Callable) -> Callable:
     """Declare an op whose last argument names the backend that runs it; returns its entry point."""
     name = schema.partition("(")[0]
 
-    def run(*arguments):
+    def run(*arguments: Any) -> Any:
         *rest, choice = arguments
         return backend.implementation(name, choice, rest[0].dtype)(*rest)
 
@@ -30,7 +31,7 @@ def _define(schema: str, fake: Callable) -> Callable:
     torch.library.register_fake(f"llama2rt::{name}", fake, lib=_LIB)
     overload = getattr(torch.ops.llama2rt, name).default
 
-    def call(*arguments):
+    def call(*arguments: Any) -> Any:
         # Sampling a small model is bound by the cost of calls, most of it the dispatcher's two
         # detours through Python. Without gradients, tracing, modes or subclasses it has no work.
         if (
@@ -45,7 +46,7 @@ def _define(schema: str, fake: Callable) -> Callable:
     return call
 
 
-def _autograd(name: str, backward, setup_context) -> None:
+def _autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     torch.library.register_autograd(
         f"llama2rt::{name}", backward, setup_context=setup_context, lib=_LIB
     )
@@ -109,14 +110,14 @@ _run_rms_norm_backward = _define(
 )
 
 
-def _rms_norm_setup(ctx, inputs, output):
+def _rms_norm_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     x, weight, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
-def _rms_norm_backward(ctx, dy, _):
+def _rms_norm_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple:
     if dy is None:
         return None, None, None, None
     return *_run_rms_norm_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
@@ -157,7 +158,7 @@ _run_add_rms_norm_backward = _define(
 )
 
 
-def _add_rms_norm_setup(ctx, inputs, output):
+def _add_rms_norm_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     _, _, weight, _, ctx.backend = inputs
     _, summed, rstd = output
     ctx.save_for_backward(summed, weight, rstd)
@@ -165,7 +166,9 @@ def _add_rms_norm_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(rstd)
 
 
-def _add_rms_norm_backward(ctx, dy, dsummed, _):
+def _add_rms_norm_backward(
+    ctx: Any, dy: Tensor | None, dsummed: Tensor | None, _: Tensor | None
+) -> tuple:
     if dy is None:  # the normed half went unused
         return dsummed, dsummed, None, None, None
     dx, dweight = _run_add_rms_norm_backward(dy, dsummed, *ctx.saved_tensors, ctx.backend)
@@ -204,12 +207,12 @@ _run_swiglu_backward = _define(
 )
 
 
-def _swiglu_setup(ctx, inputs, output):
+def _swiglu_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     gate, up, ctx.backend = inputs
     ctx.save_for_backward(gate, up)
 
 
-def _swiglu_backward(ctx, dy):
+def _swiglu_backward(ctx: Any, dy: Tensor | None) -> tuple:
     return *_run_swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None
 
 
@@ -245,12 +248,12 @@ _run_rope_backward = _define(
 )
 
 
-def _rope_setup(ctx, inputs, output):
+def _rope_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     _, _, cos, sin, positions, ctx.backend = inputs
     ctx.save_for_backward(cos, sin, positions)
 
 
-def _rope_backward(ctx, dq, dk):
+def _rope_backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple:
     return *_run_rope_backward(dq, dk, *ctx.saved_tensors, ctx.backend), None, None, None, None
 
 
@@ -302,14 +305,14 @@ _run_attention_backward = _define(
 )
 
 
-def _attention_setup(ctx, inputs, output):
+def _attention_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     q, k, v, cu_q, cu_k, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
-def _attention_backward(ctx, dout, _):
+def _attention_backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple:
     if dout is None:
         return (None,) * 9
     gradients = _run_attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
@@ -413,7 +416,9 @@ def decode_attention(
 # --- token_logprob ----------------------------------------------------------------------------
 
 
-def _token_logprob_fake(hidden, weight, targets, temperature, entropy, backend):
+def _token_logprob_fake(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     logprob = hidden.new_empty(hidden.shape[0], dtype=_wide(hidden))
     return logprob, torch.empty_like(logprob) if entropy else logprob.new_empty(0), _like(logprob)
 
@@ -431,7 +436,7 @@ _run_token_logprob_backward = _define(
 )
 
 
-def _token_logprob_setup(ctx, inputs, output):
+def _token_logprob_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     hidden, weight, targets, ctx.temperature, _, ctx.backend = inputs
     _, entropy, lse = output
     ctx.save_for_backward(hidden, weight, targets, lse, entropy)
@@ -439,7 +444,9 @@ def _token_logprob_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(lse)
 
 
-def _token_logprob_backward(ctx, dlogprob, dentropy, _):
+def _token_logprob_backward(
+    ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, _: Tensor | None
+) -> tuple:
     hidden, weight, targets, lse, entropy = ctx.saved_tensors
     if dlogprob is None and dentropy is None:
         return (None,) * 6
