@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama2rt import ops
-    from llama2rt.checkpoint import load
+    from llama2rt.checkpoint.load import load
     from llama2rt.model import Llama, LlamaConfig
     from llama2rt.text import Tokenizer
 
