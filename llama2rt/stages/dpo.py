@@ -10,11 +10,11 @@ Left out: offline comparisons from files, and a second agent other than another 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llama2rt.algorithms import losses, rewards
@@ -42,38 +42,68 @@ class DpoRecipe(Recipe):
     helpfulness: Path
     """the helpfulness reward model"""
     safety: Path | None = None
+    """the safety reward model; None to go by helpfulness alone"""
     data: list[Path]
     """prompts"""
-    validation: list[Path] = Field([])
+    validation: list[Path] = Field(default=[])
     """held-out prompts for the report"""
     tokenizer: Path | None = None
     """None for the one in init"""
 
-    iterations: int = Field(3, gt=0)
-    prompts_per_iteration: int = Field(20_000, gt=0)
-    samples: int = Field(8, gt=1)
+    iterations: int = Field(default=3, gt=0)
+    """T"""
+    prompts_per_iteration: int = Field(default=20_000, gt=0)
+    """m, or all prompts where there are fewer"""
+    samples: int = Field(default=8, gt=1)
     """n: best-of-n against worst-of-n"""
-    temperatures: list[float] = Field([1.0, 0.7], min_length=1)
+    temperatures: list[float] = Field(default=[1.0, 0.7], min_length=1)
     """of equal shares of the samples; no top-k, no top-p"""
-    max_tokens: int = Field(2048, gt=0)
-    length_penalty: float = Field(0.0, ge=0)
+    max_tokens: int = Field(default=2048, gt=0)
+    """response length; a response that is cut there is compared as it stands, without an EOS"""
+    length_penalty: float = Field(default=0.0, ge=0)
     """reward taken off per character when ranking"""
-    threshold: float = Field(0.15, ge=0, le=1)
+    threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt"""
 
     kind: losses.Kind = "dpo"
-    beta: float = Field(0.1, gt=0)
+    """the preference loss; see algorithms.losses.preference"""
+    beta: float = Field(default=0.1, gt=0)
     """the paper's eta"""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    gamma: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """probability that a label is wrong, for the kinds that know one (dpo, exo, robust, simpo)"""
+    gamma: float = Field(default=0.0, ge=0)
     """simpo's target margin"""
-    batch_size: int = Field(128, gt=0)
+    batch_size: int = Field(default=128, gt=0)
     """pairs"""
-    epochs: int = Field(2, gt=0)
+    epochs: int = Field(default=2, gt=0)
     """over the history, in each iteration"""
     seed: int = 0
+    """of prompts' and pairs' order and of sampling"""
     # The paper: lr 5e-7, cosine (to 0, as its Hugging Face schedule), warm-up 0.03.
-    train: TrainOptions = TrainOptions(lr=5e-7, warmup_ratio=0.03, min_lr_ratio=0.0)
+    train: TrainOptions = TrainOptions(
+        lr=5e-7, warmup_ratio=0.03, min_lr_ratio=0.0, micro_tokens=16384
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        # The loss itself says which settings its kind does not have.
+        zero = torch.zeros(1)
+        losses.preference(
+            zero,
+            zero,
+            zero,
+            zero,
+            kind=self.kind,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            gamma=self.gamma,
+        )
+        if self.samples % len(self.temperatures):
+            raise ValueError(
+                f"samples: {self.samples} is no multiple of the {len(self.temperatures)} "
+                "temperatures"
+            )
+        return self
 
 
 def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:

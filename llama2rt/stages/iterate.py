@@ -35,8 +35,17 @@ class Step(Recipe):
     parent: str | None = None
     """the version it builds on: that samples (rejection) or is trained on (ppo, dpo); None for the
     step before, and sft for the first"""
-    settings: dict[str, Any] = Field({})
+    settings: dict[str, Any] = Field(default={})
     """keys of the stage's recipe that differ from its defaults"""
+
+
+# "Until RLHF (V4) ... only Rejection Sampling fine-tuning, and after that, we combined the two
+# sequentially, applying PPO on top of the resulted Rejection Sampling checkpoint".
+PAPER = [
+    *(Step(name=f"RLHF-V{i}", stage="rejection") for i in range(1, 5)),
+    Step(name="RLHF-V5-rejection", stage="rejection"),
+    Step(name="RLHF-V5", stage="ppo"),
+]
 
 
 class IterateRecipe(Recipe):
@@ -47,22 +56,26 @@ class IterateRecipe(Recipe):
     base: Path | None = None
     """what each rejection-sampled version is fine-tuned from; None for sft"""
     helpfulness: Path
+    """the helpfulness reward model"""
     safety: Path | None = None
+    """the safety reward model; None to go by helpfulness alone"""
     data: list[Path]
     """prompts"""
     validation: list[Path]
     """held-out prompts, on which all versions are compared"""
-    pool_from: int = Field(4, gt=0)
+    pool_from: int = Field(default=4, gt=0)
     """the rejection-sampled version, counted from 1, from which on the best samples of all earlier
     ones are pooled ("up to V3 ... only from the preceding iteration")"""
-    max_tokens: int = Field(256, gt=0)
+    max_tokens: int = Field(default=256, gt=0)
     """response length, in every step that does not set its own and in measurements"""
-    micro_tokens: int = Field(4096, gt=0)
+    micro_tokens: int = Field(default=4096, gt=0)
     """most tokens in one forward pass of a measurement"""
-    threshold: float = Field(0.15, ge=0, le=1)
+    threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt (section 3.2.3)"""
     seed: int = 0
-    steps: list[Step] = Field(min_length=1)
+    """the steps' seeds are derived from it and their names"""
+    steps: list[Step] = Field(default=PAPER, min_length=1)
+    """the versions in order; by default the paper's five"""
 
     @model_validator(mode="after")
     def _names(self) -> Self:

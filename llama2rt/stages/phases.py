@@ -271,13 +271,11 @@ def sample(
     policy: str,
     micro_tokens: int,
 ) -> list[list[Response]]:
-    """n scored responses of each prompt, the same number at each temperature.
+    """n scored responses of each prompt, an equal share at each temperature.
 
     Written to `folder` in files of 512 prompts as they are finished; a file that is there is read
     instead of sampled again, so a killed run loses at most one.
     """
-    if n % len(temperatures):
-        raise InputError(f"samples: {n} is no multiple of the {len(temperatures)} temperatures")
     each = n // len(temperatures)
     by_prompt: list[list[Response]] = []
     for part, begin in enumerate(range(0, len(prompts), PROMPTS_PER_FILE)):

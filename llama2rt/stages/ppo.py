@@ -45,46 +45,51 @@ class PpoRecipe(Recipe):
     helpfulness: Path
     """the helpfulness reward model; the critic starts from it too"""
     safety: Path | None = None
+    """the safety reward model; None to go by helpfulness alone"""
     data: list[Path]
     """prompts"""
-    validation: list[Path] = Field([])
+    validation: list[Path] = Field(default=[])
     """held-out prompts for early stopping; without them the last iteration's policy is kept"""
     tokenizer: Path | None = None
     """None for the one in init"""
 
-    iterations: int = Field(400, gt=0)
+    iterations: int = Field(default=400, gt=0)
     """200-400 in the paper"""
-    batch_size: int = Field(512, gt=0)
+    batch_size: int = Field(default=512, gt=0)
     """responses an iteration"""
-    mini_batch_size: int = Field(64, gt=0)
+    mini_batch_size: int = Field(default=64, gt=0)
     """responses a gradient step; each is used once"""
-    clip: float = Field(0.2, gt=0)
-    beta: float = Field(0.01, ge=0)
+    clip: float = Field(default=0.2, gt=0)
+    """how far a token's probability ratio may move from 1 and still be pushed"""
+    beta: float = Field(default=0.01, ge=0)
     """KL penalty, in whitened reward per nat (0.01 for 7B and 13B, 0.005 for 34B and 70B)"""
-    threshold: float = Field(0.15, ge=0, le=1)
+    threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt"""
 
-    # Not given by Llama 2: the values of Ziegler et al. 2019 (lm-human-preferences), which
-    # InstructGPT and TRL kept.
-    gamma: float = Field(1.0, ge=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
-    value_coefficient: float = Field(0.1, gt=0)
-    """scale of the critic's loss; its own AdamW leaves that to matter in gradient clipping only"""
-    value_clip: float = Field(0.2, gt=0)
-    # Not given by either: ours.
-    critic_lr: float | None = Field(None, gt=0)
-    """None for train.lr"""
-    temperature: float = Field(1.0, gt=0)
-    max_tokens: int = Field(256, gt=0)
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """discount; like lam and the two value settings not in Llama 2: those of Ziegler et al. 2019"""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """of generalised advantage estimation"""
+    value_coefficient: float = Field(default=0.1, gt=0)
+    """scale of the critic's loss; the critic's own AdamW undoes it but for gradient clipping"""
+    value_clip: float = Field(default=0.2, gt=0)
+    """how far a value may move from the rollout's and still be pushed"""
+
+    critic_lr: float | None = Field(default=None, gt=0)
+    """constant; None for train.lr"""
+    temperature: float = Field(default=1.0, gt=0)
+    """of sampling, and of every log-probability"""
+    max_tokens: int = Field(default=256, gt=0)
     """response length; a longer response is cut there and scored as it stands, without an EOS"""
-    missing_eos_penalty: float = Field(0.0, ge=0)
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
     """taken off the whitened reward (so: in standard deviations) of a cut response"""
-    patience: int = Field(5, gt=0)
+    patience: int = Field(default=5, gt=0)
     """evaluations without a better mean reward before stopping"""
 
     seed: int = 0
-    # AdamW 0.9 / 0.95 / 1e-5, weight decay 0.1, gradient clip 1.0: as in pretraining.
-    # A step of its checkpoint_every and validate_every is an iteration.
+    """of prompts' order, sampling and mini-batches"""
+    # Constant lr 1e-6; AdamW 0.9 / 0.95 / 1e-5, weight decay 0.1, clip 1.0 as in pretraining. A
+    # step of its checkpoint_every and validate_every is an iteration.
     train: TrainOptions = TrainOptions(
         lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
     )
@@ -137,13 +142,14 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
 
     done, waited, best = 0, 0, {}
     found = run.store.latest()
+    # Step 0 is measured before the first checkpoint exists, and again if killed before it.
+    run.truncate_metrics(-1 if found is None else found[0])
     if found is not None:
         done, tensors, state = found
         waited, best = state["waited"], state["best"]
         actors.optimizer.load_state_dict(phases.unprefixed(tensors, "policy."))
         actors.critic_optimizer.load_state_dict(phases.unprefixed(tensors, "critic."))
         del tensors, found
-    run.truncate_metrics(done)
 
     def validate() -> None:
         nonlocal waited, best

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor, nn
 
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
-from llama2rt.data.packing import Batch, Example
 from llama2rt.data.readers import read
+from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
-from llama2rt.stages import phases
+from llama2rt.stages import phases, sft
 from llama2rt.stages.phases import Response, RewardModels
 from llama2rt.text import chat
-from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import Recipe, TrainOptions
 from llama2rt.train.run import Run
@@ -40,31 +38,33 @@ class RejectionRecipe(Recipe):
     helpfulness: Path
     """the best helpfulness reward model available"""
     safety: Path | None = None
+    """the safety reward model; None to go by helpfulness alone"""
     data: list[Path]
     """prompts"""
-    dialogues: list[Path] = Field([])
+    dialogues: list[Path] = Field(default=[])
     """dialogues to train on besides, such as the SFT set"""
-    earlier: list[Path] = Field([])
+    earlier: list[Path] = Field(default=[])
     """run directories of earlier versions whose best samples are pooled (the paper: from V4 on,
     which recovered skills such as rhyming)"""
-    validation: list[Path] = Field([])
+    validation: list[Path] = Field(default=[])
     """held-out prompts for the report"""
     tokenizer: Path | None = None
     """None for the one in policy"""
 
-    samples: int = Field(10, gt=0)
+    samples: int = Field(default=10, gt=0)
     """K; the paper plots 1-100 and names none"""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """to be tuned again for each version: 1.2-1.3 was best for RLHF models at 10-100 samples"""
-    max_tokens: int = Field(256, gt=0)
+    max_tokens: int = Field(default=256, gt=0)
     """response length; a response that is cut there never becomes a target"""
-    threshold: float = Field(0.15, ge=0, le=1)
+    threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt"""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """dialogues an optimizer step (section 3.1)"""
-    epochs: int = Field(2, gt=0)
-    """section 3.1"""
+    epochs: int = Field(default=2, gt=0)
+    """through the best samples (section 3.1)"""
     seed: int = 0
+    """of sampling and of the dialogues' order"""
     # As in SFT, section 3.1: cosine, lr 2e-5, weight decay 0.1.
     train: TrainOptions = TrainOptions(lr=2e-5)
 
@@ -117,10 +117,18 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
 
     # Fine-tune.
     model, _ = phases.load_llama(recipe.init, tokenizer=recipe.tokenizer or recipe.policy)
+    dialogues = [
+        Dialogue([*r.prompt.messages, {"role": "assistant", "content": r.text}]) for r in best
+    ]
+    if recipe.dialogues:
+        dialogues += read(recipe.dialogues, "dialogue")
     loader = ExampleLoader(
-        encode(best, recipe, tokenizer), recipe.batch_size, options.micro_tokens, recipe.seed
+        sft.encode(dialogues, tokenizer, model.config.context),
+        recipe.batch_size,
+        options.micro_tokens,
+        recipe.seed,
     )
-    fit(run, model, loader, answer_loss, options, steps=recipe.epochs * loader.steps_per_epoch)
+    fit(run, model, loader, sft.objective, options, steps=recipe.epochs * loader.steps_per_epoch)
     native.save(model, tokenizer, run.model_directory)
 
     # Measure.
@@ -170,21 +178,6 @@ def pool(best: Sequence[Response], earlier: Sequence[Response]) -> list[Response
         if key not in kept or response.reward > kept[key].reward:
             kept[key] = response
     return list(kept.values())
-
-
-def encode(
-    best: Sequence[Response], recipe: RejectionRecipe, tokenizer: Tokenizer
-) -> list[Example]:
-    dialogues = read(recipe.dialogues, "dialogue") if recipe.dialogues else []
-    return [
-        Example.of(*chat.encode_response(tokenizer, response.prompt.messages, response.text))
-        for response in best
-    ] + [Example.of(*chat.encode_dialogue(tokenizer, d.messages)) for d in dialogues]
-
-
-def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of the answers' tokens, summed."""
-    return -model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets).sum(), {}
 
 
 def gain(sampled: Sequence[Sequence[Response]]) -> dict[str, float]:

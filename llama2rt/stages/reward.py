@@ -44,36 +44,40 @@ class RewardRecipe(Recipe):
     """the chat model to start from; its output head is replaced (section 3.2.2)"""
     model: ModelShape = ModelShape()
     """without init: a shape to start from with random weights, to try things out"""
-    context: int = Field(4096, gt=1)
+    context: int = Field(default=4096, gt=1)
     """without init: the longest prompt with its response, in tokens"""
     data: list[Path]
     """comparisons of this model's own kind; all of them are used"""
-    mixed_in: list[Path] = Field([])
+    mixed_in: list[Path] = Field(default=[])
     """further comparisons, drawn uniformly to make up mixed_in_share of the training set"""
-    mixed_in_share: float | None = Field(None, ge=0, lt=1)
+    mixed_in_share: float | None = Field(default=None, ge=0, lt=1)
     """None for the paper's: 0.5 for helpfulness ("an equal amount"), 0.1 for safety ("90/10")"""
-    validation: list[Path] = Field([])
+    validation: list[Path] = Field(default=[])
     """held-out comparisons; without them, held_out of the data"""
-    held_out: int = Field(1000, ge=0)
+    held_out: int = Field(default=1000, ge=0)
     """comparisons kept back from data, whole prompts at a time (1000 of each batch)"""
     tokenizer: Path | None = None
     """None for the one in init"""
-    skip_invalid: int = Field(0, ge=0)
+    skip_invalid: int = Field(default=0, ge=0)
     """bad records to leave out before giving up"""
 
     kind: Literal["helpfulness", "safety"] = "helpfulness"
+    """which of the two models; they are trained apart"""
     margin: rewards.Scheme = "small"
     """Table 27; a large margin makes the score distribution bimodal"""
-    safety_coefficient: float = Field(1.0, ge=0)
+    safety_coefficient: float = Field(default=1.0, ge=0)
     """weight of the safety model's classification loss (Table 29 gives its effect, no weight)"""
-    batch_size: int = Field(512, gt=0)
+    batch_size: int = Field(default=512, gt=0)
     """pairs; 1024 rows"""
-    epochs: int = Field(1, gt=0)
+    epochs: int = Field(default=1, gt=0)
     """more than one over-fits"""
     seed: int = 0
+    """of the new head, the held-out draw, the mix and the pairs' order"""
     # 1e-5 for all but 70B (5e-6); cosine to 10 %; warm-up 3 % of steps, at least 5; AdamW as in
     # pretraining.
-    train: TrainOptions = TrainOptions(lr=1e-5, warmup_ratio=0.03, warmup_minimum=5)
+    train: TrainOptions = TrainOptions(
+        lr=1e-5, warmup_ratio=0.03, warmup_minimum=5, micro_tokens=16384
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -217,9 +217,7 @@ def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch):
     assert problem.metrics(tmp_path / "whole") == problem.metrics(tmp_path / "killed")
     for sample in (tmp_path / "whole" / "samples").iterdir():
         assert sample.read_bytes() == (tmp_path / "killed" / "samples" / sample.name).read_bytes()
-    assert (
-        ppo.run(settings, tmp_path / "killed", resume=True) == tmp_path / "killed" / "model"
-    )
+    assert ppo.run(settings, tmp_path / "killed", resume=True) == tmp_path / "killed" / "model"
 
 
 def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):

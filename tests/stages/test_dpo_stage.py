@@ -1,0 +1,199 @@
+"""Online DPO: best against worst, pi0 fixed, margins grow, it resumes to the bit."""
+
+import json
+
+import numpy as np
+import pocket as problem
+import pytest
+import torch
+from pydantic import ValidationError
+
+from llama2rt.algorithms import losses
+from llama2rt.data.packing import pack_pairs
+from llama2rt.data.records import Prompt
+from llama2rt.stages import dpo, phases
+from llama2rt.train.run import Run
+
+
+def recipe(pocket, **settings) -> dpo.DpoRecipe:
+    given = {
+        "init": pocket.sft,
+        "helpfulness": pocket.helpfulness,
+        "safety": pocket.safety,
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "iterations": 2,
+        "prompts_per_iteration": 60,
+        "samples": 4,
+        "max_tokens": 8,
+        "batch_size": 16,
+        "train": {"lr": 1e-3, "checkpoint_every": 3},
+    }
+    return dpo.DpoRecipe(**(given | settings))
+
+
+def response(text, reward, tokens=(7, 8, 2), name="baba") -> phases.Response:
+    return phases.Response(
+        prompt=Prompt(name, problem.messages("helpfulness", name)),
+        text=text,
+        prompt_tokens=[1, 5, 6],
+        tokens=list(tokens),
+        finished=tokens[-1] == 2,
+        reward=reward,
+        scores={"helpfulness": 0.5},
+        policy="p",
+        temperature=1.0,
+        seed=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(pocket, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dpo") / "run"
+    dpo.run(recipe(pocket), directory)
+    return directory
+
+
+def test_margin_grows_and_answers_improve_on_unseen_prompts(finished):
+    lines = [
+        line
+        for i in (1, 2)
+        for line in problem.metrics(finished / f"iteration-{i}")
+        if "margin" in line
+    ]
+    assert lines[0]["margin"] == pytest.approx(0.0, abs=1e-4)
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+    margins = [line["margin"] for line in lines]
+    assert np.mean(margins[-4:]) > np.mean(margins[:4]) + 0.1
+    assert lines[-1]["accuracy"] > 0.8
+    shares = []
+    for path in ("iteration-1/samples/part-00000.jsonl", "iteration-2/samples/held_out.jsonl"):
+        responses = phases.read_responses(finished / path)
+        shares.append(np.mean([problem.correct(r.prompt.kind, r.text) for r in responses]))
+    assert shares[1] > shares[0] + 0.1
+
+
+def test_each_iteration_samples_from_the_one_before_and_all_prompts_come(pocket, finished):
+    first, second = (
+        phases.read_responses(finished / f"iteration-{i}" / "samples" / "part-00000.jsonl")
+        for i in (1, 2)
+    )
+    assert {r.policy for r in first} == {str(pocket.sft)}
+    assert {r.policy for r in second} == {str(finished / "iteration-1" / "model")}
+    assert len({r.prompt.id for r in first + second}) == 100
+    assert [r.temperature for r in first[:4]] == [1.0, 1.0, 0.7, 0.7]
+    assert len({r.prompt.id for r in first[:4]}) == 1
+    assert problem.weights(finished / "model") == problem.weights(
+        finished / "iteration-2" / "model"
+    )
+
+
+def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch):
+    """The second iteration's reference values are the first model's, for old and new pairs."""
+    seen = []
+    loader = dpo.PairLoader
+
+    def remember(pairs, extras, *rest):
+        seen.append((pairs, {name: value.copy() for name, value in extras.items()}))
+        return loader(pairs, extras, *rest)
+
+    monkeypatch.setattr(dpo, "PairLoader", remember)
+    dpo.run(recipe(pocket, prompts_per_iteration=12, epochs=1), tmp_path / "run")
+    pi0, _ = phases.load_llama(pocket.sft)
+    (first, _), (second, extras) = seen
+    assert len(second) > len(first)
+    for old, kept in zip(first, second, strict=False):
+        assert np.array_equal(old[0].tokens, kept[0].tokens)
+    for side, name in enumerate(("reference_chosen", "reference_rejected")):
+        for pair, value in zip(second, extras[name], strict=True):
+            logprob, _ = phases.response_logprobs(pi0, [pair[side]], 1.0, 4096)
+            assert float(logprob.sum()) == pytest.approx(value, abs=1e-3)
+
+
+def test_best_against_worst():
+    groups = [
+        [response("good", 3.0), response("bad", -1.0), response("fair", 0.0)],
+        [response("same", 1.0), response("same", 1.0)],
+        [response("", 5.0, (2,)), response("bad", -1.0), response("", -5.0, (2,))],
+        [response("", 5.0, (2,)), response("bad", -1.0), response("fair", 0.0)],
+        [response("a", 1.0), response("b", 1.0)],
+    ]
+    pairs = dpo.best_against_worst(groups, 0.0)
+    assert [(a.text, b.text) for a, b in pairs] == [("good", "bad"), ("fair", "bad")]
+
+
+def test_length_penalty_is_per_character():
+    groups = [[response("short", 1.0), response("a long answer", 1.5)]]
+    assert dpo.best_against_worst(groups, 0.0)[0][0].text == "a long answer"
+    assert dpo.best_against_worst(groups, 0.1)[0][0].text == "short"
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "hinge", "nca", "robust", "exo", "simpo", "orpo"])
+def test_objective_equals_one_response_at_a_time(pocket, kind):
+    """Sums or averages over response tokens only, whatever the lengths, cut responses included."""
+    model, _ = phases.load_llama(pocket.sft)
+    reference, _ = phases.load_llama(pocket.sft)
+    with torch.no_grad():
+        model.output.mul_(1.1)
+    pairs = [
+        (response("x", 1.0, (9, 10, 11, 12, 2)), response("y", 0.0, (13, 2))),
+        (response("z", 1.0, (14, 2)), response("w", 0.0, (15, 16, 17, 18, 19, 20, 21, 22))),
+    ]
+    extra = {"label_smoothing": 0.1} if kind in ("robust", "exo") else {}
+    extra |= {"gamma": 0.5} if kind == "simpo" else {}
+    settings = recipe(pocket, kind=kind, **extra)
+    extras = dpo.reference_sums(reference, pairs, settings)
+    assert (extras == {}) == (kind in losses.REFERENCE_FREE)
+    examples = [tuple(phases.response_example(side) for side in pair) for pair in pairs]
+    loss, metrics = dpo.objective(settings)(model, pack_pairs(examples, extras))
+
+    def alone(llama, side):
+        logprob, _ = phases.response_logprobs(llama, [phases.response_example(side)], 1.0, 4096)
+        assert len(logprob) == len(side.tokens)
+        return logprob.mean() if kind in losses.AVERAGED else logprob.sum()
+
+    policy = [torch.stack([alone(model, pair[i]) for pair in pairs]) for i in (0, 1)]
+    base = [torch.stack([alone(reference, pair[i]) for pair in pairs]) for i in (0, 1)]
+    expected = losses.preference(*policy, *base, kind=kind, beta=0.1, **extra).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["chosen_logprob"], policy[0].sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("calls", [3, 8])
+def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, calls):
+    settings = recipe(
+        pocket, prompts_per_iteration=20, batch_size=8, train={"lr": 1e-3, "checkpoint_every": 2}
+    )
+    whole = dpo.run(settings, tmp_path / "whole" / "run")
+    resumed = problem.killed_and_resumed(
+        monkeypatch, Run, "log", calls, dpo.run, settings, tmp_path / "killed" / "run"
+    )
+    assert problem.weights(whole) == problem.weights(resumed)
+    for folder in ("run", "run/iteration-1", "run/iteration-2"):
+        assert problem.metrics(tmp_path / "whole" / folder) == problem.metrics(
+            tmp_path / "killed" / folder
+        )
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"samples": 3}, "no multiple of the 2 temperatures"),
+        ({"kind": "exo"}, "label_smoothing"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"gamma": 1.0}, "gamma"),
+        ({"kind": "slic"}, "kind"),
+    ],
+)
+def test_impossible_settings_are_refused_with_the_recipe(pocket, settings, named):
+    with pytest.raises(ValidationError, match=named):
+        recipe(pocket, **settings)
+
+
+def test_defaults_are_the_papers():
+    settings = dpo.DpoRecipe(init="x", helpfulness="y", data=["z"])
+    assert (settings.iterations, settings.prompts_per_iteration) == (3, 20_000)
+    assert (settings.samples, settings.temperatures) == (8, [1.0, 0.7])
+    assert (settings.beta, settings.batch_size, settings.epochs) == (0.1, 128, 2)
+    assert (settings.train.lr, settings.train.warmup_ratio) == (5e-7, 0.03)
+    assert json.loads(settings.model_dump_json())["kind"] == "dpo"

@@ -1,0 +1,93 @@
+"""V1 ... Vn as one command: parents, pooling, the table, resumption."""
+
+import json
+
+import pocket as problem
+import pytest
+from pydantic import ValidationError
+
+from llama2rt.errors import InputError
+from llama2rt.stages import iterate, rejection
+from llama2rt.train.run import Run
+
+REJECTION = {"samples": 3, "epochs": 1, "batch_size": 16, "train": {"lr": 2e-3}}
+PPO = {"iterations": 2, "batch_size": 16, "mini_batch_size": 8, "train": {"lr": 1e-3}}
+DPO = {"iterations": 1, "samples": 2, "batch_size": 16, "train": {"lr": 1e-3}}
+
+
+def recipe(pocket, **settings) -> iterate.IterateRecipe:
+    given = {
+        "sft": pocket.sft,
+        "helpfulness": pocket.helpfulness,
+        "safety": pocket.safety,
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "max_tokens": 8,
+        "pool_from": 2,
+        "steps": [
+            {"name": "V1", "stage": "rejection", "settings": REJECTION},
+            {"name": "V2", "stage": "rejection", "settings": REJECTION},
+            {"name": "V2-ppo", "stage": "ppo", "settings": PPO},
+            {"name": "dpo", "stage": "dpo", "parent": "sft", "settings": DPO},
+        ],
+    }
+    return iterate.IterateRecipe(**(given | settings))
+
+
+def test_versions_build_on_each_other_and_resume(pocket, tmp_path, monkeypatch):
+    settings = recipe(pocket)
+    whole = iterate.run(settings, tmp_path / "whole" / "run")
+    root = tmp_path / "whole" / "run"
+    report = json.loads((root / "report.json").read_text())
+    assert [row["name"] for row in report["versions"]] == ["sft", "V1", "V2", "V2-ppo", "dpo"]
+    assert report["versions"][0]["kl_k1"] == 0.0
+    assert report["versions"][2]["reward"] > report["versions"][0]["reward"]
+    assert whole == root / "dpo" / "model"
+    steps = {n: json.loads((root / n / "manifest.json").read_text()) for n in ("V1", "V2", "dpo")}
+    assert steps["V1"]["recipe"]["earlier"] == []
+    assert steps["V2"]["recipe"]["earlier"] == [str(root / "V1")]
+    assert steps["V2"]["recipe"]["policy"] == str(root / "V1" / "model")
+    assert steps["V2"]["recipe"]["init"] == str(pocket.sft)
+    assert steps["dpo"]["recipe"]["init"] == str(pocket.sft)
+
+    other = tmp_path / "killed" / "run"
+    problem.killed_and_resumed(monkeypatch, Run, "log", 20, iterate.run, settings, other)
+    for name in ("V1", "V2", "V2-ppo", "dpo"):
+        assert problem.weights(root / name / "model") == problem.weights(other / name / "model")
+    again = json.loads((other / "report.json").read_text())
+    for row in report["versions"] + again["versions"]:
+        del row["model"]
+    assert again == report
+
+
+def test_a_wrong_setting_is_found_before_anything_runs(pocket, tmp_path):
+    steps = [
+        {"name": "V1", "stage": "rejection", "settings": REJECTION},
+        {"name": "V2", "stage": "ppo", "settings": {"clipp": 0.2}},
+    ]
+    with pytest.raises(InputError, match="steps: V2: clipp"):
+        iterate.run(recipe(pocket, steps=steps), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pooling_starts_where_the_recipe_says(pocket, tmp_path):
+    steps = [{"name": f"V{i}", "stage": "rejection"} for i in range(1, 6)]
+    settings = recipe(pocket, steps=steps, pool_from=4)
+    plan = [iterate.stage_recipe(settings, i, tmp_path) for i in range(5)]
+    assert all(isinstance(step, rejection.RejectionRecipe) for step in plan)
+    assert [len(step.earlier) for step in plan] == [0, 0, 0, 3, 4]
+    assert len({step.seed for step in plan}) == 5
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"name": "sft", "stage": "ppo"}],
+        [{"name": "V1", "stage": "ppo", "parent": "V2"}, {"name": "V2", "stage": "ppo"}],
+        [{"name": "a/b", "stage": "ppo"}],
+        [],
+    ],
+)
+def test_impossible_plans_are_refused(pocket, steps):
+    with pytest.raises(ValidationError):
+        recipe(pocket, steps=steps)

@@ -1,0 +1,173 @@
+"""Rejection sampling: better answers, honest targets, pooling, resumption in every phase."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pocket as problem
+import pytest
+
+from llama2rt.data.readers import read, write
+from llama2rt.data.records import Dialogue, Prompt
+from llama2rt.errors import InputError
+from llama2rt.stages import phases, rejection, sft
+from llama2rt.train.run import Run
+
+
+def recipe(pocket, **settings) -> rejection.RejectionRecipe:
+    given = {
+        "policy": pocket.sft,
+        "init": pocket.sft,
+        "helpfulness": pocket.helpfulness,
+        "safety": pocket.safety,
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "samples": 6,
+        "max_tokens": 8,
+        "batch_size": 16,
+        "train": {"lr": 4e-3, "checkpoint_every": 5},
+    }
+    return rejection.RejectionRecipe(**(given | settings))
+
+
+def response(text, reward=0.0, *, name="baba", finished=True) -> phases.Response:
+    return phases.Response(
+        prompt=Prompt(name, problem.messages("helpfulness", name)),
+        text=text,
+        prompt_tokens=[1, 5],
+        tokens=[7, 2] if finished else [7],
+        finished=finished,
+        reward=reward,
+        scores={"helpfulness": 0.5},
+        policy="p",
+        temperature=1.0,
+        seed=0,
+    )
+
+
+def test_fine_tuned_on_its_best_samples_it_answers_better(pocket, tmp_path):
+    folder = rejection.run(recipe(pocket, epochs=4), tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["sampled/max_reward"] > report["sampled/median_reward"]
+    assert report["reward"] > report["sampled/mean_reward"] + 1
+    sampled = phases.read_responses(tmp_path / "run" / "samples" / "part-00000.jsonl")
+    held_out = phases.read_responses(tmp_path / "run" / "samples" / "held_out.jsonl")
+    before, after = (
+        np.mean([problem.correct(r.prompt.kind, r.text) for r in responses])
+        for responses in (sampled, held_out)
+    )
+    assert after > before + 0.15
+    assert folder == tmp_path / "run" / "model"
+
+
+def test_samples_are_records_and_keep_their_tokens(pocket, tmp_path):
+    rejection.run(recipe(pocket, samples=2, epochs=1), tmp_path / "run")
+    path = tmp_path / "run" / "samples" / "part-00000.jsonl"
+    records = read(path, "sample")
+    responses = phases.read_responses(path)
+    assert len(records) == len(responses) == 200
+    assert [r.prompt_id for r in records] == [r.prompt.id for r in responses]
+    _, tokenizer = phases.load_llama(pocket.sft)
+    for record, kept in zip(records, responses, strict=True):
+        assert record.response == kept.text and record.reward == kept.reward
+        assert kept.finished == (kept.tokens[-1] == tokenizer.eos)
+        assert len(kept.tokens) <= 8
+
+
+def test_best_usable_response_of_each_prompt_is_kept():
+    groups = [
+        [response("no", 1.0), response("yes", 2.0), response("maybe", 2.0)],
+        [response("cut", 9.0, finished=False), response("", 8.0), response("yes", -1.0)],
+        [response("[INST] me [/INST]", 5.0), response(" \n", 4.0)],
+    ]
+    assert [(r.text, r.reward) for r in rejection.select(groups)] == [("yes", 2.0), ("yes", -1.0)]
+
+
+def test_pool_keeps_one_answer_a_prompt_the_better():
+    best = [response("a", 1.0, name="baba"), response("b", 1.0, name="lulu")]
+    earlier = [response("c", 2.0, name="baba"), response("d", 0.5, name="lulu")]
+    earlier.append(response("e", -3.0, name="kiki"))
+    assert [r.text for r in rejection.pool(best, earlier)] == ["c", "b", "e"]
+
+
+def test_earlier_versions_are_pooled_under_todays_reward_models(pocket, tmp_path):
+    rejection.run(recipe(pocket, epochs=1), tmp_path / "v1")
+    best = tmp_path / "v1" / "samples" / rejection.BEST
+    responses = phases.read_responses(best)
+    # Rewards written by other models must not count: all claim to be perfect.
+    phases.write_responses(best, [replace(r, reward=1e9) for r in responses])
+    settings = recipe(pocket, seed=5, samples=1, epochs=1, earlier=[tmp_path / "v1"])
+    rejection.run(settings, tmp_path / "v2")
+    pooled = phases.read_responses(tmp_path / "v2" / "samples" / rejection.BEST)
+    manifest = json.loads((tmp_path / "v2" / "manifest.json").read_text())
+    assert manifest["parents"][0]["path"] == str(tmp_path / "v1")
+    assert len(pooled) == 100 and max(r.reward for r in pooled) < 100
+    own = {repr(r.prompt.messages): r for r in phases.read_responses(
+        tmp_path / "v2" / "samples" / "part-00000.jsonl")}  # fmt: skip
+    old = {repr(r.prompt.messages): r for r in responses}
+    for kept in pooled:
+        key = repr(kept.prompt.messages)
+        assert kept.reward == pytest.approx(
+            max(r[key].reward for r in (own, old) if rejection.usable(r[key])), abs=1e-4
+        )
+
+
+def test_dialogues_are_trained_on_besides(pocket, tmp_path, monkeypatch):
+    messages = [*problem.messages("safety", "lulu"), {"role": "assistant", "content": "sorry"}]
+    write(tmp_path / "dialogues.jsonl", [Dialogue(messages)])
+    trained = []
+    encode = sft.encode
+    monkeypatch.setattr(
+        sft,
+        "encode",
+        lambda dialogues, *rest: trained.extend(dialogues) or encode(dialogues, *rest),
+    )
+    settings = recipe(pocket, samples=1, epochs=1, dialogues=[tmp_path / "dialogues.jsonl"])
+    rejection.run(settings, tmp_path / "run")
+    best = phases.read_responses(tmp_path / "run" / "samples" / rejection.BEST)
+    answers = [dialogue.messages[-1]["content"] for dialogue in trained]
+    assert answers == [*(response.text for response in best), "sorry"]
+
+
+@pytest.mark.parametrize(
+    "owner, name, calls",
+    [(phases, "write_responses", 3), (phases, "write_responses", 5), (Run, "log", 7)],
+    ids=["sampling", "selecting", "training"],
+)
+def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, owner, name, calls):
+    monkeypatch.setattr(phases, "PROMPTS_PER_FILE", 25)
+    settings = recipe(pocket, samples=2, epochs=1)
+    whole = rejection.run(settings, tmp_path / "whole")
+    resumed = problem.killed_and_resumed(
+        monkeypatch, owner, name, calls, rejection.run, settings, tmp_path / "killed"
+    )
+    assert problem.weights(whole) == problem.weights(resumed)
+    assert problem.metrics(tmp_path / "whole") == problem.metrics(tmp_path / "killed")
+    for sample in (tmp_path / "whole" / "samples").iterdir():
+        other = tmp_path / "killed" / "samples" / sample.name
+        mine, theirs = (path.read_text() for path in (sample, other))
+        if sample.name == "held_out.jsonl":  # names the run
+            mine, theirs = mine.replace("whole", ""), theirs.replace("killed", "")
+        assert mine == theirs
+
+
+def test_a_damaged_sample_file_is_named(tmp_path):
+    phases.write_responses(tmp_path / "a.jsonl", [response("yes"), response("no")])
+    text = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(text.replace('"no"', '"no', 1))
+    with pytest.raises(InputError, match=r"a\.jsonl:2"):
+        phases.read_responses(tmp_path / "a.jsonl")
+
+
+def test_any_text_survives_the_sample_file(tmp_path):
+    texts = ["a\u2028b", "nul \0", "\x85", "\r\n", "é\U0001f600", ""]
+    phases.write_responses(tmp_path / "a.jsonl", [response(text) for text in texts])
+    assert [r.text for r in phases.read_responses(tmp_path / "a.jsonl")] == texts
+
+
+def test_draw_uses_every_prompt_before_any_comes_again():
+    prompts = [Prompt(str(i), []) for i in range(7)]
+    drawn = [p.id for t in range(7) for p in phases.draw(prompts, 3, seed=1, iteration=t)]
+    assert sorted(drawn[:7]) == sorted(drawn[7:14]) == sorted(drawn[14:]) == sorted("0123456")
+    assert drawn[:7] != drawn[7:14]
+    assert len(phases.draw(prompts, 20, seed=1, iteration=1)) == 20
