@@ -28,7 +28,7 @@ def _run(prompts, limits, n=1, *, pages, page_size=4, max_sequences=3, eos=EOS):
         prompts, limits, n, 0, eos, pages=pages, page_size=page_size, max_sequences=max_sequences
     )
     cache = np.full(pages * page_size, -1)
-    finished, statistics = {}, {"prefilled": 0, "steps": 0, "widest": 0}
+    finished, statistics = {}, {"prefilled": 0, "largest": 0, "steps": 0, "widest": 0}
     while scheduler.unfinished:
         step = scheduler.step()
         decoding = len(step.lengths)
@@ -46,6 +46,7 @@ def _run(prompts, limits, n=1, *, pages, page_size=4, max_sequences=3, eos=EOS):
         for sequence in scheduler.record(step, sampled, -sampled.astype(np.float32)):
             finished[sequence.prompt, sequence.sample] = sequence
         statistics["prefilled"] += int(step.cu_seqlens[-1])
+        statistics["largest"] = max(statistics["largest"], int(step.cu_seqlens[-1]))
         statistics["steps"] += 1
         statistics["widest"] = max(statistics["widest"], decoding)
     assert scheduler.pool.free == pages, "pages leaked"
@@ -113,6 +114,21 @@ def test_preempted_sequences_are_recomputed_in_their_turn():
     assert tight["prefilled"] > 32
     assert tight["widest"] > 1
     assert list(finished) == sorted(finished), "first come, first served"
+
+
+def test_newcomers_leave_room_to_grow():
+    # Without the margin each newcomer would be sent back, and prefilled again, within a page.
+    prompts = [np.full(9, 3 + i, np.int32) for i in range(12)]
+    _, statistics = _run(prompts, np.full(12, 8, np.int32), pages=13, max_sequences=12, eos=-1)
+    assert statistics["prefilled"] == 12 * 8
+
+
+def test_prefill_of_a_step_is_bounded():
+    prompts = [np.full(size, 3, np.int32) for size in (3000, 1000, 200, 6000, 10)]
+    _, statistics = _run(prompts, np.full(5, 2, np.int32), pages=3000, max_sequences=5)
+    assert statistics["largest"] == 5999  # alone; the others at most 4096 together
+    assert statistics["prefilled"] == 10210 - 5
+    assert statistics["steps"] >= 4
 
 
 def test_finished_sequences_leave_at_once():
