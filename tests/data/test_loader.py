@@ -29,9 +29,11 @@ def firsts(step):
 def flat(steps):
     """Everything a sequence of steps holds, comparable."""
     return [
-        [(m.tokens.tolist(), m.positions.tolist(), m.cu_seqlens.tolist(), m.targets.tolist())]
+        [
+            (m.tokens.tolist(), m.positions.tolist(), m.cu_seqlens.tolist(), m.targets.tolist())
+            for m in step
+        ]
         for step in steps
-        for m in step
     ]
 
 
@@ -114,7 +116,8 @@ def test_resuming_mid_run_forgets_what_was_handed_out_before(name, corpus, other
     loader = make(name, corpus, other_corpus)
     state = loader.state_dict()
     first = loader.next()
-    loader.next()
+    for _ in range(loader.steps_per_epoch):  # into the next epoch
+        loader.next()
     loader.load_state_dict(state)
     again = loader.next()
     unwrap = [(m.batch if name == "pairs" else m) for m in first]

@@ -153,6 +153,7 @@ def test_shares():
     assert tokens.shares([10, 20], None) == [10, 20]
     assert tokens.shares([10, 20], [1, 1]) == [15, 15]
     assert tokens.shares([3, 3, 4], [1, 1, 1]) == [4, 3, 3]
+    assert tokens.shares([2, 4, 4], [0.26, 0.36, 0.38]) == [3, 3, 4]  # the largest remainders
     assert sum(tokens.shares([7, 11, 13], [0.1, 0.2, 0.33])) == 31
     with pytest.raises(InputError, match="2 mixture weights for 1 files"):
         tokens.shares([3], [1, 2])
