@@ -61,9 +61,12 @@ def test_help_lists_what_is_installed_and_is_quick(capsys):
     text = capsys.readouterr().out
     for word in ("pretrain", "sft", "check", "tinyshakespeare", "--resume", "Exit status"):
         assert word in text
-    script = (
-        "import sys, llama2rt.cli as c; c.usage(c.available()); assert 'torch' not in sys.modules"
-    )
+    script = """
+import sys
+from llama2rt import cli
+cli.usage(cli.available())
+print("torch" in sys.modules)
+"""
     assert subprocess.check_output([sys.executable, "-c", script], text=True) == "False\n"
 
 
@@ -170,9 +173,9 @@ def test_check(tmp_path, capsys):
 
 
 def test_tokenizer_and_convert(recipe, tmp_path, capsys):
-    arguments = ("--vocab-size", "330", "--out", tmp_path / "tokenizer", "--json")
+    arguments = ("--vocab-size", "310", "--out", tmp_path / "tokenizer", "--json")
     assert call("tokenizer", tmp_path / "text.txt", *arguments) == 0
-    assert json.loads(capsys.readouterr().out)["vocab_size"] == 330
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 310
     assert call("pretrain", recipe, "--out", tmp_path / "run") == 0
     assert call("convert", tmp_path / "run" / "model", tmp_path / "hf", "--to", "hf") == 0
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
