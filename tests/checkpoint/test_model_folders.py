@@ -197,7 +197,8 @@ TEXTS = [
     "\u65e5\u672c\u8a9e \U0001f642 \u00e9 \u0416",
     "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]",
     "def f(x):\n    return x\t\t1.5e-3",
-    "the quick brown foxes jumped",
+    "the quick brown foxes jumped over twelve zeros, sheepdogs counted",
+    "sheepfoxfromjumpsovercountsthelazy quickly dogsdogsfoxes whatwhat isis",
 ]
 
 

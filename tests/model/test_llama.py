@@ -223,6 +223,13 @@ def test_scalar_model_starts_from_a_copy():
     assert torch.equal(again.head.weight, model.head.weight)
 
 
+def test_scores_of_a_bf16_model_are_fp32():
+    model = ScalarModel(CONFIG, dtype=torch.bfloat16).initialize(0)
+    values = model(*pack(documents(40)))
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())  # and not rounded on the way
+
+
 def test_last_token_refuses_empty_documents():
     with pytest.raises(ValueError, match="cu_seqlens: expected documents with at least one token"):
         last_token(torch.ones(3), torch.tensor([0, 2, 2, 3]))
