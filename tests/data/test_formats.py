@@ -239,6 +239,7 @@ def test_ultrafeedback_pairs_by_mean_score(read_rows):
     row["completions"] = [
         {"response": "a", "fine-grained_score": 2.5},
         {"response": "b", "fine-grained_score": 3.5},
+        {"response": "b", "fine-grained_score": 2.5},  # said twice, rated apart
     ]
     assert [(c.chosen, c.rejected) for c in read_rows("comparison", row)] == [("b", "a")]
     row["completions"] = [{"response": "a"}]
