@@ -43,6 +43,8 @@ class ModelShape(BaseModel):
     """None for as many as heads (section 2.2: 8 in 34B and 70B)"""
     ffn_hidden: int | None = None
     """None for LLaMA's rule: 8/3 dim, rounded up to a multiple of 32"""
+    context: int | None = None
+    """longest sequence the model admits; None for the recipe's context"""
     norm_eps: float | None = None
     rope_theta: float | None = None
     tied: bool | None = None
@@ -50,7 +52,7 @@ class ModelShape(BaseModel):
     def config(self, vocab_size: int, context: int) -> LlamaConfig:
         """InputError for a shape that cannot exist."""
         given = self.model_dump(exclude={"preset"}, exclude_none=True)
-        given |= {"vocab_size": vocab_size, "context": context}
+        given = {"context": context, **given, "vocab_size": vocab_size}
         try:
             if self.preset is not None:
                 return LlamaConfig.preset(self.preset, **given)

@@ -32,7 +32,7 @@ def recipe(tmp_path, **changes) -> PretrainRecipe:
         "context": 32,
         "batch_tokens": 512,
         "epochs": 4,
-        "model": ModelShape(dim=32, layers=1, heads=2),
+        "model": ModelShape(dim=32, layers=1, heads=2, context=48),
         "train": TrainOptions(lr=1e-2, micro_tokens=256, validate_every=10),
     }
     return PretrainRecipe(**{**fields, **changes})
@@ -49,7 +49,7 @@ def test_text_to_model(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     model, tokenizer = llama2rt.load(folder)
     assert tokenizer.vocab_size == model.config.vocab_size == 340
-    assert model.config.ffn_hidden == 96
+    assert (model.config.ffn_hidden, model.config.context) == (96, 48)
     summary = json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]
     assert summary["bits_per_byte"] == losses[-1]
 
@@ -102,7 +102,7 @@ def test_continues_from_a_model_folder(tmp_path):
     again = {"init": first, "vocab_size": None, "model": ModelShape(), "epochs": 1}
     pretrain.run(recipe(tmp_path, **again), tmp_path / "second")
     assert held_out(tmp_path / "second")[-1] < 1.02 * held_out(tmp_path / "first")[-1]
-    with pytest.raises(InputError, match="context: 64 exceeds the model's 32"):
+    with pytest.raises(InputError, match="context: 64 exceeds the model's 48"):
         pretrain.run(recipe(tmp_path, **again, context=64), tmp_path / "third")
 
 
