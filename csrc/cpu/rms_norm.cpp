@@ -17,6 +17,16 @@ float sum_of_squares(const T* x, int64_t n) {
   // Four accumulators: one would wait for the latency of each addition.
   f32v total[4] = {};
   int64_t i = 0;
+#if defined(__AVX512BF16__)
+  // Dot products of 32 bf16 pairs without widening them; products of bf16 are exact in fp32.
+  if (is_bf16(T{}))
+    for (; i + 8 * W <= n; i += 8 * W)
+      for (int j = 0; j < 4; ++j) {
+        __m512bh v;
+        memcpy(&v, x + i + 2 * j * W, sizeof v);
+        total[j] = (f32v)_mm512_dpbf16_ps((__m512)total[j], v, v);
+      }
+#endif
   for (; i + 4 * W <= n; i += 4 * W)
     for (int j = 0; j < 4; ++j) {
       f32v v = load(x + i + j * W);

@@ -36,13 +36,28 @@ struct f16 {
   uint16_t bits;
 };
 
+constexpr bool is_bf16(bf16) { return true; }
+template <typename T>
+constexpr bool is_bf16(T) {
+  return false;
+}
+
 inline f32v broadcast(float value) { return value - f32v{}; }
 
 // ---- conversions ----
 
-inline f32v widen(u16v bits, bf16) {
-  return (f32v)(__builtin_convertvector(bits, u32v) << 16);
+// The compiler's own 16 to 32 bit conversion takes four instructions where there is one.
+inline u32v widen(u16v bits) {
+#if defined(__AVX512F__)
+  return (u32v)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (u32v)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, u32v);
+#endif
 }
+
+inline f32v widen(u16v bits, bf16) { return (f32v)(widen(bits) << 16); }
 
 inline u16v narrow(f32v x, bf16) {
 #if defined(__AVX512BF16__)
@@ -69,7 +84,7 @@ inline u16v narrow(f32v x, f16) {
 #else
 inline f32v widen(u16v half, f16) {
   // Multiplying by 2^112 moves the exponent from fp16's bias to fp32's, subnormals included.
-  u32v bits = __builtin_convertvector(half, u32v);
+  u32v bits = widen(half);
   u32v magnitude = (bits & 0x7fff) << 13;
   u32v scaled = (u32v)((f32v)magnitude * 0x1p112f);
   u32v special = magnitude | 0x7f800000;
@@ -173,8 +188,14 @@ inline float maximum(float a, float b) { return a > b ? a : b; }
 // where the result is a normal number; NaN stays NaN.
 inline f32v exp(f32v x) {
   const f32v low = broadcast(-87.33f), high = broadcast(88.02f);
+#if defined(__AVX512F__)
+  // Of a NaN and a number these return the second operand.
+  x = (f32v)_mm512_max_ps((__m512)low, (__m512)x);
+  x = (f32v)_mm512_min_ps((__m512)high, (__m512)x);
+#else
   x = x < low ? low : x;
   x = x > high ? high : x;
+#endif
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
   const float magic = 12582912.0f;
   f32v shifted = x * 1.44269504088896341f + magic;
@@ -187,10 +208,24 @@ inline f32v exp(f32v x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return (f32v)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   i32v power = ((i32v)shifted - (i32v)broadcast(magic) + 127) << 23;
   return p * (f32v)power;
+#endif
 }
 
-inline f32v sigmoid(f32v x) { return 1.0f / (1.0f + exp(-x)); }
+inline f32v reciprocal(f32v x) {
+#if defined(__AVX512F__)
+  // An estimate of 14 bits and one step of Newton's method: a third of a division's time.
+  f32v r = (f32v)_mm512_rcp14_ps((__m512)x);
+  return r * (2.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
+inline f32v sigmoid(f32v x) { return reciprocal(1.0f + exp(-x)); }
 
 }  // namespace LLAMA2RT_ISA
