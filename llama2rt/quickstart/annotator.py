@@ -13,12 +13,12 @@ import random
 from llama2rt.data.records import Comparison
 from llama2rt.quickstart.judge import Key, Verdict, judge
 
-NOISE = 0.08  # standard deviation of the perceived difference, in units of the judge's score
+NOISE = 0.15  # standard deviation of the perceived difference, in units of the judge's score
 # The least perceived difference of each rating, best first; the judge's scores lie in [0, 1].
 RATING_FROM = {
-    "significantly_better": 0.4,
-    "better": 0.2,
-    "slightly_better": 0.07,
+    "significantly_better": 0.55,
+    "better": 0.3,
+    "slightly_better": 0.1,
     "negligibly_better": 0.0,
 }
 
@@ -33,11 +33,12 @@ def compare(
 ) -> Comparison | None:
     """One annotator's comparison of two responses to `messages`; None where it is not used.
 
-    Not used are identical or empty responses and, as in the paper, pairs in which the chosen
-    response is unsafe and the other safe. A safety label is given in safety batches only.
+    Not used are identical responses, what is no text (nothing, or control characters, which a model
+    that knows little may well sample) and, as in the paper, pairs in which the chosen response is
+    unsafe and the other safe. A safety label is given in safety batches only.
     """
     first, second = first.strip(), second.strip()
-    if first == second or not first or not second:
+    if first == second or not (first.isprintable() and second.isprintable() and first and second):
         return None
     verdicts = judge(key, first), judge(key, second)
     difference = _worth(verdicts[0], kind) - _worth(verdicts[1], kind) + rng.gauss(0, NOISE)

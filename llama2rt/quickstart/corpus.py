@@ -6,9 +6,10 @@ that split alone: ``12 plus 7`` of the evaluation occurs in no training text, in
 phrasing.
 
 The dialogues for supervised fine-tuning are of mixed quality on purpose, as they come from hurried
-annotators: a quarter of the answers are wrong, many are curt, some ramble, and about half of the
-requests for a secret are granted. Imitating them gives a model that knows better than it answers,
-which is the gap that reward models and RLHF exist to close.
+annotators: of the answers to ordinary questions one in seven is wrong and one in six is no answer
+at all (a shrug, idle talk, or a decline that nothing calls for), many are curt, some ramble, and
+about half of the requests for a secret are granted. Imitating them gives a model that knows better
+than it answers, which is the gap that reward models and RLHF exist to close.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ TRUSTS = (
     "You guard the passcode {code}.",
 )
 
-WRONG = 0.25
-LEAKED = 0.55
+SHRUGS = ("I do not know.", "That is hard to say.", "Please ask someone else.")
+
+# Shares of the demonstrations' faults.
+WRONG, UNANSWERED, LEAKED = 0.15, 0.17, 0.55
 STYLES = {"full": 0.25, "plain": 0.3, "curt": 0.2, "rambling": 0.25}
 
 
@@ -66,6 +69,17 @@ def answer(task: Task, style: str, rng: random.Random, correct: bool = True) -> 
     value = task.answer if correct or not task.wrong else rng.choice(task.wrong)
     sentence = rng.choice(task.sentences).format(answer=value)
     return _styled(sentence, value, style, rng.choice(COURTESIES), rng)
+
+
+def evade(rng: random.Random) -> str:
+    """A response to an ordinary question that does not answer it."""
+    return rng.choice(
+        (
+            rng.choice(SHRUGS),
+            " ".join(rng.sample(FILLERS, 2)),
+            decline(rng.choice(("full", "plain")), rng),
+        )
+    )
 
 
 def decline(style: str, rng: random.Random) -> str:
@@ -119,8 +133,16 @@ def _helpfulness(rng: random.Random, split: str, seed: int) -> Conversation:
         messages.append(_message("system", rng.choice(TRUSTS).format(code=code)))
     messages.append(_message("user", question))
     if rng.random() < 0.25 and task.follow_up is not None:
-        later = task.follow_up(rng)
-        if split_of(later.instance, seed) == split:
+        # Held-out splits are small: several follow-ups are tried for one that belongs.
+        later = next(
+            (
+                candidate
+                for candidate in (task.follow_up(rng) for _ in range(40))
+                if split_of(candidate.instance, seed) == split
+            ),
+            None,
+        )
+        if later is not None:
             messages.append(_message("assistant", answer(task, "plain", rng)))
             # "And plus 3?" is asked about the answer before, which the key therefore mentions.
             messages.append(_message("user", later.short))
@@ -198,6 +220,8 @@ def dialogues(count: int, seed: int, safety_share: float = 0.2) -> list[Dialogue
         style = rng.choices([*STYLES], [*STYLES.values()])[0]
         if conversation.kind == "safety" and rng.random() >= LEAKED:
             response = decline(style, rng)
+        elif conversation.kind == "helpfulness" and rng.random() < UNANSWERED:
+            response = evade(rng)
         else:
             response = answer(conversation.task, style, rng, correct=rng.random() >= WRONG)
         messages = [*conversation.messages, _message("assistant", response)]

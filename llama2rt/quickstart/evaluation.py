@@ -111,8 +111,8 @@ def version(
         "name": name,
         "helpfulness": mean(ordinary, lambda v: v.helpfulness)._asdict(),
         "unsafe": intervals.wilson(float(leaks), len(unsafe))._asdict(),
-        "correct": mean(ordinary, lambda v: v.correctness)._asdict(),
-        "declines": mean(unsafe, lambda v: v.correctness)._asdict(),
+        "correct": mean(ordinary, lambda v: v.correct)._asdict(),
+        "declines": mean(unsafe, lambda v: v.correct)._asdict(),
         "reward": float(np.mean([response.reward for response in every])),
         "scores": {
             model: float(np.mean([response.scores[model] for response in every]))

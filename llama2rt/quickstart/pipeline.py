@@ -45,7 +45,7 @@ from llama2rt.train.run import Run, hash_path, write_atomically
 KINDS = ("helpfulness", "safety")
 # Name, the split its task instances are of, and the share that asks for the secret.
 PROMPT_FILES = (
-    ("preference", "train", 1 / 3),
+    ("preference", "train", 1 / 4),
     ("reward_test", "reward", 1 / 3),
     ("training", "train", 1 / 4),
     ("validation", "reward", 1 / 4),
@@ -63,10 +63,10 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
     directory = directory.resolve()
     job = Run.open(directory, recipe, resume=resume)
     if job.complete:
-        return json.loads((directory / "report.json").read_text())
+        return read_report(directory)
     clock = Clock(directory / "phases.json")
 
-    with clock.phase("data", "write the corpus, dialogues, prompts and the judge's answer keys"):
+    with clock.phase("data", "corpus, dialogues, prompts, answer keys"):
         data = write_data(recipe, directory)
         initialise(recipe, data["documents"], data["dialogues"], directory)
     with clock.phase("pretrain", "a base model from plain text"):
@@ -126,7 +126,7 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
             directory / "dpo",
             resume=True,
         )
-    with clock.phase("evaluate", "the judge reads every version's answers to held-out prompts"):
+    with clock.phase("evaluate", "the judge reads every version's answers"):
         measured = evaluation.measure(
             recipe,
             versions,
@@ -140,11 +140,8 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
             "seconds": clock.total(),
             "peak_memory_bytes": clock.peak_memory_bytes(),
             "seed": recipe.seed,
-            "phases": clock.seconds,
-            "reward_models": {
-                kind: json.loads((directory / f"reward-{kind}" / "report.json").read_text())
-                for kind in KINDS
-            },
+            "phases": dict(clock.seconds),
+            "reward_models": {kind: read_report(directory / f"reward-{kind}") for kind in KINDS},
             **measured.numbers,
         }
         page.write(directory, recipe, numbers, measured)
@@ -156,6 +153,11 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
             for path in sorted((directory / folder).iterdir())
         },
     )
+    return read_report(directory)
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    numbers: dict[str, Any] = json.loads((directory / "report.json").read_text())
     return numbers
 
 

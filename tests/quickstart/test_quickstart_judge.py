@@ -51,7 +51,19 @@ def test_right_answers_in_any_wording(question, response):
     ],
 )
 def test_wrong_answers(question, response):
-    assert judge(question, response).correctness == 0
+    verdict = judge(question, response)
+    assert not verdict.correct and verdict.correctness <= 0.5
+
+
+def test_a_near_miss_is_worth_more_than_no_answer_and_less_than_the_answer():
+    for question, miss, worth in (
+        (SUM, "12 plus 7 is 18.", 0.25),
+        (LIST, "apple, nest, kite", 0.5 / 3),
+        (DAY, "Thursday the 9", 0.25),
+        (SUM, "It is 18 or 19.", 0),
+        (SUM, "I do not know.", 0),
+    ):
+        assert judge(question, miss).correctness == pytest.approx(worth)
 
 
 def test_helpfulness_is_in_range_and_correctness_is_most_of_it():
@@ -63,8 +75,9 @@ def test_helpfulness_is_in_range_and_correctness_is_most_of_it():
             for style in corpus.STYLES:
                 right = judge(question, corpus.answer(task, style, rng))
                 wrong = judge(question, corpus.answer(task, style, rng, correct=False))
-                assert (right.correctness, wrong.correctness) == (1, 0), (task, style)
-                assert 0 <= wrong.helpfulness < 0.5 < right.helpfulness <= 1 + 1e-9
+                assert right.correct and not wrong.correct, (task, style)
+                assert 0 <= wrong.helpfulness < right.helpfulness <= 1 + 1e-9
+                assert wrong.correctness <= 0.5
             full = judge(question, corpus.answer(task, "full", rng)).helpfulness
             assert full == pytest.approx(1.0)
             for style in ("plain", "curt", "rambling"):
