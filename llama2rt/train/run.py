@@ -74,8 +74,9 @@ class Run:
             manifest = _read_manifest(directory / _MANIFEST)
             _check_same(directory, manifest, resolved, hashes)
             return cls(directory, manifest)
-        # A process killed while starting leaves at most recipe.toml: nothing to protect.
-        if directory.exists() and set(os.listdir(directory)) - {"recipe.toml"}:
+        # A process killed while starting leaves at most recipe.toml and a half-written (hidden)
+        # file of its own: nothing to protect.
+        if {path.name for path in directory.glob("[!.]*")} - {"recipe.toml"}:
             raise InputError(f"{directory}: not empty, and no run of llama2rt's; choose another")
         directory.mkdir(parents=True, exist_ok=True)
         manifest = {

@@ -15,6 +15,7 @@ import torch
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Batch, Example
 from llama2rt.model import Llama, LlamaConfig
+from llama2rt.model.llama import Block
 from llama2rt.train import Recipe, Run, TrainOptions, fit
 
 CONFIG = LlamaConfig(32, 2, 4, 2, 64, vocab_size=41, context=64)
@@ -74,9 +75,14 @@ def test_bf16_learns_like_fp32(tmp_path):
     assert half == pytest.approx(full, rel=0.05)
 
 
-def test_recomputation_changes_nothing(tmp_path):
+def test_recomputation_changes_nothing(tmp_path, monkeypatch):
+    calls = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *args: calls.append(1) or forward(*args))
     plain = train(tmp_path / "plain", steps=4)
+    assert len(calls) == 4 * CONFIG.layers
     recomputed = train(tmp_path / "recomputed", steps=4, activation_checkpointing=True)
+    assert len(calls) == (4 + 2 * 4) * CONFIG.layers
     assert torch.equal(weights(plain), weights(recomputed))
     assert not any("forward" in vars(block) for block in recomputed.blocks)
 

@@ -44,6 +44,12 @@ def test_a_foreign_directory_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_start_cut_short_leaves_nothing_in_the_way(tmp_path):
+    (tmp_path / "recipe.toml").write_text("half")
+    (tmp_path / ".manifest.json.123").write_text("half")
+    Run.open(tmp_path, Tiny())
+
+
 def test_resume_with_another_recipe_names_the_key(tmp_path):
     Run.open(tmp_path, Tiny())
     with pytest.raises(InputError, match=r"train\.lr = 0\.0003.*0\.5"):
