@@ -111,7 +111,8 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
         chosen, rejected = score(model, held_out_pairs, options.micro_tokens)
-        return preference.accuracy(chosen, rejected, [c.rating for c in held_out_kept])
+        accuracy = preference.accuracy(chosen, rejected, [c.rating for c in held_out_kept])
+        return {f"held_out/accuracy/{rating}": value for rating, value in accuracy.items()}
 
     fit(
         run,

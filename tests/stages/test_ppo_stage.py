@@ -62,12 +62,16 @@ def prompts(pocket):
     return read(pocket.prompts, "prompt")[:12]
 
 
-def test_kl_starts_at_zero_and_the_sampler_agrees(pocket, actors, prompts):
+@pytest.mark.parametrize("precision, rounding", [("fp32", 1e-4), ("bf16", 0.1)])
+def test_kl_starts_at_zero_and_the_sampler_agrees(pocket, prompts, precision, rounding):
+    train = {"precision": precision}
+    actors, _ = ppo.load_actors(recipe(pocket, train=train))
     for temperature in (0.7, 1.0, 1.3):
-        settings = recipe(pocket, temperature=temperature)
-        _, metrics = ppo.collect(settings, actors, prompts, 0)
+        settings = recipe(pocket, temperature=temperature, train=train)
+        rollout, metrics = ppo.collect(settings, actors, prompts, 0)
         assert metrics["kl_k1"] == 0.0 and metrics["kl_k3"] == 0.0
-        assert metrics["sampler_gap"] < 1e-4
+        assert metrics["sampler_gap"] < rounding
+    assert ppo.improve(settings, actors, rollout, 0)["clip_fraction"] == 0.0
 
 
 def perturb(model, seed=0):
