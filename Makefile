@@ -41,14 +41,16 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet scikit-build-core pybind11 cmake ninja
 	touch $@
 
+# An isolated build, which is what a plain `pip install .` does, would compile everything each time.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet .
+	$(BIN)/python -m pip install --quiet --no-build-isolation .
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet '.[test]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation '.[test]'
 	touch $(VENV)/.installed $@
 
 # Plain pytest: `python -m pytest` would put this folder, not the installed package, first.
@@ -79,11 +81,11 @@ gpu:
 	exit $$status
 
 # The finished module is moved into place: processes that have the old one loaded keep it.
-native: $(VENV)/.tested
-	$(BIN)/python -m pip install --quiet pybind11
-	cmake -S . -B build/native -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+native: $(VENV)/.torch
+	$(BIN)/cmake -S . -B build/native -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	cmake --build build/native --parallel 2
+	$(BIN)/cmake --build build/native
 	mv build/native/_*.so llama2rt/
 
 clean:
