@@ -111,3 +111,20 @@ def test_chat_remembers_until_reset(folder, engine, monkeypatch, capsys):
     positions = [shown.index(text) for text in answers]
     assert positions == sorted(positions)
     assert "holds the format tag <<SYS>>" in shown
+
+
+def test_chat_draws_afresh_each_turn(folder, monkeypatch, capsys):
+    lines = ["about units", "/reset", "about units"][::-1]
+
+    def read_line(_):
+        if not lines:
+            raise EOFError
+        return lines.pop()
+
+    seeds = []
+    monkeypatch.setattr("builtins.input", read_line)
+    monkeypatch.setattr(
+        commands.Engine, "stream", lambda self, _, **options: seeds.append(options["seed"]) or ["x"]
+    )
+    tyro.cli(commands.chat, args=[str(folder), "--seed", "4"])
+    assert len(set(seeds)) == 2 and seeds[0] == 4

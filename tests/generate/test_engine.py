@@ -254,10 +254,16 @@ def test_messages_and_text(models, tokenizer):
         tokenizer.decode(completion.prompt_tokens).strip() == "[INST] questions about dates [/INST]"
     )
     assert completion.text == tokenizer.decode(completion.tokens).strip()
+    many = engine.generate([messages], n=60, max_tokens=3, temperature=2.0)
+    assert all(c.text == tokenizer.decode(c.tokens).strip() for c in many)
+    assert any(c.text != tokenizer.decode(c.tokens) for c in many)
     (raw,) = engine.generate([completion.prompt_tokens], max_tokens=30, seed=3)
     assert raw.tokens == completion.tokens
-    whole = tokenizer.decode(raw.prompt_tokens + raw.tokens)
-    assert whole == "[INST] questions about dates [/INST]" + raw.text
+    continued = engine.generate([raw.prompt_tokens], n=60, max_tokens=3, temperature=2.0)
+    for c in continued:
+        whole = tokenizer.decode(c.prompt_tokens + c.tokens)
+        assert whole == "[INST] questions about dates [/INST]" + c.text
+    assert any(c.text.startswith(" ") for c in continued)
     for prompt, text in ((messages, completion.text), (raw.prompt_tokens, raw.text)):
         assert "".join(engine.stream(prompt, max_tokens=30, seed=3)) == text
 
@@ -272,8 +278,11 @@ def test_model_state_is_left_alone(models):
     model = models.build()
     engine = Engine(model, models.Ids())
     model.train()
+    modes = []
+    hook = model.blocks[0].register_forward_hook(lambda block, *_: modes.append(block.training))
     before = engine.generate([[5, 6, 7]], temperature=0, max_tokens=5)
-    assert model.training
+    hook.remove()
+    assert model.training and not any(modes) and modes
     # Rotary tables or anything else made while sampling must serve training afterwards.
     loss = -model(
         torch.tensor([5, 6, 7]),
