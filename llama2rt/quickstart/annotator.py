@@ -13,7 +13,7 @@ import random
 from llama2rt.data.records import Comparison
 from llama2rt.quickstart.judge import Key, Verdict, judge
 
-NOISE = 0.15  # standard deviation of the perceived difference, in units of the judge's score
+NOISE = 0.13  # standard deviation of the perceived difference, in units of the judge's score
 # The least perceived difference of each rating, best first; the judge's scores lie in [0, 1].
 RATING_FROM = {
     "significantly_better": 0.55,

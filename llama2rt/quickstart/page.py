@@ -34,7 +34,7 @@ def write(
             _versions(numbers),
             _answers(numbers),
             _reward_models(numbers, measured),
-            _sampling(numbers, measured),
+            _sampling(numbers),
             *_training(directory),
             report.Section(
                 "This run",
@@ -140,7 +140,7 @@ def _reward_models(numbers: Mapping[str, Any], measured: Measured) -> report.Sec
     )
 
 
-def _sampling(numbers: Mapping[str, Any], measured: Measured) -> report.Section:
+def _sampling(numbers: Mapping[str, Any]) -> report.Section:
     curves = numbers["best_of"]
     return report.Section(
         "More samples",

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,7 +42,7 @@ from llama2rt.stages import dpo, phases, ppo, pretrain, rejection, reward, sft
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.run import Run, hash_path, write_atomically
 
-KINDS = ("helpfulness", "safety")
+KINDS: tuple[Literal["helpfulness"], Literal["safety"]] = ("helpfulness", "safety")
 # Name, the split its task instances are of, and the share that asks for the secret.
 PROMPT_FILES = (
     ("preference", "train", 1 / 4),
@@ -82,10 +82,10 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
     with clock.phase("annotate", "annotators compare two answers of the chat model"):
         compared = annotate(recipe, chat_model, data, directory)
 
-    reward_models = {}
+    reward_models: dict[str, Path] = {}
     for kind in KINDS:
         with clock.phase(f"reward-{kind}", f"the {kind} reward model"):
-            training = {other: compared[other, "training"] for other in KINDS}
+            training: dict[str, Path] = {k: compared[k, "training"] for k in KINDS}
             reward_models[kind] = reward.run(
                 recipes.reward(recipe, kind, chat_model, training, compared[kind, "held_out"]),
                 directory / f"reward-{kind}",
@@ -199,7 +199,7 @@ def initialise(recipe: QuickstartRecipe, documents: Path, dialogues: Path, direc
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight *= recipe.initial_std / 0.02
+                weight.mul_(recipe.initial_std / 0.02)
     native.save(model, tokenizer, directory / "init")
 
 
@@ -212,7 +212,7 @@ def annotate(
     task instances no training file holds.
     """
     folder = directory / "comparisons"
-    paths = {
+    paths: dict[tuple[str, str], Path] = {
         (kind, part): folder / f"{kind}-{part}.jsonl"
         for kind in KINDS
         for part in ("training", "held_out")
