@@ -27,14 +27,13 @@ def broken(page: Path) -> list[str]:
     wrong = []
     for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         if link.startswith(("http:", "https:", "mailto:")):
-            if not (urlparse(link).netloc or link.startswith("mailto:")):
+            if not urlparse(link).netloc and not link.startswith("mailto:"):
                 wrong.append(link)
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if not target.exists() or not target.is_relative_to(ROOT):
-            wrong.append(link)
-        elif anchor and target.suffix == ".md" and anchor not in anchors(target):
+        inside = target.exists() and target.is_relative_to(ROOT)
+        if not inside or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
             wrong.append(link)
     return wrong
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama2rt import report
 from llama2rt.algorithms import advantages, rewards
 from llama2rt.checkpoint import load
 from llama2rt.data.packing import Batch, Example, micro_batches
@@ -433,6 +434,6 @@ def unprefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def write_report(run: Run, numbers: dict[str, Any]) -> None:
-    """report.json of the run, and the run complete."""
-    write_atomically(run.directory / "report.json", json.dumps(numbers, indent=2) + "\n")
+    """The run complete, with its report.json and report.html."""
     run.finish(**numbers)
+    report.of_run(run.directory)

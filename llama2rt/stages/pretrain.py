@@ -23,6 +23,7 @@ from llama2rt.data.readers import read
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
+from llama2rt.stages.phases import default_device, write_report
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import Recipe, TrainOptions
@@ -142,7 +143,7 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         validate=validate if held_out else None,
     )
     native.save(model, tokenizer, run.model_directory)
-    run.finish(**result)
+    write_report(run, result)
     return run.model_directory
 
 
@@ -162,7 +163,7 @@ def prepare(
     model: Llama | None = None
     tokenizer: Tokenizer | None = None
     if recipe.init is not None:
-        loaded, tokenizer = load(recipe.init, dtype=torch.float32)
+        loaded, tokenizer = load(recipe.init, default_device(), torch.float32)
         if not isinstance(loaded, Llama):
             raise InputError(f"{recipe.init}: expected a language model, found a scalar model")
         model = loaded
@@ -189,7 +190,7 @@ def prepare(
         streams.append(stream)
     if model is None:
         config = recipe.model.config(tokenizer.vocab_size, recipe.context)
-        model = Llama(config, dtype=torch.float32).initialize(recipe.seed)
+        model = Llama(config, default_device(), torch.float32).initialize(recipe.seed)
     if recipe.context > model.config.context:
         raise InputError(f"context: {recipe.context} exceeds the model's {model.config.context}")
     return streams[0], streams[1] if recipe.held_out else None, tokenizer, model

@@ -21,7 +21,7 @@ from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
-from llama2rt.stages.phases import file_inputs, load_llama
+from llama2rt.stages.phases import file_inputs, load_llama, write_report
 from llama2rt.text.chat import encode_dialogue
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
@@ -96,7 +96,7 @@ def run(recipe: SFTRecipe, directory: Path, *, resume: bool = False) -> Path:
         validate=validate if held_out else None,
     )
     native.save(model, tokenizer, run.model_directory)
-    run.finish(**result, dialogues=len(training))
+    write_report(run, {**result, "dialogues": len(training)})
     return run.model_directory
 
 

@@ -244,7 +244,7 @@ def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
     )
     folder = ppo.run(settings, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report == {"iterations": 3, "iteration": 1, "reward": 2.0}
+    assert report.items() >= {"iterations": 3, "iteration": 1, "reward": 2.0}.items()
     model, _ = phases.load_llama(folder)
     assert torch.equal(model.norm.weight, snapshots[1])
     assert not torch.equal(model.norm.weight, snapshots[3])
