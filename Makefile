@@ -1,7 +1,8 @@
 # Two commands matter: `make run` (set up, then the main job) and `make test` (set up, then every
 # check). Both need Python 3.11+, a C++ compiler and a package index, and nothing else.
 #
-#   make run     .venv, install, `llama2rt quickstart`      (more options: make run ARGS="--seed 1")
+#   make run     .venv, install, `llama2rt quickstart`; goes on where an earlier one was stopped
+#                (another seed: make run ARGS="--seed 1" RUN=runs/seed-1)
 #   make test    .venv, install with the test extra, ruff, mypy, pytest         (SEED=random explores)
 #   make bench   the benchmarks; nothing else should be running
 #   make gpu     tests and benchmarks of a GPU machine, with its own python3 and without a network
@@ -34,7 +35,7 @@ SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
 .PHONY: run test bench gpu native clean
 
 run: $(VENV)/.installed
-	$(BIN)/llama2rt quickstart --out $(RUN) $(ARGS)
+	$(BIN)/llama2rt quickstart --out $(RUN) --resume $(ARGS)
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
