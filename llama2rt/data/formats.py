@@ -9,6 +9,7 @@ what they drop as malformed is an error here, to be tolerated by ``skip_invalid`
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def _messages(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return [
-        {"role": roles.get(m["from"], m["from"]), "content": m["value"]}
+        {"role": roles.get(str(m["from"]), m["from"]), "content": m["value"]}
         if isinstance(m, dict) and {"from", "value"} <= m.keys()
         else {k: v for k, v in m.items() if k in ("role", "content") or v is not None}
         if isinstance(m, dict)
@@ -262,9 +263,14 @@ def _ranked(prompt: Any, answers: list[tuple[Any, float]], source: str) -> Itera
 
 def _score(key: str, value: Any) -> float:
     try:
-        return float(value)
+        score = float(value)
     except (TypeError, ValueError):
         raise InputError(f"{key}: expected a number, got {value!r}") from None
+    except OverflowError:
+        raise InputError(f"{key}: a number too large to hold") from None
+    if not math.isfinite(score):  # it would rank as neither above nor below another
+        raise InputError(f"{key}: expected a finite number, got {value!r}")
+    return score
 
 
 @_register("UltraFeedback", "comparison", "instruction completions")
@@ -316,6 +322,8 @@ def _shp() -> Convert:
     taken: defaultdict[Any, int] = defaultdict(int)
 
     def convert(row: Row) -> Iterator[Row]:
+        if not isinstance(row["post_id"], str):
+            raise InputError(f"post_id: expected text, got {row['post_id']!r}")
         if row["labels"] not in (0, 1):
             raise InputError(f"labels: expected 0 or 1, got {row['labels']!r}")
         if _score("score_ratio", row["score_ratio"]) <= 2 or taken[row["post_id"]] >= 5:

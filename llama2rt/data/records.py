@@ -208,7 +208,11 @@ def _check_messages(key: str, value: Any, last: str) -> None:
 def _check_number(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{key}: expected a number, got {_name(value)}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond every float; its digits would fill the screen
+        raise InputError(f"{key}: a number too large to hold") from None
+    if not finite:
         raise InputError(f"{key}: expected a finite number, got {value}")
 
 

@@ -285,6 +285,25 @@ def test_shp_takes_clear_pairs_and_five_a_post(read_rows):
         read_rows("comparison", row("p", 2, 3.0))
 
 
+SHP = {"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 3.0}
+STEER = {"prompt": "u", "response": "a", "helpfulness": 1, "correctness": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("comparison", {**SHP, "post_id": ["p"]}, "post_id: expected text"),
+        ("comparison", {**SHP, "post_id": "p", "score_ratio": "nan"}, "score_ratio: expected a fi"),
+        ("comparison", {**STEER, "correctness": 10**400}, "correctness: a number too large"),
+        ("dialogue", {"conversations": [{"from": [], "value": "x"}]}, r"role \[\] is not system"),
+        ("dialogue", {"conversations": [{"from": {}, "value": "x"}]}, "role {} is not system"),
+    ],
+)
+def test_values_of_another_type_are_named(read_rows, kind, row, reason):
+    with pytest.raises(InputError, match=rf"rows\.jsonl:1: .*{reason}"):
+        read_rows(kind, row)
+
+
 @pytest.mark.parametrize(
     ("safe", "label"),
     [((True, True), "both_safe"), ((False, True), "chosen_safe"), ((False, False), "both_unsafe")],

@@ -221,7 +221,7 @@ def test_every_bad_line_is_named(tmp_path, line, reason):
     assert len(str(error.value)) < 300 + len(str(path))
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "9" * 400])
 def test_scores_that_are_no_numbers(tmp_path, number):
     line = json.dumps(changed("sample", reward=77)).replace("77", number)
     path = write_lines(tmp_path / "x.jsonl", line.encode())
