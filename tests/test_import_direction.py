@@ -117,6 +117,6 @@ def test_the_rule_refuses_upward_and_sideways_imports() -> None:
 )
 def test_light_imports_stay_light(statement: str, forbidden: list[str]) -> None:
     program = f"import sys\n{statement}\nprint([m for m in {forbidden} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"

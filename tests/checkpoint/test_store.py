@@ -121,7 +121,7 @@ except CheckpointError as error:
 def test_full_disk_says_so_and_loses_nothing(tmp_path):
     kept = saved(tmp_path, 10)
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-P", "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "step-20: this checkpoint could not be written" in done.stdout

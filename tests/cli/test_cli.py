@@ -67,7 +67,7 @@ from llama2rt import cli
 cli.usage(cli.available())
 print("torch" in sys.modules)
 """
-    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "False\n"
+    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True) == "False\n"
 
 
 def test_verbs_without_their_module_are_absent(monkeypatch, tmp_path, capsys):
@@ -197,7 +197,16 @@ def test_a_full_disk_is_status_one_without_traceback(recipe, tmp_path, capsys, m
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
-    command = [sys.executable, "-m", "llama2rt.cli", "pretrain", str(recipe), "--steps", "100000"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "llama2rt.cli",
+        "pretrain",
+        str(recipe),
+        "--steps",
+        "100000",
+    ]
     command += ["--out", str(tmp_path / "run"), "--train.checkpoint-every", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -29,7 +29,9 @@ def test_a_module_imports_alone_and_names_its_kernels(name):
         f"import sys; from llama2rt import {name} as module;"
         "print(*module.KERNELS); print('torch' in sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # -P: the installed package, not the source tree, which holds no native module.
+    run = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     kernels, torch_loaded = run.stdout.splitlines()
     assert kernels and torch_loaded == "False"
     assert all(any(op in kernel for op in OPS) for kernel in kernels.split())

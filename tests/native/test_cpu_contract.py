@@ -208,6 +208,6 @@ def test_one_openmp_runtime_beside_torch():
     )
     for order in (("torch", "llama2rt.ops"), ("llama2rt.ops", "torch")):
         found = subprocess.run(
-            [sys.executable, "-c", program.format(*order)], capture_output=True, text=True
+            [sys.executable, "-P", "-c", program.format(*order)], capture_output=True, text=True
         )
         assert found.stdout.strip() == "1", found.stdout + found.stderr

@@ -324,7 +324,7 @@ def test_environment_variable(name, expected):
         "except ValueError as error: print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-P", "-c", program],
         env={"LLAMA2RT_BACKEND": name, "PATH": "", "HOME": "/tmp"},
         capture_output=True,
         text=True,

@@ -228,7 +228,7 @@ print("killed", killed, "times")
 
 def test_sigkill_at_random_moments_changes_no_bit(tmp_path, seed):
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), str(seed)],
+        [sys.executable, "-P", "-c", KILLED, str(Path(__file__).parent), str(tmp_path), str(seed)],
         capture_output=True,
         text=True,
         timeout=300,

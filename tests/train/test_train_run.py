@@ -111,7 +111,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     faults = {
         mode: int(
             subprocess.run(
-                [sys.executable, "-c", script, mode], capture_output=True, text=True, check=True
+                [sys.executable, "-P", "-c", script, mode],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
         )
         for mode in ("leave", "keep")

@@ -16,7 +16,7 @@ def test_cosine_with_warmup_hits_its_landmarks():
     assert rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1)
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_constant_stays_at_the_peak():
