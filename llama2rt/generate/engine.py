@@ -179,7 +179,7 @@ class Engine:
             ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
         ):
             if not valid:
-                raise ValueError(f"{name}: expected {expected}, got {value}")
+                raise InputError(f"{name}: expected {expected}, got {value}")
         model, page_size = self.model, self.page_size
         lengths = np.array([len(tokens) for tokens in prompts], np.int32)
         limits = np.minimum(max_tokens, model.config.context - lengths)

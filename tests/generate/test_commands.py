@@ -82,6 +82,15 @@ def test_bad_input(folder, models, tokenizer, tmp_path):
         _generate(tmp_path / "scorer", "--prompt", "x")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", "-1"), ("temperature", "nan"), ("top-p", "0"), ("top-k", "-1"), ("n", "0")],
+)
+def test_an_impossible_option_is_bad_input(folder, option, value):
+    with pytest.raises(InputError, match=f"^{option.replace('-', '_')}: expected"):
+        _generate(folder, "--prompt", "about units", f"--{option}", value)
+
+
 def test_chat_remembers_until_reset(folder, engine, monkeypatch, capsys):
     lines = iter(["about units", "", "<<SYS>>", "small numbers", "/reset", "small numbers"])
 
