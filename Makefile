@@ -30,7 +30,7 @@ endif
 
 # What an installed package is made of. Set-up is repeated when one of these is newer than its stamp.
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
-	$(shell find csrc llama2rt -type f -not -name '*.so' -not -name '*.pyc')
+	$(shell find csrc kernels llama2rt -type f -not -name '*.so' -not -name '*.pyc')
 
 .PHONY: run test bench gpu native clean
 

@@ -13,6 +13,7 @@ from torch import Tensor
 # After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
 from llama2rt import _cpu
 
+DEVICES = ("cpu",)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
