@@ -18,6 +18,8 @@ from llama2rt.kernels.rms_norm import (
     rms_norm,
     rms_norm_backward,
 )
+from llama2rt.kernels.rope import rope, rope_backward
+from llama2rt.kernels.swiglu import swiglu, swiglu_backward
 
 DEVICES = ("cuda", "cpu") if kernels.INTERPRETED else ("cuda",)
 
@@ -26,4 +28,8 @@ NATIVE: dict[str, Callable] = {
     "rms_norm_backward": rms_norm_backward,
     "add_rms_norm": add_rms_norm,
     "add_rms_norm_backward": add_rms_norm_backward,
+    "swiglu": swiglu,
+    "swiglu_backward": swiglu_backward,
+    "rope": rope,
+    "rope_backward": rope_backward,
 }
