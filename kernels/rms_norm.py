@@ -113,7 +113,7 @@ def rms_norm_backward_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     # Stages: the rows of the next turn are on their way while this one's are reduced.
     for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        row = start + tl.arange(0, ROWS)
+        row = start + tl.arange(0, ROWS).to(tl.int64)
         inside = row < rows
         mask = inside[:, None] & there
         g = tl.load(dy + (row * dy_stride)[:, None] + column, mask, other=0).to(tl.float32)
@@ -152,7 +152,8 @@ def rms_norm_backward_long_kernel(
     for start in range(0, columns, BLOCK):
         c = start + column
         tl.store(mine + c, tl.zeros((BLOCK,), tl.float32), c < columns)
-    for row in range(program, rows, tl.num_programs(0)):
+    for turn in range(program, rows, tl.num_programs(0)):
+        row = tl.cast(turn, tl.int64)
         r = tl.load(rstd + row)
         products = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, columns, BLOCK):

@@ -74,6 +74,7 @@ def test_rows_too_long_to_hold(kind, dtype, seed, monkeypatch):
     short = {80: kernels.Launch(tile=128, per_thread=2, longest=128, warps=2)}
     monkeypatch.setattr(kernels, "FORWARD", short)
     monkeypatch.setattr(kernels, "BACKWARD", short)
+    monkeypatch.setattr(kernels, "DWEIGHT_ROWS", 1)  # fewer than there are programs
     check((3, 150), kind, dtype, seed)
 
 
@@ -96,6 +97,22 @@ def test_any_strides(strides, dtype):
         kernels.add_rms_norm_backward(dense, dense, dense, weight, rstd),
     )
     assert torch.equal(x, copy), "an input was changed"
+
+
+@pytest.mark.parametrize("longest", [512, 32])
+def test_offsets_beyond_32_bits(longest, far, monkeypatch):
+    short = {80: kernels.Launch(tile=128, per_thread=2, longest=longest, warps=2)}
+    monkeypatch.setattr(kernels, "FORWARD", short)
+    monkeypatch.setattr(kernels, "BACKWARD", short)
+    near = torch.randn(4, 64).bfloat16()
+    x, weight, rstd = far(near), torch.randn(64).bfloat16(), torch.rand(4)
+    assert same_bits(
+        kernels.add_rms_norm(x, x, weight, EPS), kernels.add_rms_norm(near, near, weight, EPS)
+    )
+    assert same_bits(
+        kernels.add_rms_norm_backward(x, x, x, weight, rstd),
+        kernels.add_rms_norm_backward(near, near, near, weight, rstd),
+    )
 
 
 def test_no_rows(dtype):

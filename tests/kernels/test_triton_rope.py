@@ -69,6 +69,16 @@ def test_any_strides(strides, dtype):
     assert torch.equal(x, copy), "an input was changed"
 
 
+def test_offsets_beyond_32_bits(far):
+    near = torch.randn(4, 2, 24).bfloat16()
+    x = far(near)
+    rest = (*tables(9, 24), torch.tensor([8, 0, 3, 3]))
+    for ours, expected in zip(
+        kernels.rope(x, x, *rest), kernels.rope(near, near, *rest), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
 def test_no_tokens_and_no_key_heads(dtype):
     cos, sin = tables(3, 8)
     for tokens, kv_heads in ((0, 2), (2, 0)):

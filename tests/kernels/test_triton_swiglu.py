@@ -71,6 +71,16 @@ def test_any_strides(strides, dtype):
     assert torch.equal(fused, copy), "an input was changed"
 
 
+def test_offsets_beyond_32_bits(far):
+    near = torch.randn(4, 64).bfloat16()
+    x = far(near)
+    assert torch.equal(kernels.swiglu(x, x), kernels.swiglu(near, near))
+    for ours, expected in zip(
+        kernels.swiglu_backward(x, x, x), kernels.swiglu_backward(near, near, near), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
 def test_no_rows(dtype):
     x = torch.empty(0, 64, dtype=dtype)
     assert all(
