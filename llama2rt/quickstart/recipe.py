@@ -17,7 +17,7 @@ from llama2rt.stages.ppo import PpoRecipe
 from llama2rt.stages.pretrain import PretrainRecipe
 from llama2rt.stages.rejection import RejectionRecipe
 from llama2rt.stages.reward import RewardRecipe
-from llama2rt.stages.sft import SFTRecipe
+from llama2rt.stages.sft import SftRecipe
 from llama2rt.train.options import Recipe, TrainOptions
 
 CONTEXT = 256
@@ -127,9 +127,9 @@ def pretrain(recipe: QuickstartRecipe, init: Path, documents: Path) -> PretrainR
     )
 
 
-def sft(recipe: QuickstartRecipe, base: Path, dialogues: Path) -> SFTRecipe:
+def sft(recipe: QuickstartRecipe, base: Path, dialogues: Path) -> SftRecipe:
     """Section 3.1."""
-    return SFTRecipe(
+    return SftRecipe(
         init=base,
         data=[dialogues],
         batch_size=32,
