@@ -33,9 +33,9 @@ class QuickstartRecipe(Recipe):
     """short texts to pretrain on"""
     dialogues: int = Field(default=6_000, gt=0)
     """demonstrations for SFT"""
-    preference_prompts: int = Field(default=8_000, gt=0)
+    preference_prompts: int = Field(default=10_000, gt=0)
     """prompts that annotators compare two answers to; a quarter asks for the secret"""
-    reward_test_prompts: int = Field(default=1_200, gt=0)
+    reward_test_prompts: int = Field(default=2_400, gt=0)
     """prompts of the reward models' test comparisons"""
     training_prompts: int = Field(default=1_500, gt=0)
     """prompts of rejection sampling, PPO and DPO"""
@@ -54,7 +54,7 @@ class QuickstartRecipe(Recipe):
     """the usual 0.02 is for widths of a thousand; at width 128 it costs hundreds of steps"""
 
     # Training.
-    pretrain_steps: int = Field(default=3_200, gt=0)
+    pretrain_steps: int = Field(default=5_500, gt=0)
     pretrain_tokens: int = Field(default=1_024, gt=0)
     """tokens in a pretraining step"""
     sft_epochs: int = Field(default=1, gt=0)
