@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <tuple>
 
 #include "../cpu/ops.h"
 
@@ -18,6 +19,20 @@ T* at(uintptr_t address) {
 
 using Address = uintptr_t;
 using Release = py::call_guard<py::gil_scoped_release>;
+using Heads = std::tuple<Address, int64_t, int64_t>;  // address, token stride, head stride
+
+Attention::Heads heads_at(const Heads& x) {
+  return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+Attention attention_arguments(int dtype, int64_t documents, Address q_offsets, Address k_offsets,
+                              int64_t heads, int64_t kv_heads, int64_t head_dim, const Heads& q,
+                              const Heads& k, const Heads& v, bool causal, float scale, Address out,
+                              Address lse, int threads) {
+  return {DType(dtype), documents, at<const int64_t>(q_offsets), at<const int64_t>(k_offsets),
+          heads, kv_heads, head_dim, heads_at(q), heads_at(k), heads_at(v), causal, scale,
+          at<void>(out), at<float>(lse), threads};
+}
 
 }  // namespace
 
@@ -26,7 +41,8 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "add_rms_norm",
                                      "add_rms_norm_backward", "swiglu", "swiglu_backward", "rope",
-                                     "rope_backward", "decode_attention");
+                                     "rope_backward", "attention", "attention_backward",
+                                     "decode_attention");
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def("instruction_sets", [] {
     py::list names;
@@ -90,6 +106,27 @@ PYBIND11_MODULE(_cpu, m) {
                           {at(k), k_heads, k_token_stride, k_head_stride, at<void>(k_out)},
                           at<const float>(cos), at<const float>(sin), table_rows, at(positions),
                           positions_are_int64, inverse, threads});
+        },
+        Release());
+
+  m.def("attention",
+        [](int dtype, int64_t documents, Address q_offsets, Address k_offsets, int64_t heads,
+           int64_t kv_heads, int64_t head_dim, Heads q, Heads k, Heads v, bool causal, float scale,
+           Address out, Address lse, int threads) {
+          kernels().attention(attention_arguments(dtype, documents, q_offsets, k_offsets, heads,
+                                                  kv_heads, head_dim, q, k, v, causal, scale, out,
+                                                  lse, threads));
+        },
+        Release());
+
+  m.def("attention_backward",
+        [](int dtype, int64_t documents, Address q_offsets, Address k_offsets, int64_t heads,
+           int64_t kv_heads, int64_t head_dim, Heads q, Heads k, Heads v, bool causal, float scale,
+           Address out, Address lse, int threads, Heads dout, Address dq, Address dk, Address dv) {
+          kernels().attention_backward(
+              {attention_arguments(dtype, documents, q_offsets, k_offsets, heads, kv_heads,
+                                   head_dim, q, k, v, causal, scale, out, lse, threads),
+               heads_at(dout), at<void>(dq), at<void>(dk), at<void>(dv)});
         },
         Release());
 

@@ -79,6 +79,29 @@ struct Rope {
   int threads;
 };
 
+struct Attention {
+  struct Heads {  // [tokens, heads, head_dim]
+    const void* data;
+    int64_t token_stride, head_stride;
+  };
+  DType dtype;
+  int64_t documents;
+  const int64_t *q_offsets, *k_offsets;  // [documents + 1], rising from 0
+  int64_t heads, kv_heads, head_dim;
+  Heads q, k, v;
+  bool causal;
+  float scale;
+  void* out;   // [tokens, heads, head_dim], contiguous
+  float* lse;  // [heads, tokens], contiguous: log of the sum of exp(score) over a query's keys
+  int threads;
+};
+
+struct AttentionBackward {
+  Attention forward;  // its `out` and `lse` are read
+  Attention::Heads dout;
+  void *dq, *dk, *dv;  // contiguous
+};
+
 struct DecodeAttention {
   DType dtype;
   int64_t sequences, heads, kv_heads, head_dim;
@@ -103,6 +126,8 @@ struct Kernels {
   void (*swiglu)(const Swiglu&);
   void (*swiglu_backward)(const SwigluBackward&);
   void (*rope)(const Rope&);
+  void (*attention)(const Attention&);
+  void (*attention_backward)(const AttentionBackward&);
   void (*decode_attention)(const DecodeAttention&);
 };
 
@@ -126,6 +151,8 @@ void rms_norm_backward(const RmsNormBackward&);
 void swiglu(const Swiglu&);
 void swiglu_backward(const SwigluBackward&);
 void rope(const Rope&);
+void attention(const Attention&);
+void attention_backward(const AttentionBackward&);
 void decode_attention(const DecodeAttention&);
 }  // namespace LLAMA2RT_ISA
 #endif

@@ -12,6 +12,7 @@ from torch import Tensor
 
 # After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
 from llama2rt import _cpu
+from llama2rt.ops.reference import check_lengths
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -19,6 +20,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def _rows(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, else a copy of which that is true."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _offsets(cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens.long().contiguous()
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -178,6 +183,86 @@ def rope_backward(
     return _rope(dq, dk, cos, sin, positions, inverse=True)
 
 
+def _heads(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> (out, lse [Hq, Tq] fp32). ValueError on offsets."""
+    check_lengths(cu_q, q.shape[0], "cu_seqlens")
+    check_lengths(cu_k, k.shape[0], "cu_seqlens_k")
+    q, k, v, cu_q, cu_k = _rows(q), _rows(k), _rows(v), _offsets(cu_q), _offsets(cu_k)
+    out, lse = _empty(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    _cpu.attention(
+        _DTYPES[q.dtype],
+        cu_q.shape[0] - 1,
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        q.shape[1],
+        *k.shape[1:],
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        causal,
+        scale,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradients of q, k and v). ValueError on offsets."""
+    check_lengths(cu_q, q.shape[0], "cu_seqlens")
+    check_lengths(cu_k, k.shape[0], "cu_seqlens_k")
+    dout, q, k, v = _rows(dout), _rows(q), _rows(k), _rows(v)
+    out, lse, cu_q, cu_k = out.contiguous(), lse.contiguous(), _offsets(cu_q), _offsets(cu_k)
+    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    _cpu.attention_backward(
+        _DTYPES[q.dtype],
+        cu_q.shape[0] - 1,
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        q.shape[1],
+        *k.shape[1:],
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        causal,
+        scale,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+        _heads(dout),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+    )
+    return dq, dk, dv
+
+
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
@@ -218,5 +303,7 @@ NATIVE: dict[str, Callable] = {
     "swiglu_backward": swiglu_backward,
     "rope": rope,
     "rope_backward": rope_backward,
+    "attention": attention,
+    "attention_backward": attention_backward,
     "decode_attention": decode_attention,
 }
