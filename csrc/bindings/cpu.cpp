@@ -42,7 +42,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "add_rms_norm",
                                      "add_rms_norm_backward", "swiglu", "swiglu_backward", "rope",
                                      "rope_backward", "attention", "attention_backward",
-                                     "decode_attention");
+                                     "decode_attention", "token_logprob",
+                                     "token_logprob_backward");
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def("instruction_sets", [] {
     py::list names;
@@ -143,6 +144,34 @@ PYBIND11_MODULE(_cpu, m) {
                k_head_stride, v_page_stride, v_token_stride, v_head_stride, pages, page_size,
                at<const int32_t>(block_table), block_table_columns, block_table_stride,
                at<const int32_t>(lengths), scale, at<void>(out), threads});
+        },
+        Release());
+
+  m.def("token_logprob",
+        [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
+           Address targets, int64_t first, float scale, Address peak, Address total,
+           Address weighted, Address chosen, int threads) {
+          kernels().token_logprob({DType(dtype), rows, columns, at(logits), stride,
+                                   at<const int64_t>(targets), first, scale, at<float>(peak),
+                                   at<float>(total), at<float>(weighted), at<float>(chosen),
+                                   threads});
+        },
+        Release());
+
+  m.def("token_logprob_backward",
+        [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
+           Address targets, int64_t first, float scale, Address lse, Address dlogprob,
+           Address dentropy, Address entropy, int threads) {
+          kernels().token_logprob_backward(
+              {DType(dtype), rows, columns, at<void>(logits), stride, at<const int64_t>(targets),
+               first, scale, at<const float>(lse), at<const float>(dlogprob),
+               at<const float>(dentropy), at<const float>(entropy), threads});
+        },
+        Release());
+
+  m.def("add_to",
+        [](int dtype, int64_t items, Address x, Address total, int threads) {
+          kernels().add_to({DType(dtype), items, at(x), at<float>(total), threads});
         },
         Release());
 }

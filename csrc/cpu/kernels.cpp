@@ -14,5 +14,8 @@ const Kernels table = {TEXT(LLAMA2RT_ISA),
                        rope,
                        attention,
                        attention_backward,
-                       decode_attention};
+                       decode_attention,
+                       token_logprob,
+                       token_logprob_backward,
+                       add_to};
 }  // namespace LLAMA2RT_ISA

@@ -119,6 +119,43 @@ struct DecodeAttention {
   int threads;
 };
 
+struct TokenLogprob {  // one tile: columns [first, first + columns) of the vocabulary
+  DType dtype;
+  int64_t rows, columns;
+  const void* logits;
+  int64_t stride;
+  const int64_t* targets;  // per row; another tile's or a negative one changes nothing
+  int64_t first;
+  float scale;  // of the logits: 1 / temperature
+  // Per row, over the tiles so far, with x = (logit - peak) * scale:
+  float* peak;      // largest logit
+  float* total;     // sum of exp(x)
+  float* weighted;  // sum of exp(x) * x; null: no entropy is wanted
+  float* chosen;    // logit of the target
+  int threads;
+};
+
+struct TokenLogprobBackward {
+  DType dtype;
+  int64_t rows, columns;
+  void* logits;  // become their own gradients
+  int64_t stride;
+  const int64_t* targets;
+  int64_t first;
+  float scale;
+  const float *lse, *dlogprob;
+  const float *dentropy, *entropy;  // null: no gradient arrives through the entropy
+  int threads;
+};
+
+struct AddTo {  // total += x, both contiguous
+  DType dtype;
+  int64_t items;
+  const void* x;
+  float* total;
+  int threads;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm)(const RmsNorm&);
@@ -129,6 +166,9 @@ struct Kernels {
   void (*attention)(const Attention&);
   void (*attention_backward)(const AttentionBackward&);
   void (*decode_attention)(const DecodeAttention&);
+  void (*token_logprob)(const TokenLogprob&);
+  void (*token_logprob_backward)(const TokenLogprobBackward&);
+  void (*add_to)(const AddTo&);
 };
 
 // The table in use: the widest instruction set of this processor unless another was selected.
@@ -154,5 +194,8 @@ void rope(const Rope&);
 void attention(const Attention&);
 void attention_backward(const AttentionBackward&);
 void decode_attention(const DecodeAttention&);
+void token_logprob(const TokenLogprob&);
+void token_logprob_backward(const TokenLogprobBackward&);
+void add_to(const AddTo&);
 }  // namespace LLAMA2RT_ISA
 #endif
