@@ -14,7 +14,7 @@ namespace LLAMA2RT_ISA {
 namespace {
 
 constexpr int64_t KEYS = 128;     // per block: what is packed of them stays in the second-level cache
-constexpr int64_t QUERIES = 256;  // per piece, over all heads of a group: repays packing the keys
+constexpr int64_t QUERIES = 512;  // per piece, over all heads of a group: repays packing the keys
 
 template <typename T>
 struct Forward {
@@ -43,7 +43,6 @@ struct Forward {
     for (int64_t r = 0; r < rows; r += BLOCK)
       product<UNIT, VECTORS>(
           units, ByRow{keys + r * width / UNIT, width / UNIT}, panel, PANEL,
-          [](int, int) { return f32v{}; },
           [&](auto& s) {
             for (int i = 0; i < BLOCK; ++i)
               for (int j = 0; j < VECTORS; ++j) s[i][j] *= a.scale;
@@ -60,15 +59,15 @@ struct Forward {
     for (int j = 0; j < VECTORS; ++j) {
       // Where all was minus infinity there is no maximum to subtract.
       shift[j] = peak[j] == broadcast(-INFINITY) ? f32v{} : peak[j];
-      decay[j] = exp(load(maxima + j * W) - shift[j]);
+      decay[j] = exp2((load(maxima + j * W) - shift[j]) * LOG2E);
       total[j] = f32v{};
     }
     for (int64_t r = 0; r < rows; r += 2)
       for (int j = 0; j < VECTORS; ++j) {
-        const f32v first = exp(load(scores + r * PANEL + j * W) - shift[j]);
-        const f32v second = exp(load(scores + (r + 1) * PANEL + j * W) - shift[j]);
+        const f32v first = exp2((load(scores + r * PANEL + j * W) - shift[j]) * LOG2E);
+        const f32v second = exp2((load(scores + (r + 1) * PANEL + j * W) - shift[j]) * LOG2E);
         total[j] += first + second;
-        store_two_rows<T>(weights + j * W, PANEL, r, first, second);
+        store_two_rows<UNIT>(weights + j * W, PANEL, r, first, second);
       }
     for (int j = 0; j < VECTORS; ++j) {
       store(maxima + j * W, peak[j]);

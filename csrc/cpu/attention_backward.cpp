@@ -114,18 +114,17 @@ struct Backward {
       lse[j] = load(s.lse + query + j * W);
       delta[j] = load(s.delta + query + j * W);
     }
-    auto zero = [](int, int) { return f32v{}; };
     for (int64_t r = 0; r < rows; r += BLOCK) {
       float scores[BLOCK * PANEL];
       product<UNIT, VECTORS>(units, ByRow{s.keys_by_row + r * width / UNIT, width / UNIT}, q, PANEL,
-                             zero, [&](auto& sums) {
+                             [&](auto& sums) {
                                for (int i = 0; i < BLOCK; ++i)
                                  for (int j = 0; j < VECTORS; ++j)
                                    store(scores + i * PANEL + j * W, sums[i][j]);
                              });
       const bool hides = mask.hides(r);
       product<UNIT, VECTORS>(
-          units, ByRow{s.values_by_row + r * width / UNIT, width / UNIT}, dout, PANEL, zero,
+          units, ByRow{s.values_by_row + r * width / UNIT, width / UNIT}, dout, PANEL,
           [&](auto& dp) {
 #pragma GCC unroll 8
             for (int i = 0; i < BLOCK; i += 2)
@@ -135,7 +134,7 @@ struct Backward {
 #pragma GCC unroll 2
                 for (int two = 0; two < 2; ++two) {
                   const f32v score = load(scores + (i + two) * PANEL + j * W);
-                  p[two] = exp(score * a.scale - lse[j]);
+                  p[two] = exp2((score * a.scale - lse[j]) * LOG2E);
                   ds[two] = p[two] * (dp[i + two][j] - delta[j]);
                   if (hides) {
                     const i32v shows = mask.shows(r + i + two, j);
@@ -146,13 +145,11 @@ struct Backward {
                   store_row(s.ds, r + i + two, column + j * W, ds[two]);
                 }
                 if (UNIT > 1)
-                  store_two_rows<T>(s.ds_by_column + column + j * W, QUERIES, r + i, ds[0], ds[1]);
+                  store_two_rows<UNIT>(s.ds_by_column + column + j * W, QUERIES, r + i, ds[0], ds[1]);
               }
           });
     }
   }
-
-  static f32v keep(f32v sum, int) { return sum; }
 
   static void store_row(float* tile, int64_t row, int64_t column, f32v x) {
     if (UNIT == 1)
@@ -169,9 +166,9 @@ struct Backward {
       const float* right = by_column + column / UNIT * width + i;
       float* to = gradient + row * width + i;
       if (n - i > W)
-        add_product<UNIT, 2>(BLOCK, columns / UNIT, left, right, width, to, width, keep);
+        add_product<UNIT, 2>(BLOCK, columns / UNIT, left, right, width, to, width, Keep());
       else
-        add_product<UNIT, 1>(BLOCK, columns / UNIT, left, right, width, to, width, keep);
+        add_product<UNIT, 1>(BLOCK, columns / UNIT, left, right, width, to, width, Keep());
     }
   }
 
@@ -183,7 +180,7 @@ struct Backward {
     if (writes_dq)
       add_product<UNIT, VECTORS>(round_up(n, BLOCK), rows / UNIT, ByColumn{s.keys_by_column, width},
                                  s.ds_by_column + column, QUERIES, s.dq_panels + query * width,
-                                 PANEL, keep);
+                                 PANEL, Keep());
   }
 
   void run(const Piece& piece, int64_t kv_head, float* floats) const {

@@ -54,15 +54,14 @@ struct ByColumn {
   const float* at(int64_t row, int64_t unit) const { return data + unit * stride + row; }
 };
 
-// BLOCK rows and VECTORS * W columns of start + a b; `finish(sums)` takes them from registers.
-template <int64_t UNIT, int VECTORS, typename Left, typename Start, typename Finish>
-inline void product(int64_t units, Left a, const float* b, int64_t b_stride, Start start,
-                    Finish finish) {
+// BLOCK rows and VECTORS * W columns of a b; `finish(sums)` takes them from registers.
+template <int64_t UNIT, int VECTORS, typename Left, typename Finish>
+inline void product(int64_t units, Left a, const float* b, int64_t b_stride, Finish finish) {
   f32v sums[BLOCK][VECTORS];
 #pragma GCC unroll 8
   for (int i = 0; i < BLOCK; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; ++j) sums[i][j] = start(i, j);
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = f32v{};
   for (int64_t u = 0; u < units; ++u) {
     f32v right[VECTORS];
 #pragma GCC unroll 2
@@ -77,22 +76,25 @@ inline void product(int64_t units, Left a, const float* b, int64_t b_stride, Sta
   finish(sums);
 }
 
-// c = c * decay + a b for c [rows, VECTORS * W]; decay(j) scales the columns of vector j.
-template <int64_t UNIT, int VECTORS, typename Left, typename Decay>
+struct Keep {
+  f32v operator()(f32v c, int) const { return c; }
+};
+
+// c = before(c, j) + a b for c [rows, VECTORS * W], where j counts the vectors of a row. The product
+// is summed apart from c: blocks of a long sum that are added up lose less than one long chain.
+template <int64_t UNIT, int VECTORS, typename Left, typename Before>
 inline void add_product(int64_t rows, int64_t units, Left a, const float* b, int64_t b_stride,
-                        float* c, int64_t c_stride, Decay decay) {
-  for (int64_t r = 0; r < rows; r += BLOCK) {
-    float* to = c + r * c_stride;
-    product<UNIT, VECTORS>(
-        units, Left{a.at(r, 0), a.stride}, b, b_stride,
-        [&](int i, int j) { return decay(load(to + i * c_stride + j * W), j); },
-        [&](auto& sums) {
+                        float* c, int64_t c_stride, Before before) {
+  for (int64_t r = 0; r < rows; r += BLOCK)
+    product<UNIT, VECTORS>(units, Left{a.at(r, 0), a.stride}, b, b_stride, [&](auto& sums) {
 #pragma GCC unroll 8
-          for (int i = 0; i < BLOCK; ++i)
+      for (int i = 0; i < BLOCK; ++i)
 #pragma GCC unroll 2
-            for (int j = 0; j < VECTORS; ++j) store(to + i * c_stride + j * W, sums[i][j]);
-        });
-  }
+        for (int j = 0; j < VECTORS; ++j) {
+          float* to = c + (r + i) * c_stride + j * W;
+          store(to, before(load(to), j) + sums[i][j]);
+        }
+    });
 }
 
 // ---- packing ----
@@ -100,12 +102,16 @@ inline void add_product(int64_t rows, int64_t units, Left a, const float* b, int
 // W units of a row; numbers past `count` are zero.
 template <typename T>
 inline f32v load_units(const T* x, int64_t count) {
-  constexpr int64_t UNIT = unit<T>();
-  if (UNIT == 1) return count >= W ? load(x) : load(x, Part{count});
-  T numbers[UNIT * W] = {};
-  memcpy(numbers, x, (count < UNIT * W ? count : UNIT * W) * sizeof(T));
+  constexpr int64_t COUNT = unit<T>() * W;
+  if constexpr (unit<T>() == 1) return count < COUNT ? load(x, Part{count}) : load(x);
+  T numbers[COUNT];
+  if (count < COUNT) {
+    memset(numbers, 0, sizeof numbers);
+    memcpy(numbers, x, count * sizeof(T));
+    x = numbers;
+  }
   f32v v;
-  memcpy(&v, numbers, sizeof v);
+  memcpy(&v, x, sizeof v);
   return v;
 }
 
@@ -119,15 +125,17 @@ inline void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t padded
             r < rows ? load_units(x + r * x_stride + i, n - i) : f32v{});
 }
 
-// Rows r and r + 1 of a matrix whose units run down the columns, one vector wide.
-template <typename T>
+// Units that run down the columns: row r in their low half, row r + 1 in their high half.
+inline f32v interleave(u16v low, u16v high) { return (f32v)(widen(low) | widen(high) << 16); }
+
+// Rows r and r + 1 of a matrix with units down the columns, one vector wide.
+template <int64_t UNIT>
 inline void store_two_rows(float* to, int64_t stride, int64_t r, f32v first, f32v second) {
-  if (unit<T>() == 1) {
+  if (UNIT == 1) {
     store(to + r * stride, first);
     store(to + (r + 1) * stride, second);
   } else {
-    const u32v low = widen(narrow(first, bf16{})), high = widen(narrow(second, bf16{}));
-    store(to + r / 2 * stride, (f32v)(low | high << 16));
+    store(to + r / 2 * stride, interleave(narrow(first, bf16{}), narrow(second, bf16{})));
   }
 }
 
@@ -135,12 +143,19 @@ inline void store_two_rows(float* to, int64_t stride, int64_t r, f32v first, f32
 template <typename T>
 inline void pack_columns(const T* x, int64_t x_stride, int64_t rows, int64_t padded, int64_t n,
                          float* to, int64_t stride) {
+  if constexpr (unit<T>() == 1) return pack_rows(x, x_stride, rows, padded, n, to, stride);
   for (int64_t r = 0; r < padded; r += 2)
-    for_each_vector(n, [&](int64_t i, auto lanes) {
-      const T* row = x + r * x_stride + i;
-      store_two_rows<T>(to + i, stride, r, r < rows ? load(row, lanes) : f32v{},
-                        r + 1 < rows ? load(row + x_stride, lanes) : f32v{});
-    });
+    for (int64_t i = 0; i < n; i += W) {
+      u16v two[2] = {};
+      for (int64_t j = 0; j < 2 && r + j < rows; ++j) {
+        const T* from = x + (r + j) * x_stride + i;
+        if (n - i < W)
+          memcpy(&two[j], from, (n - i) * sizeof(T));
+        else
+          memcpy(&two[j], from, sizeof(u16v));
+      }
+      store(to + r / 2 * stride + i, interleave(two[0], two[1]));
+    }
 }
 
 template <int STEP>

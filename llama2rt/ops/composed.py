@@ -1,16 +1,18 @@
 """Fast compositions of torch calls, for every op a backend has no native kernel for.
 
 Written for the CPU, able to run on any device; no [T, V] logits in memory. Same signatures and
-semantics as `reference`. Attention has its own file, `packed_attention`.
+semantics as `reference`, whose attention serves as it is: in a dtype or on a device for which no
+kernel was made, packed documents have no faster torch call.
 """
 
 import torch
 from torch import Tensor
 
-from llama2rt.ops.packed_attention import attention, attention_backward
-from llama2rt.ops.reference import (  # the oracle's text is already what torch does best
+from llama2rt.ops.reference import (  # what torch calls do no better elsewhere
     add_rms_norm,
     add_rms_norm_backward,
+    attention,
+    attention_backward,
     check_targets,
     rms_norm,
     rms_norm_backward,

@@ -29,6 +29,8 @@ def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambd
     table, positions = torch.randn(2, 64, 20), torch.randint(64, (rows,))
     k_cache, v_cache = activation(30, 4, 2, 40), activation(30, 4, 2, 40)
     pages, lengths = torch.randint(30, (rows, 5)), torch.randint(21, (rows,))
+    cu = torch.tensor([0, rows // 3, rows // 3, rows])
+    v, out, lse = activation(rows, 2, 40), activation(rows, 8, 40), torch.randn(8, rows) + 5
     return [
         (cpu.rms_norm, (x, weight, EPS)),
         (cpu.rms_norm_backward, (dy, x, weight, rstd)),
@@ -38,6 +40,8 @@ def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambd
         (cpu.swiglu_backward, (dy, x, residual)),
         (cpu.rope, (q, k, *table, positions)),
         (cpu.rope_backward, (q, k, *table, positions)),
+        (cpu.attention, (q, k, v, cu, cu, 0, True, 0.2)),
+        (cpu.attention_backward, (q, q, k, v, out, lse, cu, cu, 0, True, 0.2)),
         (cpu.decode_attention, (q, k_cache, v_cache, pages, lengths, 0.2)),
     ]
 

@@ -1,8 +1,12 @@
 """Every kernel of `_cpu`, for each instruction set and dtype, by the rule of `numerics.judge`.
 
 Yardsticks in the same dtype: LLaMA's own RMSNorm (fp32 inside, cast, times weight), silu(gate)
-times up, Hugging Face's rotary embedding with tables in the storage dtype, SDPA per sequence.
+times up, Hugging Face's rotary embedding with tables in the storage dtype, SDPA per document and per
+decoded sequence.
 """
+
+import functools
+import itertools
 
 import pytest
 import torch
@@ -128,6 +132,76 @@ def test_rope(head_dim, heads, positions_dtype, dtype, seed):
         expected = exact(*wide(q, k, cos, sin), positions)
         for x, got, want in zip((q, k), ours, expected, strict=True):
             judge(name, got, want, hugging_face_rope(x, c, direction * s))
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float
+) -> Tensor:
+    """torch's attention, one document at a time."""
+    parts = []
+    for rows, keys in zip(
+        itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True
+    ):
+        one = q[slice(*rows)].transpose(0, 1)[None]
+        two, three = (x[slice(*keys)].transpose(0, 1)[None] for x in (k, v))
+        queries, seen = one.shape[2], two.shape[2]
+        mask = torch.ones(queries, seen, dtype=torch.bool).tril(seen - queries) if causal else None
+        out = F.scaled_dot_product_attention(one, two, three, mask, scale=scale, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+# heads, kv_heads, head_dim, lengths of documents in queries and, where they differ, in keys.
+RAGGED = (1, 2, 0, 113, 203, 1, 60)
+ATTENTION = {
+    "one head each": (8, 8, 16, RAGGED, None),
+    "groups": (8, 2, 24, RAGGED, None),
+    "one group": (8, 1, 64, RAGGED, None),
+    "many heads": (52, 52, 8, (1, 2, 113, 203), None),
+    "long": (4, 2, 32, (1, 1024, 2, 113, 203), None),
+    "odd dim": (2, 2, 7, RAGGED, None),
+    "widest dim": (2, 1, 256, (33, 70), None),
+    "cached keys": (4, 2, 40, (1, 0, 7, 130), (90, 5, 7, 300)),
+}
+
+
+@functools.cache
+def attention_case(
+    name: str, causal: bool, kind: str, dtype: torch.dtype, seed: int
+) -> tuple[tuple, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Arguments (dout first), what the reference makes of them in fp64, and what torch does."""
+    heads, kv_heads, dim, queries, keys = ATTENTION[name]
+    cu_q, cu_k = offsets(queries), offsets(keys or queries)
+    rows, columns = (sum(x) for x in (queries, keys or queries))
+    q = draw((rows, heads, dim), dtype, kind, seed)
+    k = draw((columns, kv_heads, dim), dtype, "normal", seed + 1)
+    v = draw((columns, kv_heads, dim), dtype, kind, seed + 2)
+    dout = draw((rows, heads, dim), dtype, "normal", seed + 3)
+    rest = (cu_q, cu_k, 0, causal, dim**-0.5)
+    out, lse = reference.attention(*wide(q, k, v), *rest)
+    grads = reference.attention_backward(*wide(dout, q, k, v), out, lse, *rest)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    theirs = sdpa(*leaves, cu_q, cu_k, causal, dim**-0.5)
+    yardstick = (theirs.detach(), *gradients(theirs, leaves, dout))
+    return (dout, q, k, v, *rest), (out, lse, *grads), yardstick
+
+
+@pytest.mark.parametrize("kind", ["normal", "small", "tail"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, causal, kind, dtype, seed):
+    arguments, exact, theirs = attention_case(name, causal, kind, dtype, seed)
+    dout, q, k, v, *rest = arguments
+    out, lse = cpu.attention(q, k, v, *rest)
+    judge("out", out, exact[0], theirs[0])
+    torch.testing.assert_close(lse.double(), exact[1], rtol=1e-5, atol=1e-5)
+    ours = cpu.attention_backward(dout, q, k, v, out, lse, *rest)
+    for name, *three in zip(("dq", "dk", "dv"), ours, exact[2:], theirs[1:], strict=True):
+        judge(name, *three, gradient=True)
 
 
 def gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:

@@ -1,12 +1,11 @@
-"""Attention, decoding and token_logprob on a CPU by the rule of `numerics.judge`, and what other
-projects got wrong in them.
+"""Decoding and token_logprob on a CPU by the rule of `numerics.judge`, and what other projects got
+wrong in them and in attention.
 
-Yardsticks in the same dtype: SDPA's math formulation per document; and, on logits of a GEMM in that
-dtype made fp32, the chosen one less torch.logsumexp (as TRL's selective_log_softmax).
+Yardsticks in the same dtype: SDPA per sequence; and, on logits of a GEMM in that dtype made fp32,
+the chosen one less torch.logsumexp (as TRL's selective_log_softmax).
 """
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from numerics import draw, judge
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.ops import composed, packed_attention, reference
+from llama2rt.ops import composed, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [1, 2, 0, 113, 203, 1, 60, 58, 57]
@@ -28,49 +27,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], causal: bool) -> Tensor:
-    """torch's attention, one document at a time, in the tensors' dtype."""
-    group = q.shape[1] // k.shape[1]
-    parts = []
-    for start, end in itertools.pairwise(bounds):
-        one, two, three = (x[start:end].transpose(0, 1) for x in (q, k, v))
-        two, three = (x.repeat_interleave(group, 0) for x in (two, three))
-        scores = one @ two.transpose(1, 2) / math.sqrt(q.shape[2])
-        if causal:
-            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(hidden, -torch.inf)
-        p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-        parts.append((p @ three).transpose(0, 1))
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("kind", ["normal", "small", "tail"])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 8, 16), (8, 2, 24), (8, 1, 64)])
-def test_attention(heads, kv_heads, dim, causal, kind, dtype, seed):
-    cu, tokens, scale = offsets(RAGGED), sum(RAGGED), dim**-0.5
-    q = draw((tokens, heads, dim), dtype, kind, seed)
-    k = draw((tokens, kv_heads, dim), dtype, "normal", seed + 1)
-    v = draw((tokens, kv_heads, dim), dtype, kind, seed + 2)
-    dout = draw((tokens, heads, dim), dtype, "normal", seed + 3)
-    rest = (cu, cu, 0, causal, scale)
-    out, lse = packed_attention.attention(q, k, v, *rest)
-    exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), *rest)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    theirs = sdpa(*leaves, cu.tolist(), causal)
-    judge("out", out, exact, theirs.detach())
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
-
-    ours = packed_attention.attention_backward(dout, q, k, v, out, lse, *rest)
-    wide = [x.double() for x in (dout, q, k, v)]
-    expected = reference.attention_backward(*wide, exact, exact_lse, *rest)
-    yardstick = torch.autograd.grad(theirs, leaves, dout)
-    for name, *three in zip(("dq", "dk", "dv"), ours, expected, yardstick, strict=True):
-        judge(name, *three, gradient=True)
-    again = packed_attention.attention_backward(dout, q, k, v, out, lse, *rest)
-    assert all(torch.equal(one, two) for one, two in zip(ours, again, strict=True))
 
 
 def test_attention_keeps_documents_apart():
