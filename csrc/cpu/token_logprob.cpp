@@ -9,6 +9,8 @@
 namespace LLAMA2RT_ISA {
 namespace {
 
+const float LOG2E = 1.44269504088896341f;
+
 inline f32v larger(f32v a, f32v b) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
@@ -49,11 +51,12 @@ template <typename T, bool ENTROPY>
 void fold(const TokenLogprob& a, int64_t row) {
   const T* logits = (const T*)a.logits + row * a.stride;
   const float before = a.peak[row], peak = largest(logits, a.columns, before);
+  const float scale2 = a.scale * LOG2E;
   f32v total = {}, weighted = {};
   for_each_vector(a.columns, [&](int64_t i, auto lanes) {
     // The peak itself gives exactly 1, so that no total is below 1 and no logprob above 0.
-    f32v x = (load(logits + i, lanes) - peak) * a.scale;
-    f32v e = only(exp(x), lanes);
+    f32v x = load(logits + i, lanes) - peak;
+    f32v e = only(exp2(x * scale2), lanes);
     total += e;
     if (ENTROPY) weighted += e * x;
   });
@@ -62,7 +65,7 @@ void fold(const TokenLogprob& a, int64_t row) {
   if (ENTROPY) {
     // Against the new peak each earlier x is lower by the shift; an infinite one keeps nothing.
     const float moved = kept > 0.0f ? a.weighted[row] * expf(shift) + shift * kept : 0.0f;
-    a.weighted[row] = moved + sum(weighted);
+    a.weighted[row] = moved + sum(weighted) * a.scale;
   }
   a.total[row] = kept + sum(total);
   a.peak[row] = peak;
@@ -99,9 +102,9 @@ void differentiate(const TokenLogprobBackward& a, int64_t row) {
   };
   if (a.dentropy) {
     const float entropy = a.entropy[row], h = a.dentropy[row] * a.scale;
-    finish([&](f32v log_p) { return -exp(log_p) * (g + h * (log_p + entropy)); });
+    finish([&](f32v log_p) { return exp2(log_p * LOG2E) * -(g + h * (log_p + entropy)); });
   } else {
-    finish([&](f32v log_p) { return exp(log_p) * -g; });
+    finish([&](f32v log_p) { return exp2(log_p * LOG2E) * -g; });
   }
 }
 
