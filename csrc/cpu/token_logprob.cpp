@@ -26,6 +26,16 @@ inline f32v only(f32v x, Part part) {
   return x;
 }
 
+// x, rounded to fp32 here: the compiler may not fuse the product that x is with a later sum.
+inline f32v rounded(f32v x) {
+#if defined(__SSE2__)
+  asm("" : "+x"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 template <typename T>
 float value(const T* p) {
   return load(p, Part{1})[0];
@@ -95,10 +105,12 @@ void differentiate(const TokenLogprobBackward& a, int64_t row) {
   const bool here = 0 <= column && column < a.columns;
   const float chosen = here ? value(logits + column) : 0.0f;
   auto finish = [&](auto gradient) {
+    // Rounded as the peak inside lse was: where one logit is all, its log p is then exactly 0.
+    auto log_p = [&](f32v logit) { return rounded(logit * a.scale) - lse; };
     for_each_vector(a.columns, [&](int64_t i, auto lanes) {
-      store(logits + i, gradient(load(logits + i, lanes) * a.scale - lse), lanes);
+      store(logits + i, gradient(log_p(load(logits + i, lanes))), lanes);
     });
-    if (here) store(logits + column, gradient(broadcast(chosen) * a.scale - lse) + g, Part{1});
+    if (here) store(logits + column, gradient(log_p(broadcast(chosen))) + g, Part{1});
   };
   if (a.dentropy) {
     const float entropy = a.entropy[row], h = a.dentropy[row] * a.scale;
