@@ -165,15 +165,14 @@ def eager_logprob(
 ) -> tuple[Tensor, Tensor]:
     """(logprob, entropy) from all logits at once."""
     logits = F.linear(hidden, weight).float() / temperature
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
-    chosen = log_p.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    return tuple(
-        torch.where(targets >= 0, x, 0.0) for x in (chosen, -(log_p.exp() * log_p).sum(-1))
-    )
+    lse = logits.logsumexp(-1)
+    chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    mean = ((logits - lse[:, None]).exp() * logits).sum(-1)
+    return tuple(torch.where(targets >= 0, x, 0.0) for x in (chosen - lse, lse - mean))
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["normal", "small", "tail"])
 @pytest.mark.parametrize("shape", [(33, 8, 2), (64, 5, 65), (70, 24, 203)])
 def test_token_logprob(shape, kind, with_entropy, dtype, seed, monkeypatch):
     """Several tiles of rows and of columns, each with a remainder, and strips inside them."""
