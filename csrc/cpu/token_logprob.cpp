@@ -9,6 +9,8 @@
 namespace LLAMA2RT_ISA {
 namespace {
 
+const float LOG2E = 1.44269504088896341f;
+
 inline f32v larger(f32v a, f32v b) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
@@ -21,6 +23,16 @@ inline f32v larger(f32v a, f32v b) {
 inline f32v only(f32v x, Whole) { return x; }
 inline f32v only(f32v x, Part part) {
   for (int64_t lane = part.count; lane < W; ++lane) x[lane] = 0.0f;
+  return x;
+}
+
+// x, rounded to fp32 here: the compiler may not fuse the product that x is with a later sum.
+inline f32v rounded(f32v x) {
+#if defined(__SSE2__)
+  asm("" : "+x"(x));
+#else
+  asm("" : "+m"(x));
+#endif
   return x;
 }
 
@@ -49,11 +61,12 @@ template <typename T, bool ENTROPY>
 void fold(const TokenLogprob& a, int64_t row) {
   const T* logits = (const T*)a.logits + row * a.stride;
   const float before = a.peak[row], peak = largest(logits, a.columns, before);
+  const float scale2 = a.scale * LOG2E;
   f32v total = {}, weighted = {};
   for_each_vector(a.columns, [&](int64_t i, auto lanes) {
     // The peak itself gives exactly 1, so that no total is below 1 and no logprob above 0.
-    f32v x = (load(logits + i, lanes) - peak) * a.scale;
-    f32v e = only(exp(x), lanes);
+    f32v x = load(logits + i, lanes) - peak;
+    f32v e = only(exp2(x * scale2), lanes);
     total += e;
     if (ENTROPY) weighted += e * x;
   });
@@ -62,7 +75,7 @@ void fold(const TokenLogprob& a, int64_t row) {
   if (ENTROPY) {
     // Against the new peak each earlier x is lower by the shift; an infinite one keeps nothing.
     const float moved = kept > 0.0f ? a.weighted[row] * expf(shift) + shift * kept : 0.0f;
-    a.weighted[row] = moved + sum(weighted);
+    a.weighted[row] = moved + sum(weighted) * a.scale;
   }
   a.total[row] = kept + sum(total);
   a.peak[row] = peak;
@@ -92,16 +105,18 @@ void differentiate(const TokenLogprobBackward& a, int64_t row) {
   const bool here = 0 <= column && column < a.columns;
   const float chosen = here ? value(logits + column) : 0.0f;
   auto finish = [&](auto gradient) {
+    // Rounded as the peak inside lse was: where one logit is all, its log p is then exactly 0.
+    auto log_p = [&](f32v logit) { return rounded(logit * a.scale) - lse; };
     for_each_vector(a.columns, [&](int64_t i, auto lanes) {
-      store(logits + i, gradient(load(logits + i, lanes) * a.scale - lse), lanes);
+      store(logits + i, gradient(log_p(load(logits + i, lanes))), lanes);
     });
-    if (here) store(logits + column, gradient(broadcast(chosen) * a.scale - lse) + g, Part{1});
+    if (here) store(logits + column, gradient(log_p(broadcast(chosen))) + g, Part{1});
   };
   if (a.dentropy) {
     const float entropy = a.entropy[row], h = a.dentropy[row] * a.scale;
-    finish([&](f32v log_p) { return -exp(log_p) * (g + h * (log_p + entropy)); });
+    finish([&](f32v log_p) { return exp2(log_p * LOG2E) * -(g + h * (log_p + entropy)); });
   } else {
-    finish([&](f32v log_p) { return exp(log_p) * -g; });
+    finish([&](f32v log_p) { return exp2(log_p * LOG2E) * -g; });
   }
 }
 

@@ -316,6 +316,7 @@ def token_logprob(
     hidden, targets = hidden.contiguous(), targets.long().contiguous()
     peak, total, weighted, chosen = torch.zeros(4, tokens)
     peak.fill_(torch.finfo(torch.float32).min)
+    scale = 1 / temperature
     buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_STRIP))
     for rows in _tiles(tokens, LOGPROB_ROWS):
         for part in _tiles(vocabulary, LOGPROB_STRIP):
@@ -328,7 +329,7 @@ def token_logprob(
                 logits.stride(0),
                 targets[rows].data_ptr(),
                 part.start,
-                1 / temperature,
+                scale,
                 peak[rows].data_ptr(),
                 total[rows].data_ptr(),
                 weighted[rows].data_ptr() if entropy else 0,
@@ -336,8 +337,8 @@ def token_logprob(
                 torch.get_num_threads(),
             )
     predicted, log_total = targets >= 0, total.log()
-    logprob = torch.where(predicted, (chosen - peak) / temperature - log_total, 0.0)
-    lse = log_total + peak / temperature
+    logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
+    lse = log_total + peak * scale
     if not entropy:
         return logprob, logprob.new_empty(0), lse
     return logprob, torch.where(predicted, log_total - weighted / total, 0.0), lse

@@ -2,7 +2,7 @@
 
 Yardsticks in the same dtype: LLaMA's own RMSNorm (fp32 inside, cast, times weight), silu(gate)
 times up, Hugging Face's rotary embedding with tables in the storage dtype, SDPA per document and per
-decoded sequence.
+decoded sequence, torch.logsumexp in fp32 of logits in the storage dtype.
 """
 
 import functools
@@ -231,6 +231,69 @@ def test_decode_attention(query_heads, kv_heads, head_dim, scale, dtype, seed):
             )[0, :, 0]
     judge("out", ours, exact, theirs)
     assert not ours[0].any(), "length 0 gives 0"
+
+
+def eager_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(logprob, entropy) from all logits at once."""
+    logits = F.linear(hidden, weight).float() / temperature
+    lse = logits.logsumexp(-1)
+    chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    mean = ((logits - lse[:, None]).exp() * logits).sum(-1)
+    return tuple(torch.where(targets >= 0, x, 0.0) for x in (chosen - lse, lse - mean))
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "small", "tail"])
+@pytest.mark.parametrize("shape", [(33, 8, 2), (64, 5, 65), (70, 24, 203)])
+def test_token_logprob(shape, kind, with_entropy, dtype, seed, monkeypatch):
+    """Several tiles of rows and of columns, each with a remainder, and strips inside them."""
+    for name, size in (("ROWS", 32), ("COLUMNS", 64), ("STRIP", 24)):
+        monkeypatch.setattr(cpu, f"LOGPROB_{name}", size)
+    tokens, dim, vocabulary = shape
+    temperature = 0.7
+    hidden = draw((tokens, dim), dtype, kind, seed)
+    weight = draw((vocabulary, dim), dtype, "normal", seed + 1) * 0.3
+    # Targets on both sides of each boundary: of strips, of tiles, and of the vocabulary.
+    edges = [c for c in (0, 23, 24, 63, 64, 87, 88, vocabulary - 1) if c < vocabulary]
+    targets = torch.randint(-1, vocabulary, (tokens,))
+    targets[-len(edges) :] = torch.tensor(edges[-tokens:])
+    dlogprob = draw((tokens,), torch.float32, "normal", seed + 2)
+    dentropy = draw((tokens,), torch.float32, "normal", seed + 3) if with_entropy else None
+
+    logprob, entropy, lse = cpu.token_logprob(hidden, weight, targets, temperature, with_entropy)
+    inputs = (*wide(hidden, weight), targets)
+    exact, exact_entropy, exact_lse = reference.token_logprob(*inputs, temperature, with_entropy)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs, their_entropy = eager_logprob(*leaves, targets, temperature)
+    judge("logprob", logprob, exact, theirs.detach())
+    assert (logprob <= 0).all()
+    if with_entropy:
+        judge("entropy", entropy, exact_entropy, their_entropy.detach())
+
+    ours = cpu.token_logprob_backward(
+        dlogprob,
+        dentropy,
+        hidden,
+        weight,
+        targets,
+        lse,
+        entropy if with_entropy else None,
+        temperature,
+    )
+    expected = reference.token_logprob_backward(
+        dlogprob.double(),
+        dentropy.double() if with_entropy else None,
+        *inputs,
+        exact_lse,
+        exact_entropy if with_entropy else None,
+        temperature,
+    )
+    total = theirs @ dlogprob + (their_entropy @ dentropy if with_entropy else 0)
+    yardstick = torch.autograd.grad(total, leaves)
+    for name, *three in zip(("dhidden", "dweight"), ours, expected, yardstick, strict=True):
+        judge(name, *three, gradient=True)
 
 
 def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype, isa, seed):
