@@ -24,13 +24,16 @@ OUT ?= build
 # only, name PyTorch's own index of CPU builds: make run TORCH="torch --index-url URL"
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH ?= torch==2.13.0
+# The version that kernels/resources.json was recorded with; a CUDA torch names its own.
+TRITON ?= 'triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"'
 else
 TORCH ?= torch
+TRITON ?=
 endif
 
 # What an installed package is made of. Set-up is repeated when one of these is newer than its stamp.
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
-	$(shell find csrc llama2rt -type f -not -name '*.so' -not -name '*.pyc')
+	$(shell find csrc kernels llama2rt -type f -not -name '*.so' -not -name '*.pyc')
 
 .PHONY: run test bench gpu native clean
 
@@ -51,7 +54,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation '.[test]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation '.[test]' $(TRITON)
 	touch $(VENV)/.installed $@
 
 # Plain pytest: `python -m pytest` would put this folder, not the installed package, first.

@@ -22,7 +22,6 @@ import llama2rt
 
 # distribution -> (what it adds here, how to get it)
 OPTIONAL = {
-    "triton": ("compiler of the Triton kernels", "comes with CUDA builds of torch"),
     "flash-attn": (
         "attention to compare with on a GPU",
         "pip install flash-attn --no-build-isolation, on a machine with nvcc",
@@ -39,16 +38,31 @@ OPTIONAL = {
 }
 
 
-def _version(distribution: str) -> str | None:
+# What a peer must have, beside its distribution, to stand beside our kernels.
+PEERS = {
+    "flash-attn": "flash_attn:flash_attn_varlen_func",
+    "apex": "apex.normalization:FusedRMSNorm",
+}
+
+
+def _why_not(peer: str) -> str:
+    """Why what PEERS names cannot be imported; "" if it can."""
+    module, _, name = PEERS[peer].partition(":")
     try:
-        found = version(distribution)
+        found = importlib.import_module(module)
+    except Exception as error:  # extensions built for another torch fail in many ways
+        return f"{module} does not import: {error}"
+    return "" if hasattr(found, name) else f"{module} has no {name}"
+
+
+def _optional(distribution: str, purpose: str, get: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"for": purpose, "get": get}
+    try:
+        found["version"] = version(distribution)
     except PackageNotFoundError:
-        return None
-    if distribution == "apex":
-        spec = find_spec("apex")
-        folders = list(spec.submodule_search_locations or []) if spec else []
-        if not any((Path(folder) / "normalization").is_dir() for folder in folders):
-            return None
+        return found | {"version": None}
+    if distribution in PEERS and (reason := _why_not(distribution)):
+        found["reason"] = reason
     return found
 
 
@@ -91,6 +105,21 @@ def _cuda() -> dict[str, Any]:
     return found
 
 
+def _triton() -> dict[str, Any]:
+    """Triton's version and our kernels in it, or why the backend does not import."""
+    try:
+        backend = importlib.import_module("llama2rt.ops.triton")
+    except ImportError as error:
+        return {"reason": str(error)}
+    from llama2rt.kernels import INTERPRETED
+
+    return {
+        "version": version("triton"),
+        "interpreted": INTERPRETED,
+        "kernels": [name for name in backend.NATIVE if not name.endswith("_backward")],
+    }
+
+
 def _openmp() -> list[str]:
     """OpenMP runtimes in this process. More than one means more than one pool of threads."""
     maps = Path("/proc/self/maps")
@@ -129,10 +158,11 @@ def _torch() -> dict[str, Any]:
 
 
 def _ops() -> dict[str, Any]:
+    """device -> `ops.backends(device)`."""
     try:
         from llama2rt import ops
 
-        return ops.backends()
+        return {device: ops.backends(device) for device in ("cpu", "cuda")}
     except Exception as error:
         return {"reason": f"llama2rt.ops does not import: {error!r}"}
 
@@ -148,11 +178,11 @@ def examine() -> dict[str, Any]:
         "torch": torch,
         "_cpu": _cpu(),
         "_cuda": _cuda(),
+        "triton": _triton(),
         "ops": _ops(),
         "openmp": _openmp(),
         "optional": {
-            name: {"version": _version(name), "for": purpose, "get": get}
-            for name, (purpose, get) in OPTIONAL.items()
+            name: _optional(name, purpose, get) for name, (purpose, get) in OPTIONAL.items()
         },
     }
     problems = [torch["reason"]] if "reason" in torch else []
@@ -172,7 +202,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
-    torch, cpu, cuda = report["torch"], report["_cpu"], report["_cuda"]
+    torch, cpu, cuda, triton = (report[name] for name in ("torch", "_cpu", "_cuda", "triton"))
     facts = _table("", "", "")
     facts.show_header = False
     facts.add_row("llama2rt", f"{report['llama2rt']}, Python {report['python']}")
@@ -194,18 +224,30 @@ def _print(report: dict[str, Any], console: Console) -> None:
         facts.add_row("", ", ".join(cuda["kernels"]))
     if "reason" in cuda:
         facts.add_row("" if "kernels" in cuda else "_cuda", cuda["reason"])
+    if "kernels" in triton:
+        how = "interpreted (TRITON_INTERPRET=1)" if triton["interpreted"] else "compiled for CUDA"
+        facts.add_row("triton", f"{triton['version']}, kernels {how}")
+        facts.add_row("", ", ".join(triton["kernels"]))
+    else:
+        facts.add_row("triton", triton["reason"])
     console.print(facts)
 
     if "reason" not in report["ops"]:
-        ops = _table("\nOps on a CPU", "op", "runs on", "native code in")
-        for op, found in report["ops"].items():
-            ops.add_row(op, found["chosen"], ", ".join(found["native"]) or "none: composed")
-        console.print(ops)
+        for device, name in (("cpu", "a CPU"), ("cuda", "a GPU")):
+            if device == "cuda" and not torch.get("gpus"):
+                continue
+            ops = _table(f"\nOps on {name}", "op", "runs on", "native code in")
+            for op, found in report["ops"][device].items():
+                ops.add_row(op, found["chosen"], ", ".join(found["native"]) or "none: composed")
+            console.print(ops)
+            for backend, reason in found["unusable"].items():
+                console.print(f"not {backend}: {reason}", markup=False, highlight=False)
 
     optional = _table("\nOptional packages", "package", "version", "adds", "get it")
     for name, found in report["optional"].items():
         have = found["version"]
-        optional.add_row(name, have or "-", found["for"], "" if have else found["get"])
+        lacking = found.get("reason", "") if have else found["get"]
+        optional.add_row(name, have or "-", found["for"], lacking)
     console.print(optional)
     for problem in report["problems"]:
         console.print(f"\nproblem: {problem}", style="bold red", markup=False)

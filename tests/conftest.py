@@ -11,6 +11,12 @@ import pytest
 # Before torch or numpy start their thread pools.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, which must be chosen before their import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def _shared_data_folder() -> Path:
     """LLAMA2RT_TEST_DATA, or the folder that lies beside a checkout where real inputs are kept."""
@@ -70,7 +76,6 @@ def seed(request: pytest.FixtureRequest) -> int:
 def _same_start(request: pytest.FixtureRequest) -> None:
     """Each test starts from the same seeds, whichever ran before it."""
     import numpy
-    import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     random.seed(request.config.llama2rt_seed)

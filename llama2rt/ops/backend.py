@@ -10,6 +10,7 @@ Left out: choice per op or per thread. Mixing backends is what `ops.use` around 
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 
 import torch
@@ -31,22 +32,24 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _load(name: str) -> tuple[dict[str, Callable], str]:
-    """The backend's native functions, and why it is unusable ("" when it is usable)."""
-    if name == "triton":
-        return {}, "this version ships no Triton kernels"
+@dataclass(frozen=True)
+class _Backend:
+    native: dict[str, Callable] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+    """Device types whose tensors its kernels take."""
+    unusable: str = ""
+    """Why it cannot be used on this machine; "" if it can."""
+
+
+def _load(name: str) -> _Backend:
     try:
         module: ModuleType = importlib.import_module(f"llama2rt.ops.{name}")
     except ImportError as error:
-        return {}, f"llama2rt._{name} does not import: {error}"
-    return dict(module.NATIVE), ""
+        return _Backend(unusable=str(error))
+    return _Backend(dict(module.NATIVE), module.DEVICES)
 
 
-_native: dict[str, dict[str, Callable]] = {"reference": {}}
-_unusable: dict[str, str] = {"reference": ""}
-for _name in NAMES[1:]:
-    _native[_name], _unusable[_name] = _load(_name)
-
+_backends = {"reference": _Backend()} | {name: _load(name) for name in NAMES[1:]}
 _choice: str | None = os.environ.get("LLAMA2RT_BACKEND") or None
 
 
@@ -54,13 +57,11 @@ def _why_not(name: str, device: str) -> str:
     """Why backend `name` cannot run tensors of device type `device`; "" if it can."""
     if name not in NAMES:
         return f"unknown backend {name!r}, expected one of {', '.join(NAMES)}"
-    if _unusable[name]:
-        return _unusable[name]
-    if name == "cpu" and device != "cpu":
-        return f"its kernels run on CPU tensors, got a tensor on {device!r}"
-    if name in ("triton", "cuda") and device != "cuda":
-        return f"its kernels run on CUDA tensors, got a tensor on {device!r}"
-    return ""
+    found = _backends[name]
+    if found.unusable or name == "reference" or device in found.devices:
+        return found.unusable
+    kinds = " and ".join(kind.upper() for kind in found.devices)
+    return f"its kernels run on {kinds} tensors, got a tensor on {device!r}"
 
 
 def _resolve_all() -> dict[str, str]:
@@ -98,7 +99,7 @@ def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
     """The function that runs `op` (or `op` + "_backward") on backend `name`."""
     if name == "reference":
         return getattr(reference, op)
-    native = _native[name].get(op)
+    native = _backends[name].native.get(op)
     if native is not None and dtype in NATIVE_DTYPES:
         return native
     return getattr(composed, op)
@@ -113,7 +114,7 @@ class use:
 
     def __init__(self, name: str | None) -> None:
         if name is not None:
-            reason = _unusable[name] if name in NAMES else _why_not(name, "")
+            reason = _backends[name].unusable if name in NAMES else _why_not(name, "")
             if reason:
                 raise ValueError(f"backend {name!r} cannot be used: {reason}")
         self.name = name
@@ -154,8 +155,8 @@ def backends(device: str | torch.device = "cpu") -> dict[str, dict]:
     return {
         op: {
             "chosen": chosen,
-            "native": [name for name in usable if op in _native[name]],
-            "composed": [name for name in usable if op not in _native[name]],
+            "native": [name for name in usable if op in _backends[name].native],
+            "composed": [name for name in usable if op not in _backends[name].native],
             "unusable": {name: reason for name, reason in reasons.items() if reason},
         }
         for op in OPS

@@ -14,6 +14,7 @@ from torch import Tensor
 from llama2rt import _cpu
 from llama2rt.ops.reference import check_lengths, check_targets
 
+DEVICES = ("cpu",)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

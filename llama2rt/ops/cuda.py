@@ -24,6 +24,7 @@ if torch.version.cuda is None:
 if _cuda.driver_version() == 0:
     raise ImportError("there is no NVIDIA driver on this machine")
 
+DEVICES = ("cuda",)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -23,3 +23,11 @@ def cuda():
     if reason := why_not("cuda"):
         pytest.skip(reason)
     return importlib.import_module("llama2rt.ops.cuda")
+
+
+@pytest.fixture
+def triton():
+    """llama2rt.ops.triton, whose functions are those of the kernels."""
+    if reason := why_not("triton"):
+        pytest.skip(reason)
+    return importlib.import_module("llama2rt.ops.triton")

@@ -1,5 +1,7 @@
 """The promises every op makes, on every backend this machine has: registration, errors, choice."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from llama2rt import ops
 from llama2rt.ops import backend
 
-USABLE = [name for name in ("reference", "cpu") if not backend._unusable[name]]
+USABLE = [name for name in backend.NAMES if not backend._why_not(name, "cpu")]
 CU = torch.tensor([0, 3, 3, 4, 10], dtype=torch.int32)  # an empty document and one of one token
 
 
@@ -258,16 +260,19 @@ BAD = [
     ("rope", (H[..., :7], K, TABLE, TABLE, IDS), r"q: expected shape \[T, Hq, D\] with D even"),
     ("rope", (H, K, TABLE, TABLE[:5], IDS), r"sin: expected shape \[12, 4\], got \[5, 4\]"),
     ("rope", (H, K, TABLE, TABLE, IDS.float()), "positions: expected dtype int32 or int64"),
-    ("rope", (H, K, TABLE, TABLE, IDS + 12), "positions: "),
-    ("rope", (H, K, TABLE, TABLE, IDS - 1), "positions: "),
     ("attention", (H, K[:, :1].expand(10, 3, 8), K, CU), r"k: expected shape .*Hkv dividing 4"),
     ("attention", (H, K, K[:9], CU), r"v: expected shape \[10, 2, 8\], got \[9, 2, 8\]"),
     ("attention", (H, K[:9], K[:9], CU), r"k: expected shape \[10, 2, 8\], got \[9, 2, 8\]"),
     ("attention", (H, K, K, CU[None]), r"cu_seqlens: expected shape \[B\+1\]"),
-    ("attention", (H, K, K, CU[:-1]), "cu_seqlens: expected offsets rising from 0 to 10"),
-    ("attention", (H, K, K, CU.flip(0)), "cu_seqlens: expected offsets rising from 0 to 10"),
     ("token_logprob", (X, W[:, :5], IDS), r"weight: expected shape \[13, 6\], got \[13, 5\]"),
     ("token_logprob", (X, W, IDS[:4]), r"targets: expected shape \[10\], got \[4\]"),
+]
+# Seen only in the data, which a GPU backend does not wait for.
+BAD_VALUES = [
+    ("rope", (H, K, TABLE, TABLE, IDS + 12), "positions: "),
+    ("rope", (H, K, TABLE, TABLE, IDS - 1), "positions: "),
+    ("attention", (H, K, K, CU[:-1]), "cu_seqlens: expected offsets rising from 0 to 10"),
+    ("attention", (H, K, K, CU.flip(0)), "cu_seqlens: expected offsets rising from 0 to 10"),
     (
         "token_logprob",
         (X, W, IDS + 13),
@@ -279,6 +284,13 @@ BAD = [
 @pytest.mark.parametrize(("op", "values", "message"), BAD)
 def test_argument_errors(op, values, message, on_backend):
     with pytest.raises(ValueError, match=message):
+        getattr(ops, op)(*values)
+
+
+@pytest.mark.parametrize(("op", "values", "message"), BAD_VALUES)
+@pytest.mark.parametrize("name", [name for name in USABLE if name != "triton"])
+def test_errors_in_values(op, values, message, name):
+    with pytest.raises(ValueError, match=message), ops.use(name):
         getattr(ops, op)(*values)
 
 
@@ -301,12 +313,14 @@ def test_choice_of_backend(monkeypatch):
 
 
 def test_unusable_backends_say_why():
-    with pytest.raises(ValueError, match="'triton' cannot be used: this version ships no Triton"):
-        ops.use("triton")
+    unusable = ops.backends("meta")["rms_norm"]["unusable"]
+    assert set(unusable) == {"cpu", "triton", "cuda"} and all(unusable.values())
+    for name, reason in ops.backends("cpu")["rms_norm"]["unusable"].items():
+        message = f"backend '{name}' .*cannot be used: {re.escape(reason)}"
+        with pytest.raises(ValueError, match=message), ops.use(name):
+            ops.swiglu(X, X)
     with pytest.raises(ValueError, match="unknown backend 'opencl', expected one of reference"):
         ops.use("opencl")
-    unusable = ops.backends("cpu")["rms_norm"]["unusable"]
-    assert set(unusable) >= {"triton", "cuda"} and all(unusable.values())
     assert list(ops.backends("cpu")) == list(backend.OPS)
     if "cpu" in USABLE:
         assert "CUDA" not in ops.backends("cuda")["swiglu"]["unusable"]["cpu"]
@@ -314,7 +328,7 @@ def test_unusable_backends_say_why():
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("reference", "reference"), ("triton", "no Triton kernels")]
+    ("name", "expected"), [("reference", "reference"), ("triton", "tensors|not installed")]
 )
 def test_environment_variable(name, expected):
     program = (
@@ -325,12 +339,12 @@ def test_environment_variable(name, expected):
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", program],
-        env={"LLAMA2RT_BACKEND": name, "PATH": "", "HOME": "/tmp"},
+        env={**os.environ, "LLAMA2RT_BACKEND": name, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert expected in done.stdout
+    assert re.search(expected, done.stdout)
 
 
 def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):

@@ -1,0 +1,74 @@
+"""The seven ops in Triton, one file per op: installed as `llama2rt.kernels`, behind `ops.triton`.
+
+A file holds, in reading order: its `@triton.jit` kernels; a frozen dataclass `Launch` of launch
+settings and the table of them per architecture, each threshold with its reason; host functions with
+the signatures of a backend (tensors in, new tensors out); `aot_cases()`, what the shipped settings
+compile to, for `aot.py`. Arguments have passed the checks of `ops.contract`. Conventions:
+
+Names.      A kernel's name contains rms_norm, swiglu, rope, attention, decode or logprob.
+Strides.    In elements. The last dimension is contiguous (`last_contiguous` copies where it is
+            not), other strides are arguments and may be 0. Results are allocated contiguous.
+Offsets.    2^31 elements and more must be right, and neither program ids nor sizes are wider than
+            32 bits: `row.to(tl.int64) * stride`, before the multiplication.
+Masks.      Every load and store is masked by true sizes, loads with `other=0`. Block sizes are
+            powers of two; true sizes are run-time arguments, so that Triton specialises on what it
+            needs (divisibility by 16: 16-byte accesses) and a new batch size compiles nothing.
+            Sizes that change from batch to batch go into `do_not_specialize`.
+Arithmetic. In fp32: `.to(tl.float32)` at the load, `.to(pointer.dtype.element_ty)` at the store.
+            In the interpreter arithmetic on bf16 is wrong (casts and `tl.dot` are repaired by
+            `interpreter.py`). Float scalars are Python floats,
+            which Triton's launcher (not Inductor's) types as fp32. Matrix products take operands of
+            the input's dtype, accumulate in fp32, and say `input_precision="ieee"` for fp32.
+Repeatable. No atomics: a sum over programs goes through fp32 partial sums and a second kernel.
+Device.     Triton launches on the current device: `with torch.cuda.device_of(x):` around launches
+            (it does nothing for CPU tensors). Nothing synchronises with the device.
+Empty.      A grid may not be 0: host functions return before it, gradients of weights as zeros.
+
+Under TRITON_INTERPRET=1 (set before the first import of triton) kernels run on the CPU, one
+program after the other, and the backend serves CPU tensors: so it is tested without a GPU.
+
+Not yet run on a GPU.
+"""
+
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+INTERPRETED: bool = knobs.runtime.interpret
+"""Whether the kernels of this process were made for the interpreter."""
+
+if INTERPRETED:
+    importlib.import_module("llama2rt.kernels.interpreter")
+
+
+@functools.cache
+def _architecture(device: int) -> int:
+    return 90 if torch.cuda.get_device_capability(device) >= (9, 0) else 80
+
+
+def architecture(x: Tensor) -> int:
+    """The architecture whose launch settings fit x's device: 80 (A100) or 90 (H100 and later)."""
+    return _architecture(x.get_device()) if x.is_cuda else 80
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many multiprocessors persistent programs are spread over (in the interpreter: 2)."""
+    return _multiprocessors(x.get_device()) if x.is_cuda else 2
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x itself where its last dimension is contiguous, else a copy of which that is true."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor of x's shape, dtype and device."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

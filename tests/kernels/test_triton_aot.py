@@ -1,0 +1,55 @@
+"""Every Triton kernel compiles for A100 and H100 without a GPU, and takes no more than recorded.
+
+In a process of its own: in this one the kernels may be made for the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+RECORD = Path(__file__).resolve().parents[2] / "kernels" / "resources.json"
+OPS = ("rms_norm", "swiglu", "rope", "attention", "decode", "logprob")
+
+
+@pytest.fixture(scope="module")
+def found():
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "llama2rt.kernels.aot"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)["kernels"]
+
+
+def test_every_kernel_is_compiled_for_both_architectures(found):
+    for architecture in (80, 90):
+        names = [key for key in found if key.endswith(f", sm_{architecture}")]
+        assert names and all(any(op in name for op in OPS) for name in names)
+
+
+def test_no_forward_kernel_spills(found):
+    spilled = {key for key, used in found.items() if used["stack_bytes"] and "backward" not in key}
+    assert not spilled
+
+
+def test_nothing_takes_more_than_recorded(found):
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    command = "python -P -m llama2rt.kernels.aot --record kernels/resources.json"
+    assert found.keys() == record["kernels"].keys(), f"after a change of cases: {command}"
+    if record["triton"] != triton.__version__:
+        pytest.skip(f"recorded with Triton {record['triton']}, this is {triton.__version__}")
+    worse = [
+        f"{key}: {name} {record['kernels'][key][name]} -> {value}"
+        for key, used in found.items()
+        for name, value in used.items()
+        if value > record["kernels"][key][name]
+    ]
+    assert not worse, "\n".join([*worse, f"if it is worth it: {command}"])
