@@ -18,6 +18,7 @@ from llama2rt.kernels.rms_norm import (
     rms_norm,
     rms_norm_backward,
 )
+from llama2rt.kernels.token_logprob import token_logprob, token_logprob_backward
 
 DEVICES = ("cuda", "cpu") if kernels.INTERPRETED else ("cuda",)
 
@@ -26,4 +27,6 @@ NATIVE: dict[str, Callable] = {
     "rms_norm_backward": rms_norm_backward,
     "add_rms_norm": add_rms_norm,
     "add_rms_norm_backward": add_rms_norm_backward,
+    "token_logprob": token_logprob,
+    "token_logprob_backward": token_logprob_backward,
 }
