@@ -306,14 +306,14 @@ class Launch:
     persistent: bool = False
     """One program a multiprocessor, walking over the tiles; else one program a tile."""
     tma: bool = False
-    """Operands by descriptor, where their alignment allows it."""
+    """Operands by descriptor."""
 
 
 # 128 x 256 x 64, the largest tile whose fp32 sum fits the registers of 8 warps (128 a thread): it
 # reads 48 KiB per 4.2 MFLOP, a third less than 128 x 128, and L2 bandwidth is what limits a product
 # without multicast. One block fits a multiprocessor; on sm_90 a persistent one with TMA hides the
-# start of a tile behind the end of the last. group: tiles in flight touch group * 128 rows of hidden
-# and tiles / group * 256 of weight, the least of both together at sqrt(2 tiles): 16 of 132.
+# start of a tile behind the end of the last. group: tiles in flight touch group * 128 rows of
+# hidden and tiles / group * 256 of weight, the least of both at sqrt(2 tiles): 16 of 132.
 FORWARD = {
     80: Launch(128, 256, 64, warps=8, stages=3, group=16),
     90: Launch(128, 256, 64, warps=8, stages=4, group=16, persistent=True, tma=True),
@@ -323,8 +323,9 @@ BACKWARD = {
     80: Launch(128, 256, 64, warps=8, stages=3, group=16),
     90: Launch(128, 256, 64, warps=8, stages=3, group=16, persistent=True, tma=True),
 }
-# fp32 to the last bit has no tensor cores: a tile that leaves registers for the operands.
-EXACT = Launch(64, 64, 32, warps=4, stages=2, group=16)
+# fp32 to the last bit has no tensor cores, and rows that do not begin on 16 bytes are loaded element
+# by element: a tile that leaves registers for it.
+SMALL = Launch(64, 64, 32, warps=4, stages=2, group=16)
 # Eight rows: 32 bytes, a sector, of each record; and 32 elements a thread of each operand of the
 # chosen logit on their way at one time.
 MERGE_ROWS, MERGE_TILES, MERGE_DEPTH, MERGE_WARPS = 8, 32, 512, 4
@@ -337,28 +338,26 @@ SLICE = 2048
 PART = 1 << 23
 
 
-def _launch(table: dict[int, Launch], hidden: Tensor) -> Launch:
-    return EXACT if hidden.dtype == torch.float32 else table[architecture(hidden)]
-
-
-def _by_descriptor(launch: Launch, *tensors: Tensor) -> bool:
-    """Whether TMA can read them: base and row stride in multiples of 16 bytes."""
-    return launch.tma and all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.numel() for x in tensors
+def _launch(table: dict[int, Launch], hidden: Tensor, weight: Tensor) -> Launch:
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in (hidden, weight)
     )
+    if hidden.dtype == torch.float32 or not aligned:
+        return SMALL
+    return table[architecture(hidden)]
 
 
-def _operands(launch: Launch, hidden: Tensor, weight: Tensor, tma: bool) -> tuple:
+def _operands(launch: Launch, hidden: Tensor, weight: Tensor) -> tuple:
     """The four leading arguments of a kernel that makes logits."""
     a: Tensor | TensorDescriptor = hidden
     b: Tensor | TensorDescriptor = weight
-    if tma:
+    if launch.tma:
         a = TensorDescriptor.from_tensor(hidden, [launch.rows, launch.depth])
         b = TensorDescriptor.from_tensor(weight, [launch.columns, launch.depth])
     return a, hidden.stride(0), b, weight.stride(0)
 
 
-def _tiles(launch: Launch, hidden: Tensor, columns: int, tma: bool) -> tuple[int, dict]:
+def _tiles(launch: Launch, hidden: Tensor, columns: int) -> tuple[int, dict]:
     """(programs, compile-time arguments and options) of a kernel that makes logits."""
     programs = triton.cdiv(hidden.shape[0], launch.rows) * triton.cdiv(columns, launch.columns)
     if launch.persistent:
@@ -368,7 +367,7 @@ def _tiles(launch: Launch, hidden: Tensor, columns: int, tma: bool) -> tuple[int
         "COLUMNS": launch.columns,
         "DEPTH": launch.depth,
         "GROUP": launch.group,
-        "TMA": tma,
+        "TMA": launch.tma,
         "PERSISTENT": launch.persistent,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
@@ -394,15 +393,14 @@ def token_logprob(
     uncertainty = hidden.new_empty(rows if entropy else 0, dtype=torch.float32)
     if rows == 0:
         return logprob, uncertainty, lse
-    launch = _launch(FORWARD, hidden)
+    launch = _launch(FORWARD, hidden, weight)
     tiles = triton.cdiv(columns, launch.columns)
     records = hidden.new_empty(3 if entropy else 2, tiles, rows, dtype=torch.float32)
     peak, total, spread = records if entropy else (*records, None)
-    tma = _by_descriptor(launch, hidden, weight)
-    programs, options = _tiles(launch, hidden, columns, tma)
+    programs, options = _tiles(launch, hidden, columns)
     with torch.cuda.device_of(hidden):
         token_logprob_kernel[(programs,)](
-            *_operands(launch, hidden, weight, tma),
+            *_operands(launch, hidden, weight),
             1 / temperature,
             peak,
             total,
@@ -413,7 +411,10 @@ def token_logprob(
             **options,
         )
         token_logprob_merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-            *_operands(launch, hidden, weight, tma=False),
+            hidden,
+            hidden.stride(0),
+            weight,
+            weight.stride(0),
             targets,
             1 / temperature,
             peak,
@@ -469,7 +470,7 @@ def token_logprob_backward(
         return empty_like(hidden), torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dweight = empty_like(weight)
     dhidden = torch.empty((rows, depth), dtype=torch.float32, device=hidden.device)
-    launch = _launch(BACKWARD, hidden)
+    launch = _launch(BACKWARD, hidden, weight)
     columns = min(max(vocabulary // 8, SLICE), vocabulary)
     width = triton.cdiv(columns, 16) * 16  # rows of dlogits that begin on 32 bytes
     dlogits = hidden.new_empty(rows, width)
@@ -479,11 +480,10 @@ def token_logprob_backward(
     for first in range(0, vocabulary, columns):
         slice_ = weight[first : first + columns]
         size = slice_.shape[0]
-        tma = _by_descriptor(launch, hidden, slice_)
-        programs, options = _tiles(launch, hidden, size, tma)
+        programs, options = _tiles(launch, hidden, size)
         with torch.cuda.device_of(hidden):
             token_logprob_dlogits_kernel[(programs,)](
-                *_operands(launch, hidden, slice_, tma),
+                *_operands(launch, hidden, slice_),
                 targets,
                 dlogprob,
                 dentropy,
@@ -513,7 +513,7 @@ def token_logprob_backward(
 def aot_cases() -> Iterator[Case]:
     """The hidden sizes of the 7B model and of a small one, bf16 and fp32, with and without entropy.
 
-    D 4100 is what TMA cannot read: rows that do not begin on 16 bytes.
+    D 4100: rows that do not begin on 16 bytes.
     """
     for arch in (80, 90):
         for entropy in (False, True):
@@ -550,12 +550,11 @@ def _aot_cases(arch: int, dtype: str, depth: int, entropy: bool) -> Iterator[Cas
         (token_logprob_kernel, FORWARD, forward, ("spread",)),
         (token_logprob_dlogits_kernel, BACKWARD, backward, ("dentropy", "entropy")),
     ):
-        launch = EXACT if dtype == "fp32" else table[arch]
-        tma = launch.tma and depth % 8 == 0
+        launch = SMALL if dtype == "fp32" or depth % 8 else table[arch]
         operands = {"hidden_stride": size, "weight_stride": size}
         for operand, tile in (("hidden", launch.rows), ("weight", launch.columns)):
             block = f"tensordesc<{dtype}[{tile}, {launch.depth}]>"
-            operands[operand] = block if tma else f"*{dtype}:16"
+            operands[operand] = block if launch.tma else f"*{dtype}:16"
         yield Case(
             f"{kernel.__name__.removesuffix('_kernel')} {name}",
             kernel,
@@ -565,7 +564,7 @@ def _aot_cases(arch: int, dtype: str, depth: int, entropy: bool) -> Iterator[Cas
                 "COLUMNS": launch.columns,
                 "DEPTH": launch.depth,
                 "GROUP": launch.group,
-                "TMA": tma,
+                "TMA": launch.tma,
                 "PERSISTENT": launch.persistent,
             }
             | ({} if entropy else dict.fromkeys(optional)),

@@ -1,4 +1,4 @@
-"""token_logprob in Triton, interpreted, by the rule of `numerics.judge`, and the promises beside it.
+"""token_logprob in Triton, interpreted, by the rule of `numerics.judge`, and its promises.
 
 Yardstick in the same dtype: on logits of a GEMM in that dtype made fp32, the chosen one less
 torch.logsumexp (as TRL's selective_log_softmax), and -sum p log p.
@@ -33,7 +33,7 @@ def small_tiles(request, monkeypatch):
     """Several tiles, slices and parts in shapes that the interpreter can do."""
     for table in (kernels.FORWARD, kernels.BACKWARD):
         monkeypatch.setitem(table, 80, SMALL[request.param])
-    monkeypatch.setattr(kernels, "EXACT", SMALL[request.param])
+    monkeypatch.setattr(kernels, "SMALL", SMALL[80])
     monkeypatch.setattr(kernels, "SLICE", 160)
     monkeypatch.setattr(kernels, "PART", 1)
 
