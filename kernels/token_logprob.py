@@ -323,7 +323,7 @@ BACKWARD = {
     80: Launch(128, 256, 64, warps=8, stages=3, group=16),
     90: Launch(128, 256, 64, warps=8, stages=3, group=16, persistent=True, tma=True),
 }
-# fp32 to the last bit has no tensor cores, and rows that do not begin on 16 bytes are loaded element
+# fp32 to the last bit has no tensor cores, and rows not aligned to 16 bytes are loaded element
 # by element: a tile that leaves registers for it.
 SMALL = Launch(64, 64, 32, warps=4, stages=2, group=16)
 # Eight rows: 32 bytes, a sector, of each record; and 32 elements a thread of each operand of the
