@@ -20,6 +20,7 @@ from llama2rt.kernels.rms_norm import (
 )
 from llama2rt.kernels.rope import rope, rope_backward
 from llama2rt.kernels.swiglu import swiglu, swiglu_backward
+from llama2rt.kernels.token_logprob import token_logprob, token_logprob_backward
 
 DEVICES = ("cuda", "cpu") if kernels.INTERPRETED else ("cuda",)
 
@@ -32,4 +33,6 @@ NATIVE: dict[str, Callable] = {
     "swiglu_backward": swiglu_backward,
     "rope": rope,
     "rope_backward": rope_backward,
+    "token_logprob": token_logprob,
+    "token_logprob_backward": token_logprob_backward,
 }
