@@ -12,6 +12,8 @@ if find_spec("triton") is None:
     raise ImportError("Triton is not installed; CUDA builds of torch for Linux bring it")
 
 from llama2rt import kernels
+from llama2rt.kernels.attention import attention, attention_backward
+from llama2rt.kernels.decode_attention import decode_attention
 from llama2rt.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_backward,
@@ -35,4 +37,7 @@ NATIVE: dict[str, Callable] = {
     "rope_backward": rope_backward,
     "token_logprob": token_logprob,
     "token_logprob_backward": token_logprob_backward,
+    "attention": attention,
+    "attention_backward": attention_backward,
+    "decode_attention": decode_attention,
 }
