@@ -6,7 +6,6 @@ what a library takes by itself: oneDNN's scratch memory for one product, a few M
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
