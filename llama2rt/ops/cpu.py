@@ -301,7 +301,7 @@ def decode_attention(
 # in narrow strips, which are still in the cache when the softmax reads them.
 LOGPROB_ROWS = 2048
 LOGPROB_COLUMNS = 2048
-LOGPROB_STRIP = 512
+LOGPROB_STRIP = 1024
 
 
 def _tiles(size: int, step: int) -> list[slice]:
