@@ -79,11 +79,12 @@ def decode_attention_kernel(
         slot = (token % PAGE).to(tl.int64)
         k_tile = load_rows(k_cache, page * k_page + slot * k_slot, present, DIM, BLOCK_DIM, True)
         v_tile = load_rows(v_cache, page * v_page + slot * v_slot, present, DIM, BLOCK_DIM, True)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale2
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         scores = tl.where(present[None, :], scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
-        decay = tl.exp2(peak - higher)
+        # The difference of near numbers is exact; that of their rounded multiples is not.
+        p = tl.exp2((scores - higher[:, None]) * scale2)
+        decay = tl.exp2((peak - higher) * scale2)
         total = total * decay + tl.sum(p, 1)
         acc = acc * decay[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
@@ -92,7 +93,7 @@ def decode_attention_kernel(
     total = tl.where(total == 0, 1.0, total)
     at_out = (split * sequences + sequence) * (kv_heads * GROUP) + head * GROUP + row
     if lse is not None:
-        tl.store(lse + at_out, peak + tl.log2(total), mask=row < GROUP)
+        tl.store(lse + at_out, peak * scale2 + tl.log2(total), mask=row < GROUP)
     column = tl.arange(0, BLOCK_DIM)
     tl.store(
         out + (at_out * DIM)[:, None] + column[None, :],
@@ -178,6 +179,8 @@ def decode_attention(
     scale: float,
 ) -> Tensor:
     """q [B, Hq, D], caches [pages, page, Hkv, D], block_table [B, most], lengths [B] -> out."""
+    if scale <= 0:  # the kernel scales maxima, which would become minima
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k_cache, v_cache = last_contiguous(q), last_contiguous(k_cache), last_contiguous(v_cache)
     block_table = last_contiguous(block_table)
     sequences, heads, dim = q.shape
