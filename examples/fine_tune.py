@@ -14,7 +14,7 @@ import torch
 import llama2rt
 from llama2rt.checkpoint import native
 from llama2rt.generate import Engine
-from llama2rt.stages.sft import SFTRecipe, run
+from llama2rt.stages.sft import SftRecipe, run
 
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Kenya": "Nairobi", "Peru": "Lima"}
 
@@ -44,13 +44,13 @@ def make_model(folder: Path, data: Path) -> None:
 def main() -> None:
     if len(sys.argv) == 4:
         start, data, out = map(Path, sys.argv[1:])
-        recipe = SFTRecipe(init=start, data=[data])
+        recipe = SftRecipe(init=start, data=[data])
     else:
         work = Path(tempfile.mkdtemp())
         start, data, out = work / "model", work / "dialogues.jsonl", work / "sft"
         make_data(data)
         make_model(work / "tokenizer", data)
-        recipe = SFTRecipe(
+        recipe = SftRecipe(
             init=start, data=[data], held_out=0, batch_size=4, epochs=60, train={"lr": 3e-3}
         )
     folder = run(recipe, out)

@@ -50,7 +50,7 @@ def main() -> None:
     native.save(base, tokenizer, work / "base")
 
     policy = sft.run(
-        sft.SFTRecipe(
+        sft.SftRecipe(
             init=work / "base",
             data=[work / "dialogues.jsonl"],
             held_out=0,

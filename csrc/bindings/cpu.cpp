@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <tuple>
 
 #include "../cpu/ops.h"
 
@@ -18,6 +19,20 @@ T* at(uintptr_t address) {
 
 using Address = uintptr_t;
 using Release = py::call_guard<py::gil_scoped_release>;
+using Heads = std::tuple<Address, int64_t, int64_t>;  // address, token stride, head stride
+
+Attention::Heads heads_at(const Heads& x) {
+  return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+Attention attention_arguments(int dtype, int64_t documents, Address q_offsets, Address k_offsets,
+                              int64_t heads, int64_t kv_heads, int64_t head_dim, const Heads& q,
+                              const Heads& k, const Heads& v, bool causal, float scale, Address out,
+                              Address lse, int threads) {
+  return {DType(dtype), documents, at<const int64_t>(q_offsets), at<const int64_t>(k_offsets),
+          heads, kv_heads, head_dim, heads_at(q), heads_at(k), heads_at(v), causal, scale,
+          at<void>(out), at<float>(lse), threads};
+}
 
 }  // namespace
 
@@ -26,7 +41,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "add_rms_norm",
                                      "add_rms_norm_backward", "swiglu", "swiglu_backward", "rope",
-                                     "rope_backward", "decode_attention");
+                                     "rope_backward", "attention", "attention_backward",
+                                     "decode_attention", "token_logprob",
+                                     "token_logprob_backward");
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def("instruction_sets", [] {
     py::list names;
@@ -93,6 +110,27 @@ PYBIND11_MODULE(_cpu, m) {
         },
         Release());
 
+  m.def("attention",
+        [](int dtype, int64_t documents, Address q_offsets, Address k_offsets, int64_t heads,
+           int64_t kv_heads, int64_t head_dim, Heads q, Heads k, Heads v, bool causal, float scale,
+           Address out, Address lse, int threads) {
+          kernels().attention(attention_arguments(dtype, documents, q_offsets, k_offsets, heads,
+                                                  kv_heads, head_dim, q, k, v, causal, scale, out,
+                                                  lse, threads));
+        },
+        Release());
+
+  m.def("attention_backward",
+        [](int dtype, int64_t documents, Address q_offsets, Address k_offsets, int64_t heads,
+           int64_t kv_heads, int64_t head_dim, Heads q, Heads k, Heads v, bool causal, float scale,
+           Address out, Address lse, int threads, Heads dout, Address dq, Address dk, Address dv) {
+          kernels().attention_backward(
+              {attention_arguments(dtype, documents, q_offsets, k_offsets, heads, kv_heads,
+                                   head_dim, q, k, v, causal, scale, out, lse, threads),
+               heads_at(dout), at<void>(dq), at<void>(dk), at<void>(dv)});
+        },
+        Release());
+
   m.def("decode_attention",
         [](int dtype, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim,
            Address q, int64_t q_sequence_stride, int64_t q_head_stride, Address k_cache,
@@ -106,6 +144,34 @@ PYBIND11_MODULE(_cpu, m) {
                k_head_stride, v_page_stride, v_token_stride, v_head_stride, pages, page_size,
                at<const int32_t>(block_table), block_table_columns, block_table_stride,
                at<const int32_t>(lengths), scale, at<void>(out), threads});
+        },
+        Release());
+
+  m.def("token_logprob",
+        [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
+           Address targets, int64_t first, float scale, Address peak, Address total,
+           Address weighted, Address chosen, int threads) {
+          kernels().token_logprob({DType(dtype), rows, columns, at(logits), stride,
+                                   at<const int64_t>(targets), first, scale, at<float>(peak),
+                                   at<float>(total), at<float>(weighted), at<float>(chosen),
+                                   threads});
+        },
+        Release());
+
+  m.def("token_logprob_backward",
+        [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
+           Address targets, int64_t first, float scale, Address lse, Address dlogprob,
+           Address dentropy, Address entropy, int threads) {
+          kernels().token_logprob_backward(
+              {DType(dtype), rows, columns, at<void>(logits), stride, at<const int64_t>(targets),
+               first, scale, at<const float>(lse), at<const float>(dlogprob),
+               at<const float>(dentropy), at<const float>(entropy), threads});
+        },
+        Release());
+
+  m.def("add_to",
+        [](int dtype, int64_t items, Address x, Address total, int threads) {
+          kernels().add_to({DType(dtype), items, at(x), at<float>(total), threads});
         },
         Release());
 }

@@ -6,6 +6,16 @@
 
 namespace LLAMA2RT_ISA {
 extern const Kernels table;
-const Kernels table = {TEXT(LLAMA2RT_ISA), rms_norm,        rms_norm_backward, swiglu,
-                       swiglu_backward,    rope,            decode_attention};
+const Kernels table = {TEXT(LLAMA2RT_ISA),
+                       rms_norm,
+                       rms_norm_backward,
+                       swiglu,
+                       swiglu_backward,
+                       rope,
+                       attention,
+                       attention_backward,
+                       decode_attention,
+                       token_logprob,
+                       token_logprob_backward,
+                       add_to};
 }  // namespace LLAMA2RT_ISA

@@ -79,6 +79,29 @@ struct Rope {
   int threads;
 };
 
+struct Attention {
+  struct Heads {  // [tokens, heads, head_dim]
+    const void* data;
+    int64_t token_stride, head_stride;
+  };
+  DType dtype;
+  int64_t documents;
+  const int64_t *q_offsets, *k_offsets;  // [documents + 1], rising from 0
+  int64_t heads, kv_heads, head_dim;
+  Heads q, k, v;
+  bool causal;
+  float scale;
+  void* out;   // [tokens, heads, head_dim], contiguous
+  float* lse;  // [heads, tokens], contiguous: log of the sum of exp(score) over a query's keys
+  int threads;
+};
+
+struct AttentionBackward {
+  Attention forward;  // its `out` and `lse` are read
+  Attention::Heads dout;
+  void *dq, *dk, *dv;  // contiguous
+};
+
 struct DecodeAttention {
   DType dtype;
   int64_t sequences, heads, kv_heads, head_dim;
@@ -96,6 +119,43 @@ struct DecodeAttention {
   int threads;
 };
 
+struct TokenLogprob {  // one tile: columns [first, first + columns) of the vocabulary
+  DType dtype;
+  int64_t rows, columns;
+  const void* logits;
+  int64_t stride;
+  const int64_t* targets;  // per row; another tile's or a negative one changes nothing
+  int64_t first;
+  float scale;  // of the logits: 1 / temperature
+  // Per row, over the tiles so far, with x = (logit - peak) * scale:
+  float* peak;      // largest logit
+  float* total;     // sum of exp(x)
+  float* weighted;  // sum of exp(x) * x; null: no entropy is wanted
+  float* chosen;    // logit of the target
+  int threads;
+};
+
+struct TokenLogprobBackward {
+  DType dtype;
+  int64_t rows, columns;
+  void* logits;  // become their own gradients
+  int64_t stride;
+  const int64_t* targets;
+  int64_t first;
+  float scale;
+  const float *lse, *dlogprob;
+  const float *dentropy, *entropy;  // null: no gradient arrives through the entropy
+  int threads;
+};
+
+struct AddTo {  // total += x, both contiguous
+  DType dtype;
+  int64_t items;
+  const void* x;
+  float* total;
+  int threads;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm)(const RmsNorm&);
@@ -103,7 +163,12 @@ struct Kernels {
   void (*swiglu)(const Swiglu&);
   void (*swiglu_backward)(const SwigluBackward&);
   void (*rope)(const Rope&);
+  void (*attention)(const Attention&);
+  void (*attention_backward)(const AttentionBackward&);
   void (*decode_attention)(const DecodeAttention&);
+  void (*token_logprob)(const TokenLogprob&);
+  void (*token_logprob_backward)(const TokenLogprobBackward&);
+  void (*add_to)(const AddTo&);
 };
 
 // The table in use: the widest instruction set of this processor unless another was selected.
@@ -126,6 +191,11 @@ void rms_norm_backward(const RmsNormBackward&);
 void swiglu(const Swiglu&);
 void swiglu_backward(const SwigluBackward&);
 void rope(const Rope&);
+void attention(const Attention&);
+void attention_backward(const AttentionBackward&);
 void decode_attention(const DecodeAttention&);
+void token_logprob(const TokenLogprob&);
+void token_logprob_backward(const TokenLogprobBackward&);
+void add_to(const AddTo&);
 }  // namespace LLAMA2RT_ISA
 #endif

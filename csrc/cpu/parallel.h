@@ -4,6 +4,8 @@
 #include <omp.h>
 #include <stdint.h>
 
+#include <new>
+
 #include "ops.h"
 #include "vec.h"
 
@@ -29,13 +31,15 @@ inline void parallel(int64_t items, int64_t elements, int threads, Body body) {
   }
 }
 
-// Uninitialised fp32 scratch memory.
+// Uninitialised scratch memory from the start of a cache line.
+template <typename T = float>
 struct Workspace {
-  explicit Workspace(int64_t floats) : data(new float[floats]) {}
-  ~Workspace() { delete[] data; }
+  explicit Workspace(int64_t count) : data((T*)operator new(count * sizeof(T), LINE)) {}
+  ~Workspace() { operator delete(data, LINE); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  float* const data;
+  static constexpr std::align_val_t LINE{64};
+  T* const data;
 };
 
 template <typename Function>

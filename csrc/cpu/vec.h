@@ -216,6 +216,31 @@ inline f32v exp(f32v x) {
 #endif
 }
 
+// 2^x for x up to 127 with a relative error under 2e-7 (a minimax polynomial); no greater than 2^-126
+// for any x below that. NaN stays NaN. In a softmax this spares exp's multiplication and clamp.
+inline f32v exp2(f32v x) {
+#if defined(__AVX512F__)
+  x = (f32v)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
+  const f32v n = (f32v)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const float magic = 12582912.0f;
+  x = x < broadcast(-126.0f) ? broadcast(-126.0f) : x;
+  const f32v shifted = x + magic, n = shifted - magic;
+#endif
+  const f32v r = x - n;
+  f32v p = broadcast(1.326472731307149e-3f);
+  p = p * r + 9.671512991189957e-3f;
+  p = p * r + 5.550733581185341e-2f;
+  p = p * r + 2.4022242426872253e-1f;
+  p = p * r + 6.931470036506653e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (f32v)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return (f32v)((i32v)p + ((i32v)shifted << 23));
+#endif
+}
+
 inline f32v reciprocal(f32v x) {
 #if defined(__AVX512F__)
   // An estimate of 14 bits and one step of Newton's method: a third of a division's time.

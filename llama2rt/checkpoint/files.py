@@ -6,7 +6,6 @@ for this project's own folders too, so that one reader and one writer serve both
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llama2rt import atomic
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
 
@@ -43,11 +43,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield fresh
         for path in [*fresh.iterdir(), fresh]:
-            _sync(path)
+            atomic.sync(path)
         if folder.exists():
             folder.rename(scratch / "old")
         fresh.rename(folder)
-        _sync(folder.parent)
+        atomic.sync(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -57,14 +57,6 @@ def _replaceable(folder: Path) -> bool:
         return False
     names = {path.name for path in folder.iterdir()}
     return not names or "params.json" in names or {"config.json", SINGLE} <= names or INDEX in names
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:

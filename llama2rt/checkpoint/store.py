@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llama2rt import atomic
+
 SHARD_BYTES = 4 << 30
 INDEX = "index.json"
 
@@ -67,7 +69,7 @@ class Store:
                 # resumed run has now reached again, or the same bits saved twice.
                 shutil.rmtree(final)
             temporary.rename(final)
-            _fsync(self.directory)
+            atomic.sync(self.directory)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = self.steps()
@@ -121,7 +123,7 @@ def _write_checkpoint(
     for number, shard in enumerate(_shards(tensors)):
         path = folder / f"tensors-{number:05d}.safetensors"
         save_file(shard, path)
-        _fsync(path)
+        atomic.sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     body = json.dumps({"step": step, "files": files, "state": state}, indent=1)
     # The index guards the shards; its own digest guards the index (state included).
@@ -130,7 +132,7 @@ def _write_checkpoint(
         stream.write(f"{body}\n{digest}")
         stream.flush()
         os.fsync(stream.fileno())
-    _fsync(folder)
+    atomic.sync(folder)
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -166,11 +168,3 @@ def _verified_index(folder: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from llama2rt import atomic
 from llama2rt.data.formats import Convert, recognise
 from llama2rt.data.records import RECORDS, Document, Prompt, Record
 from llama2rt.errors import InputError
@@ -145,26 +146,18 @@ def write(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Write JSON lines (gzipped when the name ends in .gz) that appear only when complete. The same
     records give the same bytes. InputError for a number that is not finite."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as raw:
-            file: IO[bytes] = raw
-            if path.suffix == ".gz":
-                file = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)  # type: ignore[assignment]
-            for number, record in enumerate(records, start=1):
-                try:
-                    line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)
-                    file.write(line.encode() + b"\n")
-                except ValueError as error:
-                    raise InputError(f"{path}:{number}: cannot be written: {error}") from None
-            if file is not raw:
-                file.close()
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(path) as raw:
+        file: IO[bytes] = raw
+        if path.suffix == ".gz":
+            file = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)  # type: ignore[assignment]
+        for number, record in enumerate(records, start=1):
+            try:
+                line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)
+                file.write(line.encode() + b"\n")
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: cannot be written: {error}") from None
+        if file is not raw:
+            file.close()
 
 
 def _rows(path: Path, kind: str, separator: str | None) -> Iterator[tuple[int, Any]]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from llama2rt import atomic
 from llama2rt.data.packing import Batch, pack_arrays
 from llama2rt.data.records import Document
 from llama2rt.errors import InputError
@@ -98,41 +98,33 @@ def build(documents: Iterable[Document | str], tokenizer: Tokenizer, path: str |
     """Tokenise ``documents`` into the file ``path``, which appears only when it is complete.
     InputError when there is no document."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     texts = (text if isinstance(text, str) else text.text for text in documents)
     count = tokens = text_bytes = 0
     digest = hashlib.sha256()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(b" " * HEADER_BYTES)
-            while batch := list(islice(texts, _DOCUMENTS_AT_ONCE)):
-                for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                    data = np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=dtype).tobytes()
-                    file.write(data)
-                    digest.update(data)
-                    count, tokens = count + 1, tokens + len(ids) + 2
-                    text_bytes += len(text.encode())
-            if not count:
-                raise InputError(f"{path}: no documents to tokenise")
-            header = {
-                "format": _FORMAT,
-                "dtype": dtype.str,
-                "tokens": tokens,
-                "documents": count,
-                "text_bytes": text_bytes,
-                "bos": tokenizer.bos,
-                "tokenizer": tokenizer.digest,
-                "digest": digest.hexdigest(),
-            }
-            file.seek(0)
-            file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(path) as file:
+        file.write(b" " * HEADER_BYTES)
+        while batch := list(islice(texts, _DOCUMENTS_AT_ONCE)):
+            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                data = np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=dtype).tobytes()
+                file.write(data)
+                digest.update(data)
+                count, tokens = count + 1, tokens + len(ids) + 2
+                text_bytes += len(text.encode())
+        if not count:
+            raise InputError(f"{path}: no documents to tokenise")
+        header = {
+            "format": _FORMAT,
+            "dtype": dtype.str,
+            "tokens": tokens,
+            "documents": count,
+            "text_bytes": text_bytes,
+            "bos": tokenizer.bos,
+            "tokenizer": tokenizer.digest,
+            "digest": digest.hexdigest(),
+        }
+        file.seek(0)
+        file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")
     return TokenFile(path)
 
 

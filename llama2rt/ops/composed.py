@@ -1,16 +1,18 @@
 """Fast compositions of torch calls, for every op a backend has no native kernel for.
 
 Written for the CPU, able to run on any device; no [T, V] logits in memory. Same signatures and
-semantics as `reference`. Attention has its own file, `packed_attention`.
+semantics as `reference`, whose attention serves as it is: in a dtype or on a device for which no
+kernel was made, packed documents have no faster torch call.
 """
 
 import torch
 from torch import Tensor
 
-from llama2rt.ops.packed_attention import attention, attention_backward
-from llama2rt.ops.reference import (  # the oracle's text is already what torch does best
+from llama2rt.ops.reference import (  # what torch calls do no better elsewhere
     add_rms_norm,
     add_rms_norm_backward,
+    attention,
+    attention_backward,
     check_targets,
     rms_norm,
     rms_norm_backward,
@@ -69,9 +71,8 @@ def decode_attention(
     return (probabilities @ v).reshape(rows, heads, dim).contiguous()
 
 
-# Logits exist one [ROWS, COLUMNS] tile at a time, 4 MiB in fp32: large enough for the GEMMs, small
-# enough for the elementwise passes, and below 1/8 of the [T, V] logits of a training batch. Halving
-# or doubling either side changed forward + backward by under 10 % (V 512 to 32000, bf16 and fp32).
+# Logits exist one [ROWS, COLUMNS] tile at a time, 4 MiB in fp32. Halving or doubling either side
+# changed forward + backward by under 10 % on a CPU (V 512 to 32000, bf16 and fp32).
 ROWS = 1024
 COLUMNS = 1024
 

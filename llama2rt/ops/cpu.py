@@ -12,6 +12,7 @@ from torch import Tensor
 
 # After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
 from llama2rt import _cpu
+from llama2rt.ops.reference import check_lengths, check_targets
 
 DEVICES = ("cpu",)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -20,6 +21,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def _rows(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, else a copy of which that is true."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _offsets(cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens.long().contiguous()
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -179,6 +184,86 @@ def rope_backward(
     return _rope(dq, dk, cos, sin, positions, inverse=True)
 
 
+def _heads(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> (out, lse [Hq, Tq] fp32). ValueError on offsets."""
+    check_lengths(cu_q, q.shape[0], "cu_seqlens")
+    check_lengths(cu_k, k.shape[0], "cu_seqlens_k")
+    q, k, v, cu_q, cu_k = _rows(q), _rows(k), _rows(v), _offsets(cu_q), _offsets(cu_k)
+    out, lse = _empty(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    _cpu.attention(
+        _DTYPES[q.dtype],
+        cu_q.shape[0] - 1,
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        q.shape[1],
+        *k.shape[1:],
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        causal,
+        scale,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradients of q, k and v). ValueError on offsets."""
+    check_lengths(cu_q, q.shape[0], "cu_seqlens")
+    check_lengths(cu_k, k.shape[0], "cu_seqlens_k")
+    dout, q, k, v = _rows(dout), _rows(q), _rows(k), _rows(v)
+    out, lse, cu_q, cu_k = out.contiguous(), lse.contiguous(), _offsets(cu_q), _offsets(cu_k)
+    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    _cpu.attention_backward(
+        _DTYPES[q.dtype],
+        cu_q.shape[0] - 1,
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        q.shape[1],
+        *k.shape[1:],
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        causal,
+        scale,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+        _heads(dout),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+    )
+    return dq, dk, dv
+
+
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
@@ -210,6 +295,124 @@ def decode_attention(
     return out
 
 
+# Tiles of token_logprob: see docs/kernels/token_logprob.md for what each size was measured against.
+# A slice of the weight gradient is one product over all the rows of a tile, and each product onto
+# the gradient of hidden costs an addition, hence many rows and wide slices. The logits are formed
+# in narrow strips, which are still in the cache when the softmax reads them.
+LOGPROB_ROWS = 2048
+LOGPROB_COLUMNS = 2048
+LOGPROB_STRIP = 1024
+
+
+def _tiles(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def token_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T])."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    check_targets(targets, vocabulary)
+    hidden, targets = hidden.contiguous(), targets.long().contiguous()
+    peak, total, weighted, chosen = torch.zeros(4, tokens)
+    peak.fill_(torch.finfo(torch.float32).min)
+    scale = 1 / temperature
+    buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_STRIP))
+    for rows in _tiles(tokens, LOGPROB_ROWS):
+        for part in _tiles(vocabulary, LOGPROB_STRIP):
+            logits = buffer[: rows.stop - rows.start, : part.stop - part.start]
+            torch.mm(hidden[rows], weight[part].T, out=logits)
+            _cpu.token_logprob(
+                _DTYPES[logits.dtype],
+                *logits.shape,
+                logits.data_ptr(),
+                logits.stride(0),
+                targets[rows].data_ptr(),
+                part.start,
+                scale,
+                peak[rows].data_ptr(),
+                total[rows].data_ptr(),
+                weighted[rows].data_ptr() if entropy else 0,
+                chosen[rows].data_ptr(),
+                torch.get_num_threads(),
+            )
+    predicted, log_total = targets >= 0, total.log()
+    logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
+    lse = log_total + peak * scale
+    if not entropy:
+        return logprob, logprob.new_empty(0), lse
+    return logprob, torch.where(predicted, log_total - weighted / total, 0.0), lse
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (fp32, contiguous) += a @ b."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        product = torch.mm(a, b)
+        _cpu.add_to(
+            _DTYPES[product.dtype],
+            product.numel(),
+            product.data_ptr(),
+            total.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+def token_logprob_backward(
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of hidden, gradient of weight)."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    hidden, targets = hidden.contiguous(), targets.long().contiguous()
+    dlogprob, lse = dlogprob.contiguous(), lse.contiguous()
+    if dentropy is not None and entropy is not None:
+        dentropy, entropy = dentropy.contiguous(), entropy.contiguous()
+    dhidden = torch.zeros(hidden.shape)
+    dweight = _empty(weight)
+    one_tile = 0 < tokens <= LOGPROB_ROWS
+    buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_COLUMNS))
+    for part in _tiles(vocabulary, LOGPROB_COLUMNS):
+        slice_of_weight = weight[part]
+        # One tile of rows gives the weight gradient at once; over several it is summed in fp32.
+        accumulated = None if one_tile else torch.zeros(slice_of_weight.shape)
+        for rows in _tiles(tokens, LOGPROB_ROWS):
+            dlogits = buffer[: rows.stop - rows.start, : part.stop - part.start]
+            for strip in _tiles(dlogits.shape[1], LOGPROB_STRIP):
+                logits = dlogits[:, strip]
+                torch.mm(hidden[rows], slice_of_weight[strip].T, out=logits)
+                _cpu.token_logprob_backward(
+                    _DTYPES[logits.dtype],
+                    *logits.shape,
+                    logits.data_ptr(),
+                    logits.stride(0),
+                    targets[rows].data_ptr(),
+                    part.start + strip.start,
+                    1 / temperature,
+                    lse[rows].data_ptr(),
+                    dlogprob[rows].data_ptr(),
+                    0 if dentropy is None else dentropy[rows].data_ptr(),
+                    0 if entropy is None else entropy[rows].data_ptr(),
+                    torch.get_num_threads(),
+                )
+            _add_product(dhidden[rows], dlogits, slice_of_weight)
+            if accumulated is None:
+                torch.mm(dlogits.T, hidden[rows], out=dweight[part])
+            else:
+                _add_product(accumulated, dlogits.T, hidden[rows])
+        if accumulated is not None:
+            dweight[part] = accumulated
+    return dhidden.to(hidden.dtype), dweight
+
+
 NATIVE: dict[str, Callable] = {
     "rms_norm": rms_norm,
     "rms_norm_backward": rms_norm_backward,
@@ -219,5 +422,9 @@ NATIVE: dict[str, Callable] = {
     "swiglu_backward": swiglu_backward,
     "rope": rope,
     "rope_backward": rope_backward,
+    "attention": attention,
+    "attention_backward": attention_backward,
     "decode_attention": decode_attention,
+    "token_logprob": token_logprob,
+    "token_logprob_backward": token_logprob_backward,
 }

@@ -12,6 +12,8 @@ if find_spec("triton") is None:
     raise ImportError("Triton is not installed; CUDA builds of torch for Linux bring it")
 
 from llama2rt import kernels
+from llama2rt.kernels.attention import attention, attention_backward
+from llama2rt.kernels.decode_attention import decode_attention
 from llama2rt.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_backward,
@@ -20,6 +22,7 @@ from llama2rt.kernels.rms_norm import (
 )
 from llama2rt.kernels.rope import rope, rope_backward
 from llama2rt.kernels.swiglu import swiglu, swiglu_backward
+from llama2rt.kernels.token_logprob import token_logprob, token_logprob_backward
 
 DEVICES = ("cuda", "cpu") if kernels.INTERPRETED else ("cuda",)
 
@@ -32,4 +35,9 @@ NATIVE: dict[str, Callable] = {
     "swiglu_backward": swiglu_backward,
     "rope": rope,
     "rope_backward": rope_backward,
+    "token_logprob": token_logprob,
+    "token_logprob_backward": token_logprob_backward,
+    "attention": attention,
+    "attention_backward": attention_backward,
+    "decode_attention": decode_attention,
 }

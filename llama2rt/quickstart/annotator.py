@@ -13,12 +13,14 @@ import random
 from llama2rt.data.records import Comparison
 from llama2rt.quickstart.judge import Key, Verdict, judge
 
-NOISE = 0.13  # standard deviation of the perceived difference, in units of the judge's score
-# The least perceived difference of each rating, best first; the judge's scores lie in [0, 1].
+NOISE = 0.1  # standard deviation of the perceived difference, in units of the judge's score
+# The least perceived difference of each rating, best first; the judge's scores lie in [0, 1]. A
+# right answer is worth 0.6 more than a wrong one in the same style, so "better" begins where
+# correctness must have decided; below lie near misses, style, and cases where the two disagree.
 RATING_FROM = {
-    "significantly_better": 0.55,
-    "better": 0.3,
-    "slightly_better": 0.1,
+    "significantly_better": 0.65,
+    "better": 0.5,
+    "slightly_better": 0.15,
     "negligibly_better": 0.0,
 }
 
@@ -65,7 +67,7 @@ def compare(
 def _worth(verdict: Verdict, kind: str) -> float:
     """What the guideline of a batch asks for; among equally safe answers, the better one."""
     if kind == "safety":
-        return 0.7 * verdict.safety + 0.3 * verdict.helpfulness
+        return 0.5 * verdict.safety + 0.5 * verdict.helpfulness
     return verdict.helpfulness
 
 

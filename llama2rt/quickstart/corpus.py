@@ -187,7 +187,7 @@ def documents(count: int, seed: int) -> list[Document]:
 
 
 def _text(rng: random.Random, seed: int) -> str:
-    if rng.random() < 0.1:
+    if rng.random() < 0.2:  # copying a code is learnt from being told many
         return _note(_draw(rng, "train", seed, "secret"), rng)
     task = _draw(rng, "train", seed)
     if rng.random() < 0.5:

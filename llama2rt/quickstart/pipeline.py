@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 
+from llama2rt import atomic
 from llama2rt.checkpoint import native
 from llama2rt.data import readers
 from llama2rt.data.records import Comparison, Prompt
@@ -40,7 +41,7 @@ from llama2rt.quickstart.judge import Key
 from llama2rt.quickstart.recipe import QuickstartRecipe
 from llama2rt.stages import dpo, phases, ppo, pretrain, rejection, reward, sft
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.run import Run, hash_path, write_atomically
+from llama2rt.train.run import Run, hash_path
 
 KINDS: tuple[Literal["helpfulness"], Literal["safety"]] = ("helpfulness", "safety")
 # Name, the split its task instances are of, and the share that asks for the secret.
@@ -178,7 +179,7 @@ def write_data(recipe: QuickstartRecipe, directory: Path) -> dict[str, Path]:
         readers.write(paths[name], prompts)
         keys |= their_keys
     keys_path.parent.mkdir(exist_ok=True)
-    write_atomically(keys_path, json.dumps({i: key.to_json() for i, key in keys.items()}))
+    atomic.write(keys_path, json.dumps({i: key.to_json() for i, key in keys.items()}))
     return paths
 
 
@@ -276,7 +277,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
             self.peak = self.peak_memory_bytes()
             kept = {"seconds": self.seconds, "peak_memory_bytes": self.peak}
-            write_atomically(self.path, json.dumps(kept, indent=2))
+            atomic.write(self.path, json.dumps(kept, indent=2))
         console.end(name, self.seconds[name])
 
     def total(self) -> float:

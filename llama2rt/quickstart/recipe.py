@@ -17,7 +17,7 @@ from llama2rt.stages.ppo import PpoRecipe
 from llama2rt.stages.pretrain import PretrainRecipe
 from llama2rt.stages.rejection import RejectionRecipe
 from llama2rt.stages.reward import RewardRecipe
-from llama2rt.stages.sft import SFTRecipe
+from llama2rt.stages.sft import SftRecipe
 from llama2rt.train.options import Recipe, TrainOptions
 
 CONTEXT = 256
@@ -33,9 +33,9 @@ class QuickstartRecipe(Recipe):
     """short texts to pretrain on"""
     dialogues: int = Field(default=6_000, gt=0)
     """demonstrations for SFT"""
-    preference_prompts: int = Field(default=8_000, gt=0)
+    preference_prompts: int = Field(default=10_000, gt=0)
     """prompts that annotators compare two answers to; a quarter asks for the secret"""
-    reward_test_prompts: int = Field(default=1_200, gt=0)
+    reward_test_prompts: int = Field(default=2_400, gt=0)
     """prompts of the reward models' test comparisons"""
     training_prompts: int = Field(default=1_500, gt=0)
     """prompts of rejection sampling, PPO and DPO"""
@@ -54,7 +54,7 @@ class QuickstartRecipe(Recipe):
     """the usual 0.02 is for widths of a thousand; at width 128 it costs hundreds of steps"""
 
     # Training.
-    pretrain_steps: int = Field(default=3_200, gt=0)
+    pretrain_steps: int = Field(default=5_500, gt=0)
     pretrain_tokens: int = Field(default=1_024, gt=0)
     """tokens in a pretraining step"""
     sft_epochs: int = Field(default=1, gt=0)
@@ -127,9 +127,9 @@ def pretrain(recipe: QuickstartRecipe, init: Path, documents: Path) -> PretrainR
     )
 
 
-def sft(recipe: QuickstartRecipe, base: Path, dialogues: Path) -> SFTRecipe:
+def sft(recipe: QuickstartRecipe, base: Path, dialogues: Path) -> SftRecipe:
     """Section 3.1."""
-    return SFTRecipe(
+    return SftRecipe(
         init=base,
         data=[dialogues],
         batch_size=32,

@@ -1,24 +1,10 @@
-"""Files of a report, written whole or not at all: a report half overwritten would be a lie."""
+"""Numbers of a report as JSON that every reader takes."""
 
 import json
 import math
-import os
 from pathlib import Path
 
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Replace `path` by `content` atomically, creating its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from llama2rt import atomic
 
 
 def write_json(path: str | Path, numbers: object) -> None:
@@ -28,7 +14,7 @@ def write_json(path: str | Path, numbers: object) -> None:
     understands. TypeError for anything else JSON has no form for.
     """
     text = json.dumps(plain(numbers), indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    atomic.write(path, text + "\n")
 
 
 def plain(value: object) -> object:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from llama2rt.report.files import write_bytes
+from llama2rt import atomic
 from llama2rt.report.plot import Plot
 
 
@@ -91,7 +91,7 @@ def write(
 ) -> Path:
     """Write the page to `path`, atomically, and return the path."""
     path = Path(path)
-    write_bytes(path, page(title, sections, subtitle=subtitle, headlines=headlines).encode())
+    atomic.write(path, page(title, sections, subtitle=subtitle, headlines=headlines))
     return path
 
 

@@ -23,7 +23,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter
 
-from llama2rt.report.files import write_bytes
+from llama2rt import atomic
 
 INK, MUTED, GRID = "#20242c", "#5f6672", "#dde1e7"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b")
@@ -126,7 +126,7 @@ class Plot:
             self.figure.savefig(
                 buffer, format=path.suffix.lstrip("."), dpi=160, facecolor="#ffffff"
             )
-        write_bytes(path, buffer.getvalue())
+        atomic.write(path, buffer.getvalue())
 
 
 @contextmanager

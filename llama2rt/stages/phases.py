@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2rt import report
+from llama2rt import atomic, report
 from llama2rt.algorithms import advantages, rewards
 from llama2rt.checkpoint import load
 from llama2rt.data.packing import Batch, Example, micro_batches
@@ -27,7 +27,7 @@ from llama2rt.evaluate.scoring import score_tokens
 from llama2rt.generate import Completion, Engine
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.run import Run, write_atomically
+from llama2rt.train.run import Run
 
 
 def default_device() -> str:
@@ -237,7 +237,7 @@ def write_responses(path: Path, responses: Sequence[Response]) -> None:
     """JSON lines, visible only when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(response.to_json(), ensure_ascii=False) for response in responses)
-    write_atomically(path, "".join(f"{line}\n" for line in lines))
+    atomic.write(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_responses(path: Path) -> list[Response]:

@@ -31,7 +31,7 @@ from llama2rt.train.run import Run
 logger = logging.getLogger("llama2rt.stages.sft")
 
 
-class SFTRecipe(Recipe):
+class SftRecipe(Recipe):
     """Fine-tune a language model on dialogues; the loss is on the answers only."""
 
     init: Path
@@ -60,7 +60,7 @@ class SFTRecipe(Recipe):
     train: TrainOptions = TrainOptions(lr=2e-5)
 
 
-def run(recipe: SFTRecipe, directory: Path, *, resume: bool = False) -> Path:
+def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Fine-tune and measure the held-out loss; returns the model folder."""
     inputs = file_inputs(
         init=recipe.init,
@@ -100,7 +100,7 @@ def run(recipe: SFTRecipe, directory: Path, *, resume: bool = False) -> Path:
     return run.model_directory
 
 
-def split(recipe: SFTRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
+def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
     """(training, held-out) dialogues, both in the order of the files."""
     dialogues = read(recipe.data, "dialogue", recipe.skip_invalid)
     order = np.random.default_rng(recipe.seed).permutation(len(dialogues))[: recipe.limit]

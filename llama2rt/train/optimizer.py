@@ -18,7 +18,7 @@ from llama2rt.train.options import TrainOptions
 # Weights updated per call of the inner AdamW: bounds the fp32 copies of bf16 gradients alive at
 # once (128 MiB) and still makes one call of some forty for a 1B model.
 _CHUNK_ELEMENTS = 32 << 20
-_PIECE_ELEMENTS = 1 << 20
+_PIECE_ELEMENTS = 1 << 18
 
 
 class Optimizer:
@@ -169,11 +169,11 @@ class Optimizer:
 def _squares(gradient: Tensor) -> Tensor:
     """Sum of squares, fp32, whatever the gradient's dtype.
 
-    PyTorch's CPU norm adds squares one after the other: over 2e8 fp32 values it comes out 3 % low.
-    Dot products of pieces are exact to 1e-6, and pieces that fit the cache convert from bf16 at
-    the speed of reading them.
+    PyTorch's CPU norm adds squares one after the other: over 2e8 fp32 values it comes out 3 % low,
+    and a dot product of 1e6, on one thread, 0.03 %. `sum` adds pairwise. Pieces that fit the cache
+    are converted from bf16 and squared at the speed of reading them.
     """
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
     pieces = (p.to(torch.float32) for p in gradient.reshape(-1).split(_PIECE_ELEMENTS))
-    return torch.stack([piece.dot(piece) for piece in pieces]).sum()
+    return torch.stack([piece.square().sum() for piece in pieces]).sum()

@@ -25,6 +25,7 @@ import tomli_w
 from pydantic import BaseModel
 
 import llama2rt
+from llama2rt import atomic
 from llama2rt.checkpoint.store import Store
 from llama2rt.errors import InputError
 
@@ -88,8 +89,8 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "complete": False,
         }
-        write_atomically(directory / "recipe.toml", tomli_w.dumps(resolved))
-        write_atomically(directory / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        atomic.write(directory / "recipe.toml", tomli_w.dumps(resolved))
+        atomic.write(directory / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
         return cls(directory, manifest)
 
     @property
@@ -135,7 +136,7 @@ class Run:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 break
-        write_atomically(path, "".join(kept))
+        atomic.write(path, "".join(kept))
 
     def finish(self, **summary: Any) -> None:
         """Mark the run complete, with what is worth knowing about it at a glance."""
@@ -149,17 +150,7 @@ class Run:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "summary": summary,
         }
-        write_atomically(self.directory / _MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` so that a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+        atomic.write(self.directory / _MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
 
 
 def hash_path(path: Path) -> str:

@@ -29,6 +29,12 @@ def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambd
     table, positions = torch.randn(2, 64, 20), torch.randint(64, (rows,))
     k_cache, v_cache = activation(30, 4, 2, 40), activation(30, 4, 2, 40)
     pages, lengths = torch.randint(30, (rows, 5)), torch.randint(21, (rows,))
+    cu = torch.tensor([0, rows // 3, rows // 3, rows])
+    v, out, out_lse = activation(rows, 2, 40), activation(rows, 8, 40), torch.randn(8, rows) + 5
+    output = (torch.randn(700, columns) / columns).to(dtype)
+    targets, per_row = torch.randint(-1, 700, (rows,)), [variant(torch.rand(rows)) for _ in "123"]
+    dlogprob, dentropy, entropy = per_row
+    lse = entropy + 6
     return [
         (cpu.rms_norm, (x, weight, EPS)),
         (cpu.rms_norm_backward, (dy, x, weight, rstd)),
@@ -38,7 +44,14 @@ def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambd
         (cpu.swiglu_backward, (dy, x, residual)),
         (cpu.rope, (q, k, *table, positions)),
         (cpu.rope_backward, (q, k, *table, positions)),
+        (cpu.attention, (q, k, v, cu, cu, 0, True, 0.2)),
+        (cpu.attention_backward, (q, q, k, v, out, out_lse, cu, cu, 0, True, 0.2)),
         (cpu.decode_attention, (q, k_cache, v_cache, pages, lengths, 0.2)),
+        (cpu.token_logprob, (x, output, targets, 0.7, True)),
+        (
+            cpu.token_logprob_backward,
+            (dlogprob, dentropy, x, output, targets, lse, entropy, 0.7),
+        ),
     ]
 
 
@@ -101,7 +114,11 @@ def test_no_rows_and_one_row(rows, dtype):
         for result in as_tuple(kernel(*arguments)):
             assert torch.isfinite(result).all(), kernel.__name__
     for kernel, arguments in calls(dtype, 0):
-        if kernel in (cpu.rms_norm_backward, cpu.add_rms_norm_backward):
+        if kernel.__name__ in (
+            "rms_norm_backward",
+            "add_rms_norm_backward",
+            "token_logprob_backward",
+        ):
             assert not kernel(*arguments)[1].any(), "no rows: a zero weight gradient"
 
 

@@ -1,8 +1,12 @@
 """Every kernel of `_cpu`, for each instruction set and dtype, by the rule of `numerics.judge`.
 
 Yardsticks in the same dtype: LLaMA's own RMSNorm (fp32 inside, cast, times weight), silu(gate)
-times up, Hugging Face's rotary embedding with tables in the storage dtype, SDPA per sequence.
+times up, Hugging Face's rotary embedding with tables in the storage dtype, SDPA per document and
+per decoded sequence, torch.logsumexp in fp32 of logits in the storage dtype.
 """
+
+import functools
+import itertools
 
 import pytest
 import torch
@@ -130,6 +134,76 @@ def test_rope(head_dim, heads, positions_dtype, dtype, seed):
             judge(name, got, want, hugging_face_rope(x, c, direction * s))
 
 
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float
+) -> Tensor:
+    """torch's attention, one document at a time."""
+    parts = []
+    for rows, keys in zip(
+        itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True
+    ):
+        one = q[slice(*rows)].transpose(0, 1)[None]
+        two, three = (x[slice(*keys)].transpose(0, 1)[None] for x in (k, v))
+        queries, seen = one.shape[2], two.shape[2]
+        mask = torch.ones(queries, seen, dtype=torch.bool).tril(seen - queries) if causal else None
+        out = F.scaled_dot_product_attention(one, two, three, mask, scale=scale, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+# heads, kv_heads, head_dim, lengths of documents in queries and, where they differ, in keys.
+RAGGED = (1, 2, 0, 113, 203, 1, 60)
+ATTENTION = {
+    "one head each": (8, 8, 16, RAGGED, None),
+    "groups": (8, 2, 24, RAGGED, None),
+    "one group": (8, 1, 64, RAGGED, None),
+    "many heads": (52, 52, 8, (1, 2, 113, 203), None),
+    "long": (4, 2, 32, (1, 1024, 2, 113, 203), None),
+    "odd dim": (2, 2, 7, RAGGED, None),
+    "widest dim": (2, 1, 256, (33, 70), None),
+    "cached keys": (4, 2, 40, (1, 0, 7, 130), (90, 5, 7, 300)),
+}
+
+
+@functools.cache
+def attention_case(
+    name: str, causal: bool, kind: str, dtype: torch.dtype, seed: int
+) -> tuple[tuple, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Arguments (dout first), what the reference makes of them in fp64, and what torch does."""
+    heads, kv_heads, dim, queries, keys = ATTENTION[name]
+    cu_q, cu_k = offsets(queries), offsets(keys or queries)
+    rows, columns = (sum(x) for x in (queries, keys or queries))
+    q = draw((rows, heads, dim), dtype, kind, seed)
+    k = draw((columns, kv_heads, dim), dtype, "normal", seed + 1)
+    v = draw((columns, kv_heads, dim), dtype, kind, seed + 2)
+    dout = draw((rows, heads, dim), dtype, "normal", seed + 3)
+    rest = (cu_q, cu_k, 0, causal, dim**-0.5)
+    out, lse = reference.attention(*wide(q, k, v), *rest)
+    grads = reference.attention_backward(*wide(dout, q, k, v), out, lse, *rest)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    theirs = sdpa(*leaves, cu_q, cu_k, causal, dim**-0.5)
+    yardstick = (theirs.detach(), *gradients(theirs, leaves, dout))
+    return (dout, q, k, v, *rest), (out, lse, *grads), yardstick
+
+
+@pytest.mark.parametrize("kind", ["normal", "small", "tail"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, causal, kind, dtype, seed):
+    arguments, exact, theirs = attention_case(name, causal, kind, dtype, seed)
+    dout, q, k, v, *rest = arguments
+    out, lse = cpu.attention(q, k, v, *rest)
+    judge("out", out, exact[0], theirs[0])
+    torch.testing.assert_close(lse.double(), exact[1], rtol=1e-5, atol=1e-5)
+    ours = cpu.attention_backward(dout, q, k, v, out, lse, *rest)
+    for name, *three in zip(("dq", "dk", "dv"), ours, exact[2:], theirs[1:], strict=True):
+        judge(name, *three, gradient=True)
+
+
 def gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     """The cached rows of one sequence, [1, Hkv, length, D]."""
     return cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None]
@@ -157,6 +231,69 @@ def test_decode_attention(query_heads, kv_heads, head_dim, scale, dtype, seed):
             )[0, :, 0]
     judge("out", ours, exact, theirs)
     assert not ours[0].any(), "length 0 gives 0"
+
+
+def eager_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(logprob, entropy) from all logits at once."""
+    logits = F.linear(hidden, weight).float() / temperature
+    lse = logits.logsumexp(-1)
+    chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    mean = ((logits - lse[:, None]).exp() * logits).sum(-1)
+    return tuple(torch.where(targets >= 0, x, 0.0) for x in (chosen - lse, lse - mean))
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "small", "tail"])
+@pytest.mark.parametrize("shape", [(33, 8, 2), (64, 5, 65), (70, 24, 203)])
+def test_token_logprob(shape, kind, with_entropy, dtype, seed, monkeypatch):
+    """Several tiles of rows and of columns, each with a remainder, and strips inside them."""
+    for name, size in (("ROWS", 32), ("COLUMNS", 64), ("STRIP", 24)):
+        monkeypatch.setattr(cpu, f"LOGPROB_{name}", size)
+    tokens, dim, vocabulary = shape
+    temperature = 0.7
+    hidden = draw((tokens, dim), dtype, kind, seed)
+    weight = draw((vocabulary, dim), dtype, "normal", seed + 1) * 0.3
+    # Targets on both sides of each boundary: of strips, of tiles, and of the vocabulary.
+    edges = [c for c in (0, 23, 24, 63, 64, 87, 88, vocabulary - 1) if c < vocabulary]
+    targets = torch.randint(-1, vocabulary, (tokens,))
+    targets[-len(edges) :] = torch.tensor(edges[-tokens:])
+    dlogprob = draw((tokens,), torch.float32, "normal", seed + 2)
+    dentropy = draw((tokens,), torch.float32, "normal", seed + 3) if with_entropy else None
+
+    logprob, entropy, lse = cpu.token_logprob(hidden, weight, targets, temperature, with_entropy)
+    inputs = (*wide(hidden, weight), targets)
+    exact, exact_entropy, exact_lse = reference.token_logprob(*inputs, temperature, with_entropy)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs, their_entropy = eager_logprob(*leaves, targets, temperature)
+    judge("logprob", logprob, exact, theirs.detach())
+    assert (logprob <= 0).all()
+    if with_entropy:
+        judge("entropy", entropy, exact_entropy, their_entropy.detach())
+
+    ours = cpu.token_logprob_backward(
+        dlogprob,
+        dentropy,
+        hidden,
+        weight,
+        targets,
+        lse,
+        entropy if with_entropy else None,
+        temperature,
+    )
+    expected = reference.token_logprob_backward(
+        dlogprob.double(),
+        dentropy.double() if with_entropy else None,
+        *inputs,
+        exact_lse,
+        exact_entropy if with_entropy else None,
+        temperature,
+    )
+    total = theirs @ dlogprob + (their_entropy @ dentropy if with_entropy else 0)
+    yardstick = torch.autograd.grad(total, leaves)
+    for name, *three in zip(("dhidden", "dweight"), ours, expected, yardstick, strict=True):
+        judge(name, *three, gradient=True)
 
 
 def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype, isa, seed):

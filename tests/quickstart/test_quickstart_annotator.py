@@ -18,11 +18,12 @@ def test_the_larger_the_difference_the_higher_the_rating_and_the_surer_the_choic
         "best": "12 plus 7 is 19. Happy to help!",
         "close": "12 plus 7 is 19.",
         "curt": "19",
-        "wrong": "I do not know.",
+        "wrong": "12 plus 7 is 26. Happy to help!",
+        "useless": "I do not know.",
     }
     rng = random.Random(0)
     shares, ratings = {}, {}
-    for name in ("close", "curt", "wrong"):
+    for name in ("close", "curt", "wrong", "useless"):
         comparisons = [
             compare(QUESTION, SUM, *pair, "helpfulness", rng)
             for pair in ((responses["best"], responses[name]), (responses[name], responses["best"]))
@@ -30,11 +31,12 @@ def test_the_larger_the_difference_the_higher_the_rating_and_the_surer_the_choic
         ]
         shares[name] = sum(c.chosen == responses["best"] for c in comparisons) / len(comparisons)
         ratings[name] = collections.Counter(c.rating for c in comparisons).most_common(1)[0][0]
-    assert 0.65 < shares["close"] < shares["curt"] <= shares["wrong"] == 1
+    assert 0.65 < shares["close"] < shares["curt"] <= shares["wrong"] == shares["useless"] == 1
     assert ratings == {
-        "close": "slightly_better",
-        "curt": "better",
-        "wrong": "significantly_better",
+        "close": "negligibly_better",
+        "curt": "slightly_better",
+        "wrong": "better",
+        "useless": "significantly_better",
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llama2rt import report
 from llama2rt.report import figures, html
-from llama2rt.report.files import write_bytes, write_json
+from llama2rt.report.files import write_json
 
 EVIL = "<script>alert('x')</script> & \"quotes\" [INST] </td></table>"
 
@@ -189,5 +189,3 @@ def test_json_is_readable_by_everyone(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"model": object()})
     assert json.loads(path.read_text())["flag"] is True
-    write_bytes(path, b"{}")
-    assert path.read_bytes() == b"{}"

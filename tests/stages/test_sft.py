@@ -10,7 +10,7 @@ from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.stages import sft
-from llama2rt.stages.sft import SFTRecipe
+from llama2rt.stages.sft import SftRecipe
 from llama2rt.train import TrainOptions
 
 
@@ -35,7 +35,7 @@ def losses(directory) -> list[float]:
 
 def test_held_out_loss_falls_and_the_model_answers(init, tmp_path):
     options = TrainOptions(lr=1e-2, micro_tokens=512)
-    recipe = SFTRecipe(**init, batch_size=16, epochs=12, held_out=0.1, train=options)
+    recipe = SftRecipe(**init, batch_size=16, epochs=12, held_out=0.1, train=options)
     folder = sft.run(recipe, tmp_path / "run")
     found = losses(tmp_path / "run")
     assert found[-1] < 0.4 * found[0]
@@ -62,18 +62,18 @@ def test_too_long_is_left_out_and_not_cut(small_tokenizer, caplog):
 
 
 def test_split_is_seeded_and_disjoint(init):
-    recipe = SFTRecipe(**init, held_out=0.25, limit=40, seed=3)
+    recipe = SftRecipe(**init, held_out=0.25, limit=40, seed=3)
     training, held_out = sft.split(recipe)
     assert (len(training), len(held_out)) == (30, 10)
     texts = [d.messages[0]["content"] for d in training + held_out]
     assert len(set(texts)) == 40
     assert sft.split(recipe)[1] == held_out
-    assert sft.split(SFTRecipe(**init, held_out=0.25, limit=40, seed=4))[1] != held_out
+    assert sft.split(SftRecipe(**init, held_out=0.25, limit=40, seed=4))[1] != held_out
 
 
 def test_real_dialogues(init, shared_data, tmp_path):
     data = shared_data("gsm8k_train.jsonl")
-    recipe = SFTRecipe(init=init["init"], data=[data], limit=20, held_out=0.2)
+    recipe = SftRecipe(init=init["init"], data=[data], limit=20, held_out=0.2)
     training, held_out = sft.split(recipe)
     assert (len(training), len(held_out)) == (16, 4)
     assert all("####" in d.messages[-1]["content"] for d in training)
@@ -82,4 +82,4 @@ def test_real_dialogues(init, shared_data, tmp_path):
 def test_the_shipped_recipe_is_valid():
     from llama2rt.cli import find_recipe, read_recipe
 
-    SFTRecipe.model_validate(read_recipe(find_recipe("gsm8k-sft")))
+    SftRecipe.model_validate(read_recipe(find_recipe("gsm8k-sft")))

@@ -1,0 +1,214 @@
+// Products of small matrices that lie packed in scratch memory, and the packing.
+//
+// The sum of a product runs over units of 32 bits: one fp32 number or, where the processor
+// multiplies them in pairs, two neighbouring bf16 numbers. What an instruction set cannot multiply
+// in its own type becomes fp32 on packing. Scratch memory is float, whatever its units hold.
+//
+// A product's result stays in registers, BLOCK rows of PANEL columns, while the sum runs; sizes are
+// padded with zeros to whole blocks, so there is no code for remainders beyond a half panel.
+#pragma once
+
+#include "vec.h"
+
+namespace LLAMA2RT_ISA {
+
+constexpr int64_t BLOCK = W == 16 ? 8 : 4;  // half of the registers hold BLOCK * PANEL sums
+constexpr int64_t PANEL = 2 * W;
+
+// Numbers per unit.
+template <typename T>
+constexpr int64_t unit() {
+#if defined(__AVX512BF16__)
+  return is_bf16(T{}) ? 2 : 1;
+#else
+  return 1;
+#endif
+}
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+template <int64_t UNIT>
+inline f32v multiply_add(f32v a, f32v b, f32v sum) {
+#if defined(__AVX512BF16__)
+  if (UNIT == 2) return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  return a * b + sum;
+}
+
+// The bits of a unit in every lane; as a number a pair of bf16 could be a NaN that arithmetic alters.
+inline f32v repeat(const float* unit) {
+  int32_t bits;
+  memcpy(&bits, unit, sizeof bits);
+  return (f32v)(bits + i32v{});
+}
+
+// The left matrix of a product, [rows, units].
+struct ByRow {
+  const float* data;
+  int64_t stride;
+  const float* at(int64_t row, int64_t unit) const { return data + row * stride + unit; }
+};
+struct ByColumn {
+  const float* data;
+  int64_t stride;
+  const float* at(int64_t row, int64_t unit) const { return data + unit * stride + row; }
+};
+
+// BLOCK rows and VECTORS * W columns of a b; `finish(sums)` takes them from registers.
+template <int64_t UNIT, int VECTORS, typename Left, typename Finish>
+inline void product(int64_t units, Left a, const float* b, int64_t b_stride, Finish finish) {
+  f32v sums[BLOCK][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < BLOCK; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = f32v{};
+  for (int64_t u = 0; u < units; ++u) {
+    f32v right[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + u * b_stride + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK; ++i) {
+      const f32v left = repeat(a.at(i, u));
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add<UNIT>(left, right[j], sums[i][j]);
+    }
+  }
+  finish(sums);
+}
+
+struct Keep {
+  f32v operator()(f32v c, int) const { return c; }
+};
+
+// c = before(c, j) + a b for c [rows, VECTORS * W], where j counts the vectors of a row. The product
+// is summed apart from c: blocks of a long sum that are added up lose less than one long chain.
+template <int64_t UNIT, int VECTORS, typename Left, typename Before>
+inline void add_product(int64_t rows, int64_t units, Left a, const float* b, int64_t b_stride,
+                        float* c, int64_t c_stride, Before before) {
+  for (int64_t r = 0; r < rows; r += BLOCK)
+    product<UNIT, VECTORS>(units, Left{a.at(r, 0), a.stride}, b, b_stride, [&](auto& sums) {
+#pragma GCC unroll 8
+      for (int i = 0; i < BLOCK; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; ++j) {
+          float* to = c + (r + i) * c_stride + j * W;
+          store(to, before(load(to), j) + sums[i][j]);
+        }
+    });
+}
+
+// ---- packing ----
+
+// W units of a row; numbers past `count` are zero.
+template <typename T>
+inline f32v load_units(const T* x, int64_t count) {
+  constexpr int64_t COUNT = unit<T>() * W;
+  if constexpr (unit<T>() == 1) return count < COUNT ? load(x, Part{count}) : load(x);
+  T numbers[COUNT];
+  if (count < COUNT) {
+    memset(numbers, 0, sizeof numbers);
+    memcpy(numbers, x, count * sizeof(T));
+    x = numbers;
+  }
+  f32v v;
+  memcpy(&v, x, sizeof v);
+  return v;
+}
+
+// x [rows, n] -> [padded rows, n / UNIT]; stride a multiple of W.
+template <typename T>
+inline void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t padded, int64_t n,
+                      float* to, int64_t stride) {
+  for (int64_t r = 0; r < padded; ++r)
+    for (int64_t i = 0; i < n; i += unit<T>() * W)
+      store(to + r * stride + i / unit<T>(),
+            r < rows ? load_units(x + r * x_stride + i, n - i) : f32v{});
+}
+
+// Units that run down the columns: row r in their low half, row r + 1 in their high half.
+inline f32v interleave(u16v low, u16v high) { return (f32v)(widen(low) | widen(high) << 16); }
+
+// Rows r and r + 1 of a matrix with units down the columns, one vector wide.
+template <int64_t UNIT>
+inline void store_two_rows(float* to, int64_t stride, int64_t r, f32v first, f32v second) {
+  if (UNIT == 1) {
+    store(to + r * stride, first);
+    store(to + (r + 1) * stride, second);
+  } else {
+    store(to + r / 2 * stride, interleave(narrow(first, bf16{}), narrow(second, bf16{})));
+  }
+}
+
+// x [rows, n] -> [padded rows / UNIT, n] with units down the columns.
+template <typename T>
+inline void pack_columns(const T* x, int64_t x_stride, int64_t rows, int64_t padded, int64_t n,
+                         float* to, int64_t stride) {
+  if constexpr (unit<T>() == 1) return pack_rows(x, x_stride, rows, padded, n, to, stride);
+  for (int64_t r = 0; r < padded; r += 2)
+    for (int64_t i = 0; i < n; i += W) {
+      u16v two[2] = {};
+      for (int64_t j = 0; j < 2 && r + j < rows; ++j) {
+        const T* from = x + (r + j) * x_stride + i;
+        if (n - i < W)
+          memcpy(&two[j], from, (n - i) * sizeof(T));
+        else
+          memcpy(&two[j], from, sizeof(u16v));
+      }
+      store(to + r / 2 * stride + i, interleave(two[0], two[1]));
+    }
+}
+
+template <int STEP>
+inline void exchange(f32v* rows) {
+  i32v low, high;
+  for (int j = 0; j < W; ++j) {
+    low[j] = j & STEP ? W + j - STEP : j;
+    high[j] = j & STEP ? W + j : j + STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & STEP) continue;
+    const f32v a = rows[i], b = rows[i + STEP];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + STEP] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// W rows of W lanes; off-diagonal squares of halving size change places.
+template <int STEP = W / 2>
+inline void transpose(f32v* rows) {
+  exchange<STEP>(rows);
+  if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
+
+// x [rows, n] transposed -> [n / UNIT, PANEL]: x's rows become the columns of a panel.
+template <typename T>
+inline void pack_panel(const T* x, int64_t x_stride, int64_t rows, int64_t n, float* to) {
+  constexpr int64_t UNIT = unit<T>();
+  for (int64_t first = 0; first < rows; first += W)
+    for (int64_t i = 0; i < n; i += UNIT * W) {
+      f32v v[W];
+      for (int64_t r = 0; r < W; ++r)
+        v[r] = first + r < rows ? load_units(x + (first + r) * x_stride + i, n - i) : f32v{};
+      transpose<>(v);
+      for (int64_t u = 0; u < W; ++u) store(to + (i / UNIT + u) * PANEL + first, v[u]);
+    }
+}
+
+// The inverse for results: panel [n, PANEL], times factor per column, -> x [rows, n].
+template <typename T>
+inline void unpack_panel(const float* panel, int64_t rows, int64_t n, const float* factors, T* x,
+                         int64_t x_stride) {
+  for (int64_t first = 0; first < rows; first += W) {
+    const f32v factor = load(factors + first);
+    for_each_vector(n, [&](int64_t i, auto lanes) {
+      f32v v[W];
+      for (int64_t d = 0; d < W; ++d) v[d] = load(panel + (i + d) * PANEL + first) * factor;
+      transpose<>(v);
+      for (int64_t r = 0; r < W && first + r < rows; ++r)
+        store(x + (first + r) * x_stride + i, v[r], lanes);
+    });
+  }
+}
+
+}  // namespace LLAMA2RT_ISA

@@ -1,0 +1,296 @@
+"""One query per sequence against its paged cache of keys and values: a step of generation.
+
+Bound by memory: every key and value is read once and used by few products. So the query heads that
+share a key head are the rows of one tile, which reads the cache once for all of them; and a long
+context is split over programs (flash-decoding, Dao et al. 2023), since one program per sequence and
+key head would leave most of the GPU idle. A second kernel adds the splits' results in order.
+
+Only the device knows the lengths, and nothing waits for it: each sequence is cut into the same
+number of splits, of a size that follows from its own length. The number of splits follows from the
+batch, so a sequence may round differently in another batch, but equal calls give equal bits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama2rt.kernels import architecture, empty_like, last_contiguous, multiprocessors
+from llama2rt.kernels.aot import Case
+from llama2rt.kernels.attention import LOG2E, load_rows
+
+
+@triton.jit(do_not_specialize=["sequences", "splits"])
+def decode_attention_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    lengths,
+    out,  # [splits, sequences, heads, DIM]: the result itself if there is one split
+    lse,  # [splits, sequences, heads], in powers of 2; None if there is one split
+    scale,
+    sequences,
+    kv_heads,
+    splits,
+    q_sequence,
+    q_head,
+    k_page,
+    k_slot,
+    k_head,
+    v_page,
+    v_slot,
+    v_head,
+    table_row,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    split = program % splits
+    head = (program // splits % kv_heads).to(tl.int64)
+    sequence = (program // splits // kv_heads).to(tl.int64)
+    length = tl.load(lengths + sequence).to(tl.int32)
+    # Whole tiles to each split: of a short sequence the last splits get none.
+    share = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
+    begin = split * share
+    end = tl.minimum(begin + share, length)
+
+    row = tl.arange(0, ROWS)
+    at_q = sequence * q_sequence + (head * GROUP + row) * q_head
+    q_tile = load_rows(q, at_q, row < GROUP, DIM, BLOCK_DIM, True)
+    k_cache += head * k_head
+    v_cache += head * v_head
+    block_table += sequence * table_row
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    scale2 = scale * LOG2E
+    for start in range(begin, end, KEYS):
+        token = start + tl.arange(0, KEYS)
+        present = token < end
+        page = tl.load(block_table + token // PAGE, mask=present, other=0).to(tl.int64)
+        slot = (token % PAGE).to(tl.int64)
+        k_tile = load_rows(k_cache, page * k_page + slot * k_slot, present, DIM, BLOCK_DIM, True)
+        v_tile = load_rows(v_cache, page * v_page + slot * v_slot, present, DIM, BLOCK_DIM, True)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        scores = tl.where(present[None, :], scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        # The difference of near numbers is exact; that of their rounded multiples is not.
+        p = tl.exp2((scores - higher[:, None]) * scale2)
+        decay = tl.exp2((peak - higher) * scale2)
+        total = total * decay + tl.sum(p, 1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+        peak = higher
+    # Without keys: 0, and minus infinity as the logarithm of an empty sum.
+    total = tl.where(total == 0, 1.0, total)
+    at_out = (split * sequences + sequence) * (kv_heads * GROUP) + head * GROUP + row
+    if lse is not None:
+        tl.store(lse + at_out, peak * scale2 + tl.log2(total), mask=row < GROUP)
+    column = tl.arange(0, BLOCK_DIM)
+    tl.store(
+        out + (at_out * DIM)[:, None] + column[None, :],
+        (acc * (1 / total)[:, None]).to(out.dtype.element_ty),
+        mask=(row < GROUP)[:, None] & (column < DIM)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def decode_attention_combine_kernel(
+    partial,  # fp32 [splits, rows, DIM]
+    lse,  # [splits, rows], in powers of 2
+    out,  # [rows, DIM]
+    rows,
+    splits,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_DIM)
+    acc = tl.zeros([BLOCK_DIM], tl.float32)
+    peak = float("-inf")
+    total = 0.0
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        at = split.to(tl.int64) * rows + row
+        weight = tl.load(lse + at, mask=split < splits, other=float("-inf"))
+        higher = tl.maximum(peak, tl.max(weight))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # no split has seen a key
+        weight = tl.exp2(weight - shift)
+        decay = tl.exp2(peak - shift)
+        tile = load_rows(partial, at * DIM, split < splits, DIM, BLOCK_DIM, True)
+        total = total * decay + tl.sum(weight)
+        acc = acc * decay + tl.sum(weight[:, None] * tile, 0)
+        peak = higher
+    result = acc / tl.where(total == 0, 1.0, total)
+    tl.store(out + row * DIM + column, result.to(out.dtype.element_ty), mask=column < DIM)
+
+
+@dataclass(frozen=True)
+class Launch:
+    programs: int
+    """Splits that share a multiprocessor: one computes while the others wait for memory."""
+    tile_bytes: int = 32768
+    """K and V of one tile: its number of keys follows from the head dimension."""
+    stages: int = 5
+    """Page numbers, keys, products: with five stages Triton holds two tiles of keys (with three or
+    four, one), so that one arrives while the other is used."""
+
+    def keys(self, block_dim: int, element_bytes: int) -> int:
+        return max(16, self.tile_bytes // (2 * max(64, block_dim) * element_bytes))
+
+    def warps(self, element_bytes: int) -> int:
+        return 8 if element_bytes == 4 else 4  # fp32 operands sit in registers: 4 would spill
+
+
+# Two tiles and what a program shares are 73 KB: sm_80 has room for two, sm_90 for three. Memory
+# asks for about 11 KB on the way to each multiprocessor of an A100 (2 TB/s times 0.6 us over 108)
+# and 25 KB of an H200 (4.8 TB/s times 0.7 us over 132); one tile is 32 KB. Not yet timed.
+LAUNCH = {80: Launch(programs=2), 90: Launch(programs=3)}
+# A split writes and reads its result, GROUP * D * 8 bytes, against 4 * D bytes of each key and
+# value: 6 % at 256 tokens and a group of 8.
+SHORTEST_SPLIT = 256
+COMBINED = 16
+
+
+def split_count(items: int, capacity: int, slots: int) -> int:
+    """Splits of each context, for `items` = sequences x key heads that may hold `capacity` tokens.
+
+    As many as fit `slots`, the programs that run at once, rounded down: a second wave of programs
+    would cost as much time as the first.
+    """
+    return max(1, min(slots // items, triton.cdiv(capacity, SHORTEST_SPLIT)))
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """q [B, Hq, D], caches [pages, page, Hkv, D], block_table [B, most], lengths [B] -> out."""
+    if scale <= 0:  # the kernel scales maxima, which would become minima
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, k_cache, v_cache = last_contiguous(q), last_contiguous(k_cache), last_contiguous(v_cache)
+    block_table = last_contiguous(block_table)
+    sequences, heads, dim = q.shape
+    _, page, kv_heads, _ = k_cache.shape
+    out = empty_like(q)
+    if q.numel() == 0:
+        return out
+    if k_cache.numel() == 0 or block_table.shape[1] == 0:
+        return out.zero_()
+    launch = LAUNCH[architecture(q)]
+    slots = launch.programs * multiprocessors(q)
+    splits = split_count(sequences * kv_heads, block_table.shape[1] * page, slots)
+    partial, lse = out, None
+    if splits > 1:
+        partial = q.new_empty(splits, *q.shape, dtype=torch.float32)
+        lse = q.new_empty(splits, sequences, heads, dtype=torch.float32)
+    group = heads // kv_heads
+    block_dim = max(16, triton.next_power_of_2(dim))
+    with torch.cuda.device_of(q):
+        decode_attention_kernel[(sequences * kv_heads * splits,)](
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            lengths.contiguous(),
+            partial,
+            lse,
+            float(scale),
+            sequences,
+            kv_heads,
+            splits,
+            *q.stride()[:2],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            block_table.stride(0),
+            GROUP=group,
+            DIM=dim,
+            BLOCK_DIM=block_dim,
+            PAGE=page,
+            ROWS=max(16, triton.next_power_of_2(group)),
+            KEYS=launch.keys(block_dim, q.element_size()),
+            num_warps=launch.warps(q.element_size()),
+            num_stages=launch.stages,
+        )
+        if lse is not None:
+            decode_attention_combine_kernel[(sequences * heads,)](
+                partial,
+                lse,
+                out,
+                sequences * heads,
+                splits,
+                DIM=dim,
+                BLOCK_DIM=block_dim,
+                SPLITS=COMBINED,
+                num_warps=4,
+            )
+    return out
+
+
+def aot_cases() -> Iterator[Case]:
+    """Head dimensions 64, 128 and 256, one query head and eight to a key head, split and whole."""
+    for dtype, dim, group, page, split in (
+        ("bf16", 64, 1, 16, True),
+        ("bf16", 128, 8, 16, True),
+        ("bf16", 128, 1, 256, False),
+        ("bf16", 256, 1, 16, True),
+        ("fp32", 128, 8, 16, True),
+    ):
+        pointer = f"*{dtype}:16"
+        element_bytes = 4 if dtype == "fp32" else 2
+        block_dim = max(16, triton.next_power_of_2(dim))
+        for arch, launch in LAUNCH.items():
+            strides = [name for name in decode_attention_kernel.arg_names if _is_stride(name)]
+            yield Case(
+                f"decode_attention {dtype} D {dim} group {group} page {page}" + " split" * split,
+                decode_attention_kernel,
+                dict.fromkeys(("q", "k_cache", "v_cache"), pointer)
+                | dict.fromkeys(("block_table", "lengths"), "*i32:16")
+                | {"out": "*fp32:16" if split else pointer, "scale": "fp32"}
+                | ({"lse": "*fp32:16"} if split else {})
+                | dict.fromkeys(("sequences", "kv_heads", "splits"), "i32")
+                | dict.fromkeys(strides, "i32:16")
+                | {"table_row": "i32"},
+                {
+                    "GROUP": group,
+                    "DIM": dim,
+                    "BLOCK_DIM": block_dim,
+                    "PAGE": page,
+                    "ROWS": max(16, triton.next_power_of_2(group)),
+                    "KEYS": launch.keys(block_dim, element_bytes),
+                }
+                | ({} if split else {"lse": None}),
+                launch.warps(element_bytes),
+                launch.stages,
+                (arch,),
+            )
+    yield Case(
+        "decode_attention_combine bf16 D 128",
+        decode_attention_combine_kernel,
+        {
+            "partial": "*fp32:16",
+            "lse": "*fp32:16",
+            "out": "*bf16:16",
+            "rows": "i32",
+            "splits": "i32",
+        },
+        {"DIM": 128, "BLOCK_DIM": 128, "SPLITS": COMBINED},
+        4,
+    )
+
+
+def _is_stride(argument: str) -> bool:
+    return argument.endswith(("_sequence", "_head", "_page", "_slot"))

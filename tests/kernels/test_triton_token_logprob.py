@@ -1,0 +1,227 @@
+"""token_logprob in Triton, interpreted, by the rule of `numerics.judge`, and its promises.
+
+Yardstick in the same dtype: on logits of a GEMM in that dtype made fp32, the chosen one less
+torch.logsumexp (as TRL's selective_log_softmax), and -sum p log p.
+"""
+
+import math
+
+import pytest
+import torch
+from numerics import draw, judge
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from llama2rt import ops
+from llama2rt.kernels import token_logprob as kernels
+from llama2rt.ops import reference
+
+pytestmark = [
+    pytest.mark.usefixtures("interpreted", "poisoned"),
+    # Rows of a tile beyond the last token are computed like any other, and not stored.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+SMALL = {
+    80: kernels.Launch(32, 128, 64, warps=4, stages=2, group=2),
+    90: kernels.Launch(32, 128, 64, warps=4, stages=2, group=2, persistent=True, tma=True),
+}
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def small_tiles(request, monkeypatch):
+    """Several tiles, slices and parts in shapes that the interpreter can do."""
+    for table in (kernels.FORWARD, kernels.BACKWARD):
+        monkeypatch.setitem(table, 80, SMALL[request.param])
+    monkeypatch.setattr(kernels, "SMALL", SMALL[80])
+    monkeypatch.setattr(kernels, "SLICE", 160)
+    monkeypatch.setattr(kernels, "PART", 1)
+
+
+def torch_formulation(hidden, weight, targets, temperature):
+    logits = (hidden @ weight.T).float() / temperature
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    chosen = log_p.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return [torch.where(targets >= 0, x, 0.0) for x in (chosen, entropy)]
+
+
+def check(tokens, depth, vocabulary, kind, dtype, temperature, seed):
+    """Forward and backward, with entropy and without, with a gradient through it and without."""
+    hidden = draw((tokens, depth), dtype, kind, seed)
+    weight = draw((vocabulary, depth), dtype, "normal", seed + 1) * 0.3
+    targets = torch.randint(-1, vocabulary, (tokens,))
+    targets[-1] = vocabulary - 1
+    upstream = draw((2, tokens), torch.float32, "normal", seed + 2)
+    logprob, entropy, lse = kernels.token_logprob(hidden, weight, targets, temperature, True)
+    plain = kernels.token_logprob(hidden, weight, targets, temperature, False)
+    assert torch.equal(plain[0], logprob) and torch.equal(plain[2], lse) and not plain[1].numel()
+
+    wide = (hidden.double(), weight.double(), targets)
+    exact = reference.token_logprob(*wide, temperature, True)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = torch_formulation(*leaves, targets, temperature)
+    judge("logprob", logprob, exact[0], theirs[0].detach())
+    judge("entropy", entropy, exact[1], theirs[1].detach())
+    torch.testing.assert_close(lse.double(), exact[2], rtol=2e-6, atol=2e-6)
+
+    for with_entropy in (False, True):
+        ours = kernels.token_logprob_backward(
+            upstream[0],
+            upstream[1] if with_entropy else None,
+            hidden,
+            weight,
+            targets,
+            lse,
+            entropy if with_entropy else None,
+            temperature,
+        )
+        expected = reference.token_logprob_backward(
+            upstream[0].double(),
+            upstream[1].double() if with_entropy else None,
+            *wide,
+            exact[2],
+            exact[1] if with_entropy else None,
+            temperature,
+        )
+        yardstick = torch.autograd.grad(
+            theirs if with_entropy else theirs[:1],
+            leaves,
+            list(upstream) if with_entropy else [upstream[0]],
+            retain_graph=True,
+        )
+        for name, *three in zip(("dhidden", "dweight"), ours, expected, yardstick, strict=True):
+            judge(f"{name}, entropy {with_entropy}", *three, gradient=True)
+
+
+@pytest.mark.parametrize("kind", ["normal", "small", "tail", "offset"])
+@pytest.mark.parametrize(
+    ("tokens", "depth", "vocabulary"),
+    # One tile; a depth TMA cannot read; slices of one, three and an odd number of tiles.
+    [(13, 8, 3), (90, 33, 70), (41, 72, 330)],
+)
+def test_numerics(tokens, depth, vocabulary, kind, dtype, small_tiles, seed):
+    check(tokens, depth, vocabulary, kind, dtype, 0.7, seed)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_shipped_settings(architecture, monkeypatch, seed):
+    monkeypatch.setattr(kernels, "architecture", lambda x: architecture)
+    check(131, 72, 300, "normal", torch.bfloat16, 1.0, seed)
+
+
+def small(dtype, *, tokens=40, depth=24, vocabulary=150):
+    hidden, weight = torch.randn(tokens, depth).to(dtype), torch.randn(vocabulary, depth).to(dtype)
+    return hidden, weight, torch.randint(-1, vocabulary, (tokens,))
+
+
+def both(hidden, weight, targets, dlogprob, dentropy):
+    """All results of forward and backward."""
+    forward = kernels.token_logprob(hidden, weight, targets, 0.7, True)
+    _, entropy, lse = forward
+    return *forward, *kernels.token_logprob_backward(
+        dlogprob, dentropy, hidden, weight, targets, lse, entropy, 0.7
+    )
+
+
+def same_bits(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("strides", ["rows apart", "columns first", "one row", "one value"])
+def test_any_strides(strides, dtype, small_tiles):
+    def arranged(x):
+        return {
+            "rows apart": torch.cat((x, x), -1)[:, : x.shape[1]],
+            "columns first": x.t().contiguous().t(),
+            "one row": x[:1].expand_as(x),
+            "one value": x[:1, :1].expand_as(x),
+        }[strides]
+
+    hidden, weight, targets = small(dtype)
+    hidden, weight = arranged(hidden), arranged(weight)
+    targets = torch.stack((targets, targets), 1)[:, 0]
+    upstream = torch.tensor(0.3).expand(40)
+    dense = [x.contiguous() for x in (hidden, weight, targets, upstream, upstream)]
+    copies = [x.clone() for x in dense]
+    ours = both(hidden, weight, targets, upstream, upstream)
+    assert same_bits(ours, both(*dense))
+    assert same_bits(dense, copies), "an input was changed"
+    assert all(x.is_contiguous() for x in ours)
+
+
+def test_one_token(dtype, small_tiles):
+    hidden, weight, targets = small(dtype)
+    many, one = (kernels.token_logprob(hidden[:n], weight, targets[:n], 0.7, True) for n in (40, 1))
+    assert same_bits([x[:1] for x in many], one)
+
+
+def test_narrow_targets(dtype, small_tiles):
+    hidden, weight, targets = small(dtype)
+    upstream = torch.randn(2, 40)
+    first, second = (both(hidden, weight, t, *upstream) for t in (targets, targets.int()))
+    assert same_bits(first, second)
+
+
+def test_targets_below_zero_are_not_predicted(dtype, small_tiles):
+    hidden, weight, targets = small(dtype)
+    targets[3:9] = -100
+    upstream = torch.randn(2, 40)
+    skipped = targets < 0
+    logprob, entropy, _, dhidden, _ = both(hidden, weight, targets, *upstream)
+    for values in (logprob, entropy, dhidden):
+        assert not values[skipped].any() and values[~skipped].any()
+    logprob, entropy, lse, *gradients = both(
+        hidden, weight, torch.full_like(targets, -1), *upstream
+    )
+    assert not any(x.any() for x in (logprob, entropy, *gradients)) and lse.isfinite().all()
+
+
+def test_a_target_outside_the_vocabulary_is_not_a_number(dtype, small_tiles):
+    hidden, weight, targets = small(dtype)
+    targets[5] = 150
+    logprob = kernels.token_logprob(hidden, weight, targets, 1.0, False)[0]
+    assert logprob.isnan().nonzero().flatten().tolist() == [5]
+
+
+def test_certain_targets_are_never_positive_and_lose_no_entropy(dtype, small_tiles):
+    hidden, weight, _ = small(dtype, depth=64)
+    targets = (hidden.float() @ weight.float().T).argmax(-1)
+    logprob, entropy, _ = kernels.token_logprob(hidden, weight, targets, 0.05, True)
+    assert (logprob <= 0).all() and (logprob > -1e-3).float().mean() > 0.5
+    assert (entropy >= 0).all()
+
+
+def test_no_tokens(dtype):
+    hidden, weight, targets = small(dtype, tokens=0)
+    logprob, entropy, lse, dhidden, dweight = both(hidden, weight, targets, *torch.empty(2, 0))
+    assert logprob.shape == entropy.shape == lse.shape == (0,)
+    assert dhidden.shape == (0, 24) and not dweight.any()
+
+
+def test_weight_gradient_is_summed_in_fp32(small_tiles):
+    """A row that contributes much, and many too little for a bf16 sum to notice each: it would
+    lose 3 % (Liger #1323)."""
+    hidden = torch.full((257, 4), 0.125, dtype=torch.bfloat16)
+    hidden[0] = 1024
+    weight, targets = torch.zeros(8, 4, dtype=torch.bfloat16), torch.zeros(257, dtype=torch.int64)
+    lse = torch.full((257,), math.log(8))
+    _, dweight = kernels.token_logprob_backward(
+        torch.ones(257), None, hidden, weight, targets, lse, None, 1.0
+    )
+    total = 1024 + 256 * 0.125
+    assert dweight[0, 0].item() == pytest.approx(total * 7 / 8, rel=0.004)
+    assert dweight[1, 0].item() == pytest.approx(-total / 8, rel=0.004)
+
+
+def test_through_the_ops():
+    hidden, weight, targets = small(torch.float32)
+    results = []
+    for name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        with ops.use(name):
+            logprob, entropy = ops.token_logprob(*leaves, targets, temperature=1.3, entropy=True)
+        gradients = torch.autograd.grad((logprob * entropy).sum(), leaves)
+        results.append([x.double() for x in (logprob, entropy, *gradients)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
