@@ -326,9 +326,9 @@ BACKWARD = {
 # fp32 to the last bit has no tensor cores, and rows not aligned to 16 bytes are loaded element
 # by element: a tile that leaves registers for it.
 SMALL = Launch(64, 64, 32, warps=4, stages=2, group=16)
-# Eight rows: 32 bytes, a sector, of each record; and 32 elements a thread of each operand of the
-# chosen logit on their way at one time.
-MERGE_ROWS, MERGE_TILES, MERGE_DEPTH, MERGE_WARPS = 8, 32, 512, 4
+# Eight rows: 32 bytes, a sector, of each record; and 16 elements a thread of each operand of the
+# chosen logit on their way at one time (with 32, sm_90 spills).
+MERGE_ROWS, MERGE_TILES, MERGE_DEPTH, MERGE_WARPS = 8, 32, 256, 4
 
 # Columns of dlogits at one time, at least: below that the products with them are too small for the
 # GPU, and what is saved is less than dweight's own size.

@@ -14,6 +14,8 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 RECORD = Path(__file__).resolve().parents[2] / "kernels" / "resources.json"
+# What names a kernel of a backward pass: these may spill, as much as is recorded.
+GRADIENTS = ("backward", "_dq ", "_dkdv ", "_dlogits ")
 OPS = ("rms_norm", "swiglu", "rope", "attention", "decode", "logprob")
 
 
@@ -36,8 +38,9 @@ def test_every_kernel_is_compiled_for_both_architectures(found):
 
 
 def test_no_forward_kernel_spills(found):
-    spilled = {key for key, used in found.items() if used["stack_bytes"] and "backward" not in key}
-    assert not spilled
+    forward = {key for key in found if not any(gradient in key for gradient in GRADIENTS)}
+    assert len(forward) < len(found)
+    assert not {key for key in forward if found[key]["stack_bytes"]}
 
 
 def test_nothing_takes_more_than_recorded(found):
