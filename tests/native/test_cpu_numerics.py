@@ -1,8 +1,8 @@
 """Every kernel of `_cpu`, for each instruction set and dtype, by the rule of `numerics.judge`.
 
 Yardsticks in the same dtype: LLaMA's own RMSNorm (fp32 inside, cast, times weight), silu(gate)
-times up, Hugging Face's rotary embedding with tables in the storage dtype, SDPA per document and per
-decoded sequence.
+times up, Hugging Face's rotary embedding with tables in the storage dtype, SDPA per document and
+per decoded sequence.
 """
 
 import functools
