@@ -23,7 +23,7 @@ struct Forward {
   explicit Forward(const Attention& a)
       : a(a), group(a.heads / a.kv_heads), width(round_up(a.head_dim, W * UNIT)),
         units((a.head_dim + UNIT - 1) / UNIT),
-        queries(round_up(QUERIES / group, PANEL) > PANEL ? QUERIES / group / PANEL * PANEL : PANEL) {}
+        queries(QUERIES / group > PANEL ? QUERIES / group / PANEL * PANEL : PANEL) {}
 
   // One panel of queries: packed queries, outputs, maxima and sums.
   int64_t panel_floats() const { return (width / UNIT + width + 2) * PANEL; }
@@ -166,6 +166,7 @@ void forward(const Attention& a) {
 }  // namespace
 
 void attention(const Attention& a) {
+  if (a.heads == 0) return;
   by_dtype(a.dtype, [&](auto t) { forward<decltype(t)>(a); });
 }
 

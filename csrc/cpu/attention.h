@@ -8,8 +8,6 @@
 
 namespace LLAMA2RT_ISA {
 
-constexpr float LOG2E = 1.44269504088896341f;
-
 struct Document {
   Document(const Attention& a, int64_t i)
       : q_begin(a.q_offsets[i]), queries(a.q_offsets[i + 1] - q_begin),

@@ -14,6 +14,7 @@ namespace LLAMA2RT_ISA {
 
 constexpr int64_t BLOCK = W == 16 ? 8 : 4;  // half of the registers hold BLOCK * PANEL sums
 constexpr int64_t PANEL = 2 * W;
+constexpr int64_t CHAIN = 128;
 
 // Numbers per unit.
 template <typename T>
@@ -32,7 +33,14 @@ inline f32v multiply_add(f32v a, f32v b, f32v sum) {
 #if defined(__AVX512BF16__)
   if (UNIT == 2) return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
+#if defined(__SSE2__) && !defined(__FMA__)
+  // Rounding each product before it is added would lose up to twice what a fused addition loses.
+  typedef double wide __attribute__((vector_size(8 * W)));
+  return __builtin_convertvector(__builtin_convertvector(a, wide) * __builtin_convertvector(b, wide) +
+                                     __builtin_convertvector(sum, wide), f32v);
+#else
   return a * b + sum;
+#endif
 }
 
 // The bits of a unit in every lane; as a number a pair of bf16 could be a NaN that arithmetic alters.
@@ -54,24 +62,33 @@ struct ByColumn {
   const float* at(int64_t row, int64_t unit) const { return data + unit * stride + row; }
 };
 
-// BLOCK rows and VECTORS * W columns of a b; `finish(sums)` takes them from registers.
+// BLOCK rows and VECTORS * W columns of a b; `finish(sums)` takes them from registers. A sum longer
+// than CHAIN is made of shorter ones, which loses less to rounding.
 template <int64_t UNIT, int VECTORS, typename Left, typename Finish>
 inline void product(int64_t units, Left a, const float* b, int64_t b_stride, Finish finish) {
-  f32v sums[BLOCK][VECTORS];
+  f32v sums[BLOCK][VECTORS], earlier[BLOCK][VECTORS];
+  for (int64_t begin = 0; begin < units; begin += CHAIN) {
+    const int64_t end = begin + CHAIN < units ? begin + CHAIN : units;
 #pragma GCC unroll 8
-  for (int i = 0; i < BLOCK; ++i)
+    for (int i = 0; i < BLOCK; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; ++j) sums[i][j] = f32v{};
-  for (int64_t u = 0; u < units; ++u) {
-    f32v right[VECTORS];
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = f32v{};
+    for (int64_t u = begin; u < end; ++u) {
+      f32v right[VECTORS];
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + u * b_stride + j * W);
+      for (int j = 0; j < VECTORS; ++j) right[j] = load(b + u * b_stride + j * W);
 #pragma GCC unroll 8
-    for (int i = 0; i < BLOCK; ++i) {
-      const f32v left = repeat(a.at(i, u));
+      for (int i = 0; i < BLOCK; ++i) {
+        const f32v left = repeat(a.at(i, u));
 #pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add<UNIT>(left, right[j], sums[i][j]);
+        for (int j = 0; j < VECTORS; ++j)
+          sums[i][j] = multiply_add<UNIT>(left, right[j], sums[i][j]);
+      }
     }
+    if (units > CHAIN)
+      for (int i = 0; i < BLOCK; ++i)
+        for (int j = 0; j < VECTORS; ++j)
+          earlier[i][j] = sums[i][j] += begin > 0 ? earlier[i][j] : f32v{};
   }
   finish(sums);
 }

@@ -9,8 +9,6 @@
 namespace LLAMA2RT_ISA {
 namespace {
 
-const float LOG2E = 1.44269504088896341f;
-
 inline f32v larger(f32v a, f32v b) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_max_ps((__m512)a, (__m512)b);

@@ -184,6 +184,8 @@ inline float sum(f32v x) {
 
 inline float maximum(float a, float b) { return a > b ? a : b; }
 
+constexpr float LOG2E = 1.44269504088896341f;  // e^x = exp2(x * LOG2E)
+
 // exp with a relative error under 2e-7 (the polynomial of Cephes' expf). Arguments are clamped to
 // where the result is a normal number; NaN stays NaN.
 inline f32v exp(f32v x) {
@@ -198,7 +200,7 @@ inline f32v exp(f32v x) {
 #endif
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
   const float magic = 12582912.0f;
-  f32v shifted = x * 1.44269504088896341f + magic;
+  f32v shifted = x * LOG2E + magic;
   f32v n = shifted - magic;
   f32v r = x - n * 0.693359375f + n * 2.12194440e-4f;
   f32v p = broadcast(1.9875691500e-4f);

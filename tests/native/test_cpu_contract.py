@@ -99,6 +99,20 @@ def test_same_bits_for_any_number_of_threads_and_again(dtype):
         assert all(same_bits(results[0], other) for other in results[1:]), kernel.__name__
 
 
+@pytest.mark.parametrize("lengths", [(700, 700), (520, 900), (900, 520)])
+def test_a_document_divided_among_threads_has_the_same_bits(lengths, dtype):
+    """The only document: with threads to spare its gradient is formed in pieces, twice over."""
+    cu_q, cu_k = (torch.tensor([0, length]) for length in lengths)
+    q, dout = torch.randn(2, lengths[0], 2, 24).to(dtype).unbind()
+    k, v = torch.randn(2, lengths[1], 1, 24).to(dtype).unbind()
+    out, lse = cpu.attention(q, k, v, cu_q, cu_k, 0, True, 0.2)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu.attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, 0, True, 0.2))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
 def test_several_python_threads_at_once(dtype):
     work = calls(dtype)
     expected = [kernel(*arguments) for kernel, arguments in work]
@@ -182,6 +196,17 @@ def test_offsets_beyond_32_bits():
     assert same_bits(
         cpu.rope(far_heads, far_heads, *table, positions),
         cpu.rope(near_heads, near_heads, *table, positions),
+    )
+    cu = torch.tensor([0, rows])
+    far_out, near_out = (
+        cpu.attention(x, x, x, cu, cu, 0, True, 1.0) for x in (far_heads, near_heads)
+    )
+    assert same_bits(far_out, near_out)
+    assert same_bits(
+        *(
+            cpu.attention_backward(x, x, x, x, *near_out, cu, cu, 0, True, 1.0)
+            for x in (far_heads, near_heads)
+        )
     )
     far_cache, near_cache = far_heads[:, None], near_heads[:, None]
     pages, lengths = torch.tensor([[2, 1, 0]]).expand(rows, -1), torch.tensor([3, 2, 1])
