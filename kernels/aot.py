@@ -28,7 +28,6 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90)
 MODULES = ("rms_norm", "swiglu", "rope", "attention", "decode_attention", "token_logprob")
-RECORD = Path(__file__).with_name("resources.json")
 
 
 @dataclass(frozen=True)
