@@ -62,35 +62,48 @@ struct ByColumn {
   const float* at(int64_t row, int64_t unit) const { return data + unit * stride + row; }
 };
 
-// BLOCK rows and VECTORS * W columns of a b; `finish(sums)` takes them from registers. A sum longer
-// than CHAIN is made of shorter ones, which loses less to rounding.
+template <int VECTORS>
+using Sums = f32v[BLOCK][VECTORS];
+
+// BLOCK rows and VECTORS * W columns of a b, over so many units.
+template <int64_t UNIT, int VECTORS, typename Left>
+inline void multiply(int64_t units, Left a, const float* b, int64_t b_stride, Sums<VECTORS>& sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < BLOCK; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = f32v{};
+  for (int64_t u = 0; u < units; ++u) {
+    f32v right[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + u * b_stride + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK; ++i) {
+      const f32v left = repeat(a.at(i, u));
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add<UNIT>(left, right[j], sums[i][j]);
+    }
+  }
+}
+
+// The same, handed over in registers: `finish(sums)`. In fp32 a sum longer than CHAIN is made of
+// shorter ones, which loses less to rounding.
 template <int64_t UNIT, int VECTORS, typename Left, typename Finish>
 inline void product(int64_t units, Left a, const float* b, int64_t b_stride, Finish finish) {
-  f32v sums[BLOCK][VECTORS], earlier[BLOCK][VECTORS];
-  for (int64_t begin = 0; begin < units; begin += CHAIN) {
-    const int64_t end = begin + CHAIN < units ? begin + CHAIN : units;
-#pragma GCC unroll 8
-    for (int i = 0; i < BLOCK; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) sums[i][j] = f32v{};
-    for (int64_t u = begin; u < end; ++u) {
-      f32v right[VECTORS];
-#pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) right[j] = load(b + u * b_stride + j * W);
-#pragma GCC unroll 8
-      for (int i = 0; i < BLOCK; ++i) {
-        const f32v left = repeat(a.at(i, u));
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; ++j)
-          sums[i][j] = multiply_add<UNIT>(left, right[j], sums[i][j]);
-      }
-    }
-    if (units > CHAIN)
-      for (int i = 0; i < BLOCK; ++i)
-        for (int j = 0; j < VECTORS; ++j)
-          earlier[i][j] = sums[i][j] += begin > 0 ? earlier[i][j] : f32v{};
+  Sums<VECTORS> sums;
+  if (UNIT > 1 || units <= CHAIN) {
+    multiply<UNIT, VECTORS>(units, a, b, b_stride, sums);
+    finish(sums);
+    return;
   }
-  finish(sums);
+  Sums<VECTORS> total = {};
+  for (int64_t begin = 0; begin < units; begin += CHAIN) {
+    const int64_t count = begin + CHAIN < units ? CHAIN : units - begin;
+    multiply<UNIT, VECTORS>(count, Left{a.at(0, begin), a.stride}, b + begin * b_stride, b_stride,
+                            sums);
+    for (int i = 0; i < BLOCK; ++i)
+      for (int j = 0; j < VECTORS; ++j) total[i][j] += sums[i][j];
+  }
+  finish(total);
 }
 
 struct Keep {
