@@ -36,14 +36,15 @@ inline f32v multiply_add(f32v a, f32v b, f32v sum) {
 #if defined(__SSE2__) && !defined(__FMA__)
   // Rounding each product before it is added would lose up to twice what a fused addition loses.
   typedef double wide __attribute__((vector_size(8 * W)));
-  return __builtin_convertvector(__builtin_convertvector(a, wide) * __builtin_convertvector(b, wide) +
-                                     __builtin_convertvector(sum, wide), f32v);
+  const wide product = __builtin_convertvector(a, wide) * __builtin_convertvector(b, wide);
+  return __builtin_convertvector(product + __builtin_convertvector(sum, wide), f32v);
 #else
   return a * b + sum;
 #endif
 }
 
-// The bits of a unit in every lane; as a number a pair of bf16 could be a NaN that arithmetic alters.
+// The bits of a unit in every lane; a pair of bf16, taken for a number, could be a NaN that
+// arithmetic alters.
 inline f32v repeat(const float* unit) {
   int32_t bits;
   memcpy(&bits, unit, sizeof bits);
@@ -110,8 +111,8 @@ struct Keep {
   f32v operator()(f32v c, int) const { return c; }
 };
 
-// c = before(c, j) + a b for c [rows, VECTORS * W], where j counts the vectors of a row. The product
-// is summed apart from c: blocks of a long sum that are added up lose less than one long chain.
+// c = before(c, j) + a b for c [rows, VECTORS * W], where j counts the vectors of a row. The
+// product is summed apart from c: blocks of a long sum, added up, lose less than one long chain.
 template <int64_t UNIT, int VECTORS, typename Left, typename Before>
 inline void add_product(int64_t rows, int64_t units, Left a, const float* b, int64_t b_stride,
                         float* c, int64_t c_stride, Before before) {
