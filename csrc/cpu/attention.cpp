@@ -13,7 +13,7 @@
 namespace LLAMA2RT_ISA {
 namespace {
 
-constexpr int64_t KEYS = 128;     // per block: what is packed of them stays in the second-level cache
+constexpr int64_t KEYS = 128;     // per block, whose packed form stays in the second-level cache
 constexpr int64_t QUERIES = 512;  // per piece, over all heads of a group: repays packing the keys
 
 template <typename T>
@@ -81,8 +81,8 @@ struct Forward {
   void run(const Piece& piece, int64_t kv_head, float* scratch) const {
     const Document document(a, piece.document);
     const int64_t n = a.head_dim;
-    const T* k = (const T*)a.k.data + document.k_begin * a.k.token_stride + kv_head * a.k.head_stride;
-    const T* v = (const T*)a.v.data + document.k_begin * a.v.token_stride + kv_head * a.v.head_stride;
+    const T* k = head_of<T>(a.k, document.k_begin, kv_head);
+    const T* v = head_of<T>(a.v, document.k_begin, kv_head);
     float* keys = scratch;
     float* values = keys + KEYS * width / UNIT;
     float* scores = values + KEYS * width / UNIT;
@@ -97,8 +97,7 @@ struct Forward {
     };
     for_each_panel([&](int64_t head, int64_t q, int64_t count, float* panel) {
       const int64_t token = document.q_begin + q;
-      pack_panel((const T*)a.q.data + token * a.q.token_stride + head * a.q.head_stride,
-                 a.q.token_stride, count, n, panel);
+      pack_panel(head_of<T>(a.q, token, head), a.q.token_stride, count, n, panel);
       float* outputs = panel + width / UNIT * PANEL;
       memset(outputs, 0, width * PANEL * sizeof(float));
       for (int64_t i = 0; i < PANEL; ++i) outputs[width * PANEL + i] = -INFINITY;

@@ -29,6 +29,11 @@ struct Document {
   const bool causal;
 };
 
+template <typename T>
+inline const T* head_of(const Attention::Heads& x, int64_t token, int64_t head) {
+  return (const T*)x.data + token * x.token_stride + head * x.head_stride;
+}
+
 // The mask of a panel of queries against rows of keys from `key` on.
 struct Mask {
   Mask(const Document& document, int64_t query, int64_t key) {
@@ -59,8 +64,8 @@ inline int by_falling_cost(const void* a, const void* b) {
   return first < second ? 1 : first > second ? -1 : 0;
 }
 
-// Calls body(piece, kv_head, scratch) for each piece and head, the most expensive pieces first, with
-// `floats` of scratch memory per thread. Who does what never changes a result.
+// Calls body(piece, kv_head, scratch) for each piece and head, the most expensive pieces first,
+// with `floats` of scratch memory per thread. Who does what never changes a result.
 template <typename Body>
 inline void share(const Attention& a, Piece* pieces, int64_t count, int64_t floats, Body body) {
   int64_t products = 0;

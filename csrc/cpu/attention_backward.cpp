@@ -4,13 +4,13 @@
 //   dp = dout v                         ds = p * (dp - delta),  delta = dout . out
 //   dq = scale * sum over keys of ds k  dk = scale * sum over queries of ds q
 //
-// Scores are formed transposed, as in the forward pass: a row is a key, lanes are queries. BLOCK rows
-// by one panel of p and ds are finished at a time, while they are in the first-level cache, and
-// written in the two orders that the other three products read.
+// Scores are formed transposed, as in the forward pass: a row is a key, lanes are queries. BLOCK
+// rows by one panel of p and ds are finished at a time, while they are in the first-level cache,
+// and written in the two orders that the other three products read.
 //
-// A piece of work is some queries of one document against some of its keys, for one key head. Who
-// holds all keys of a query can write its dq, who holds all queries of a key its dk and dv; usually a
-// piece is a whole document and writes all three.
+// A piece of work is some queries of one document against some of its keys, for one key head. One
+// that holds all keys of a query can write its dq, one that holds all queries of a key its dk and
+// dv; usually a piece is a whole document and writes all three.
 #include "attention.h"
 
 #include <math.h>
@@ -18,8 +18,8 @@
 namespace LLAMA2RT_ISA {
 namespace {
 
-constexpr int64_t KEYS = 64;      // a tile is KEYS by QUERIES: its p, ds and packed operands stay in
-constexpr int64_t QUERIES = 128;  // the second-level cache
+constexpr int64_t KEYS = 64;  // a tile is KEYS by QUERIES: p, ds and what is packed of
+constexpr int64_t QUERIES = 128;  // both stay in the second-level cache
 constexpr int64_t SPLIT = 256;    // keys or queries per piece where a document is divided
 
 template <typename T>
@@ -27,15 +27,15 @@ struct Backward {
   static constexpr int64_t UNIT = unit<T>();
 
   explicit Backward(const AttentionBackward& b)
-      : a(b.forward), b(b), group(a.heads / a.kv_heads), n(a.head_dim), width(round_up(n, W * UNIT)),
-        units((n + UNIT - 1) / UNIT) {}
+      : a(b.forward), b(b), group(a.heads / a.kv_heads), n(a.head_dim),
+        width(round_up(n, W * UNIT)), units((n + UNIT - 1) / UNIT) {}
 
   struct Scratch {
     // Of the block of keys in hand; by row as [keys, units], by column as [keys / UNIT, n].
     float *keys_by_row, *keys_by_column, *values_by_row;
     // Of a tile: [keys, queries / UNIT] by row, [keys / UNIT, queries] by column.
     float *p, *ds, *ds_by_column;
-    // Of all queries of the piece, for one head. A panel is [units, PANEL], its gradient [n, PANEL].
+    // Of all queries of the piece, for one head. A panel is [units, PANEL], of dq [n, PANEL].
     float *q_panels, *dout_panels, *dq_panels, *q_by_column, *dout_by_column, *lse, *delta;
     float *dk, *dv;  // of all keys of the piece, [keys, n]
   };
@@ -66,12 +66,8 @@ struct Backward {
     return used;
   }
 
-  const T* row(const Attention::Heads& x, int64_t token, int64_t head) const {
-    return (const T*)x.data + token * x.token_stride + head * x.head_stride;
-  }
-
   void pack_keys(const Scratch& s, int64_t token, int64_t count, int64_t kv_head) const {
-    const T *k = row(a.k, token, kv_head), *v = row(a.v, token, kv_head);
+    const T *k = head_of<T>(a.k, token, kv_head), *v = head_of<T>(a.v, token, kv_head);
     const int64_t padded = round_up(count, BLOCK);
     pack_rows(k, a.k.token_stride, count, padded, n, s.keys_by_row, width / UNIT);
     pack_rows(v, a.v.token_stride, count, padded, n, s.values_by_row, width / UNIT);
@@ -79,7 +75,7 @@ struct Backward {
   }
 
   void pack_queries(const Scratch& s, int64_t token, int64_t count, int64_t head) const {
-    const T *q = row(a.q, token, head), *dout = row(b.dout, token, head);
+    const T *q = head_of<T>(a.q, token, head), *dout = head_of<T>(b.dout, token, head);
     for (int64_t i = 0; i < count; i += PANEL) {
       const int64_t rows = count - i < PANEL ? count - i : PANEL, at = i * width / UNIT;
       pack_panel(q + i * a.q.token_stride, a.q.token_stride, rows, n, s.q_panels + at);
@@ -106,7 +102,8 @@ struct Backward {
   // p and ds of `rows` keys against the VECTORS * W queries from `query` on, which lie from column
   // `column` on in the tile.
   template <int VECTORS>
-  void weigh(const Scratch& s, int64_t rows, int64_t query, int64_t column, const Mask& mask) const {
+  void weigh(const Scratch& s, int64_t rows, int64_t query, int64_t column,
+             const Mask& mask) const {
     const float* q = s.q_panels + query * width / UNIT;
     const float* dout = s.dout_panels + query * width / UNIT;
     f32v lse[VECTORS], delta[VECTORS];
@@ -145,7 +142,8 @@ struct Backward {
                   store_row(s.ds, r + i + two, column + j * W, ds[two]);
                 }
                 if (UNIT > 1)
-                  store_two_rows<UNIT>(s.ds_by_column + column + j * W, QUERIES, r + i, ds[0], ds[1]);
+                  store_two_rows<UNIT>(s.ds_by_column + column + j * W, QUERIES, r + i, ds[0],
+                                       ds[1]);
               }
           });
     }

@@ -36,14 +36,15 @@ inline f32v multiply_add(f32v a, f32v b, f32v sum) {
 #if defined(__SSE2__) && !defined(__FMA__)
   // Rounding each product before it is added would lose up to twice what a fused addition loses.
   typedef double wide __attribute__((vector_size(8 * W)));
-  return __builtin_convertvector(__builtin_convertvector(a, wide) * __builtin_convertvector(b, wide) +
-                                     __builtin_convertvector(sum, wide), f32v);
+  const wide product = __builtin_convertvector(a, wide) * __builtin_convertvector(b, wide);
+  return __builtin_convertvector(product + __builtin_convertvector(sum, wide), f32v);
 #else
   return a * b + sum;
 #endif
 }
 
-// The bits of a unit in every lane; as a number a pair of bf16 could be a NaN that arithmetic alters.
+// The bits of a unit in every lane; a pair of bf16, taken for a number, could be a NaN that
+// arithmetic alters.
 inline f32v repeat(const float* unit) {
   int32_t bits;
   memcpy(&bits, unit, sizeof bits);
@@ -62,43 +63,56 @@ struct ByColumn {
   const float* at(int64_t row, int64_t unit) const { return data + unit * stride + row; }
 };
 
-// BLOCK rows and VECTORS * W columns of a b; `finish(sums)` takes them from registers. A sum longer
-// than CHAIN is made of shorter ones, which loses less to rounding.
+template <int VECTORS>
+using Sums = f32v[BLOCK][VECTORS];
+
+// BLOCK rows and VECTORS * W columns of a b, over so many units.
+template <int64_t UNIT, int VECTORS, typename Left>
+inline void multiply(int64_t units, Left a, const float* b, int64_t b_stride, Sums<VECTORS>& sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < BLOCK; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = f32v{};
+  for (int64_t u = 0; u < units; ++u) {
+    f32v right[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + u * b_stride + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK; ++i) {
+      const f32v left = repeat(a.at(i, u));
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add<UNIT>(left, right[j], sums[i][j]);
+    }
+  }
+}
+
+// The same, handed over in registers: `finish(sums)`. In fp32 a sum longer than CHAIN is made of
+// shorter ones, which loses less to rounding.
 template <int64_t UNIT, int VECTORS, typename Left, typename Finish>
 inline void product(int64_t units, Left a, const float* b, int64_t b_stride, Finish finish) {
-  f32v sums[BLOCK][VECTORS], earlier[BLOCK][VECTORS];
-  for (int64_t begin = 0; begin < units; begin += CHAIN) {
-    const int64_t end = begin + CHAIN < units ? begin + CHAIN : units;
-#pragma GCC unroll 8
-    for (int i = 0; i < BLOCK; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) sums[i][j] = f32v{};
-    for (int64_t u = begin; u < end; ++u) {
-      f32v right[VECTORS];
-#pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) right[j] = load(b + u * b_stride + j * W);
-#pragma GCC unroll 8
-      for (int i = 0; i < BLOCK; ++i) {
-        const f32v left = repeat(a.at(i, u));
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; ++j)
-          sums[i][j] = multiply_add<UNIT>(left, right[j], sums[i][j]);
-      }
-    }
-    if (units > CHAIN)
-      for (int i = 0; i < BLOCK; ++i)
-        for (int j = 0; j < VECTORS; ++j)
-          earlier[i][j] = sums[i][j] += begin > 0 ? earlier[i][j] : f32v{};
+  Sums<VECTORS> sums;
+  if (UNIT > 1 || units <= CHAIN) {
+    multiply<UNIT, VECTORS>(units, a, b, b_stride, sums);
+    finish(sums);
+    return;
   }
-  finish(sums);
+  Sums<VECTORS> total = {};
+  for (int64_t begin = 0; begin < units; begin += CHAIN) {
+    const int64_t count = begin + CHAIN < units ? CHAIN : units - begin;
+    multiply<UNIT, VECTORS>(count, Left{a.at(0, begin), a.stride}, b + begin * b_stride, b_stride,
+                            sums);
+    for (int i = 0; i < BLOCK; ++i)
+      for (int j = 0; j < VECTORS; ++j) total[i][j] += sums[i][j];
+  }
+  finish(total);
 }
 
 struct Keep {
   f32v operator()(f32v c, int) const { return c; }
 };
 
-// c = before(c, j) + a b for c [rows, VECTORS * W], where j counts the vectors of a row. The product
-// is summed apart from c: blocks of a long sum that are added up lose less than one long chain.
+// c = before(c, j) + a b for c [rows, VECTORS * W], where j counts the vectors of a row. The
+// product is summed apart from c: blocks of a long sum, added up, lose less than one long chain.
 template <int64_t UNIT, int VECTORS, typename Left, typename Before>
 inline void add_product(int64_t rows, int64_t units, Left a, const float* b, int64_t b_stride,
                         float* c, int64_t c_stride, Before before) {

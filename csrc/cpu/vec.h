@@ -218,8 +218,8 @@ inline f32v exp(f32v x) {
 #endif
 }
 
-// 2^x for x up to 127 with a relative error under 2e-7 (a minimax polynomial); no greater than 2^-126
-// for any x below that. NaN stays NaN. In a softmax this spares exp's multiplication and clamp.
+// 2^x for x up to 127 with a relative error under 2e-7 (a minimax polynomial); at most 2^-126 for
+// any x below -126. NaN stays NaN. In a softmax it spares exp's second clamp and exact reduction.
 inline f32v exp2(f32v x) {
 #if defined(__AVX512F__)
   x = (f32v)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
