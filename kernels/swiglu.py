@@ -22,7 +22,7 @@ from llama2rt.kernels.aot import Case
 @triton.jit
 def _block(columns, BLOCK: tl.constexpr):
     """(row, columns of it) of this program; programs are counted along a row first."""
-    blocks = tl.cdiv(columns, BLOCK)
+    blocks = (columns - 1) // BLOCK + 1  # cdiv would add first, beyond 32 bits
     row = tl.program_id(0) // blocks
     start = (tl.program_id(0) - row * blocks).to(tl.int64) * BLOCK
     return row.to(tl.int64), start + tl.arange(0, BLOCK)

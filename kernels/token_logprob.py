@@ -9,14 +9,14 @@ Forward is one matrix product whose tiles end in registers as a record per row: 
 of the tile, the sum of exponentials relative to it, and for the entropy their mean. A small second
 kernel merges a row's records in a fixed order. The alternative, cuBLAS into a buffer and a softmax
 pass over it, must write and read fp32 logits: a pass of 4 bytes a logit, 0.93 ps on an H200 (4.3
-TB/s), on top of 2 D / 790 TFLOP/s. It breaks even with a fused product running at 459 TFLOP/s for
-D 512, 668 for D 2048 and 725 for D 4096; the fused one is never far behind, and needs no buffer.
+TB/s), on top of 2 D / 790 TFLOP/s. By this arithmetic it breaks even with a fused product
+running at 459 TFLOP/s for D 512, 668 for D 2048 and 725 for D 4096; fused needs no buffer. None of
+it has been timed yet.
 
 Backward recomputes the logits one slice of the vocabulary at a time, tile by tile as forward did,
 with dlogits as epilogue, rounded to hidden's dtype in a buffer of at most 1/8 of the logits. The
 two products that remain have no epilogue and are cuBLAS's. Of the 8 T D V operations executed
-6 T D V are useful; with half of them at 640 TFLOP/s in Triton and half at 770 in cuBLAS that is
-524 TFLOP/s, less the traffic of the fp32 sum for dhidden (8 bytes an element and slice).
+6 T D V are useful.
 
 All sums are fp32 and in a fixed order: equal inputs give equal bits on one model of GPU. A target
 >= V, which cannot be seen without waiting for the device, gives a log-probability of NaN.

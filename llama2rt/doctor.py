@@ -109,12 +109,12 @@ def _triton() -> dict[str, Any]:
     """Triton's version and our kernels in it, or why the backend does not import."""
     try:
         backend = importlib.import_module("llama2rt.ops.triton")
-    except ImportError as error:
+    except Exception as error:  # a broken installation fails in many ways, each worth showing
         return {"reason": str(error)}
     from llama2rt.kernels import INTERPRETED
 
     return {
-        "version": version("triton"),
+        "version": importlib.import_module("triton").__version__,
         "interpreted": INTERPRETED,
         "kernels": [name for name in backend.NATIVE if not name.endswith("_backward")],
     }

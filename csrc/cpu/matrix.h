@@ -189,6 +189,17 @@ inline void pack_columns(const T* x, int64_t x_stride, int64_t rows, int64_t pad
     }
 }
 
+// Lane i is lane index[i] of a, or index[i] - W of b.
+inline f32v shuffle(f32v a, f32v b, i32v index) {
+#if defined(__clang__)
+  f32v result;
+  for (int i = 0; i < W; ++i) result[i] = index[i] < W ? a[index[i]] : b[index[i] - W];
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 template <int STEP>
 inline void exchange(f32v* rows) {
   i32v low, high;
@@ -200,8 +211,8 @@ inline void exchange(f32v* rows) {
   for (int i = 0; i < W; ++i) {
     if (i & STEP) continue;
     const f32v a = rows[i], b = rows[i + STEP];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + STEP] = __builtin_shuffle(a, b, high);
+    rows[i] = shuffle(a, b, low);
+    rows[i + STEP] = shuffle(a, b, high);
   }
 }
 

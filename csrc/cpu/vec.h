@@ -219,17 +219,18 @@ inline f32v exp(f32v x) {
 }
 
 // 2^x for x up to 127 with a relative error under 2e-7 (a minimax polynomial); at most 2^-126 for
-// any x below -126. NaN stays NaN. In a softmax it spares exp's second clamp and exact reduction.
+// any x below -126, and 0 for minus infinity. NaN stays NaN. In a softmax it spares exp's second
+// clamp and exact reduction.
 inline f32v exp2(f32v x) {
 #if defined(__AVX512F__)
-  x = (f32v)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
-  const f32v n = (f32v)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const f32v clamped = (f32v)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
+  const f32v n = (f32v)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
 #else
   const float magic = 12582912.0f;
-  x = x < broadcast(-126.0f) ? broadcast(-126.0f) : x;
-  const f32v shifted = x + magic, n = shifted - magic;
+  const f32v clamped = x < broadcast(-126.0f) ? broadcast(-126.0f) : x;
+  const f32v shifted = clamped + magic, n = shifted - magic;
 #endif
-  const f32v r = x - n;
+  const f32v r = clamped - n;
   f32v p = broadcast(1.326472731307149e-3f);
   p = p * r + 9.671512991189957e-3f;
   p = p * r + 5.550733581185341e-2f;
@@ -239,7 +240,8 @@ inline f32v exp2(f32v x) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return (f32v)((i32v)p + ((i32v)shifted << 23));
+  const f32v result = (f32v)((i32v)p + ((i32v)shifted << 23));
+  return x < broadcast(-126.0f) ? f32v{} : x == x ? result : x;
 #endif
 }
 

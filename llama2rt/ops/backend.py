@@ -27,8 +27,9 @@ OPS = (
     "token_logprob",
 )
 NAMES = ("reference", "cpu", "triton", "cuda")
-# What a device prefers, best first. The reference runs anywhere and closes each list.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# What a device prefers, best first. The reference runs anywhere and closes each list. Triton comes
+# before `_cuda` for as long as that has RMSNorm alone and would compose the rest.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,6 +47,8 @@ def _load(name: str) -> _Backend:
         module: ModuleType = importlib.import_module(f"llama2rt.ops.{name}")
     except ImportError as error:
         return _Backend(unusable=str(error))
+    except Exception as error:  # a backend that fails otherwise must not take the others with it
+        return _Backend(unusable=f"{type(error).__name__}: {error}")
     return _Backend(dict(module.NATIVE), module.DEVICES)
 
 

@@ -77,7 +77,7 @@ ROWS = 1024
 COLUMNS = 1024
 
 
-def _tiles(size: int, step: int) -> list[slice]:
+def tiles(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
@@ -96,10 +96,10 @@ def token_logprob(
     # The chosen logit is read from the tile that its log-sum-exp is made of: a logit rounded any
     # other way could exceed it, and give a positive log-probability.
     chosen = torch.zeros(tokens, dtype=wide, device=hidden.device)
-    columns = _tiles(vocabulary, COLUMNS)
+    columns = tiles(vocabulary, COLUMNS)
     sums = torch.empty(len(columns), tokens, dtype=wide, device=hidden.device)
     means = torch.empty_like(sums) if entropy else sums
-    for rows in _tiles(tokens, ROWS):
+    for rows in tiles(tokens, ROWS):
         for number, part in enumerate(columns):
             logits = _tile_logits(hidden[rows], weight[part], temperature, wide)
             sums[number, rows] = logits.logsumexp(-1)
@@ -135,10 +135,10 @@ def token_logprob_backward(
         spread = torch.where(predicted, dentropy, 0.0)[:, None] / temperature
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dhidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
-    for part in _tiles(weight.shape[0], COLUMNS):
+    for part in tiles(weight.shape[0], COLUMNS):
         # fp32 sums over row tiles, but for one slice of the vocabulary at a time
         accumulated = torch.zeros(weight[part].shape, dtype=lse.dtype, device=hidden.device)
-        for rows in _tiles(hidden.shape[0], ROWS):
+        for rows in tiles(hidden.shape[0], ROWS):
             log_p = _tile_logits(hidden[rows], weight[part], temperature, lse.dtype)
             log_p -= lse[rows, None]
             if dentropy is not None and entropy is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 # After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
 from llama2rt import _cpu
+from llama2rt.ops.composed import tiles
 from llama2rt.ops.reference import check_lengths, check_targets
 
 DEVICES = ("cpu",)
@@ -304,10 +305,6 @@ LOGPROB_COLUMNS = 2048
 LOGPROB_STRIP = 1024
 
 
-def _tiles(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
 def token_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,12 +312,12 @@ def token_logprob(
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     check_targets(targets, vocabulary)
     hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    peak, total, weighted, chosen = torch.zeros(4, tokens)
+    peak, total, weighted, chosen = hidden.new_zeros(4, tokens, dtype=torch.float32)
     peak.fill_(torch.finfo(torch.float32).min)
     scale = 1 / temperature
     buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_STRIP))
-    for rows in _tiles(tokens, LOGPROB_ROWS):
-        for part in _tiles(vocabulary, LOGPROB_STRIP):
+    for rows in tiles(tokens, LOGPROB_ROWS):
+        for part in tiles(vocabulary, LOGPROB_STRIP):
             logits = buffer[: rows.stop - rows.start, : part.stop - part.start]
             torch.mm(hidden[rows], weight[part].T, out=logits)
             _cpu.token_logprob(
@@ -376,17 +373,19 @@ def token_logprob_backward(
     dlogprob, lse = dlogprob.contiguous(), lse.contiguous()
     if dentropy is not None and entropy is not None:
         dentropy, entropy = dentropy.contiguous(), entropy.contiguous()
-    dhidden = torch.zeros(hidden.shape)
+    dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     dweight = _empty(weight)
     one_tile = 0 < tokens <= LOGPROB_ROWS
     buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_COLUMNS))
-    for part in _tiles(vocabulary, LOGPROB_COLUMNS):
+    for part in tiles(vocabulary, LOGPROB_COLUMNS):
         slice_of_weight = weight[part]
         # One tile of rows gives the weight gradient at once; over several it is summed in fp32.
-        accumulated = None if one_tile else torch.zeros(slice_of_weight.shape)
-        for rows in _tiles(tokens, LOGPROB_ROWS):
+        accumulated = (
+            None if one_tile else weight.new_zeros(slice_of_weight.shape, dtype=torch.float32)
+        )
+        for rows in tiles(tokens, LOGPROB_ROWS):
             dlogits = buffer[: rows.stop - rows.start, : part.stop - part.start]
-            for strip in _tiles(dlogits.shape[1], LOGPROB_STRIP):
+            for strip in tiles(dlogits.shape[1], LOGPROB_STRIP):
                 logits = dlogits[:, strip]
                 torch.mm(hidden[rows], slice_of_weight[strip].T, out=logits)
                 _cpu.token_logprob_backward(

@@ -80,6 +80,32 @@ def test_any_strides(strides, dtype):
         assert same_bits(kernel(*arguments), kernel(*dense)), kernel.__name__
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_torch_default_dtype_does_not_matter(dtype, default):
+    for kernel, arguments in calls(dtype, 9, 75):
+        expected = kernel(*arguments)
+        torch.set_default_dtype(default)
+        try:
+            got = kernel(*arguments)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert same_bits(got, expected), kernel.__name__
+
+
+@pytest.mark.parametrize("isa", _cpu.instruction_sets())
+def test_a_hidden_key_weighs_nothing(isa):
+    """Not even 2^-126 of a value near the largest there is."""
+    before = _cpu.isa()
+    _cpu.select(isa)
+    try:
+        q, k, v = torch.randn(3, 2, 1, 8)
+        v[1] = 3e38
+        out, _ = cpu.attention(q, k, v, *[torch.tensor([0, 2])] * 2, 2, True, 0.3)
+    finally:
+        _cpu.select(before)
+    assert torch.equal(out[0], v[0])
+
+
 def test_inputs_are_left_alone(dtype):
     for kernel, arguments in calls(dtype):
         copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]

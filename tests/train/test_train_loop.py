@@ -184,8 +184,9 @@ def test_validation_runs_without_gradients_and_is_returned(tmp_path):
     assert len(calls) == 3
 
 
-# One process imports once; each life is a fork of it that is killed after a random time. Processor
-# time, whose timer kills as SIGKILL does: what else the machine is doing moves it little.
+# One process imports once; each life is a fork of it that a timer kills after a random time, with
+# no more warning than SIGKILL gives. The first two deaths are set in processor time, which a busy
+# machine hardly moves; the others by the clock, which runs on while a checkpoint is written.
 KILLED = """
 import os, random, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -198,11 +199,11 @@ def job(directory, precision):
     model = train(directory, steps=30, precision=precision, micro_tokens=100)
     torch.save(weights(model), directory / "weights.pt")
 
-def live(directory, precision, seconds):
+def live(directory, precision, seconds, timer=signal.ITIMER_PROF):
     pid = os.fork()
     if pid == 0:
         code = 1
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(timer, seconds)
         try:
             job(directory, precision)
             code = 0
@@ -218,7 +219,9 @@ assert status == 0
 killed = 0
 while not (parts / "weights.pt").exists():
     # After six deaths a life is spared: each does again what follows its last checkpoint.
-    status, _ = live(parts, "bf16", random.uniform(0.1, 0.6) * life if killed < 6 else 0)
+    seconds = random.uniform(0.1, 0.6) * life if killed < 6 else 0
+    timer = signal.ITIMER_PROF if killed < 2 else signal.ITIMER_REAL
+    status, _ = live(parts, "bf16", seconds, timer)
     killed += os.WIFSIGNALED(status)
 assert torch.equal(torch.load(whole / "weights.pt"), torch.load(parts / "weights.pt"))
 assert losses(whole) == losses(parts)
