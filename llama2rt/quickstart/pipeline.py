@@ -178,7 +178,6 @@ def write_data(recipe: QuickstartRecipe, directory: Path) -> dict[str, Path]:
         prompts, their_keys = corpus.prompts(name, count, split, seed, safety_share)
         readers.write(paths[name], prompts)
         keys |= their_keys
-    keys_path.parent.mkdir(exist_ok=True)
     atomic.write(keys_path, json.dumps({i: key.to_json() for i, key in keys.items()}))
     return paths
 

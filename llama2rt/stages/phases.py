@@ -235,7 +235,6 @@ def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> li
 
 def write_responses(path: Path, responses: Sequence[Response]) -> None:
     """JSON lines, visible only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(response.to_json(), ensure_ascii=False) for response in responses)
     atomic.write(path, "".join(f"{line}\n" for line in lines))
 
