@@ -98,13 +98,17 @@ def _choose(name: str | None) -> None:
     _resolved = _resolve_all()
 
 
+def has_native(op: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether backend `name` has a function of its own for `op` in this dtype."""
+    return op in _backends[name].native and dtype in NATIVE_DTYPES
+
+
 def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
     """The function that runs `op` (or `op` + "_backward") on backend `name`."""
     if name == "reference":
         return getattr(reference, op)
-    native = _backends[name].native.get(op)
-    if native is not None and dtype in NATIVE_DTYPES:
-        return native
+    if has_native(op, name, dtype):
+        return _backends[name].native[op]
     return getattr(composed, op)
 
 
