@@ -323,7 +323,7 @@ def test_choice_of_backend(monkeypatch):
 
 def test_unusable_backends_say_why():
     unusable = ops.backends("meta")["rms_norm"]["unusable"]
-    assert set(unusable) == {"cpu", "triton", "cuda"} and all(unusable.values())
+    assert set(unusable) == {"cpu", "triton", "cuda", "flash_attn"} and all(unusable.values())
     for name, reason in ops.backends("cpu")["rms_norm"]["unusable"].items():
         message = f"backend '{name}' .*cannot be used: {re.escape(reason)}"
         with pytest.raises(ValueError, match=message), ops.use(name):
