@@ -37,6 +37,11 @@ STAGES = {
     "dpo": ("stages.dpo", "online DPO: best against worst of the model's own answers"),
     "iterate": ("stages.iterate", "RLHF-V1 to Vn as one resumable command"),
 }
+# Subcommands of `cluster`, likewise.
+CLUSTER = {
+    "bench": ("cluster.bench", "bench", "measure collectives under torchrun; compare two runs"),
+    "emulate": ("cluster.emulate", "emulate", "gloo between namespaces over links of a set rate"),
+}
 # Verb -> (module, function, what it does); "" for functions of this file.
 COMMANDS = {
     "quickstart": (
@@ -50,6 +55,7 @@ COMMANDS = {
     "check": ("data.check", "", "validate a file of records and describe it"),
     "tokenizer": ("text.tokenizer", "", "train a tokenizer in LLaMA's settings"),
     "convert": ("checkpoint.convert", "", "a model folder into another format"),
+    "cluster": ("cluster.bench", "", "measure collectives and links, predict clusters"),
     "doctor": ("doctor", "doctor", "what is built, what is missing and how to get it"),
 }
 
@@ -76,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if verb in STAGES:
             _run_stage(verb, rest)
+        elif verb == "cluster":
+            _run_cluster(rest)
         else:
             _run_command(verb, rest)
     except InputError as error:
@@ -256,6 +264,26 @@ def _run_command(verb: str, arguments: list[str]) -> None:
         function,
         prog=f"llama2rt {verb}",
         args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _run_cluster(arguments: list[str]) -> None:
+    import tyro
+
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: llama2rt cluster SUBCOMMAND ...\n")
+        print("\n".join(f"  {name:<12}{what}" for name, (*_, what) in CLUSTER.items()))
+        print("\n  llama2rt cluster SUBCOMMAND --help    all its options")
+        sys.exit(0 if arguments else 2)
+    if verb not in CLUSTER:
+        raise InputError(f"unknown subcommand {verb!r}: expected one of {', '.join(CLUSTER)}")
+    module, name, _ = CLUSTER[verb]
+    tyro.cli(
+        getattr(importlib.import_module(f"llama2rt.{module}"), name),
+        prog=f"llama2rt cluster {verb}",
+        args=arguments[1:],
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
