@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -237,17 +238,14 @@ def _run(
         report.say(*lines, *bench_output.head(record))
         try:
             _all_rows(ranks, plan, meter, report)
-        except KeyboardInterrupt:
-            report.stop("interrupted")
-            raise KeyboardInterrupt(_stopped(ranks, "interrupted", report)) from None
-        except RuntimeError as error:  # what torch.distributed raises, whatever the cause
-            if _received:
-                report.stop("interrupted")
-                raise KeyboardInterrupt(_stopped(ranks, "interrupted", report)) from None
-            report.stop(f"rank {ranks.rank}: {error}")
-            first = str(error).splitlines()[0]
-            why = f"a collective failed, most likely because another rank is gone ({first})"
-            raise ConnectionError(_stopped(ranks, why, report)) from None
+        except (KeyboardInterrupt, RuntimeError) as error:
+            interrupted = isinstance(error, KeyboardInterrupt) or bool(_received)
+            for number in _SIGNALS:  # nothing may cut short what is left to say and to write
+                signal.signal(number, signal.SIG_IGN)
+            why = "interrupted" if interrupted else _lost(error)
+            report.stop(why)
+            kind = KeyboardInterrupt if interrupted else ConnectionError
+            raise kind(_stopped(ranks, why, report)) from None
         report.finish()
         if as_json and ranks.rank == 0:
             print(json.dumps(record))
@@ -297,12 +295,18 @@ class _Report:
     def _end(self) -> None:
         if self._quiet:
             return
-        with _unstoppable():
-            records.write(self.record, self.out)
-            figure = bench_output.draw([self.record], self.out.with_suffix(".png"))
+        records.write(self.record, self.out)
+        figure = bench_output.draw([self.record], self.out.with_suffix(".png"))
         self.say(*bench_output.foot(self.record), f"record: {self.out}")
         if figure is not None:
             self.say(f"figure: {figure}")
+
+
+def _lost(error: BaseException) -> str:
+    """What a failed call of torch.distributed (a RuntimeError, whatever the cause) comes to."""
+    # gloo's messages begin with a place in its sources and go on with advice.
+    first = re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+    return f"a collective failed, most likely because another rank is gone ({first})"
 
 
 def _stopped(ranks: Ranks, why: str, report: _Report) -> str:
@@ -312,6 +316,7 @@ def _stopped(ranks: Ranks, why: str, report: _Report) -> str:
     return f"rank 0: {why}; the {done} finished rows are in {report.out}"
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
 
 
@@ -330,18 +335,16 @@ def _group(backend: str | None, timeout_seconds: float) -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if chosen == "nccl" else torch.device("cpu")
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    before = {number: signal.signal(number, _interrupt) for number in (_INT, _TERM)}
-    try:
-        dist.init_process_group(chosen, timeout=timeout)
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
-        dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-_INT, _TERM = signal.SIGINT, signal.SIGTERM
+    _received.clear()
+    before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
+    dist.init_process_group(chosen, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+    # Neither of these after an error: the first would wait for ranks that are gone, and after the
+    # second torchrun's SIGTERM would silence the reason.
+    dist.destroy_process_group()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -350,13 +353,3 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     if len(_received) == 1:
         raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _unstoppable() -> Iterator[None]:
-    """Signals wait until the files are whole."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {_INT, _TERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
