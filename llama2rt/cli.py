@@ -41,6 +41,7 @@ STAGES = {
 CLUSTER = {
     "bench": ("cluster.bench", "bench", "measure collectives under torchrun; compare two runs"),
     "emulate": ("cluster.emulate", "emulate", "gloo between namespaces over links of a set rate"),
+    "power-sweep": ("cluster.power_sweep", "power_sweep", "throughput and energy under power caps"),
 }
 # Verb -> (module, function, what it does); "" for functions of this file.
 COMMANDS = {

@@ -50,16 +50,17 @@ def power_sweep(
     if seconds < 1:
         raise InputError(f"--seconds {seconds:g}: expected at least 1")
     device = torch.device("cuda", torch.cuda.current_device())
+    rows = sweep(energy.gpu_uuid(device), workloads(device), caps_watts, seconds)
     result = {
         "what": "llama2rt cluster power-sweep",
         "device": torch.cuda.get_device_name(device),
         "versions": host.versions(),
         "seconds": seconds,
-        "rows": sweep(energy.gpu_uuid(device), workloads(device), caps_watts, seconds),
+        "rows": rows,
     }
     if out is not None:
         atomic.write(out, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if as_json else "\n".join(describe(result["rows"])))  # type: ignore[arg-type]
+    print(json.dumps(result) if as_json else "\n".join(describe(rows)))
 
 
 Workload = tuple[Callable[[], None], float, str]
@@ -102,7 +103,7 @@ def sweep(
     were not measured are None and the row says why. InputError for a cap outside the GPU's range,
     OSError where NVML is missing or does not let caps be set.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with _power_cap(gpu, caps_watts) as set_watts:
         for cap in sorted(caps_watts, reverse=True) or (None,):
             present = set_watts(cap)
@@ -154,8 +155,12 @@ def _power_cap(gpu: str, caps_watts: Sequence[float]) -> Iterator[Callable[[floa
                 f"--caps {cap:g}: this GPU takes {lowest / 1e3:g} to {highest / 1e3:g} W"
             )
 
+    changed = False
+
     def set_watts(cap: float | None) -> float:
+        nonlocal changed
         if cap is not None:
+            changed = True
             nvml.nvmlDeviceSetPowerManagementLimit(handle, round(cap * 1e3))
         return nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3
 
@@ -163,15 +168,28 @@ def _power_cap(gpu: str, caps_watts: Sequence[float]) -> Iterator[Callable[[floa
     try:
         yield set_watts
     except nvml.NVMLError as error:
-        raise OSError(f"the power cap of {gpu} cannot be set: {error} (root only)") from None
+        raise OSError(f"the power cap of {gpu} cannot be set: {error} (only root may)") from None
     finally:
         for number in _SIGNALS:  # a second Ctrl-C must not keep the old cap from coming back
             signal.signal(number, signal.SIG_IGN)
-        if caps_watts:
-            with contextlib.suppress(nvml.NVMLError):  # refused: then it was never changed
-                nvml.nvmlDeviceSetPowerManagementLimit(handle, before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            if changed:
+                _restore(nvml, handle, before)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _restore(nvml: Any, handle: Any, milliwatts: int) -> None:
+    try:
+        # Equal where the driver refused the first change; then it would refuse this one, too.
+        if nvml.nvmlDeviceGetPowerManagementLimit(handle) != milliwatts:
+            nvml.nvmlDeviceSetPowerManagementLimit(handle, milliwatts)
+    except nvml.NVMLError as error:
+        raise OSError(
+            f"the old power cap could not be restored ({error}): "
+            f"nvidia-smi --power-limit={milliwatts / 1e3:g}"
+        ) from None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
