@@ -39,6 +39,8 @@ class Energy:
     seconds: float
     joules: Mapping[str, float] = field(default_factory=dict)
     not_measured: Mapping[str, str] = field(default_factory=dict)
+    seconds_needed: float = 0.0
+    """the shortest stretch that every counter resolves; 0 where there is none"""
 
     @property
     def total_joules(self) -> float | None:
@@ -233,7 +235,8 @@ class EnergyMeter:
                 reasons[name] = f"its counter did not advance in {seconds:.2g} s"
             else:
                 joules[name] = end[1][name] - start[1][name]
-        return Energy(seconds, joules, reasons)
+        needed = max((counter.shortest_seconds for counter in self._counters), default=0.0)
+        return Energy(seconds, joules, reasons, needed)
 
     def _poll(self, interval: float) -> None:
         while not self._done.wait(interval):

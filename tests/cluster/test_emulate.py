@@ -27,15 +27,34 @@ def links() -> None:
         pytest.skip(f"links cannot be emulated here: {error}")
 
 
-def network_namespaces() -> set[str]:
-    """Those that some process is in."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
+def processes() -> dict[int, tuple[int, str]]:
+    """(parent, network namespace) of every process."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            found.add(os.readlink(process / "ns" / "net"))
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found[int(folder.name)] = parent, os.readlink(folder / "ns" / "net")
         except OSError:
             continue
     return found
+
+
+def namespaces_below(ancestor: int) -> set[str]:
+    """Network namespaces, other than our own, of the descendants of a process."""
+    everyone = processes()
+
+    def descends(process: int) -> bool:
+        while process in everyone and process != ancestor:
+            process = everyone[process][0]
+        return process == ancestor
+
+    ours = os.readlink("/proc/self/ns/net")
+    return {space for process, (_, space) in everyone.items() if descends(process)} - {ours}
+
+
+def gone(spaces: set[str]) -> bool:
+    """Whether no process is left in any of them, so that the kernel has removed them."""
+    return wait_for(lambda: not spaces & {space for _, space in processes().values()})
 
 
 def wait_for(condition, seconds: float = 60.0) -> bool:
@@ -49,7 +68,7 @@ def wait_for(condition, seconds: float = 60.0) -> bool:
 
 def test_gloo_fills_a_link_of_one_gigabit(links):
     # Someone else may take the CPU for a while; a link that can be filled is filled once in three.
-    before, shares = network_namespaces(), []
+    shares = []
     for _ in range(3):
         done = subprocess.run(
             [*COMMAND, "--rate", "1gbit", "--size", "16MiB", "--json"],
@@ -70,12 +89,10 @@ def test_gloo_fills_a_link_of_one_gigabit(links):
             break
     assert max(shares) >= 0.88, shares
     assert f"{share:.1%} of line rate" in done.stderr
-    assert wait_for(lambda: network_namespaces() <= before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_stays_behind_when_it_is_stopped(links, number):
-    before = network_namespaces()
     process = subprocess.Popen(
         [*COMMAND, "--rate", "100mbit"],
         stdout=subprocess.PIPE,
@@ -83,29 +100,30 @@ def test_nothing_stays_behind_when_it_is_stopped(links, number):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert wait_for(lambda: len(network_namespaces() - before) == 2)
+    assert wait_for(lambda: len(namespaces_below(process.pid)) == 2)
+    spaces = namespaces_below(process.pid)
     time.sleep(0.5)  # into the measurement's start
     process.send_signal(number)
     _, log = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 1), log
-    assert wait_for(lambda: network_namespaces() <= before)
+    assert gone(spaces)
 
 
 def test_a_failure_at_one_end_is_told_and_nothing_stays_behind(links):
-    before = network_namespaces()
     with (
         pytest.raises(OSError, match=r"(?s)end [01] failed with status 2.*expected at least 5"),
         namespaces.link(10**9) as link,
     ):
+        spaces = namespaces_below(os.getpid())
         emulate.measure(link, ["--warmup", "1"], TIMEOUT_SECONDS)
-    assert wait_for(lambda: network_namespaces() <= before)
+    assert len(spaces) == 2 and gone(spaces)
 
 
 def test_a_link_that_takes_too_long_is_given_up(links):
-    before = network_namespaces()
     with pytest.raises(TimeoutError, match=r"within 0\.1 s"), namespaces.link(10**9) as link:
+        spaces = namespaces_below(os.getpid())
         emulate.measure(link, [], 0.1)
-    assert wait_for(lambda: network_namespaces() <= before)
+    assert len(spaces) == 2 and gone(spaces)
 
 
 def fake_tool(folder: Path, name: str, script: str) -> None:
@@ -138,7 +156,6 @@ def test_a_missing_right_is_told_in_the_kernels_words(tmp_path, monkeypatch, cap
 
 
 def test_a_missing_queue_discipline_is_told_and_nothing_stays_behind(links, tmp_path, monkeypatch):
-    before = network_namespaces()
     fake_tool(tmp_path, "tc", "echo 'Error: Failed to find specified qdisc.' >&2; exit 2")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with (
@@ -146,7 +163,7 @@ def test_a_missing_queue_discipline_is_told_and_nothing_stays_behind(links, tmp_
         namespaces.link(10**9),
     ):
         pass
-    assert wait_for(lambda: network_namespaces() <= before)
+    assert not namespaces_below(os.getpid())
 
 
 def test_delay_is_there_or_its_absence_is_told(links):
