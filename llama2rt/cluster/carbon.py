@@ -2,13 +2,14 @@
 
 Table 2 of Touvron et al. 2023b multiplies GPU hours by the GPU's power limit, 0.385 kg CO2eq per
 kWh and a PUE of 1.1, and prints two decimals, cut off and not rounded: 153.9074 is printed as
-153.90, where rounding would give 153.91. The total is the sum of the uncut rows. Beside it stand the figure with the
-host's share of power, and the measured one; a run without a meter has none, never 0.
+153.90, where rounding would give 153.91. The total is the sum of the uncut rows. Beside it stand
+the figure with the host's share of power, and the measured one; a run without a meter has none,
+never 0.
 
 Decimal arithmetic: a row must not change its last digit for the sake of a binary fraction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
 
@@ -87,26 +88,37 @@ def measured(run: Run) -> float | None:
 
 
 def line(
-    gpu_hours: float, watts: float | None = None, measured_kwh: float | None = None
+    gpu_hours: float | None = None, watts: float | None = None, measured_kwh: float | None = None
 ) -> str:
-    """One line for a run's report.
+    """Carbon of a run in one line, for its report.
 
-    watts: the GPUs' power limit. Without it the paper's method cannot be applied and the line says
-    so; without measured_kwh it says "not measured".
+    gpu_hours, watts: time and power limit of its GPUs; without both the paper's method says
+    nothing. measured_kwh: what a meter saw; without it the line says "not measured".
     """
-    if watts is None:
-        if measured_kwh is None:
-            return "carbon: not measured (no energy meter, no GPU power limit)"
-        grams = measured_kwh * KG_PER_KWH * PUE * 1000
-        return f"carbon: {_amount(grams)} CO2eq from {measured_kwh:.4g} kWh measured x PUE {PUE}"
+    seen = "not measured"
+    if measured_kwh is not None:
+        seen = f"{_amount(measured_kwh * KG_PER_KWH * PUE * 1000)} CO2eq measured"
+        seen += f" ({measured_kwh:.4g} kWh x PUE {PUE} x {KG_PER_KWH} kg/kWh)"
+    if gpu_hours is None or watts is None:
+        return seen
     run = Run("run", gpu_hours, watts, measured_kwh)
     host = with_host(run)
-    seen = "not measured" if run.measured_kwh is None else _amount(measured(run) * 1e6)  # type: ignore[operator]
     return (
-        f"carbon: {_amount(float(tco2eq(run)) * 1e6)} CO2eq by the paper's method "
-        f"({gpu_hours:.4g} GPU hours x {watts:g} W), {_amount(host.low * 1e6)}-"
-        f"{_amount(host.high * 1e6)} with the host, measured: {seen}"
+        f"{seen}; {_amount(float(tco2eq(run)) * 1e6)} CO2eq by the paper's method "
+        f"({gpu_hours:.4g} GPU hours x {watts:g} W), {_amount(host.low * 1e6)} to "
+        f"{_amount(host.high * 1e6)} with the host"
     )
+
+
+def of_summary(summary: Mapping[str, object]) -> str:
+    """`line` for a run whose summary may hold gpu_hours, gpu_watts and energy_kwh."""
+
+    def number(name: str) -> float | None:
+        value = summary.get(name)
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        return float(value) if usable else None  # type: ignore[arg-type]
+
+    return line(number("gpu_hours"), number("gpu_watts"), number("energy_kwh"))
 
 
 def _amount(grams: float) -> str:

@@ -18,9 +18,7 @@ class Estimate:
 
     def times(self, factor: float) -> "Estimate":
         """The estimate in another unit; factor is exact and positive."""
-        return Estimate(
-            self.value * factor, self.low * factor, self.high * factor, self.provenance
-        )
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.provenance)
 
     def as_json(self) -> dict[str, object]:
         return {

@@ -86,9 +86,7 @@ def _roce(queue_pairs: int, uplinks: int) -> Fabric:
 IB = Fabric("ib", line_rate_share=0.975, collisions=1.0, extra_hop_seconds=0.0, jitter=0.02)
 ROCE = _roce(ROCE_QUEUE_PAIRS, ROCE_UPLINKS)
 ROCE_LOW = replace(_roce(4, ROCE_UPLINKS), extra_hop_seconds=3e-6, jitter=0.10)
-ROCE_HIGH = replace(
-    _roce(ROCE_QUEUE_PAIRS, 2 * ROCE_UPLINKS), extra_hop_seconds=1e-6, jitter=0.02
-)
+ROCE_HIGH = replace(_roce(ROCE_QUEUE_PAIRS, 2 * ROCE_UPLINKS), extra_hop_seconds=1e-6, jitter=0.02)
 # What is published of a fabric: (low, default, high). One that is not here has no range.
 RANGES = {"roce": (ROCE_LOW, ROCE, ROCE_HIGH)}
 # One node, nothing between: any collective over more GPUs than a node has is refused.

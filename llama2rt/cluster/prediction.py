@@ -54,7 +54,7 @@ def preset(name: str) -> Shape:
     try:
         return Shape.of(name, LlamaConfig.preset(name))
     except ValueError as error:
-        raise InputError(f"model: {error}") from None
+        raise InputError(f"model: {str(error).removeprefix('preset: ')}") from None
 
 
 def predict(

@@ -7,6 +7,7 @@ depends on the published value.
 """
 
 import csv
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,7 +26,6 @@ from llama2rt.cluster.workload import (
     Layout,
     Recompute,
     Shape,
-    Sharding,
     Stack,
     fits,
 )
@@ -34,11 +34,16 @@ from llama2rt.model.config import LlamaConfig
 
 Metric = Literal["tokens_per_s_per_gpu", "tflops_per_gpu", "step_seconds"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-REQUIRED = (
-    "model dim layers heads kv_heads ffn_hidden mlp vocab seq gpus gpu fabric tp pp dp sharding "
-    "micro_batch global_batch recompute metric value"
-).split()
+# fmt: off
+COLUMNS = [
+    "model", "dim", "layers", "heads", "kv_heads", "ffn_hidden", "mlp",
+    "vocab", "seq", "gpus", "gpu", "fabric", "tp", "pp", "dp",
+    "sharding", "micro_batch", "global_batch", "recompute", "metric", "value",
+]
+# fmt: on
 OPTIONAL = ["interleave", "watts", "stack", "split", "group", "source"]
+
+_log = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 4 * 2**20  # Llama 2's global batch
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -107,12 +112,7 @@ def read(lines: Iterable[str], name: str) -> list[Row]:
     """Rows of CSV text; `name` stands for the file in messages."""
     reader = csv.reader(lines)
     header = [cell.strip() for cell in next(reader, [])]
-    missing = [column for column in REQUIRED if column not in header]
-    unknown = [column for column in header if column not in REQUIRED + OPTIONAL]
-    if missing or unknown or len(set(header)) != len(header):
-        said = f"missing {', '.join(missing)}" if missing else ""
-        said = said or (f"unknown {', '.join(unknown)}" if unknown else "a column twice")
-        raise InputError(f"{name}:1: columns: {said}; expected {', '.join(REQUIRED)}")
+    _check_header(header, name)
     rows = []
     for cells in reader:
         if not any(cell.strip() for cell in cells):
@@ -127,6 +127,21 @@ def read(lines: Iterable[str], name: str) -> list[Row]:
         except ValueError as error:  # a shape that LlamaConfig refuses
             raise InputError(f"{where}: {error}") from None
     return rows
+
+
+def _check_header(header: list[str], name: str) -> None:
+    """A missing column reads as empty cells; an unknown one is left out, loudly."""
+    twice = sorted({column for column in header if column and header.count(column) > 1})
+    if twice:
+        raise InputError(f"{name}:1: column {', '.join(twice)} stands there twice")
+    if missing := [column for column in ("gpus", "value") if column not in header]:
+        raise InputError(
+            f"{name}:1: no column {' and no column '.join(missing)}; columns are "
+            f"{', '.join(COLUMNS + OPTIONAL)}"
+        )
+    for column in header:
+        if column not in COLUMNS + OPTIONAL:
+            _log.warning("%s:1: column %r is unknown and not read", name, column)
 
 
 class _Cells:
@@ -176,7 +191,7 @@ class _Cells:
 def _row(cells: _Cells, where: str) -> Row:
     shape, context = _shape(cells)
     gpu = hardware.gpu(cells.text("gpu", "a100-80gb").lower())
-    gpus = cells.count("gpus", 8)
+    gpus = cells.count("gpus", None)
     fabric = hardware.fabric(cells.text("fabric", "ib" if gpus > 8 else "nvlink"))
     cluster = Cluster(gpu, gpus, fabric, cells.number("watts", gpu.max_watts))
     metric = cells.choice("metric", METRICS, "tokens_per_s_per_gpu")
@@ -216,9 +231,7 @@ def _shape(cells: _Cells) -> tuple[Shape, int]:
     return shape, preset.context if preset else 2048
 
 
-def _layouts(
-    cells: _Cells, shape: Shape, cluster: Cluster, context: int
-) -> tuple[Layout, ...]:
+def _layouts(cells: _Cells, shape: Shape, cluster: Cluster, context: int) -> tuple[Layout, ...]:
     """The layouts a row allows. Empty sharding and recompute: the lightest with which it fits."""
     tp, pp = cells.count("tp", 1), cells.count("pp", 1)
     dp = cells.count("dp", max(1, cluster.gpus // (tp * pp)))
@@ -273,6 +286,3 @@ def _stack(cells: _Cells, shape: Shape, cluster: Cluster, recompute: Recompute) 
     gpt = not shape.gated and cluster.gpu.name.startswith("a100") and recompute != "none"
     old = gpt and cluster.fabric.name != "roce"
     return cells.choice("stack", STACKS, "2021" if old else "2023")  # type: ignore[return-value]
-
-
-__all__ = ["METRICS", "OPTIONAL", "REQUIRED", "Row", "Sharding", "published", "read", "read_file"]

@@ -20,6 +20,10 @@ _INTERLEAVES = (1, 2, 4)
 _LARGEST_PIPELINE = 64
 
 
+class NoLayout(InputError):
+    """No layout of the model fits into the memory of the cluster's GPUs."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     layout: Layout
@@ -37,15 +41,15 @@ def search(
 ) -> list[Candidate]:
     """The `keep` fastest layouts, best first; ties go to the one that needs less memory.
 
-    InputError where none fits, with what the leanest would need.
+    NoLayout where none fits, with what the leanest would need.
     """
     possible = list(layouts(shape, cluster, seq, global_batch))
     fitting = [layout for layout in possible if fits(shape, layout, cluster)]
     if not fitting:
-        need = min((memory_bytes(shape, layout) for layout in possible), default=0.0)
-        raise InputError(
+        need = min((memory_bytes(shape, layout) for layout in possible), default=0.0) / 1e9
+        raise NoLayout(
             f"{shape.name} on {cluster.gpus} {cluster.gpu.name}: no layout fits; the leanest of "
-            f"{len(possible)} needs {need / 1e9:.0f} GB a GPU of {cluster.gpu.memory_bytes / 1e9:.0f}"
+            f"{len(possible)} needs {need:.0f} GB of {cluster.gpu.memory_bytes / 1e9:.0f}"
         )
     timed = [
         Candidate(layout, step_time(shape, layout, cluster, constants).seconds)

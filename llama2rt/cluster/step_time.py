@@ -5,8 +5,8 @@ the share its kernel reaches; norms, activations and residuals cost bytes. Commu
 `collectives` says and hides behind computation as far as the software of the time lets it. The
 constants are in `calibration`: one set for every model, GPU and fabric.
 
-Left out: data loading, checkpoints, evaluation, failures (the published rates of whole training
-campaigns contain them; `Constants.campaign` does not exist on purpose), imbalance from packing.
+Left out: data loading, checkpoints, evaluation and failures, which the published rates of whole
+training campaigns contain; imbalance from packing.
 """
 
 from dataclasses import dataclass
@@ -155,9 +155,7 @@ def _layer(shape: Shape, layout: Layout, cluster: Cluster, constants: Constants)
         * collectives.seconds(
             "all_reduce", exchanged, gpu, cluster.fabric, Group(tp, min(tp, cluster.gpus_per_node))
         ),
-        collectives.seconds(
-            "all_gather", keys, gpu, cluster.fabric, Group(layout.cp, layout.cp)
-        ),
+        collectives.seconds("all_gather", keys, gpu, cluster.fabric, Group(layout.cp, layout.cp)),
     )
 
 
@@ -207,9 +205,9 @@ def _elementwise_bytes(shape: Shape, layout: Layout, tokens: float) -> float:
     norms = 2 * 2 * shape.dim
     residuals = 2 * 3 * shape.dim
     unsplit = (norms + residuals) / (layout.tp if layout.sequence_parallel else 1)
-    rotary = 2 * (shape.dim + shape.kv_dim) if shape.gated else 2 * (shape.dim + shape.kv_dim)
+    rotated = 2 * (shape.dim + shape.kv_dim)  # queries and keys; GPT's are reshaped instead
     activation = shape.ffn_matrices * shape.ffn_hidden
-    return BF16_BYTES * tokens * (unsplit + (rotary + activation) / layout.tp)
+    return BF16_BYTES * tokens * (unsplit + (rotated + activation) / layout.tp)
 
 
 def _head(
@@ -314,4 +312,3 @@ def _matmul_rate(cluster: Cluster, constants: Constants) -> float:
 
 def _hbm(cluster: Cluster) -> float:
     return cluster.gpu.memory_bandwidth_bytes_per_s * _HBM_SHARE
-

@@ -192,7 +192,7 @@ def fits(shape: Shape, layout: Layout, cluster: Cluster) -> bool:
 def _activation_bytes(shape: Shape, layout: Layout, stage_layers: int) -> float:
     tokens = layout.micro_batch * layout.seq / layout.cp
     whole = _layer_activation_bytes(shape, layout, tokens)
-    in_flight = min(layout.micro_batches, layout.pp)
+    in_flight: float = min(layout.micro_batches, layout.pp)
     if layout.interleave > 1:
         in_flight *= 1 + (layout.pp - 1) / (layout.pp * layout.interleave)
     if layout.recompute == "full":
@@ -207,8 +207,8 @@ def _activation_bytes(shape: Shape, layout: Layout, stage_layers: int) -> float:
 
 def _layer_activation_bytes(shape: Shape, layout: Layout, tokens: float) -> float:
     """What a layer keeps for its backward, by Korthikanti et al. 2022, equation 2, generalised."""
-    unsplit = 4 * shape.dim + 4 * shape.dim  # inputs of norms and of the two column products
-    split = (
+    unsplit = 4.0 * shape.dim + 4.0 * shape.dim  # inputs of norms and of the two column products
+    split: float = (
         BF16_BYTES * (2 * shape.dim + 2 * shape.kv_dim)  # q, k, v and the output's input
         + BF16_BYTES * shape.ffn_matrices * shape.ffn_hidden
     )
