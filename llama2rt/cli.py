@@ -40,8 +40,19 @@ STAGES = {
 # Subcommands of `cluster`, likewise.
 CLUSTER = {
     "bench": ("cluster.bench", "bench", "measure collectives under torchrun; compare two runs"),
+    "carbon": ("cluster.commands", "carbon", "carbon of training, the paper's table to the digit"),
+    "collective": ("cluster.commands", "collective", "time of a collective by NCCL's cost model"),
+    "compare": (
+        "cluster.commands",
+        "compare",
+        "two clusters on the same work, and why they differ",
+    ),
+    "ecmp": ("cluster.commands", "ecmp", "what colliding flows leave of a RoCE fabric"),
     "emulate": ("cluster.emulate", "emulate", "gloo between namespaces over links of a set rate"),
+    "power": ("cluster.commands", "power", "throughput and energy under a power cap"),
     "power-sweep": ("cluster.power_sweep", "power_sweep", "throughput and energy under power caps"),
+    "search": ("cluster.commands", "search", "the fastest layouts of a model that fit"),
+    "validate": ("cluster.commands", "validate", "predicted against published training runs"),
 }
 # Verb -> (module, function, what it does); "" for functions of this file.
 COMMANDS = {
@@ -56,7 +67,7 @@ COMMANDS = {
     "check": ("data.check", "", "validate a file of records and describe it"),
     "tokenizer": ("text.tokenizer", "", "train a tokenizer in LLaMA's settings"),
     "convert": ("checkpoint.convert", "", "a model folder into another format"),
-    "cluster": ("cluster.bench", "", "measure collectives and links, predict clusters"),
+    "cluster": ("cluster.commands", "", "measure collectives and links, predict clusters"),
     "doctor": ("doctor", "doctor", "what is built, what is missing and how to get it"),
 }
 
@@ -77,9 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
 
-    from llama2rt.train.allocator import keep_malloc
+    if verb != "cluster":  # most of whose subcommands need no tensors, hence no torch
+        from llama2rt.train.allocator import keep_malloc
 
-    keep_malloc()
+        keep_malloc()
     try:
         if verb in STAGES:
             _run_stage(verb, rest)
@@ -87,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_cluster(rest)
         else:
             _run_command(verb, rest)
+    except SystemExit:
+        raise  # help, or bad options: the handlers below would load torch to name their errors
     except InputError as error:
         _fail(f"{verb}: {error}", status=2)
     except KeyboardInterrupt as error:
