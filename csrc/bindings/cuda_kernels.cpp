@@ -37,11 +37,37 @@ void bind_rms_norm(py::module_& m) {
         Release());
 }
 
+void bind_attention_sm90(py::module_& m) {
+  m.def("attention_sm90",
+        [](int dtype, int64_t documents, Address q_offsets, Address k_offsets, bool q_offsets_64,
+           bool k_offsets_64, int64_t tokens, int64_t keys, int64_t heads, int64_t kv_heads,
+           int64_t head_dim, Address q, int64_t q_token, int64_t q_head, Address k, int64_t k_token,
+           int64_t k_head, Address v, int64_t v_token, int64_t v_head, bool causal, float scale,
+           int64_t k_section, Address out, Address lse, int device, uintptr_t stream) {
+          Attention a{};
+          a.dtype = DType(dtype);
+          a.documents = documents;
+          a.q_offsets = at(q_offsets), a.k_offsets = at(k_offsets);
+          a.q_offsets_64 = q_offsets_64, a.k_offsets_64 = k_offsets_64;
+          a.tokens = tokens, a.keys = keys;
+          a.heads = heads, a.kv_heads = kv_heads, a.head_dim = head_dim;
+          a.q = {at(q), q_token, q_head};
+          a.k = {at(k), k_token, k_head};
+          a.v = {at(v), v_token, v_head};
+          a.causal = causal, a.scale = scale, a.k_section = k_section;
+          a.out = at<void>(out), a.lse = at<float>(lse);
+          a.device = device, a.stream = stream;
+          attention_sm90(a);
+        },
+        Release());
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
-  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward");
+  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "attention_sm90");
   bind_rms_norm(m);
+  bind_attention_sm90(m);
 }
 
 }  // namespace llama2rt

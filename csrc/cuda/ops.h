@@ -73,4 +73,8 @@ void rms_norm_backward(const RmsNormBackward&);
 void attention(const Attention&);
 void attention_backward(const AttentionBackward&);
 
+// attention() on compute capability 9.0, from a build for 90a: bf16 or fp16, head_dim 64 or 128, at
+// least one key; strides multiples of 16 bytes, a token's heads inside its stride.
+void attention_sm90(const Attention&);
+
 }  // namespace llama2rt

@@ -1,0 +1,116 @@
+"""Attention forward by Hopper's own instructions (csrc/cuda/attention_sm90.cu).
+
+Never chosen by itself: it has not yet run on a GPU. LLAMA2RT_ATTENTION=sm90 in the environment,
+read when llama2rt.ops is imported, puts it in the place of the kernel for sm_80 and later; what it
+cannot compute is then an error. The backward pass stays that kernel's: it takes the same results.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty
+
+VARIABLE = "LLAMA2RT_ATTENTION"
+CHOSEN = os.environ.get(VARIABLE, "")
+if CHOSEN not in ("", "sm90"):
+    raise ValueError(f"{VARIABLE}: expected 'sm90' or nothing, got {CHOSEN!r}")
+
+HEAD_DIMS = (64, 128)
+ROWS = 128
+"""Query rows of a tile."""
+MOST_BLOCKS = 2**31 - 1
+
+
+def attention(
+    on: Device,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out [Tq, Hq, D], natural log-sum-exp of the scaled scores [Hq, Tq] fp32).
+
+    max_seqlen, 0 if unknown, decides in which order tiles run and nothing else. ValueError for
+    another dtype than bf16 and fp16, another head dimension than 64 and 128, another GPU than of
+    compute capability 9.0, and a build without 90a.
+    """
+    _check(on, q)
+    if scale <= 0:  # the kernel scales maxima, which would become minima
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    tokens, heads, dim = q.shape
+    keys, kv_heads, _ = k.shape
+    documents = cu_q.numel() - 1
+    blocks = (tokens // ROWS + documents) * heads
+    if max(blocks, tokens, keys) > MOST_BLOCKS:
+        raise ValueError(
+            f"q: expected at most {MOST_BLOCKS} tokens, keys and tiles, got {list(q.shape)}"
+        )
+    out, lse = empty(q), q.new_empty(heads, tokens, dtype=torch.float32)
+    if keys == 0:  # nothing a tensor map could describe
+        return out.zero_(), lse.fill_(-torch.inf)
+    if q.numel() == 0:
+        return out, lse
+    q, k, v = _mappable(q), _mappable(k), _mappable(v)
+    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+    on.native.attention_sm90(
+        DTYPES[q.dtype],
+        documents,
+        on.address(cu_q),
+        on.address(cu_k),
+        cu_q.dtype == torch.int64,
+        cu_k.dtype == torch.int64,
+        tokens,
+        keys,
+        heads,
+        kv_heads,
+        dim,
+        *(x for t in (q, k, v) for x in (on.address(t), *t.stride()[:2])),
+        causal,
+        scale,
+        _section(k, max_seqlen or tokens),
+        on.address(out),
+        on.address(lse),
+        *on.stream(q),
+    )
+    return out, lse
+
+
+def _check(on: Device, q: Tensor) -> None:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"q: {VARIABLE}=sm90 expects bfloat16 or float16, got {q.dtype}")
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"q: {VARIABLE}=sm90 expects a head dim of 64 or 128, got {q.shape[2]}")
+    if not q.is_cuda:  # the emulator is whatever a kernel asks for
+        return
+    if (capability := torch.cuda.get_device_capability(q.device)) != (9, 0):
+        raise ValueError(f"q: {VARIABLE}=sm90 expects compute capability 9.0, got {capability}")
+    if "90a" not in (built := on.native.ARCHITECTURES):
+        raise ValueError(f"{VARIABLE}=sm90 expects a build for 90a, got one for {built}")
+
+
+def _mappable(x: Tensor) -> Tensor:
+    """x itself where a tensor map can describe it, else a copy."""
+    token, head, column = x.stride()
+    units = (x.data_ptr(), token * x.element_size(), head * x.element_size())
+    fits = column == 1 and all(unit % 16 == 0 for unit in units)
+    # The driver's rules want a dimension's stride to span the dimension before it.
+    if fits and head >= x.shape[2] and token >= head * x.shape[1]:
+        return x
+    return x.contiguous() if not x.is_contiguous() else x.clone()
+
+
+def _section(k: Tensor, longest: int) -> int:
+    """Key heads worked on at a time: keys and values of `longest` tokens fill half of the L2 cache.
+
+    The other half is for what is read once. (Emulated: 64 KB, to have several sections.)
+    """
+    device = torch.cuda.get_device_properties(k.device) if k.is_cuda else None
+    cache = device.L2_cache_size if device else 2**16
+    head = 2 * longest * k.shape[2] * k.element_size()
+    return max(1, min(k.shape[1], cache // 2 // head))
