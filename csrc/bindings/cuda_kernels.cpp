@@ -2,6 +2,8 @@
 // nothing of torch. llama2rt/ops/cuda_kernels is the only caller.
 #include "cuda_kernels.h"
 
+#include <tuple>
+
 #include "../cuda/ops.h"
 
 namespace py = pybind11;
@@ -37,27 +39,49 @@ void bind_rms_norm(py::module_& m) {
         Release());
 }
 
-void bind_attention_sm90(py::module_& m) {
-  m.def("attention_sm90",
-        [](int dtype, int64_t documents, Address q_offsets, Address k_offsets, bool q_offsets_64,
-           bool k_offsets_64, int64_t tokens, int64_t keys, int64_t heads, int64_t kv_heads,
-           int64_t head_dim, Address q, int64_t q_token, int64_t q_head, Address k, int64_t k_token,
-           int64_t k_head, Address v, int64_t v_token, int64_t v_head, bool causal, float scale,
-           int64_t k_section, Address out, Address lse, int device, uintptr_t stream) {
-          Attention a{};
-          a.dtype = DType(dtype);
-          a.documents = documents;
-          a.q_offsets = at(q_offsets), a.k_offsets = at(k_offsets);
-          a.q_offsets_64 = q_offsets_64, a.k_offsets_64 = k_offsets_64;
-          a.tokens = tokens, a.keys = keys;
-          a.heads = heads, a.kv_heads = kv_heads, a.head_dim = head_dim;
-          a.q = {at(q), q_token, q_head};
-          a.k = {at(k), k_token, k_head};
-          a.v = {at(v), v_token, v_head};
-          a.causal = causal, a.scale = scale, a.k_section = k_section;
-          a.out = at<void>(out), a.lse = at<float>(lse);
-          a.device = device, a.stream = stream;
-          attention_sm90(a);
+using Heads = std::tuple<Address, int64_t, int64_t>;       // address, token and head stride
+using Offsets = std::tuple<Address, bool>;                 // address, whether of int64
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Attention::Heads heads_at(const Heads& x) {
+  return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+Attention attention_arguments(int dtype, const Sizes& sizes, const Offsets& q_offsets,
+                              const Offsets& k_offsets, const Heads& q, const Heads& k,
+                              const Heads& v, bool causal, float scale, int64_t k_section,
+                              int64_t q_section, Address out, Address lse, int device,
+                              uintptr_t stream) {
+  const auto [documents, tokens, keys, heads, kv_heads, head_dim] = sizes;
+  return {DType(dtype), documents, at(std::get<0>(q_offsets)), at(std::get<0>(k_offsets)),
+          std::get<1>(q_offsets), std::get<1>(k_offsets), tokens, keys, heads, kv_heads, head_dim,
+          heads_at(q), heads_at(k), heads_at(v), causal, scale, k_section, q_section,
+          at<void>(out), at<float>(lse), device, stream};
+}
+
+void bind_attention(py::module_& m) {
+  const auto forward = [&](const char* name, void (*function)(const Attention&)) {
+    m.def(name,
+          [function](int dtype, Sizes sizes, Offsets q_offsets, Offsets k_offsets, Heads q, Heads k,
+                     Heads v, bool causal, float scale, int64_t k_section, int64_t q_section,
+                     Address out, Address lse, int device, uintptr_t stream) {
+            function(attention_arguments(dtype, sizes, q_offsets, k_offsets, q, k, v, causal, scale,
+                                         k_section, q_section, out, lse, device, stream));
+          },
+          Release());
+  };
+  forward("attention", attention);
+  forward("attention_sm90", attention_sm90);
+
+  m.def("attention_backward",
+        [](int dtype, Sizes sizes, Offsets q_offsets, Offsets k_offsets, Heads q, Heads k, Heads v,
+           bool causal, float scale, int64_t k_section, int64_t q_section, Address out, Address lse,
+           int device, uintptr_t stream, Heads dout, Address delta, Address dq, Address dk,
+           Address dv) {
+          attention_backward(
+              {attention_arguments(dtype, sizes, q_offsets, k_offsets, q, k, v, causal, scale,
+                                   k_section, q_section, out, lse, device, stream),
+               heads_at(dout), at<void>(dq), at<void>(dk), at<void>(dv), at<float>(delta)});
         },
         Release());
 }
@@ -65,9 +89,10 @@ void bind_attention_sm90(py::module_& m) {
 }  // namespace
 
 void bind_kernels(py::module_& m) {
-  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "attention_sm90");
+  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "attention",
+                                     "attention_backward", "attention_sm90");
   bind_rms_norm(m);
-  bind_attention_sm90(m);
+  bind_attention(m);
 }
 
 }  // namespace llama2rt

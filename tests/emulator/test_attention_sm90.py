@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numerics import draw, judge
 
 from llama2rt.ops import cuda_kernels, reference
-from llama2rt.ops.cuda_kernels import attention_sm90
+from llama2rt.ops.cuda_kernels import attention, attention_sm90
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -102,6 +102,24 @@ def test_grouped_queries(on, heads, kv_heads, seed):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 def test_more_tiles_than_stages(on, dim, causal, seed):
     check(on, dim, torch.bfloat16, seed, causal=causal, queries=LONG[dim])
+
+
+def test_backward_takes_its_results(on, seed):
+    """The deterministic backward pass of the sm_80 kernels, after this forward pass."""
+    queries, keys = [3, 70, 9], [90, 37, 9]
+    shapes = (sum(queries), 4, 64), (sum(queries), 4, 64), (sum(keys), 2, 64), (sum(keys), 2, 64)
+    dout, q, k, v = (draw(s, torch.bfloat16, "normal", seed + i) for i, s in enumerate(shapes))
+    rest = (offsets(queries), offsets(keys), 0, True, 0.125)
+    out, lse = attention_sm90.attention(on, q, k, v, *rest)
+    ours = attention.attention_backward(on, dout, q, k, v, out, lse, *rest)
+    wide = [x.double() for x in (dout, q, k, v)]
+    expected = reference.attention_backward(*wide, *reference.attention(*wide[1:], *rest), *rest)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    theirs = sdpa(*leaves, queries, keys, True, 0.125)
+    # A row that sees no key gives plain torch NaN gradients, which are 0.
+    yardstick = [x.nan_to_num(0.0) for x in torch.autograd.grad(theirs, leaves, dout)]
+    for name, *three in zip(("dq", "dk", "dv"), ours, expected, yardstick, strict=True):
+        judge(name, *three, gradient=True)
 
 
 @pytest.mark.parametrize("kind", ["small", "tail"])

@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels import attention_sm90, elementwise
+from llama2rt.ops.cuda_kernels import attention, attention_sm90, elementwise
 from llama2rt.ops.cuda_kernels.device import Device
 
 FUNCTIONS: dict[str, Callable] = {
     "rms_norm": elementwise.rms_norm,
     "rms_norm_backward": elementwise.rms_norm_backward,
+    "attention": attention.attention,
+    "attention_backward": attention.attention_backward,
 }
 if attention_sm90.CHOSEN:
     FUNCTIONS["attention"] = attention_sm90.attention

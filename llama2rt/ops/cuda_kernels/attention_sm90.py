@@ -10,7 +10,8 @@ import os
 import torch
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty
+from llama2rt.ops.cuda_kernels.attention import arguments
+from llama2rt.ops.cuda_kernels.device import Device, empty
 
 VARIABLE = "LLAMA2RT_ATTENTION"
 CHOSEN = os.environ.get(VARIABLE, "")
@@ -43,10 +44,8 @@ def attention(
     _check(on, q)
     if scale <= 0:  # the kernel scales maxima, which would become minima
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
-    tokens, heads, dim = q.shape
-    keys, kv_heads, _ = k.shape
-    documents = cu_q.numel() - 1
-    blocks = (tokens // ROWS + documents) * heads
+    (tokens, heads, _), keys = q.shape, k.shape[0]
+    blocks = (tokens // ROWS + cu_q.shape[0] - 1) * heads
     if max(blocks, tokens, keys) > MOST_BLOCKS:
         raise ValueError(
             f"q: expected at most {MOST_BLOCKS} tokens, keys and tiles, got {list(q.shape)}"
@@ -54,30 +53,10 @@ def attention(
     out, lse = empty(q), q.new_empty(heads, tokens, dtype=torch.float32)
     if keys == 0:  # nothing a tensor map could describe
         return out.zero_(), lse.fill_(-torch.inf)
-    if q.numel() == 0:
-        return out, lse
-    q, k, v = _mappable(q), _mappable(k), _mappable(v)
-    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-    on.native.attention_sm90(
-        DTYPES[q.dtype],
-        documents,
-        on.address(cu_q),
-        on.address(cu_k),
-        cu_q.dtype == torch.int64,
-        cu_k.dtype == torch.int64,
-        tokens,
-        keys,
-        heads,
-        kv_heads,
-        dim,
-        *(x for t in (q, k, v) for x in (on.address(t), *t.stride()[:2])),
-        causal,
-        scale,
-        _section(k, max_seqlen or tokens),
-        on.address(out),
-        on.address(lse),
-        *on.stream(q),
-    )
+    if q.numel():
+        q, k, v, cu_q, cu_k = *map(_mappable, (q, k, v)), cu_q.contiguous(), cu_k.contiguous()
+        rest = (cu_q, cu_k, max_seqlen, causal, scale, out, lse)
+        on.native.attention_sm90(*arguments(on, q, k, v, *rest))
     return out, lse
 
 
@@ -103,14 +82,3 @@ def _mappable(x: Tensor) -> Tensor:
     if fits and head >= x.shape[2] and token >= head * x.shape[1]:
         return x
     return x.contiguous() if not x.is_contiguous() else x.clone()
-
-
-def _section(k: Tensor, longest: int) -> int:
-    """Key heads worked on at a time: keys and values of `longest` tokens fill half of the L2 cache.
-
-    The other half is for what is read once. (Emulated: 64 KB, to have several sections.)
-    """
-    device = torch.cuda.get_device_properties(k.device) if k.is_cuda else None
-    cache = device.L2_cache_size if device else 2**16
-    head = 2 * longest * k.shape[2] * k.element_size()
-    return max(1, min(k.shape[1], cache // 2 // head))
