@@ -73,24 +73,28 @@ void bind_attention(py::module_& m) {
   forward("attention", attention);
   forward("attention_sm90", attention_sm90);
 
-  m.def("attention_backward",
-        [](int dtype, Sizes sizes, Offsets q_offsets, Offsets k_offsets, Heads q, Heads k, Heads v,
-           bool causal, float scale, int64_t k_section, int64_t q_section, Address out, Address lse,
-           int device, uintptr_t stream, Heads dout, Address delta, Address dq, Address dk,
-           Address dv) {
-          attention_backward(
-              {attention_arguments(dtype, sizes, q_offsets, k_offsets, q, k, v, causal, scale,
-                                   k_section, q_section, out, lse, device, stream),
-               heads_at(dout), at<void>(dq), at<void>(dk), at<void>(dv), at<float>(delta)});
-        },
-        Release());
+  const auto backward = [&](const char* name, void (*function)(const AttentionBackward&)) {
+    m.def(name,
+          [function](int dtype, Sizes sizes, Offsets q_offsets, Offsets k_offsets, Heads q, Heads k,
+                     Heads v, bool causal, float scale, int64_t k_section, int64_t q_section,
+                     Address out, Address lse, int device, uintptr_t stream, Heads dout,
+                     Address delta, Address dq, Address dk, Address dv) {
+            function({attention_arguments(dtype, sizes, q_offsets, k_offsets, q, k, v, causal,
+                                          scale, k_section, q_section, out, lse, device, stream),
+                      heads_at(dout), at<void>(dq), at<void>(dk), at<void>(dv), at<float>(delta)});
+          },
+          Release());
+  };
+  backward("attention_backward", attention_backward);
+  backward("attention_backward_sm90", attention_backward_sm90);
 }
 
 }  // namespace
 
 void bind_kernels(py::module_& m) {
   m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "attention",
-                                     "attention_backward", "attention_sm90");
+                                     "attention_backward", "attention_sm90",
+                                     "attention_backward_sm90");
   bind_rms_norm(m);
   bind_attention(m);
 }

@@ -73,8 +73,9 @@ void rms_norm_backward(const RmsNormBackward&);
 void attention(const Attention&);
 void attention_backward(const AttentionBackward&);
 
-// attention() on compute capability 9.0, from a build for 90a: bf16 or fp16, head_dim 64 or 128, at
-// least one key; strides multiples of 16 bytes, a token's heads inside its stride.
+// The same on compute capability 9.0, from a build for 90a: bf16 or fp16, head_dim 64 or 128, at
+// least one query and one key; strides multiples of 16 bytes, a token's heads inside its stride.
 void attention_sm90(const Attention&);
+void attention_backward_sm90(const AttentionBackward&);
 
 }  // namespace llama2rt

@@ -225,17 +225,17 @@ __device__ void pin(uint32_t (&values)[ROWS][COLUMNS]) {
 
 // One step of 16 along K, both from shared memory, K contiguous in both:
 // sums = A B^T, plus what they held if `accumulate`.
-#define LLAMA2RT_SHARED_PRODUCT(T, NAME)                                                          \
-  __device__ inline void wgmma_shared(T, float (&sums)[64], uint64_t a, uint64_t b,               \
+#define LLAMA2RT_SHARED_PRODUCT(T, NAME, N, HALF, A, B, ACCUMULATE)                               \
+  __device__ inline void wgmma_shared(T, float (&sums)[HALF], uint64_t a, uint64_t b,             \
                                       bool accumulate) {                                          \
     asm volatile(                                                                                 \
         "{\n"                                                                                     \
         ".reg .pred accumulate;\n"                                                                \
-        "setp.ne.b32 accumulate, %66, 0;\n"                                                       \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {" LLAMA2RT_NAMES_64       \
-        "}, %64, %65, accumulate, 1, 1, 0, 0;\n"                                                  \
+        "setp.ne.b32 accumulate, " ACCUMULATE ", 0;\n"                                            \
+        "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." NAME "." NAME " {" LLAMA2RT_NAMES_##HALF \
+        "}, " A ", " B ", accumulate, 1, 1, 0, 0;\n"                                              \
         "}\n"                                                                                     \
-        : LLAMA2RT_SUMS_64                                                                        \
+        : LLAMA2RT_SUMS_##HALF                                                                    \
         : "l"(a), "l"(b), "r"((int)accumulate));                                                  \
   }
 
@@ -255,7 +255,8 @@ __device__ void pin(uint32_t (&values)[ROWS][COLUMNS]) {
   }
 
 #define LLAMA2RT_PRODUCTS(T, NAME)                                                                \
-  LLAMA2RT_SHARED_PRODUCT(T, NAME)                                                                \
+  LLAMA2RT_SHARED_PRODUCT(T, NAME, "64", 32, "%32", "%33", "%34")                                 \
+  LLAMA2RT_SHARED_PRODUCT(T, NAME, "128", 64, "%64", "%65", "%66")                                \
   LLAMA2RT_REGISTER_PRODUCT(T, NAME, "64", 32, "%32", "%33", "%34", "%35", "%36")                 \
   LLAMA2RT_REGISTER_PRODUCT(T, NAME, "128", 64, "%64", "%65", "%66", "%67", "%68")
 

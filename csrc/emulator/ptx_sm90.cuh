@@ -124,10 +124,11 @@ template <int PENDING>
 void wgmma_wait(Site site = Site::here()) {
   if (!emulator::left_out(site)) emulator::warpgroup_wait(PENDING);
 }
-template <typename T>
-void wgmma_shared(T, float (&sums)[64], uint64_t a, uint64_t b, bool accumulate) {
+template <typename T, int HALF>
+void wgmma_shared(T, float (&sums)[HALF], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(HALF == 32 || HALF == 64);
   emulator::warpgroup_multiply(
-      {sums, nullptr, a, b, 128, std::is_same<T, __nv_bfloat16>::value, accumulate});
+      {sums, nullptr, a, b, 2 * HALF, std::is_same<T, __nv_bfloat16>::value, accumulate});
 }
 template <typename T, int HALF>
 void wgmma_registers(T, float (&sums)[HALF], const uint32_t (&a)[4], uint64_t b) {

@@ -20,9 +20,13 @@ FUNCTIONS: dict[str, Callable] = {
     "rms_norm_backward": elementwise.rms_norm_backward,
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
+    # Not ops of their own: for tests, and for those who set attention_sm90.VARIABLE.
+    "attention_sm90": attention_sm90.attention,
+    "attention_backward_sm90": attention_sm90.attention_backward,
 }
 if attention_sm90.CHOSEN:
-    FUNCTIONS["attention"] = attention_sm90.attention
+    for op in ("attention", "attention_backward"):
+        FUNCTIONS[op] = FUNCTIONS[f"{op}_sm90"]
 
 
 def on(device: Device) -> dict[str, Callable]:
