@@ -92,7 +92,7 @@ def both_directions(run, dout, q, k, v, *rest):
 
 
 def test_any_strides(emulated, dtype):
-    """One fused projection's output, a transposed one, rows off 16 bytes, a gradient of stride 0."""
+    """A fused projection's output, a transposed one, rows off 16 bytes, a gradient of stride 0."""
     cu, tokens = offsets([2, 0, 70]), 72
     fused = torch.randn(tokens, 4 + 2 + 2, 24).to(dtype)
     q, k, v = fused.split((4, 2, 2), 1)
