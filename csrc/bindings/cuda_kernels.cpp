@@ -2,6 +2,8 @@
 // nothing of torch. llama2rt/ops/cuda_kernels is the only caller.
 #include "cuda_kernels.h"
 
+#include <tuple>
+
 #include "../cuda/ops.h"
 
 namespace py = pybind11;
@@ -77,14 +79,66 @@ void bind_rope(py::module_& m) {
         Release());
 }
 
+using Heads = std::tuple<Address, int64_t, int64_t>;       // address, token and head stride
+using Offsets = std::tuple<Address, bool>;                 // address, whether of int64
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Attention::Heads heads_at(const Heads& x) {
+  return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+Attention attention_arguments(int dtype, const Sizes& sizes, const Offsets& q_offsets,
+                              const Offsets& k_offsets, const Heads& q, const Heads& k,
+                              const Heads& v, bool causal, float scale, int64_t k_section,
+                              int64_t q_section, Address out, Address lse, int device,
+                              uintptr_t stream) {
+  const auto [documents, tokens, keys, heads, kv_heads, head_dim] = sizes;
+  return {DType(dtype), documents, at(std::get<0>(q_offsets)), at(std::get<0>(k_offsets)),
+          std::get<1>(q_offsets), std::get<1>(k_offsets), tokens, keys, heads, kv_heads, head_dim,
+          heads_at(q), heads_at(k), heads_at(v), causal, scale, k_section, q_section,
+          at<void>(out), at<float>(lse), device, stream};
+}
+
+void bind_attention(py::module_& m) {
+  const auto forward = [&](const char* name, void (*function)(const Attention&)) {
+    m.def(name,
+          [function](int dtype, Sizes sizes, Offsets q_offsets, Offsets k_offsets, Heads q, Heads k,
+                     Heads v, bool causal, float scale, int64_t k_section, int64_t q_section,
+                     Address out, Address lse, int device, uintptr_t stream) {
+            function(attention_arguments(dtype, sizes, q_offsets, k_offsets, q, k, v, causal, scale,
+                                         k_section, q_section, out, lse, device, stream));
+          },
+          Release());
+  };
+  forward("attention", attention);
+  forward("attention_sm90", attention_sm90);
+
+  const auto backward = [&](const char* name, void (*function)(const AttentionBackward&)) {
+    m.def(name,
+          [function](int dtype, Sizes sizes, Offsets q_offsets, Offsets k_offsets, Heads q, Heads k,
+                     Heads v, bool causal, float scale, int64_t k_section, int64_t q_section,
+                     Address out, Address lse, int device, uintptr_t stream, Heads dout,
+                     Address delta, Address dq, Address dk, Address dv) {
+            function({attention_arguments(dtype, sizes, q_offsets, k_offsets, q, k, v, causal,
+                                          scale, k_section, q_section, out, lse, device, stream),
+                      heads_at(dout), at<void>(dq), at<void>(dk), at<void>(dv), at<float>(delta)});
+          },
+          Release());
+  };
+  backward("attention_backward", attention_backward);
+  backward("attention_backward_sm90", attention_backward_sm90);
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
-  m.attr("KERNELS") =
-      py::make_tuple("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope");
+  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward",
+                                     "rope", "attention", "attention_backward", "attention_sm90",
+                                     "attention_backward_sm90");
   bind_rms_norm(m);
   bind_swiglu(m);
   bind_rope(m);
+  bind_attention(m);
 }
 
 }  // namespace llama2rt

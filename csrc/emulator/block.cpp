@@ -145,6 +145,7 @@ void Block::start(Fiber& fiber) {
   fiber.ready = nullptr;
   fiber.copies.open.clear();
   fiber.copies.committed.clear();
+  fiber.state.reset();
   // As if enter() had been called and had then called switch_stack: six registers, the address to
   // return to, and one word that puts enter()'s frame where the calling convention wants it.
   void** top = reinterpret_cast<void**>(fiber.stack + STACK_BYTES) - 1;
