@@ -1,7 +1,7 @@
 """Work with its energy: a matrix product and a copy, joules a unit beside the rate.
 
-On a GPU these are the workloads of `llama2rt cluster power-sweep` at the present power cap, which is
-not touched; on a CPU smaller ones. Energy that no counter shows is named with the reason.
+On a GPU these are the workloads of `llama2rt cluster power-sweep` at the present power cap, which
+is not touched; on a CPU smaller ones. Energy that no counter shows is named with the reason.
 
     pytest -s benchmarks/cluster
 """
