@@ -52,7 +52,7 @@ def bench(
     preset: presets.Fabric | None = None,
     overlap: bool = False,
     timeout_seconds: float = 600.0,
-    out: Path = _DEFAULT_OUT,
+    out: Path | None = None,
     compare: tuple[Path, Path] | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -71,12 +71,17 @@ def bench(
         preset: Set and print NCCL's environment for InfiniBand, RoCE or plain TCP.
         overlap: Also run each size while matrix products run, and say what both lose.
         timeout_seconds: How long a call may wait for a rank that does not come.
-        out: Where the record goes, after each size; the figure beside it as .png.
-        compare: Compare two recorded runs instead: the ratio at each size with its interval.
+        out: Where the record goes, after each size, and the figure as .png; cluster-bench.json.
+        compare: Compare two recorded runs instead: the ratio at each size with its interval; with
+            --out also a file of it and both runs in one figure.
         as_json: Print one JSON object.
     """
     if compare is not None:
-        result = records.compare(records.read(compare[0]), records.read(compare[1]))
+        both = [records.read(path) for path in compare]
+        result = records.compare(*both)
+        if out is not None:
+            records.write(result, out)
+            bench_output.draw(both, out.with_suffix(".png"))
         print(json.dumps(result) if as_json else bench_output.comparison(result))
         return
     plan = Plan.of(ops, min_bytes, max_bytes, warmup, iterations, overlap)
@@ -88,7 +93,7 @@ def bench(
             "  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "
             "HOST:29500 \\\n    --no-python llama2rt cluster bench"
         )
-    _run(plan, backend, preset, timeout_seconds, out, as_json)
+    _run(plan, backend, preset, timeout_seconds, out or _DEFAULT_OUT, as_json)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """What `llama2rt cluster bench` shows: its table line by line, its footer and its figure."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama2rt import atomic
 from llama2rt.cluster.records import bytes_text
 
 # Okabe and Ito: told apart by colour-blind readers; markers differ too.
@@ -75,15 +77,15 @@ def comparison(result: Mapping[str, Any]) -> str:
 
 
 def draw(records: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Bus bandwidth against size, one curve an operation and record; None without any row."""
+    """Bus bandwidth of one or two runs against size, a curve an operation; None without a row."""
     if not any(record["rows"] for record in records):
         return None
     from matplotlib.figure import Figure  # a second of import that --help can do without
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for record, style in zip(records, ("-", "--", ":", "-."), strict=False):
-        label = f" ({record['preset'] or record['backend']})" if len(records) > 1 else ""
+    for run, (record, style) in enumerate(zip(records, ("-", "--"), strict=False)):
+        label = f" ({'AB'[run]}, {record['preset'] or record['backend']})" if records[1:] else ""
         for index, name in enumerate(dict.fromkeys(row["op"] for row in record["rows"])):
             rows = [row for row in record["rows"] if row["op"] == name]
             axes.plot(
@@ -107,6 +109,7 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     axes.legend(frameon=False)
     first = records[0]
     axes.set_title(f"{first['ranks']} ranks over {first['backend']}", loc="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=160)
+    atomic.write(path, buffer.getvalue())
     return path

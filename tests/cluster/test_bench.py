@@ -259,6 +259,7 @@ def recorded(seconds: dict[tuple[str, int], list[float]], ranks: int = 2) -> dic
     for (operation, size), values in seconds.items():
         ends = np.asarray(values)
         stamps = np.stack([np.zeros((ranks, len(ends))), np.tile(ends, (ranks, 1))], axis=2)
+        record["preset"] = None
         record["rows"].append(records.row(operation, size, stamps, clocks, []))
     return record
 
@@ -270,8 +271,12 @@ def test_two_runs_are_compared_where_they_meet(tmp_path, capsys):
     slow = recorded({("all_reduce", 8): 2e-3 * noise[::-1], ("all_reduce", 16): noise})
     for name, record in (("fast", fast), ("slow", slow)):
         records.write(record, tmp_path / f"{name}.json")
-    bench.bench(compare=(tmp_path / "fast.json", tmp_path / "slow.json"), as_json=True)
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    both, out = (tmp_path / "fast.json", tmp_path / "slow.json"), tmp_path / "ratio.json"
+    bench.bench(compare=both, out=out, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text()) == printed
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    (row,) = printed["rows"]
     assert (row["op"], row["bytes"]) == ("all_reduce", 8)
     assert row["ratio"] == pytest.approx(2.0)
     assert 1.9 < row["low"] < 2.0 < row["high"] < 2.1
