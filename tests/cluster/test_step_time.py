@@ -53,9 +53,14 @@ def test_memory_of_states():
     plain = Layout(1, 1, 8, tp=8, dp=1)
     sharded = replace(plain, tp=1, dp=8, sharding="zero3")
     layer = SEVENTY.layer_parameters
-    for layout, extra in ((plain, 0), (sharded, 6 * layer)):
-        expected = 16 * SEVENTY.parameters / 8 + extra
-        assert memory_bytes(SEVENTY, layout) == pytest.approx(expected, rel=0.01)
+    split = replace(plain, dp=4, sharding="zero1")
+    for layout, expected in (
+        (plain, 16 * SEVENTY.parameters / 8),
+        (sharded, 16 * SEVENTY.parameters / 8 + 6 * layer),
+        (split, (4 + 12 / 4) * SEVENTY.parameters / 8),
+        (replace(split, sharding="hybrid"), 16 * SEVENTY.parameters / 8 + 6 * layer / 8),
+    ):
+        assert memory_bytes(SEVENTY, layout) == pytest.approx(expected, rel=0.01), layout
     # Recomputation trades activations for time.
     sizes = [
         memory_bytes(SEVENTY, replace(LAYOUTS[0], stack="2021", recompute=how))
