@@ -107,15 +107,19 @@ def _choose(name: str | None) -> None:
     _resolved = _resolve_all()
 
 
+def has_native(op: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether backend `name` has a function of its own for `op` in this dtype."""
+    found = _backends[name]
+    return op in found.native and dtype in found.dtypes
+
+
 def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
     """The function that runs `op` (or `op` + "_backward") on backend `name`."""
     if name == "reference":
         return getattr(reference, op)
-    found = _backends[name]
-    native = found.native.get(op)
-    if native is not None and dtype in found.dtypes:
-        return native
-    if found.guest:
+    if has_native(op, name, dtype):
+        return _backends[name].native[op]
+    if _backends[name].guest:
         return implementation(op, host(name), dtype)
     return getattr(composed, op)
 
