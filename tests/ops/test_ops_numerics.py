@@ -21,11 +21,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [1, 2, 0, 113, 203, 1, 60, 58, 57]
 
 
-@pytest.fixture(params=DTYPES, ids=["fp32", "bf16", "fp16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
 def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
