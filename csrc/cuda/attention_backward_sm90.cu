@@ -46,7 +46,7 @@ template <int DIM>
 __device__ void load_inner(BackwardShared<DIM>& s, int i, const Pair& maps, int head,
                            int64_t token) {
   uint64_t* barrier = &s.ring.full[i % STAGES];
-  s.ring.wait_free(i);
+  mbarrier_wait(&s.ring.free[i % STAGES], s.ring.parity(i) ^ 1);
   mbarrier_arrive_expect(barrier, sizeof(s.inner[0]));
   load_tile(s.inner[i % STAGES][0], maps.one, barrier, head, token);
   load_tile(s.inner[i % STAGES][1], maps.two, barrier, head, token);
@@ -104,10 +104,11 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
   for (int i = 0; i < w.tiles; ++i) {
     auto& keys = s.inner[i % STAGES][0];
     const int key = i * INNER;
-    s.ring.wait_full(i);
+    mbarrier_wait(&s.ring.full[i % STAGES], s.ring.parity(i));
     if (w.keys - key < INNER) {
       clear_rows(keys, w.keys - key);
-      finish_clearing(group);
+      fence_proxy_async();
+      barrier_sync(TAIL + group, GROUP_THREADS);
     }
     wgmma_fence();
     multiply_rows<T>(scores, s.first, group_row, keys);
@@ -131,7 +132,7 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
     wgmma_commit();
     wgmma_wait<0>();
     pin(dq);
-    s.ring.release(i);
+    if (speaks_for_warp()) mbarrier_arrive(&s.ring.free[i % STAGES]);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -189,11 +190,12 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
   for (int i = 0; i < w.uses; ++i) {
     auto &rows = s.inner[i % STAGES][0], &dout = s.inner[i % STAGES][1];
     const int query = w.query(i), present = w.queries - query;
-    s.ring.wait_full(i);
+    mbarrier_wait(&s.ring.full[i % STAGES], s.ring.parity(i));
     if (present < INNER) {
       clear_rows(rows, present);
       clear_rows(dout, present);
-      finish_clearing(group);
+      fence_proxy_async();
+      barrier_sync(TAIL + group, GROUP_THREADS);
     }
     wgmma_fence();
     multiply_rows<T>(scores, s.first, group_row, rows);
@@ -222,7 +224,7 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     wgmma_commit();
     wgmma_wait<0>();
     pin(dk), pin(dv);
-    s.ring.release(i);
+    if (speaks_for_warp()) mbarrier_arrive(&s.ring.free[i % STAGES]);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
