@@ -206,9 +206,9 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     const int64_t at = w.query_head(i) * a.tokens + w.query_start + query;
 #pragma unroll
     for (int j = 0; j < INNER / 2; ++j) {
+      // Past the document's end queries and dout are zeros: p is 1 and ds 0, and both meet zeros.
       const int column = first_column() + column_of(j);
-      const bool hidden =
-          column >= present || (a.causal && key + 8 * row_half(j) > query + column + w.shift);
+      const bool hidden = a.causal && key + 8 * row_half(j) > query + column + w.shift;
       const float lse2 = column < present ? a.lse[at + column] * LOG2E : 0.0f;
       const float delta = column < present ? b.delta[at + column] : 0.0f;
       const float p = hidden ? 0.0f : ptx::exp2(fmaf(scores[j], scale2, -lse2));

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 RAGGED = [1, 2, 0, 113, 203]
-# More tiles than a ring has stages. Forward: of 128 keys, 4 stages of 64 columns, 2 of 128; backward:
-# of 64 queries or keys, 4 stages.
+# More tiles than a ring has stages. Forward: tiles of 128 keys, 4 stages of 64 columns or 2 of 128.
+# Backward: tiles of 64 queries or keys, 4 stages.
 LONG = {64: [5, 600], 128: [5, 400]}
 
 
