@@ -204,16 +204,20 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     wgmma_wait<0>();
     pin(scores), pin(dp);
     const int64_t at = w.query_head(i) * a.tokens + w.query_start + query;
+    // Past the document's end queries and dout are zeros: p is 1 and ds 0, and both meet zeros.
+    // Two loops, since registers for lse and delta at once are not left.
 #pragma unroll
     for (int j = 0; j < INNER / 2; ++j) {
-      // Past the document's end queries and dout are zeros: p is 1 and ds 0, and both meet zeros.
       const int column = first_column() + column_of(j);
-      const bool hidden = a.causal && key + 8 * row_half(j) > query + column + w.shift;
       const float lse2 = column < present ? a.lse[at + column] * LOG2E : 0.0f;
-      const float delta = column < present ? b.delta[at + column] : 0.0f;
-      const float p = hidden ? 0.0f : ptx::exp2(fmaf(scores[j], scale2, -lse2));
-      scores[j] = p;
-      dp[j] = hidden ? 0.0f : p * (dp[j] - delta);
+      const bool hidden = a.causal && key + 8 * row_half(j) > query + column + w.shift;
+      scores[j] = hidden ? 0.0f : ptx::exp2(fmaf(scores[j], scale2, -lse2));
+    }
+    pin(scores);
+#pragma unroll
+    for (int j = 0; j < INNER / 2; ++j) {
+      const int column = first_column() + column_of(j);
+      dp[j] = scores[j] * (dp[j] - (column < present ? b.delta[at + column] : 0.0f));
     }
     to_factor<T>(scores, weights);
     to_factor<T>(dp, dscores);
