@@ -1,13 +1,13 @@
-// Attention backward for Hopper, without atomics: one kernel owns rows of dq, one owns keys of dk and
-// dv, so that the bits repeat. Blocks, tiles and instructions are those of the forward pass.
+// Attention backward for Hopper, without atomics: one kernel owns rows of dq, one owns keys of dk
+// and dv, so that the bits repeat. Blocks, tiles and instructions are those of the forward pass.
 //
 //   p = 2^(score * scale * log2(e) - lse * log2(e));  ds = p * (dp - delta),  dp = dout . values
 //   dq = scale * ds . keys;  dv = p^T . dout;  dk = scale * ds^T . queries;  delta = dout . out
 //
 // The kernel of dq also computes delta, which the other one reads. That one forms scores and dp
-// transposed, rows of keys, so that p^T and ds^T leave the registers as left factors. Documents' ends
-// are as in the forward pass: scores are masked by selection, and what a product sums over is zero
-// where the next document begins.
+// transposed, rows of keys, so that p^T and ds^T leave the registers as left factors. Documents'
+// ends are as in the forward pass: scores are masked by selection, and what a product sums over is
+// zero where the next document begins.
 //
 // Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), its loops divided between two kernels.
 // Left out: products of one tile under the arithmetic of another inside a warp group (the two warp
@@ -142,8 +142,8 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
 
 // ---- dk and dv ----
 
-// 128 keys of one key head, and the queries of their document and of all heads of the group that see
-// any of them: those from `begin` on.
+// 128 keys of one key head, and the queries of their document and of all heads of the group that
+// see any of them: those from `begin` on.
 struct KeyWork {
   int64_t query_start, key_start;
   int queries, keys, first, head, group, shift, begin;

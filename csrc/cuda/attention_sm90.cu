@@ -3,9 +3,9 @@
 //
 // A block has 128 queries of one head and walks over the document's keys, 128 at a time, from the
 // last that its rows see to the first. One thread of the first warp group keeps rings of key and
-// value tiles filled. Each of the other two warp groups owns 64 rows. Inside a warp group the scores
-// of one tile are multiplied while the values of the tile before are; between them the two take
-// turns at issuing products, so that one's softmax runs under the other's products.
+// value tiles filled. Each of the other two warp groups owns 64 rows. Inside a warp group the
+// scores of one tile are multiplied while the values of the tile before are; between them the two
+// take turns at issuing products, so that one's softmax runs under the other's products.
 //
 // The tiles of a document's end also hold the next document's rows. Their scores are masked by
 // selection, and their values are overwritten with zeros, so that nothing of them, not even a NaN,
@@ -60,7 +60,8 @@ struct Softmax {
   float peak[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 };
 
-// Scores become weights 2^(score * scale2 - peak); decay[r] is what earlier sums of row r shrink by.
+// Scores become weights 2^(score * scale2 - peak); decay[r] is what earlier sums of row r shrink
+// by.
 __device__ inline void weigh(float (&scores)[KEYS / 2], Softmax& softmax, float (&decay)[2],
                              float scale2) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// What the forward and backward kernels for Hopper share: the shape of their blocks, tiles in shared
-// memory between TMA and wgmma, and the two ways in which they are multiplied.
+// What the forward and backward kernels for Hopper share: the shape of their blocks, tiles in
+// shared memory between TMA and wgmma, and the two ways in which they are multiplied.
 //
 // Named and inline, unlike elsewhere: in the passes for other architectures the kernels' bodies are
 // left out, and nvcc would report everything of an anonymous namespace as unused.
@@ -28,9 +28,10 @@ inline constexpr int TURN = 1, TAIL = 3;
 template <int DIM, int LENGTH>
 using Tile = unsigned char[DIM / 64][LENGTH][128];
 
-// A ring of STAGES places that one thread fills and the computing warps empty: use i is of place
-// i % STAGES. That place is full when the phase of parity(i) of its first barrier has ended, and free
-// when that of parity(i) ^ 1 of the second has: of parity 1 it "has", before that of parity 0 began.
+// A ring of STAGES places that one thread fills and the computing warps empty: use i is of place i
+// % STAGES. That place is full when the phase of parity(i) of its first barrier has ended, and free
+// when that of parity(i) ^ 1 of the second has: of parity 1 it "has", before that of parity 0
+// began.
 template <int STAGES>
 struct Ring {
   uint64_t full[STAGES], free[STAGES];
@@ -56,9 +57,9 @@ __device__ void load_tile(unsigned char (&to)[CHUNKS][LENGTH][128], const Tensor
     load_box(to[chunk], map, barrier, 64 * chunk, head, (int)token);
 }
 
-// Zeros from row `from` on; a fence and a barrier of the warp group must follow. Both computing warp
-// groups write all of them and each waits for its own threads only: it does not matter that the other
-// may already read, or still write, the same.
+// Zeros from row `from` on; a fence and a barrier of the warp group must follow. Both computing
+// warp groups write all of them and each waits for its own threads only: it does not matter that
+// the other may already read, or still write, the same.
 template <int CHUNKS, int LENGTH>
 __device__ void clear_rows(unsigned char (&tile)[CHUNKS][LENGTH][128], int from) {
   for (int chunk = 0; chunk < CHUNKS; ++chunk)
@@ -116,8 +117,8 @@ __device__ void store_row(void* to, int64_t row, const float (&sums)[HALF], int 
     *reinterpret_cast<uint32_t*>(place + column_of(i)) = pack<T>(sums[i] * by, sums[i + 1] * by);
 }
 
-// 128 queries of one head. Tiles of rows are shared out as in attention.cuh, a query head at a time:
-// `section` key heads, whose keys and values then stay in the cache, before the next ones.
+// 128 queries of one head. Tiles of rows are shared out as in attention.cuh, a query head at a
+// time: `section` key heads, whose keys and values then stay in the cache, before the next ones.
 template <int KEYS>
 struct QueryWork {
   int64_t query_start, key_start;  // tokens

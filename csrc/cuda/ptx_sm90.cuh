@@ -1,9 +1,11 @@
-// Hopper's asynchronous instructions as functions: barriers in shared memory that count arrivals and
-// bytes (mbarrier), tile copies by the tensor memory accelerator (TMA), warp-group products (wgmma).
-// No other file holds sm_90 PTX. The emulator puts its own header of this name in front with -I.
+// Hopper's asynchronous instructions as functions: barriers in shared memory that count arrivals
+// and bytes (mbarrier), tile copies by the tensor memory accelerator (TMA), warp-group products
+// (wgmma). No other file holds sm_90 PTX. The emulator puts its own header of this name in front
+// with -I.
 //
-// Sections are named as in the PTX ISA, section 9.7 of whose editions differ in their numbers. Compiled
-// for another architecture than sm_90a these functions must not be instantiated: kernels ask IS_SM90A.
+// Sections are named as in the PTX ISA, section 9.7 of whose editions differ in their numbers.
+// Compiled for another architecture than sm_90a these functions must not be instantiated: kernels
+// ask IS_SM90A.
 #pragma once
 
 #include <cuda.h>
@@ -144,8 +146,8 @@ __device__ inline void fence_proxy_async() {
 
 // ---- Warps and their registers ----
 
-// Part of a block (barrier.cta): the barrier opens when `threads` threads have come to it; those that
-// only arrive go on at once. Barrier 0 is __syncthreads().
+// Part of a block (barrier.cta): the barrier opens when `threads` threads have come to it; those
+// that only arrive go on at once. Barrier 0 is __syncthreads().
 __device__ inline void barrier_sync(int barrier, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -165,10 +167,11 @@ __device__ void lower_registers() {
 
 // ---- wgmma (Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions) ----
 
-// Describes a matrix in shared memory with the 128-byte swizzle (Canonical Layouts; Matrix Descriptor
-// Format), which repeats every 1024 bytes = 8 rows of 128; `start` may point into a row but its pattern begins at a multiple
-// of 1024. K contiguous: `stride` bytes from 8 rows to the next 8, `leading` is not used. Rows along
-// K, contiguous along N: `stride` from 8 rows to the next 8, `leading` from 64 columns to the next.
+// Describes a matrix in shared memory with the 128-byte swizzle (Canonical Layouts; Matrix
+// Descriptor Format), which repeats every 1024 bytes = 8 rows of 128; `start` may point into a row
+// but its pattern begins at a multiple of 1024. K contiguous: `stride` bytes from 8 rows to the
+// next 8, `leading` is not used. Rows along K, contiguous along N: `stride` from 8 rows to the next
+// 8, `leading` from 64 columns to the next.
 __device__ inline uint64_t matrix_descriptor(const void* start, uint32_t leading, uint32_t stride) {
   auto encode = [](uint32_t bytes) { return (uint64_t)((bytes & 0x3ffff) >> 4); };
   return encode(shared_offset(start)) | encode(leading) << 16 | encode(stride) << 32 |
@@ -204,10 +207,11 @@ __device__ void pin(uint32_t (&values)[ROWS][COLUMNS]) {
     for (int j = 0; j < COLUMNS; ++j) asm volatile("" : "+r"(values[i][j])::"memory");
 }
 
-// The sums of a product, 64 x N (Register Fragments, accumulator D of m64nNk16): with g = lane / 4 and c = 2 * (lane % 4), thread
-// (warp, lane) of a warp group holds in sums[i] row 16 * warp + g + 8 * (i / 2 % 2) and column
-// 8 * (i / 4) + c + i % 2. A from registers, 64 x 16 (the same, multiplicand A): its four registers hold, two
-// neighbours along K each, (row g, column c), (g + 8, c), (g, c + 8), (g + 8, c + 8) of its 16 rows.
+// The sums of a product, 64 x N (Register Fragments, accumulator D of m64nNk16): with g = lane / 4
+// and c = 2 * (lane % 4), thread (warp, lane) of a warp group holds in sums[i] row 16 * warp + g +
+// 8 * (i / 2 % 2) and column 8 * (i / 4) + c + i % 2. A from registers, 64 x 16 (the same,
+// multiplicand A): its four registers hold, two neighbours along K each, (row g, column c), (g + 8,
+// c), (g, c + 8), (g + 8, c + 8) of its 16 rows.
 #define LLAMA2RT_NAMES_32                                                                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "    \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
