@@ -2,6 +2,8 @@
 // nothing of torch. llama2rt/ops/cuda_kernels is the only caller.
 #include "cuda_kernels.h"
 
+#include <tuple>
+
 #include "../cuda/ops.h"
 
 namespace py = pybind11;
@@ -37,11 +39,39 @@ void bind_rms_norm(py::module_& m) {
         Release());
 }
 
+using Strided = std::tuple<Address, int64_t, int64_t>;                // strides but the last, 1
+using PagedCache = std::tuple<Address, int64_t, int64_t, int64_t>;
+using Indices = std::tuple<Address, bool>;                            // whether of int64
+
+void bind_decode_attention(py::module_& m) {
+  using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, uint32_t>;
+  m.def("decode_attention",
+        [](int dtype, const Sizes& sizes, const Strided& q, const PagedCache& k,
+           const PagedCache& v, const Indices& block_table, int64_t block_table_stride,
+           const Indices& lengths, float scale, uint32_t splits, Address out, Address partial,
+           Address lse, int device, uintptr_t stream) {
+          const auto [sequences, heads, kv_heads, head_dim, page_size] = sizes;
+          const auto [q_at, q_sequence_stride, q_head_stride] = q;
+          const auto [k_at, k_page_stride, k_token_stride, k_head_stride] = k;
+          const auto [v_at, v_page_stride, v_token_stride, v_head_stride] = v;
+          const auto [block_table_at, block_table_64] = block_table;
+          const auto [lengths_at, lengths_64] = lengths;
+          decode_attention({DType(dtype), sequences, heads, kv_heads, head_dim, at(q_at),
+                            q_sequence_stride, q_head_stride, at(k_at), at(v_at), k_page_stride,
+                            k_token_stride, k_head_stride, v_page_stride, v_token_stride,
+                            v_head_stride, page_size, at(block_table_at), block_table_64,
+                            block_table_stride, at(lengths_at), lengths_64, scale, splits,
+                            at<void>(out), at<float>(partial), at<float>(lse), device, stream});
+        },
+        Release());
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
-  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward");
+  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "decode_attention");
   bind_rms_norm(m);
+  bind_decode_attention(m);
 }
 
 }  // namespace llama2rt
