@@ -39,16 +39,56 @@ void bind_rms_norm(py::module_& m) {
         Release());
 }
 
-using Strided = std::tuple<Address, int64_t, int64_t>;                // strides but the last, 1
-using PagedCache = std::tuple<Address, int64_t, int64_t, int64_t>;
-using Indices = std::tuple<Address, bool>;                            // whether of int64
+using Heads = std::tuple<Address, int64_t, int64_t>;       // address, token and head stride
+using Offsets = std::tuple<Address, bool>;                 // address, whether of int64
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Attention::Heads heads_at(const Heads& x) {
+  return {at(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+Attention attention_arguments(int dtype, const Sizes& sizes, const Offsets& q_offsets,
+                              const Offsets& k_offsets, const Heads& q, const Heads& k,
+                              const Heads& v, bool causal, float scale, int64_t k_section,
+                              int64_t q_section, Address out, Address lse, int device,
+                              uintptr_t stream) {
+  const auto [documents, tokens, keys, heads, kv_heads, head_dim] = sizes;
+  return {DType(dtype), documents, at(std::get<0>(q_offsets)), at(std::get<0>(k_offsets)),
+          std::get<1>(q_offsets), std::get<1>(k_offsets), tokens, keys, heads, kv_heads, head_dim,
+          heads_at(q), heads_at(k), heads_at(v), causal, scale, k_section, q_section,
+          at<void>(out), at<float>(lse), device, stream};
+}
+
+void bind_attention(py::module_& m) {
+  m.def("attention",
+        [](int dtype, Sizes sizes, Offsets q_offsets, Offsets k_offsets, Heads q, Heads k, Heads v,
+           bool causal, float scale, int64_t k_section, int64_t q_section, Address out, Address lse,
+           int device, uintptr_t stream) {
+          attention(attention_arguments(dtype, sizes, q_offsets, k_offsets, q, k, v, causal, scale,
+                                        k_section, q_section, out, lse, device, stream));
+        },
+        Release());
+
+  m.def("attention_backward",
+        [](int dtype, Sizes sizes, Offsets q_offsets, Offsets k_offsets, Heads q, Heads k, Heads v,
+           bool causal, float scale, int64_t k_section, int64_t q_section, Address out, Address lse,
+           int device, uintptr_t stream, Heads dout, Address delta, Address dq, Address dk,
+           Address dv) {
+          attention_backward(
+              {attention_arguments(dtype, sizes, q_offsets, k_offsets, q, k, v, causal, scale,
+                                   k_section, q_section, out, lse, device, stream),
+               heads_at(dout), at<void>(dq), at<void>(dk), at<void>(dv), at<float>(delta)});
+        },
+        Release());
+}
 
 void bind_decode_attention(py::module_& m) {
   using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, uint32_t>;
+  using Paged = std::tuple<Address, int64_t, int64_t, int64_t>;  // page, token and head stride
   m.def("decode_attention",
-        [](int dtype, const Sizes& sizes, const Strided& q, const PagedCache& k,
-           const PagedCache& v, const Indices& block_table, int64_t block_table_stride,
-           const Indices& lengths, float scale, uint32_t splits, Address out, Address partial,
+        [](int dtype, const Sizes& sizes, const Heads& q, const Paged& k,
+           const Paged& v, const Offsets& block_table, int64_t block_table_stride,
+           const Offsets& lengths, float scale, uint32_t splits, Address out, Address partial,
            Address lse, int device, uintptr_t stream) {
           const auto [sequences, heads, kv_heads, head_dim, page_size] = sizes;
           const auto [q_at, q_sequence_stride, q_head_stride] = q;
@@ -69,8 +109,10 @@ void bind_decode_attention(py::module_& m) {
 }  // namespace
 
 void bind_kernels(py::module_& m) {
-  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "decode_attention");
+  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "attention",
+                                     "attention_backward", "decode_attention");
   bind_rms_norm(m);
+  bind_attention(m);
   bind_decode_attention(m);
 }
 

@@ -6,12 +6,12 @@
 // document fills its tile, and the sum over the group in dk and dv is part of the matrix product.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-
 #include <launch.cuh>
 #include <ptx.cuh>
+#include <string.h>
+
+#include <stdexcept>
+#include <type_traits>
 
 #include "ops.h"
 #include "vec.cuh"
@@ -184,6 +184,20 @@ struct KeyTile {
 
 // ---- tiles in shared memory ----
 
+// Two numbers rounded to T, the first in the low half.
+template <typename T>
+__device__ uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&packed, &pair, sizeof packed);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&packed, &pair, sizeof packed);
+  }
+  return packed;
+}
+
 // Index of the first element of a 16-byte chunk. Chunks change places within the 128 bytes that all
 // banks hold at once, so that eight rows' chunks of one column, which ldmatrix reads together, lie
 // in different banks.
@@ -263,8 +277,8 @@ __device__ void operand(uint32_t (&a)[M][N / 2][4], const float (&c)[M][N][4]) {
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      a[m][n / 2][n % 2 * 2] = ptx::pack<T>(c[m][n][0], c[m][n][1]);
-      a[m][n / 2][n % 2 * 2 + 1] = ptx::pack<T>(c[m][n][2], c[m][n][3]);
+      a[m][n / 2][n % 2 * 2] = pack<T>(c[m][n][0], c[m][n][1]);
+      a[m][n / 2][n % 2 * 2 + 1] = pack<T>(c[m][n][2], c[m][n][3]);
     }
 }
 
@@ -284,7 +298,7 @@ __device__ void store_rows(T* tile, int first_row, const float (&c)[M][COLUMNS /
 #pragma unroll
       for (int n = 0; n < CHUNKS; ++n)
         *reinterpret_cast<uint32_t*>(tile + at<DIM>(r, first_chunk + n) + lane % 4 * 2) =
-            ptx::pack<T>(c[m][n][2 * half] * by, c[m][n][2 * half + 1] * by);
+            pack<T>(c[m][n][2 * half] * by, c[m][n][2 * half + 1] * by);
     }
   __syncwarp();
 #pragma unroll
@@ -305,21 +319,6 @@ void attention_backward_fp32(const AttentionBackward& b);
 inline dim3 grid_of(int64_t blocks) {
   if (blocks > 0x7fffffff) throw std::runtime_error("more thread blocks than a grid can have");
   return dim3((unsigned)blocks);
-}
-
-// Runs `body` on the device of `a`; an error names the shape.
-template <typename Body>
-void checked(const Attention& a, Body body) {
-  try {
-    DeviceGuard guard(a.device);
-    body();
-  } catch (const std::runtime_error& error) {
-    auto number = [](int64_t n) { return std::to_string(n); };
-    throw std::runtime_error(std::string(error.what()) + " (q [" + number(a.tokens) + ", " +
-                             number(a.heads) + ", " + number(a.head_dim) + "], k [" +
-                             number(a.keys) + ", " + number(a.kv_heads) + ", " +
-                             number(a.head_dim) + "], " + number(a.documents) + " documents)");
-  }
 }
 
 // Calls run(T, DIM) for the 16-bit type and the padded head dimension, both known to the compiler.

@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(32 * dkdv_shape(DIM).warps, dkdv_shape(DIM).bl
     operand<T>(rounded, ds);
     multiply_columns<1, ROWS, COLUMNS, DIM>(dk, rounded, q_tile, first_chunk);
   }
-  if (PARTS > 1) __syncthreads();  // another warp may still read the same keys and values
+  if constexpr (PARTS > 1) __syncthreads();  // another warp may still read the same keys and values
   store_rows<1, COLUMNS, DIM>(
       k_tile, first_key, dk, first_chunk, dim, [&](int, int) { return a.scale; },
       [&](int r) { return tile.dense_row<T>(b.dk, a.kv_heads, dim, r); });
@@ -272,10 +272,9 @@ void run(const AttentionBackward& b) {
 }  // namespace
 
 void attention_backward(const AttentionBackward& b) {
-  checked(b.forward, [&] {
-    if (b.forward.dtype == DType::fp32) return attention_backward_fp32(b);
-    by_shape(b.forward, [&](auto t, auto dim) { run<decltype(t), dim()>(b); });
-  });
+  DeviceGuard guard(b.forward.device);
+  if (b.forward.dtype == DType::fp32) return attention_backward_fp32(b);
+  by_shape(b.forward, [&](auto t, auto dim) { run<decltype(t), dim()>(b); });
 }
 
 }  // namespace llama2rt

@@ -150,10 +150,9 @@ void run(const Attention& a) {
 }  // namespace
 
 void attention(const Attention& a) {
-  checked(a, [&] {
-    if (a.dtype == DType::fp32) return attention_fp32(a);
-    by_shape(a, [&](auto t, auto dim) { run<decltype(t), dim()>(a); });
-  });
+  DeviceGuard guard(a.device);
+  if (a.dtype == DType::fp32) return attention_fp32(a);
+  by_shape(a, [&](auto t, auto dim) { run<decltype(t), dim()>(a); });
 }
 
 }  // namespace llama2rt

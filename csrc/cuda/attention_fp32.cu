@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_forward_kernel(const A
   if (tile.rows.count <= 0) return;
   const int dim = (int)a.head_dim, lane = threadIdx.x % LANES;
   const int first_row = threadIdx.x / LANES * RESIDENT;
-  float* const q_tile = shared_memory;
+  float* const q_tile = reinterpret_cast<float*>(shared_memory);
   float* const k_tile = q_tile + ROWS * pitch(dim);
   float* const v_tile = k_tile + LANES * pitch(dim);
   float* const weights = v_tile + LANES * pitch(dim) + first_row * LANES;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_dq_kernel(const Attent
   if (rows.count <= 0) return;
   const int dim = (int)a.head_dim, lane = threadIdx.x % LANES;
   const int first_row = threadIdx.x / LANES * RESIDENT;
-  float* const q_tile = shared_memory;
+  float* const q_tile = reinterpret_cast<float*>(shared_memory);
   float* const dout_tile = q_tile + ROWS * pitch(dim);
   float* const k_tile = dout_tile + ROWS * pitch(dim);
   float* const v_tile = k_tile + LANES * pitch(dim);
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_dkdv_kernel(const Atte
   if (tile.count <= 0) return;
   const int dim = (int)a.head_dim, lane = threadIdx.x % LANES;
   const int first_key = threadIdx.x / LANES * RESIDENT;
-  float* const k_tile = shared_memory;
+  float* const k_tile = reinterpret_cast<float*>(shared_memory);
   float* const v_tile = k_tile + ROWS * pitch(dim);
   float* const q_tile = v_tile + ROWS * pitch(dim);
   float* const dout_tile = q_tile + LANES * pitch(dim);

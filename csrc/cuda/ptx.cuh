@@ -89,24 +89,6 @@ __device__ inline void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two numbers rounded to nearest even, the first in the low half.
-template <typename T>
-__device__ uint32_t pack(float low, float high);
-
-template <>
-__device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-template <>
-__device__ inline uint32_t pack<__half>(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
 // 2^x to about 2 ulp; 0 for minus infinity, and for results below 2^-126.
 __device__ inline float exp2(float x) {
   float y;

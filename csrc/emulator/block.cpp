@@ -229,7 +229,7 @@ void Block::wait_until(const char* what, bool (*ready)(void*), void* context) {
   if (ready(context)) return;
   fiber_->ready = ready;
   fiber_->ready_context = context;
-  fiber_->wait = {what};
+  fiber_->wait = {what, 0, 0, {}};
   warp_[fiber_->number / WARP].polling |= 1u << fiber_->number % WARP;
   suspend();
 }
@@ -295,7 +295,7 @@ void Block::collective(unsigned mask, const char* name, Operation operation, voi
     warp.collecting &= ~mask;
     warp.runnable |= mask;
   } else {
-    fiber_->wait = {name};
+    fiber_->wait = {name, 0, 0, {}};
   }
   suspend();
 }

@@ -16,16 +16,18 @@ class DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 
+// Until a CUDA thread has its arguments they lie on the stack of the host, where it may not read.
+#define LLAMA2RT_UNCHECKED __attribute__((no_sanitize("kernel-address")))
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, cudaStream_t, Arguments... arguments) {
-  // The arguments lie on the stack of the host, which is no memory of a CUDA thread.
-  auto body = [&]() __attribute__((no_sanitize("kernel-address"))) { kernel(arguments...); };
+  auto body = [&]() LLAMA2RT_UNCHECKED { kernel(arguments...); };
   emulator::run({name,
                  {grid.x, grid.y, grid.z},
                  {block.x, block.y, block.z},
                  shared_bytes,
-                 [](void* call) { (*static_cast<decltype(body)*>(call))(); },
+                 [](void* call) LLAMA2RT_UNCHECKED { (*static_cast<decltype(body)*>(call))(); },
                  &body});
 }
 

@@ -16,7 +16,7 @@ def module() -> ModuleType:
     """`_emulated`, built when its sources have changed."""
     if reason := emulator.why_not():
         pytest.skip(reason)
-    built = emulator.build()
+    built = emulator.build("_emulated")
     # From here on `ops.use("emulated")` runs every op that has a CUDA kernel on it.
     backend.register("emulated", emulator.functions(built), ("cpu",))
     return built

@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels import decode_attention, elementwise
+from llama2rt.ops.cuda_kernels import attention, decode_attention, elementwise
 from llama2rt.ops.cuda_kernels.device import Device
 
 FUNCTIONS: dict[str, Callable] = {
     "rms_norm": elementwise.rms_norm,
     "rms_norm_backward": elementwise.rms_norm_backward,
+    "attention": attention.attention,
+    "attention_backward": attention.attention_backward,
     "decode_attention": decode_attention.decode_attention,
 }
 
