@@ -1,14 +1,13 @@
 """decode_attention in CUDA, emulated, by the rule of `numerics.judge`, and what it may not do.
 
-Yardstick in the same dtype: softmax(q @ k.T) @ v of one sequence in plain torch.
+The yardstick and the inputs are in `paged`.
 """
 
 import pytest
 import torch
-from numerics import draw, judge
+from paged import check, make
 
 from llama2rt import ops
-from llama2rt.ops import reference
 from llama2rt.ops.cuda_kernels import decode_attention as calls
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -23,80 +22,41 @@ def splits(request, monkeypatch):
     monkeypatch.setattr(calls, "split_count", lambda items, capacity, slots: request.param)
 
 
-def make(heads, kv_heads, dim, page, dtype, kind, seed, lengths=LENGTHS):
-    """Pages in a random order. What must not be read is poison: a page number far outside, and
-    pages of NaN, rows past the end of a sequence's last page among them."""
-    used = [-(-length // page) for length in lengths]
-    q = draw((len(lengths), heads, dim), dtype, "normal", seed)
-    k = draw((sum(used) + 2, page, kv_heads, dim), dtype, kind, seed + 1)
-    v = draw((sum(used) + 2, page, kv_heads, dim), dtype, kind, seed + 2)
-    order = torch.randperm(sum(used) + 2)
-    table = torch.full((len(lengths), max(used) + 1), 2**30, dtype=torch.int32)
-    first = 0
-    for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
-        table[row, :count] = order[first : first + count]
-        first += count
-        if length % page:
-            for cache in (k, v):
-                cache[table[row, count - 1], length % page :] = torch.nan
-    for cache in (k, v):
-        cache[order[first:]] = torch.nan
-    return q, k, v, table, torch.tensor(lengths, dtype=torch.int32)
-
-
-def plain(q, k, v, table, lengths, scale):
-    group, page = q.shape[1] // k.shape[2], k.shape[1]
-    out = torch.zeros_like(q)
-    for row, length in enumerate(lengths.tolist()):
-        pages = table[row, : -(-length // page)].long()
-        one, two = (
-            x[pages].flatten(0, 1)[:length].repeat_interleave(group, 1).transpose(0, 1)
-            for x in (k, v)
-        )
-        p = (q[row, :, None] @ one.transpose(1, 2) * scale).softmax(-1, dtype=torch.float32)
-        out[row] = (p.to(q.dtype) @ two)[:, 0]
-    return out
-
-
-def check(emulated, arguments, scale):
-    q, k, v, *indices = arguments
-    out = emulated.decode_attention(*arguments, scale)
-    exact = reference.decode_attention(q.double(), k.double(), v.double(), *indices, scale)
-    judge("out", out, exact, plain(*arguments, scale))
-    assert not out[arguments[-1] == 0].any()
-
-
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "page"),
     # Narrow; a remainder of the head dimension; the shape of LLaMA's models; the widest.
     [(8, 8, 16, 16), (8, 2, 80, 7), (8, 1, 128, 32), (2, 1, 256, 16)],
 )
 def test_numerics(emulated, heads, kv_heads, dim, page, splits, dtype, seed):
-    check(emulated, make(heads, kv_heads, dim, page, dtype, "normal", seed), dim**-0.5)
+    check(
+        emulated.decode_attention,
+        make(heads, kv_heads, dim, page, dtype, "normal", seed, LENGTHS),
+        dim**-0.5,
+    )
 
 
 @pytest.mark.parametrize("kind", ["small", "tail", "offset"])
 def test_hard_inputs(emulated, kind, splits, dtype, seed):
-    check(emulated, make(2, 1, 24, 16, dtype, kind, seed), 0.2)
+    check(emulated.decode_attention, make(2, 1, 24, 16, dtype, kind, seed, LENGTHS), 0.2)
 
 
 @pytest.mark.parametrize("dim", [17, 67])
 def test_rows_that_are_not_aligned(emulated, dim, splits, dtype, seed):
-    check(emulated, make(2, 1, dim, 16, dtype, "normal", seed, lengths=[70, 0, 5]), 0.2)
+    check(emulated.decode_attention, make(2, 1, dim, 16, dtype, "normal", seed, [70, 0, 5]), 0.2)
 
 
 @pytest.mark.parametrize("scale", [0.25, -0.3, 0.0])
 def test_groups_larger_than_a_tile(emulated, scale, dtype, seed):
-    check(emulated, make(42, 2, 16, 16, dtype, "normal", seed, lengths=[0, 3, 70]), scale)
+    check(emulated.decode_attention, make(42, 2, 16, 16, dtype, "normal", seed, [0, 3, 70]), scale)
 
 
 def test_more_splits_than_warps_of_the_second_stage(emulated, dtype, seed, monkeypatch):
     monkeypatch.setattr(calls, "split_count", lambda items, capacity, slots: 40)
-    check(emulated, make(2, 1, 16, 16, dtype, "normal", seed, lengths=[0, 1300]), 0.25)
+    check(emulated.decode_attention, make(2, 1, 16, 16, dtype, "normal", seed, [0, 1300]), 0.25)
 
 
 def test_any_strides(emulated, splits, dtype):
-    q, k, v, table, lengths = make(8, 2, 24, 16, dtype, "normal", 0)
+    q, k, v, table, lengths = make(8, 2, 24, 16, dtype, "normal", 0, LENGTHS)
     expected = emulated.decode_attention(q, k, v, table, lengths, 0.2)
     apart = torch.cat((q, q), 1)[:, :8]
     both = torch.stack((k, v), 2)  # keys beside values in each slot
@@ -109,7 +69,7 @@ def test_any_strides(emulated, splits, dtype):
 
 
 def test_the_order_of_threads_does_not_matter(module, emulated, splits, dtype):
-    arguments = make(8, 2, 80, 16, dtype, "normal", 0)
+    arguments = make(8, 2, 80, 16, dtype, "normal", 0, LENGTHS)
     results = []
     for seed in range(4):
         module.set_seed(seed)
@@ -141,7 +101,7 @@ def test_how_many_splits():
 
 
 def test_through_the_ops(module):
-    q, k, v, table, lengths = make(8, 2, 16, 16, torch.float32, "normal", 0)
+    q, k, v, table, lengths = make(8, 2, 16, 16, torch.float32, "normal", 0, LENGTHS)
     results = []
     for name in ("emulated", "reference"):
         with ops.use(name):
