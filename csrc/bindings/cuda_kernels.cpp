@@ -106,14 +106,40 @@ void bind_decode_attention(py::module_& m) {
         Release());
 }
 
+void bind_token_logprob(py::module_& m) {
+  m.def("token_logprob",
+        [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
+           Address targets, int64_t first, float scale, Address peak, Address total,
+           Address weighted, Address chosen, int device, uintptr_t stream) {
+          token_logprob({DType(dtype), rows, columns, at(logits), stride,
+                         at<const int64_t>(targets), first, scale, at<float>(peak),
+                         at<float>(total), at<float>(weighted), at<float>(chosen), device,
+                         stream});
+        },
+        Release());
+
+  m.def("token_logprob_backward",
+        [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
+           Address targets, int64_t first, float scale, Address lse, Address dlogprob,
+           Address dentropy, Address entropy, int device, uintptr_t stream) {
+          token_logprob_backward({DType(dtype), rows, columns, at<void>(logits), stride,
+                                  at<const int64_t>(targets), first, scale, at<const float>(lse),
+                                  at<const float>(dlogprob), at<const float>(dentropy),
+                                  at<const float>(entropy), device, stream});
+        },
+        Release());
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
   m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "attention",
-                                     "attention_backward", "decode_attention");
+                                     "attention_backward", "decode_attention", "token_logprob",
+                                     "token_logprob_backward");
   bind_rms_norm(m);
   bind_attention(m);
   bind_decode_attention(m);
+  bind_token_logprob(m);
 }
 
 }  // namespace llama2rt

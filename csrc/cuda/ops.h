@@ -92,9 +92,42 @@ struct DecodeAttention {
   uintptr_t stream;
 };
 
+struct TokenLogprob {  // one tile: columns [first, first + columns) of the vocabulary
+  DType dtype;
+  int64_t rows, columns;
+  const void* logits;
+  int64_t stride;          // rows are aligned to 16 bytes
+  const int64_t* targets;  // per row; another tile's or a negative one changes nothing
+  int64_t first;
+  float scale;  // of the logits: 1 / temperature
+  // Per row, over the tiles so far, with x = (logit - peak) * scale:
+  float* peak;      // largest logit
+  float* total;     // sum of exp(x)
+  float* weighted;  // sum of exp(x) * x; null: no entropy is wanted
+  float* chosen;    // logit of the target
+  int device;
+  uintptr_t stream;
+};
+
+struct TokenLogprobBackward {
+  DType dtype;
+  int64_t rows, columns;
+  void* logits;  // become their own gradients
+  int64_t stride;
+  const int64_t* targets;
+  int64_t first;
+  float scale;
+  const float *lse, *dlogprob;
+  const float *dentropy, *entropy;  // null: no gradient arrives through the entropy
+  int device;
+  uintptr_t stream;
+};
+
 void rms_norm(const RmsNorm&);
 void rms_norm_backward(const RmsNormBackward&);
 void decode_attention(const DecodeAttention&);
+void token_logprob(const TokenLogprob&);
+void token_logprob_backward(const TokenLogprobBackward&);
 void attention(const Attention&);
 void attention_backward(const AttentionBackward&);
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels import attention, decode_attention, elementwise
+from llama2rt.ops.cuda_kernels import attention, decode_attention, elementwise, token_logprob
 from llama2rt.ops.cuda_kernels.device import Device
 
 FUNCTIONS: dict[str, Callable] = {
@@ -21,6 +21,8 @@ FUNCTIONS: dict[str, Callable] = {
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
     "decode_attention": decode_attention.decode_attention,
+    "token_logprob": token_logprob.token_logprob,
+    "token_logprob_backward": token_logprob.token_logprob_backward,
 }
 
 
