@@ -1,5 +1,6 @@
 """What every test shares: real inputs where they are present, one seed, few threads."""
 
+import mmap
 import os
 import random
 from pathlib import Path
@@ -65,6 +66,29 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory):
         for c in words[::3]
     ]
     return Tokenizer.train(sentences, 400, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def far():
+    """`far(x)`: a copy of x whose rows lie 2^30 elements apart, in memory reserved but not filled.
+
+    The stride fits 32 bits and, from the third row on, the offset does not.
+    """
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        stride = 2**30
+        size = x.element_size() * (stride * (len(x) - 1) + x[0].numel())
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        try:
+            memory = mmap.mmap(-1, size, flags=flags)
+        except OSError as error:
+            pytest.skip(f"{size} bytes of address space: {error}")
+        apart = torch.frombuffer(memory, dtype=x.dtype).as_strided(
+            x.shape, (stride, *x[0].contiguous().stride())
+        )
+        return apart.copy_(x)
+
+    return copy
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Triton kernels in the interpreter, on outputs that start as NaN. On a GPU, tests/gpu has them."""
 
-import mmap
-
 import pytest
 import torch
 
@@ -26,26 +24,3 @@ def poisoned():
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-@pytest.fixture
-def far():
-    """`far(x)`: a copy of x whose rows lie 2^30 elements apart, in memory reserved but not filled.
-
-    The stride fits 32 bits and, from the third row on, the offset does not.
-    """
-
-    def copy(x: torch.Tensor) -> torch.Tensor:
-        stride = 2**30
-        size = x.element_size() * (stride * (len(x) - 1) + x[0].numel())
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        try:
-            memory = mmap.mmap(-1, size, flags=flags)
-        except OSError as error:
-            pytest.skip(f"{size} bytes of address space: {error}")
-        apart = torch.frombuffer(memory, dtype=x.dtype).as_strided(
-            x.shape, (stride, *x[0].contiguous().stride())
-        )
-        return apart.copy_(x)
-
-    return copy
