@@ -18,6 +18,12 @@ from llama2rt.ops.cuda_kernels.device import Device
 FUNCTIONS: dict[str, Callable] = {
     "rms_norm": elementwise.rms_norm,
     "rms_norm_backward": elementwise.rms_norm_backward,
+    "add_rms_norm": elementwise.add_rms_norm,
+    "add_rms_norm_backward": elementwise.add_rms_norm_backward,
+    "swiglu": elementwise.swiglu,
+    "swiglu_backward": elementwise.swiglu_backward,
+    "rope": elementwise.rope,
+    "rope_backward": elementwise.rope_backward,
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
     "decode_attention": decode_attention.decode_attention,
