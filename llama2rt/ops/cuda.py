@@ -38,5 +38,8 @@ class _Gpu:
     def multiprocessors(self, x: Tensor) -> int:
         return torch.cuda.get_device_properties(x.device).multi_processor_count
 
+    def cache_bytes(self, x: Tensor) -> int:
+        return torch.cuda.get_device_properties(x.device).L2_cache_size
+
 
 NATIVE: dict[str, Callable] = cuda_kernels.on(_Gpu())

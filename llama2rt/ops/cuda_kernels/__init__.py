@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels import elementwise
+from llama2rt.ops.cuda_kernels import attention, decode_attention, elementwise, token_logprob
 from llama2rt.ops.cuda_kernels.device import Device
 
 FUNCTIONS: dict[str, Callable] = {
@@ -24,6 +24,11 @@ FUNCTIONS: dict[str, Callable] = {
     "swiglu_backward": elementwise.swiglu_backward,
     "rope": elementwise.rope,
     "rope_backward": elementwise.rope_backward,
+    "attention": attention.attention,
+    "attention_backward": attention.attention_backward,
+    "decode_attention": decode_attention.decode_attention,
+    "token_logprob": token_logprob.token_logprob,
+    "token_logprob_backward": token_logprob.token_logprob_backward,
 }
 
 

@@ -22,6 +22,9 @@ class Device(Protocol):
     def multiprocessors(self, x: Tensor) -> int:
         """How many the device of x has."""
 
+    def cache_bytes(self, x: Tensor) -> int:
+        """Size of the cache that all of them share (L2)."""
+
 
 def rows(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, else a copy of which that is true."""
