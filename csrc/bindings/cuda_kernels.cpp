@@ -129,16 +129,69 @@ void bind_attention(py::module_& m) {
   backward("attention_backward_sm90", attention_backward_sm90);
 }
 
+void bind_decode_attention(py::module_& m) {
+  using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, uint32_t>;
+  using Paged = std::tuple<Address, int64_t, int64_t, int64_t>;  // page, token and head stride
+  m.def("decode_attention",
+        [](int dtype, const Sizes& sizes, const Heads& q, const Paged& k,
+           const Paged& v, const Offsets& block_table, int64_t block_table_stride,
+           const Offsets& lengths, float scale, uint32_t splits, Address out, Address partial,
+           Address lse, int device, uintptr_t stream) {
+          const auto [sequences, heads, kv_heads, head_dim, page_size] = sizes;
+          const auto [q_at, q_sequence_stride, q_head_stride] = q;
+          const auto [k_at, k_page_stride, k_token_stride, k_head_stride] = k;
+          const auto [v_at, v_page_stride, v_token_stride, v_head_stride] = v;
+          const auto [block_table_at, block_table_64] = block_table;
+          const auto [lengths_at, lengths_64] = lengths;
+          decode_attention({DType(dtype), sequences, heads, kv_heads, head_dim, at(q_at),
+                            q_sequence_stride, q_head_stride, at(k_at), at(v_at), k_page_stride,
+                            k_token_stride, k_head_stride, v_page_stride, v_token_stride,
+                            v_head_stride, page_size, at(block_table_at), block_table_64,
+                            block_table_stride, at(lengths_at), lengths_64, scale, splits,
+                            at<void>(out), at<float>(partial), at<float>(lse), device, stream});
+        },
+        Release());
+}
+
+void bind_token_logprob(py::module_& m) {
+  m.def("token_logprob",
+        [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
+           Address targets, int64_t first, float scale, Address peak, Address total,
+           Address weighted, Address chosen, int device, uintptr_t stream) {
+          token_logprob({DType(dtype), rows, columns, at(logits), stride,
+                         at<const int64_t>(targets), first, scale, at<float>(peak),
+                         at<float>(total), at<float>(weighted), at<float>(chosen), device,
+                         stream});
+        },
+        Release());
+
+  m.def("token_logprob_backward",
+        [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
+           Address dlogits, int64_t dlogits_stride, Address targets, int64_t first, float scale,
+           Address lse, Address dlogprob, Address dentropy, Address entropy, int device,
+           uintptr_t stream) {
+          token_logprob_backward({DType(dtype), rows, columns, at(logits), stride,
+                                  at<void>(dlogits), dlogits_stride,
+                                  at<const int64_t>(targets), first, scale, at<const float>(lse),
+                                  at<const float>(dlogprob), at<const float>(dentropy),
+                                  at<const float>(entropy), device, stream});
+        },
+        Release());
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
-  m.attr("KERNELS") = py::make_tuple("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward",
-                                     "rope", "attention", "attention_backward", "attention_sm90",
-                                     "attention_backward_sm90");
+  m.attr("KERNELS") = py::make_tuple(
+      "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "attention",
+      "attention_backward", "attention_sm90", "attention_backward_sm90", "decode_attention",
+      "token_logprob", "token_logprob_backward");
   bind_rms_norm(m);
   bind_swiglu(m);
   bind_rope(m);
   bind_attention(m);
+  bind_decode_attention(m);
+  bind_token_logprob(m);
 }
 
 }  // namespace llama2rt

@@ -124,6 +124,63 @@ struct AttentionBackward {
   float* delta;        // scratch, [heads, tokens]
 };
 
+// Query heads h * group ... (h + 1) * group - 1 read key head h, with group = heads / kv_heads.
+struct DecodeAttention {
+  DType dtype;
+  int64_t sequences, heads, kv_heads, head_dim;  // head_dim at most 256
+  const void* q;  // [sequences, heads, head_dim]
+  int64_t q_sequence_stride, q_head_stride;
+  const void *k_cache, *v_cache;  // [pages, page_size, kv_heads, head_dim]
+  int64_t k_page_stride, k_token_stride, k_head_stride;
+  int64_t v_page_stride, v_token_stride, v_head_stride;
+  uint32_t page_size;
+  const void* block_table;  // [sequences, ...]; entries past a sequence's end are not read
+  bool block_table_64;      // int64_t, else int32_t
+  int64_t block_table_stride;
+  const void* lengths;  // [sequences], below 2^31
+  bool lengths_64;
+  float scale;            // above 0
+  uint32_t splits;        // of each context; at least 1
+  void* out;              // [sequences, heads, head_dim], contiguous
+  float *partial, *lse;   // scratch, [splits, sequences, heads, head_dim] and without head_dim; none
+                          // with one split
+  int device;
+  uintptr_t stream;
+};
+
+struct TokenLogprob {  // one tile: columns [first, first + columns) of the vocabulary
+  DType dtype;
+  int64_t rows, columns;
+  const void* logits;
+  int64_t stride;          // rows are aligned to 16 bytes
+  const int64_t* targets;  // per row; another tile's or a negative one changes nothing
+  int64_t first;
+  float scale;  // of the logits: 1 / temperature
+  // Per row, over the tiles so far, with x = (logit - peak) * scale:
+  float* peak;      // largest logit
+  float* total;     // sum of exp(x)
+  float* weighted;  // sum of exp(x) * x; null: no entropy is wanted
+  float* chosen;    // logit of the target
+  int device;
+  uintptr_t stream;
+};
+
+struct TokenLogprobBackward {
+  DType dtype;
+  int64_t rows, columns;
+  const void* logits;
+  int64_t stride;
+  void* dlogits;  // may be the logits themselves
+  int64_t dlogits_stride;
+  const int64_t* targets;
+  int64_t first;
+  float scale;
+  const float *lse, *dlogprob;
+  const float *dentropy, *entropy;  // null: no gradient arrives through the entropy
+  int device;
+  uintptr_t stream;
+};
+
 void rms_norm(const RmsNorm&);
 void rms_norm_backward(const RmsNormBackward&);
 void swiglu(const SwiGlu&);
@@ -136,5 +193,8 @@ void attention_backward(const AttentionBackward&);
 // least one query and one key; strides multiples of 16 bytes, a token's heads inside its stride.
 void attention_sm90(const Attention&);
 void attention_backward_sm90(const AttentionBackward&);
+void decode_attention(const DecodeAttention&);
+void token_logprob(const TokenLogprob&);
+void token_logprob_backward(const TokenLogprobBackward&);
 
 }  // namespace llama2rt

@@ -435,7 +435,7 @@ _run_token_logprob_backward = _define(
     lambda dlogprob, dentropy, hidden, weight, *_: (_like(hidden), _like(weight)),
 )
 # The same with a memory for logits between the two, which becomes the gradient of weight: for
-# backends that have it (chunked_logprob says what it saves).
+# backends that have it (logprob_tiles says what it saves).
 _run_token_logprob_parked = _define(
     "token_logprob_parked(Tensor hidden, Tensor weight, Tensor targets, float temperature,"
     " bool entropy, str backend) -> (Tensor, Tensor, Tensor, Tensor)",

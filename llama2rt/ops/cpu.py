@@ -13,7 +13,7 @@ from torch import Tensor
 
 # After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
 from llama2rt import _cpu
-from llama2rt.ops import chunked_logprob
+from llama2rt.ops import logprob_tiles
 from llama2rt.ops.reference import check_lengths, check_targets
 
 DEVICES = ("cpu",)
@@ -297,18 +297,80 @@ def decode_attention(
     return out
 
 
-# See docs/kernels/token_logprob.md for what each size was measured against. A slice of the weight
-# gradient is one product over all the rows of a tile, and each product onto the gradient of hidden
-# costs an addition, hence many rows and wide slices. The logits are formed in narrow strips, which
-# are still in the cache when the softmax reads them.
-LOGPROB_TILING = chunked_logprob.Tiling(rows=2048, columns=2048, strip=1024)
+# Tiles of token_logprob: see docs/kernels/token_logprob.md for what each size was measured against.
+# A slice of the weight gradient is one product over all the rows of a tile, and each product onto
+# the gradient of hidden costs an addition, hence many rows and wide slices. The logits are formed
+# in narrow strips, which are still in the cache when the softmax reads them.
+LOGPROB_ROWS = 2048
+LOGPROB_COLUMNS = 2048
+LOGPROB_STRIP = 1024
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (fp32, contiguous) += a @ b."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
+class _Logprob:
+    """`logprob_tiles.Kernels` on this processor."""
+
+    def fold(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        first: int,
+        scale: float,
+        peak: Tensor,
+        total: Tensor,
+        weighted: Tensor | None,
+        chosen: Tensor,
+    ) -> None:
+        _cpu.token_logprob(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            targets.data_ptr(),
+            first,
+            scale,
+            peak.data_ptr(),
+            total.data_ptr(),
+            0 if weighted is None else weighted.data_ptr(),
+            chosen.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def differentiate(
+        self,
+        logits: Tensor,
+        dlogits: Tensor,
+        targets: Tensor,
+        first: int,
+        scale: float,
+        lse: Tensor,
+        dlogprob: Tensor,
+        dentropy: Tensor | None,
+        entropy: Tensor | None,
+    ) -> None:
+        _cpu.token_logprob_backward(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            dlogits.data_ptr(),
+            dlogits.stride(0),
+            targets.data_ptr(),
+            first,
+            scale,
+            lse.data_ptr(),
+            dlogprob.data_ptr(),
+            0 if dentropy is None else dentropy.data_ptr(),
+            0 if entropy is None else entropy.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        torch.mm(a, b, out=out)
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == torch.float32:
+            total.addmm_(a, b)
+            return
         product = torch.mm(a, b)
         _cpu.add_to(
             _DTYPES[product.dtype],
@@ -319,89 +381,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         )
 
 
-def _token_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    entropy: bool,
-    parked: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_targets(targets, weight.shape[0])
-    hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    peak, total, weighted, chosen = hidden.new_zeros(4, hidden.shape[0], dtype=torch.float32)
-    peak.fill_(torch.finfo(torch.float32).min)
-    scale = 1 / temperature
-
-    def fold(logits: Tensor, rows: slice, first: int) -> None:
-        _cpu.token_logprob(
-            _DTYPES[logits.dtype],
-            *logits.shape,
-            logits.data_ptr(),
-            logits.stride(0),
-            targets[rows].data_ptr(),
-            first,
-            scale,
-            peak[rows].data_ptr(),
-            total[rows].data_ptr(),
-            weighted[rows].data_ptr() if entropy else 0,
-            chosen[rows].data_ptr(),
-            torch.get_num_threads(),
-        )
-
-    chunked_logprob.forward(hidden, weight, parked, LOGPROB_TILING, fold)
-    predicted, log_total = targets >= 0, total.log()
-    logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
-    lse = log_total + peak * scale
-    if not entropy:
-        return logprob, logprob.new_empty(0), lse
-    return logprob, torch.where(predicted, log_total - weighted / total, 0.0), lse
-
-
-def _token_logprob_backward(
-    parked: Tensor | None,
-    dlogprob: Tensor,
-    dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    dlogprob, lse = dlogprob.contiguous(), lse.contiguous()
-    if dentropy is not None and entropy is not None:
-        dentropy, entropy = dentropy.contiguous(), entropy.contiguous()
-
-    def differentiate(logits: Tensor, dlogits: Tensor, rows: slice, first: int) -> None:
-        _cpu.token_logprob_backward(
-            _DTYPES[logits.dtype],
-            *logits.shape,
-            logits.data_ptr(),
-            logits.stride(0),
-            dlogits.data_ptr(),
-            dlogits.stride(0),
-            targets[rows].data_ptr(),
-            first,
-            1 / temperature,
-            lse[rows].data_ptr(),
-            dlogprob[rows].data_ptr(),
-            0 if dentropy is None else dentropy[rows].data_ptr(),
-            0 if entropy is None else entropy[rows].data_ptr(),
-            torch.get_num_threads(),
-        )
-
-    return chunked_logprob.backward(
-        hidden, weight, parked, LOGPROB_TILING, differentiate, _add_product
-    )
+def _logprob_tiles() -> logprob_tiles.Tiles:
+    return logprob_tiles.Tiles(LOGPROB_ROWS, LOGPROB_COLUMNS, LOGPROB_STRIP)
 
 
 def token_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T])."""
-    return _token_logprob(hidden, weight, targets, temperature, entropy, None)
+    check_targets(targets, weight.shape[0])
+    return logprob_tiles.forward(
+        _Logprob(), _logprob_tiles(), hidden, weight, targets, temperature, entropy
+    )
 
 
 def token_logprob_backward(
@@ -415,22 +406,23 @@ def token_logprob_backward(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of hidden, gradient of weight)."""
-    return _token_logprob_backward(
-        None, dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature
-    )
+    arguments = dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature
+    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments)
 
 
 def token_logprob_parked(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """token_logprob's results, and the memory of weight's gradient with logits parked in it."""
+    check_targets(targets, weight.shape[0])
     parked = _empty(weight)
-    return *_token_logprob(hidden, weight, targets, temperature, entropy, parked), parked
+    arguments = hidden, weight, targets, temperature, entropy, parked
+    return *logprob_tiles.forward(_Logprob(), _logprob_tiles(), *arguments), parked
 
 
 def token_logprob_parked_backward(parked: Tensor, *arguments: Any) -> Tensor:
     """token_logprob_backward's gradient of hidden; `parked` becomes the gradient of weight."""
-    return _token_logprob_backward(parked, *arguments)[0]
+    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments, parked)[0]
 
 
 NATIVE: dict[str, Callable] = {

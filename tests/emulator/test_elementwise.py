@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numerics import draw, judge
 
 from llama2rt import ops
-from llama2rt.ops import reference
+from llama2rt.ops import backend, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -230,7 +230,7 @@ def test_nothing_to_do(emulated, dtype):
         assert torch.equal(ours[0], q) and ours[1].shape == (tokens, kv_heads, 8)
 
 
-def test_through_the_ops(emulated):
+def test_through_the_ops(emulated, module):
     x, residual, weight = (
         torch.randn(*s, requires_grad=True) for s in ((3, 5, 24), (3, 5, 24), (24,))
     )
@@ -243,8 +243,16 @@ def test_through_the_ops(emulated):
             q, k = ops.rope(out, out[:, :1], cos, sin, torch.arange(15))
         loss = q.square().sum() + k.pow(3).sum()
         gradients.append(torch.autograd.grad(loss, (x, residual, weight)))
+    assert module.sync_points(), "no kernel ran"
     for ours, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_emulator_is_chosen_by_name_alone(emulated):
+    x = torch.ones(1)
+    assert backend.resolve(x) != "emulated" and "emulated" not in str(ops.backends())
+    with ops.use("emulated"):
+        assert backend.resolve(x) == "emulated"
 
 
 def test_an_error_names_op_and_shapes(emulated, module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numerics import draw, judge
 from torch import Tensor
 
-from llama2rt.ops import chunked_logprob, composed, cpu, reference
+from llama2rt.ops import composed, cpu, logprob_tiles, reference
 
 pytestmark = pytest.mark.usefixtures("isa", "poisoned")
 
@@ -252,17 +252,17 @@ def eager_logprob(
         ((33, 8, 2), (32, 64, 24), None),
         ((64, 5, 65), (32, 64, 24), 0),
         ((70, 24, 203), (32, 64, 24), None),
-        ((30, 24, 203), (32, 128, 24), 64),
-        ((70, 72, 203), (32, 64, 24), 64 + 64 + 64 + 11),
-        ((90, 72, 203), (32, 128, 40), 64),
+        ((30, 24, 203), (32, 128, 24), 96 + 48),
+        ((70, 72, 203), (32, 64, 24), 64 + 64 + 64),
+        ((90, 72, 203), (32, 128, 40), 96 + 48),
     ],
     ids=str,
 )
 def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype, seed, monkeypatch):
     """Several tiles of rows and of columns, each with a remainder, and strips inside them; with no
     logits, some or all of them parked in the gradient of weight, or (None) no parking at all."""
-    tiling = chunked_logprob.Tiling(*tiling)
-    monkeypatch.setattr(cpu, "LOGPROB_TILING", tiling)
+    for name, size in zip(("ROWS", "COLUMNS", "STRIP"), tiling, strict=True):
+        monkeypatch.setattr(cpu, f"LOGPROB_{name}", size)
     tokens, dim, vocabulary = shape
     temperature = 0.7
     hidden = draw((tokens, dim), dtype, kind, seed)
@@ -280,8 +280,8 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     else:
         logprob, entropy, lse, parked = cpu.token_logprob_parked(*forward)
         kept = (
-            chunked_logprob.parked_logits(parked, part, tokens)
-            for part in composed.tiles(vocabulary, tiling.columns)
+            logprob_tiles.parked_logits(parked, part, tokens)
+            for part in composed.tiles(vocabulary, tiling[1])
         )
         assert sum(logits.shape[1] for logits in kept) == parked_columns
     inputs = (*wide(hidden, weight), targets)

@@ -15,7 +15,7 @@ from numerics import draw, judge
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.ops import chunked_logprob, composed, reference
+from llama2rt.ops import composed, logprob_tiles, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [1, 2, 0, 113, 203, 1, 60, 58, 57]
@@ -182,7 +182,7 @@ def test_weight_gradient_is_accumulated_in_fp32(backend):
         run, rows = composed, composed.ROWS
     else:
         run = pytest.importorskip("llama2rt.ops.cpu")
-        rows = run.LOGPROB_TILING.rows
+        rows = run.LOGPROB_ROWS
     hidden = torch.full((16 * rows, 4), 0.125, dtype=torch.bfloat16)
     hidden[:rows] = 64
     weight, ones = torch.zeros(8, 4, dtype=torch.bfloat16), torch.ones(16 * rows)
@@ -228,12 +228,11 @@ def test_a_graph_may_be_differentiated_twice():
 
 
 def test_logits_are_parked_only_where_weight_wants_a_gradient(monkeypatch):
-    run = pytest.importorskip("llama2rt.ops.cpu")
+    pytest.importorskip("llama2rt.ops.cpu")
     calls = []
     monkeypatch.setattr(
-        chunked_logprob, "parked_logits", lambda parked, *_: calls.append(parked is not None)
+        logprob_tiles, "parked_logits", lambda parked, *_: calls.append(parked is not None)
     )
-    assert run.chunked_logprob is chunked_logprob
     hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16)
     targets = torch.randint(0, 50, (20,))
     ops.token_logprob(hidden, weight, targets).sum().backward()

@@ -12,7 +12,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels import attention, attention_sm90, elementwise
+from llama2rt.ops.cuda_kernels import (
+    attention,
+    attention_sm90,
+    decode_attention,
+    elementwise,
+    token_logprob,
+)
 from llama2rt.ops.cuda_kernels.device import Device
 
 FUNCTIONS: dict[str, Callable] = {
@@ -29,6 +35,9 @@ FUNCTIONS: dict[str, Callable] = {
     # Not ops of their own: for tests, and for those who set attention_sm90.VARIABLE.
     "attention_sm90": attention_sm90.attention,
     "attention_backward_sm90": attention_sm90.attention_backward,
+    "decode_attention": decode_attention.decode_attention,
+    "token_logprob": token_logprob.token_logprob,
+    "token_logprob_backward": token_logprob.token_logprob_backward,
 }
 if attention_sm90.CHOSEN:
     for op in ("attention", "attention_backward"):
