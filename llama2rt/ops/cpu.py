@@ -422,7 +422,7 @@ def token_logprob_parked(
 
 def token_logprob_parked_backward(parked: Tensor, *arguments: Any) -> Tensor:
     """token_logprob_backward's gradient of hidden; `parked` becomes the gradient of weight."""
-    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments, parked)[0]
+    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments, parked=parked)[0]
 
 
 NATIVE: dict[str, Callable] = {
