@@ -63,7 +63,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def main(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if str(record.get("what", "")).startswith("benchmarks/ops: "):
+        if str(record.get("what", "")).startswith("benchmarks: "):
             draw(record, path.with_suffix(".svg"))
             print(path.with_suffix(".svg"))
 

@@ -80,6 +80,7 @@ DIRECTIONS = {
     "forward": Contender.forward,
     "backward": Contender.backward,
     "forward + backward": Contender.both,
+    "step": Contender.forward,  # of an optimizer
 }
 
 

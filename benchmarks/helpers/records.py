@@ -80,7 +80,7 @@ def add(case: Any, result: dict[str, Any], ours: list[str]) -> None:
         return
     path = Path(folder) / f"{case.op}-{case.device}.json"
     begun: dict[str, Any] = header(case.device) | {
-        "what": f"benchmarks/ops: {case.op}",
+        "what": f"benchmarks: {case.op}",
         "rows": [],
     }
     if path.exists():

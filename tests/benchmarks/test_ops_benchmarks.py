@@ -114,7 +114,7 @@ def test_targets_name_only_ops_and_directions_that_exist():
     assert {op for table in tables for op, _ in table} <= set(OPS)
     ways = {way for table in tables for _, way in table}
     ways |= {way for table in targets.ATTENTION.values() for way in table}
-    assert ways == measure.DIRECTIONS.keys()
+    assert ways == measure.DIRECTIONS.keys() - {"step"}
 
 
 def test_a_case_measured_again_replaces_its_row_and_commits_do_not_mix(tmp_path, monkeypatch):
@@ -145,6 +145,6 @@ def test_another_apex_is_no_peer(monkeypatch):
     peers._why_not.cache_clear()
     try:
         assert "apex.normalization" in peers.missing()["apex"]
-        assert set(peers.functions("rms_norm", "cpu")) == set()
+        assert "apex" not in peers.functions("rms_norm", "cuda")
     finally:
         peers._why_not.cache_clear()
