@@ -34,6 +34,7 @@ OPTIONAL = {
     "trl": ("parity tests of losses", "pip install trl"),
     "pyarrow": ("reading Parquet", "pip install pyarrow"),
     "datasets": ("reading Hugging Face datasets", "pip install datasets"),
+    "nvidia-ml-py": ("energy of GPUs", "pip install nvidia-ml-py"),
     "wandb": ("logging to Weights & Biases", "pip install wandb"),
 }
 

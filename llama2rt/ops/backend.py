@@ -65,9 +65,18 @@ _backends = {"reference": _Backend()} | {name: _load(name) for name in NAMES[1:]
 _choice: str | None = os.environ.get("LLAMA2RT_BACKEND") or None
 
 
+def register(name: str, native: dict[str, Callable], devices: tuple[str, ...]) -> None:
+    """Makes `use(name)` run the ops of `native` on tensors of `devices`.
+
+    For tests that bring a way to run kernels of their own (the CUDA sources on a CPU). It is never
+    chosen unless asked for by name, and not listed.
+    """
+    _backends[name] = _Backend(native, devices)
+
+
 def _why_not(name: str, device: str) -> str:
     """Why backend `name` cannot run tensors of device type `device`; "" if it can."""
-    if name not in NAMES:
+    if name not in _backends:
         return f"unknown backend {name!r}, expected one of {', '.join(NAMES)}"
     found = _backends[name]
     if found.unusable or name == "reference" or device in found.devices:
@@ -107,17 +116,23 @@ def _choose(name: str | None) -> None:
     _resolved = _resolve_all()
 
 
-def has_native(op: str, name: str, dtype: torch.dtype) -> bool:
-    """Whether backend `name` has a function of its own for `op` in this dtype."""
+def _has_own(op: str, name: str, dtype: torch.dtype) -> bool:
     found = _backends[name]
     return op in found.native and dtype in found.dtypes
+
+
+def has_native(op: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether backend `name`, or its host, has a function of its own for `op` in this dtype."""
+    if _backends[name].guest and not _has_own(op, name, dtype):
+        name = host(name)
+    return _has_own(op, name, dtype)
 
 
 def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
     """The function that runs `op` (or `op` + "_backward") on backend `name`."""
     if name == "reference":
         return getattr(reference, op)
-    if has_native(op, name, dtype):
+    if _has_own(op, name, dtype):
         return _backends[name].native[op]
     if _backends[name].guest:
         return implementation(op, host(name), dtype)
@@ -139,7 +154,7 @@ class use:
 
     def __init__(self, name: str | None) -> None:
         if name is not None:
-            reason = _backends[name].unusable if name in NAMES else _why_not(name, "")
+            reason = _backends[name].unusable if name in _backends else _why_not(name, "")
             if reason:
                 raise ValueError(f"backend {name!r} cannot be used: {reason}")
         self.name = name
