@@ -84,6 +84,23 @@ def test_a_machine_that_is_not_quiet_is_noticed(monkeypatch):
         measure.quiet(case())
 
 
+def test_a_peer_that_cannot_is_left_out_and_ours_may_not_fail():
+    def refuse(x):
+        raise RuntimeError("not for this shape")
+
+    x = torch.randn(3)
+    works, fails = measure.Contender(torch.square, (x,)), measure.Contender(refuse, (x,))
+
+    def calls(**contenders):
+        return measure.rotating(case(set_up=lambda: measure.SetUp(x.clone, contenders)))
+
+    found = calls(cpu=works, eager=fails)
+    assert found.contenders.keys() == {"cpu"}
+    assert found.left_out == {"eager": "RuntimeError: not for this shape"}
+    with pytest.raises(RuntimeError, match="not for this shape"):
+        calls(cpu=fails, eager=works)
+
+
 def rows(**seconds: float) -> dict[str, dict]:
     found = {
         name: {"seconds": s, "rate": 48 / s, "percent_of_ceiling": 100 * 0.9 / s, "extra_bytes": 10}
