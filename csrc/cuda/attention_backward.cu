@@ -34,7 +34,7 @@ constexpr Shape dq_shape(int dim) {
 // Two accumulators of 256 columns exceed the registers: there two warps share the resident rows,
 // form the same s, and sum half of the columns each.
 constexpr Shape dkdv_shape(int dim) {
-  if (dim <= 64) return {64, 32, 4, 3};
+  if (dim <= 64) return {64, 64, 4, 2};
   return dim <= 128 ? Shape{64, 32, 4, 2} : Shape{64, 16, 8, 1};
 }
 
@@ -126,11 +126,16 @@ __global__ void __launch_bounds__(32 * dq_shape(DIM).warps, dq_shape(DIM).blocks
     for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float p = ptx::exp2(fmaf(scores[0][n][i], scale, -lse[i / 2]));
-        if (start + KEYS > tile.full && start + n * 8 + lane % 4 * 2 + i % 2 > last[i / 2])
-          p = 0.0f;
+        const float p = ptx::exp2(fmaf(scores[0][n][i], scale, -lse[i / 2]));
         ds[0][n][i] = p * (ds[0][n][i] - delta[i / 2]);
       }
+    if (start + KEYS > tile.full) {
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (start + n * 8 + lane % 4 * 2 + i % 2 > last[i / 2]) ds[0][n][i] = 0.0f;
+    }
     uint32_t rounded[1][KEYS / 16][4];
     operand<T>(rounded, ds);
     multiply_columns<1, KEYS, DIM, DIM>(acc, rounded, k_tile);
@@ -217,11 +222,16 @@ __global__ void __launch_bounds__(32 * dkdv_shape(DIM).warps, dkdv_shape(DIM).bl
 #pragma unroll
       for (int n = 0; n < ROWS / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = n * 8 + lane % 4 * 2 + i % 2;
-          p[0][n][i] = ptx::exp2(fmaf(p[0][n][i], scale, -row_lse[r]));
-          if (start < tile.full && lane / 4 + i / 2 * 8 > last(r)) p[0][n][i] = 0.0f;
-        }
+        for (int i = 0; i < 4; ++i)
+          p[0][n][i] =
+              ptx::exp2(fmaf(p[0][n][i], scale, -row_lse[n * 8 + lane % 4 * 2 + i % 2]));
+      if (start < tile.full) {
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (lane / 4 + i / 2 * 8 > last(n * 8 + lane % 4 * 2 + i % 2)) p[0][n][i] = 0.0f;
+      }
       multiply_rows<1, ROWS, DIM>(ds, v_tile, first_key, dout_tile);
       operand<T>(rounded, p);
       multiply_columns<1, ROWS, COLUMNS, DIM>(dv, rounded, dout_tile, first_chunk);

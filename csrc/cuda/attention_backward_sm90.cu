@@ -1,13 +1,13 @@
-// Attention backward for Hopper, without atomics: one kernel owns rows of dq, one owns keys of dk and
-// dv, so that the bits repeat. Blocks, tiles and instructions are those of the forward pass.
+// Attention backward for Hopper, without atomics: one kernel owns rows of dq, one owns keys of dk
+// and dv, so that the bits repeat. Blocks, tiles and instructions are those of the forward pass.
 //
 //   p = 2^(score * scale * log2(e) - lse * log2(e));  ds = p * (dp - delta),  dp = dout . values
 //   dq = scale * ds . keys;  dv = p^T . dout;  dk = scale * ds^T . queries;  delta = dout . out
 //
 // The kernel of dq also computes delta, which the other one reads. That one forms scores and dp
-// transposed, rows of keys, so that p^T and ds^T leave the registers as left factors. Documents' ends
-// are as in the forward pass: scores are masked by selection, and what a product sums over is zero
-// where the next document begins.
+// transposed, rows of keys, so that p^T and ds^T leave the registers as left factors. Documents'
+// ends are as in the forward pass: scores are masked by selection, and what a product sums over is
+// zero where the next document begins.
 //
 // Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), its loops divided between two kernels.
 // Left out: products of one tile under the arithmetic of another inside a warp group (the two warp
@@ -46,7 +46,7 @@ template <int DIM>
 __device__ void load_inner(BackwardShared<DIM>& s, int i, const Pair& maps, int head,
                            int64_t token) {
   uint64_t* barrier = &s.ring.full[i % STAGES];
-  s.ring.wait_free(i);
+  mbarrier_wait(&s.ring.free[i % STAGES], s.ring.parity(i) ^ 1);
   mbarrier_arrive_expect(barrier, sizeof(s.inner[0]));
   load_tile(s.inner[i % STAGES][0], maps.one, barrier, head, token);
   load_tile(s.inner[i % STAGES][1], maps.two, barrier, head, token);
@@ -104,10 +104,11 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
   for (int i = 0; i < w.tiles; ++i) {
     auto& keys = s.inner[i % STAGES][0];
     const int key = i * INNER;
-    s.ring.wait_full(i);
+    mbarrier_wait(&s.ring.full[i % STAGES], s.ring.parity(i));
     if (w.keys - key < INNER) {
       clear_rows(keys, w.keys - key);
-      finish_clearing(group);
+      fence_proxy_async();
+      barrier_sync(TAIL + group, GROUP_THREADS);
     }
     wgmma_fence();
     multiply_rows<T>(scores, s.first, group_row, keys);
@@ -131,7 +132,7 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
     wgmma_commit();
     wgmma_wait<0>();
     pin(dq);
-    s.ring.release(i);
+    if (speaks_for_warp()) mbarrier_arrive(&s.ring.free[i % STAGES]);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -141,8 +142,8 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
 
 // ---- dk and dv ----
 
-// 128 keys of one key head, and the queries of their document and of all heads of the group that see
-// any of them: those from `begin` on.
+// 128 keys of one key head, and the queries of their document and of all heads of the group that
+// see any of them: those from `begin` on.
 struct KeyWork {
   int64_t query_start, key_start;
   int queries, keys, first, head, group, shift, begin;
@@ -189,11 +190,12 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
   for (int i = 0; i < w.uses; ++i) {
     auto &rows = s.inner[i % STAGES][0], &dout = s.inner[i % STAGES][1];
     const int query = w.query(i), present = w.queries - query;
-    s.ring.wait_full(i);
+    mbarrier_wait(&s.ring.full[i % STAGES], s.ring.parity(i));
     if (present < INNER) {
       clear_rows(rows, present);
       clear_rows(dout, present);
-      finish_clearing(group);
+      fence_proxy_async();
+      barrier_sync(TAIL + group, GROUP_THREADS);
     }
     wgmma_fence();
     multiply_rows<T>(scores, s.first, group_row, rows);
@@ -202,16 +204,20 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     wgmma_wait<0>();
     pin(scores), pin(dp);
     const int64_t at = w.query_head(i) * a.tokens + w.query_start + query;
+    // Past the document's end queries and dout are zeros: p is 1 and ds 0, and both meet zeros.
+    // Two loops, since registers for lse and delta at once are not left.
 #pragma unroll
     for (int j = 0; j < INNER / 2; ++j) {
       const int column = first_column() + column_of(j);
-      const bool hidden =
-          column >= present || (a.causal && key + 8 * row_half(j) > query + column + w.shift);
       const float lse2 = column < present ? a.lse[at + column] * LOG2E : 0.0f;
-      const float delta = column < present ? b.delta[at + column] : 0.0f;
-      const float p = hidden ? 0.0f : ptx::exp2(fmaf(scores[j], scale2, -lse2));
-      scores[j] = p;
-      dp[j] = hidden ? 0.0f : p * (dp[j] - delta);
+      const bool hidden = a.causal && key + 8 * row_half(j) > query + column + w.shift;
+      scores[j] = hidden ? 0.0f : ptx::exp2(fmaf(scores[j], scale2, -lse2));
+    }
+    pin(scores);
+#pragma unroll
+    for (int j = 0; j < INNER / 2; ++j) {
+      const int column = first_column() + column_of(j);
+      dp[j] = scores[j] * (dp[j] - (column < present ? b.delta[at + column] : 0.0f));
     }
     to_factor<T>(scores, weights);
     to_factor<T>(dp, dscores);
@@ -222,7 +228,7 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     wgmma_commit();
     wgmma_wait<0>();
     pin(dk), pin(dv);
-    s.ring.release(i);
+    if (speaks_for_warp()) mbarrier_arrive(&s.ring.free[i % STAGES]);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)

@@ -73,26 +73,33 @@ __global__ void __launch_bounds__(32 * shape(DIM).warps, shape(DIM).blocks)
       first_row >= tile.rows.count ? 0 : min(tile.end, tile.last(first_row + 16 * M - 1) + 1);
 
   for (int start = 0, turn = 0; start < tile.end; start += KEYS, turn += 2) {
-    const bool busy = start < warp_end, masked = start + KEYS > tile.full;
+    const bool busy = start < warp_end;
     uint32_t p[M][KEYS / 16][4];
     const T* const k_tile = wait_for(turn);
     if (busy) {
       float scores[M][KEYS / 8][4] = {};
       multiply_rows<M, KEYS, DIM>(scores, q_tile, first_row, k_tile);
+      if (start + KEYS > tile.full) {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int last = tile.last(first_row + m * 16 + i / 2 * 8 + lane / 4);
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n)
+              if (start + n * 8 + lane % 4 * 2 + i % 2 > last) scores[m][n][i] = -INFINITY;
+          }
+      }
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int last = masked ? tile.last(first_row + m * 16 + half * 8 + lane / 4) : 0;
           float highest = -INFINITY;
 #pragma unroll
           for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; ++i) {
-              if (masked && start + n * 8 + lane % 4 * 2 + i % 2 > last)
-                scores[m][n][i] = -INFINITY;
+            for (int i = 2 * half; i < 2 * half + 2; ++i)
               highest = fmaxf(highest, scores[m][n][i]);
-            }
           highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 1));
           highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 2));
           highest = fmaxf(peak[m][half], highest * scale);

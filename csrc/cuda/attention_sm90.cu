@@ -3,9 +3,9 @@
 //
 // A block has 128 queries of one head and walks over the document's keys, 128 at a time, from the
 // last that its rows see to the first. One thread of the first warp group keeps rings of key and
-// value tiles filled. Each of the other two warp groups owns 64 rows. Inside a warp group the scores
-// of one tile are multiplied while the values of the tile before are; between them the two take
-// turns at issuing products, so that one's softmax runs under the other's products.
+// value tiles filled. Each of the other two warp groups owns 64 rows. Inside a warp group the
+// scores of one tile are multiplied while the values of the tile before are; between them the two
+// take turns at issuing products, so that one's softmax runs under the other's products.
 //
 // The tiles of a document's end also hold the next document's rows. Their scores are masked by
 // selection, and their values are overwritten with zeros, so that nothing of them, not even a NaN,
@@ -43,10 +43,10 @@ __device__ void produce(Shared<DIM>& s, const TensorMap& q, const TensorMap& k, 
   for (int i = 0; i < w.tiles; ++i) {
     const int stage = i % s.STAGES;
     const int64_t token = w.key_start + (int64_t)(w.tiles - 1 - i) * KEYS;
-    s.keys.wait_free(i);
+    mbarrier_wait(&s.keys.free[stage], s.keys.parity(i) ^ 1);
     mbarrier_arrive_expect(&s.keys.full[stage], sizeof(s.k[0]));
     load_tile(s.k[stage], k, &s.keys.full[stage], w.kv_head, token);
-    s.values.wait_free(i);
+    mbarrier_wait(&s.values.free[stage], s.values.parity(i) ^ 1);
     mbarrier_arrive_expect(&s.values.full[stage], sizeof(s.v[0]));
     load_tile(s.v[stage], v, &s.values.full[stage], w.kv_head, token);
   }
@@ -60,7 +60,8 @@ struct Softmax {
   float peak[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 };
 
-// Scores become weights 2^(score * scale2 - peak); decay[r] is what earlier sums of row r shrink by.
+// Scores become weights 2^(score * scale2 - peak); decay[r] is what earlier sums of row r shrink
+// by.
 __device__ inline void weigh(float (&scores)[KEYS / 2], Softmax& softmax, float (&decay)[2],
                              float scale2) {
 #pragma unroll
@@ -127,14 +128,15 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
     weigh(scores, softmax, decay, a.scale * LOG2E);
   };
   auto wait_keys = [&](int i) {
-    if (i < w.tiles) s.keys.wait_full(i);
+    if (i < w.tiles) mbarrier_wait(&s.keys.full[i % s.STAGES], s.keys.parity(i));
   };
   auto wait_values = [&](int i) {
-    s.values.wait_full(i);
+    mbarrier_wait(&s.values.full[i % s.STAGES], s.values.parity(i));
     const int present = w.keys - (w.tiles - 1) * KEYS;
     if (i == 0 && present < KEYS) {
       clear_rows(s.v[0], present);
-      finish_clearing(group);
+      fence_proxy_async();
+      barrier_sync(TAIL + group, GROUP_THREADS);
     }
   };
 
@@ -146,7 +148,7 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
     wgmma_commit();
     wgmma_wait<0>();
     pin(scores);
-    s.keys.release(0);
+    if (speaks_for_warp()) mbarrier_arrive(&s.keys.free[0]);
     finish_scores(0);
     to_factor<T>(scores, factor);
     wait_keys(1);
@@ -165,7 +167,7 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
       if (group == 0 || i + 1 < w.tiles) barrier_arrive(TURN + 1 - group, 2 * GROUP_THREADS);
       wgmma_wait<1>();
       pin(scores);
-      s.keys.release(i);
+      if (speaks_for_warp()) mbarrier_arrive(&s.keys.free[i % s.STAGES]);
       finish_scores(i);
       pin(scores);
       // Here and not where the keys are needed: without a branch between the softmax and the next
@@ -173,7 +175,7 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
       wait_keys(i + 1);
       wgmma_wait<0>();
       pin(sums), pin(factor);
-      s.values.release(i - 1);
+      if (speaks_for_warp()) mbarrier_arrive(&s.values.free[(i - 1) % s.STAGES]);
 #pragma unroll
       for (int j = 0; j < DIM / 2; ++j) sums[j] *= decay[row_half(j)];
       to_factor<T>(scores, factor);

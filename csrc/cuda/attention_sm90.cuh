@@ -1,5 +1,5 @@
-// What the forward and backward kernels for Hopper share: the shape of their blocks, tiles in shared
-// memory between TMA and wgmma, and the two ways in which they are multiplied.
+// What the forward and backward kernels for Hopper share: the shape of their blocks, tiles in
+// shared memory between TMA and wgmma, and the two ways in which they are multiplied.
 //
 // Named and inline, unlike elsewhere: in the passes for other architectures the kernels' bodies are
 // left out, and nvcc would report everything of an anonymous namespace as unused.
@@ -28,7 +28,10 @@ inline constexpr int TURN = 1, TAIL = 3;
 template <int DIM, int LENGTH>
 using Tile = unsigned char[DIM / 64][LENGTH][128];
 
-// A ring of STAGES places that one thread fills and the computing warps empty.
+// A ring of STAGES places that one thread fills and the computing warps empty: use i is of place i
+// % STAGES. That place is full when the phase of parity(i) of its first barrier has ended, and free
+// when that of parity(i) ^ 1 of the second has: of parity 1 it "has", before that of parity 0
+// began.
 template <int STAGES>
 struct Ring {
   uint64_t full[STAGES], free[STAGES];
@@ -39,15 +42,11 @@ struct Ring {
       mbarrier_init(&free[stage], CONSUMER_WARPS);
     }
   }
-  // Use i of the ring. In the first round every place is free: the phase of parity 1 has "ended"
-  // before that of parity 0 began.
-  __device__ void wait_free(int i) { mbarrier_wait(&free[i % STAGES], i / STAGES % 2 ^ 1); }
-  __device__ void wait_full(int i) { mbarrier_wait(&full[i % STAGES], i / STAGES % 2); }
-  // A warp has read place i: its lanes have come through wgmma_wait together.
-  __device__ void release(int i) {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(&free[i % STAGES]);
-  }
+  __device__ static uint32_t parity(int i) { return i / STAGES % 2; }
 };
+
+// One lane reports for its warp: all of them have come through wgmma_wait together.
+__device__ inline bool speaks_for_warp() { return threadIdx.x % 32 == 0; }
 
 // Starts the copy of LENGTH tokens of one head from `token` on.
 template <int CHUNKS, int LENGTH>
@@ -58,17 +57,14 @@ __device__ void load_tile(unsigned char (&to)[CHUNKS][LENGTH][128], const Tensor
     load_box(to[chunk], map, barrier, 64 * chunk, head, (int)token);
 }
 
-// Zeros from row `from` on. Both computing warp groups write them all, and each then waits for its
-// own threads only: it does not matter that the other may already read, or still write, the same.
+// Zeros from row `from` on; a fence and a barrier of the warp group must follow. Both computing
+// warp groups write all of them and each waits for its own threads only: it does not matter that
+// the other may already read, or still write, the same.
 template <int CHUNKS, int LENGTH>
 __device__ void clear_rows(unsigned char (&tile)[CHUNKS][LENGTH][128], int from) {
   for (int chunk = 0; chunk < CHUNKS; ++chunk)
     for (int i = from * 8 + threadIdx.x % GROUP_THREADS; i < LENGTH * 8; i += GROUP_THREADS)
       store_zeros(&tile[chunk][0][0] + 16 * i);
-}
-__device__ inline void finish_clearing(int group) {
-  fence_proxy_async();
-  barrier_sync(TAIL + group, GROUP_THREADS);
 }
 
 // sums [64, LENGTH] = rows `row` to `row` + 63 of a, times the rows of b.
@@ -121,8 +117,8 @@ __device__ void store_row(void* to, int64_t row, const float (&sums)[HALF], int 
     *reinterpret_cast<uint32_t*>(place + column_of(i)) = pack<T>(sums[i] * by, sums[i + 1] * by);
 }
 
-// 128 queries of one head. Tiles of rows are shared out as in attention.cuh, a query head at a time:
-// `section` key heads, whose keys and values then stay in the cache, before the next ones.
+// 128 queries of one head. Tiles of rows are shared out as in attention.cuh, a query head at a
+// time: `section` key heads, whose keys and values then stay in the cache, before the next ones.
 template <int KEYS>
 struct QueryWork {
   int64_t query_start, key_start;  // tokens

@@ -1,9 +1,11 @@
-// Hopper's asynchronous instructions as functions: barriers in shared memory that count arrivals and
-// bytes (mbarrier), tile copies by the tensor memory accelerator (TMA), warp-group products (wgmma).
-// No other file holds sm_90 PTX. The emulator puts its own header of this name in front with -I.
+// Hopper's asynchronous instructions as functions: barriers in shared memory that count arrivals
+// and bytes (mbarrier), tile copies by the tensor memory accelerator (TMA), warp-group products
+// (wgmma). No other file holds sm_90 PTX. The emulator puts its own header of this name in front
+// with -I.
 //
-// Section numbers are those of the PTX ISA 9.0. Compiled for another architecture than sm_90a these
-// functions must not be instantiated: kernels ask IS_SM90A.
+// Sections are named as in the PTX ISA, section 9.7 of whose editions differ in their numbers.
+// Compiled for another architecture than sm_90a these functions must not be instantiated: kernels
+// ask IS_SM90A.
 #pragma once
 
 #include <cuda.h>
@@ -31,7 +33,7 @@ __device__ inline uint32_t shared_offset(const void* pointer) {
   return (uint32_t)__cvta_generic_to_shared(pointer);
 }
 
-// ---- mbarrier (9.7.13.15) ----
+// ---- mbarrier (Parallel Synchronization and Communication Instructions: mbarrier) ----
 // A phase ends when `count` arrivals have come and as many bytes as were expected. Phases have
 // parities 0, 1, 0, ...; before the first has ended, the one of parity 1 counts as ended.
 
@@ -40,7 +42,7 @@ __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
                : "memory");
 }
 
-// Makes initialised barriers visible to the TMA unit (9.7.13.4).
+// Makes initialised barriers visible to the TMA unit (the same, membar / fence).
 __device__ inline void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -72,7 +74,7 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// ---- TMA (9.7.9.25 and 5.5) ----
+// ---- TMA (Tensors; Data Movement and Conversion Instructions: cp.async.bulk.tensor) ----
 
 using TensorMap = CUtensorMap;
 
@@ -131,7 +133,7 @@ __device__ inline void load_box(void* to, const TensorMap& map, uint64_t* barrie
       : "memory");
 }
 
-// ---- What the asynchronous units may see of other writes (9.7.13.4) ----
+// ---- What the asynchronous units may see of other writes (membar / fence: proxy fences) ----
 
 __device__ inline void store_zeros(void* to) {  // 16 bytes of shared memory
   *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
@@ -144,8 +146,8 @@ __device__ inline void fence_proxy_async() {
 
 // ---- Warps and their registers ----
 
-// Part of a block (9.7.13.1): the barrier opens when `threads` threads have come to it; those that
-// only arrive go on at once. Barrier 0 is __syncthreads().
+// Part of a block (barrier.cta): the barrier opens when `threads` threads have come to it; those
+// that only arrive go on at once. Barrier 0 is __syncthreads().
 __device__ inline void barrier_sync(int barrier, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -153,7 +155,7 @@ __device__ inline void barrier_arrive(int barrier, int threads) {
   asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Registers of each thread of a warp group from here on (9.7.20.5).
+// Registers of each thread of a warp group from here on (Miscellaneous Instructions: setmaxnreg).
 template <int REGISTERS>
 __device__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -163,19 +165,20 @@ __device__ void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// ---- wgmma (9.7.15) ----
+// ---- wgmma (Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions) ----
 
-// Describes a matrix in shared memory with the 128-byte swizzle (9.7.15.5.1.2.2), which repeats
-// every 1024 bytes = 8 rows of 128; `start` may point into a row but its pattern begins at a multiple
-// of 1024. K contiguous: `stride` bytes from 8 rows to the next 8, `leading` is not used. Rows along
-// K, contiguous along N: `stride` from 8 rows to the next 8, `leading` from 64 columns to the next.
+// Describes a matrix in shared memory with the 128-byte swizzle (Canonical Layouts; Matrix
+// Descriptor Format), which repeats every 1024 bytes = 8 rows of 128; `start` may point into a row
+// but its pattern begins at a multiple of 1024. K contiguous: `stride` bytes from 8 rows to the
+// next 8, `leading` is not used. Rows along K, contiguous along N: `stride` from 8 rows to the next
+// 8, `leading` from 64 columns to the next.
 __device__ inline uint64_t matrix_descriptor(const void* start, uint32_t leading, uint32_t stride) {
   auto encode = [](uint32_t bytes) { return (uint64_t)((bytes & 0x3ffff) >> 4); };
   return encode(shared_offset(start)) | encode(leading) << 16 | encode(stride) << 32 |
          (uint64_t)1 << 62;
 }
 
-// Between the last access to registers and a product that uses them (9.7.15.7.1).
+// Between the last access to registers and a product that uses them (wgmma.fence).
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ inline void wgmma_commit() {
@@ -204,10 +207,11 @@ __device__ void pin(uint32_t (&values)[ROWS][COLUMNS]) {
     for (int j = 0; j < COLUMNS; ++j) asm volatile("" : "+r"(values[i][j])::"memory");
 }
 
-// The sums of a product, 64 x N (Figure 149): with g = lane / 4 and c = 2 * (lane % 4), thread
-// (warp, lane) of a warp group holds in sums[i] row 16 * warp + g + 8 * (i / 2 % 2) and column
-// 8 * (i / 4) + c + i % 2. A from registers, 64 x 16 (Figure 148): its four registers hold, two
-// neighbours along K each, (row g, column c), (g + 8, c), (g, c + 8), (g + 8, c + 8) of its 16 rows.
+// The sums of a product, 64 x N (Register Fragments, accumulator D of m64nNk16): with g = lane / 4
+// and c = 2 * (lane % 4), thread (warp, lane) of a warp group holds in sums[i] row 16 * warp + g +
+// 8 * (i / 2 % 2) and column 8 * (i / 4) + c + i % 2. A from registers, 64 x 16 (the same,
+// multiplicand A): its four registers hold, two neighbours along K each, (row g, column c), (g + 8,
+// c), (g, c + 8), (g + 8, c + 8) of its 16 rows.
 #define LLAMA2RT_NAMES_32                                                                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "    \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"

@@ -1,10 +1,10 @@
 // Stands in for csrc/cuda/ptx_sm90.cuh: Hopper's asynchronous instructions.
 //
 // What is asynchronous there happens at a time drawn from the seed here. A tile arrives, and its
-// bytes are counted, at any moment after its copy was started. A product is carried out at any moment
-// between its issue and the wait for its group, with what then lies in the registers and the shared
-// memory that it names, found through its descriptors and the swizzle; its sums read as NaN until
-// that wait. Zeros written for the asynchronous units reach memory at the fence.
+// bytes are counted, at any moment after its copy was started. A product is carried out at any
+// moment between its issue and the wait for its group, with what then lies in the registers and the
+// shared memory that it names, found through its descriptors and the swizzle; its sums read as NaN
+// until that wait. Zeros written for the asynchronous units reach memory at the fence.
 //
 // Left out: clusters, other swizzles than 128 bytes, wgmma.fence beyond its being there at all, and
 // that the four warps of a group issue the same products (each warp is followed by itself).

@@ -1,5 +1,5 @@
 // What Hopper's units do beside the threads: barriers that count bytes, tile copies, products of a
-// warp group. See ptx_sm90.cuh for when they do it. Sections are those of the PTX ISA 9.0.
+// warp group. See ptx_sm90.cuh for when they do it; sections are named as in the PTX ISA.
 #include <string.h>
 
 #include <algorithm>
@@ -18,7 +18,7 @@ constexpr unsigned GROUP_ROWS_OF_WARP = 16, STEP = 16;  // rows of a warp, and a
 constexpr int ROW_BYTES = 128;                          // of the swizzle
 
 // The 128-byte swizzle: of an address in shared memory, the 16-byte unit inside a row of 128 bytes
-// is exchanged according to the row's number among eight (9.7.15.5.1.2.1.3, Swizzle<3, 4, 3>).
+// is exchanged according to the row's number among eight (Canonical Layouts, Swizzle<3, 4, 3>).
 uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 uint32_t shared_offset(const void* pointer) {
@@ -31,7 +31,7 @@ void defer_late(Block* block, unsigned times, const std::function<void()>& work)
   block->defer([=] { times ? defer_late(block, times - 1, work) : work(); });
 }
 
-// ---- mbarrier (9.7.13.15) ----
+// ---- mbarrier ----
 
 // Memory that was never initialised is all ones, and so `not_initialised`.
 struct Mbarrier {
@@ -70,7 +70,7 @@ struct Product {
   Sums* sums;
 };
 
-// Row and column of a thread's i-th sum in its warp (Figure 149).
+// Row and column of a thread's i-th sum in its warp (Register Fragments, accumulator D).
 unsigned row_of(unsigned lane, unsigned i) { return lane / 4 + 8 * (i / 2 % 2); }
 unsigned column_of(unsigned lane, unsigned i) { return 8 * (i / 4) + lane % 4 * 2 + i % 2; }
 
@@ -123,7 +123,7 @@ struct Products {
                          is_bf16);
     for (unsigned row = 0; row < GROUP_ROWS_OF_WARP; ++row)
       for (unsigned k = 0; k < STEP; ++k) {
-        if (p.common.a_registers) {  // Figure 148
+        if (p.common.a_registers) {  // Register Fragments, A
           const uint32_t pair = p.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
           a[row][k] = number((uint16_t)(pair >> 16 * (k % 2)), is_bf16);
         } else {

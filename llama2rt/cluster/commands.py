@@ -3,9 +3,8 @@
 Arguments become options; what is wrong with one is an InputError that names it.
 """
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +35,7 @@ from llama2rt.cluster import (
     validate as validation,
 )
 from llama2rt.cluster.hardware import Cluster
+from llama2rt.cluster.output import or_else, print_json, ranged, table
 from llama2rt.errors import InputError
 
 Json = Annotated[bool, tyro.conf.arg(name="json", help="Print one JSON object.")]
@@ -86,9 +86,9 @@ def carbon(
     ]
     total = float(carbon_model.total(runs))
     if as_json:
-        _print_json({"method": carbon_model.METHOD, "rows": rows, "total_tco2eq": total})
+        print_json({"method": carbon_model.METHOD, "rows": rows, "total_tco2eq": total})
         return
-    _table(
+    table(
         f"Carbon: {carbon_model.METHOD}",
         ("model", "GPU hours", "W", "tCO2eq", "with host", "measured"),
         [
@@ -97,8 +97,8 @@ def carbon(
                 f"{run.gpu_hours:,.0f}" if run.gpu_hours >= 100 else f"{run.gpu_hours:g}",
                 f"{run.watts:g}",
                 f"{carbon_model.floored(carbon_model.tco2eq(run))}",
-                _range(carbon_model.with_host(run), 2),
-                _or(carbon_model.measured(run), "{:.2f}", "not measured"),
+                ranged(carbon_model.with_host(run), 2),
+                or_else(carbon_model.measured(run), "{:.2f}", "not measured"),
             )
             for run in runs
         ]
@@ -144,10 +144,10 @@ def collective(
         "provenance": collectives.PROVENANCE,
     }
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     chosen = (timing.algorithm, timing.protocol)
-    _table(
+    table(
         f"{op} of {total:,} bytes over {gpus} {gpu} on {net.name}: {timing.seconds * 1e6:,.1f} us "
         f"(within {spread:.0%}), bus bandwidth {rate / 1e9:.1f} GB/s",
         ("algorithm", "protocol", "NCCL expects (us)", ""),
@@ -171,7 +171,7 @@ def ecmp(*, flows: int, uplinks: int, hosts: int = 16, as_json: Json = False) ->
     left = congestion.efficiency(flows, uplinks, hosts)
     fullest = congestion.expected_fullest(flows * hosts, uplinks)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "flows": flows,
                 "uplinks": uplinks,
@@ -209,7 +209,7 @@ def power(
     if figure is not None:
         figures.caps(figure)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "workload": workload,
                 "watts": watts,
@@ -223,7 +223,7 @@ def power(
         )
         return
     caps = sorted({watts, *(c for c in (400.0, 350.0, 300.0, 250.0) if c <= chip.max_watts)})
-    _table(
+    table(
         f"{workload} work on {gpu}: {relative.provenance}",
         ("cap (W)", "throughput", "range", "drawn (W)", "energy per token"),
         [
@@ -281,7 +281,7 @@ def search(
         for candidate in layout_search.search(shape, cluster, seq, batch, keep=keep)
     ]
     if as_json:
-        _print_json(
+        print_json(
             {
                 "model": model,
                 "gpus": gpus,
@@ -291,7 +291,7 @@ def search(
         )
         return
     best = found[0]
-    _table(
+    table(
         f"{model} on {gpus} {gpu}, {cluster.fabric.name}, {cluster.watts:g} W: fastest layouts",
         (
             "tp",
@@ -315,15 +315,15 @@ def search(
                 one.layout.sharding,
                 str(one.layout.micro_batch),
                 one.layout.recompute,
-                _range(one.step_seconds, 2),
-                _range(one.tokens_per_s_per_gpu, 0),
+                ranged(one.step_seconds, 2),
+                ranged(one.tokens_per_s_per_gpu, 0),
                 f"{one.model_flops_utilisation.value:.0%}",
                 f"{one.memory_bytes.value / 1e9:.0f}",
             )
             for one in found
         ],
-        f"{tokens:.3g} tokens with the first: {_range(best.gpu_hours, 0)} GPU hours, "
-        f"{_range(best.energy_kwh.times(1e-3), 0)} MWh, {_range(best.tco2eq, 0)} tCO2eq. "
+        f"{tokens:.3g} tokens with the first: {ranged(best.gpu_hours, 0)} GPU hours, "
+        f"{ranged(best.energy_kwh.times(1e-3), 0)} MWh, {ranged(best.tco2eq, 0)} tCO2eq. "
         f"Times: {best.step_seconds.provenance}.",
     )
 
@@ -373,9 +373,9 @@ def compare(
         figures.waterfall(single, cases[0][0], figure)
     if as_json:
         if single is not None:
-            _print_json({"model": cases[0][0], **single.as_json()})
+            print_json({"model": cases[0][0], **single.as_json()})
         else:
-            _print_json(
+            print_json(
                 {
                     "cases": [
                         {"model": m, "gpus": n, **(c.as_json() if c else {"ratio": None})}
@@ -385,15 +385,16 @@ def compare(
             )
         return
     causes = (*comparison.CAUSES, "residual")
-    _table(
+    table(
         f"{fabrics[1]} {watts[1]:g} W over {fabrics[0]} {watts[0]:g} W on {gpu}: share of "
         "throughput that is left, and what takes the rest",
-        ("model", "GPUs", "ratio", *causes),
+        ("model", "GPUs", "ratio", "own layouts", *causes),
         [
             (
                 name,
                 f"{count}",
-                _range(c.ratio, 3) if c else "no layout fits",
+                ranged(c.ratio, 3) if c else "no layout fits",
+                f"{c.own_layouts:.3f}" if c else "",
                 *(f"{100 * c.waterfall[cause]:+.1f} %" if c else "" for cause in causes),
             )
             for name, count, c in results
@@ -440,13 +441,13 @@ def validate(
             result["held_out"] = _validation_json(held_out)
         if left_out:
             result["leave_one_group_out"] = [vars(group) for group in left_out]
-        _print_json({**result, "constants": vars(calibration.FITTED)})
+        print_json({**result, "constants": vars(calibration.FITTED)})
         return
     _validation_table("Published runs" if rows is not None else "Calibration rows", main)
     if held_out:
         _validation_table("Held-out rows (never fitted)", held_out)
     if left_out:
-        _table(
+        table(
             "Each calibration group under constants fitted to the others",
             ("group", "rows", "mean error", "worst"),
             [(g.group, str(g.rows), f"{g.mean_error:.1%}", f"{g.max_error:.1%}") for g in left_out],
@@ -468,7 +469,7 @@ def _validation_table(title: str, checked: Sequence[validation.Checked]) -> None
         "step_seconds": "s a step",
     }
     found = validation.errors(checked)
-    _table(
+    table(
         f"{title}: mean error {found['mean_error']:.1%}, worst {found['max_error']:.1%}",
         ("group", "model", "GPUs", "GPU", "published", "predicted", "unit", "error"),
         [
@@ -485,7 +486,7 @@ def _validation_table(title: str, checked: Sequence[validation.Checked]) -> None
             for item in checked
         ],
     )
-    _table(
+    table(
         "By group",
         ("group", "rows", "mean error", "worst", "bias"),
         [
@@ -514,35 +515,3 @@ def _bytes(text: str) -> int:
     number, prefix, binary = match.groups()
     step = 1024 if binary else 1000
     return int(number) * (step ** (" KMG".index(prefix)) if prefix else 1)
-
-
-def _range(estimate: prediction.Estimate, digits: int) -> str:
-    value, low, high = (f"{x:,.{digits}f}" for x in (estimate.value, estimate.low, estimate.high))
-    return f"{value} ({low}-{high})"
-
-
-def _or(value: float | None, form: str, otherwise: str) -> str:
-    return otherwise if value is None else form.format(value)
-
-
-def _table(
-    title: str, header: Sequence[str], lines: Iterable[Sequence[str]], note: str = ""
-) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    # A pipe has no width of its own; cut cells would lose digits.
-    Console(width=console.width if console.is_terminal else 160, highlight=False).print(table)
-
-
-def _print_json(result: Mapping[str, object]) -> None:
-    print(json.dumps(result, allow_nan=False))
-
-
-__all__ = ["carbon", "collective", "compare", "ecmp", "power", "search", "validate"]

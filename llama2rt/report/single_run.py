@@ -77,7 +77,8 @@ def facts(directory: str | Path) -> list[html.Block]:
             listed[key] = manifest[key]
     for group in ("summary", "versions", "inputs", "parents"):
         listed |= _flat(manifest.get(group, {}), group)
-    listed["carbon"] = carbon.of_summary(manifest.get("summary", {}))
+    metrics = read_metrics(directory / "metrics.jsonl")
+    listed["carbon"] = carbon.of_summary({**_energy(metrics), **manifest.get("summary", {})})
     blocks: list[html.Block] = [html.Facts(listed)]
     recipe = directory / "recipe.toml"
     if recipe.exists():
@@ -120,6 +121,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 break
             raise InputError(f"{path}:{number}: not a row of metrics ({error!r})") from error
     return [rows[step] for step in sorted(rows)]
+
+
+def _energy(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """energy_kwh of the training steps where a meter ran: the mean reading, in joules a step,
+    times the steps. Evaluation and checkpoints are not in it."""
+    readings = [row["joules_per_step"] for row in metrics if "joules_per_step" in row]
+    if not readings:
+        return {}
+    return {"energy_kwh": sum(readings) / len(readings) * int(metrics[-1]["step"]) / 3.6e6}
 
 
 def _status(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -132,6 +132,35 @@ def test_the_bubble_is_the_papers():
     assert interleaved.pipeline / whole == pytest.approx(7 / 64, rel=0.1)
 
 
+def test_gradients_hide_behind_the_last_micro_batch_alone():
+    # Eight times the batch is eight micro-batches, whose gradients travel once, at the end.
+    layout = replace(LAYOUTS[0], global_batch=256)
+    once, eight = (
+        step_time(SEVENTY, replace(layout, global_batch=n), cluster(), FITTED) for n in (256, 2048)
+    )
+    assert eight.compute == pytest.approx(8 * once.compute)
+    assert eight.data_parallel == pytest.approx(once.data_parallel) and once.data_parallel > 0
+    # Sharded weights are gathered for every micro-batch.
+    sharded = replace(layout, sharding="zero3")
+    once, eight = (
+        step_time(SEVENTY, replace(sharded, global_batch=n), cluster(), FITTED) for n in (256, 2048)
+    )
+    assert eight.data_parallel == pytest.approx(8 * once.data_parallel)
+
+
+def test_full_recomputation_holds_inputs_and_one_layer():
+    shape = replace(SEVENTY, layers=4)
+    sizes = {
+        how: memory_bytes(shape, Layout(4096, 1, 1, recompute=how)) for how in ("none", "full")
+    }
+    inputs = 2 * 4096 * shape.dim
+    one = memory_bytes(replace(shape, layers=2), Layout(4096, 1, 1)) - memory_bytes(
+        replace(shape, layers=1), Layout(4096, 1, 1)
+    )
+    layer = one - 16 * shape.layer_parameters
+    assert sizes["none"] - sizes["full"] == pytest.approx(3 * layer - 4 * inputs)
+
+
 def test_largest_of_many_draws():
     import numpy as np
 
@@ -198,6 +227,7 @@ def test_equal_clusters_have_a_ratio_of_exactly_one(fabric, watts):
     found = compare.compare(prediction.preset("llama2-7b"), same, same)
     assert (found.ratio.value, found.ratio.low, found.ratio.high) == (1.0, 1.0, 1.0)
     assert set(found.waterfall.values()) == {0.0}
+    assert found.own_layouts == 1.0
 
 
 @pytest.mark.parametrize("model", ["llama2-7b", "llama2-70b"])
@@ -210,6 +240,8 @@ def test_the_papers_question(model, gpus):
     assert list(found.waterfall) == [*compare.CAUSES, "residual"]
     assert all(found.waterfall[cause] >= 0 for cause in compare.CAUSES)
     assert found.ratio.low <= found.ratio.value <= found.ratio.high < 1
+    # A layout of its own can only help the second cluster, and never past the first one's best.
+    assert found.ratio.value <= found.own_layouts < 1
     # The published ratio, about 90 %, lies in the range at the paper's size.
     if gpus in (2000, 2048):
         assert found.ratio.low < compare.PUBLISHED_RATIO < found.ratio.high

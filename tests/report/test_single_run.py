@@ -56,6 +56,10 @@ def test_every_run_has_its_carbon_line(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["summary"] |= {"gpu_hours": 12.0, "gpu_watts": 400.0, "energy_kwh": 3.0}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    metered = [{"step": step, "joules_per_step": 1.8e6} for step in (10, 20)]
+    assert (
+        "4.24 kg CO2eq measured" in report.of_run(_run(tmp_path / "metered", metered)).read_text()
+    )
     text = report.of_run(folder).read_text()
     assert "1.27 kg CO2eq measured" in text and "2.03 kg CO2eq by the paper" in text
 
