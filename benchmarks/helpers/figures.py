@@ -15,12 +15,16 @@ def _directions(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["direction"] for row in rows))
 
 
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['x'] / 2**20:g} MiB" if row["axis"].startswith("bytes") else f"{row['x']:,g}"
+
+
 def draw(record: dict[str, Any], path: Path) -> None:
     """One panel per direction of the rows that share a curve."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     rows = sorted((row for row in record["rows"] if row["on_curve"]), key=lambda row: row["x"])
     panels = _directions(rows)
@@ -50,9 +54,15 @@ def draw(record: dict[str, Any], path: Path) -> None:
             label=points[0]["ceiling"],
         )
         axis.set(xscale="log", yscale="log", title=direction, xlabel=points[0]["axis"], ylabel=unit)
-        axis.grid(which="both", alpha=0.25)
+        axis.set_xticks([row["x"] for row in points], [_size(row) for row in points])
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        for scale_of in (axis.xaxis, axis.yaxis):
+            scale_of.set_minor_locator(ticker.NullLocator())
+        axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
-    where = record.get("gpu") or f"{record['machine']}, {record['threads']} threads"
+    threads = f"{record['threads']} thread{'s' * (record['threads'] > 1)}"
+    where = record.get("gpu") or f"{record['machine']}, {threads}"
     figure.suptitle(
         f"{record['what'].rpartition(' ')[2]} on {where}, {record['date']}", fontsize=10
     )
@@ -63,7 +73,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def main(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if str(record.get("what", "")).startswith("benchmarks/ops: "):
+        if str(record.get("what", "")).startswith("benchmarks: "):
             draw(record, path.with_suffix(".svg"))
             print(path.with_suffix(".svg"))
 

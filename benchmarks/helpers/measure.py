@@ -43,6 +43,7 @@ DRIFT, ATTEMPTS = 0.10, 3
 # A sample lasts at least this long: far above the clock's grain and an event's.
 LEAST_SECONDS = {"cpu": 2e-3, "cuda": 2e-4}
 OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+OWN = {"cpu", "cuda", "triton", "ours"}  # names of our contenders
 
 Function = Callable[..., Tensor | tuple[Tensor, ...] | list[Tensor]]
 
@@ -80,6 +81,7 @@ DIRECTIONS = {
     "forward": Contender.forward,
     "backward": Contender.backward,
     "forward + backward": Contender.both,
+    "step": Contender.forward,  # of an optimizer
 }
 
 
@@ -164,8 +166,19 @@ def seconds(run: Callable[[], Any], device: str, loops: int = 1) -> float:
     return (time.perf_counter() - started) / loops
 
 
-def rotating(case: Case) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
-    """(ceiling, calls by contender). On a GPU each goes round enough set-ups to leave the cache."""
+@dataclass(frozen=True)
+class Calls:
+    ceiling: Callable[[], Any]
+    contenders: dict[str, Callable[[], Any]]
+    left_out: dict[str, str]
+    """Peers that cannot do this case (a shape they refuse, memory), with their words."""
+
+
+def rotating(case: Case) -> Calls:
+    """The case's calls, each run once. On a GPU each goes round enough set-ups to leave the cache.
+
+    The first run compiles, warms up and makes oneDNN's kernels; ours must survive it.
+    """
     sets = 1
     if case.device == "cuda":
         cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -177,11 +190,19 @@ def rotating(case: Case) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]
         return lambda: next(turn)()
 
     prepare = DIRECTIONS[case.direction]
-    calls = {
-        name: turning([prepare(one.contenders[name]) for one in made])
-        for name in made[0].contenders
-    }
-    return turning([one.ceiling for one in made]), calls
+    calls, left_out = {}, {}
+    for name in made[0].contenders:
+        try:
+            calls[name] = turning([prepare(one.contenders[name]) for one in made])
+            calls[name]()
+        except Exception as error:
+            if name in OWN:
+                raise
+            calls.pop(name, None)
+            left_out[name] = f"{type(error).__name__}: {error}"
+    ceiling = turning([one.ceiling for one in made])
+    ceiling()
+    return Calls(ceiling, calls, left_out)
 
 
 def extra_bytes(run: Callable[[], Any], device: str) -> int:
@@ -207,16 +228,16 @@ def median_seconds(run: Callable[[], Any], device: str, loops: int) -> float:
 
 def measured(case: Case) -> dict[str, Any]:
     """One measurement: times, rates, shares of the ceiling, memory, drift of the ceiling."""
-    ceiling, calls = rotating(case)
+    made = rotating(case)
+    ceiling, runs = made.ceiling, {"ceiling": made.ceiling, **made.contenders}
     loops = {}
-    for name, run in {"ceiling": ceiling, **calls}.items():
-        run()  # compiles, warms up, makes oneDNN's kernels
+    for name, run in runs.items():
         once = seconds(run, case.device)
         loops[name] = 1 if SMOKE else max(1, min(100, int(LEAST_SECONDS[case.device] / once)))
     before = median_seconds(ceiling, case.device, loops["ceiling"])
     times: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(ROUNDS):
-        for name, run in {"ceiling": ceiling, **calls}.items():
+        for name, run in runs.items():
             times[name].append(seconds(run, case.device, loops[name]))
     after = median_seconds(ceiling, case.device, loops["ceiling"])
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -231,8 +252,9 @@ def measured(case: Case) -> dict[str, Any]:
                 "percent_of_ceiling": 100 * case.work / median[name] / ceiling_rate,
                 "extra_bytes": extra_bytes(run, case.device),
             }
-            for name, run in calls.items()
+            for name, run in made.contenders.items()
         },
+        "left_out": made.left_out,
     }
 
 
@@ -288,4 +310,5 @@ def table(case: Case, result: dict[str, Any], ours: list[str]) -> str:
         for target in row.get("targets", []):
             verdict = "met" if target["met"] else "MISSED"
             lines.append(f"      target {target['target']}: {target['got']:.3g}, {verdict}")
+    lines += [f"    {name} left out: {why[:200]}" for name, why in result["left_out"].items()]
     return "\n".join(lines)

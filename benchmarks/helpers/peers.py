@@ -7,6 +7,7 @@ op (see benchmarks/ops), so that a case needs no knowledge of any library. All n
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ MODULES = {
     "cce": "cut_cross_entropy",
     "flash_attn": "flash_attn.flash_attn_interface",
     "apex": "apex.normalization.fused_layer_norm",
+    "apex Adam": "apex.optimizers",
 }
 
 
@@ -117,6 +119,14 @@ _FIND = {
     "attention": _attention,
     "decode_attention": _decode_attention,
 }
+
+
+def adamw(settings: dict[str, Any]) -> dict[str, Callable]:
+    """Makers of optimizers over parameters on a GPU; decoupled weight decay, as in AdamW."""
+    if _why_not("apex Adam"):
+        return {}
+    apex = importlib.import_module(MODULES["apex Adam"])
+    return {"apex": lambda parameters: apex.FusedAdam(parameters, adam_w_mode=True, **settings)}
 
 
 def functions(op: str, device: str) -> dict[str, Callable]:

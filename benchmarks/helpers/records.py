@@ -4,6 +4,7 @@ BENCH_OUT names the folder; without it nothing is written. A case measured again
 former row, but rows of two commits or machines are never mixed: the file is then begun anew.
 """
 
+import functools
 import json
 import os
 import platform
@@ -39,6 +40,7 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
+@functools.cache  # of the whole run, whatever happens to the tree meanwhile
 def commit() -> str:
     """The commit of the tree that holds these files, and "+" after changes; "" outside of one."""
     folder = Path(__file__).parent
@@ -80,7 +82,7 @@ def add(case: Any, result: dict[str, Any], ours: list[str]) -> None:
         return
     path = Path(folder) / f"{case.op}-{case.device}.json"
     begun: dict[str, Any] = header(case.device) | {
-        "what": f"benchmarks/ops: {case.op}",
+        "what": f"benchmarks: {case.op}",
         "rows": [],
     }
     if path.exists():

@@ -5,7 +5,7 @@
 Steps alternate between the sides, which begin with the same loss; a figure is the ratio of medians.
 The GEMM ceiling is measured before and after: a run during which it moved by more than a tenth is
 not worth recording. Peers that are not installed are left out, with the reason. litgpt is in no
-extra of ours, because its own bounds exclude the transformers and huggingface_hub that others need:
+extra of ours, because its bounds (0.5.13: huggingface_hub below 1.4) exclude what others bring:
 
     pip install --no-deps litgpt lightning pytorch-lightning lightning-utilities torchmetrics \\
         "jsonargparse<=4.41"

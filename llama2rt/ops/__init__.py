@@ -1,7 +1,8 @@
 """The seven ops of a LLaMA model, differentiable, with interchangeable backends.
 
 `reference` is the oracle in plain torch; `cpu` and `cuda` use the native modules where they have a
-kernel and compose torch calls where they have none. See `contract` for each op's definition.
+kernel and compose torch calls where they have none; `triton` is all seven in Triton; `flash_attn`
+is that library's attention where a user has it. See `contract` for each op's definition.
 """
 
 from llama2rt.ops.backend import backends, checkpoint_context, use

@@ -48,3 +48,20 @@ def test_another_model_is_noticed(monkeypatch):
     benchmark.summary("bf16", times | {"litgpt": [1.0] * 3}, rounded)
     with pytest.raises(AssertionError, match="not the same model"):
         benchmark.summary("masters", times | {"litgpt": [1.0] * 3}, rounded)
+
+
+def test_the_optimizer_is_measured(tmp_path):
+    run = subprocess.run(
+        [
+            *(Path(sys.executable).with_name("pytest"), "-q", "--benchmark-disable"),
+            "benchmarks/training/test_optimizer.py",
+        ],
+        cwd=FOLDER.parents[1],
+        env={**os.environ, "BENCH_SMOKE": "1", "BENCH_OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("adamw-*.json"))
+    (row,) = record["rows"]
+    assert {"ours", "fused", "foreach"} <= row["rows"].keys() and row["ours"] == ["ours"]

@@ -38,4 +38,5 @@ def test_triton_is_listed_with_its_kernels_or_a_reason(monkeypatch):
 @pytest.mark.parametrize("json", [False, True])
 def test_it_prints(json, capsys):
     doctor.doctor(json=json)
-    assert "triton" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "triton" in printed and "flash_attn" in printed

@@ -32,3 +32,11 @@ def triton():
     if reason := why_not("triton"):
         pytest.skip(reason)
     return importlib.import_module("llama2rt.ops.triton")
+
+
+@pytest.fixture
+def flash_attn():
+    """llama2rt.ops.flash_attn."""
+    if reason := why_not("flash_attn"):
+        pytest.skip(reason)
+    return importlib.import_module("llama2rt.ops.flash_attn")

@@ -35,7 +35,7 @@ def test_the_wheel_holds_the_kernels_once(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert len(set(names)) == len(names)
     for kernel in KERNELS:
-        assert [name for name in names if name.endswith(f"kernels/{kernel}")] == [
+        assert [name for name in names if f"/{name}".endswith(f"/kernels/{kernel}")] == [
             f"llama2rt/kernels/{kernel}"
         ]
     assert not any(name.endswith(".pyc") for name in names)
@@ -48,7 +48,7 @@ def test_the_source_archive_holds_the_kernels_once(tmp_path):
     top = names[0].partition("/")[0]
     assert len(set(names)) == len(names)
     for kernel in KERNELS:
-        assert [name for name in names if name.endswith(f"kernels/{kernel}")] == [
+        assert [name for name in names if f"/{name}".endswith(f"/kernels/{kernel}")] == [
             f"{top}/kernels/{kernel}"
         ]
     assert not any(name.startswith(f"{top}/llama2rt/kernels") for name in names)

@@ -1,4 +1,5 @@
-"""attention and decode_attention in Triton on a GPU, bf16, by the rule of `numerics.judge`.
+"""attention and decode_attention in Triton and in flash-attn, where that is installed, on a GPU in
+bf16, by the rule of `numerics.judge`.
 
 Yardstick: the reference's formulation in bf16 products, one document at a time (torch's math SDPA).
 Not yet run on a GPU.
@@ -21,10 +22,14 @@ def poisoned():
     """torch.empty returns NaN, so an unwritten element is seen."""
     if not torch.cuda.is_available():
         pytest.skip(f"no usable NVIDIA GPU (torch {torch.__version__})")
-    pytest.importorskip("triton", reason="Triton is not installed")
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["triton", "flash_attn"])
+def kernels(request: pytest.FixtureRequest):
+    return request.getfixturevalue(request.param)
 
 
 def normal(*shape):
@@ -46,9 +51,7 @@ def sdpa(q, k, v, bounds, causal):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (8, 1), (52, 52)])
-def test_attention(heads, kv_heads, dim, causal):
-    from llama2rt.kernels import attention as kernels
-
+def test_attention(heads, kv_heads, dim, causal, kernels):
     bounds = [0, *itertools.accumulate(LENGTHS)]
     cu = torch.tensor(bounds, dtype=torch.int32, device="cuda")
     q, dout = normal(bounds[-1], heads, dim), normal(bounds[-1], heads, dim)
@@ -73,9 +76,7 @@ def test_attention(heads, kv_heads, dim, causal):
 @pytest.mark.parametrize("page", [16, 7, 256])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (64, 1)])
-def test_decode_attention(heads, kv_heads, dim, page):
-    from llama2rt.kernels import decode_attention as kernels
-
+def test_decode_attention(heads, kv_heads, dim, page, kernels):
     lengths = torch.tensor([1, 0, 113, 4096, 16, 1000], dtype=torch.int32, device="cuda")
     most = -(-4096 // page)
     k, v = normal(2, 6 * most, page, kv_heads, dim).unbind()
