@@ -31,3 +31,11 @@ def triton():
     if reason := why_not("triton"):
         pytest.skip(reason)
     return importlib.import_module("llama2rt.ops.triton")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a GPU backend, each in turn."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    return request.param
