@@ -38,7 +38,39 @@ struct RmsNormBackward {
   uintptr_t stream;
 };
 
+// Query heads h * group ... (h + 1) * group - 1 read key head h, with group = heads / kv_heads.
+struct Attention {
+  struct Heads {  // [tokens, heads, head_dim]
+    const void* data;
+    int64_t token_stride, head_stride;
+  };
+  DType dtype;
+  int64_t documents;
+  const void *q_offsets, *k_offsets;  // [documents + 1], rising from 0
+  bool q_offsets_64, k_offsets_64;    // int64_t, else int32_t
+  int64_t tokens, keys;               // rows of q, and of k and v
+  int64_t heads, kv_heads, head_dim;  // head_dim a multiple of 8 and at most 256
+  Heads q, k, v;                      // rows aligned to 16 bytes
+  bool causal;
+  float scale;        // forward: above 0
+  int64_t k_section;  // key heads whose keys, or whose queries, one section of the grid reads:
+  int64_t q_section;  // what the L2 cache can keep
+  void* out;          // [tokens, heads, head_dim], contiguous
+  float* lse;         // [heads, tokens]: log of the sum of exp(score) over a query's keys
+  int device;
+  uintptr_t stream;
+};
+
+struct AttentionBackward {
+  Attention forward;  // its `out` and `lse` are read
+  Attention::Heads dout;
+  void *dq, *dk, *dv;  // contiguous
+  float* delta;        // scratch, [heads, tokens]
+};
+
 void rms_norm(const RmsNorm&);
 void rms_norm_backward(const RmsNormBackward&);
+void attention(const Attention&);
+void attention_backward(const AttentionBackward&);
 
 }  // namespace llama2rt

@@ -8,14 +8,13 @@
 // are added in a fixed order. No atomics: equal inputs give equal bits.
 //
 // Not yet run on a GPU.
-#include "launch.cuh"
+#include <launch.cuh>
+
 #include "ops.h"
 #include "vec.cuh"
 
 namespace llama2rt {
 namespace {
-
-extern __shared__ __align__(16) float shared_memory[];
 
 // More threads would leave the backward kernel under 128 registers each, and it would spill.
 constexpr int MAX_THREADS = 512;
@@ -37,6 +36,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     rms_norm_forward_kernel(int64_t rows, int64_t columns, const T* x, int64_t x_stride,
                             const T* weight, float eps, T* y, float* rstd_out) {
   const int64_t strip = (int64_t)blockDim.x * WIDTH * PACKS;
+  float* warps = (float*)shared_memory;
   int parity = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, parity ^= 1) {
     const T* x_row = x + row * x_stride;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
         for (int i = 0; i < WIDTH; ++i) squares += held[k][i] * held[k][i];
       });
     // Two buffers in turn: a row's sums are read before the next row's barrier, not after it.
-    squares = block_sum(squares, shared_memory + 32 * parity);
+    squares = block_sum(squares, warps + 32 * parity);
     const float rstd = 1.0f / sqrtf(squares / (float)columns + eps);
     if (threadIdx.x == 0) rstd_out[row] = rstd;
     for (int64_t base = 0; base < columns; base += strip)
@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
         for (int i = 0; i < WIDTH; ++i) dweight[column + i] = 0.0f;
       });
 
+  float* warps = (float*)shared_memory;
   int parity = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, parity ^= 1) {
     const T *dy_row = dy + row * dy_stride, *x_row = x + row * x_stride;
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) projection += grad[k][i] * scale[i] * held[k][i];
       });
-    projection = block_sum(projection, shared_memory + 32 * parity) * rstd / (float)columns;
+    projection = block_sum(projection, warps + 32 * parity) * rstd / (float)columns;
     for (int64_t base = 0; base < columns; base += strip)
       for_each_pack<WIDTH, PACKS>(base, columns, [&](int k, int64_t column) {
         if (!one_strip) {
@@ -132,10 +133,11 @@ __global__ void __launch_bounds__(REDUCE_COLUMNS * REDUCE_ROWS)
   if (column < columns)
     for (int64_t block = threadIdx.y; block < blocks; block += REDUCE_ROWS)
       total += partial[block * columns + column];
-  shared_memory[threadIdx.y * REDUCE_COLUMNS + threadIdx.x] = total;
+  float* totals = (float*)shared_memory;
+  totals[threadIdx.y * REDUCE_COLUMNS + threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.y == 0 && column < columns) {
-    for (int i = 1; i < REDUCE_ROWS; ++i) total += shared_memory[i * REDUCE_COLUMNS + threadIdx.x];
+    for (int i = 1; i < REDUCE_ROWS; ++i) total += totals[i * REDUCE_COLUMNS + threadIdx.x];
     dweight[column] = from_float<T>(total);
   }
 }

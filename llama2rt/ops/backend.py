@@ -56,9 +56,18 @@ _backends = {"reference": _Backend()} | {name: _load(name) for name in NAMES[1:]
 _choice: str | None = os.environ.get("LLAMA2RT_BACKEND") or None
 
 
+def register(name: str, native: dict[str, Callable], devices: tuple[str, ...]) -> None:
+    """Makes `use(name)` run the ops of `native` on tensors of `devices`.
+
+    For tests that bring a way to run kernels of their own (the CUDA sources on a CPU). It is never
+    chosen unless asked for by name, and not listed.
+    """
+    _backends[name] = _Backend(native, devices)
+
+
 def _why_not(name: str, device: str) -> str:
     """Why backend `name` cannot run tensors of device type `device`; "" if it can."""
-    if name not in NAMES:
+    if name not in _backends:
         return f"unknown backend {name!r}, expected one of {', '.join(NAMES)}"
     found = _backends[name]
     if found.unusable or name == "reference" or device in found.devices:
@@ -117,7 +126,7 @@ class use:
 
     def __init__(self, name: str | None) -> None:
         if name is not None:
-            reason = _backends[name].unusable if name in NAMES else _why_not(name, "")
+            reason = _backends[name].unusable if name in _backends else _why_not(name, "")
             if reason:
                 raise ValueError(f"backend {name!r} cannot be used: {reason}")
         self.name = name
