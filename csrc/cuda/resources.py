@@ -11,8 +11,8 @@ here: they are found in the module, with the `cuobjdump` of Triton's wheel or of
     python csrc/cuda/resources.py --json                              as JSON
     python csrc/cuda/resources.py --record csrc/cuda/resources.json   rewrites the record
 
-Left out: what a kernel does at run time. Loop counts, bank conflicts and cache hits are not in a
-binary.
+Left out: what is not in a binary. Dynamic shared memory is asked for at launch, and loop counts,
+bank conflicts and cache hits are known to a profiler alone.
 """
 
 import argparse
@@ -28,10 +28,6 @@ from pathlib import Path
 
 # Matrix products of sm_80 and of sm_90a, asynchronous copies of both, 16-byte loads.
 INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDG.128")
-
-# Dynamic shared memory, which the host asks for at launch and the binary does not name, of kernels
-# that ask for enough to matter: pattern of the name -> bytes per block.
-DYNAMIC_SHARED_BYTES: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,12 @@ class Resources:
     stack_bytes: int
     """Per thread: spilled registers and arrays that are indexed at run time."""
     shared_bytes: int
-    """Per block: static, and dynamic where DYNAMIC_SHARED_BYTES knows it."""
+    """Per block, static."""
     threads: int | None
     """The most of a block, from the kernel's launch bounds; None if it states none."""
     occupancy: float | None
     """The most warps at once, as a share of what a multiprocessor holds; None without `threads`. A
-    bound: dynamic shared memory that is not known here may lower it."""
+    bound: dynamic shared memory may lower it."""
     instructions: dict[str, int]
     """INSTRUCTIONS -> how many of them are in the code."""
 
@@ -192,7 +188,6 @@ def read(module: Path) -> dict[str, Resources]:
             name = f"{short(demangled)}, {architecture}"
             assert name not in found, f"two kernels are called {name!r}"
             found[name] = _resources(
-                name,
                 MULTIPROCESSORS[architecture],
                 figures[mangled],
                 threads.get(mangled),
@@ -202,7 +197,6 @@ def read(module: Path) -> dict[str, Resources]:
 
 
 def _resources(
-    name: str,
     limits: Multiprocessor,
     figures: dict[str, int],
     threads: int | None,
@@ -211,9 +205,6 @@ def _resources(
     shared = figures["SHARED"]
     if shared and limits.reserve_is_counted:
         shared -= limits.shared_reserved
-    shared += sum(
-        size for pattern, size in DYNAMIC_SHARED_BYTES.items() if re.search(pattern, name)
-    )
     share = occupancy(limits, threads, figures["REG"], shared) if threads else None
     return Resources(figures["REG"], figures["STACK"], shared, threads, share, instructions)
 
