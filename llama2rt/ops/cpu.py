@@ -412,6 +412,24 @@ def token_logprob_backward(
     return dhidden.to(hidden.dtype), dweight
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K], weight [N, K] -> x weight^T [T, N]; made for a handful of rows."""
+    x, weight = _rows(x), _rows(weight)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _cpu.linear(
+        _DTYPES[x.dtype],
+        *y.shape,
+        x.shape[1],
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
 NATIVE: dict[str, Callable] = {
     "rms_norm": rms_norm,
     "rms_norm_backward": rms_norm_backward,
