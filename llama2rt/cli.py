@@ -37,6 +37,23 @@ STAGES = {
     "dpo": ("stages.dpo", "online DPO: best against worst of the model's own answers"),
     "iterate": ("stages.iterate", "RLHF-V1 to Vn as one resumable command"),
 }
+# Subcommands of `cluster`, likewise.
+CLUSTER = {
+    "bench": ("cluster.bench", "bench", "measure collectives under torchrun; compare two runs"),
+    "carbon": ("cluster.commands", "carbon", "carbon of training, the paper's table to the digit"),
+    "collective": ("cluster.commands", "collective", "time of a collective by NCCL's cost model"),
+    "compare": (
+        "cluster.commands",
+        "compare",
+        "two clusters on the same work, and why they differ",
+    ),
+    "ecmp": ("cluster.commands", "ecmp", "what colliding flows leave of a RoCE fabric"),
+    "emulate": ("cluster.emulate", "emulate", "gloo between namespaces over links of a set rate"),
+    "power": ("cluster.commands", "power", "throughput and energy under a power cap"),
+    "power-sweep": ("cluster.power_sweep", "power_sweep", "throughput and energy under power caps"),
+    "search": ("cluster.commands", "search", "the fastest layouts of a model that fit"),
+    "validate": ("cluster.commands", "validate", "predicted against published training runs"),
+}
 # Verb -> (module, function, what it does); "" for functions of this file.
 COMMANDS = {
     "quickstart": (
@@ -50,6 +67,7 @@ COMMANDS = {
     "check": ("data.check", "", "validate a file of records and describe it"),
     "tokenizer": ("text.tokenizer", "", "train a tokenizer in LLaMA's settings"),
     "convert": ("checkpoint.convert", "", "a model folder into another format"),
+    "cluster": ("cluster.commands", "", "measure collectives and links, predict clusters"),
     "doctor": ("doctor", "doctor", "what is built, what is missing and how to get it"),
 }
 
@@ -70,14 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
 
-    from llama2rt.train.allocator import keep_malloc
+    if verb != "cluster":  # most of whose subcommands need no tensors, hence no torch
+        from llama2rt.train.allocator import keep_malloc
 
-    keep_malloc()
+        keep_malloc()
     try:
         if verb in STAGES:
             _run_stage(verb, rest)
+        elif verb == "cluster":
+            _run_cluster(rest)
         else:
             _run_command(verb, rest)
+    except SystemExit:
+        raise  # help, or bad options: the handlers below would load torch to name their errors
     except InputError as error:
         _fail(f"{verb}: {error}", status=2)
     except KeyboardInterrupt as error:
@@ -256,6 +279,26 @@ def _run_command(verb: str, arguments: list[str]) -> None:
         function,
         prog=f"llama2rt {verb}",
         args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _run_cluster(arguments: list[str]) -> None:
+    import tyro
+
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: llama2rt cluster SUBCOMMAND ...\n")
+        print("\n".join(f"  {name:<12}{what}" for name, (*_, what) in CLUSTER.items()))
+        print("\n  llama2rt cluster SUBCOMMAND --help    all its options")
+        sys.exit(0 if arguments else 2)
+    if verb not in CLUSTER:
+        raise InputError(f"unknown subcommand {verb!r}: expected one of {', '.join(CLUSTER)}")
+    module, name, _ = CLUSTER[verb]
+    tyro.cli(
+        getattr(importlib.import_module(f"llama2rt.{module}"), name),
+        prog=f"llama2rt cluster {verb}",
+        args=arguments[1:],
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 

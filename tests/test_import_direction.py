@@ -29,11 +29,12 @@ LEVELS = [
     {"kernels", "_cpu", "_cuda"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# Read by every room, importing none: the error type, atomic files, the shipped recipes (data).
-EVERYONE = {"errors", "atomic", "recipes", "__version__", "version"}
+# Read by every room, importing none: the error type, atomic files, the energy meter, the shipped
+# recipes (data).
+EVERYONE = {"errors", "atomic", "energy", "recipes", "__version__", "version"}
 # Front doors: they may look at anything.
 UNBOUND = {"__init__", "__main__", "doctor"}
-# The cluster models know the shape of a model and nothing else.
+# The cluster models know the shape of a model and nothing else; reports read them (carbon).
 ONLY = {"cluster": {"cluster", "model"}}
 
 
@@ -66,7 +67,7 @@ def violation(importer: str, imported: str) -> bool:
     if importer in EVERYONE:
         return True
     if imported == "cluster":
-        return LEVEL_OF[importer] > LEVEL_OF["stages"]
+        return LEVEL_OF[importer] > LEVEL_OF["report"]
     return imported not in LEVEL_OF or LEVEL_OF[imported] <= LEVEL_OF[importer]
 
 

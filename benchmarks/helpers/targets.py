@@ -28,6 +28,10 @@ def _percent(least: float, of: str) -> Target:
     return Target("ceiling", least, f">= {least:g} % of {of}")
 
 
+def _within(most: float, of: str) -> Target:
+    return Target("ceiling", 100 / most, f">= {100 / most:.0f} % of {of}, {most:g} times its time")
+
+
 def _teraflops(least: float) -> Target:
     return Target("rate", 1e12 * least, f">= {least:g} TFLOP/s")
 
@@ -45,9 +49,8 @@ CPU: dict[tuple[str, str], tuple[Target, ...]] = {
     ("attention", "forward"): (_times("flash", 1.1),),
     ("attention", "backward"): (_times("flash", 2),),
     ("decode_attention", "forward"): (_percent(80, "clone"),),
-    # Within 10 % of its product; at most 1.25 times three products.
-    ("token_logprob", "forward"): (_percent(100 / 1.1, "its product"), _LOGITS),
-    ("token_logprob", "forward + backward"): (_percent(100 / 1.25, "three products"), _LOGITS),
+    ("token_logprob", "forward"): (_within(1.1, "its product"), _LOGITS),
+    ("token_logprob", "forward + backward"): (_within(1.25, "three products"), _LOGITS),
 }
 
 

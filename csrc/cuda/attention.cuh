@@ -134,7 +134,7 @@ struct QueryTile {
     int full = keys / KEYS * KEYS, end = keys;
     if (a.causal) {
       full = max(diagonal + 1, 0) / KEYS * KEYS;
-      end = max(diagonal + rows.step(rows.count - 1) + 1, 0);
+      end = max(diagonal + rows.step(max(rows.count, 1) - 1) + 1, 0);
     }
     return {rows, place.head, key, keys, diagonal, full, end, a.causal};
   }
@@ -327,7 +327,9 @@ void by_shape(const Attention& a, Run run) {
   auto with = [&](auto t) {
     if (a.head_dim <= 32) return run(t, std::integral_constant<int, 32>{});
     if (a.head_dim <= 64) return run(t, std::integral_constant<int, 64>{});
+    if (a.head_dim <= 96) return run(t, std::integral_constant<int, 96>{});
     if (a.head_dim <= 128) return run(t, std::integral_constant<int, 128>{});
+    if (a.head_dim <= 192) return run(t, std::integral_constant<int, 192>{});
     run(t, std::integral_constant<int, 256>{});
   };
   a.dtype == DType::bf16 ? with(bf16{}) : with(f16{});

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(32 * dkdv_shape(DIM).warps, dkdv_shape(DIM).bl
     operand<T>(rounded, ds);
     multiply_columns<1, ROWS, COLUMNS, DIM>(dk, rounded, q_tile, first_chunk);
   }
-  if constexpr (PARTS > 1) __syncthreads();  // another warp may still read the same keys and values
+  // The keys and values, read for the last time before the last barrier, make room for results.
   store_rows<1, COLUMNS, DIM>(
       k_tile, first_key, dk, first_chunk, dim, [&](int, int) { return a.scale; },
       [&](int r) { return tile.dense_row<T>(b.dk, a.kv_heads, dim, r); });

@@ -7,7 +7,8 @@
 // weights change hands in shared memory.
 //
 // A tile is summed apart from the total of the tiles before it, which keeps long sums as exact as a
-// blocked product. Not yet run on a GPU.
+// blocked product, and scores are not rounded between the scale and the exponential: where scores
+// are large, that would be most of a gradient's error. Not yet run on a GPU.
 #include <math.h>
 
 #include "attention.cuh"
@@ -125,12 +126,11 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_forward_kernel(const A
 #pragma unroll
     for (int r = 0; r < RESIDENT; ++r) {
       const bool seen = start + lane <= tile.last(first_row + r);
-      const float score = seen ? scores[r] * a.scale : -INFINITY;
-      const float highest = fmaxf(peak[r], warp_max(score));
+      const float highest = fmaxf(peak[r], warp_max(seen ? scores[r] * a.scale : -INFINITY));
       // A row that has seen no key yet has no maximum to subtract.
       const float shift = highest == -INFINITY ? 0.0f : highest;
       decay[r] = expf(peak[r] - shift);
-      const float p = expf(score - shift);
+      const float p = seen ? expf(fmaf(scores[r], a.scale, -shift)) : 0.0f;
       total[r] = total[r] * decay[r] + warp_sum(p);
       peak[r] = highest;
       weights[r * LANES + lane] = p;
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_dq_kernel(const Attent
 #pragma unroll
     for (int r = 0; r < RESIDENT; ++r) {
       const bool seen = start + lane <= tile.last(first_row + r);
-      const float p = seen ? expf(scores[r] * a.scale - lse[r]) : 0.0f;
+      const float p = seen ? expf(fmaf(scores[r], a.scale, -lse[r])) : 0.0f;
       weights[r * LANES + lane] = p * (dp[r] - delta[r]);
     }
     __syncwarp();
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_dkdv_kernel(const Atte
 #pragma unroll
     for (int r = 0; r < RESIDENT; ++r) {
       const bool seen = exists && first_key + r <= last;
-      const float p = seen ? expf(scores[r] * a.scale - lse) : 0.0f;
+      const float p = seen ? expf(fmaf(scores[r], a.scale, -lse)) : 0.0f;
       p_weights[r * LANES + lane] = p;
       ds_weights[r * LANES + lane] = p * (dp[r] - delta);
     }

@@ -145,6 +145,7 @@ void Block::start(Fiber& fiber) {
   fiber.ready = nullptr;
   fiber.copies.open.clear();
   fiber.copies.committed.clear();
+  fiber.state.reset();
   // As if enter() had been called and had then called switch_stack: six registers, the address to
   // return to, and one word that puts enter()'s frame where the calling convention wants it.
   void** top = reinterpret_cast<void**>(fiber.stack + STACK_BYTES) - 1;
@@ -229,7 +230,7 @@ void Block::wait_until(const char* what, bool (*ready)(void*), void* context) {
   if (ready(context)) return;
   fiber_->ready = ready;
   fiber_->ready_context = context;
-  fiber_->wait = {what};
+  fiber_->wait = {what, 0, 0, {}};
   warp_[fiber_->number / WARP].polling |= 1u << fiber_->number % WARP;
   suspend();
 }
@@ -295,7 +296,7 @@ void Block::collective(unsigned mask, const char* name, Operation operation, voi
     warp.collecting &= ~mask;
     warp.runnable |= mask;
   } else {
-    fiber_->wait = {name};
+    fiber_->wait = {name, 0, 0, {}};
   }
   suspend();
 }

@@ -40,6 +40,7 @@ struct Fiber {
   bool (*ready)(void*) = nullptr;
   void* ready_context = nullptr;
   CopyGroups copies;
+  std::shared_ptr<void> state;
 };
 
 struct Warp {
@@ -85,6 +86,8 @@ class Block {
   bool left_out(Site site);
   std::vector<SyncPoint>& sync_points() { return sync_points_; }
   void defer(std::function<void()> work) { deferred_.push_back(std::move(work)); }
+
+  unsigned draw(unsigned bound) { return random_.below(bound); }  // below `bound`, from the seed
 
   Fiber& fiber() { return *fiber_; }
   const Launch& launch() const { return *launch_; }

@@ -17,6 +17,7 @@
 #include <stdint.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -104,6 +105,9 @@ struct CopyGroups {
   std::vector<std::vector<Copy>> committed;
 };
 CopyGroups& copy_groups();
+
+// Whatever else stand-ins for hardware keep about the calling thread; null when a block starts.
+std::shared_ptr<void>& thread_state();
 
 unsigned lane();
 unsigned thread_in_block();

@@ -2,11 +2,13 @@
 // in the form that calls a function before each access (CMakeLists.txt); those functions are here,
 // and nothing of the compiler's own runtime is linked. A thread may touch its own stack, the shared
 // memory that its launch asked for, the buffers that the test handed in, and this module's
-// constants. This file itself must be compiled without that option.
+// constants. -fsanitize=alignment,bounds,signed-integer-overflow has its checks in the code itself,
+// and calls other functions of this file where one fails. This file must be compiled without both.
 //
 // Left out: calls of memcpy and memset, which compilers take for checked elsewhere.
 #include <algorithm>
 #include <cstdio>
+#include <stdexcept>
 
 #include "block.h"
 
@@ -60,15 +62,23 @@ std::string whereabouts(uintptr_t address) {
   fail(std::string(what) + " of " + std::to_string(bytes) + " bytes " + whereabouts(address));
 }
 
-void access(uintptr_t address, size_t bytes, size_t alignment, bool writes) {
+void access(uintptr_t address, size_t bytes, bool writes) {
   Block* block = current;
   if (!block || block->on_own_stack(address)) return;
-  if (block->in_shared(address, bytes) || in_buffer(address, bytes)) {
-    if (address % alignment) refuse(writes ? "unaligned write" : "unaligned read", address, bytes);
-    return;
-  }
+  if (block->in_shared(address, bytes) || in_buffer(address, bytes)) return;
   if (!writes && address >= (uintptr_t)__ehdr_start && address + bytes <= (uintptr_t)_end) return;
   refuse(writes ? "write" : "read", address, bytes);
+}
+
+struct CheckedPlace {
+  const char* file;
+  uint32_t line, column;
+};
+
+void undefined(const char* what, const CheckedPlace& place) {
+  const std::string message = what + (" at " + text(Site{place.file, (int)place.line}));
+  if (!current) throw std::runtime_error(message);  // in the host's part of a launch
+  fail(message);
 }
 
 }  // namespace
@@ -106,10 +116,10 @@ void check_shared(const void* address, size_t bytes, size_t alignment) {
 extern "C" {
 #define LLAMA2RT_ACCESS(size)                                                \
   void __asan_load##size##_noabort(uintptr_t address) {                      \
-    llama2rt::emulator::access(address, size, size, false);                  \
+    llama2rt::emulator::access(address, size, false);                  \
   }                                                                          \
   void __asan_store##size##_noabort(uintptr_t address) {                     \
-    llama2rt::emulator::access(address, size, size, true);                   \
+    llama2rt::emulator::access(address, size, true);                   \
   }
 LLAMA2RT_ACCESS(1)
 LLAMA2RT_ACCESS(2)
@@ -118,10 +128,24 @@ LLAMA2RT_ACCESS(8)
 LLAMA2RT_ACCESS(16)
 #undef LLAMA2RT_ACCESS
 void __asan_loadN_noabort(uintptr_t address, size_t bytes) {
-  llama2rt::emulator::access(address, bytes, 1, false);
+  llama2rt::emulator::access(address, bytes, false);
 }
 void __asan_storeN_noabort(uintptr_t address, size_t bytes) {
-  llama2rt::emulator::access(address, bytes, 1, true);
+  llama2rt::emulator::access(address, bytes, true);
 }
 void __asan_handle_no_return() {}
+
+// What the compiler says of a failed check begins with its place.
+#define LLAMA2RT_UNDEFINED(name, what)                                     \
+  void __ubsan_handle_##name(const llama2rt::emulator::CheckedPlace* p) {  \
+    llama2rt::emulator::undefined(what, *p);                               \
+  }
+LLAMA2RT_UNDEFINED(type_mismatch_v1, "unaligned access")
+LLAMA2RT_UNDEFINED(out_of_bounds, "index outside of an array")
+LLAMA2RT_UNDEFINED(add_overflow, "signed overflow")
+LLAMA2RT_UNDEFINED(sub_overflow, "signed overflow")
+LLAMA2RT_UNDEFINED(mul_overflow, "signed overflow")
+LLAMA2RT_UNDEFINED(negate_overflow, "signed overflow")
+LLAMA2RT_UNDEFINED(divrem_overflow, "signed overflow")
+#undef LLAMA2RT_UNDEFINED
 }

@@ -143,6 +143,8 @@ void defer(std::function<void()> work) { current->defer(std::move(work)); }
 
 CopyGroups& copy_groups() { return current->fiber().copies; }
 
+std::shared_ptr<void>& thread_state() { return current->fiber().state; }
+
 unsigned lane() { return current->fiber().number % WARP; }
 
 unsigned thread_in_block() { return current->fiber().number; }

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
 from llama2rt.report import figures, html, training
 from llama2rt.report.files import write_json
@@ -76,6 +77,7 @@ def facts(directory: str | Path) -> list[html.Block]:
             listed[key] = manifest[key]
     for group in ("summary", "versions", "inputs", "parents"):
         listed |= _flat(manifest.get(group, {}), group)
+    listed["carbon"] = carbon.of_summary(manifest.get("summary", {}))
     blocks: list[html.Block] = [html.Facts(listed)]
     recipe = directory / "recipe.toml"
     if recipe.exists():

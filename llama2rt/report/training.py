@@ -53,6 +53,8 @@ METRICS = {
     "critic_gradient_norm": Metric("critic's gradient norm"),
     "tokens_per_second": Metric("throughput (tokens/s)"),
     "mfu": Metric("model FLOP/s utilisation", share=True),
+    "joules_per_token": Metric("energy (J/token)"),
+    "joules_per_step": Metric("energy (J/step)"),
 }
 """Metrics with a unit, in the order of their panels. A key `held_out_X` or `held_out/X` is drawn
 into the panel of X."""

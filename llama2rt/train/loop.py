@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama2rt.train.metrics import Throughput, gemm_ceiling, training_flops
+from llama2rt import energy
+from llama2rt.train.metrics import EnergyUse, Throughput, gemm_ceiling, training_flops
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.progress import ProgressLine
@@ -101,14 +102,17 @@ def fit(
         recompute or contextlib.nullcontext(),
         ProgressLine(name, steps, done) as line,
         interrupts() as interrupted,
+        energy.of_device(device) as meter,
     ):
-        throughput = Throughput()
+        throughput, use = Throughput(), EnergyUse(meter)
         for step in range(done, steps):
             micros = loader.next()
             weight = sum(micro.weight for micro in micros)
             sums: dict[str, Tensor | float] = {}
             for micro in micros:
-                throughput.add(*_cost(model, micro))
+                tokens, flops = _cost(model, micro)
+                throughput.add(tokens, flops)
+                use.add(tokens)
                 micro = micro.to(device)
                 loss, metrics = objective(model, micro)
                 (loss / max(1, weight)).backward()
@@ -127,10 +131,11 @@ def fit(
             except FloatingPointError as error:
                 raise FloatingPointError(_diverged(run, step + 1, str(error))) from None
             done = step + 1
+            use.step()
 
             if done % options.log_every == 0 or done == steps:
-                tokens_per_second, flops = throughput.read()
-                mfu = flops / ceiling
+                tokens_per_second, flops_per_second = throughput.read()
+                mfu = flops_per_second / ceiling
                 run.log(
                     done,
                     **means,
@@ -138,6 +143,7 @@ def fit(
                     gradient_norm=norm,
                     tokens_per_second=tokens_per_second,
                     mfu=mfu,
+                    **use.read(),
                 )
                 text = f"loss {means['loss']:.4f} {tokens_per_second:,.0f} tokens/s MFU {mfu:.0%}"
                 line.update(done, text)
@@ -146,10 +152,12 @@ def fit(
                 last = check()
                 run.log(done, **last)
                 throughput.read()
+                use.restart()
             stop = bool(interrupted) and done < steps
             if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
                 save(done)
                 throughput.read()
+                use.restart()
             if stop:
                 raise KeyboardInterrupt(
                     f"stopped after step {done} of {steps}; saved "

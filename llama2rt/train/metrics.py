@@ -1,4 +1,4 @@
-"""What a training step cost: tokens per second, and MFU against a ceiling measured here.
+"""What a training step cost: tokens per second, MFU against a ceiling measured here, and energy.
 
 Model FLOPs utilisation divides the arithmetic a step needs (recomputation not counted) by what
 this machine's matrix multiplication really reaches in the same dtype, not by a data-sheet peak.
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llama2rt.energy import EnergyMeter
 
 
 @functools.cache
@@ -71,6 +73,39 @@ class Throughput:
         rates = self._tokens / elapsed, self._flops / elapsed
         self._start, self._tokens, self._flops = now, 0, 0
         return rates
+
+
+class EnergyUse:
+    """Joules per token and per step, whenever enough time has passed for the counters to tell."""
+
+    def __init__(self, meter: EnergyMeter) -> None:
+        self._meter, self._said = meter, ""
+        self.restart()
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def restart(self) -> None:
+        """Forget what was counted: something else than training took the time since."""
+        self._tokens = self._steps = 0
+        self._meter.lap()
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float | str]:
+        """joules_per_token and joules_per_step since the last figures; "energy" with the reason
+        where nothing is measured, said once; empty while it is too early."""
+        used = self._meter.peek()
+        if used.seconds < used.seconds_needed:
+            return {}
+        tokens, steps = self._tokens, self._steps
+        self.restart()
+        per_token, per_step = used.joules_per(tokens), used.joules_per(steps)
+        if per_token is None or per_step is None:
+            said, self._said = self._said, used.describe()
+            return {} if said == self._said else {"energy": self._said}
+        return {"joules_per_token": per_token, "joules_per_step": per_step}
 
 
 def _synchronise(device_type: str) -> None:

@@ -6,7 +6,6 @@ from types import ModuleType, SimpleNamespace
 
 import emulator
 import pytest
-import torch
 
 from llama2rt.ops import backend
 
@@ -16,7 +15,7 @@ def module() -> ModuleType:
     """`_emulated`, built when its sources have changed."""
     if reason := emulator.why_not():
         pytest.skip(reason)
-    built = emulator.build()
+    built = emulator.build("_emulated")
     # From here on `ops.use("emulated")` runs every op that has a CUDA kernel on it.
     backend.register("emulated", emulator.functions(built), ("cpu",))
     return built
@@ -28,16 +27,3 @@ def emulated(module: ModuleType, seed: int) -> SimpleNamespace:
     module.set_seed(seed)
     print(f"emulator seed {seed}")  # shown when the test fails
     return SimpleNamespace(**emulator.functions(module))
-
-
-@pytest.fixture
-def poisoned():
-    """torch.empty returns NaN (or the largest integer), so an unwritten element is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param

@@ -7,6 +7,7 @@ check must pass with nothing left out, under every one of them.
 
 from collections.abc import Callable
 
+import attention_cases
 import pytest
 import torch
 from numerics import judge
@@ -17,8 +18,8 @@ SEEDS = range(6)
 
 
 def check_rms_norm(emulated) -> None:
-    # Two warps, more rows than blocks, and partial sums over several rows of the second stage.
-    x, dy, weight = torch.randn(20, 50), torch.randn(20, 50), torch.randn(50)
+    # Two warps, and more rows than blocks.
+    x, dy, weight = torch.randn(20, 150), torch.randn(20, 150), torch.randn(150)
     y, rstd = emulated.rms_norm(x, weight, 1e-5)
     wide = x.double(), weight.double()
     exact, exact_rstd = reference.rms_norm(*wide, 1e-5)
@@ -31,7 +32,20 @@ def check_rms_norm(emulated) -> None:
         judge(name, ours, expect, same_dtype, gradient=True)
 
 
-CHECKS: dict[str, Callable] = {"rms_norm": check_rms_norm}
+def check_attention(emulated) -> None:
+    """Tiles enough for every place of a ring to be filled twice."""
+    attention_cases.check(emulated, 1, 1, 128, torch.bfloat16, 0, queries=[200], keys=[230])
+
+
+def check_attention_fp32(emulated) -> None:
+    attention_cases.check(emulated, 1, 1, 16, torch.float32, 0, queries=[70], keys=[100])
+
+
+CHECKS: dict[str, Callable] = {
+    "rms_norm": check_rms_norm,
+    "attention": check_attention,
+    "attention, fp32": check_attention_fp32,
+}
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())

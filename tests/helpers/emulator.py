@@ -44,8 +44,8 @@ def _run(*command: object) -> None:
         raise RuntimeError(f"{command}:\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}")
 
 
-def build() -> ModuleType:
-    """The module `_emulated`, compiled from the sources as they are now."""
+def build(name: str) -> ModuleType:
+    """The module `name` of csrc/emulator, compiled from the sources as they are now."""
     import pybind11
 
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -59,21 +59,28 @@ def build() -> ModuleType:
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         )
-        _run(cmake, "--build", FOLDER, "--parallel", os.cpu_count())
-    path = FOLDER / f"csrc/emulator/_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = importlib.util.spec_from_file_location("_emulated", path)
+        _run(cmake, "--build", FOLDER, "--target", name, "--parallel", os.cpu_count())
+    path = FOLDER / f"csrc/emulator/{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-class _Checked:
-    """`_emulated`, told before each call which memory the call handed over."""
+class Checked:
+    """A module of emulated kernels, told before each call which memory the call handed over."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
         self.buffers: list[tuple[int, int]] = []
+
+    def hand_over(self, x: Tensor) -> int:
+        """x's address, which the next call may touch from its first element to its last."""
+        if x.numel():
+            last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+            self.buffers.append((x.data_ptr(), (last + 1) * x.element_size()))
+        return x.data_ptr()
 
     def __getattr__(self, name: str) -> Callable:
         kernel = getattr(self.module, name)
@@ -91,15 +98,10 @@ class Emulated:
     """A `cuda_kernels.Device` whose kernels run on the emulator, over CPU tensors."""
 
     def __init__(self, module: ModuleType) -> None:
-        self.native = _Checked(module)
+        self.native = Checked(module)
 
     def address(self, x: Tensor | None) -> int:
-        if x is None:
-            return 0
-        if x.numel():
-            last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-            self.native.buffers.append((x.data_ptr(), (last + 1) * x.element_size()))
-        return x.data_ptr()
+        return 0 if x is None else self.native.hand_over(x)
 
     def stream(self, x: Tensor) -> tuple[int, int]:
         return 0, 0

@@ -50,6 +50,16 @@ def test_page_and_numbers_of_a_finished_run(tmp_path):
     assert numbers["accuracy"] == {"better": 0.75}
 
 
+def test_every_run_has_its_carbon_line(tmp_path):
+    folder = _run(tmp_path / "run", [{"step": 1, "loss": 2.0}])
+    assert "not measured" in report.of_run(folder).read_text()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["summary"] |= {"gpu_hours": 12.0, "gpu_watts": 400.0, "energy_kwh": 3.0}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    text = report.of_run(folder).read_text()
+    assert "1.27 kg CO2eq measured" in text and "2.03 kg CO2eq by the paper" in text
+
+
 def test_stages_get_their_own_figure(tmp_path):
     ppo = _run(tmp_path / "ppo", [{"step": i, "kl_k1": 0.1, "reward": 1.0} for i in (1, 2)])
     assert "PPO: reward against KL" in report.of_run(ppo).read_text()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from llama2rt import energy
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Batch, Example
 from llama2rt.model import Llama, LlamaConfig
@@ -238,3 +239,47 @@ def test_death_at_random_moments_changes_no_bit(tmp_path, seed):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[1]) >= 2, done.stdout
+
+
+def power_tree(root: Path, watts: float, clock) -> energy.EnergyMeter:
+    """A host whose one counter shows `watts` times the time that `clock` tells."""
+    meter = energy.EnergyMeter(powercap=root, clock=clock)
+    folder = root / "intel-rapl:0"
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, text in [("name", "package-0"), ("max_energy_range_uj", "1000000000")]:
+        (folder / name).write_text(text)
+
+    def read() -> tuple[float, dict[str, float]]:
+        (folder / "energy_uj").write_text(str(round(meter._clock() * watts * 1e6)))
+        return type(meter)._read(meter)
+
+    meter._read = read
+    (folder / "energy_uj").write_text("0")
+    return meter
+
+
+def test_energy_is_logged_per_token_and_step(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(
+        energy, "of_device", lambda device: power_tree(tmp_path / "power", 50.0, lambda: now[0])
+    )
+
+    def slow(model, batch):
+        now[0] += 2.0
+        return objective(model, batch)
+
+    train(tmp_path / "run", steps=4, batch=24, loss=slow, log_every=2)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    tokens = sum(len(example.tokens) for example in examples())
+    assert [line["joules_per_step"] for line in lines] == pytest.approx([100.0, 100.0], rel=1e-6)
+    assert [line["joules_per_token"] for line in lines] == pytest.approx([100 / tokens] * 2)
+
+
+def test_energy_that_nobody_measures_is_said_once(tmp_path, monkeypatch):
+    meter = energy.EnergyMeter(powercap=tmp_path / "nothing")
+    monkeypatch.setattr(energy, "of_device", lambda device: meter)
+    train(tmp_path / "run", steps=4)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "not measured (CPU: no RAPL domain" in lines[0]["energy"]
+    assert not any("energy" in line for line in lines[1:])
+    assert not any("joules" in key for line in lines for key in line)

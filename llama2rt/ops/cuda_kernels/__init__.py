@@ -12,15 +12,27 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels import attention, elementwise
+from llama2rt.ops.cuda_kernels import attention, attention_sm90, elementwise
 from llama2rt.ops.cuda_kernels.device import Device
 
 FUNCTIONS: dict[str, Callable] = {
     "rms_norm": elementwise.rms_norm,
     "rms_norm_backward": elementwise.rms_norm_backward,
+    "add_rms_norm": elementwise.add_rms_norm,
+    "add_rms_norm_backward": elementwise.add_rms_norm_backward,
+    "swiglu": elementwise.swiglu,
+    "swiglu_backward": elementwise.swiglu_backward,
+    "rope": elementwise.rope,
+    "rope_backward": elementwise.rope_backward,
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
+    # Not ops of their own: for tests, and for those who set attention_sm90.VARIABLE.
+    "attention_sm90": attention_sm90.attention,
+    "attention_backward_sm90": attention_sm90.attention_backward,
 }
+if attention_sm90.CHOSEN:
+    for op in ("attention", "attention_backward"):
+        FUNCTIONS[op] = FUNCTIONS[f"{op}_sm90"]
 
 
 def on(device: Device) -> dict[str, Callable]:

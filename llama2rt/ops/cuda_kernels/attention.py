@@ -37,7 +37,7 @@ def _section(on: Device, x: Tensor, longest: int, heads: int, kv_heads: int) -> 
     return max(1, min(kv_heads, on.cache_bytes(x) // 2 // max(1, read)))
 
 
-def _arguments(
+def arguments(
     on: Device,
     q: Tensor,
     k: Tensor,
@@ -50,7 +50,7 @@ def _arguments(
     out: Tensor,
     lse: Tensor,
 ) -> tuple:
-    """What both directions hand over, in the order of the binding. All tensors are `_aligned`."""
+    """What the kernels take, in the order of the binding; tensors laid out as they want them."""
     tokens, heads, dim = q.shape
     keys, kv_heads, _ = k.shape
     longest = max_seqlen or tokens
@@ -94,7 +94,7 @@ def attention(
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v, cu_q, cu_k = *map(_aligned, (q, k, v)), cu_q.contiguous(), cu_k.contiguous()
     out = empty(q)
-    on.native.attention(*_arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse))
+    on.native.attention(*arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse))
     return out[..., :dim].contiguous(), lse
 
 
@@ -120,7 +120,7 @@ def attention_backward(
     lse, cu_q, cu_k = lse.contiguous(), cu_q.contiguous(), cu_k.contiguous()
     dq, dk, dv, delta = empty(q), empty(k), empty(v), torch.empty_like(lse)
     on.native.attention_backward(
-        *_arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse),
+        *arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse),
         (on.address(dout), dout.stride(0), dout.stride(1)),
         *map(on.address, (delta, dq, dk, dv)),
     )

@@ -1,0 +1,96 @@
+"""The fastest layout of a model on a cluster among those that fit into memory.
+
+Every combination of tensor, pipeline and data parallelism, sharding, recomputation, micro-batch
+and interleaving is timed by the step-time model; nothing is pruned but what cannot exist or does
+not fit. Left out: context parallelism above 1 unless a whole batch has too few sequences.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from llama2rt.cluster import calibration
+from llama2rt.cluster.hardware import Cluster
+from llama2rt.cluster.step_time import Constants, step_time
+from llama2rt.cluster.workload import RECOMPUTES, SHARDINGS, Layout, Shape, fits, memory_bytes
+from llama2rt.errors import InputError
+
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
+_INTERLEAVES = (1, 2, 4)
+_LARGEST_PIPELINE = 64
+
+
+class NoLayout(InputError):
+    """No layout of the model fits into the memory of the cluster's GPUs."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    layout: Layout
+    step_seconds: float
+
+
+def search(
+    shape: Shape,
+    cluster: Cluster,
+    seq: int,
+    global_batch: int,
+    *,
+    keep: int = 1,
+    constants: Constants = calibration.FITTED,
+) -> list[Candidate]:
+    """The `keep` fastest layouts, best first; ties go to the one that needs less memory.
+
+    NoLayout where none fits, with what the leanest would need.
+    """
+    possible = list(layouts(shape, cluster, seq, global_batch))
+    fitting = [layout for layout in possible if fits(shape, layout, cluster)]
+    if not fitting:
+        need = min((memory_bytes(shape, layout) for layout in possible), default=0.0) / 1e9
+        raise NoLayout(
+            f"{shape.name} on {cluster.gpus} {cluster.gpu.name}: no layout fits; the leanest of "
+            f"{len(possible)} needs {need:.0f} GB of {cluster.gpu.memory_bytes / 1e9:.0f}"
+        )
+    timed = [
+        Candidate(layout, step_time(shape, layout, cluster, constants).seconds)
+        for layout in fitting
+    ]
+    timed.sort(key=lambda c: (c.step_seconds, memory_bytes(shape, c.layout)))
+    return timed[:keep]
+
+
+def layouts(shape: Shape, cluster: Cluster, seq: int, global_batch: int) -> Iterator[Layout]:
+    """All layouts that use every GPU and split the model and the batch evenly."""
+    for tp, pp, cp in product(_tensor(shape, cluster), _pipeline(shape), (1, 2, 4, 8)):
+        ranks, rest = divmod(cluster.gpus, tp * pp * cp)
+        if rest or not ranks or global_batch % ranks or tp * cp > cluster.gpus_per_node:
+            continue
+        if cp > 1 and cluster.gpus // (tp * pp) <= global_batch:
+            continue  # sequences enough for everyone: nothing to gain from dividing them
+        sequences = global_batch // ranks
+        shardings = SHARDINGS if ranks * cp > 1 else ("none",)
+        for sharding, recompute, size, interleave in product(
+            shardings, RECOMPUTES, _MICRO_BATCHES, _INTERLEAVES
+        ):
+            if size > sequences or sequences % size:
+                continue
+            if interleave > 1 and (pp == 1 or shape.layers % (pp * interleave)):
+                continue
+            if pp > 1 and sharding in ("zero3", "hybrid"):
+                continue  # weights gathered again for every micro-batch of the pipeline
+            yield Layout(
+                seq, size, global_batch, tp, pp, ranks, cp, sharding, recompute, interleave
+            )
+
+
+def _tensor(shape: Shape, cluster: Cluster) -> list[int]:
+    """Degrees of tensor parallelism that stay inside a node and divide heads and kv heads."""
+    return [
+        tp
+        for tp in (1, 2, 4, 8)
+        if shape.kv_heads % tp == 0 and tp <= min(cluster.gpus_per_node, cluster.gpus)
+    ]
+
+
+def _pipeline(shape: Shape) -> list[int]:
+    return [pp for pp in range(1, _LARGEST_PIPELINE + 1) if shape.layers % pp == 0]

@@ -1,0 +1,326 @@
+"""Energy of a stretch of work in joules, from the counters of GPUs and CPUs.
+
+    with energy.of_device(device) as meter:
+        work()
+    print(meter.energy.describe())      # 41.2 J (GPU 0: NVML energy counter)
+
+GPUs: NVML's energy counter, through nvidia-ml-py where it is installed; power sampled ten times a
+second where a GPU has no such counter, and named as such. CPUs and DRAM: RAPL, from Linux's
+powercap tree, which most systems let only root read. What could not be measured says why and is
+never 0. Belongs to no room, so that training, benchmarks and cluster tools share it. Left out: the
+rest of the machine (fans, NICs, power supplies), which no counter here sees.
+"""
+
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+POWERCAP = Path("/sys/class/powercap")
+
+# A counter that is updated every p seconds misses up to p of the work at each end, so a window
+# must be ten periods long for an error of a tenth. RAPL: about 1 ms (Intel SDM, volume 3, "RAPL
+# Interfaces"). NVML's counter: 20 to 100 ms (PETSc manual, PetscLogGpuEnergyMeter), so 100.
+_RAPL_SHORTEST_SECONDS = 0.01
+_NVML_SHORTEST_SECONDS = 1.0
+_SAMPLE_SECONDS = 0.1
+# Often enough to see every wrap: 262 kJ, the range of a common package counter, at 1 kW.
+_POLL_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What was drawn in ``seconds``: joules by device, and for what has none, why."""
+
+    seconds: float
+    joules: Mapping[str, float] = field(default_factory=dict)
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+    seconds_needed: float = 0.0
+    """the shortest stretch that every counter resolves; 0 where there is none"""
+
+    @property
+    def total_joules(self) -> float | None:
+        """Of the devices that were measured; None where none was."""
+        return sum(self.joules.values()) if self.joules else None
+
+    def joules_per(self, count: float) -> float | None:
+        """Joules a token, a step, a call; None where nothing was measured or ``count`` is 0."""
+        total = self.total_joules
+        return None if total is None or not count else total / count
+
+    def describe(self) -> str:
+        """One line: the total, of which devices, and what is missing from it."""
+        missing = "; ".join(f"{name}: {why}" for name, why in self.not_measured.items())
+        total = self.total_joules
+        if total is None:
+            return f"energy not measured ({missing or 'no device was asked for'})"
+        text = f"{total:.4g} J ({', '.join(self.joules)})"
+        return f"{text}, not measured: {missing}" if missing else text
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: seconds, joules (by device) and not_measured; joules is null without any."""
+        return {
+            "seconds": self.seconds,
+            "joules": dict(self.joules) or None,
+            "not_measured": dict(self.not_measured),
+        }
+
+
+class Counter(Protocol):
+    """Joules since an arbitrary start, never falling."""
+
+    name: str
+    shortest_seconds: float
+    poll_seconds: float
+
+    def read(self) -> float: ...
+
+
+class RaplCounter:
+    """One domain of the powercap tree (a folder with energy_uj); its wrap-around is undone.
+
+    OSError where the kernel does not let it be read.
+    """
+
+    shortest_seconds, poll_seconds = _RAPL_SHORTEST_SECONDS, _POLL_SECONDS
+
+    def __init__(self, folder: Path) -> None:
+        self.name = f"CPU {(folder / 'name').read_text().strip()}"
+        parent = folder.name.rpartition(":")[0]
+        if ":" in parent:  # a subdomain such as intel-rapl:0:1: say whose
+            self.name += f" of {(folder.parent / parent / 'name').read_text().strip()}"
+        self._file = folder / "energy_uj"
+        self._range = int((folder / "max_energy_range_uj").read_text())
+        self._last, self._sum = self._raw(), 0
+
+    def read(self) -> float:
+        now = self._raw()
+        # After its largest value the counter goes on at 0.
+        self._sum += now - self._last + (self._range if now < self._last else 0)
+        self._last = now
+        return self._sum / 1e6
+
+    def _raw(self) -> int:
+        return int(self._file.read_text())
+
+
+class NvmlCounter:
+    """NVML's energy counter of one GPU (mJ since the driver was loaded)."""
+
+    shortest_seconds, poll_seconds = _NVML_SHORTEST_SECONDS, float("inf")
+
+    def __init__(self, nvml: Any, handle: Any, name: str) -> None:
+        self.name = f"{name}: NVML energy counter"
+        self._nvml, self._handle = nvml, handle
+        self.read()
+
+    def read(self) -> float:
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
+
+
+class SampledPower:
+    """Power of one GPU, read every 0.1 s and integrated: misses what happens in between."""
+
+    shortest_seconds, poll_seconds = _NVML_SHORTEST_SECONDS, _SAMPLE_SECONDS
+
+    def __init__(
+        self, nvml: Any, handle: Any, name: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name = f"{name}: power sampled every {_SAMPLE_SECONDS} s"
+        self._nvml, self._handle, self._clock = nvml, handle, clock
+        self._time, self._watts, self._joules = clock(), self._power(), 0.0
+
+    def read(self) -> float:
+        now, watts = self._clock(), self._power()
+        self._joules += (now - self._time) * (watts + self._watts) / 2
+        self._time, self._watts = now, watts
+        return self._joules
+
+    def _power(self) -> float:
+        return self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+
+
+class EnergyMeter:
+    """Counts joules from ``with`` to its end, or from one `lap` to the next.
+
+    gpus: their UUIDs ("GPU-..."), as `gpu_uuid` gives them. host: also CPUs and DRAM. After the
+    block, ``energy`` holds the whole of it. Costs a few file reads or driver calls a lap (not
+    timed: well under a millisecond each). Errors never stop the work: they end up as reasons.
+    """
+
+    def __init__(
+        self,
+        gpus: Sequence[str] = (),
+        *,
+        host: bool = True,
+        powercap: Path = POWERCAP,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._gpus, self._host, self._powercap, self._clock = tuple(gpus), host, powercap, clock
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._poller: threading.Thread | None = None
+        self._failed: dict[str, str] = {}
+        self.energy = Energy(0.0)
+
+    def __enter__(self) -> Self:
+        counters: list[Counter] = []
+        self._absent: dict[str, str] = {}
+        if self._gpus:
+            found, reasons = nvml_counters(self._gpus, self._clock)
+            counters += found
+            self._absent |= reasons
+        if self._host:
+            domains, why = rapl_counters(self._powercap)
+            counters += domains
+            self._absent |= why
+        self._counters = counters
+        self._start = self._lap_start = self._read()
+        interval = min((counter.poll_seconds for counter in counters), default=float("inf"))
+        if interval < float("inf"):
+            self._poller = threading.Thread(target=self._poll, args=(interval,), daemon=True)
+            self._poller.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        if self._poller is not None:
+            self._poller.join()
+        self.energy = self._between(self._start, self._read())
+
+    def lap(self) -> Energy:
+        """Since the start or the lap before."""
+        now = self._read()
+        energy, self._lap_start = self._between(self._lap_start, now), now
+        return energy
+
+    def peek(self) -> Energy:
+        """As `lap`, without beginning a new one."""
+        return self._between(self._lap_start, self._read())
+
+    def _read(self) -> tuple[float, dict[str, float]]:
+        with self._lock:
+            values = {}
+            for counter in self._counters:
+                try:
+                    values[counter.name] = counter.read()
+                except Exception as error:
+                    self._failed[counter.name] = f"its counter stopped answering ({error})"
+            return self._clock(), values
+
+    def _between(
+        self, start: tuple[float, dict[str, float]], end: tuple[float, dict[str, float]]
+    ) -> Energy:
+        seconds = end[0] - start[0]
+        joules, reasons = {}, {**self._absent}
+        for counter in self._counters:
+            name = counter.name
+            if name in self._failed:
+                reasons[name] = self._failed[name]
+            elif seconds < counter.shortest_seconds:
+                reasons[name] = (
+                    f"{seconds:.2g} s are too short for a counter that needs "
+                    f"{counter.shortest_seconds:g} s"
+                )
+            elif end[1][name] <= start[1][name]:
+                reasons[name] = f"its counter did not advance in {seconds:.2g} s"
+            else:
+                joules[name] = end[1][name] - start[1][name]
+        needed = max((counter.shortest_seconds for counter in self._counters), default=0.0)
+        return Energy(seconds, joules, reasons, needed)
+
+    def _poll(self, interval: float) -> None:
+        while not self._done.wait(interval):
+            self._read()
+
+
+def of_device(device: Any, *, host: bool = True) -> EnergyMeter:
+    """A meter of the GPU behind a torch ``device`` (none for a CPU) and of the host."""
+    return EnergyMeter([gpu_uuid(device)] if device.type == "cuda" else [], host=host)
+
+
+def gpu_uuid(device: Any) -> str:
+    """NVML's name of a torch CUDA device; its index would be another with CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def nvml_counters(
+    gpus: Iterable[str], clock: Callable[[], float] = time.monotonic
+) -> tuple[list[Counter], dict[str, str]]:
+    """Counters of ``gpus`` (UUIDs), and for each GPU without one the reason."""
+    try:
+        nvml = nvml_module()
+    except OSError as error:
+        return [], {gpu: str(error) for gpu in gpus}
+    counters: list[Counter] = []
+    reasons = {}
+    for gpu in gpus:
+        try:
+            handle = nvml.nvmlDeviceGetHandleByUUID(gpu)
+            try:
+                counters.append(NvmlCounter(nvml, handle, gpu))
+            except nvml.NVMLError:
+                counters.append(SampledPower(nvml, handle, gpu, clock))
+        except nvml.NVMLError as error:
+            reasons[gpu] = f"NVML gives neither its energy nor its power ({error})"
+    return counters, reasons
+
+
+def nvml_module() -> Any:
+    """nvidia-ml-py's module, initialised; OSError with the reason where that is impossible."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        raise OSError("nvidia-ml-py is not installed (pip install nvidia-ml-py)") from None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        raise OSError(f"NVML: {error}") from None
+    return nvml
+
+
+def rapl_counters(powercap: Path = POWERCAP) -> tuple[list[Counter], dict[str, str]]:
+    """RAPL domains that do not overlap (packages and DRAM), and why there are none.
+
+    A package holds its cores, so these are left out; "psys" holds the packages; intel-rapl-mmio
+    shows the same package a second time.
+    """
+    counters: list[Counter] = []
+    reasons = {}
+    for folder in sorted(powercap.glob("intel-rapl:*")):
+        try:
+            if not (folder / "name").read_text().startswith(("package", "dram")):
+                continue
+            counters.append(RaplCounter(folder))
+        except PermissionError:
+            reasons[folder.name] = f"{folder / 'energy_uj'} may be read by root only"
+        except (OSError, ValueError) as error:
+            reasons[folder.name] = f"{folder}: {error}"
+    if not counters and not reasons:
+        reasons["CPU"] = f"no RAPL domain below {powercap} (virtual machines have none)"
+    return counters, reasons
+
+
+def together(parts: Sequence[Energy]) -> dict[str, Any]:
+    """For JSON: what the processes of one job measured of different devices, summed.
+
+    joules is null where nothing was measured; not_measured lists each reason once.
+    """
+    measured = [part.total_joules for part in parts if part.total_joules is not None]
+    reasons = {f"{name}: {why}" for part in parts for name, why in part.not_measured.items()}
+    return {
+        "joules": sum(measured) if measured else None,
+        "devices": sum(len(part.joules) for part in parts),
+        "not_measured": sorted(reasons),
+    }

@@ -1,0 +1,315 @@
+"""`cluster bench` on gloo processes: what it records, and what is left when it does not finish."""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from llama2rt import energy
+from llama2rt.cluster import bench, bench_output, records, timing
+from llama2rt.cluster.operations import OPERATIONS
+from llama2rt.errors import InputError
+
+from .conftest import BENCH, TIMEOUT_SECONDS, start
+
+
+def finished(text: str) -> dict:
+    record = json.loads(text)
+    json.dumps(record, allow_nan=False)
+    return record
+
+
+def test_two_processes_measure_all_operations(torchrun, tmp_path):
+    out = tmp_path / "bench.json"
+    options = ["--min-bytes", "8B", "--max-bytes", "16B", "--overlap", "--json", "--out", str(out)]
+    status, printed, log = torchrun([*BENCH, *options])
+    assert status == 0, log
+    record = finished(printed)
+    assert record == json.loads(out.read_text())
+    assert record["complete"] and record["stopped"] is None and not record["skipped"]
+    assert [(row["op"], row["bytes"]) for row in record["rows"]] == [
+        (name, size) for name in OPERATIONS for size in (8, 16)
+    ]
+    factors = {"all_reduce": 1.0, "broadcast": 1.0}
+    for row in record["rows"]:
+        assert len(row["seconds"]) == 20
+        assert row["median_seconds"] == np.median(row["seconds"]) > 0
+        assert row["median_seconds"] <= row["p99_seconds"] <= max(row["seconds"])
+        algorithm = row["bytes"] / row["median_seconds"]
+        assert row["algorithm_bandwidth_bytes_per_s"] == pytest.approx(algorithm)
+        factor = factors.get(row["op"], 0.5)
+        assert row["bus_bandwidth_bytes_per_s"] == pytest.approx(algorithm * factor)
+        assert [late["rank"] for late in row["stragglers"]] == [0, 1]
+        # One clock serves both processes, so the first to arrive is exactly on time somewhere.
+        assert min(late["arrives_late_median"] for late in row["stragglers"]) >= 0
+        assert row["slowest_rank"] in (None, 0, 1)
+        assert len(row["overlap"]["gemm_slowdown"]) == 2
+        assert row["overlap"]["gemms"] >= 1
+        assert all(x > 0 for x in row["overlap"]["collective_slowdown"])
+        if row["joules_per_call"] is None:
+            assert row["energy"]["not_measured"]
+    footer = record["footer"]
+    assert footer["versions"]["torch"] == torch.__version__
+    assert footer["devices"][0].startswith("2 x CPU") and len(footer["hosts"]) == 1
+    assert str(Path.home()) not in out.read_text() and str(tmp_path) not in out.read_text()
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert "all_reduce" in log and "late rank" in log  # the table, beside the JSON
+
+
+def test_ctrl_c_keeps_the_finished_rows(tmp_path):
+    out = tmp_path / "bench.json"
+    process = start([*BENCH, "--max-bytes", "1GiB", "--ops", "broadcast", "--out", str(out)], 2)
+    until = time.monotonic() + TIMEOUT_SECONDS
+    while not (out.exists() and len(json.loads(out.read_text())["rows"]) >= 3):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, log = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode != 0
+    record = finished(out.read_text())
+    assert record["stopped"] == "interrupted" and not record["complete"]
+    assert 3 <= len(record["rows"]) < 28
+    assert out.with_suffix(".png").exists()
+    assert "stopped early: interrupted" in printed
+    assert f"finished rows are in {out}" in log
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from llama2rt import cli
+from llama2rt.cluster import bench
+real, calls = bench.measure, []
+def measure(ranks, *arguments):
+    calls.append(1)
+    if ranks.rank == 1 and len(calls) == 3:
+        os._exit(9)
+    return real(ranks, *arguments)
+bench.measure = measure
+cli.main(["cluster", "bench", "--backend", "gloo", "--ops", "all_reduce", "--out", {out!r}])
+"""
+
+
+def test_a_rank_that_dies_is_an_error_that_keeps_the_rows(torchrun, script, tmp_path):
+    out = tmp_path / "bench.json"
+    status, _, log = torchrun(script(DIES.format(out=str(out))))
+    assert status != 0
+    record = finished(out.read_text())
+    assert len(record["rows"]) == 2 and not record["complete"]
+    # torchrun stops the survivor; whichever comes first, the reason is one of the two.
+    assert record["stopped"] == "interrupted" or "rank 0: " in record["stopped"]
+    assert f"the 2 finished rows are in {out}" in log
+    assert "Traceback (most recent call last)" not in log.split("llama2rt cluster: rank 0")[0]
+
+
+WRONG = """
+import sys
+from dataclasses import replace
+import torch.distributed as dist
+from llama2rt import cli
+from llama2rt.cluster import timing
+from llama2rt.cluster.operations import OPERATIONS
+OPERATIONS["broadcast"] = replace(
+    OPERATIONS["broadcast"], call=lambda output, source: dist.broadcast(output, 1)
+)
+cli.main(["cluster", "bench", "--backend", "gloo", "--ops", "broadcast", "--out", {out!r}])
+"""
+
+
+def test_a_wrong_result_is_not_timed(torchrun, script, tmp_path):
+    out = tmp_path / "bench.json"
+    status, _, log = torchrun(script(WRONG.format(out=str(out))))
+    assert status != 0
+    assert "broadcast of 8 B gave a wrong result" in log and "element 0 is" in log
+    assert not out.exists() or not json.loads(out.read_text())["rows"]
+
+
+CLOCKS = """
+import json, sys, time
+from llama2rt.cluster import bench, timing
+real = time.perf_counter
+with bench._group("gloo", 60.0) as ranks:
+    shift = 100.0 * ranks.rank
+    timing.time.perf_counter = lambda: real() + shift
+    clocks = timing.compare_clocks(ranks.control)
+    rows = []
+    from llama2rt import energy
+    from llama2rt.cluster.operations import OPERATIONS
+    plan = bench.Plan.of(["all_gather"], "8B", "16B", 5, 20)
+    with energy.of_device(ranks.device) as meter:
+        for size in (8, 20):
+            rows.append(bench.measure(ranks, OPERATIONS["all_gather"], size, plan, meter))
+    if ranks.rank == 0:
+        found = clocks.offset_seconds.tolist(), clocks.uncertainty_seconds.tolist()
+        print(json.dumps([*found, rows]))
+"""
+
+
+def test_clocks_of_three_ranks_and_sizes_that_do_not_divide(torchrun, script):
+    status, printed, log = torchrun(script(CLOCKS), ranks=3)
+    assert status == 0, log
+    offsets, uncertainties, rows = json.loads(printed)
+    for rank in range(3):
+        assert abs(offsets[rank] - 100.0 * rank) <= uncertainties[rank]
+        assert uncertainties[rank] < 10.0
+    assert rows[0] == {"skipped": "less than one fp32 number for each of 3 ranks"}
+    assert rows[1]["bytes"] == 12  # the multiple of 3 numbers below 20 bytes
+    assert rows[1]["bus_bandwidth_bytes_per_s"] == pytest.approx(
+        12 / rows[1]["median_seconds"] * 2 / 3
+    )
+
+
+def test_the_late_rank_is_named_only_beyond_what_clocks_leave_open():
+    # Three ranks, 20 calls; clock of rank 2 runs 5 s ahead; rank 1 arrives 3 ms late.
+    start = np.arange(20.0)[None] + np.array([[0.0], [0.003], [5.0]])
+    stamps = np.stack([start, np.broadcast_to(start[:1] + 0.01, (3, 20)).copy()], axis=2)
+    stamps[2, :, 1] += 5.0
+    sure = timing.Clocks(np.array([0.0, 0.0, 5.0]), np.full(3, 1e-4))
+    rows, slowest = timing.stragglers(stamps, sure)
+    assert slowest == 1
+    assert rows[1].arrives_late_median == pytest.approx(0.003)
+    assert rows[1].arrives_late_max == pytest.approx(0.003)
+    assert [row.finishes_late_median for row in rows] == pytest.approx([0, 0, 0])
+    unsure = timing.Clocks(np.array([0.0, 0.0, 5.0]), np.full(3, 2e-3))
+    assert timing.stragglers(stamps, unsure)[1] is None
+
+
+def test_a_call_lasts_as_long_as_on_its_slowest_rank():
+    stamps = np.zeros((2, 20, 2))
+    stamps[0, :, 1], stamps[1, :, 1] = 0.001, 0.002
+    clocks = timing.Clocks(np.zeros(2), np.zeros(2))
+    used = [energy.Energy(1.0, {"GPU-a": 30.0}), energy.Energy(1.0, {"GPU-b": 10.0})]
+    row = records.row("all_reduce", 4_000_000, stamps, clocks, used)
+    assert row["median_seconds"] == 0.002
+    assert row["bus_bandwidth_bytes_per_s"] == pytest.approx(2e9)
+    assert row["joules_per_call"] == 2.0
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0,
+                            world_size=1)  # fmt: skip
+    yield bench.Ranks(0, 1, torch.device("cpu"), dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_a_size_beyond_memory_is_skipped_with_the_reason(alone, monkeypatch):
+    plan = bench.Plan.of(["all_to_all"], "1MiB", "1MiB", 5, 20)
+    monkeypatch.setattr(bench, "free_memory_bytes", lambda device: 2 << 20)
+    with energy.of_device(alone.device) as meter:
+        row = bench.measure(alone, OPERATIONS["all_to_all"], 1 << 20, plan, meter)
+        assert row == {"skipped": "a rank's buffers take 2 MiB, 2 MiB are free"}
+        monkeypatch.undo()
+        row = bench.measure(alone, OPERATIONS["all_to_all"], 1 << 20, plan, meter)
+    assert row["bytes"] == 1 << 20 and row["bus_bandwidth_bytes_per_s"] == 0.0
+
+
+def test_memory_is_shared_by_the_ranks_of_a_host(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    whole = bench.free_memory_bytes(cpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert bench.free_memory_bytes(cpu) == pytest.approx(whole / 4, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8", 8), ("8B", 8), ("4KiB", 4096), ("4 KB", 4000), ("8GiB", 8 * 2**30), ("2gb", 2 * 10**9)],
+)
+def test_binary_and_decimal_units_differ(text, count):
+    assert records.parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "B", "-8B", "8TiB", "1.5MiB", "8 bits"])
+def test_no_size_is_bad_input(text):
+    with pytest.raises(InputError, match="is no size"):
+        records.parse_bytes(text)
+
+
+def test_the_default_plan_is_8_bytes_to_8_gib_doubling():
+    plan = bench.Plan.of(list(OPERATIONS), "8B", "8GiB", 5, 20)
+    assert plan.sizes == tuple(8 * 2**k for k in range(31))
+    assert plan.sizes[-1] == 8 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "warmup", "iterations"),
+    [("2B", "8B", 5, 20), ("16B", "8B", 5, 20), ("8B", "8B", 4, 20), ("8B", "8B", 5, 19)],
+)
+def test_plans_without_meaning_are_bad_input(smallest, largest, warmup, iterations):
+    with pytest.raises(InputError, match="expected"):
+        bench.Plan.of(["all_reduce"], smallest, largest, warmup, iterations)
+
+
+def test_one_process_is_told_how_to_start_several(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match=r"torchrun --standalone --no-python --nproc-per-node"):
+        bench.bench()
+
+
+def recorded(seconds: dict[tuple[str, int], list[float]], ranks: int = 2) -> dict:
+    clocks = timing.Clocks(np.zeros(ranks), np.zeros(ranks))
+    record = records.new(5, 20, "gloo", ranks, {})
+    for (operation, size), values in seconds.items():
+        ends = np.asarray(values)
+        stamps = np.stack([np.zeros((ranks, len(ends))), np.tile(ends, (ranks, 1))], axis=2)
+        record["preset"] = None
+        record["rows"].append(records.row(operation, size, stamps, clocks, []))
+    return record
+
+
+def test_two_runs_are_compared_where_they_meet(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    noise = 1 + 0.1 * rng.random(40)
+    fast = recorded({("all_reduce", 8): 1e-3 * noise, ("broadcast", 8): 1e-3 * noise})
+    slow = recorded({("all_reduce", 8): 2e-3 * noise[::-1], ("all_reduce", 16): noise})
+    for name, record in (("fast", fast), ("slow", slow)):
+        records.write(record, tmp_path / f"{name}.json")
+    both, out = (tmp_path / "fast.json", tmp_path / "slow.json"), tmp_path / "ratio.json"
+    bench.bench(compare=both, out=out, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text()) == printed
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    (row,) = printed["rows"]
+    assert (row["op"], row["bytes"]) == ("all_reduce", 8)
+    assert row["ratio"] == pytest.approx(2.0)
+    assert 1.9 < row["low"] < 2.0 < row["high"] < 2.1
+    (same,) = records.compare(slow, {**slow, "rows": slow["rows"][:1]})["rows"]
+    assert same["ratio"] == 1.0 and same["low"] < 1.0 < same["high"]
+    assert "all_reduce" in bench_output.comparison(records.compare(fast, slow))
+
+
+def test_the_interval_covers_the_true_ratio_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        draws = {s: {("broadcast", 8): np.exp(0.2 * rng.standard_normal(30)) * s} for s in (1, 2)}
+        (row,) = records.compare(recorded(draws[1]), recorded(draws[2]), resamples=500)["rows"]
+        covered += row["low"] <= 2.0 <= row["high"]
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_runs_that_cannot_be_compared_are_bad_input(tmp_path):
+    a = recorded({("all_reduce", 8): [1.0] * 20})
+    with pytest.raises(InputError, match="2 and 4 ranks"):
+        records.compare(a, recorded({("all_reduce", 8): [1.0] * 20}, ranks=4))
+    with pytest.raises(InputError, match="no operation and size in common"):
+        records.compare(a, recorded({("all_reduce", 16): [1.0] * 20}))
+    other = tmp_path / "other.json"
+    for text in ("{}", "[1]", "nonsense"):
+        other.write_text(text)
+        with pytest.raises(InputError, match=r"other\.json"):
+            records.read(other)
+
+
+def test_one_rank_has_no_bus(alone):
+    lines = bench_output.head({"ranks": 1, "backend": "gloo", "dtype": "fp32", "warmup": 5,
+                               "iterations": 20, "environment": {}})  # fmt: skip
+    assert any("0 by definition" in line for line in lines)
+    assert not math.isnan(OPERATIONS["all_reduce"].factor(1))
