@@ -2,7 +2,8 @@
 
 The first page to read when something is slow or missing, so it imports as little as it can and
 turns every failure into a line of the report. It changes nothing and needs no network. Where the
-command line's own requirements are missing, `python -P -m llama2rt.doctor [--json]` still runs.
+command line's own requirements are missing, `python -P -m llama2rt.doctor [--json]` still runs
+(without rich, which draws its tables, always as JSON).
 """
 
 import importlib
@@ -13,12 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 import llama2rt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 # distribution -> (what it adds here, how to get it)
 OPTIONAL = {
@@ -194,14 +196,16 @@ def examine() -> dict[str, Any]:
     return report
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str) -> "Table":
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _print(report: dict[str, Any], console: Console) -> None:
+def _print(report: dict[str, Any], console: "Console") -> None:
     torch, cpu, cuda, triton = (report[name] for name in ("torch", "_cpu", "_cuda", "triton"))
     facts = _table("", "", "")
     facts.show_header = False
@@ -256,9 +260,11 @@ def _print(report: dict[str, Any], console: Console) -> None:
 def doctor(*, json: bool = False) -> None:
     """Print what is built, what is missing, why, and how to get it. Status 1 on a problem."""
     report = examine()
-    if json:
+    if json or find_spec("rich") is None:
         print(dumps(report))
     else:
+        from rich.console import Console
+
         _print(report, Console())
     if report["problems"]:
         sys.exit(1)

@@ -33,7 +33,6 @@ from memory import peak_extra_bytes
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.train.allocator import keep_malloc
 
 SMOKE = os.environ.get("BENCH_SMOKE") == "1"
 DEVICES = ("cpu", "cuda")
@@ -276,6 +275,9 @@ def quiet(case: Case) -> dict[str, Any]:
 def compare(benchmark: Any, capsys: Any, case: Case, ours: list[str]) -> None:
     """Measure, print the table with its targets, and add it to the records."""
     if case.device == "cpu":
+        # Here, because it pulls in pydantic, which a machine rented for its GPU may lack.
+        from llama2rt.train.allocator import keep_malloc
+
         keep_malloc()
     torch._dynamo.reset()
     with capsys.disabled():

@@ -18,6 +18,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
+import work
 from measure import DEVICES, SMOKE, Case, Contender, SetUp, compare, inductor, on, ours_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -66,7 +67,6 @@ DIRECTIONS = {
     # Targets of GPUs speak of both together; backward alone would be the difference.
     "cuda": ("forward", "forward + backward"),
 }
-PRODUCTS = {"forward": 2, "backward": 5, "forward + backward": 7}
 
 
 def sdpa(*backends: SDPBackend) -> Callable:
@@ -146,17 +146,18 @@ def attention(shape: Shape, device: str, ours: list[str]) -> SetUp:
 def test_attention(benchmark, capsys, device, name, direction):
     ours = ours_for("attention", device)
     shape = SHAPES[device][name]
-    pairs = sum(n * (n + 1) // 2 for n in shape.lengths)
+    heads = (shape.heads, shape.kv_heads, shape.head_dim)
+    todo = work.attention(direction, name, shape.lengths, *heads)
     tokens, longest = sum(shape.lengths), max(shape.lengths)
     case = Case(
         op="attention",
         direction=direction,
         device=device,
-        size=f"{name}, {shape.heads} heads over {shape.kv_heads} of {shape.head_dim}, bf16",
+        size=todo.size,
         x=longest,
         axis="tokens in a document",
-        work=PRODUCTS[direction] * 2 * pairs * shape.heads * shape.head_dim,
-        unit="flops",
+        work=todo.useful,
+        unit=todo.unit,
         ceiling=f"GEMM of {GEMM[device]}",
         ceiling_work=2 * GEMM[device] ** 3,
         set_up=lambda: attention(shape, device, ours),
@@ -219,20 +220,20 @@ def test_decode_attention(benchmark, capsys, device, context):
     ours = ours_for("decode_attention", device)
     shape, contexts = DECODE[device]
     rows, heads, kv_heads, dim = shape
-    cache = 2 * rows * context * kv_heads * dim * 2  # bytes of keys and values
+    todo = work.decode_attention(rows, context, heads, kv_heads, dim)
     case = Case(
         op="decode_attention",
         direction="forward",
         device=device,
-        size=f"{rows} x {context}, {heads} heads over {kv_heads} of {dim}, bf16",
+        size=todo.size,
         x=context,
         axis="tokens in the cache of a sequence",
-        work=cache,
-        unit="bytes",
+        work=todo.useful,
+        unit=todo.unit,
         ceiling="clone",
-        ceiling_work=cache,  # of the keys: read once and written once
+        ceiling_work=todo.bytes,  # of the keys: read once and written once
         set_up=lambda: decode(shape, context, device, ours),
-        input_bytes=cache,
+        input_bytes=todo.bytes,
         judged=context == contexts[-1] and not SMOKE,
     )
     compare(benchmark, capsys, case, ours)

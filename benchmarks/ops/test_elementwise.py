@@ -13,6 +13,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
+import work
 from measure import DEVICES, SMOKE, Case, Contender, SetUp, compare, inductor, on, ours_for
 from peers import EPS
 from torch import Tensor
@@ -51,8 +52,6 @@ def hugging_face_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
 
 @dataclass(frozen=True)
 class Op:
-    traffic: dict[str, int]
-    """Direction -> how many activations are read or written."""
     eager: Callable
     ours: Callable
     library: Callable | None = None
@@ -61,18 +60,16 @@ class Op:
 
 OPS = {
     "rms_norm": Op(
-        {"forward": 2, "backward": 3},
         llama_rms_norm,
         lambda x, w: ops.rms_norm(x, w, EPS),
         lambda x, w: F.rms_norm(x, w.shape, w, EPS),
     ),
     "add_rms_norm": Op(
-        {"forward": 4, "backward": 4},
         add_llama_rms_norm,
         lambda x, r, w: ops.add_rms_norm(x, r, w, EPS),
     ),
-    "swiglu": Op({"forward": 3, "backward": 5}, silu_times, ops.swiglu),
-    "rope": Op({"forward": 2, "backward": 2}, hugging_face_rope, ops.rope),
+    "swiglu": Op(silu_times, ops.swiglu),
+    "rope": Op(hugging_face_rope, ops.rope),
 }
 
 
@@ -148,20 +145,20 @@ def test_elementwise(benchmark, capsys, device, name, index, direction):
             return rotary(rows, columns, device, ours)
         return row_wise(name, rows, columns, device, ours)
 
-    traffic = OPS[name].traffic[direction]
+    todo = work.elementwise(name, direction, rows, columns)
     case = Case(
         op=name,
         direction=direction,
         device=device,
-        size=f"{rows} x {columns} bf16",
+        size=todo.size,
         x=activation,
         axis="bytes of one activation",
-        work=traffic * activation,
-        unit="bytes",
+        work=todo.useful,
+        unit=todo.unit,
         ceiling="clone",
         ceiling_work=2 * activation,
         set_up=set_up,
-        input_bytes=traffic * activation,
+        input_bytes=todo.bytes,
         judged=index == len(sizes) - 1 and not SMOKE,
     )
     compare(benchmark, capsys, case, ours)

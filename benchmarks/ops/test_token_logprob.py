@@ -12,6 +12,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
+import work
 from measure import DEVICES, SMOKE, Case, Contender, SetUp, compare, inductor, on, ours_for
 from torch import Tensor
 
@@ -62,19 +63,19 @@ def token_logprob(
 def test_token_logprob(benchmark, capsys, device, size, direction):
     ours = ours_for("token_logprob", device)
     tokens, dim, vocabulary, on_curve = size
-    products = 1 if direction == "forward" else 3
-    work = products * 2 * tokens * dim * vocabulary
+    todo = work.token_logprob(direction, tokens, dim, vocabulary)
+    products = work.LOGPROB_PRODUCTS[direction]
     case = Case(
         op="token_logprob",
         direction=direction,
         device=device,
-        size=f"{tokens} tokens, dim {dim}, vocabulary {vocabulary}, bf16",
+        size=todo.size,
         x=tokens,
         axis="tokens",
-        work=work,
-        unit="flops",
+        work=todo.useful,
+        unit=todo.unit,
         ceiling="its product" if products == 1 else "three products",
-        ceiling_work=work,
+        ceiling_work=todo.flops,
         set_up=lambda: token_logprob(tokens, dim, vocabulary, products, device, ours),
         input_bytes=2 * dim * (tokens + vocabulary),
         on_curve=on_curve,

@@ -170,6 +170,14 @@ PYBIND11_MODULE(_cpu, m) {
         },
         Release());
 
+  m.def("linear",
+        [](int dtype, int64_t rows, int64_t columns, int64_t inner, Address x, int64_t x_stride,
+           Address weight, int64_t weight_stride, Address y, int threads) {
+          kernels().linear({DType(dtype), rows, columns, inner, at(x), x_stride, at(weight),
+                            weight_stride, at<void>(y), threads});
+        },
+        Release());
+
   m.def("add_to",
         [](int dtype, int64_t items, Address x, Address total, int threads) {
           kernels().add_to({DType(dtype), items, at(x), at<float>(total), threads});

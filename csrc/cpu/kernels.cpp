@@ -17,5 +17,6 @@ const Kernels table = {TEXT(LLAMA2RT_ISA),
                        decode_attention,
                        token_logprob,
                        token_logprob_backward,
-                       add_to};
+                       add_to,
+                       linear};
 }  // namespace LLAMA2RT_ISA

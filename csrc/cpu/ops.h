@@ -150,6 +150,17 @@ struct TokenLogprobBackward {
   int threads;
 };
 
+struct Linear {  // y = x weight^T
+  DType dtype;
+  int64_t rows, columns, inner;
+  const void* x;
+  int64_t x_stride;
+  const void* weight;  // [columns, inner]
+  int64_t weight_stride;
+  void* y;  // [rows, columns], contiguous
+  int threads;
+};
+
 struct AddTo {  // total += x, both contiguous
   DType dtype;
   int64_t items;
@@ -171,6 +182,7 @@ struct Kernels {
   void (*token_logprob)(const TokenLogprob&);
   void (*token_logprob_backward)(const TokenLogprobBackward&);
   void (*add_to)(const AddTo&);
+  void (*linear)(const Linear&);
 };
 
 // The table in use: the widest instruction set of this processor unless another was selected.
@@ -199,5 +211,6 @@ void decode_attention(const DecodeAttention&);
 void token_logprob(const TokenLogprob&);
 void token_logprob_backward(const TokenLogprobBackward&);
 void add_to(const AddTo&);
+void linear(const Linear&);
 }  // namespace LLAMA2RT_ISA
 #endif

@@ -44,7 +44,8 @@ constexpr size_t shared_elements(const Shape& s, int dim) {
 
 // delta [heads, tokens]: eight lanes to a row.
 template <typename T>
-__global__ void attention_delta_kernel(const AttentionBackward b) {
+__global__ void __launch_bounds__(DELTA_THREADS)
+    attention_delta_kernel(const AttentionBackward b) {
   const Attention& a = b.forward;
   const int64_t item = ((int64_t)blockIdx.x * DELTA_THREADS + threadIdx.x) / DELTA_LANES;
   const int64_t token = item / a.heads, head = item % a.heads;

@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 }
 
 template <typename T>
-__global__ void rms_norm_dweight_kernel(int64_t blocks, int64_t columns, const float* partial,
-                                        T* dweight) {
+__global__ void __launch_bounds__(REDUCE_COLUMNS * REDUCE_ROWS)
+    rms_norm_dweight_kernel(int64_t blocks, int64_t columns, const float* partial, T* dweight) {
   const int64_t column = (int64_t)blockIdx.x * REDUCE_COLUMNS + threadIdx.x;
   float total = 0.0f;
   if (column < columns)

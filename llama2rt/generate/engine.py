@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from llama2rt.errors import InputError
 from llama2rt.generate import scheduler
 from llama2rt.generate.kv_cache import Addresses, KVCache
 from llama2rt.generate.sampling import choose, uniforms
 from llama2rt.model.llama import Llama
+from llama2rt.ops.linear import linear
 from llama2rt.text import chat
 
 Prompt = Sequence[int] | chat.Messages
@@ -242,7 +242,7 @@ class Engine:
                 put(step.tokens).long(), put(step.positions), put(documents), cache=cache
             )
             if decoding:
-                logits = functional.linear(hidden[prefilled:], self.model.output).float()
+                logits = linear(hidden[prefilled:], self.model.output).float()
                 uniform = put(uniforms(step.keys, step.counts))
                 sampled = choose(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
                 chosen, logprobs = (tensor.cpu().numpy() for tensor in sampled)

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llama2rt import ops
 from llama2rt.model.config import LlamaConfig
+from llama2rt.ops.linear import linear
 
 
 class Cache(Protocol):
@@ -21,6 +21,13 @@ class Cache(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, D], k and v [T, Hkv, D] after rotary embedding -> [T, Hq, D]."""
         ...
+
+
+class Linear(nn.Linear):
+    """torch's, with the product of `ops.linear`, which knows a faster one for decoding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class Norm(nn.Module):
@@ -43,14 +50,14 @@ class Block(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.attention_norm = Norm(dim, config.norm_eps, **factory)
-        self.query = nn.Linear(dim, dim, bias=False, **factory)
-        self.key = nn.Linear(dim, kv_dim, bias=False, **factory)
-        self.value = nn.Linear(dim, kv_dim, bias=False, **factory)
-        self.attention_output = nn.Linear(dim, dim, bias=False, **factory)
+        self.query = Linear(dim, dim, bias=False, **factory)
+        self.key = Linear(dim, kv_dim, bias=False, **factory)
+        self.value = Linear(dim, kv_dim, bias=False, **factory)
+        self.attention_output = Linear(dim, dim, bias=False, **factory)
         self.ffn_norm = Norm(dim, config.norm_eps, **factory)
-        self.gate = nn.Linear(dim, hidden, bias=False, **factory)
-        self.up = nn.Linear(dim, hidden, bias=False, **factory)
-        self.down = nn.Linear(hidden, dim, bias=False, **factory)
+        self.gate = Linear(dim, hidden, bias=False, **factory)
+        self.up = Linear(dim, hidden, bias=False, **factory)
+        self.down = Linear(hidden, dim, bias=False, **factory)
 
     def forward(
         self,
@@ -151,7 +158,7 @@ class Llama(nn.Module):
 
     def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[T, V] logits: for tests and small uses; training never holds them."""
-        return F.linear(self.hidden(tokens, positions, cu_seqlens), self.output)
+        return linear(self.hidden(tokens, positions, cu_seqlens), self.output)
 
     def forward(
         self,

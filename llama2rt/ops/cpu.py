@@ -6,7 +6,6 @@ until the call has returned. Each call names its thread count: torch's own.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -420,9 +419,38 @@ def token_logprob_parked(
     return *logprob_tiles.forward(_Logprob(), _logprob_tiles(), *arguments), parked
 
 
-def token_logprob_parked_backward(parked: Tensor, *arguments: Any) -> Tensor:
+def token_logprob_parked_backward(
+    parked: Tensor,
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+) -> Tensor:
     """token_logprob_backward's gradient of hidden; `parked` becomes the gradient of weight."""
-    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments, parked=parked)[0]
+    arguments = dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature, parked
+    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments)[0]
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K], weight [N, K] -> x weight^T [T, N]; made for a handful of rows."""
+    x, weight = _rows(x), _rows(weight)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _cpu.linear(
+        _DTYPES[x.dtype],
+        *y.shape,
+        x.shape[1],
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
 
 
 NATIVE: dict[str, Callable] = {

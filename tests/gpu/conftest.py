@@ -40,3 +40,11 @@ def flash_attn():
     if reason := why_not("flash_attn"):
         pytest.skip(reason)
     return importlib.import_module("llama2rt.ops.flash_attn")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a GPU backend, each in turn."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    return request.param

@@ -1,5 +1,6 @@
-"""The native build: what the modules promise about themselves, what CMake says about CUDA, and that
-every .cu compiles for both architectures without spilling a register.
+"""The native build: what the modules promise about themselves, and what CMake says about CUDA.
+
+What the compiler made of the CUDA kernels is test_cuda_resources.py's.
 """
 
 import importlib.util
@@ -37,8 +38,10 @@ def test_a_module_imports_alone_and_names_its_kernels(name):
     assert all(any(op in kernel for op in OPS) for kernel in kernels.split())
 
 
-def configure(folder: Path, choice: str, *, nvcc: bool) -> subprocess.CompletedProcess:
-    """CMake's configuration with LLAMA2RT_CUDA=`choice`, with nvcc findable or not."""
+def configure(
+    folder: Path, choice: str, *, nvcc: bool, jobs: str = ""
+) -> subprocess.CompletedProcess:
+    """CMake's configuration with LLAMA2RT_CUDA=`choice`, MAX_JOBS=`jobs`, nvcc findable or not."""
     pybind11 = pytest.importorskip("pybind11")
     if CMAKE is None:
         pytest.skip("cmake is not installed")
@@ -61,10 +64,16 @@ def configure(folder: Path, choice: str, *, nvcc: bool) -> subprocess.CompletedP
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ],
-        env=environment | {"PATH": str(tools), "LLAMA2RT_CUDA": choice},
+        env=environment | {"PATH": str(tools), "LLAMA2RT_CUDA": choice, "MAX_JOBS": jobs},
         capture_output=True,
         text=True,
     )
+
+
+def installs(folder: Path) -> set[str]:
+    """The native modules that a wheel of this configuration holds."""
+    script = (folder / "build/cmake_install.cmake").read_text(encoding="utf-8")
+    return {name for name in ("_cpu", "_cuda") if f"/{name}." in script}
 
 
 def test_auto_without_nvcc_says_so_in_one_line(tmp_path):
@@ -72,17 +81,21 @@ def test_auto_without_nvcc_says_so_in_one_line(tmp_path):
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if "llama2rt" in line and "_cuda" in line]
     assert lines == ["-- llama2rt: _cuda is not built: no nvcc on PATH and CUDACXX is not set."]
+    assert installs(tmp_path) == {"_cpu"}
 
 
 def test_on_without_nvcc_is_an_error_of_one_sentence(tmp_path):
     run = configure(tmp_path, "ON", nvcc=False)
     assert run.returncode != 0
-    assert "LLAMA2RT_CUDA=ON, but no nvcc was found" in run.stderr
+    said = " ".join(run.stderr.split())
+    assert said.count("CMake Error") == 1
+    assert "LLAMA2RT_CUDA=ON, but no nvcc was found: put it on PATH or set CUDACXX to it." in said
 
 
 def test_off_asks_for_no_nvcc(tmp_path):
     run = configure(tmp_path, "off", nvcc=False)
     assert run.returncode == 0 and "not built: LLAMA2RT_CUDA=OFF" in run.stdout
+    assert installs(tmp_path) == {"_cpu"}
 
 
 def test_any_other_choice_is_refused(tmp_path):
@@ -94,29 +107,22 @@ def test_on_with_nvcc_builds_for_both_architectures(tmp_path):
     run = configure(tmp_path, "ON", nvcc=True)
     assert run.returncode == 0, run.stderr
     assert "_cuda is built for 80-real;90a-real;80-virtual" in run.stdout
+    assert installs(tmp_path) == {"_cpu", "_cuda"}
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.stem)
-def test_a_cuda_source_compiles_without_spills(source, architecture, tmp_path):
-    run = subprocess.run(
-        [
-            *(NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v"),
-            *(
-                f"-I{source.parent}",
-                "--expt-relaxed-constexpr",
-                "-cubin",
-                "-o",
-                tmp_path / "kernels.cubin",
-                source,
-            ),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'", run.stderr)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
-    assert kernels and all(any(op in kernel for op in OPS) for kernel in kernels)
-    assert len(spills) >= len(kernels) and set(spills) == {("0", "0")}, run.stderr
+def test_max_jobs_is_honoured_and_memory_bounds_it_otherwise(tmp_path):
+    for jobs in ("3", ""):
+        (tmp_path / f"jobs{jobs}").mkdir()
+        run = configure(tmp_path / f"jobs{jobs}", "OFF", nvcc=False, jobs=jobs)
+        found = re.search(r"at most (\d+) compile jobs at once: (.*)\.", run.stdout)
+        assert run.returncode == 0 and found, run.stdout + run.stderr
+        if jobs:
+            assert found.groups() == ("3", "MAX_JOBS")
+        else:
+            cores, memory = re.search(r"(\d+) cores, 2048 MiB .* of (\d+) MiB", found[2]).groups()
+            assert int(found[1]) == max(1, min(int(cores), int(memory) // 2048))
+
+
+def test_max_jobs_that_is_no_number_is_refused(tmp_path):
+    run = configure(tmp_path, "OFF", nvcc=False, jobs="-2")
+    assert run.returncode != 0 and "MAX_JOBS is '-2'; it must be a positive" in run.stderr

@@ -134,6 +134,39 @@ def test_rope(head_dim, heads, positions_dtype, dtype, seed):
             judge(name, got, want, hugging_face_rope(x, c, direction * s))
 
 
+@pytest.mark.parametrize("kind", ["normal", "tail", "offset"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("columns", "inner"), [(1, 1), (7, 33), (129, 1040)])
+def test_linear(columns, inner, rows, kind, dtype, seed):
+    x, weight = (
+        draw((rows, inner), dtype, kind, seed),
+        draw((columns, inner), dtype, kind, seed + 1),
+    )
+    weight *= 0.02  # sums of a thousand products of numbers near 30 would be infinite in fp16
+    exact = x.double() @ weight.double().T
+    judge("y", cpu.linear(x, weight), exact, F.linear(x, weight))
+
+
+def test_linear_of_any_strides_threads_and_rows_gives_the_same_bits(dtype, seed):
+    wide, weight = draw((8, 300), dtype, "normal", seed), draw((514, 300), dtype, "normal", seed)
+    x = wide[:, 7:210]
+    strided = weight[:, 90:293]
+    expected = cpu.linear(x.contiguous(), strided.contiguous())
+    assert torch.equal(cpu.linear(x, strided), expected)
+    assert torch.equal(cpu.linear(x, strided.t().contiguous().t()), expected)
+    torch.set_num_threads(3)
+    assert torch.equal(cpu.linear(x, strided), expected)
+    for row in range(8):
+        assert torch.equal(cpu.linear(x[row : row + 1], strided)[0], expected[row])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
+def test_linear_of_nothing(shape, dtype):
+    rows, columns, inner = shape
+    y = cpu.linear(torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype))
+    assert y.shape == (rows, columns) and not y.any()
+
+
 def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
