@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 
+from llama2rt import energy
 from llama2rt.checkpoint import hf
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.train.metrics import gemm_ceiling
@@ -48,12 +49,16 @@ def kept_malloc(folder: str, setting: str) -> dict[str, Any]:
     sides = {"theirs": step.theirs(folder, setting), "ours": step.ours(folder, setting)}
     times: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(WARM_UP + ROUNDS):
-        for name, take_step in sides.items():
-            start = time.perf_counter()
-            losses[name].append(take_step())
-            times[name].append(time.perf_counter() - start)
-    return summary(times, losses)
+    used: dict[str, list[energy.Energy]] = {name: [] for name in sides}
+    with energy.of_device(torch.device("cpu")) as meter:
+        for _ in range(WARM_UP + ROUNDS):
+            for name, take_step in sides.items():
+                meter.lap()
+                start = time.perf_counter()
+                losses[name].append(take_step())
+                times[name].append(time.perf_counter() - start)
+                used[name].append(meter.lap())
+    return summary(times, losses, used)
 
 
 def as_shipped(folder: str, setting: str) -> dict[str, Any]:
@@ -73,28 +78,36 @@ def as_shipped(folder: str, setting: str) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in workers}
     losses: dict[str, list[float]] = {name: [] for name in workers}
     peaks: dict[str, int] = {}
-    for _ in range(WARM_UP + ROUNDS):
-        for name, worker in workers.items():
-            assert worker.stdin is not None and worker.stdout is not None
-            worker.stdin.write("step\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-            if not line:
-                raise RuntimeError(f"{name} died with status {worker.wait()}")
-            result = json.loads(line)
-            times[name].append(result["seconds"])
-            losses[name].append(result["loss"])
-            peaks[name] = result["peak"]
+    used: dict[str, list[energy.Energy]] = {name: [] for name in workers}
+    with energy.of_device(torch.device("cpu")) as meter:
+        for _ in range(WARM_UP + ROUNDS):
+            for name, worker in workers.items():
+                assert worker.stdin is not None and worker.stdout is not None
+                meter.lap()
+                worker.stdin.write("step\n")
+                worker.stdin.flush()
+                line = worker.stdout.readline()
+                if not line:
+                    raise RuntimeError(f"{name} died with status {worker.wait()}")
+                used[name].append(meter.lap())
+                result = json.loads(line)
+                times[name].append(result["seconds"])
+                losses[name].append(result["loss"])
+                peaks[name] = result["peak"]
     for worker in workers.values():
         worker.communicate()
     return {
-        **summary(times, losses),
+        **summary(times, losses, used),
         "ours_peak_bytes": peaks["ours"],
         "theirs_peak_bytes": peaks["theirs"],
     }
 
 
-def summary(times: dict[str, list[float]], losses: dict[str, list[float]]) -> dict[str, Any]:
+def summary(
+    times: dict[str, list[float]],
+    losses: dict[str, list[float]],
+    used: dict[str, list[energy.Energy]],
+) -> dict[str, Any]:
     # Before the first update the two sides are the same function of the same numbers.
     ours, theirs = losses["ours"][0], losses["theirs"][0]
     if abs(ours - theirs) > 0.01:
@@ -106,6 +119,9 @@ def summary(times: dict[str, list[float]], losses: dict[str, list[float]]) -> di
         "ratio": medians["theirs"] / medians["ours"],
         "loss": {"ours": losses["ours"], "theirs": losses["theirs"]},
         "seconds": times,
+        "energy": {
+            name: energy.in_turn(values[WARM_UP:]).record() for name, values in used.items()
+        },
     }
 
 
@@ -120,6 +136,12 @@ def row(name: str, setting: str, result: dict[str, Any]) -> str:
         f"transformers {result['theirs_s']:6.2f} s  {result['ratio']:5.2f}x  "
         f"{flops / result['ours_s'] / 1e9:5.0f} GFLOP/s"
     )
+    drawn = energy.Energy(**result["energy"]["ours"])
+    per_step = drawn.joules_per(ROUNDS)
+    if per_step is None:
+        text += f"  {drawn.describe()}"
+    else:
+        text += f"  {per_step:.1f} J/step, {per_step / count:.3g} J/token"
     if "ours_peak_bytes" in result:
         ours, theirs = result["ours_peak_bytes"], result["theirs_peak_bytes"]
         text += f"  peak {ours / 2**30:.2f} against {theirs / 2**30:.2f} GiB"

@@ -235,7 +235,11 @@ def _run(
     as_json: bool,
 ) -> None:
     lines = presets.apply(presets.settings(preset), os.environ) if preset else []
-    with _group(backend, timeout_seconds) as ranks, energy.of_device(ranks.device) as meter:
+    first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"  # the others would count it again
+    with (
+        _group(backend, timeout_seconds) as ranks,
+        energy.of_device(ranks.device, host=first_of_host) as meter,
+    ):
         footer = host.footer(ranks.gather(host.facts(ranks.device)))
         record = records.new(plan.warmup, plan.iterations, dist.get_backend(), ranks.ranks, footer)
         record |= {"preset": preset, "environment": records.nccl_environment(os.environ)}
