@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,23 @@ def test_a_size_beyond_memory_is_skipped_with_the_reason(alone, monkeypatch):
         monkeypatch.undo()
         row = bench.measure(alone, OPERATIONS["all_to_all"], 1 << 20, plan, meter)
     assert row["bytes"] == 1 << 20 and row["bus_bandwidth_bytes_per_s"] == 0.0
+
+
+def test_what_a_backend_lacks_is_skipped_with_its_words(alone, monkeypatch, tmp_path):
+    def lacks(*_: torch.Tensor) -> None:
+        raise RuntimeError("ProcessGroupOld does not support alltoall")
+
+    operations = {name: OPERATIONS[name] for name in ("all_to_all", "broadcast")}
+    operations["all_to_all"] = replace(operations["all_to_all"], call=lacks)
+    monkeypatch.setattr(bench, "OPERATIONS", operations)
+    report = bench._Report(records.new(5, 20, "gloo", 1, {}), tmp_path / "out.json", quiet=False)
+    plan = bench.Plan.of(list(operations), "8B", "8B", 5, 20)
+    with energy.of_device(alone.device) as meter:
+        bench._all_rows(alone, plan, meter, report)
+    (skipped,) = report.record["skipped"]
+    assert skipped["op"] == "all_to_all"
+    assert skipped["reason"] == "gloo: ProcessGroupOld does not support alltoall"
+    assert [row["op"] for row in report.record["rows"]] == ["broadcast"]
 
 
 def test_memory_is_shared_by_the_ranks_of_a_host(monkeypatch):
