@@ -388,12 +388,13 @@ def compare(
     _table(
         f"{fabrics[1]} {watts[1]:g} W over {fabrics[0]} {watts[0]:g} W on {gpu}: share of "
         "throughput that is left, and what takes the rest",
-        ("model", "GPUs", "ratio", *causes),
+        ("model", "GPUs", "ratio", "own layouts", *causes),
         [
             (
                 name,
                 f"{count}",
                 _range(c.ratio, 3) if c else "no layout fits",
+                f"{c.own_layouts:.3f}" if c else "",
                 *(f"{100 * c.waterfall[cause]:+.1f} %" if c else "" for cause in causes),
             )
             for name, count, c in results

@@ -24,14 +24,16 @@ CAUSES = ("power", "bandwidth", "latency", "congestion", "stragglers")
 
 @dataclass(frozen=True)
 class Comparison:
-    """ratio: throughput of `second` over that of `first`. waterfall: share of `first`'s
-    throughput that each cause takes; with "residual" they sum to 1 - ratio."""
+    """ratio: throughput of `second` over that of `first`, both under `layout`. waterfall: share of
+    `first`'s throughput that each cause takes; with "residual" they sum to 1 - ratio.
+    own_layouts: the ratio when `second` takes the layout that is fastest on it."""
 
     first: Cluster
     second: Cluster
     layout: Layout
     ratio: Estimate
     waterfall: dict[str, float]
+    own_layouts: float
 
     @property
     def gap(self) -> float:
@@ -44,6 +46,7 @@ class Comparison:
             "second": {"fabric": self.second.fabric.name, "watts": self.second.watts},
             "layout": {**vars(self.layout)},
             "ratio": self.ratio.as_json(),
+            "ratio_with_own_layouts": self.own_layouts,
             "waterfall": [
                 {"cause": cause, "share": share} for cause, share in self.waterfall.items()
             ],
@@ -67,8 +70,11 @@ def compare(
     The range takes each fabric at the ends of what is published of it, and the power cap by the
     matrix-bound and the mixed curve. Two equal clusters give exactly 1, low and high too.
     """
+    best = None
     if layout is None:
-        layout = search(shape, first, seq, global_batch(first.gpus), constants=constants)[0].layout
+        batch = global_batch(first.gpus)
+        layout = search(shape, first, seq, batch, constants=constants)[0].layout
+        best = search(shape, second, seq, batch, constants=constants)[0].layout
     layout.check(shape, first)
     layout.check(shape, second)
 
@@ -95,6 +101,7 @@ def compare(
             "fabrics at the ends of published reports, cap by matrix-bound and mixed curves",
         ),
         waterfall,
+        ratio if best is None else reference / step_time(shape, best, second, constants).seconds,
     )
 
 

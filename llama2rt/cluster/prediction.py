@@ -71,9 +71,13 @@ def predict(
     """
     layout.check(shape, cluster)
     step = step_time(shape, layout, cluster, constants)
-    share = calibration.relative_range(cluster.gpu.name)
-    why = f"step-time model, within {share:.0%} of published runs on {cluster.gpu.name}"
-    seconds = around(step.seconds, share, why)
+    seconds = Estimate(
+        step.seconds,
+        step.seconds * (1 - calibration.FASTER),
+        step.seconds * (1 + calibration.SLOWER),
+        f"step-time model: published runs take {calibration.FASTER:.0%} less to "
+        f"{calibration.SLOWER:.0%} more",
+    )
     step_tokens = layout.global_batch * layout.seq
     rate = _inverse(seconds, step_tokens / cluster.gpus)
     flops = shape.step_flops(step_tokens, layout.seq, "none")

@@ -270,7 +270,9 @@ def _exposed(
         else:
             traffic = moved("reduce_scatter", weights, whole) + moved("all_gather", weights, whole)
         # Gradients leave during the last micro-batch's backward; in 2021 only after it.
-        hidden = 0.0 if layout.stack == "2021" else overlap * compute / layout.micro_batches
+        hidden = (
+            0.0 if layout.stack == "2021" else overlap * compute / max(1.0, layout.micro_batches)
+        )
         return _unhidden(traffic, hidden, layout)
     if layout.sharding == "hybrid":
         inside = Group(shard_ranks(layout, cluster.gpus_per_node), per_node)
@@ -278,7 +280,9 @@ def _exposed(
         across = moved("all_reduce", share, Group(max(1, whole.nodes), 1))
     else:
         inside, across = whole, 0.0
-    traffic = layout.micro_batches * _sharded_traffic(shape, layout, cluster, constants, inside)
+    traffic = ceil(layout.micro_batches) * _sharded_traffic(
+        shape, layout, cluster, constants, inside
+    )
     return _unhidden(traffic + across, overlap * compute, layout)
 
 

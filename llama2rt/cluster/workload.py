@@ -119,9 +119,9 @@ class Layout:
         return self.tp * self.pp * self.dp * self.cp
 
     @property
-    def micro_batches(self) -> int:
-        """Forward and backward passes of a rank in a step; the last may be smaller."""
-        return ceil(self.global_batch / (self.dp * self.micro_batch))
+    def micro_batches(self) -> float:
+        """Full micro-batches of the busiest rank; a last, smaller one counts as its share."""
+        return ceil(self.global_batch / self.dp) / self.micro_batch
 
     @property
     def sequence_parallel(self) -> bool:

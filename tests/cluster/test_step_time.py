@@ -53,9 +53,14 @@ def test_memory_of_states():
     plain = Layout(1, 1, 8, tp=8, dp=1)
     sharded = replace(plain, tp=1, dp=8, sharding="zero3")
     layer = SEVENTY.layer_parameters
-    for layout, extra in ((plain, 0), (sharded, 6 * layer)):
-        expected = 16 * SEVENTY.parameters / 8 + extra
-        assert memory_bytes(SEVENTY, layout) == pytest.approx(expected, rel=0.01)
+    split = replace(plain, dp=4, sharding="zero1")
+    for layout, expected in (
+        (plain, 16 * SEVENTY.parameters / 8),
+        (sharded, 16 * SEVENTY.parameters / 8 + 6 * layer),
+        (split, (4 + 12 / 4) * SEVENTY.parameters / 8),
+        (replace(split, sharding="hybrid"), 16 * SEVENTY.parameters / 8 + 6 * layer / 8),
+    ):
+        assert memory_bytes(SEVENTY, layout) == pytest.approx(expected, rel=0.01), layout
     # Recomputation trades activations for time.
     sizes = [
         memory_bytes(SEVENTY, replace(LAYOUTS[0], stack="2021", recompute=how))
@@ -193,6 +198,7 @@ def test_equal_clusters_have_a_ratio_of_exactly_one(fabric, watts):
     found = compare.compare(prediction.preset("llama2-7b"), same, same)
     assert (found.ratio.value, found.ratio.low, found.ratio.high) == (1.0, 1.0, 1.0)
     assert set(found.waterfall.values()) == {0.0}
+    assert found.own_layouts == 1.0
 
 
 @pytest.mark.parametrize("model", ["llama2-7b", "llama2-70b"])
@@ -205,6 +211,8 @@ def test_the_papers_question(model, gpus):
     assert list(found.waterfall) == [*compare.CAUSES, "residual"]
     assert all(found.waterfall[cause] >= 0 for cause in compare.CAUSES)
     assert found.ratio.low <= found.ratio.value <= found.ratio.high < 1
+    # A layout of its own can only help the second cluster, and never past the first one's best.
+    assert found.ratio.value <= found.own_layouts < 1
     # The published ratio, about 90 %, lies in the range at the paper's size.
     if gpus in (2000, 2048):
         assert found.ratio.low < compare.PUBLISHED_RATIO < found.ratio.high
