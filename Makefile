@@ -4,7 +4,8 @@
 #   make run     .venv, install, `llama2rt quickstart`; goes on where an earlier one was stopped
 #                (another seed: make run ARGS="--seed 1" RUN=runs/seed-1)
 #   make test    .venv, install with the test extra, ruff, mypy, pytest         (SEED=random explores)
-#   make bench   the benchmarks; nothing else should be running
+#   make bench   the benchmarks; nothing else should be running. Records and figures of the ops go
+#                to build/bench
 #   make gpu     tests and benchmarks of a GPU machine, with its own python3 and without a network
 #   make native  the native modules built into the source tree, for work on them
 #   make clean   remove all of this except runs/
@@ -69,7 +70,8 @@ test: $(VENV)/.tested
 # side in a process of its own (docs and benchmarks say which figure is which).
 bench: $(VENV)/.tested
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864 \
-		$(BIN)/pytest -q -s benchmarks
+		BENCH_OUT=build/bench $(BIN)/pytest -q -s benchmarks
+	$(BIN)/python -P benchmarks/helpers/figures.py build/bench
 
 # -P keeps this folder off sys.path, as plain pytest does.
 gpu:
@@ -79,8 +81,9 @@ gpu:
 	set -o pipefail; status=0; \
 	nvidia-smi | tee build/gpu/nvidia-smi.txt || status=1; \
 	$(PYTHON) -P -m pytest -q tests/gpu 2>&1 | tee build/gpu/tests.txt || status=1; \
-	$(PYTHON) -P -m pytest -q -s benchmarks/ops --benchmark-json build/gpu/ops.json 2>&1 \
+	BENCH_OUT=build/gpu/ops $(PYTHON) -P -m pytest -q -s benchmarks/ops 2>&1 \
 		| tee build/gpu/ops.txt || status=1; \
+	$(PYTHON) -P benchmarks/helpers/figures.py build/gpu/ops || status=1; \
 	tar -czf $(OUT)/llama2rt-gpu.tar.gz -C build gpu; \
 	exit $$status
 

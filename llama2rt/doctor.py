@@ -23,11 +23,11 @@ import llama2rt
 # distribution -> (what it adds here, how to get it)
 OPTIONAL = {
     "flash-attn": (
-        "attention to compare with on a GPU",
+        'attention on a GPU, for ops.use("flash_attn")',
         "pip install flash-attn --no-build-isolation, on a machine with nvcc",
     ),
     "apex": (
-        "NVIDIA's fused RMSNorm, to compare with on a GPU",
+        "NVIDIA's fused RMSNorm and Adam, to compare with on a GPU",
         "build https://github.com/NVIDIA/apex (PyPI's apex is another project)",
     ),
     "transformers": ("parity tests and benchmarks", "pip install transformers"),
@@ -110,13 +110,12 @@ def _triton() -> dict[str, Any]:
     """Triton's version and our kernels in it, or why the backend does not import."""
     try:
         backend = importlib.import_module("llama2rt.ops.triton")
+        kernels = importlib.import_module("llama2rt.kernels")  # which the backend only names
     except Exception as error:  # a broken installation fails in many ways, each worth showing
         return {"reason": str(error)}
-    from llama2rt.kernels import INTERPRETED
-
     return {
         "version": importlib.import_module("triton").__version__,
-        "interpreted": INTERPRETED,
+        "interpreted": kernels.INTERPRETED,
         "kernels": [name for name in backend.NATIVE if not name.endswith("_backward")],
     }
 

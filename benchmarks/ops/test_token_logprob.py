@@ -1,93 +1,84 @@
-"""token_logprob on a CPU against the matrix products it contains, and against torch eager.
+"""token_logprob against the matrix products it contains, eager torch and Inductor; on a GPU also
+against Liger-Kernel's fused loss and cut-cross-entropy.
 
-Its products are those of the same arithmetic with all logits in memory: one forward, three for
-forward and backward. Eager is F.cross_entropy on those logits. Each round runs all of them, so that
-all see the same machine; figures are ratios of medians. Malloc keeps its memory, as in training.
+The ceiling is those products alone with all logits in memory: one forward, three for forward and
+backward, which is also the useful work that is counted. Eager is F.cross_entropy on such logits.
+The peers return a mean loss, ours each token's log-probability; gradients are those of the mean.
 
     pytest -s benchmarks/ops/test_token_logprob.py
 """
 
-import statistics
-import time
-from collections.abc import Callable
-
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import peak_extra_bytes
+from measure import DEVICES, SMOKE, Case, Contender, SetUp, compare, inductor, on, ours_for
 from torch import Tensor
 
-from llama2rt.ops import backends, cpu
-from llama2rt.train.allocator import keep_malloc
+from llama2rt import ops
 
-ROUNDS = 9
+# (tokens, dim, vocabulary, whether it is of the figure's curve)
+SIZES = {
+    "cpu": [(512, 512, 32000, True), (2048, 512, 32000, True), (2048, 768, 32000, False)],
+    "cuda": [(4096, 4096, 32000, True), (8192, 4096, 32000, True), (16384, 4096, 32000, True)],
+}
+JUDGED = ((2048, 512), (16384, 4096))  # tokens and dim that the targets speak of
+if SMOKE:
+    SIZES = {device: [(17, 64, 130, True)] for device in DEVICES}
 
 
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(hidden @ weight.T, targets)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(
-    ("tokens", "dim", "vocabulary"), [(2048, 512, 32000), (2048, 768, 32000)], ids=str
-)
-def test_token_logprob(benchmark, capsys, tokens, dim, vocabulary, dtype):
-    assert "cpu" in backends("cpu")["token_logprob"]["native"]
-    keep_malloc()
-    hidden = torch.randn(tokens, dim).to(dtype)
-    weight = (0.05 * torch.randn(vocabulary, dim)).to(dtype)
-    targets = torch.randint(0, vocabulary, (tokens,))
-    upstream = torch.full((tokens,), -1 / tokens)
-    _, _, lse = cpu.token_logprob(hidden, weight, targets, 1.0, False)
+def token_logprob(
+    tokens: int, dim: int, vocabulary: int, products: int, device: str, ours: list[str]
+) -> SetUp:
+    hidden = torch.randn(tokens, dim, device=device).bfloat16()
+    weight = (0.05 * torch.randn(vocabulary, dim, device=device)).bfloat16()
+    targets = torch.randint(0, vocabulary, (tokens,), device=device)
+    inputs = (hidden, weight)
+    each = torch.full((tokens,), -1 / tokens, device=device)
+    contenders = {
+        name: Contender(on(name, lambda h, w: ops.token_logprob(h, w, targets)), inputs, (each,))
+        for name in ours
+    }
+    functions = {"eager": cross_entropy, "inductor": inductor(cross_entropy)}
+    for name, function in (functions | peers.functions("token_logprob", device)).items():
+        # None: a gradient of 1 in the loss's own dtype, which is bf16 or fp32.
+        contenders[name] = Contender(lambda h, w, f=function: f(h, w, targets), inputs, (None,))
 
-    def forward() -> tuple[Tensor, ...]:
-        return cpu.token_logprob(hidden, weight, targets, 1.0, False)
-
-    def backward() -> tuple[Tensor, ...]:
-        return cpu.token_logprob_backward(upstream, None, hidden, weight, targets, lse, None, 1.0)
-
-    def three_products() -> tuple[Tensor, Tensor]:
+    def three() -> tuple[Tensor, Tensor]:
         logits = hidden @ weight.T
         return logits @ weight, logits.T @ hidden
 
-    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    return SetUp((lambda: hidden @ weight.T) if products == 1 else three, contenders)
 
-    def eager() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(F.cross_entropy(leaves[0] @ leaves[1].T, targets), leaves)
 
-    runs = {
-        "one product": lambda: hidden @ weight.T,
-        "three products": three_products,
-        "eager forward": lambda: F.cross_entropy(hidden @ weight.T, targets),
-        "eager": eager,
-        "forward": forward,
-        "backward": backward,
-    }
-    times: dict[str, list[float]] = {name: [seconds(run)] for name, run in runs.items()}
-    for values in times.values():
-        values.clear()  # the first call pays for memory and for oneDNN's kernels
-
-    def one_round() -> None:
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-
-    benchmark.pedantic(one_round, rounds=ROUNDS)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    both = median["forward"] + median["backward"]
-    logits_bytes = tokens * vocabulary * dtype.itemsize
-    figures = {
-        "ms forward": 1e3 * median["forward"],
-        "of one product": median["forward"] / median["one product"],
-        "of eager forward": median["forward"] / median["eager forward"],
-        "ms forward and backward": 1e3 * both,
-        "of three products": both / median["three products"],
-        "of eager": both / median["eager"],
-        "of the logits' memory": max(map(peak_extra_bytes, (forward, backward))) / logits_bytes,
-    }
-    drift = max(times["one product"]) / min(times["one product"])
-    benchmark.extra_info.update(figures, threads=torch.get_num_threads(), product_drift=drift)
-    with capsys.disabled():
-        row = ", ".join(f"{value:.3g} {name}" for name, value in figures.items())
-        print(f"\n({tokens}, {dim}, {vocabulary}) {dtype}: {row} (product varied by {drift:.2f}x)")
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+@pytest.mark.parametrize(
+    ("device", "size"), [(d, size) for d in DEVICES for size in SIZES[d]], ids=str
+)
+def test_token_logprob(benchmark, capsys, device, size, direction):
+    ours = ours_for("token_logprob", device)
+    tokens, dim, vocabulary, on_curve = size
+    products = 1 if direction == "forward" else 3
+    work = products * 2 * tokens * dim * vocabulary
+    case = Case(
+        op="token_logprob",
+        direction=direction,
+        device=device,
+        size=f"{tokens} tokens, dim {dim}, vocabulary {vocabulary}, bf16",
+        x=tokens,
+        axis="tokens",
+        work=work,
+        unit="flops",
+        ceiling="its product" if products == 1 else "three products",
+        ceiling_work=work,
+        set_up=lambda: token_logprob(tokens, dim, vocabulary, products, device, ours),
+        input_bytes=2 * dim * (tokens + vocabulary),
+        on_curve=on_curve,
+        judged=(tokens, dim) in JUDGED,
+        limit_bytes=2 * tokens * vocabulary,
+    )
+    compare(benchmark, capsys, case, ours)

@@ -1,32 +1,44 @@
-"""One training step of the 134M shape, ours and transformers': what `test_training_step` measures.
+"""One training step, ours and the peers': what `test_training_step` measures.
 
 Same weights, same tokens, the same optimiser class on the same kind of state, in two settings:
 
     bf16      weights, gradients and moments in bf16: forward, backward, torch's fused AdamW.
-              For users this is the "pure bf16" a Hugging Face script gets from dtype=bfloat16; we
-              offer it in benchmarks only, because it stops learning at small learning rates.
+              For users this is the "pure bf16" a Hugging Face script gets from dtype=bfloat16 and
+              litgpt calls bf16-true; we offer it in benchmarks only, because it stops learning at
+              small learning rates.
     masters   bf16 compute, fp32 weights and moments, gradient clipping. Ours is train.Optimizer;
-              theirs is what their Trainer does for bf16=True: fp32 weights under autocast, fused
-              AdamW, clip_grad_norm_.
+              the peers' is what transformers' Trainer does for bf16=True and litgpt's pretrain for
+              bf16-mixed: fp32 weights under autocast, fused AdamW, clip_grad_norm_.
 
 Run as a script it is one side alone in its own process, allocator as shipped: ours keeps its memory
-as our command line does, theirs is left as Python starts it. A line on stdin asks for a step; its
+as our command line does, a peer's is left as Python starts it. A line on stdin asks for a step; its
 seconds come back on stdout, the peak memory at the end.
 
     python benchmarks/training/step.py ours bf16 WEIGHTS_FOLDER
 """
 
+import importlib
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-SHAPE = {"dim": 768, "layers": 12, "heads": 12, "kv_heads": 12, "ffn_hidden": 2048}
+# 24M is the shape of llama2.c's stories15M, which counts its embedding and output matrix once.
+SHAPES = {
+    "134M": {"dim": 768, "layers": 12, "heads": 12, "kv_heads": 12, "ffn_hidden": 2048},
+    "24M": {"dim": 288, "layers": 6, "heads": 6, "kv_heads": 6, "ffn_hidden": 768},
+}
 DOCUMENTS, LENGTH, VOCABULARY = 4, 512, 32000
 LR = 1e-4
+SMOKE = os.environ.get("BENCH_SMOKE") == "1"
+if SMOKE:  # it runs, and the sides agree; nothing is measured
+    SHAPES = {"smoke": {"dim": 64, "layers": 2, "heads": 2, "kv_heads": 2, "ffn_hidden": 96}}
+    LENGTH, VOCABULARY = 16, 128
 
 
 def tokens() -> torch.Tensor:
@@ -66,17 +78,58 @@ def ours(folder: str, setting: str) -> Callable[[], float]:
     return step
 
 
-def theirs(folder: str, setting: str) -> Callable[[], float]:
+def transformers(folder: str, setting: str) -> Callable[[], float]:
     from transformers import LlamaForCausalLM
 
     dtype = torch.bfloat16 if setting == "bf16" else torch.float32
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, use_cache=False).train()
     ids = tokens()
+    return _peer_step(model, setting, lambda: model(input_ids=ids, labels=ids).loss)
+
+
+def litgpt(folder: str, setting: str) -> Callable[[], float]:
+    from litgpt import GPT, Config
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from litgpt.utils import chunked_cross_entropy
+    from safetensors.torch import load_file
+
+    known = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = Config(
+        block_size=LENGTH,
+        n_layer=known["num_hidden_layers"],
+        n_head=known["num_attention_heads"],
+        n_query_groups=known["num_key_value_heads"],
+        n_embd=known["hidden_size"],
+        intermediate_size=known["intermediate_size"],
+        vocab_size=known["vocab_size"],
+        padded_vocab_size=known["vocab_size"],
+        norm_eps=known["rms_norm_eps"],
+        # What its own configurations of Llama 2 have in common.
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+    )
+    weights: dict[str, torch.Tensor] = {}
+    copy_weights_hf_llama(config, {}, weights, load_file(Path(folder) / "model.safetensors"))
+    model = GPT(config)
+    model.load_state_dict(weights)
+    model.to(torch.bfloat16 if setting == "bf16" else torch.float32)
+    ids = tokens()
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = ids[:, 1:]
+    return _peer_step(model, setting, lambda: chunked_cross_entropy(model(ids), targets))
+
+
+def _peer_step(
+    model: torch.nn.Module, setting: str, mean_loss: Callable[[], torch.Tensor]
+) -> Callable[[], float]:
     adamw = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=setting == "masters"):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = mean_loss()
         loss.backward()
         if setting == "masters":
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -87,13 +140,27 @@ def theirs(folder: str, setting: str) -> Callable[[], float]:
     return step
 
 
+SIDES = {"transformers": transformers, "litgpt": litgpt, "ours": ours}
+
+
+def missing() -> dict[str, str]:
+    """Peer -> why it cannot be imported."""
+    reasons = {}
+    for name, module in {"transformers": "transformers", "litgpt": "litgpt.model"}.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # versions that do not fit each other fail in many ways
+            reasons[name] = f"{type(error).__name__}: {error}"
+    return reasons
+
+
 def main() -> None:
     side, setting, folder = sys.argv[1:]
     if side == "ours":
         from llama2rt.train.allocator import keep_malloc
 
         keep_malloc()
-    step = {"ours": ours, "theirs": theirs}[side](folder, setting)
+    step = SIDES[side](folder, setting)
     for _ in sys.stdin:
         start = time.perf_counter()
         loss = step()

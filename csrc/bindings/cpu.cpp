@@ -160,12 +160,13 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("token_logprob_backward",
         [](int dtype, int64_t rows, int64_t columns, Address logits, int64_t stride,
-           Address targets, int64_t first, float scale, Address lse, Address dlogprob,
-           Address dentropy, Address entropy, int threads) {
+           Address dlogits, int64_t dlogits_stride, Address targets, int64_t first, float scale,
+           Address lse, Address dlogprob, Address dentropy, Address entropy, int threads) {
           kernels().token_logprob_backward(
-              {DType(dtype), rows, columns, at<void>(logits), stride, at<const int64_t>(targets),
-               first, scale, at<const float>(lse), at<const float>(dlogprob),
-               at<const float>(dentropy), at<const float>(entropy), threads});
+              {DType(dtype), rows, columns, at(logits), stride, at<void>(dlogits), dlogits_stride,
+               at<const int64_t>(targets), first, scale, at<const float>(lse),
+               at<const float>(dlogprob), at<const float>(dentropy), at<const float>(entropy),
+               threads});
         },
         Release());
 

@@ -138,8 +138,10 @@ struct TokenLogprob {  // one tile: columns [first, first + columns) of the voca
 struct TokenLogprobBackward {
   DType dtype;
   int64_t rows, columns;
-  void* logits;  // become their own gradients
+  const void* logits;
   int64_t stride;
+  void* dlogits;  // may be the logits themselves
+  int64_t dlogits_stride;
   const int64_t* targets;
   int64_t first;
   float scale;

@@ -1,6 +1,6 @@
 // The softmax of token_logprob on one tile of logits: some columns of a [T, V] matrix that never
 // exists whole. Forward folds a tile into the running statistics of its rows (online softmax,
-// arXiv:1805.02867); backward turns its logits into their gradients, in place and rounded once.
+// arXiv:1805.02867); backward turns its logits into their gradients, in place or not, rounded once.
 // The matrix products around it are torch's. Everything but the tile is fp32.
 #include "parallel.h"
 
@@ -93,9 +93,10 @@ void forward(const TokenLogprob& a) {
 //   dlogits = (onehot - p) * g - p * (log p + entropy) * h
 template <typename T>
 void differentiate(const TokenLogprobBackward& a, int64_t row) {
-  T* logits = (T*)a.logits + row * a.stride;
+  const T* logits = (const T*)a.logits + row * a.stride;
+  T* dlogits = (T*)a.dlogits + row * a.dlogits_stride;
   if (a.targets[row] < 0) {
-    memset(logits, 0, a.columns * sizeof(T));
+    memset(dlogits, 0, a.columns * sizeof(T));
     return;
   }
   const float lse = a.lse[row], g = a.dlogprob[row] * a.scale;
@@ -106,9 +107,9 @@ void differentiate(const TokenLogprobBackward& a, int64_t row) {
     // Rounded as the peak inside lse was: where one logit is all, its log p is then exactly 0.
     auto log_p = [&](f32v logit) { return rounded(logit * a.scale) - lse; };
     for_each_vector(a.columns, [&](int64_t i, auto lanes) {
-      store(logits + i, gradient(log_p(load(logits + i, lanes))), lanes);
+      store(dlogits + i, gradient(log_p(load(logits + i, lanes))), lanes);
     });
-    if (here) store(logits + column, gradient(log_p(broadcast(chosen))) + g, Part{1});
+    if (here) store(dlogits + column, gradient(log_p(broadcast(chosen))) + g, Part{1});
   };
   if (a.dentropy) {
     const float entropy = a.entropy[row], h = a.dentropy[row] * a.scale;

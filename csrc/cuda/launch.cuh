@@ -1,4 +1,5 @@
 // The one way a kernel is launched: on a named device and stream, with its error checked at once.
+// csrc/emulator has a header of the same name, which is why kernels include it as <launch.cuh>.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +8,13 @@
 #include <string>
 
 namespace llama2rt {
+
+// The block's dynamic shared memory. Kernels cast it and have no other: the emulator poisons this
+// one before every block.
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+
+// What a kernel may use without asking for it first.
+constexpr size_t DEFAULT_SHARED_BYTES = 48 * 1024;
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
@@ -33,6 +41,10 @@ class DeviceGuard {
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  if (shared_bytes > DEFAULT_SHARED_BYTES)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               (int)shared_bytes),
+          name);
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   check(cudaGetLastError(), name);
 }

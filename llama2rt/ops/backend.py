@@ -26,9 +26,10 @@ OPS = (
     "decode_attention",
     "token_logprob",
 )
-NAMES = ("reference", "cpu", "triton", "cuda")
+NAMES = ("reference", "cpu", "triton", "cuda", "flash_attn")
 # What a device prefers, best first. The reference runs anywhere and closes each list. Triton comes
-# before `_cuda` for as long as that has RMSNorm alone and would compose the rest.
+# before `_cuda` for as long as that has RMSNorm alone and would compose the rest. Others' kernels
+# (flash_attn) are used by those who ask for them.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,6 +39,9 @@ class _Backend:
     native: dict[str, Callable] = field(default_factory=dict)
     devices: tuple[str, ...] = ()
     """Device types whose tensors its kernels take."""
+    dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES
+    guest: bool = False
+    """Whether ops it has no kernel for go to another backend's, rather than to torch calls."""
     unusable: str = ""
     """Why it cannot be used on this machine; "" if it can."""
 
@@ -49,16 +53,30 @@ def _load(name: str) -> _Backend:
         return _Backend(unusable=str(error))
     except Exception as error:  # a backend that fails otherwise must not take the others with it
         return _Backend(unusable=f"{type(error).__name__}: {error}")
-    return _Backend(dict(module.NATIVE), module.DEVICES)
+    return _Backend(
+        module.NATIVE,
+        module.DEVICES,
+        getattr(module, "DTYPES", NATIVE_DTYPES),
+        getattr(module, "GUEST", False),
+    )
 
 
 _backends = {"reference": _Backend()} | {name: _load(name) for name in NAMES[1:]}
 _choice: str | None = os.environ.get("LLAMA2RT_BACKEND") or None
 
 
+def register(name: str, native: dict[str, Callable], devices: tuple[str, ...]) -> None:
+    """Makes `use(name)` run the ops of `native` on tensors of `devices`.
+
+    For tests that bring a way to run kernels of their own (the CUDA sources on a CPU). It is never
+    chosen unless asked for by name, and not listed.
+    """
+    _backends[name] = _Backend(native, devices)
+
+
 def _why_not(name: str, device: str) -> str:
     """Why backend `name` cannot run tensors of device type `device`; "" if it can."""
-    if name not in NAMES:
+    if name not in _backends:
         return f"unknown backend {name!r}, expected one of {', '.join(NAMES)}"
     found = _backends[name]
     if found.unusable or name == "reference" or device in found.devices:
@@ -98,14 +116,33 @@ def _choose(name: str | None) -> None:
     _resolved = _resolve_all()
 
 
+def _has_own(op: str, name: str, dtype: torch.dtype) -> bool:
+    found = _backends[name]
+    return op in found.native and dtype in found.dtypes
+
+
+def has_native(op: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether backend `name`, or its host, has a function of its own for `op` in this dtype."""
+    if _backends[name].guest and not _has_own(op, name, dtype):
+        name = host(name)
+    return _has_own(op, name, dtype)
+
+
 def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
     """The function that runs `op` (or `op` + "_backward") on backend `name`."""
     if name == "reference":
         return getattr(reference, op)
-    native = _backends[name].native.get(op)
-    if native is not None and dtype in NATIVE_DTYPES:
-        return native
+    if _has_own(op, name, dtype):
+        return _backends[name].native[op]
+    if _backends[name].guest:
+        return implementation(op, host(name), dtype)
     return getattr(composed, op)
+
+
+def host(guest: str) -> str:
+    """The backend that runs what `guest` has no kernel for: the one without it."""
+    device = _backends[guest].devices[0]
+    return next(name for name in PREFERENCE[device] if not _why_not(name, device))
 
 
 class use:
@@ -117,7 +154,7 @@ class use:
 
     def __init__(self, name: str | None) -> None:
         if name is not None:
-            reason = _backends[name].unusable if name in NAMES else _why_not(name, "")
+            reason = _backends[name].unusable if name in _backends else _why_not(name, "")
             if reason:
                 raise ValueError(f"backend {name!r} cannot be used: {reason}")
         self.name = name
@@ -149,7 +186,8 @@ def backends(device: str | torch.device = "cpu") -> dict[str, dict]:
     """Per op: what is built, what an op on `device` would run on, and why not the others.
 
     Returns `{op: {"chosen": backend, "native": [backends with own kernels for the op],
-    "composed": [usable backends that compose torch calls], "unusable": {backend: reason}}}`.
+    "composed": [usable backends that compose torch calls, or hand the op on (flash_attn)],
+    "unusable": {backend: reason}}}`.
     """
     kind = torch.device(device).type
     reasons = {name: _why_not(name, kind) for name in NAMES}

@@ -434,33 +434,65 @@ _run_token_logprob_backward = _define(
     " -> (Tensor, Tensor)",
     lambda dlogprob, dentropy, hidden, weight, *_: (_like(hidden), _like(weight)),
 )
+# The same with a memory for logits between the two, which becomes the gradient of weight: for
+# backends that have it (chunked_logprob says what it saves).
+_run_token_logprob_parked = _define(
+    "token_logprob_parked(Tensor hidden, Tensor weight, Tensor targets, float temperature,"
+    " bool entropy, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda hidden, weight, *rest: (*_token_logprob_fake(hidden, weight, *rest), _like(weight)),
+)
+_run_token_logprob_parked_backward = _define(
+    "token_logprob_parked_backward(Tensor(a!) parked, Tensor dlogprob, Tensor? dentropy,"
+    " Tensor hidden, Tensor weight, Tensor targets, Tensor lse, Tensor? entropy,"
+    " float temperature, str backend) -> Tensor",
+    lambda parked, dlogprob, dentropy, hidden, *_: _like(hidden),
+)
 
 
 def _token_logprob_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     hidden, weight, targets, ctx.temperature, _, ctx.backend = inputs
-    _, entropy, lse = output
+    _, entropy, lse, *parked = output
     ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+    ctx.parked = parked
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(lse, *parked)
 
 
 def _token_logprob_backward(
-    ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, _: Tensor | None
+    ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, *_: Tensor | None
 ) -> tuple:
     hidden, weight, targets, lse, entropy = ctx.saved_tensors
+    # Used once: a second backward through a retained graph makes the logits anew.
+    parked, ctx.parked = ctx.parked, []
     if dlogprob is None and dentropy is None:
         return (None,) * 6
     if dlogprob is None:
         dlogprob = torch.zeros_like(lse)
     if dentropy is None:
         entropy = None
-    dhidden, dweight = _run_token_logprob_backward(
-        dlogprob, dentropy, hidden, weight, targets, lse, entropy, ctx.temperature, ctx.backend
-    )
+    arguments = (dlogprob, dentropy, hidden, weight, targets, lse, entropy, ctx.temperature)
+    if parked:
+        (dweight,) = parked
+        dhidden = _run_token_logprob_parked_backward(dweight, *arguments, ctx.backend)
+    else:
+        dhidden, dweight = _run_token_logprob_backward(*arguments, ctx.backend)
     return dhidden, dweight, None, None, None, None
 
 
-_autograd("token_logprob", _token_logprob_backward, _token_logprob_setup)
+for _name in ("token_logprob", "token_logprob_parked"):
+    _autograd(_name, _token_logprob_backward, _token_logprob_setup)
+
+
+def _can_park(hidden: Tensor, weight: Tensor, choice: str) -> bool:
+    """Whether forward may lay out the gradient of weight: it will be wanted, of a plain tensor, and
+    outside of a compiled graph, which would copy what backward changes in place."""
+    return (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and backend.has_native("token_logprob_parked", choice, hidden.dtype)
+    )
 
 
 def token_logprob(
@@ -489,5 +521,6 @@ def token_logprob(
     if not temperature > 0:
         raise _error("temperature", "a number above 0", temperature)
     choice = backend.resolve(hidden)
-    logprob, spread, _ = _run_token_logprob(hidden, weight, targets, temperature, entropy, choice)
+    run = _run_token_logprob_parked if _can_park(hidden, weight, choice) else _run_token_logprob
+    logprob, spread, *_ = run(hidden, weight, targets, temperature, entropy, choice)
     return (logprob, spread) if entropy else logprob

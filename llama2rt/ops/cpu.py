@@ -6,13 +6,14 @@ until the call has returned. Each call names its thread count: torch's own.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
 from llama2rt import _cpu
-from llama2rt.ops.composed import tiles
+from llama2rt.ops import chunked_logprob
 from llama2rt.ops.reference import check_lengths, check_targets
 
 DEVICES = ("cpu",)
@@ -296,50 +297,11 @@ def decode_attention(
     return out
 
 
-# Tiles of token_logprob: see docs/kernels/token_logprob.md for what each size was measured against.
-# A slice of the weight gradient is one product over all the rows of a tile, and each product onto
-# the gradient of hidden costs an addition, hence many rows and wide slices. The logits are formed
-# in narrow strips, which are still in the cache when the softmax reads them.
-LOGPROB_ROWS = 2048
-LOGPROB_COLUMNS = 2048
-LOGPROB_STRIP = 1024
-
-
-def token_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T])."""
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    check_targets(targets, vocabulary)
-    hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    peak, total, weighted, chosen = hidden.new_zeros(4, tokens, dtype=torch.float32)
-    peak.fill_(torch.finfo(torch.float32).min)
-    scale = 1 / temperature
-    buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_STRIP))
-    for rows in tiles(tokens, LOGPROB_ROWS):
-        for part in tiles(vocabulary, LOGPROB_STRIP):
-            logits = buffer[: rows.stop - rows.start, : part.stop - part.start]
-            torch.mm(hidden[rows], weight[part].T, out=logits)
-            _cpu.token_logprob(
-                _DTYPES[logits.dtype],
-                *logits.shape,
-                logits.data_ptr(),
-                logits.stride(0),
-                targets[rows].data_ptr(),
-                part.start,
-                scale,
-                peak[rows].data_ptr(),
-                total[rows].data_ptr(),
-                weighted[rows].data_ptr() if entropy else 0,
-                chosen[rows].data_ptr(),
-                torch.get_num_threads(),
-            )
-    predicted, log_total = targets >= 0, total.log()
-    logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
-    lse = log_total + peak * scale
-    if not entropy:
-        return logprob, logprob.new_empty(0), lse
-    return logprob, torch.where(predicted, log_total - weighted / total, 0.0), lse
+# See docs/kernels/token_logprob.md for what each size was measured against. A slice of the weight
+# gradient is one product over all the rows of a tile, and each product onto the gradient of hidden
+# costs an addition, hence many rows and wide slices. The logits are formed in narrow strips, which
+# are still in the cache when the softmax reads them.
+LOGPROB_TILING = chunked_logprob.Tiling(rows=2048, columns=2048, strip=1024)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -357,6 +319,91 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         )
 
 
+def _token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    parked: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_targets(targets, weight.shape[0])
+    hidden, targets = hidden.contiguous(), targets.long().contiguous()
+    peak, total, weighted, chosen = hidden.new_zeros(4, hidden.shape[0], dtype=torch.float32)
+    peak.fill_(torch.finfo(torch.float32).min)
+    scale = 1 / temperature
+
+    def fold(logits: Tensor, rows: slice, first: int) -> None:
+        _cpu.token_logprob(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            targets[rows].data_ptr(),
+            first,
+            scale,
+            peak[rows].data_ptr(),
+            total[rows].data_ptr(),
+            weighted[rows].data_ptr() if entropy else 0,
+            chosen[rows].data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    chunked_logprob.forward(hidden, weight, parked, LOGPROB_TILING, fold)
+    predicted, log_total = targets >= 0, total.log()
+    logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
+    lse = log_total + peak * scale
+    if not entropy:
+        return logprob, logprob.new_empty(0), lse
+    return logprob, torch.where(predicted, log_total - weighted / total, 0.0), lse
+
+
+def _token_logprob_backward(
+    parked: Tensor | None,
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    hidden, targets = hidden.contiguous(), targets.long().contiguous()
+    dlogprob, lse = dlogprob.contiguous(), lse.contiguous()
+    if dentropy is not None and entropy is not None:
+        dentropy, entropy = dentropy.contiguous(), entropy.contiguous()
+
+    def differentiate(logits: Tensor, dlogits: Tensor, rows: slice, first: int) -> None:
+        _cpu.token_logprob_backward(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            dlogits.data_ptr(),
+            dlogits.stride(0),
+            targets[rows].data_ptr(),
+            first,
+            1 / temperature,
+            lse[rows].data_ptr(),
+            dlogprob[rows].data_ptr(),
+            0 if dentropy is None else dentropy[rows].data_ptr(),
+            0 if entropy is None else entropy[rows].data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    return chunked_logprob.backward(
+        hidden, weight, parked, LOGPROB_TILING, differentiate, _add_product
+    )
+
+
+def token_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T])."""
+    return _token_logprob(hidden, weight, targets, temperature, entropy, None)
+
+
 def token_logprob_backward(
     dlogprob: Tensor,
     dentropy: Tensor | None,
@@ -368,48 +415,22 @@ def token_logprob_backward(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of hidden, gradient of weight)."""
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    dlogprob, lse = dlogprob.contiguous(), lse.contiguous()
-    if dentropy is not None and entropy is not None:
-        dentropy, entropy = dentropy.contiguous(), entropy.contiguous()
-    dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    dweight = _empty(weight)
-    one_tile = 0 < tokens <= LOGPROB_ROWS
-    buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_COLUMNS))
-    for part in tiles(vocabulary, LOGPROB_COLUMNS):
-        slice_of_weight = weight[part]
-        # One tile of rows gives the weight gradient at once; over several it is summed in fp32.
-        accumulated = (
-            None if one_tile else weight.new_zeros(slice_of_weight.shape, dtype=torch.float32)
-        )
-        for rows in tiles(tokens, LOGPROB_ROWS):
-            dlogits = buffer[: rows.stop - rows.start, : part.stop - part.start]
-            for strip in tiles(dlogits.shape[1], LOGPROB_STRIP):
-                logits = dlogits[:, strip]
-                torch.mm(hidden[rows], slice_of_weight[strip].T, out=logits)
-                _cpu.token_logprob_backward(
-                    _DTYPES[logits.dtype],
-                    *logits.shape,
-                    logits.data_ptr(),
-                    logits.stride(0),
-                    targets[rows].data_ptr(),
-                    part.start + strip.start,
-                    1 / temperature,
-                    lse[rows].data_ptr(),
-                    dlogprob[rows].data_ptr(),
-                    0 if dentropy is None else dentropy[rows].data_ptr(),
-                    0 if entropy is None else entropy[rows].data_ptr(),
-                    torch.get_num_threads(),
-                )
-            _add_product(dhidden[rows], dlogits, slice_of_weight)
-            if accumulated is None:
-                torch.mm(dlogits.T, hidden[rows], out=dweight[part])
-            else:
-                _add_product(accumulated, dlogits.T, hidden[rows])
-        if accumulated is not None:
-            dweight[part] = accumulated
-    return dhidden.to(hidden.dtype), dweight
+    return _token_logprob_backward(
+        None, dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature
+    )
+
+
+def token_logprob_parked(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """token_logprob's results, and the memory of weight's gradient with logits parked in it."""
+    parked = _empty(weight)
+    return *_token_logprob(hidden, weight, targets, temperature, entropy, parked), parked
+
+
+def token_logprob_parked_backward(parked: Tensor, *arguments: Any) -> Tensor:
+    """token_logprob_backward's gradient of hidden; `parked` becomes the gradient of weight."""
+    return _token_logprob_backward(parked, *arguments)[0]
 
 
 NATIVE: dict[str, Callable] = {
@@ -426,4 +447,6 @@ NATIVE: dict[str, Callable] = {
     "decode_attention": decode_attention,
     "token_logprob": token_logprob,
     "token_logprob_backward": token_logprob_backward,
+    "token_logprob_parked": token_logprob_parked,
+    "token_logprob_parked_backward": token_logprob_parked_backward,
 }

@@ -1,43 +1,59 @@
 """The backend of `llama2rt.kernels`: the ops in Triton, for CUDA tensors.
 
-Importing this fails, with the reason, where Triton is missing. It asks for no GPU: kernels are
+Importing this fails, with the reason, where Triton is missing. It imports no Triton, which takes
+longer than all of the ops: a kernel's file does when the first call wants it, and kernels are
 compiled when they are first launched. Under TRITON_INTERPRET=1 they are interpreted instead, slowly
 and on CPU tensors, and this backend serves those too: that is how it is tested without a GPU.
 """
 
+import functools
+import importlib
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 if find_spec("triton") is None:
     raise ImportError("Triton is not installed; CUDA builds of torch for Linux bring it")
 
-from llama2rt import kernels
-from llama2rt.kernels.attention import attention, attention_backward
-from llama2rt.kernels.decode_attention import decode_attention
-from llama2rt.kernels.rms_norm import (
-    add_rms_norm,
-    add_rms_norm_backward,
-    rms_norm,
-    rms_norm_backward,
-)
-from llama2rt.kernels.rope import rope, rope_backward
-from llama2rt.kernels.swiglu import swiglu, swiglu_backward
-from llama2rt.kernels.token_logprob import token_logprob, token_logprob_backward
+# As Triton reads it (`kernels.INTERPRETED` is its own answer, and a test compares the two).
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
-DEVICES = ("cuda", "cpu") if kernels.INTERPRETED else ("cuda",)
+# Op -> the file of llama2rt.kernels that holds it, with its gradient.
+_FILES = {
+    "rms_norm": "rms_norm",
+    "add_rms_norm": "rms_norm",
+    "swiglu": "swiglu",
+    "rope": "rope",
+    "token_logprob": "token_logprob",
+    "attention": "attention",
+    "decode_attention": "decode_attention",
+}
+
+
+@functools.cache
+def _kernel(op: str) -> Callable:
+    file = _FILES[op.removesuffix("_backward")]
+    return getattr(importlib.import_module(f"llama2rt.kernels.{file}"), op)
+
+
+def _when_called(op: str) -> Callable:
+    def run(*arguments: Any) -> Any:
+        return _kernel(op)(*arguments)
+
+    return run
+
 
 NATIVE: dict[str, Callable] = {
-    "rms_norm": rms_norm,
-    "rms_norm_backward": rms_norm_backward,
-    "add_rms_norm": add_rms_norm,
-    "add_rms_norm_backward": add_rms_norm_backward,
-    "swiglu": swiglu,
-    "swiglu_backward": swiglu_backward,
-    "rope": rope,
-    "rope_backward": rope_backward,
-    "token_logprob": token_logprob,
-    "token_logprob_backward": token_logprob_backward,
-    "attention": attention,
-    "attention_backward": attention_backward,
-    "decode_attention": decode_attention,
+    op: _when_called(op)
+    for name in _FILES
+    for op in ((name,) if name == "decode_attention" else (name, f"{name}_backward"))
 }
+
+
+def __getattr__(name: str) -> Any:
+    """The functions themselves, `triton.rms_norm` and its like."""
+    if name in NATIVE:
+        return _kernel(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

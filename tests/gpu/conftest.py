@@ -1,6 +1,7 @@
 """Tests of this folder need an NVIDIA GPU and skip, with the reason, without one."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ def why_not(backend: str) -> str:
 
 @pytest.fixture
 def cuda():
-    """llama2rt.ops.cuda."""
+    """The functions of llama2rt.ops.cuda."""
     if reason := why_not("cuda"):
         pytest.skip(reason)
-    return importlib.import_module("llama2rt.ops.cuda")
+    return SimpleNamespace(**importlib.import_module("llama2rt.ops.cuda").NATIVE)
 
 
 @pytest.fixture

@@ -152,6 +152,19 @@ def test_any_strides_and_repeatable():
         assert torch.equal(one, two) and one.is_contiguous()
 
 
+def test_offsets_beyond_32_bits(far):
+    cu = offsets([1, 3])
+    near = [torch.randn(4, heads, 24).half() for heads in (4, 4, 2, 2)]
+    results = []
+    for dout, q, k, v in (near, [far(x) for x in near]):
+        out, lse = kernels.attention(q, k, v, cu, cu, 3, True, 0.2)
+        results.append(
+            (out, lse, *kernels.attention_backward(dout, q, k, v, out, lse, cu, cu, 3, True, 0.2))
+        )
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_no_tokens():
     empty = torch.empty(0, 4, 16)
     cu = torch.zeros(3, dtype=torch.int32)

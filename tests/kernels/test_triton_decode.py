@@ -107,6 +107,14 @@ def test_any_strides(splits):
     assert torch.equal(got, expected)
 
 
+def test_offsets_beyond_32_bits(splits, far):
+    """Pages 2^30 elements apart."""
+    q, k, v, table, lengths = make(4, 2, 24, 16, torch.float16, "normal", 0, lengths=[0, 17, 33])
+    expected = kernels.decode_attention(q, k, v, table, lengths, 0.2)
+    got = kernels.decode_attention(far(q), far(k), far(v), table, lengths, 0.2)
+    assert torch.equal(got, expected)
+
+
 def test_no_sequences_and_no_pages():
     cache, q = torch.empty(0, 16, 2, 16), torch.randn(2, 4, 16)
     table, lengths = torch.empty(2, 0, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)

@@ -150,6 +150,13 @@ def test_any_strides(strides, dtype, small_tiles):
     assert all(x.is_contiguous() for x in ours)
 
 
+def test_offsets_beyond_32_bits(small_tiles, far):
+    hidden, weight, targets = small(torch.bfloat16, tokens=5, vocabulary=6)
+    upstream = torch.randn(2, 5)
+    near = both(hidden, weight, targets, *upstream)
+    assert same_bits(near, both(far(hidden), far(weight), targets, *upstream))
+
+
 def test_one_token(dtype, small_tiles):
     hidden, weight, targets = small(dtype)
     many, one = (kernels.token_logprob(hidden[:n], weight, targets[:n], 0.7, True) for n in (40, 1))

@@ -18,16 +18,3 @@ def isa(request: pytest.FixtureRequest):
     _cpu.select(request.param)
     yield request.param
     _cpu.select(before)
-
-
-@pytest.fixture
-def poisoned():
-    """torch.empty returns NaN (or the largest integer), so an unwritten element is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param

@@ -103,7 +103,14 @@ def test_a_cuda_source_compiles_without_spills(source, architecture, tmp_path):
     run = subprocess.run(
         [
             *(NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v"),
-            *("--expt-relaxed-constexpr", "-cubin", "-o", tmp_path / "kernels.cubin", source),
+            *(
+                f"-I{source.parent}",
+                "--expt-relaxed-constexpr",
+                "-cubin",
+                "-o",
+                tmp_path / "kernels.cubin",
+                source,
+            ),
         ],
         capture_output=True,
         text=True,

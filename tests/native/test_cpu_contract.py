@@ -2,7 +2,7 @@
 written outside, the same bits for any number of threads, offsets beyond 2^31, no index trusted.
 """
 
-import mmap
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -162,30 +162,46 @@ def test_no_rows_and_one_row(rows, dtype):
             assert not kernel(*arguments)[1].any(), "no rows: a zero weight gradient"
 
 
-def test_nothing_is_written_outside(isa, dtype):
-    margin = 64
-    for columns in range(1, 50):
-        x, weight = torch.randn(3, columns).to(dtype), torch.randn(columns).to(dtype)
-        buffer = torch.full((2 * margin + x.numel(),), 7.0, dtype=dtype)
-        rstd = torch.empty(3)
-        y = buffer[margin:-margin]
-        _cpu.rms_norm(
-            cpu._DTYPES[dtype],
-            3,
-            columns,
-            x.data_ptr(),
-            columns,
-            0,
-            0,
-            weight.data_ptr(),
-            EPS,
-            y.data_ptr(),
-            0,
-            rstd.data_ptr(),
-            1,
-        )
-        assert torch.equal(y.view(3, columns), cpu.rms_norm(x, weight, EPS)[0])
-        assert (buffer[:margin] == 7).all() and (buffer[-margin:] == 7).all()
+MARGIN = 64  # elements: more than the widest vector
+
+
+@pytest.fixture
+def margins(monkeypatch):
+    """Every tensor that a call allocates lies between margins of 7; returns all of them."""
+    buffers: list[Tensor] = []
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> Tensor:
+        size = math.prod(shape)
+        buffer = torch.full((size + 2 * MARGIN,), 7.0, dtype=dtype)
+        buffers.append(buffer)
+        return buffer[MARGIN : MARGIN + size].fill_(value).view(shape)
+
+    def shape_of(sizes: tuple) -> tuple[int, ...]:
+        return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+
+    def new(value: float):
+        def method(self: Tensor, *sizes, dtype: torch.dtype | None = None) -> Tensor:
+            return allocate(shape_of(sizes), dtype or self.dtype, value)
+
+        return method
+
+    monkeypatch.setattr(cpu, "_empty", lambda x: allocate(tuple(x.shape), x.dtype, torch.nan))
+    monkeypatch.setattr(Tensor, "new_empty", new(torch.nan))
+    monkeypatch.setattr(Tensor, "new_zeros", new(0.0))
+    return buffers
+
+
+def test_nothing_is_written_outside(isa, dtype, margins):
+    """Nor left unwritten inside: what is allocated starts as NaN."""
+    for columns in (1, 2, 7, 8, 15, 16, 17, 31, 33, 49):
+        for kernel, arguments in calls(dtype, 5, columns):
+            margins.clear()
+            results = as_tuple(kernel(*arguments))
+            assert margins, f"{kernel.__name__}: allocates in a way this test does not see"
+            for buffer in margins:
+                edges = torch.cat((buffer[:MARGIN], buffer[-MARGIN:]))
+                assert (edges == 7).all(), f"{kernel.__name__}, {columns} columns"
+            assert all(x.isfinite().all() for x in results), f"{kernel.__name__}, {columns} columns"
 
 
 def test_a_nan_stays_in_its_row(isa, dtype):
@@ -195,29 +211,23 @@ def test_a_nan_stays_in_its_row(isa, dtype):
         assert torch.isfinite(y[[0, 1, 3]]).all() and y[2, 49].isnan()
 
 
-def test_offsets_beyond_32_bits():
-    """Rows 2^31 elements apart, in address space that is reserved but never filled."""
-    rows, columns, stride = 3, 64, 2**31
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
-    size = 2 * (stride * (rows - 1) + columns)
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | no_reserve)
-    except OSError as error:
-        pytest.skip(f"{size} bytes of address space: {error}")
-    far = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((rows, columns), (stride, 1))
-    near = torch.randn(rows, columns).bfloat16()
-    far.copy_(near)
+def test_offsets_beyond_32_bits(far):
+    near = torch.randn(3, 64).bfloat16()
+    rows, columns = near.shape
+    apart = far(near)
     weight, rstd = torch.randn(columns).bfloat16(), torch.rand(rows)
     assert same_bits(
-        cpu.add_rms_norm(far, far, weight, EPS), cpu.add_rms_norm(near, near, weight, EPS)
+        cpu.add_rms_norm(apart, apart, weight, EPS), cpu.add_rms_norm(near, near, weight, EPS)
     )
     assert same_bits(
-        cpu.add_rms_norm_backward(far, far, far, weight, rstd),
+        cpu.add_rms_norm_backward(apart, apart, apart, weight, rstd),
         cpu.add_rms_norm_backward(near, near, near, weight, rstd),
     )
-    assert same_bits(cpu.swiglu(far, far), cpu.swiglu(near, near))
-    assert same_bits(cpu.swiglu_backward(far, far, far), cpu.swiglu_backward(near, near, near))
-    far_heads, near_heads = far.unflatten(1, (2, 32)), near.unflatten(1, (2, 32))
+    assert same_bits(cpu.swiglu(apart, apart), cpu.swiglu(near, near))
+    assert same_bits(
+        cpu.swiglu_backward(apart, apart, apart), cpu.swiglu_backward(near, near, near)
+    )
+    far_heads, near_heads = apart.unflatten(1, (2, 32)), near.unflatten(1, (2, 32))
     table, positions = torch.randn(2, 5, 16), torch.arange(rows)
     assert same_bits(
         cpu.rope(far_heads, far_heads, *table, positions),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numerics import draw, judge
 from torch import Tensor
 
-from llama2rt.ops import cpu, reference
+from llama2rt.ops import chunked_logprob, composed, cpu, reference
 
 pytestmark = pytest.mark.usefixtures("isa", "poisoned")
 
@@ -246,11 +246,23 @@ def eager_logprob(
 
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "small", "tail"])
-@pytest.mark.parametrize("shape", [(33, 8, 2), (64, 5, 65), (70, 24, 203)])
-def test_token_logprob(shape, kind, with_entropy, dtype, seed, monkeypatch):
-    """Several tiles of rows and of columns, each with a remainder, and strips inside them."""
-    for name, size in (("ROWS", 32), ("COLUMNS", 64), ("STRIP", 24)):
-        monkeypatch.setattr(cpu, f"LOGPROB_{name}", size)
+@pytest.mark.parametrize(
+    ("shape", "tiling", "parked_columns"),
+    [
+        ((33, 8, 2), (32, 64, 24), None),
+        ((64, 5, 65), (32, 64, 24), 0),
+        ((70, 24, 203), (32, 64, 24), None),
+        ((30, 24, 203), (32, 128, 24), 64),
+        ((70, 72, 203), (32, 64, 24), 64 + 64 + 64 + 11),
+        ((90, 72, 203), (32, 128, 40), 64),
+    ],
+    ids=str,
+)
+def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype, seed, monkeypatch):
+    """Several tiles of rows and of columns, each with a remainder, and strips inside them; with no
+    logits, some or all of them parked in the gradient of weight, or (None) no parking at all."""
+    tiling = chunked_logprob.Tiling(*tiling)
+    monkeypatch.setattr(cpu, "LOGPROB_TILING", tiling)
     tokens, dim, vocabulary = shape
     temperature = 0.7
     hidden = draw((tokens, dim), dtype, kind, seed)
@@ -262,7 +274,16 @@ def test_token_logprob(shape, kind, with_entropy, dtype, seed, monkeypatch):
     dlogprob = draw((tokens,), torch.float32, "normal", seed + 2)
     dentropy = draw((tokens,), torch.float32, "normal", seed + 3) if with_entropy else None
 
-    logprob, entropy, lse = cpu.token_logprob(hidden, weight, targets, temperature, with_entropy)
+    forward = (hidden, weight, targets, temperature, with_entropy)
+    if parked_columns is None:
+        logprob, entropy, lse = cpu.token_logprob(*forward)
+    else:
+        logprob, entropy, lse, parked = cpu.token_logprob_parked(*forward)
+        kept = (
+            chunked_logprob.parked_logits(parked, part, tokens)
+            for part in composed.tiles(vocabulary, tiling.columns)
+        )
+        assert sum(logits.shape[1] for logits in kept) == parked_columns
     inputs = (*wide(hidden, weight), targets)
     exact, exact_entropy, exact_lse = reference.token_logprob(*inputs, temperature, with_entropy)
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -272,16 +293,12 @@ def test_token_logprob(shape, kind, with_entropy, dtype, seed, monkeypatch):
     if with_entropy:
         judge("entropy", entropy, exact_entropy, their_entropy.detach())
 
-    ours = cpu.token_logprob_backward(
-        dlogprob,
-        dentropy,
-        hidden,
-        weight,
-        targets,
-        lse,
-        entropy if with_entropy else None,
-        temperature,
-    )
+    spread = entropy if with_entropy else None
+    backward = (dlogprob, dentropy, hidden, weight, targets, lse, spread, temperature)
+    if parked_columns is None:
+        ours = cpu.token_logprob_backward(*backward)
+    else:
+        ours = cpu.token_logprob_parked_backward(parked, *backward), parked
     expected = reference.token_logprob_backward(
         dlogprob.double(),
         dentropy.double() if with_entropy else None,

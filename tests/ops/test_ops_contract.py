@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.ops import backend
+from llama2rt.ops import backend, contract
 
 USABLE = [name for name in backend.NAMES if not backend._why_not(name, "cpu")]
 CU = torch.tensor([0, 3, 3, 4, 10], dtype=torch.int32)  # an empty document and one of one token
@@ -79,9 +79,9 @@ def test_gradcheck_of_bottom_right_alignment(on_backend):
         )
 
 
-def registered(op: str, backward: bool, choice: str) -> tuple:
-    """Arguments of torch.ops.llama2rt.<op>, recorded from a real call."""
-    name = f"{op}_backward" if backward else op
+def registered(name: str, choice: str) -> tuple:
+    """Arguments of torch.ops.llama2rt.<name>, recorded from a real call."""
+    op = name.removesuffix("_backward").removesuffix("_parked")
     seen = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -100,10 +100,15 @@ def registered(op: str, backward: bool, choice: str) -> tuple:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_opcheck(op, backward, on_backend):
+@pytest.mark.parametrize("op", [*DIFFERENTIABLE, "token_logprob_parked"])
+def test_opcheck(op, backward, on_backend, monkeypatch):
+    parks = backend.has_native("token_logprob_parked", on_backend, torch.float32)
+    if op == "token_logprob_parked" and not parks:
+        pytest.skip(f"backend {on_backend} parks no logits")
+    if op == "token_logprob":
+        monkeypatch.setattr(contract, "_can_park", lambda *_: False)
     name = f"{op}_backward" if backward else op
-    values = registered(op, backward, on_backend)
+    values = registered(name, on_backend)
     values = tuple(
         v.detach().requires_grad_(not backward and v.is_floating_point() and i < 3)
         if isinstance(v, Tensor)
@@ -112,7 +117,11 @@ def test_opcheck(op, backward, on_backend):
     )
     if op == "rope":  # the tables are constants
         values = (*values[:2], *(v.detach() for v in values[2:5]), *values[5:])
-    torch.library.opcheck(getattr(torch.ops.llama2rt, name).default, values)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if op != "token_logprob_parked":  # which never enters a compiled graph
+        checks.append("test_aot_dispatch_dynamic")
+    overload = getattr(torch.ops.llama2rt, name).default
+    torch.library.opcheck(overload, values, test_utils=checks)
 
 
 def decode_arguments() -> list[Tensor]:
@@ -314,7 +323,7 @@ def test_choice_of_backend(monkeypatch):
 
 def test_unusable_backends_say_why():
     unusable = ops.backends("meta")["rms_norm"]["unusable"]
-    assert set(unusable) == {"cpu", "triton", "cuda"} and all(unusable.values())
+    assert set(unusable) == {"cpu", "triton", "cuda", "flash_attn"} and all(unusable.values())
     for name, reason in ops.backends("cpu")["rms_norm"]["unusable"].items():
         message = f"backend '{name}' .*cannot be used: {re.escape(reason)}"
         with pytest.raises(ValueError, match=message), ops.use(name):

@@ -15,15 +15,10 @@ from numerics import draw, judge
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.ops import composed, reference
+from llama2rt.ops import chunked_logprob, composed, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [1, 2, 0, 113, 203, 1, 60, 58, 57]
-
-
-@pytest.fixture(params=DTYPES, ids=["fp32", "bf16", "fp16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
 
 
 def offsets(lengths: list[int]) -> Tensor:
@@ -187,7 +182,7 @@ def test_weight_gradient_is_accumulated_in_fp32(backend):
         run, rows = composed, composed.ROWS
     else:
         run = pytest.importorskip("llama2rt.ops.cpu")
-        rows = run.LOGPROB_ROWS
+        rows = run.LOGPROB_TILING.rows
     hidden = torch.full((16 * rows, 4), 0.125, dtype=torch.bfloat16)
     hidden[:rows] = 64
     weight, ones = torch.zeros(8, 4, dtype=torch.bfloat16), torch.ones(16 * rows)
@@ -200,15 +195,51 @@ def test_weight_gradient_is_accumulated_in_fp32(backend):
 
 
 def test_peak_memory_is_below_an_eighth_of_the_logits():
-    """Beyond inputs and results, at the sizes of a training batch in bf16."""
+    """Beyond inputs and results, at the sizes of a training batch in bf16. The gradient of weight,
+    which is a result, is there from the forward on and holds logits until backward."""
     run = pytest.importorskip("llama2rt.ops.cpu")
     tokens, dim, vocabulary = 2048, 512, 32000
     hidden, weight = torch.randn(tokens, dim).bfloat16(), torch.randn(vocabulary, dim).bfloat16()
     targets, ones = torch.randint(0, vocabulary, (tokens,)), torch.ones(tokens)
     lse = torch.full((tokens,), 100.0)
     backward = (ones, None, hidden, weight, targets, lse, None, 1.0)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     for call in (
         lambda: run.token_logprob(hidden, weight, targets, 1.0, False),
         lambda: run.token_logprob_backward(*backward),
+        lambda: torch.autograd.grad(ops.token_logprob(*leaves, targets), leaves, ones),
     ):
         assert 0 < peak_extra_bytes(call) <= 2 * tokens * vocabulary / 8
+
+
+def test_a_graph_may_be_differentiated_twice():
+    """The second time no logits are parked any more; a gradient is not the next one's memory."""
+    pytest.importorskip("llama2rt.ops.cpu")
+    hidden = torch.randn(20, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    logprob = ops.token_logprob(hidden, weight, torch.randint(0, 50, (20,)))
+    upstream = torch.randn(20)
+    first = torch.autograd.grad(logprob, (hidden, weight), upstream, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(logprob, (hidden, weight), 2 * upstream)
+    for one, before, two in zip(first, kept, second, strict=True):
+        assert torch.equal(one, before)
+        torch.testing.assert_close(two, 2 * one)
+
+
+def test_logits_are_parked_only_where_weight_wants_a_gradient(monkeypatch):
+    run = pytest.importorskip("llama2rt.ops.cpu")
+    calls = []
+    monkeypatch.setattr(
+        chunked_logprob, "parked_logits", lambda parked, *_: calls.append(parked is not None)
+    )
+    assert run.chunked_logprob is chunked_logprob
+    hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16)
+    targets = torch.randint(0, 50, (20,))
+    ops.token_logprob(hidden, weight, targets).sum().backward()
+    with torch.no_grad():
+        ops.token_logprob(hidden, weight.requires_grad_(), targets)
+    assert calls and not any(calls)
+    calls.clear()
+    ops.token_logprob(hidden, weight, targets)
+    assert all(calls)

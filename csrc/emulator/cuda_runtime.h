@@ -1,0 +1,179 @@
+// Stands in for CUDA's header: the words and built-in functions that the kernels use. What is not
+// here does not compile, on purpose: add it when a kernel needs it.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) alignas(bytes)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+using cudaStream_t = void*;
+
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// ---- Arithmetic ----
+template <typename T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
+inline float __log2f(float x) { return log2f(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
+inline float __int_as_float(int bits) { return __uint_as_float((unsigned)bits); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+inline unsigned __cvta_generic_to_shared(const void*) = delete;  // addresses are for PTX alone
+
+// ---- Threads of a block ----
+inline void __syncthreads(llama2rt::emulator::Site site = llama2rt::emulator::Site::here()) {
+  llama2rt::emulator::block_barrier(site);
+}
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() {}
+
+// ---- Lanes of a warp ----
+namespace llama2rt::emulator {
+
+void warp_barrier(unsigned mask, Site site);
+unsigned ballot(unsigned mask, bool predicate);
+uint64_t shuffle(unsigned mask, uint64_t value, unsigned source);
+
+// The value of lane `source`, for anything of at most 8 bytes.
+template <typename T>
+T shuffled(unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value);
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = shuffle(mask, bits, source);
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace llama2rt::emulator
+
+inline void __syncwarp(unsigned mask = 0xffffffff,
+                       llama2rt::emulator::Site site = llama2rt::emulator::Site::here()) {
+  llama2rt::emulator::warp_barrier(mask, site);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return llama2rt::emulator::ballot(mask, predicate != 0);
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+
+// Within segments of `width` lanes; a source outside the segment is the lane itself.
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int lane = (int)llama2rt::emulator::lane();
+  return llama2rt::emulator::shuffled(mask, value, (lane & -width) | (source & (width - 1)));
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+  const int lane = (int)llama2rt::emulator::lane(), source = lane ^ lanes;
+  return llama2rt::emulator::shuffled(mask, value, source < (lane & -width) + width ? source : lane);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32) {
+  const int lane = (int)llama2rt::emulator::lane(), source = lane + (int)lanes;
+  return llama2rt::emulator::shuffled(mask, value, source < (lane & -width) + width ? source : lane);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = 32) {
+  const int lane = (int)llama2rt::emulator::lane(), source = lane - (int)lanes;
+  return llama2rt::emulator::shuffled(mask, value, source >= (lane & -width) ? source : lane);
+}
+
+// ---- Memory ----
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <typename T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
+
+// One way for every atomic: until no other OS thread has come in between.
+template <typename T, typename Change>
+T llama2rt_atomic(T* p, Change change) {
+  T before = *p, after;
+  do after = change(before);
+  while (!__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+  return before;
+}
+template <typename T>
+T atomicAdd(T* p, T value) {
+  return llama2rt_atomic(p, [=](T x) { return (T)(x + value); });
+}
+template <typename T>
+T atomicMax(T* p, T value) {
+  return llama2rt_atomic(p, [=](T x) { return max(x, value); });
+}
+template <typename T>
+T atomicMin(T* p, T value) {
+  return llama2rt_atomic(p, [=](T x) { return min(x, value); });
+}
+template <typename T>
+T atomicExch(T* p, T value) {
+  return llama2rt_atomic(p, [=](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* p, T compare, T value) {
+  return llama2rt_atomic(p, [=](T x) { return x == compare ? value : x; });
+}
+// Counts from 0 to `last`, then from 0 again.
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  return llama2rt_atomic(p, [=](unsigned x) { return x >= last ? 0u : x + 1; });
+}

@@ -1,0 +1,34 @@
+// Stands in for csrc/cuda/launch.cuh: a kernel runs on this CPU, at once.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "emulator.h"
+
+namespace llama2rt {
+
+// The block's dynamic shared memory, poisoned before every block. __shared__ itself is not defined
+// here, so that an array which would escape this does not compile.
+extern LLAMA2RT_EMULATOR_TLS unsigned char* shared_memory;
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int) {}
+};
+
+// Until a CUDA thread has its arguments they lie on the stack of the host, where it may not read.
+#define LLAMA2RT_UNCHECKED __attribute__((no_sanitize("kernel-address")))
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, cudaStream_t, Arguments... arguments) {
+  auto body = [&]() LLAMA2RT_UNCHECKED { kernel(arguments...); };
+  emulator::run({name,
+                 {grid.x, grid.y, grid.z},
+                 {block.x, block.y, block.z},
+                 shared_bytes,
+                 [](void* call) LLAMA2RT_UNCHECKED { (*static_cast<decltype(body)*>(call))(); },
+                 &body});
+}
+
+}  // namespace llama2rt

@@ -1,0 +1,150 @@
+"""The benchmarks of ops run, at sizes that measure nothing, and cannot rot: every op has its rows,
+records and figure; a machine that was not quiet is noticed; a target is judged the right way round.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import figures
+import measure
+import peers
+import pytest
+import records
+import targets
+import torch
+
+from llama2rt.ops.backend import OPS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of a whole run in smoke mode."""
+    out = tmp_path_factory.mktemp("bench")
+    run = subprocess.run(
+        [Path(sys.executable).with_name("pytest"), "-q", "benchmarks/ops", "--benchmark-disable"],
+        cwd=ROOT,
+        env={**os.environ, "BENCH_SMOKE": "1", "BENCH_OUT": str(out)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return out
+
+
+def test_every_op_is_measured_against_eager_and_inductor(smoke):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in OPS:
+        record = json.loads((smoke / f"{op}-{device}.json").read_text())
+        directions = {row["direction"] for row in record["rows"]}
+        assert "forward" in directions
+        assert op == "decode_attention" or any("backward" in way for way in directions)
+        assert record["versions"]["torch"] and record["date"] and record["machine"]
+        for row in record["rows"]:
+            assert {"eager", "inductor", *row["ours"]} <= row["rows"].keys()
+            assert all(one["rate"] > 0 <= one["extra_bytes"] for one in row["rows"].values())
+            assert all(row["rows"][name]["ratio"]["eager"] > 0 for name in row["ours"])
+
+
+def test_a_figure_is_drawn_of_each(smoke):
+    figures.main(smoke)
+    drawn = sorted(path.stem for path in smoke.glob("*.svg"))
+    assert drawn == sorted(path.stem for path in smoke.glob("*.json")) and len(drawn) == len(OPS)
+    assert "llama2rt (" in next(smoke.glob("rms_norm-*.svg")).read_text().replace("&#40;", "(")
+
+
+def case(**changes) -> measure.Case:
+    values = {
+        "op": "rms_norm",
+        "direction": "forward",
+        "device": "cpu",
+        "size": "3 x 4",
+        "x": 24,
+        "axis": "bytes",
+        "work": 48,
+        "unit": "bytes",
+        "ceiling": "clone",
+        "ceiling_work": 48,
+        "set_up": lambda: None,
+        "input_bytes": 48,
+    }
+    return measure.Case(**(values | changes))
+
+
+def test_a_machine_that_is_not_quiet_is_noticed(monkeypatch):
+    drifts = iter([0.3, 0.05, 0.3, 0.4, 0.11])
+    monkeypatch.setattr(measure, "measured", lambda case: {"drift": next(drifts)})
+    assert measure.quiet(case()) == {"drift": 0.05, "attempts": 2}
+    with pytest.raises(pytest.fail.Exception, match=r"moved by 11%.*not quiet"):
+        measure.quiet(case())
+
+
+def rows(**seconds: float) -> dict[str, dict]:
+    found = {
+        name: {"seconds": s, "rate": 48 / s, "percent_of_ceiling": 100 * 0.9 / s, "extra_bytes": 10}
+        for name, s in seconds.items()
+    }
+    found["cpu"]["ratio"] = {peer: s / seconds["cpu"] for peer, s in seconds.items()}
+    return found
+
+
+def test_targets_are_judged_the_right_way_round():
+    def verdicts(case, found):
+        return {v["target"]: v["met"] for v in targets.judge(case, "cpu", found)}
+
+    fast, slow = rows(cpu=1.0, eager=3.1, inductor=1.2), rows(cpu=2.0, eager=3.1, inductor=1.2)
+    names = (">= 3x eager", ">= 1.1x inductor", ">= 80 % of clone")
+    assert verdicts(case(), fast) == dict.fromkeys(names, True)
+    assert verdicts(case(), slow) == dict.fromkeys(names, False)
+    assert verdicts(case(judged=False), fast) == {}
+    assert set(verdicts(case(), rows(cpu=1.0, eager=9.0))) == {names[0], names[2]}
+    loss = case(op="token_logprob", limit_bytes=80)
+    memory = "<= 1/8 of the logits' memory"
+    assert verdicts(loss, fast)[memory]
+    assert not verdicts(case(op="token_logprob", limit_bytes=79), fast)[memory]
+
+
+def test_targets_name_only_ops_and_directions_that_exist():
+    tables = [targets.CPU, *targets.GPUS.values()]
+    assert {op for table in tables for op, _ in table} <= set(OPS)
+    ways = {way for table in tables for _, way in table}
+    ways |= {way for table in targets.ATTENTION.values() for way in table}
+    assert ways == measure.DIRECTIONS.keys()
+
+
+def test_a_case_measured_again_replaces_its_row_and_commits_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCH_OUT", str(tmp_path))
+    monkeypatch.setattr(records, "commit", lambda: "first")
+
+    def read() -> list[tuple]:
+        found = json.loads((tmp_path / "rms_norm-cpu.json").read_text())
+        return [(row["direction"], row["drift"]) for row in found["rows"]]
+
+    records.add(case(), {"drift": 1}, ["cpu"])
+    records.add(case(direction="backward"), {"drift": 2}, ["cpu"])
+    records.add(case(), {"drift": 3}, ["cpu"])
+    assert read() == [("backward", 2), ("forward", 3)]
+    monkeypatch.setattr(records, "commit", lambda: "second")
+    records.add(case(), {"drift": 4}, ["cpu"])
+    assert read() == [("forward", 4)]
+    monkeypatch.delenv("BENCH_OUT")
+    records.add(case(), {"drift": 5}, ["cpu"])
+    assert read() == [("forward", 4)]
+
+
+def test_another_apex_is_no_peer(monkeypatch):
+    """PyPI's apex imports, and has no normalization."""
+    other = ModuleType("apex")
+    other.__path__ = []
+    monkeypatch.setitem(sys.modules, "apex", other)
+    peers._why_not.cache_clear()
+    try:
+        assert "apex.normalization" in peers.missing()["apex"]
+        assert set(peers.functions("rms_norm", "cpu")) == set()
+    finally:
+        peers._why_not.cache_clear()

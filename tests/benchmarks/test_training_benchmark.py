@@ -1,0 +1,50 @@
+"""The training benchmark runs, in its smoke mode, and notices sides that are not the same model."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "training"
+
+
+def test_every_side_takes_steps_and_is_recorded(tmp_path):
+    pytest.importorskip("transformers")
+    run = subprocess.run(
+        [sys.executable, "-P", FOLDER / "test_training_step.py", "--out", tmp_path],
+        env={**os.environ, "BENCH_SMOKE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads((tmp_path / "training-step-smoke.json").read_text())
+    peers = {"transformers", "litgpt"} - found["absent"].keys()
+    assert "transformers" in peers and ("litgpt" in peers) == (find_spec("litgpt") is not None)
+    for way in ("kept_malloc", "as_shipped"):
+        for setting in ("bf16", "masters"):
+            result = found[way][setting]
+            assert result["ratio"].keys() == peers and all(result["ratio"].values())
+            assert all(values[1] < values[0] for values in result["loss"].values()), "no step taken"
+    assert found["as_shipped"]["bf16"]["peak_bytes"].keys() == {"ours", *peers}
+    for name, reason in found["absent"].items():
+        assert f"{name} is not beside ours: {reason}" in run.stdout
+
+
+def test_another_model_is_noticed(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import test_training_step as benchmark
+
+    times = {"ours": [2.0, 2.0, 1.0], "transformers": [2.0, 2.0, 3.0]}
+    same = {"ours": [4.0, 3.0, 2.0], "transformers": [4.005, 3.2, 2.5]}
+    monkeypatch.setattr(benchmark, "WARM_UP", 2)
+    assert benchmark.summary("bf16", times, same)["ratio"] == {"transformers": 3.0}
+    with pytest.raises(AssertionError, match="not the same model"):
+        benchmark.summary("bf16", times, same | {"transformers": [4.02, 3.2, 2.5]})
+    rounded = same | {"litgpt": [4.02, 3.0, 2.0]}
+    benchmark.summary("bf16", times | {"litgpt": [1.0] * 3}, rounded)
+    with pytest.raises(AssertionError, match="not the same model"):
+        benchmark.summary("masters", times | {"litgpt": [1.0] * 3}, rounded)

@@ -1,0 +1,71 @@
+"""Leaving any one barrier out of a kernel must be seen: as a wrong result, or as an error.
+
+The emulator lists the barriers and waits that a run came by, and leaves the named one out; nothing
+is compiled anew. A race shows only in some orders of threads, hence the seeds. Each kernel's own
+check must pass with nothing left out, under every one of them.
+"""
+
+from collections.abc import Callable
+
+import attention_cases
+import pytest
+import torch
+from numerics import judge
+
+from llama2rt.ops import reference
+
+SEEDS = range(6)
+
+
+def check_rms_norm(emulated) -> None:
+    # Two warps, and more rows than blocks.
+    x, dy, weight = torch.randn(20, 150), torch.randn(20, 150), torch.randn(150)
+    y, rstd = emulated.rms_norm(x, weight, 1e-5)
+    wide = x.double(), weight.double()
+    exact, exact_rstd = reference.rms_norm(*wide, 1e-5)
+    judge("y", y, exact, exact.float())
+    expected = reference.rms_norm_backward(dy.double(), *wide, exact_rstd)
+    for name, ours, expect in zip(
+        ("dx", "dweight"), emulated.rms_norm_backward(dy, x, weight, rstd), expected, strict=True
+    ):
+        same_dtype = reference.rms_norm_backward(dy, x, weight, rstd)[name == "dweight"]
+        judge(name, ours, expect, same_dtype, gradient=True)
+
+
+def check_attention(emulated) -> None:
+    """Tiles enough for every place of a ring to be filled twice."""
+    attention_cases.check(emulated, 1, 1, 128, torch.bfloat16, 0, queries=[200], keys=[230])
+
+
+def check_attention_fp32(emulated) -> None:
+    attention_cases.check(emulated, 1, 1, 16, torch.float32, 0, queries=[70], keys=[100])
+
+
+CHECKS: dict[str, Callable] = {
+    "rms_norm": check_rms_norm,
+    "attention": check_attention,
+    "attention, fp32": check_attention_fp32,
+}
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
+def test_every_barrier_is_needed(module, emulated, check, poisoned):
+    met = set()
+    for seed in SEEDS:
+        module.set_seed(seed)
+        check(emulated)
+        met.update(module.sync_points())
+    assert met, "the kernel has no barrier, or the emulator does not see it"
+    unnoticed = []
+    for point in sorted(met):
+        module.leave_out(point)
+        try:
+            for seed in SEEDS:
+                module.set_seed(seed)
+                check(emulated)
+            unnoticed.append(point)
+        except (AssertionError, RuntimeError) as error:
+            print(f"without {point}: {error}")
+        finally:
+            module.leave_out("")
+    assert not unnoticed, f"nothing failed without the barrier at {unnoticed}"
