@@ -312,6 +312,14 @@ def rapl_counters(powercap: Path = POWERCAP) -> tuple[list[Counter], dict[str, s
     return counters, reasons
 
 
+def in_turn(parts: Sequence[Energy]) -> Energy:
+    """What several laps come to; a device that one of them could not measure is not measured."""
+    reasons = {name: why for part in parts for name, why in part.not_measured.items()}
+    names = [name for name in (parts[0].joules if parts else ()) if name not in reasons]
+    joules = {name: sum(part.joules[name] for part in parts) for name in names}
+    return Energy(sum(part.seconds for part in parts), joules, reasons)
+
+
 def together(parts: Sequence[Energy]) -> dict[str, Any]:
     """For JSON: what the processes of one job measured of different devices, summed.
 

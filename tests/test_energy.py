@@ -226,6 +226,18 @@ def test_joules_per_token_and_of_several_processes():
     json.dumps([a.record(), nothing])
 
 
+def test_laps_add_up_to_what_all_of_them_measured():
+    laps = [
+        Energy(1.0, {"a": 3.0, "b": 5.0}),
+        Energy(2.0, {"a": 4.0}, {"b": "2 s are too short"}),
+    ]
+    total = energy.in_turn(laps)
+    assert total.joules == {"a": 7.0} and total.seconds == 3.0
+    assert total.not_measured == {"b": "2 s are too short"}
+    assert energy.in_turn([laps[1], laps[0]]).joules == {"a": 7.0}
+    assert energy.in_turn([]).total_joules is None
+
+
 def test_a_cpu_run_does_not_count_gpus():
     assert energy.of_device(torch.device("cpu"))._gpus == ()
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from llama2rt import energy
 from llama2rt.checkpoint import hf
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, LlamaConfig
@@ -43,6 +44,8 @@ def test_sampling_32_prompts(benchmark, capsys, tmp_path, shape, dtype):
     prompts = torch.randint(3, config.vocab_size, (PROMPTS, PROMPT_TOKENS))
     engine = Engine(ours, TOKENIZER)
     their_seconds = []
+    used = []
+    meter = energy.of_device(torch.device("cpu"))
 
     def run_theirs():
         started = time.perf_counter()
@@ -56,19 +59,26 @@ def test_sampling_32_prompts(benchmark, capsys, tmp_path, shape, dtype):
         )
         their_seconds.append(time.perf_counter() - started)
         assert out.shape == (PROMPTS, PROMPT_TOKENS + new_tokens)
+        meter.lap()
 
     def run_ours():
         completions = engine.generate(prompts.tolist(), max_tokens=new_tokens)
+        used.append(meter.lap())
         assert all(len(completion.tokens) == new_tokens for completion in completions)
 
-    benchmark.pedantic(run_ours, setup=run_theirs, rounds=ROUNDS, warmup_rounds=1)
+    with meter:
+        benchmark.pedantic(run_ours, setup=run_theirs, rounds=ROUNDS, warmup_rounds=1)
     peer = statistics.median(their_seconds[1:])
     median = benchmark.stats.stats.median
     tokens = PROMPTS * new_tokens
+    drawn = energy.in_turn(used[1:])
+    joules = drawn.joules_per(tokens * ROUNDS)
     row = {
         "tokens_per_s": tokens / median,
         "transformers_tokens_per_s": tokens / peer,
         "ratio": peer / median,
+        "joules_per_token": joules,
+        "energy": drawn.record(),
         "threads": torch.get_num_threads(),
     }
     benchmark.extra_info.update(row)
@@ -76,5 +86,6 @@ def test_sampling_32_prompts(benchmark, capsys, tmp_path, shape, dtype):
         print(
             f"\nsampling 32 prompts, {shape} {str(dtype)[6:]}: {row['tokens_per_s']:.0f} tokens/s, "
             f"transformers {row['transformers_tokens_per_s']:.0f}, ratio {row['ratio']:.2f} "
-            f"({row['threads']} threads)"
+            f"({row['threads']} threads), "
+            + (drawn.describe() if joules is None else f"{joules:.3g} J/token")
         )

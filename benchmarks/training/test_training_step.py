@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 import torch
 
+from llama2rt import energy
 from llama2rt.checkpoint import hf
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.train.metrics import gemm_ceiling
@@ -65,12 +66,16 @@ def kept_malloc(folder: str, setting: str) -> dict[str, Any]:
     sides = {name: step.SIDES[name](folder, setting) for name in present()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(WARM_UP + ROUNDS):
-        for name, take_step in sides.items():
-            start = time.perf_counter()
-            losses[name].append(take_step())
-            times[name].append(time.perf_counter() - start)
-    return summary(setting, times, losses)
+    used: dict[str, list[energy.Energy]] = {name: [] for name in sides}
+    with energy.of_device(torch.device("cpu")) as meter:
+        for _ in range(WARM_UP + ROUNDS):
+            for name, take_step in sides.items():
+                meter.lap()
+                start = time.perf_counter()
+                losses[name].append(take_step())
+                times[name].append(time.perf_counter() - start)
+                used[name].append(meter.lap())
+    return summary(setting, times, losses, used)
 
 
 def as_shipped(folder: str, setting: str) -> dict[str, Any]:
@@ -90,25 +95,32 @@ def as_shipped(folder: str, setting: str) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in workers}
     losses: dict[str, list[float]] = {name: [] for name in workers}
     peaks: dict[str, int] = {}
-    for _ in range(WARM_UP + ROUNDS):
-        for name, worker in workers.items():
-            assert worker.stdin is not None and worker.stdout is not None
-            worker.stdin.write("step\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-            if not line:
-                raise RuntimeError(f"{name} died with status {worker.wait()}")
-            result = json.loads(line)
-            times[name].append(result["seconds"])
-            losses[name].append(result["loss"])
-            peaks[name] = result["peak"]
+    used: dict[str, list[energy.Energy]] = {name: [] for name in workers}
+    with energy.of_device(torch.device("cpu")) as meter:
+        for _ in range(WARM_UP + ROUNDS):
+            for name, worker in workers.items():
+                assert worker.stdin is not None and worker.stdout is not None
+                meter.lap()
+                worker.stdin.write("step\n")
+                worker.stdin.flush()
+                line = worker.stdout.readline()
+                if not line:
+                    raise RuntimeError(f"{name} died with status {worker.wait()}")
+                used[name].append(meter.lap())
+                result = json.loads(line)
+                times[name].append(result["seconds"])
+                losses[name].append(result["loss"])
+                peaks[name] = result["peak"]
     for worker in workers.values():
         worker.communicate()
-    return summary(setting, times, losses) | {"peak_bytes": peaks}
+    return summary(setting, times, losses, used) | {"peak_bytes": peaks}
 
 
 def summary(
-    setting: str, times: dict[str, list[float]], losses: dict[str, list[float]]
+    setting: str,
+    times: dict[str, list[float]],
+    losses: dict[str, list[float]],
+    used: dict[str, list[energy.Energy]],
 ) -> dict[str, Any]:
     # Before the first update all sides are the same function of the same numbers.
     first = {name: values[0] for name, values in losses.items()}
@@ -122,6 +134,9 @@ def summary(
         "median_s": medians,
         "ratio": {name: s / medians["ours"] for name, s in medians.items() if name != "ours"},
         "loss": losses,
+        "energy": {
+            name: energy.in_turn(values[WARM_UP:]).record() for name, values in used.items()
+        },
         "seconds": times,
     }
 
@@ -137,7 +152,11 @@ def row(shape: str, name: str, setting: str, result: dict[str, Any]) -> str:
     text += f"  {rate / 1e9:5.0f} GFLOP/s"
     for side, peak in result.get("peak_bytes", {}).items():
         text += f"  peak {side} {peak / 2**30:.2f} GiB"
-    return text
+    drawn = energy.Energy(**result["energy"]["ours"])
+    per_step = drawn.joules_per(ROUNDS)
+    if per_step is None:
+        return f"{text}  {drawn.describe()}"
+    return f"{text}  {per_step:.1f} J/step, {per_step / count:.3g} J/token"
 
 
 @pytest.fixture(scope="module", params=step.SHAPES)

@@ -235,7 +235,11 @@ def _run(
     as_json: bool,
 ) -> None:
     lines = presets.apply(presets.settings(preset), os.environ) if preset else []
-    with _group(backend, timeout_seconds) as ranks, energy.of_device(ranks.device) as meter:
+    first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"  # the others would count it again
+    with (
+        _group(backend, timeout_seconds) as ranks,
+        energy.of_device(ranks.device, host=first_of_host) as meter,
+    ):
         footer = host.footer(ranks.gather(host.facts(ranks.device)))
         record = records.new(plan.warmup, plan.iterations, dist.get_backend(), ranks.ranks, footer)
         record |= {"preset": preset, "environment": records.nccl_environment(os.environ)}
@@ -261,7 +265,9 @@ def _all_rows(ranks: Ranks, plan: Plan, meter: energy.EnergyMeter, report: "_Rep
         for size in plan.sizes:
             try:
                 report.add(name, size, measure(ranks, OPERATIONS[name], size, plan, meter))
-            except NotImplementedError as error:
+            except RuntimeError as error:  # NotImplementedError is one, too
+                if not (isinstance(error, NotImplementedError) or "not support" in str(error)):
+                    raise
                 report.add(name, size, {"skipped": f"{dist.get_backend()}: {error}"})
 
 
@@ -342,7 +348,9 @@ def _group(backend: str | None, timeout_seconds: float) -> Iterator[Ranks]:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     _received.clear()
     before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
-    dist.init_process_group(chosen, timeout=timeout)
+    dist.init_process_group(
+        chosen, timeout=timeout, device_id=device if device.type == "cuda" else None
+    )
     control = dist.new_group(backend="gloo", timeout=timeout)
     yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     # Neither of these after an error: the first would wait for ranks that are gone, and after the

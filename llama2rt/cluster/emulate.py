@@ -44,8 +44,8 @@ def emulate(
 ) -> None:
     """Measure gloo between two network namespaces over links held to a rate.
 
-    Needs Linux, ip and tc, and the right to make network namespaces (root); says what is missing
-    and ends with status 1 otherwise. Leaves nothing behind.
+    Needs Linux, ip and tc, and network namespaces (root, or user namespaces for ordinary users);
+    says what is missing and ends with status 1 otherwise. Leaves nothing behind.
 
     Args:
         rate: Rate of a link, such as 1gbit; give it again for another. 1gbit and 2gbit if absent.

@@ -10,12 +10,14 @@ Left out: bridges and more than two ends; a fabric here is one link.
 
 import contextlib
 import ctypes
+import os
 import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llama2rt.errors import InputError
 
@@ -27,6 +29,7 @@ _BURST_SECONDS, _LEAST_BURST_BYTES = 1e-3, 80_000
 _QUEUE_MS = 50
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 _PR_SET_PDEATHSIG = 1
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 1 << 12, 1 << 21
 
 
 class NotPossible(OSError):
@@ -74,10 +77,9 @@ def link(rate_bits_per_s: int, delay_seconds: float = 0.0) -> Iterator[Link]:
     for tool, package in _TOOLS.items():
         if shutil.which(tool) is None:
             raise NotPossible(f"{tool} is not installed (package {package})")
-    with _namespace() as first, _namespace() as second:
-        _command(
-            f"ip link add {INTERFACE} netns {first} type veth peer name {INTERFACE} netns {second}"
-        )
+    with _namespace(_own()) as first, _namespace(_inside(first)) as second:
+        pair = f"type veth peer name {INTERFACE} netns {second}"
+        _command(f"ip link add {INTERFACE} {pair}", _inside(first))
         for holder, address in zip((first, second), ADDRESSES, strict=True):
             inside = _inside(holder)
             _command(f"ip address add {address}/30 dev {INTERFACE}", inside)
@@ -99,11 +101,21 @@ def _shape(inside: Sequence[str], rate_bits_per_s: int, delay_seconds: float) ->
         _command(f"{add} parent 1: netem delay {microseconds}us limit {packets}", inside)
 
 
+def _own() -> list[str]:
+    """Nothing where we may make network namespaces; else the way into a user namespace, in which
+    an ordinary user may (where the kernel lets ordinary users have one)."""
+    status = Path("/proc/self/status").read_text()
+    held = int(re.findall(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)[0], 16)
+    if held & _CAP_SYS_ADMIN and held & _CAP_NET_ADMIN:
+        return []
+    return ["unshare", "--user", "--map-root-user", "--"]
+
+
 @contextlib.contextmanager
-def _namespace() -> Iterator[int]:
+def _namespace(inside: Sequence[str]) -> Iterator[int]:
     """The process id that holds a new network namespace; it ends with its input, thus with us."""
     holder = subprocess.Popen(
-        ["unshare", "--net", "--", "sh", "-c", "echo ready; exec cat"],
+        [*inside, "unshare", "--net", "--", "sh", "-c", "echo ready; exec cat"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -125,7 +137,10 @@ def _namespace() -> Iterator[int]:
 
 
 def _inside(holder: int) -> list[str]:
-    return ["nsenter", f"--net=/proc/{holder}/ns/net", "--"]
+    spaces = [f"--net=/proc/{holder}/ns/net"]
+    if os.readlink(f"/proc/{holder}/ns/user") != os.readlink("/proc/self/ns/user"):
+        spaces += [f"--user=/proc/{holder}/ns/user", "--preserve-credentials"]
+    return ["nsenter", *spaces, "--"]
 
 
 def _command(command: str, inside: Sequence[str] = ()) -> None:

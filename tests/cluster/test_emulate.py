@@ -176,11 +176,28 @@ def test_delay_is_there_or_its_absence_is_told(links):
     assert "netem" in shown and "delay 20" in shown
 
 
-def test_both_ends_are_shaped(links):
+@pytest.mark.parametrize("ordinary_user", [False, True])
+def test_both_ends_are_shaped(links, monkeypatch, ordinary_user):
+    if ordinary_user:  # who gets there through a user namespace
+        way_in = ["unshare", "--user", "--map-root-user", "--"]
+        if subprocess.run([*way_in, "true"], capture_output=True).returncode:
+            pytest.skip("this kernel gives no user namespaces")
+        monkeypatch.setattr(namespaces, "_own", lambda: way_in)
     with namespaces.link(3 * 10**8) as link:
+        assert len(namespaces_below(os.getpid())) == 2
         for end in (0, 1):
             shown = link.start(end, ["tc", "qdisc", "show"], os.environ).communicate()[0]
             assert "tbf" in shown and "rate 300Mbit" in shown
+    assert not namespaces_below(os.getpid())
+
+
+def test_without_the_rights_a_user_namespace_is_asked_for(tmp_path, monkeypatch):
+    status = "CapEff:\t{:016x}\n"
+    monkeypatch.setattr(namespaces.Path, "read_text", lambda _: status.format(1 << 12 | 1 << 21))
+    assert namespaces._own() == []
+    for held in (0, 1 << 12, 1 << 21):
+        monkeypatch.setattr(namespaces.Path, "read_text", lambda _, h=held: status.format(h))
+        assert "--user" in namespaces._own()
 
 
 @pytest.mark.parametrize(

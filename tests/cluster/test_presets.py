@@ -32,6 +32,7 @@ ROCE_GIDS = [
     ("RoCE v2", LOCAL),
     ("IB/RoCE v1", MAPPED.format(1)),
     ("RoCE v2", MAPPED.format(1)),
+    ("RoCE v2", LOCAL),  # not routed: the index before it is wanted
 ]
 
 
