@@ -52,13 +52,17 @@ def build(name: str) -> ModuleType:
     cmake, ninja = _program("cmake"), _program("ninja")
     with (FOLDER / "lock").open("w") as lock:  # another pytest may be building
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _run(
+        configure = (
             *(cmake, "-S", ROOT, "-B", FOLDER, "-DLLAMA2RT_EMULATOR=ON"),
             *(("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}") if ninja else ()),
             f"-DCMAKE_CXX_COMPILER={_program('g++')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         )
+        try:
+            _run(*configure)
+        except RuntimeError:  # the folder was made by another generator, or for another path
+            _run(*configure, "--fresh")
         _run(cmake, "--build", FOLDER, "--target", name, "--parallel", os.cpu_count())
     path = FOLDER / f"csrc/emulator/{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location(name, path)
