@@ -1,4 +1,6 @@
-// RMSNorm (arXiv:1910.07467) and its gradient, one thread block to a row at a time.
+// RMSNorm (arXiv:1910.07467) and its gradient, one thread block to a row at a time. The addition of
+// a residual, and of the gradient that comes to it directly, are part of it: a row of x + residual is
+// normalised while it is at hand.
 //
 //   rstd = 1 / sqrt(mean(x^2) + eps);  y = weight * cast(x * rstd)
 //
@@ -18,6 +20,11 @@ namespace {
 
 // More threads would leave the backward kernel under 128 registers each, and it would spill.
 constexpr int MAX_THREADS = 512;
+// What a thread holds of each operand. The backward pass has three, and sums in fp32 beside them.
+constexpr int FORWARD_ELEMENTS = 32, BACKWARD_ELEMENTS = 16, MAX_PACKS = 4;
+constexpr int most_packs(int elements, int width) {
+  return elements / width < MAX_PACKS ? elements / width : MAX_PACKS;
+}
 constexpr int REDUCE_COLUMNS = 32, REDUCE_ROWS = 8;
 
 // Calls body(k, column) for the part of columns [base, base + blockDim.x * WIDTH * PACKS) that
@@ -34,27 +41,40 @@ __device__ void for_each_pack(int64_t base, int64_t columns, Body body) {
 template <typename T, int WIDTH, int PACKS>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
     rms_norm_forward_kernel(int64_t rows, int64_t columns, const T* x, int64_t x_stride,
-                            const T* weight, float eps, T* y, float* rstd_out) {
+                            const T* residual, int64_t residual_stride,
+                            const T* __restrict__ weight, float eps, T* __restrict__ y, T* summed,
+                            float* rstd_out) {
   const int64_t strip = (int64_t)blockDim.x * WIDTH * PACKS;
   float* warps = (float*)shared_memory;
   int parity = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, parity ^= 1) {
-    const T* x_row = x + row * x_stride;
-    Pack<T, WIDTH> held[PACKS];
+    const T *x_row = x + row * x_stride, *residual_row = residual + row * residual_stride;
+    Pack<T, WIDTH> held[PACKS], added[PACKS];
     float squares = 0.0f;
-    for (int64_t base = 0; base < columns; base += strip)
+    for (int64_t base = 0; base < columns; base += strip) {
+      // All loads of a strip before the first store, which they could not pass.
       for_each_pack<WIDTH, PACKS>(base, columns, [&](int k, int64_t column) {
         held[k] = Pack<T, WIDTH>::load(x_row + column);
+        if (residual) added[k] = Pack<T, WIDTH>::load(residual_row + column);
+      });
+      for_each_pack<WIDTH, PACKS>(base, columns, [&](int k, int64_t column) {
+        if (residual) {
+#pragma unroll
+          for (int i = 0; i < WIDTH; ++i) held[k].set(i, held[k][i] + added[k][i]);
+          held[k].store(summed + row * columns + column);
+        }
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) squares += held[k][i] * held[k][i];
       });
+    }
     // Two buffers in turn: a row's sums are read before the next row's barrier, not after it.
     squares = block_sum(squares, warps + 32 * parity);
     const float rstd = 1.0f / sqrtf(squares / (float)columns + eps);
     if (threadIdx.x == 0) rstd_out[row] = rstd;
+    const T* again = residual ? summed + row * columns : x_row;
     for (int64_t base = 0; base < columns; base += strip)
       for_each_pack<WIDTH, PACKS>(base, columns, [&](int k, int64_t column) {
-        if (columns > strip) held[k] = Pack<T, WIDTH>::load(x_row + column);
+        if (columns > strip) held[k] = Pack<T, WIDTH>::load(again + column);
         const Pack<T, WIDTH> scale = Pack<T, WIDTH>::load(weight + column);
         Pack<T, WIDTH> result;
 #pragma unroll
@@ -66,17 +86,18 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 }
 
 // With g = dy * weight and xhat = x * rstd:
-//   dx = rstd * (g - xhat * mean(g * xhat)),  partial[block] = sum over the block's rows of dy * xhat
-template <typename T, int WIDTH, int PACKS>
+//   dx = rstd * (g - xhat * mean(g * xhat)) + dsummed,
+//   partial[block] = sum over the block's rows of dy * xhat
+// ONE_STRIP: the block holds a whole row, and its sums until the end, in registers.
+template <typename T, int WIDTH, int PACKS, bool ONE_STRIP>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
     rms_norm_backward_kernel(int64_t rows, int64_t columns, const T* dy, int64_t dy_stride,
-                             const T* x, int64_t x_stride, const T* weight, const float* rstd_in,
-                             T* dx, float* partial) {
-  const int64_t strip = (int64_t)blockDim.x * WIDTH * PACKS;
-  const bool one_strip = columns <= strip;
+                             const T* dsummed, int64_t dsummed_stride, const T* x, int64_t x_stride,
+                             const T* weight, const float* rstd_in, T* dx, float* partial) {
+  const int64_t strip = ONE_STRIP ? columns : (int64_t)blockDim.x * WIDTH * PACKS;
   float* dweight = partial + blockIdx.x * columns;
   float sums[PACKS][WIDTH] = {};
-  if (!one_strip)
+  if (!ONE_STRIP)
     for (int64_t base = 0; base < columns; base += strip)
       for_each_pack<WIDTH, PACKS>(base, columns, [&](int, int64_t column) {
         for (int i = 0; i < WIDTH; ++i) dweight[column + i] = 0.0f;
@@ -86,13 +107,15 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
   int parity = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, parity ^= 1) {
     const T *dy_row = dy + row * dy_stride, *x_row = x + row * x_stride;
+    const T* dsummed_row = dsummed + row * dsummed_stride;
     const float rstd = rstd_in[row];
-    Pack<T, WIDTH> grad[PACKS], held[PACKS];
+    Pack<T, WIDTH> grad[PACKS], held[PACKS], extra[PACKS];
     float projection = 0.0f;
     for (int64_t base = 0; base < columns; base += strip)
       for_each_pack<WIDTH, PACKS>(base, columns, [&](int k, int64_t column) {
         grad[k] = Pack<T, WIDTH>::load(dy_row + column);
         held[k] = Pack<T, WIDTH>::load(x_row + column);
+        if (ONE_STRIP && dsummed) extra[k] = Pack<T, WIDTH>::load(dsummed_row + column);
         const Pack<T, WIDTH> scale = Pack<T, WIDTH>::load(weight + column);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) projection += grad[k][i] * scale[i] * held[k][i];
@@ -100,17 +123,18 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     projection = block_sum(projection, warps + 32 * parity) * rstd / (float)columns;
     for (int64_t base = 0; base < columns; base += strip)
       for_each_pack<WIDTH, PACKS>(base, columns, [&](int k, int64_t column) {
-        if (!one_strip) {
+        if (!ONE_STRIP) {
           grad[k] = Pack<T, WIDTH>::load(dy_row + column);
           held[k] = Pack<T, WIDTH>::load(x_row + column);
+          if (dsummed) extra[k] = Pack<T, WIDTH>::load(dsummed_row + column);
         }
         const Pack<T, WIDTH> scale = Pack<T, WIDTH>::load(weight + column);
         Pack<T, WIDTH> result;
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-          const float xhat = held[k][i] * rstd;
-          result.set(i, (grad[k][i] * scale[i] - xhat * projection) * rstd);
-          if (one_strip)
+          const float xhat = held[k][i] * rstd, direct = dsummed ? extra[k][i] : 0.0f;
+          result.set(i, (grad[k][i] * scale[i] - xhat * projection) * rstd + direct);
+          if (ONE_STRIP)
             sums[k][i] += grad[k][i] * xhat;
           else
             dweight[column + i] += grad[k][i] * xhat;
@@ -118,7 +142,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
         result.store(dx + row * columns + column);
       });
   }
-  if (one_strip)
+  if (ONE_STRIP)
     for_each_pack<WIDTH, PACKS>(0, columns, [&](int k, int64_t column) {
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) dweight[column + i] = sums[k][i];
@@ -142,69 +166,62 @@ __global__ void rms_norm_dweight_kernel(int64_t blocks, int64_t columns, const f
   }
 }
 
-bool aligned(const void* pointer, int64_t stride_bytes) {
-  return (uintptr_t)pointer % 16 == 0 && stride_bytes % 16 == 0;
-}
-
 // Calls run(WIDTH, PACKS, threads), both sizes as compile-time constants: 16-byte packs where every
 // row allows them, single elements otherwise; 256 threads or fewer before a thread takes more packs.
-template <typename T, typename Run>
+template <typename T, int ELEMENTS, typename Run>
 void with_shape(int64_t columns, bool wide, Run run) {
-  auto choose = [&](auto width) {
-    const int64_t packs = (columns + width() - 1) / width();
+  by_width<T>(wide, [&](auto width) {
+    const int64_t packs = divide_up(columns, width());
     auto threads = [&](int64_t per_thread) {
-      const int64_t wanted = ((packs + per_thread - 1) / per_thread + 31) / 32 * 32;
-      return (unsigned)(wanted < 32 ? 32 : wanted > MAX_THREADS ? MAX_THREADS : wanted);
+      const int64_t wanted = divide_up(divide_up(packs, per_thread), 32) * 32;
+      return (unsigned)(wanted > MAX_THREADS ? MAX_THREADS : wanted);
     };
-    if (packs <= 256) return run(width, std::integral_constant<int, 1>{}, threads(1));
-    if (packs <= 512) return run(width, std::integral_constant<int, 2>{}, threads(2));
-    return run(width, std::integral_constant<int, 4>{}, threads(4));
-  };
-  if (wide)
-    choose(std::integral_constant<int, 16 / sizeof(T)>{});
-  else
-    choose(std::integral_constant<int, 1>{});
+    if constexpr (width() > 1) {
+      if (packs <= 256) return run(width, std::integral_constant<int, 1>{}, threads(1));
+      if (packs <= 512) return run(width, std::integral_constant<int, 2>{}, threads(2));
+    }
+    constexpr int MOST = most_packs(ELEMENTS, width());
+    run(width, std::integral_constant<int, MOST>{}, threads(MOST));
+  });
 }
 
 template <typename T>
 void forward(const RmsNorm& a) {
-  const int64_t row_bytes = a.columns * sizeof(T);
-  const bool wide = aligned(a.x, a.x_stride * sizeof(T)) && aligned(a.weight, row_bytes) &&
-                    aligned(a.y, row_bytes);
+  const bool wide = aligned<T>(a.x, a.x_stride) && aligned<T>(a.residual, a.residual_stride) &&
+                    aligned<T>(a.weight, a.columns) && aligned<T>(a.y, a.columns) &&
+                    aligned<T>(a.summed, a.columns);
   const int64_t most = 0x7fffffff;
   const dim3 grid((unsigned)(a.rows < most ? a.rows : most));
-  with_shape<T>(a.columns, wide, [&](auto width, auto packs, unsigned threads) {
+  with_shape<T, FORWARD_ELEMENTS>(a.columns, wide, [&](auto width, auto packs, unsigned threads) {
     launch("rms_norm", rms_norm_forward_kernel<T, width(), packs()>, grid, dim3(threads),
            64 * sizeof(float), (cudaStream_t)a.stream, a.rows, a.columns, (const T*)a.x, a.x_stride,
-           (const T*)a.weight, a.eps, (T*)a.y, a.rstd);
+           (const T*)a.residual, a.residual_stride, (const T*)a.weight, a.eps, (T*)a.y,
+           (T*)a.summed, a.rstd);
   });
 }
 
 template <typename T>
 void backward(const RmsNormBackward& a) {
-  const int64_t row_bytes = a.columns * sizeof(T);
-  const bool wide = aligned(a.dy, a.dy_stride * sizeof(T)) && aligned(a.x, a.x_stride * sizeof(T)) &&
-                    aligned(a.weight, row_bytes) && aligned(a.dx, row_bytes);
+  const bool wide = aligned<T>(a.dy, a.dy_stride) && aligned<T>(a.dsummed, a.dsummed_stride) &&
+                    aligned<T>(a.x, a.x_stride) && aligned<T>(a.weight, a.columns) &&
+                    aligned<T>(a.dx, a.columns);
   const auto stream = (cudaStream_t)a.stream;
-  with_shape<T>(a.columns, wide, [&](auto width, auto packs, unsigned threads) {
-    launch("rms_norm_backward", rms_norm_backward_kernel<T, width(), packs()>,
-           dim3((unsigned)a.blocks), dim3(threads), 64 * sizeof(float), stream, a.rows, a.columns,
-           (const T*)a.dy, a.dy_stride, (const T*)a.x, a.x_stride, (const T*)a.weight, a.rstd,
-           (T*)a.dx, a.partial);
+  with_shape<T, BACKWARD_ELEMENTS>(a.columns, wide, [&](auto width, auto packs, unsigned threads) {
+    auto run = [&](auto kernel) {
+      launch("rms_norm_backward", kernel, dim3((unsigned)a.blocks), dim3(threads),
+             64 * sizeof(float), stream, a.rows, a.columns, (const T*)a.dy, a.dy_stride,
+             (const T*)a.dsummed, a.dsummed_stride, (const T*)a.x, a.x_stride, (const T*)a.weight,
+             a.rstd, (T*)a.dx, a.partial);
+    };
+    if constexpr (packs() == most_packs(BACKWARD_ELEMENTS, width()))
+      if (a.columns > (int64_t)threads * width() * packs())
+        return run(rms_norm_backward_kernel<T, width(), packs(), false>);
+    run(rms_norm_backward_kernel<T, width(), packs(), true>);
   });
   launch("rms_norm_backward", rms_norm_dweight_kernel<T>,
-         dim3((unsigned)((a.columns + REDUCE_COLUMNS - 1) / REDUCE_COLUMNS)),
-         dim3(REDUCE_COLUMNS, REDUCE_ROWS), REDUCE_COLUMNS * REDUCE_ROWS * sizeof(float), stream,
-         a.blocks, a.columns, (const float*)a.partial, (T*)a.dweight);
-}
-
-template <typename Function>
-void by_dtype(DType dtype, Function function) {
-  switch (dtype) {
-    case DType::fp32: return function(float{});
-    case DType::bf16: return function(bf16{});
-    case DType::fp16: return function(f16{});
-  }
+         dim3((unsigned)divide_up(a.columns, REDUCE_COLUMNS)), dim3(REDUCE_COLUMNS, REDUCE_ROWS),
+         REDUCE_COLUMNS * REDUCE_ROWS * sizeof(float), stream, a.blocks, a.columns,
+         (const float*)a.partial, (T*)a.dweight);
 }
 
 }  // namespace

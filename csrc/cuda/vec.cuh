@@ -1,11 +1,15 @@
 // Loads and stores of WIDTH neighbouring elements as fp32, in one 16-byte access where WIDTH fills
-// it, and the sum over a thread block.
+// it, the sum over a thread block, and the choice of a kernel by element type and alignment.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+
+#include <type_traits>
+
+#include "ops.h"
 
 namespace llama2rt {
 
@@ -53,5 +57,32 @@ __device__ inline float block_sum(float x, float* warps) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
   return x;
 }
+
+// Calls function(T{}) for the element type that `dtype` names.
+template <typename Function>
+void by_dtype(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::fp32: return function(float{});
+    case DType::bf16: return function(bf16{});
+    case DType::fp16: return function(f16{});
+  }
+}
+
+// Calls function(WIDTH), a compile-time constant: elements of 16 bytes if `wide`, else one element.
+template <typename T, typename Function>
+void by_width(bool wide, Function function) {
+  if (wide)
+    function(std::integral_constant<int, 16 / sizeof(T)>{});
+  else
+    function(std::integral_constant<int, 1>{});
+}
+
+// Whether every row of a matrix begins at a multiple of 16 bytes.
+template <typename T>
+bool aligned(const void* pointer, int64_t stride) {
+  return (uintptr_t)pointer % 16 == 0 && stride * sizeof(T) % 16 == 0;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 }  // namespace llama2rt

@@ -54,6 +54,7 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float x, float y) { return x * y; }  // never fused with an addition
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline unsigned __float_as_uint(float x) {
   unsigned bits;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
 from llama2rt import _cpu
-from llama2rt.ops.composed import tiles
+from llama2rt.ops import logprob_tiles
 from llama2rt.ops.reference import check_lengths, check_targets
 
 DEVICES = ("cpu",)
@@ -305,48 +305,68 @@ LOGPROB_COLUMNS = 2048
 LOGPROB_STRIP = 1024
 
 
-def token_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T])."""
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    check_targets(targets, vocabulary)
-    hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    peak, total, weighted, chosen = hidden.new_zeros(4, tokens, dtype=torch.float32)
-    peak.fill_(torch.finfo(torch.float32).min)
-    scale = 1 / temperature
-    buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_STRIP))
-    for rows in tiles(tokens, LOGPROB_ROWS):
-        for part in tiles(vocabulary, LOGPROB_STRIP):
-            logits = buffer[: rows.stop - rows.start, : part.stop - part.start]
-            torch.mm(hidden[rows], weight[part].T, out=logits)
-            _cpu.token_logprob(
-                _DTYPES[logits.dtype],
-                *logits.shape,
-                logits.data_ptr(),
-                logits.stride(0),
-                targets[rows].data_ptr(),
-                part.start,
-                scale,
-                peak[rows].data_ptr(),
-                total[rows].data_ptr(),
-                weighted[rows].data_ptr() if entropy else 0,
-                chosen[rows].data_ptr(),
-                torch.get_num_threads(),
-            )
-    predicted, log_total = targets >= 0, total.log()
-    logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
-    lse = log_total + peak * scale
-    if not entropy:
-        return logprob, logprob.new_empty(0), lse
-    return logprob, torch.where(predicted, log_total - weighted / total, 0.0), lse
+class _Logprob:
+    """`logprob_tiles.Kernels` on this processor."""
 
+    def fold(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        first: int,
+        scale: float,
+        peak: Tensor,
+        total: Tensor,
+        weighted: Tensor | None,
+        chosen: Tensor,
+    ) -> None:
+        _cpu.token_logprob(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            targets.data_ptr(),
+            first,
+            scale,
+            peak.data_ptr(),
+            total.data_ptr(),
+            0 if weighted is None else weighted.data_ptr(),
+            chosen.data_ptr(),
+            torch.get_num_threads(),
+        )
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (fp32, contiguous) += a @ b."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
+    def differentiate(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        first: int,
+        scale: float,
+        lse: Tensor,
+        dlogprob: Tensor,
+        dentropy: Tensor | None,
+        entropy: Tensor | None,
+    ) -> None:
+        _cpu.token_logprob_backward(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            targets.data_ptr(),
+            first,
+            scale,
+            lse.data_ptr(),
+            dlogprob.data_ptr(),
+            0 if dentropy is None else dentropy.data_ptr(),
+            0 if entropy is None else entropy.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        torch.mm(a, b, out=out)
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == torch.float32:
+            total.addmm_(a, b)
+            return
         product = torch.mm(a, b)
         _cpu.add_to(
             _DTYPES[product.dtype],
@@ -355,6 +375,20 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             total.data_ptr(),
             torch.get_num_threads(),
         )
+
+
+def _logprob_tiles() -> logprob_tiles.Tiles:
+    return logprob_tiles.Tiles(LOGPROB_ROWS, LOGPROB_COLUMNS, LOGPROB_STRIP)
+
+
+def token_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T])."""
+    check_targets(targets, weight.shape[0])
+    return logprob_tiles.forward(
+        _Logprob(), _logprob_tiles(), hidden, weight, targets, temperature, entropy
+    )
 
 
 def token_logprob_backward(
@@ -368,48 +402,8 @@ def token_logprob_backward(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of hidden, gradient of weight)."""
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    dlogprob, lse = dlogprob.contiguous(), lse.contiguous()
-    if dentropy is not None and entropy is not None:
-        dentropy, entropy = dentropy.contiguous(), entropy.contiguous()
-    dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    dweight = _empty(weight)
-    one_tile = 0 < tokens <= LOGPROB_ROWS
-    buffer = hidden.new_empty(min(tokens, LOGPROB_ROWS), min(vocabulary, LOGPROB_COLUMNS))
-    for part in tiles(vocabulary, LOGPROB_COLUMNS):
-        slice_of_weight = weight[part]
-        # One tile of rows gives the weight gradient at once; over several it is summed in fp32.
-        accumulated = (
-            None if one_tile else weight.new_zeros(slice_of_weight.shape, dtype=torch.float32)
-        )
-        for rows in tiles(tokens, LOGPROB_ROWS):
-            dlogits = buffer[: rows.stop - rows.start, : part.stop - part.start]
-            for strip in tiles(dlogits.shape[1], LOGPROB_STRIP):
-                logits = dlogits[:, strip]
-                torch.mm(hidden[rows], slice_of_weight[strip].T, out=logits)
-                _cpu.token_logprob_backward(
-                    _DTYPES[logits.dtype],
-                    *logits.shape,
-                    logits.data_ptr(),
-                    logits.stride(0),
-                    targets[rows].data_ptr(),
-                    part.start + strip.start,
-                    1 / temperature,
-                    lse[rows].data_ptr(),
-                    dlogprob[rows].data_ptr(),
-                    0 if dentropy is None else dentropy[rows].data_ptr(),
-                    0 if entropy is None else entropy[rows].data_ptr(),
-                    torch.get_num_threads(),
-                )
-            _add_product(dhidden[rows], dlogits, slice_of_weight)
-            if accumulated is None:
-                torch.mm(dlogits.T, hidden[rows], out=dweight[part])
-            else:
-                _add_product(accumulated, dlogits.T, hidden[rows])
-        if accumulated is not None:
-            dweight[part] = accumulated
-    return dhidden.to(hidden.dtype), dweight
+    arguments = dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature
+    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments)
 
 
 NATIVE: dict[str, Callable] = {

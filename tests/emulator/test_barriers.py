@@ -8,18 +8,20 @@ check must pass with nothing left out, under every one of them.
 from collections.abc import Callable
 
 import attention_cases
+import paged
 import pytest
 import torch
 from numerics import judge
 
 from llama2rt.ops import reference
+from llama2rt.ops.cuda_kernels import decode_attention
 
 SEEDS = range(6)
 
 
 def check_rms_norm(emulated) -> None:
-    # Two warps, more rows than blocks, and partial sums over several rows of the second stage.
-    x, dy, weight = torch.randn(20, 50), torch.randn(20, 50), torch.randn(50)
+    # Two warps, and more rows than blocks.
+    x, dy, weight = torch.randn(20, 150), torch.randn(20, 150), torch.randn(150)
     y, rstd = emulated.rms_norm(x, weight, 1e-5)
     wide = x.double(), weight.double()
     exact, exact_rstd = reference.rms_norm(*wide, 1e-5)
@@ -41,10 +43,21 @@ def check_attention_fp32(emulated) -> None:
     attention_cases.check(emulated, 1, 1, 16, torch.float32, 0, queries=[70], keys=[100])
 
 
+def check_decode_attention(emulated) -> None:
+    # Three tiles for some warps of a split, so that a ring is filled again, and two splits. In bf16
+    # the emulator's matrix instructions meet like barriers; fp32 shows what they hide.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_attention, "split_count", lambda *_: 2)
+        for dtype in (torch.bfloat16, torch.float32):
+            arguments = paged.make(2, 1, 40, 16, dtype, "normal", 0, [9, 300])
+            paged.check(emulated.decode_attention, arguments, 0.2)
+
+
 CHECKS: dict[str, Callable] = {
     "rms_norm": check_rms_norm,
     "attention": check_attention,
     "attention, fp32": check_attention_fp32,
+    "decode_attention": check_decode_attention,
 }
 
 

@@ -1,11 +1,11 @@
 """decode_attention in Triton, interpreted, by the rule of `numerics.judge`, and what it may not do.
 
-Yardstick in the same dtype: softmax(q @ k.T) @ v of one sequence in plain torch.
+The yardstick and the inputs are in `paged`.
 """
 
 import pytest
 import torch
-from numerics import draw, judge
+from paged import check, make
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -25,64 +25,21 @@ def splits(request, monkeypatch):
     monkeypatch.setattr(kernels, "LAUNCH", {80: kernels.Launch(programs=1, tile_bytes=8192)})
 
 
-def make(heads, kv_heads, dim, page, dtype, kind, seed, lengths=LENGTHS):
-    """Pages in a random order. What must not be read is poison: a page number far outside, and
-    pages of NaN, rows past the end of a sequence's last page among them."""
-    used = [-(-length // page) for length in lengths]
-    q = draw((len(lengths), heads, dim), dtype, "normal", seed)
-    k = draw((sum(used) + 2, page, kv_heads, dim), dtype, kind, seed + 1)
-    v = draw((sum(used) + 2, page, kv_heads, dim), dtype, kind, seed + 2)
-    order = torch.randperm(sum(used) + 2)
-    table = torch.full((len(lengths), max(used) + 1), 2**30, dtype=torch.int32)
-    first = 0
-    for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
-        table[row, :count] = order[first : first + count]
-        first += count
-        if length % page:
-            for cache in (k, v):
-                cache[table[row, count - 1], length % page :] = torch.nan
-    for cache in (k, v):
-        cache[order[first:]] = torch.nan
-    return q, k, v, table, torch.tensor(lengths, dtype=torch.int32)
-
-
-def plain(q, k, v, table, lengths, scale):
-    group, page = q.shape[1] // k.shape[2], k.shape[1]
-    rows = []
-    for row, length in enumerate(lengths.tolist()):
-        pages = table[row, : -(-length // page)].long()
-        one, two = (
-            x[pages].flatten(0, 1)[:length].repeat_interleave(group, 1).transpose(0, 1)
-            for x in (k, v)
-        )
-        p = (q[row, :, None] @ one.transpose(1, 2) * scale).softmax(-1, dtype=torch.float32)
-        rows.append((p.to(q.dtype) @ two)[:, 0])
-    return torch.stack(rows)
-
-
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "page"), [(8, 8, 16, 16), (8, 2, 80, 7), (8, 1, 64, 32)]
 )
 def test_numerics(heads, kv_heads, dim, page, splits, dtype, seed):
-    arguments = make(heads, kv_heads, dim, page, dtype, "normal", seed)
-    scale = dim**-0.5
-    out = kernels.decode_attention(*arguments, scale)
-    q, k, v, *indices = arguments
-    exact = reference.decode_attention(q.double(), k.double(), v.double(), *indices, scale)
-    judge("out", out, exact, plain(*arguments, scale))
-    assert not out[LENGTHS.index(0)].any()
+    arguments = make(heads, kv_heads, dim, page, dtype, "normal", seed, LENGTHS)
+    check(kernels.decode_attention, arguments, dim**-0.5)
 
 
 @pytest.mark.parametrize("kind", ["small", "tail", "offset"])
 def test_hard_inputs(kind, splits, dtype, seed):
-    arguments = make(2, 1, 24, 16, dtype, kind, seed)
-    q, k, v, *indices = arguments
-    exact = reference.decode_attention(q.double(), k.double(), v.double(), *indices, 0.2)
-    judge("out", kernels.decode_attention(*arguments, 0.2), exact, plain(*arguments, 0.2))
+    check(kernels.decode_attention, make(2, 1, 24, 16, dtype, kind, seed, LENGTHS), 0.2)
 
 
 def test_more_than_16_queries_to_a_key(seed):
-    arguments = make(40, 2, 16, 16, torch.float32, "normal", seed)
+    arguments = make(40, 2, 16, 16, torch.float32, "normal", seed, LENGTHS)
     for scale in (0.25, -0.3, 0.0):
         expected = reference.decode_attention(*arguments, scale)
         torch.testing.assert_close(kernels.decode_attention(*arguments, scale), expected)
@@ -91,13 +48,13 @@ def test_more_than_16_queries_to_a_key(seed):
 def test_more_splits_than_are_combined_at_once(seed, monkeypatch):
     monkeypatch.setattr(kernels, "split_count", lambda items, capacity, slots: 20)
     monkeypatch.setattr(kernels, "LAUNCH", {80: kernels.Launch(programs=1, tile_bytes=1)})
-    arguments = make(2, 1, 16, 16, torch.float32, "normal", seed, lengths=[0, 300])
+    arguments = make(2, 1, 16, 16, torch.float32, "normal", seed, [0, 300])
     expected = reference.decode_attention(*arguments, 0.25)
     torch.testing.assert_close(kernels.decode_attention(*arguments, 0.25), expected)
 
 
 def test_any_strides(splits):
-    q, k, v, table, lengths = make(8, 2, 24, 16, torch.float16, "normal", 0)
+    q, k, v, table, lengths = make(8, 2, 24, 16, torch.float16, "normal", 0, LENGTHS)
     expected = kernels.decode_attention(q, k, v, table, lengths, 0.2)
     apart = torch.cat((q, q), 1)[:, :8]
     both = torch.stack((k, v), 2)  # keys beside values in each slot
@@ -125,7 +82,7 @@ def test_how_many_splits():
 
 
 def test_through_the_ops():
-    q, k, v, table, lengths = make(8, 2, 16, 16, torch.float32, "normal", 0)
+    q, k, v, table, lengths = make(8, 2, 16, 16, torch.float32, "normal", 0, LENGTHS)
     results = []
     for name in ("triton", "reference"):
         with ops.use(name):

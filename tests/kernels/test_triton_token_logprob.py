@@ -1,14 +1,13 @@
 """token_logprob in Triton, interpreted, by the rule of `numerics.judge`, and its promises.
 
-Yardstick in the same dtype: on logits of a GEMM in that dtype made fp32, the chosen one less
-torch.logsumexp (as TRL's selective_log_softmax), and -sum p log p.
+The yardstick and the inputs are in `logprob`.
 """
 
 import math
 
 import pytest
 import torch
-from numerics import draw, judge
+from logprob import both, check, same_bits, small
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -38,62 +37,6 @@ def small_tiles(request, monkeypatch):
     monkeypatch.setattr(kernels, "PART", 1)
 
 
-def torch_formulation(hidden, weight, targets, temperature):
-    logits = (hidden @ weight.T).float() / temperature
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
-    chosen = log_p.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return [torch.where(targets >= 0, x, 0.0) for x in (chosen, entropy)]
-
-
-def check(tokens, depth, vocabulary, kind, dtype, temperature, seed):
-    """Forward and backward, with entropy and without, with a gradient through it and without."""
-    hidden = draw((tokens, depth), dtype, kind, seed)
-    weight = draw((vocabulary, depth), dtype, "normal", seed + 1) * 0.3
-    targets = torch.randint(-1, vocabulary, (tokens,))
-    targets[-1] = vocabulary - 1
-    upstream = draw((2, tokens), torch.float32, "normal", seed + 2)
-    logprob, entropy, lse = kernels.token_logprob(hidden, weight, targets, temperature, True)
-    plain = kernels.token_logprob(hidden, weight, targets, temperature, False)
-    assert torch.equal(plain[0], logprob) and torch.equal(plain[2], lse) and not plain[1].numel()
-
-    wide = (hidden.double(), weight.double(), targets)
-    exact = reference.token_logprob(*wide, temperature, True)
-    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    theirs = torch_formulation(*leaves, targets, temperature)
-    judge("logprob", logprob, exact[0], theirs[0].detach())
-    judge("entropy", entropy, exact[1], theirs[1].detach())
-    torch.testing.assert_close(lse.double(), exact[2], rtol=2e-6, atol=2e-6)
-
-    for with_entropy in (False, True):
-        ours = kernels.token_logprob_backward(
-            upstream[0],
-            upstream[1] if with_entropy else None,
-            hidden,
-            weight,
-            targets,
-            lse,
-            entropy if with_entropy else None,
-            temperature,
-        )
-        expected = reference.token_logprob_backward(
-            upstream[0].double(),
-            upstream[1].double() if with_entropy else None,
-            *wide,
-            exact[2],
-            exact[1] if with_entropy else None,
-            temperature,
-        )
-        yardstick = torch.autograd.grad(
-            theirs if with_entropy else theirs[:1],
-            leaves,
-            list(upstream) if with_entropy else [upstream[0]],
-            retain_graph=True,
-        )
-        for name, *three in zip(("dhidden", "dweight"), ours, expected, yardstick, strict=True):
-            judge(f"{name}, entropy {with_entropy}", *three, gradient=True)
-
-
 @pytest.mark.parametrize("kind", ["normal", "small", "tail", "offset"])
 @pytest.mark.parametrize(
     ("tokens", "depth", "vocabulary"),
@@ -101,31 +44,13 @@ def check(tokens, depth, vocabulary, kind, dtype, temperature, seed):
     [(13, 8, 3), (90, 33, 70), (41, 72, 330)],
 )
 def test_numerics(tokens, depth, vocabulary, kind, dtype, small_tiles, seed):
-    check(tokens, depth, vocabulary, kind, dtype, 0.7, seed)
+    check(kernels, tokens, depth, vocabulary, kind, dtype, 0.7, seed)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_shipped_settings(architecture, monkeypatch, seed):
     monkeypatch.setattr(kernels, "architecture", lambda x: architecture)
-    check(131, 72, 300, "normal", torch.bfloat16, 1.0, seed)
-
-
-def small(dtype, *, tokens=40, depth=24, vocabulary=150):
-    hidden, weight = torch.randn(tokens, depth).to(dtype), torch.randn(vocabulary, depth).to(dtype)
-    return hidden, weight, torch.randint(-1, vocabulary, (tokens,))
-
-
-def both(hidden, weight, targets, dlogprob, dentropy):
-    """All results of forward and backward."""
-    forward = kernels.token_logprob(hidden, weight, targets, 0.7, True)
-    _, entropy, lse = forward
-    return *forward, *kernels.token_logprob_backward(
-        dlogprob, dentropy, hidden, weight, targets, lse, entropy, 0.7
-    )
-
-
-def same_bits(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    check(kernels, 131, 72, 300, "normal", torch.bfloat16, 1.0, seed)
 
 
 @pytest.mark.parametrize("strides", ["rows apart", "columns first", "one row", "one value"])
@@ -144,10 +69,20 @@ def test_any_strides(strides, dtype, small_tiles):
     upstream = torch.tensor(0.3).expand(40)
     dense = [x.contiguous() for x in (hidden, weight, targets, upstream, upstream)]
     copies = [x.clone() for x in dense]
-    ours = both(hidden, weight, targets, upstream, upstream)
-    assert same_bits(ours, both(*dense))
+    ours = both(kernels, hidden, weight, targets, upstream, upstream)
+    assert same_bits(ours, both(kernels, *dense))
     assert same_bits(dense, copies), "an input was changed"
     assert all(x.is_contiguous() for x in ours)
+
+
+def test_without_entropy_the_rest_is_the_same(dtype, small_tiles):
+    arguments = *small(dtype), 0.7
+    logprob, _, lse = kernels.token_logprob(*arguments, True)
+    plain = kernels.token_logprob(*arguments, False)
+    assert same_bits((logprob, lse), (plain[0], plain[2]))
+    hidden, weight, *rest = arguments
+    exact = reference.token_logprob(hidden.double(), weight.double(), *rest, False)
+    torch.testing.assert_close(lse.double(), exact[2], rtol=2e-6, atol=2e-6)
 
 
 def test_one_token(dtype, small_tiles):
@@ -159,7 +94,7 @@ def test_one_token(dtype, small_tiles):
 def test_narrow_targets(dtype, small_tiles):
     hidden, weight, targets = small(dtype)
     upstream = torch.randn(2, 40)
-    first, second = (both(hidden, weight, t, *upstream) for t in (targets, targets.int()))
+    first, second = (both(kernels, hidden, weight, t, *upstream) for t in (targets, targets.int()))
     assert same_bits(first, second)
 
 
@@ -168,11 +103,11 @@ def test_targets_below_zero_are_not_predicted(dtype, small_tiles):
     targets[3:9] = -100
     upstream = torch.randn(2, 40)
     skipped = targets < 0
-    logprob, entropy, _, dhidden, _ = both(hidden, weight, targets, *upstream)
+    logprob, entropy, _, dhidden, _ = both(kernels, hidden, weight, targets, *upstream)
     for values in (logprob, entropy, dhidden):
         assert not values[skipped].any() and values[~skipped].any()
     logprob, entropy, lse, *gradients = both(
-        hidden, weight, torch.full_like(targets, -1), *upstream
+        kernels, hidden, weight, torch.full_like(targets, -1), *upstream
     )
     assert not any(x.any() for x in (logprob, entropy, *gradients)) and lse.isfinite().all()
 
@@ -194,7 +129,9 @@ def test_certain_targets_are_never_positive_and_lose_no_entropy(dtype, small_til
 
 def test_no_tokens(dtype):
     hidden, weight, targets = small(dtype, tokens=0)
-    logprob, entropy, lse, dhidden, dweight = both(hidden, weight, targets, *torch.empty(2, 0))
+    logprob, entropy, lse, dhidden, dweight = both(
+        kernels, hidden, weight, targets, *torch.empty(2, 0)
+    )
     assert logprob.shape == entropy.shape == lse.shape == (0,)
     assert dhidden.shape == (0, 24) and not dweight.any()
 

@@ -12,21 +12,36 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels import attention, attention_sm90, elementwise
+from llama2rt.ops.cuda_kernels import (
+    attention,
+    attention_sm90,
+    decode_attention,
+    elementwise,
+    token_logprob,
+)
 from llama2rt.ops.cuda_kernels.device import Device
 
 FUNCTIONS: dict[str, Callable] = {
     "rms_norm": elementwise.rms_norm,
     "rms_norm_backward": elementwise.rms_norm_backward,
+    "add_rms_norm": elementwise.add_rms_norm,
+    "add_rms_norm_backward": elementwise.add_rms_norm_backward,
+    "swiglu": elementwise.swiglu,
+    "swiglu_backward": elementwise.swiglu_backward,
+    "rope": elementwise.rope,
+    "rope_backward": elementwise.rope_backward,
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
+    "decode_attention": decode_attention.decode_attention,
+    "token_logprob": token_logprob.token_logprob,
+    "token_logprob_backward": token_logprob.token_logprob_backward,
     # Not ops of their own: for tests, and for those who set attention_sm90.VARIABLE.
     "attention_sm90": attention_sm90.attention,
-    "attention_backward_sm90": attention_sm90.attention_backward,
+    "attention_sm90_backward": attention_sm90.attention_backward,
 }
 if attention_sm90.CHOSEN:
-    for op in ("attention", "attention_backward"):
-        FUNCTIONS[op] = FUNCTIONS[f"{op}_sm90"]
+    FUNCTIONS["attention"] = attention_sm90.attention
+    FUNCTIONS["attention_backward"] = attention_sm90.attention_backward
 
 
 def on(device: Device) -> dict[str, Callable]:

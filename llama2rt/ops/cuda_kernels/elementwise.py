@@ -1,36 +1,70 @@
-"""RMSNorm."""
+"""RMSNorm, SwiGLU and rotary embedding: the ops that are bound by memory alone."""
 
 import torch
 from torch import Tensor
 
 from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, rows
 
+# Thread blocks for each multiprocessor. The backward pass of RMSNorm keeps one row of partial sums
+# for each block: two blocks, so that one computes while the other waits for memory. The others have
+# blocks of 128 threads; 16 of them are the 2048 threads that a multiprocessor holds.
+RMS_NORM_BACKWARD_BLOCKS = 2
+ELEMENTWISE_BLOCKS = 16
 
-def rms_norm(on: Device, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [T, N], weight [N] -> (y, rstd [T] fp32)."""
+
+def _row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _rms_norm(
+    on: Device, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
     x, weight = rows(x), weight.contiguous()
     y, rstd = empty(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    summed = None
+    if residual is not None:
+        residual, summed = rows(residual), empty(x)
     on.native.rms_norm(
         DTYPES[x.dtype],
         *x.shape,
         on.address(x),
         x.stride(0),
+        on.address(residual),
+        _row_stride(residual),
         on.address(weight),
         eps,
         on.address(y),
+        on.address(summed),
         on.address(rstd),
         *on.stream(x),
     )
+    return y, summed, rstd
+
+
+def rms_norm(on: Device, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, N], weight [N] -> (y, rstd [T] fp32)."""
+    y, _, rstd = _rms_norm(on, x, None, weight, eps)
     return y, rstd
 
 
-def rms_norm_backward(
-    on: Device, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+def add_rms_norm(
+    on: Device, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x and residual [T, N], weight [N] -> (y, x + residual, rstd [T] fp32)."""
+    y, summed, rstd = _rms_norm(on, x, residual, weight, eps)
+    assert summed is not None
+    return y, summed, rstd
+
+
+def add_rms_norm_backward(
+    on: Device, dy: Tensor, dsummed: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x, gradient of weight); bitwise repeatable on one model of GPU."""
-    dy, x, weight, rstd = rows(dy), rows(x), weight.contiguous(), rstd.contiguous()
-    # Two thread blocks on each multiprocessor: one computes while the other waits for memory.
-    blocks = max(1, min(2 * on.multiprocessors(x), x.shape[0]))
+    """(gradient of x, equal to that of residual; gradient of weight); the same bits every time, on
+    one model of GPU."""
+    dy, x, weight, rstd = rows(dy), rows(summed), weight.contiguous(), rstd.contiguous()
+    if dsummed is not None:
+        dsummed = rows(dsummed)
+    blocks = max(1, min(RMS_NORM_BACKWARD_BLOCKS * on.multiprocessors(x), x.shape[0]))
     dx, dweight = empty(x), empty(weight)
     partial = x.new_empty(blocks, x.shape[1], dtype=torch.float32)
     on.native.rms_norm_backward(
@@ -38,6 +72,8 @@ def rms_norm_backward(
         *x.shape,
         on.address(dy),
         dy.stride(0),
+        on.address(dsummed),
+        _row_stride(dsummed),
         on.address(x),
         x.stride(0),
         on.address(weight),
@@ -49,3 +85,100 @@ def rms_norm_backward(
         *on.stream(x),
     )
     return dx, dweight
+
+
+def rms_norm_backward(
+    on: Device, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, gradient of weight)."""
+    return add_rms_norm_backward(on, dy, None, x, weight, rstd)
+
+
+def _as_one_row(*operands: Tensor) -> list[Tensor]:
+    """The operands as matrices of one row where all are dense, else as they are."""
+    if all(x.is_contiguous() for x in operands):
+        return [x.view(1, -1) for x in operands]
+    return [rows(x) for x in operands]
+
+
+def swiglu(on: Device, gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up [T, F] -> silu(gate) * up."""
+    y = empty(gate)
+    gate, up = _as_one_row(gate, up)
+    on.native.swiglu(
+        DTYPES[gate.dtype],
+        *gate.shape,
+        on.address(gate),
+        gate.stride(0),
+        on.address(up),
+        up.stride(0),
+        on.address(y),
+        ELEMENTWISE_BLOCKS * on.multiprocessors(gate),
+        *on.stream(gate),
+    )
+    return y
+
+
+def swiglu_backward(on: Device, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of gate, gradient of up)."""
+    dgate, dup = empty(gate), empty(up)
+    dy, gate, up = _as_one_row(dy, gate, up)
+    on.native.swiglu_backward(
+        DTYPES[gate.dtype],
+        *gate.shape,
+        on.address(dy),
+        dy.stride(0),
+        on.address(gate),
+        gate.stride(0),
+        on.address(up),
+        up.stride(0),
+        on.address(dgate),
+        on.address(dup),
+        ELEMENTWISE_BLOCKS * on.multiprocessors(gate),
+        *on.stream(gate),
+    )
+    return dgate, dup
+
+
+def _rope(
+    on: Device, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    q, k, positions = rows(q), rows(k), positions.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    q_out, k_out = empty(q), empty(k)
+    on.native.rope(
+        DTYPES[q.dtype],
+        q.shape[0],
+        q.shape[2],
+        on.address(q),
+        q.shape[1],
+        *q.stride()[:2],
+        on.address(q_out),
+        on.address(k),
+        k.shape[1],
+        *k.stride()[:2],
+        on.address(k_out),
+        on.address(cos),
+        on.address(sin),
+        cos.shape[0],
+        on.address(positions),
+        positions.dtype == torch.int64,
+        inverse,
+        ELEMENTWISE_BLOCKS * on.multiprocessors(q),
+        *on.stream(q),
+    )
+    return q_out, k_out
+
+
+def rope(
+    on: Device, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k [T, Hkv, D], tables [P, D/2] -> both rotated; NaN for a position outside."""
+    return _rope(on, q, k, cos, sin, positions, inverse=False)
+
+
+def rope_backward(
+    on: Device, dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both gradients rotated back."""
+    return _rope(on, dq, dk, cos, sin, positions, inverse=True)

@@ -1,0 +1,459 @@
+// One query per sequence against its paged cache of keys and values: a step of generation.
+//
+// Bound by memory, so everything serves to keep loads in flight. The query heads of one key head
+// are the rows of a tile, for which the cache is read once. A context is split over thread blocks
+// (flash-decoding, Dao et al. 2023), and inside one over its warps, which share nothing until they
+// are done: each has a ring of tiles that its own asynchronous copies fill, and its own softmax.
+// The splits' results are added by a second kernel in a fixed order: equal calls give equal bits.
+//
+// bf16 and fp16 use the tensor cores even for a single query head: of the 16 rows that a product
+// takes, idle ones cost nothing here, while multiplying in fp32 a group of eight heads would need 54
+// of an A100's 64 multiply-adds per clock at full bandwidth. fp32, which has no such product, has
+// tiles of four rows; a larger group reads the cache again, from L2 as a rule.
+//
+// Not yet run on a GPU.
+#include <launch.cuh>
+#include <ptx.cuh>
+#include <string.h>
+
+#include <stdexcept>
+
+#include "ops.h"
+#include "vec.cuh"
+
+namespace llama2rt {
+namespace {
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr int COMBINE_WARPS = 8;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float NO_KEY = -INFINITY;  // the largest of no scores
+
+// Where chunk `chunk` (16 bytes) of a row lies in a tile of rows of DIM elements: permuted, so that
+// one chunk of eight neighbouring rows lies in all banks.
+template <int DIM, typename T>
+__device__ T* chunk_at(T* tile, int row, int chunk) {
+  return tile + row * DIM + (chunk ^ (row & 7)) * (16 / (int)sizeof(T));
+}
+
+// Both rounded to T, the first in the low half.
+template <typename T>
+__device__ uint32_t pair(float low, float high) {
+  Pack<T, 2> both;
+  both.set(0, low);
+  both.set(1, high);
+  uint32_t bits;
+  memcpy(&bits, &both, sizeof bits);
+  return bits;
+}
+
+__device__ inline float largest_of_lanes(float x, int first, int last) {
+  for (int lanes = first; lanes <= last; lanes *= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lanes));
+  return x;
+}
+
+__device__ inline float sum_of_lanes(float x, int first, int last) {
+  for (int lanes = first; lanes <= last; lanes *= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
+  return x;
+}
+
+// What one warp has seen of its keys, for each of ROWS query rows: the largest score, the sum of
+// exponentials relative to it, and that sum weighted with the values. A tile has KEYS keys, of which
+// the first `present` count, at least one; the rest of the tile is zeros.
+//
+// Fragments of mma.m16n8k16: a lane holds rows lane / 4 and lane / 4 + 8 of a tile, and of each
+// eight columns two, from 2 (lane % 4) on.
+template <typename T, int DIM>
+struct Partial {
+  static constexpr int ROWS = 16, KEYS = 16;
+
+  float sums[DIM / 8][4] = {};
+  float peak[2] = {NO_KEY, NO_KEY};
+  float total[2] = {};  // over this lane's columns
+
+  __device__ void add(T* q, T* k, T* v, int present, float scale2) {
+    const int lane = threadIdx.x % 32;
+    float scores[2][4] = {};
+#pragma unroll
+    for (int d = 0; d < DIM / 16; ++d) {
+      uint32_t rows[4], keys[4];
+      ptx::ldmatrix_x4(rows, chunk_at<DIM>(q, lane % 16, 2 * d + lane / 16));
+      ptx::ldmatrix_x4(keys, chunk_at<DIM>(k, lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
+      ptx::mma_m16n8k16<T>(scores[0], rows, {keys[0], keys[1]});
+      ptx::mma_m16n8k16<T>(scores[1], rows, {keys[2], keys[3]});
+    }
+    const int column = lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float higher = peak[half];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i / 2 * 8 + column + i % 2 < present)
+          higher = fmaxf(higher, scores[i / 2][2 * half + i % 2]);
+      higher = largest_of_lanes(higher, 1, 2);
+      const float decay = ptx::exp2((peak[half] - higher) * scale2);
+      peak[half] = higher;
+      total[half] *= decay;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& score = scores[i / 2][2 * half + i % 2];
+        // The difference of near numbers is exact; that of their rounded multiples is not.
+        const float p = ptx::exp2((score - higher) * scale2);
+        score = i / 2 * 8 + column + i % 2 < present ? p : 0.0f;
+        total[half] += score;
+      }
+#pragma unroll
+      for (int n = 0; n < DIM / 8; ++n) {
+        sums[n][2 * half] *= decay;
+        sums[n][2 * half + 1] *= decay;
+      }
+    }
+    const uint32_t weights[4] = {
+        pair<T>(scores[0][0], scores[0][1]), pair<T>(scores[0][2], scores[0][3]),
+        pair<T>(scores[1][0], scores[1][1]), pair<T>(scores[1][2], scores[1][3])};
+#pragma unroll
+    for (int n = 0; n < DIM / 16; ++n) {
+      uint32_t values[4];
+      ptx::ldmatrix_x4_trans(values, chunk_at<DIM>(v, lane % 16, 2 * n + lane / 16));
+      ptx::mma_m16n8k16<T>(sums[2 * n], weights, {values[0], values[1]});
+      ptx::mma_m16n8k16<T>(sums[2 * n + 1], weights, {values[2], values[3]});
+    }
+  }
+
+  // Into [ROWS, DIM], [ROWS], [ROWS].
+  __device__ void store(float* sums_out, float* peak_out, float* total_out) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half;
+      const float all = sum_of_lanes(total[half], 1, 2);
+      if (lane % 4 == 0) {
+        peak_out[row] = peak[half];
+        total_out[row] = all;
+      }
+#pragma unroll
+      for (int n = 0; n < DIM / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          sums_out[row * DIM + 8 * n + lane % 4 * 2 + e] = sums[n][2 * half + e];
+    }
+  }
+};
+
+// fp32 has no tensor core products: for the scores a lane takes a quarter of key lane % 8, for the
+// sums it takes the columns 2 lane + {0, 1} of each 64.
+template <int DIM>
+struct Partial<float, DIM> {
+  static constexpr int ROWS = 4, KEYS = 8;
+
+  float sums[ROWS][DIM / 32] = {};
+  float peak[ROWS] = {NO_KEY, NO_KEY, NO_KEY, NO_KEY};
+  float total[ROWS] = {};  // over key lane % 8 of the tiles
+
+  __device__ void add(float* q, float* k, float* v, int present, float scale2) {
+    const int lane = threadIdx.x % 32, key = lane % 8;
+    float scores[ROWS] = {};
+#pragma unroll 4
+    for (int chunk = lane / 8; chunk < DIM / 4; chunk += 4) {
+      const auto at_key = Pack<float, 4>::load(chunk_at<DIM>(k, key, chunk));
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row) {
+        const auto at_row = Pack<float, 4>::load(chunk_at<DIM>(q, row, chunk));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[row] += at_row[i] * at_key[i];
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      const float score = sum_of_lanes(scores[row], 8, 16);
+      float higher = key < present ? fmaxf(peak[row], score) : peak[row];
+      higher = largest_of_lanes(higher, 1, 4);
+      const float decay = ptx::exp2((peak[row] - higher) * scale2);
+      peak[row] = higher;
+      scores[row] = key < present ? ptx::exp2((score - higher) * scale2) : 0.0f;
+      total[row] = total[row] * decay + scores[row];
+#pragma unroll
+      for (int i = 0; i < DIM / 32; ++i) sums[row][i] *= decay;
+    }
+#pragma unroll
+    for (int from = 0; from < KEYS; ++from) {
+      float weights[ROWS];
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row)
+        weights[row] = __shfl_sync(0xffffffff, scores[row], from);
+#pragma unroll
+      for (int j = 0; j < DIM / 64; ++j) {
+        const int column = 2 * lane + 64 * j;
+        const auto at_key =
+            Pack<float, 2>::load(chunk_at<DIM>(v, from, column / 4) + column % 4);
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) sums[row][2 * j + e] += weights[row] * at_key[e];
+      }
+    }
+  }
+
+  __device__ void store(float* sums_out, float* peak_out, float* total_out) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      const float all = sum_of_lanes(total[row], 1, 4);
+      if (lane == 0) {
+        peak_out[row] = peak[row];
+        total_out[row] = all;
+      }
+#pragma unroll
+      for (int i = 0; i < DIM / 32; ++i)
+        sums_out[row * DIM + 2 * lane + i / 2 * 64 + i % 2] = sums[row][i];
+    }
+  }
+};
+
+// The shared memory of a block: its query rows, then each warp's ring; at the end, over the rings,
+// what the warps have summed. A tile of keys is as large for every T.
+template <typename T, int DIM>
+struct Layout {
+  static constexpr int ROWS = Partial<T, DIM>::ROWS, KEYS = Partial<T, DIM>::KEYS;
+  // 64 KiB in flight for two blocks on a multiprocessor. Memory asks for about 11 KB on the way to
+  // each multiprocessor of an A100 (2 TB/s times 0.6 us over 108), 25 KB of an H200 (4.8 TB/s times
+  // 0.7 us over 132).
+  static constexpr int STAGES = DIM <= 64 ? 4 : 2;
+  static constexpr int QUERIES = ROWS * DIM, TILE = KEYS * DIM;
+  static constexpr int RING = STAGES * 2 * TILE;
+  static constexpr size_t BYTES = (QUERIES + WARPS * RING) * sizeof(T);
+  static_assert(WARPS * RING * sizeof(T) >= WARPS * ROWS * (DIM + 2) * sizeof(float));
+};
+
+__device__ inline int64_t index_at(const void* indices, bool are_64, int64_t i) {
+  return are_64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+}
+
+// One sequence's keys and values of one head.
+template <typename T, int DIM>
+struct Cache {
+  const DecodeAttention& a;
+  const T *k, *v;
+  int64_t table;  // the sequence's first entry in the block table
+  uint32_t end;   // of the tokens that may be read
+  bool aligned;   // rows can be copied 16 bytes at a time
+
+  // The page of key `lane % KEYS` of the tile at token `start`.
+  template <int KEYS>
+  __device__ int64_t page(uint32_t start) const {
+    const uint32_t token = start + threadIdx.x % KEYS;
+    return token < end ? index_at(a.block_table, a.block_table_64, table + token / a.page_size) : 0;
+  }
+
+  // Starts to copy the tile at token `start`, of which this lane knows `page`; zeros for what is
+  // past the end or the head dimension.
+  template <int KEYS>
+  __device__ void copy(T* k_tile, T* v_tile, uint32_t start, int64_t page) const {
+    constexpr int PER_CHUNK = 16 / sizeof(T), CHUNKS = DIM / PER_CHUNK;
+    const int lane = threadIdx.x % 32;
+    const uint32_t slot = (start + lane % KEYS) % a.page_size;
+    const int64_t k_row = page * a.k_page_stride + slot * a.k_token_stride;
+    const int64_t v_row = page * a.v_page_stride + slot * a.v_token_stride;
+#pragma unroll 4
+    for (int i = 0; i < KEYS * CHUNKS / 32; ++i) {
+      const int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
+      const T* k_from = k + __shfl_sync(0xffffffff, k_row, row) + chunk * PER_CHUNK;
+      const T* v_from = v + __shfl_sync(0xffffffff, v_row, row) + chunk * PER_CHUNK;
+      T *k_to = chunk_at<DIM>(k_tile, row, chunk), *v_to = chunk_at<DIM>(v_tile, row, chunk);
+      const int left = start + row < end ? (int)a.head_dim - chunk * PER_CHUNK : 0;
+      if (aligned) {
+        ptx::cp_async_16(k_to, k_from, left > 0);
+        ptx::cp_async_16(v_to, v_from, left > 0);
+      } else {
+        for (int e = 0; e < PER_CHUNK; ++e) {
+          k_to[e] = e < left ? k_from[e] : from_float<T>(0.0f);
+          v_to[e] = e < left ? v_from[e] : from_float<T>(0.0f);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, int DIM>
+__global__ void __launch_bounds__(THREADS, 2) decode_attention_kernel(DecodeAttention a, bool aligned) {
+  using L = Layout<T, DIM>;
+  constexpr int ROWS = L::ROWS, KEYS = L::KEYS;
+  const int warp = threadIdx.x / 32;
+  const uint32_t group = (uint32_t)(a.heads / a.kv_heads), row_tiles = (group + ROWS - 1) / ROWS;
+  // Blocks that read the same keys are neighbours.
+  uint32_t block = blockIdx.x;
+  const uint32_t first_row = block % row_tiles * ROWS;
+  const uint32_t split = (block /= row_tiles) % a.splits;
+  const uint32_t kv_head = (block /= a.splits) % (uint32_t)a.kv_heads;
+  const int64_t sequence = block / (uint32_t)a.kv_heads;
+  const int rows = (int)min(group - first_row, (uint32_t)ROWS), dim = (int)a.head_dim;
+  const int64_t first_head = sequence * a.heads + kv_head * group + first_row;
+
+  // Every sequence is cut by its own length into whole tiles; of a short one the last splits get
+  // none.
+  constexpr uint32_t TILE_KEYS = WARPS * KEYS;
+  const auto length = (uint32_t)index_at(a.lengths, a.lengths_64, sequence);
+  const uint32_t share =
+      ((length + a.splits - 1) / a.splits + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
+  const auto begin = (uint32_t)min((uint64_t)split * share, (uint64_t)length);
+  const uint32_t end = min(begin + share, length);
+  const int64_t partial_row = split * a.sequences * a.heads + first_head;
+  if (begin == end) {
+    if (a.splits > 1) {
+      if (threadIdx.x < rows) a.lse[partial_row + threadIdx.x] = NO_KEY;
+    } else {
+      for (int i = threadIdx.x; i < rows * dim; i += THREADS)
+        static_cast<T*>(a.out)[first_head * dim + i] = from_float<T>(0.0f);
+    }
+    return;
+  }
+
+  T* queries = reinterpret_cast<T*>(shared_memory);
+  T* ring = queries + L::QUERIES + warp * L::RING;
+  const Cache<T, DIM> cache = {a, static_cast<const T*>(a.k_cache) + kv_head * a.k_head_stride,
+                               static_cast<const T*>(a.v_cache) + kv_head * a.v_head_stride,
+                               sequence * a.block_table_stride, end, aligned};
+  // This warp's tiles lie TILE_KEYS apart. A page number is fetched one tile before it is needed.
+  uint32_t next = begin + warp * KEYS;
+  int64_t page = cache.template page<KEYS>(next);
+  auto copy_next = [&](int stage) {
+    if (next < end) {
+      T* tile = ring + stage * 2 * L::TILE;
+      cache.template copy<KEYS>(tile, tile + L::TILE, next, page);
+      next += TILE_KEYS;
+      page = cache.template page<KEYS>(next);
+    }
+    ptx::cp_async_commit();
+  };
+  for (int stage = 0; stage < L::STAGES - 1; ++stage) copy_next(stage);
+
+  const T* q = static_cast<const T*>(a.q) + sequence * a.q_sequence_stride +
+               (kv_head * group + first_row) * a.q_head_stride;
+  for (int i = threadIdx.x; i < L::QUERIES; i += THREADS) {
+    const int row = i / DIM, column = i % DIM, per_chunk = 16 / sizeof(T);
+    chunk_at<DIM>(queries, row, column / per_chunk)[column % per_chunk] =
+        row < rows && column < dim ? q[row * a.q_head_stride + column] : from_float<T>(0.0f);
+  }
+  __syncthreads();
+
+  const float scale2 = a.scale * LOG2E;
+  Partial<T, DIM> partial;
+  int stage = 0;
+  for (uint32_t start = begin + warp * KEYS; start < end; start += TILE_KEYS) {
+    ptx::cp_async_wait<L::STAGES - 2>();
+    // The other lanes' copies are there too, and the tile before this one is no longer read.
+    __syncwarp();
+    copy_next((stage + L::STAGES - 1) % L::STAGES);
+    T* tile = ring + stage * 2 * L::TILE;
+    const int present = (int)min(end - start, (uint32_t)KEYS);
+    partial.add(queries, tile, tile + L::TILE, present, scale2);
+    stage = (stage + 1) % L::STAGES;
+  }
+
+  float* sums = reinterpret_cast<float*>(queries + L::QUERIES);
+  float *peaks = sums + WARPS * ROWS * DIM, *totals = peaks + WARPS * ROWS;
+  __syncthreads();  // the rings are no longer read
+  partial.store(sums + warp * ROWS * DIM, peaks + warp * ROWS, totals + warp * ROWS);
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * dim; i += THREADS) {
+    const int row = i / dim, column = i % dim;
+    float peak = NO_KEY, total = 0.0f, sum = 0.0f;
+    for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, peaks[w * ROWS + row]);
+    for (int w = 0; w < WARPS; ++w) {
+      const float weight = ptx::exp2((peaks[w * ROWS + row] - peak) * scale2);
+      total += weight * totals[w * ROWS + row];
+      sum += weight * sums[(w * ROWS + row) * DIM + column];
+    }
+    if (a.splits == 1) {
+      static_cast<T*>(a.out)[first_head * dim + i] = from_float<T>(sum / total);
+    } else {
+      a.partial[partial_row * dim + i] = sum / total;
+      if (column == 0) a.lse[partial_row + row] = peak * scale2 + log2f(total);
+    }
+  }
+}
+
+// The result of one row from those of its splits, which its warps share.
+template <typename T>
+__global__ void __launch_bounds__(32 * COMBINE_WARPS)
+    decode_attention_combine_kernel(int64_t rows, int64_t splits, int dim, const float* partial,
+                                    const float* lse, T* out) {
+  constexpr int COLUMNS = 8;  // of each lane: head dimensions up to 256
+  const int64_t row = blockIdx.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float peak = NO_KEY;
+  for (int64_t split = lane; split < splits; split += 32)
+    peak = fmaxf(peak, lse[split * rows + row]);
+  peak = largest_of_lanes(peak, 1, 16);
+  float total = 0.0f, sums[COLUMNS] = {};
+  for (int64_t split = warp; split < splits; split += COMBINE_WARPS) {
+    const float its_lse = lse[split * rows + row];
+    if (its_lse == NO_KEY) continue;  // it has written nothing else
+    const float weight = ptx::exp2(its_lse - peak);
+    total += weight;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i)
+      if (lane + 32 * i < dim) sums[i] += weight * partial[(split * rows + row) * dim + lane + 32 * i];
+  }
+  float *all_sums = reinterpret_cast<float*>(shared_memory), *totals = all_sums + COMBINE_WARPS * dim;
+#pragma unroll
+  for (int i = 0; i < COLUMNS; ++i)
+    if (lane + 32 * i < dim) all_sums[warp * dim + lane + 32 * i] = sums[i];
+  if (lane == 0) totals[warp] = total;
+  __syncthreads();
+  for (int column = threadIdx.x; column < dim; column += 32 * COMBINE_WARPS) {
+    float total = 0.0f, sum = 0.0f;
+    for (int w = 0; w < COMBINE_WARPS; ++w) {
+      total += totals[w];
+      sum += all_sums[w * dim + column];
+    }
+    out[row * dim + column] = from_float<T>(peak == NO_KEY ? 0.0f : sum / total);
+  }
+}
+
+bool aligned_caches(const DecodeAttention& a, size_t element_bytes) {
+  int64_t all = (int64_t)((uintptr_t)a.k_cache | (uintptr_t)a.v_cache);
+  for (int64_t elements : {a.head_dim, a.k_page_stride, a.k_token_stride, a.k_head_stride,
+                           a.v_page_stride, a.v_token_stride, a.v_head_stride})
+    all |= elements * (int64_t)element_bytes;
+  return all % 16 == 0;
+}
+
+template <typename T, int DIM>
+void run(const DecodeAttention& a) {
+  using L = Layout<T, DIM>;
+  const int64_t row_tiles = (a.heads / a.kv_heads + L::ROWS - 1) / L::ROWS;
+  const int64_t rows = a.sequences * a.heads;
+  const int64_t blocks = a.sequences * a.kv_heads * a.splits * row_tiles;
+  if (blocks > 0x7fffffff) throw std::runtime_error("decode_attention: more than 2^31 - 1 blocks");
+  const auto stream = (cudaStream_t)a.stream;
+  launch("decode_attention", decode_attention_kernel<T, DIM>, dim3((unsigned)blocks), dim3(THREADS),
+         L::BYTES, stream, a, aligned_caches(a, sizeof(T)));
+  if (a.splits > 1)
+    launch("decode_attention", decode_attention_combine_kernel<T>, dim3((unsigned)rows),
+           dim3(32 * COMBINE_WARPS), COMBINE_WARPS * (a.head_dim + 1) * sizeof(float), stream, rows,
+           a.splits, (int)a.head_dim, (const float*)a.partial, (const float*)a.lse, (T*)a.out);
+}
+
+template <typename T>
+void by_dim(const DecodeAttention& a) {
+  if (a.head_dim <= 64) return run<T, 64>(a);
+  if (a.head_dim <= 128) return run<T, 128>(a);
+  if (a.head_dim <= 256) return run<T, 256>(a);
+  throw std::runtime_error("decode_attention: head dimension above 256");
+}
+
+}  // namespace
+
+void decode_attention(const DecodeAttention& a) {
+  if (a.sequences == 0 || a.heads == 0 || a.head_dim == 0) return;
+  DeviceGuard guard(a.device);
+  switch (a.dtype) {
+    case DType::fp32: return by_dim<float>(a);
+    case DType::bf16: return by_dim<bf16>(a);
+    case DType::fp16: return by_dim<f16>(a);
+  }
+}
+
+}  // namespace llama2rt

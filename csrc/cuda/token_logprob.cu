@@ -1,0 +1,175 @@
+// The softmax of token_logprob on one tile of logits: some columns of a [T, V] matrix that never
+// exists whole. Forward folds a tile into the running statistics of its rows (online softmax,
+// arXiv:1805.02867); backward turns its logits into their gradients, in place and rounded once.
+// The matrix products around it are cuBLAS's, through torch. Everything but the tile is fp32.
+//
+// Bound by memory, with a row of a few thousand columns to a warp: no thread block shares anything,
+// so there is no barrier, and a row's sums have one order: equal calls give equal bits.
+//
+// Not yet run on a GPU.
+#include <launch.cuh>
+#include <ptx.cuh>
+
+#include <stdexcept>
+
+#include "ops.h"
+#include "vec.cuh"
+
+namespace llama2rt {
+namespace {
+
+constexpr int WARPS = 4;  // rows of a thread block
+constexpr int PACKS = 4;  // 16-byte loads that a lane has in flight
+constexpr float LOG2E = 1.4426950408889634f;
+
+// Calls body(pack, column) for a row, PACKS packs of 16 bytes a lane at a time, all of them loaded
+// before the first is used; then for what is left of the row, in packs of one element.
+template <typename T, typename Body>
+__device__ void for_each_pack(const T* row, int64_t columns, Body body) {
+  constexpr int WIDTH = 16 / sizeof(T);
+  const int lane = threadIdx.x % 32;
+  const int64_t packs = columns / WIDTH;
+  for (int64_t base = lane; base < packs; base += 32 * PACKS) {
+    Pack<T, WIDTH> held[PACKS];
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k)
+      if (base + 32 * k < packs) held[k] = Pack<T, WIDTH>::load(row + (base + 32 * k) * WIDTH);
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k)
+      if (base + 32 * k < packs) body(held[k], (base + 32 * k) * WIDTH);
+  }
+  const int64_t column = packs * WIDTH + lane;
+  if (column < columns) {
+    auto last = Pack<T, 1>::load(row + column);
+    body(last, column);
+  }
+}
+
+// Of some logits: the largest, and over x = (logit - largest) * scale the sums of exp(x) and of
+// x exp(x).
+template <bool ENTROPY>
+struct Statistics {
+  float peak, total, weighted;
+
+  // The same sums relative to another peak, at least as large.
+  __device__ void raise(float higher, float scale) {
+    const float shift = (peak - higher) * scale;  // may be infinite, and then keeps nothing
+    const float decay = ptx::exp2(shift * LOG2E);
+    total *= decay;
+    if (ENTROPY) weighted = total > 0.0f ? weighted * decay + shift * total : 0.0f;
+    peak = higher;
+  }
+
+  template <typename T, int WIDTH>
+  __device__ void add(const Pack<T, WIDTH>& logits, float scale) {
+    float higher = peak;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) higher = fmaxf(higher, logits[i]);
+    raise(higher, scale);
+    float sum = 0.0f, weighted_sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      // The peak itself gives exactly 1, so that no total is below 1 and no logprob above 0.
+      const float x = logits[i] - higher, e = ptx::exp2(x * (scale * LOG2E));
+      sum += e;
+      if (ENTROPY) weighted_sum += e * x;
+    }
+    total += sum;
+    if (ENTROPY) weighted += weighted_sum * scale;
+  }
+
+  // Over all lanes, for each of them.
+  __device__ void merge(float scale) {
+    float higher = peak;
+    for (int lanes = 16; lanes > 0; lanes /= 2)
+      higher = fmaxf(higher, __shfl_xor_sync(0xffffffff, higher, lanes));
+    raise(higher, scale);
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      total += __shfl_xor_sync(0xffffffff, total, lanes);
+      if (ENTROPY) weighted += __shfl_xor_sync(0xffffffff, weighted, lanes);
+    }
+  }
+};
+
+template <typename T, bool ENTROPY>
+__global__ void __launch_bounds__(32 * WARPS) token_logprob_kernel(TokenLogprob a) {
+  const int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
+  if (row >= a.rows) return;
+  const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  // What earlier tiles left counts in one lane.
+  Statistics<ENTROPY> statistics = {a.peak[row], first_lane ? a.total[row] : 0.0f,
+                                    ENTROPY && first_lane ? a.weighted[row] : 0.0f};
+  for_each_pack(logits, a.columns,
+                [&](const auto& pack, int64_t) { statistics.add(pack, a.scale); });
+  statistics.merge(a.scale);
+  if (!first_lane) return;
+  a.peak[row] = statistics.peak;
+  a.total[row] = statistics.total;
+  if (ENTROPY) a.weighted[row] = statistics.weighted;
+  const int64_t column = a.targets[row] - a.first;
+  if (0 <= column && column < a.columns) a.chosen[row] = to_float(logits[column]);
+}
+
+// With g and h the upstream gradients of logprob and entropy, both over the temperature:
+//   dlogits = (onehot - p) * g - p * (log p + entropy) * h
+template <typename T, bool ENTROPY>
+__global__ void __launch_bounds__(32 * WARPS)
+    token_logprob_backward_kernel(TokenLogprobBackward a) {
+  const int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
+  if (row >= a.rows) return;
+  T* logits = static_cast<T*>(a.logits) + row * a.stride;
+  const int64_t target = a.targets[row] - a.first;
+  const bool predicted = a.targets[row] >= 0;
+  const float lse = a.lse[row], g = a.dlogprob[row] * a.scale;
+  const float h = ENTROPY ? a.dentropy[row] * a.scale : 0.0f;
+  const float entropy = ENTROPY ? a.entropy[row] : 0.0f;
+  for_each_pack(logits, a.columns, [&](auto& pack, int64_t column) {
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(pack) / sizeof(T)); ++i) {
+      // Rounded as the peak inside lse was: where one logit is all, its log p is then exactly 0.
+      const float log_p = __fmul_rn(pack[i], a.scale) - lse;
+      float gradient = -ptx::exp2(log_p * LOG2E) * (ENTROPY ? g + h * (log_p + entropy) : g);
+      if (column + i == target) gradient += g;
+      pack.set(i, predicted ? gradient : 0.0f);
+    }
+    pack.store(logits + column);
+  });
+}
+
+template <typename T, bool ENTROPY>
+void run(const TokenLogprob& a, dim3 grid) {
+  launch("token_logprob", token_logprob_kernel<T, ENTROPY>, grid, dim3(32 * WARPS), 0,
+         (cudaStream_t)a.stream, a);
+}
+template <typename T, bool ENTROPY>
+void run(const TokenLogprobBackward& a, dim3 grid) {
+  launch("token_logprob_backward", token_logprob_backward_kernel<T, ENTROPY>, grid,
+         dim3(32 * WARPS), 0, (cudaStream_t)a.stream, a);
+}
+
+template <typename T, typename Arguments>
+void with_entropy(const Arguments& a, bool entropy) {
+  if (((uintptr_t)a.logits | (uintptr_t)(a.stride * sizeof(T))) % 16 != 0)
+    throw std::runtime_error("token_logprob: expected rows of logits aligned to 16 bytes");
+  const dim3 grid((unsigned)((a.rows + WARPS - 1) / WARPS));
+  entropy ? run<T, true>(a, grid) : run<T, false>(a, grid);
+}
+
+template <typename Arguments>
+void with_dtype(const Arguments& a, bool entropy) {
+  if (a.rows == 0 || a.columns == 0) return;
+  DeviceGuard guard(a.device);
+  switch (a.dtype) {
+    case DType::fp32: return with_entropy<float>(a, entropy);
+    case DType::bf16: return with_entropy<bf16>(a, entropy);
+    case DType::fp16: return with_entropy<f16>(a, entropy);
+  }
+}
+
+}  // namespace
+
+void token_logprob(const TokenLogprob& a) { with_dtype(a, a.weighted != nullptr); }
+void token_logprob_backward(const TokenLogprobBackward& a) { with_dtype(a, a.dentropy != nullptr); }
+
+}  // namespace llama2rt

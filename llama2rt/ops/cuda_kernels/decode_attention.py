@@ -1,0 +1,77 @@
+"""One query per sequence against its paged cache of keys and values."""
+
+import torch
+from torch import Tensor
+
+from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, rows
+
+WIDEST_HEAD = 256
+# A split writes and reads its result, 8 bytes for each query head and column, against 4 * 256 for
+# its keys and values in bf16: 6 % with a group of eight heads.
+SHORTEST_SPLIT = 256
+
+
+def split_count(items: int, capacity: int, slots: int) -> int:
+    """Splits of each context, for `items` = sequences x key heads that may hold `capacity` tokens.
+
+    As many as fit `slots`, the thread blocks that run at once, rounded down: a second wave of
+    blocks would cost as much time as the first.
+    """
+    return max(1, min(slots // items, -(-capacity // SHORTEST_SPLIT)))
+
+
+def _indices(on: Device, x: Tensor) -> tuple[int, bool]:
+    return on.address(x), x.dtype == torch.int64
+
+
+def decode_attention(
+    on: Device,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """q [B, Hq, D], caches [pages, page, Hkv, D], block_table [B, most], lengths [B] -> [B, Hq, D].
+
+    Lengths are below 2^31. ValueError for D above 256. Caches whose rows are not aligned to 16
+    bytes are right, but slow.
+    """
+    sequences, heads, dim = q.shape
+    _, page, kv_heads, _ = k_cache.shape
+    if dim > WIDEST_HEAD:
+        raise ValueError(f"q: expected a head dimension of at most {WIDEST_HEAD}, got {dim}")
+    if scale <= 0:  # the kernel scales maxima, which would become minima
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, k_cache, v_cache, block_table = map(rows, (q, k_cache, v_cache, block_table))
+    lengths = lengths.contiguous()
+    out = empty(q)
+    if q.numel() == 0:
+        return out
+    if k_cache.numel() == 0 or block_table.shape[1] == 0:
+        return out.zero_()
+    # Two blocks fit on a multiprocessor, of the widest heads one.
+    slots = (2 if dim <= 128 else 1) * on.multiprocessors(q)
+    splits = split_count(sequences * kv_heads, block_table.shape[1] * page, slots)
+    partial = lse = None
+    if splits > 1:
+        partial = q.new_empty(splits, *q.shape, dtype=torch.float32)
+        lse = q.new_empty(splits, sequences, heads, dtype=torch.float32)
+    on.native.decode_attention(
+        DTYPES[q.dtype],
+        (sequences, heads, kv_heads, dim, page),
+        (on.address(q), *q.stride()[:2]),
+        (on.address(k_cache), *k_cache.stride()[:3]),
+        (on.address(v_cache), *v_cache.stride()[:3]),
+        _indices(on, block_table),
+        block_table.stride(0),
+        _indices(on, lengths),
+        scale,
+        splits,
+        on.address(out),
+        on.address(partial),
+        on.address(lse),
+        *on.stream(q),
+    )
+    return out
