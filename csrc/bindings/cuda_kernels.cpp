@@ -126,7 +126,7 @@ void bind_attention(py::module_& m) {
           Release());
   };
   backward("attention_backward", attention_backward);
-  backward("attention_backward_sm90", attention_backward_sm90);
+  backward("attention_sm90_backward", attention_sm90_backward);
 }
 
 void bind_decode_attention(py::module_& m) {
@@ -182,10 +182,10 @@ void bind_token_logprob(py::module_& m) {
 }  // namespace
 
 void bind_kernels(py::module_& m) {
-  m.attr("KERNELS") = py::make_tuple(
-      "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "attention",
-      "attention_backward", "attention_sm90", "attention_backward_sm90", "decode_attention",
-      "token_logprob", "token_logprob_backward");
+  m.attr("KERNELS") =
+      py::make_tuple("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope",
+                     "attention", "attention_backward", "attention_sm90", "attention_sm90_backward",
+                     "decode_attention", "token_logprob", "token_logprob_backward");
   bind_rms_norm(m);
   bind_swiglu(m);
   bind_rope(m);

@@ -188,13 +188,13 @@ void swiglu_backward(const SwiGluBackward&);
 void rope(const Rope&);
 void attention(const Attention&);
 void attention_backward(const AttentionBackward&);
-
-// The same on compute capability 9.0, from a build for 90a: bf16 or fp16, head_dim 64 or 128, at
-// least one query and one key; strides multiples of 16 bytes, a token's heads inside its stride.
-void attention_sm90(const Attention&);
-void attention_backward_sm90(const AttentionBackward&);
 void decode_attention(const DecodeAttention&);
 void token_logprob(const TokenLogprob&);
 void token_logprob_backward(const TokenLogprobBackward&);
+
+// Attention on compute capability 9.0, from a build for 90a: bf16 or fp16, head_dim 64 or 128, at
+// least one query and one key; strides multiples of 16 bytes, a token's heads inside its stride.
+void attention_sm90(const Attention&);
+void attention_sm90_backward(const AttentionBackward&);
 
 }  // namespace llama2rt

@@ -34,7 +34,7 @@ def dtype(request):
 @pytest.fixture
 def hopper(emulated):
     return SimpleNamespace(
-        attention=emulated.attention_sm90, attention_backward=emulated.attention_backward_sm90
+        attention=emulated.attention_sm90, attention_backward=emulated.attention_sm90_backward
     )
 
 
@@ -87,10 +87,10 @@ def test_tiles_are_found_whatever_the_lengths(hopper, seed):
 
 
 def test_either_direction_takes_the_results_of_the_sm_80_kernels(emulated, seed):
-    for forward, backward in (("_sm90", ""), ("", "_sm90")):
+    for forward, backward in (("attention_sm90", "attention"), ("attention", "attention_sm90")):
         run = SimpleNamespace(
-            attention=getattr(emulated, f"attention{forward}"),
-            attention_backward=getattr(emulated, f"attention_backward{backward}"),
+            attention=getattr(emulated, forward),
+            attention_backward=getattr(emulated, f"{backward}_backward"),
         )
         check(run, 4, 2, 64, torch.bfloat16, seed, queries=[3, 70, 9], keys=[90, 37, 9])
 

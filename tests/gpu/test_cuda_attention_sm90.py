@@ -21,7 +21,7 @@ def hopper(cuda):
         pytest.skip(f"needs compute capability 9.0, this GPU has {capability}")
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty returns NaN
     yield SimpleNamespace(
-        attention=cuda.attention_sm90, attention_backward=cuda.attention_backward_sm90
+        attention=cuda.attention_sm90, attention_backward=cuda.attention_sm90_backward
     )
     torch.use_deterministic_algorithms(False)
 

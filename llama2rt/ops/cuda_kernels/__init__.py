@@ -32,16 +32,16 @@ FUNCTIONS: dict[str, Callable] = {
     "rope_backward": elementwise.rope_backward,
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
-    # Not ops of their own: for tests, and for those who set attention_sm90.VARIABLE.
-    "attention_sm90": attention_sm90.attention,
-    "attention_backward_sm90": attention_sm90.attention_backward,
     "decode_attention": decode_attention.decode_attention,
     "token_logprob": token_logprob.token_logprob,
     "token_logprob_backward": token_logprob.token_logprob_backward,
+    # Not ops of their own: for tests, and for those who set attention_sm90.VARIABLE.
+    "attention_sm90": attention_sm90.attention,
+    "attention_sm90_backward": attention_sm90.attention_backward,
 }
 if attention_sm90.CHOSEN:
-    for op in ("attention", "attention_backward"):
-        FUNCTIONS[op] = FUNCTIONS[f"{op}_sm90"]
+    FUNCTIONS["attention"] = attention_sm90.attention
+    FUNCTIONS["attention_backward"] = attention_sm90.attention_backward
 
 
 def on(device: Device) -> dict[str, Callable]:

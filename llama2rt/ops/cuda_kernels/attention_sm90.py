@@ -1,4 +1,4 @@
-"""Attention by Hopper's own instructions (csrc/cuda/attention_sm90.cu, attention_backward_sm90.cu).
+"""Attention by Hopper's own instructions (csrc/cuda/attention_sm90.cu, attention_sm90_backward.cu).
 
 Never chosen by itself: it has not yet run on a GPU. LLAMA2RT_ATTENTION=sm90 in the environment,
 read when llama2rt.ops is imported, puts it in the place of the kernels for sm_80 and later; what it
@@ -78,7 +78,7 @@ def attention_backward(
     dout, q, k, v = map(_mappable, (dout, q, k, v))
     out, lse, cu_q, cu_k = (x.contiguous() for x in (out, lse, cu_q, cu_k))
     delta = torch.empty_like(lse)
-    on.native.attention_backward_sm90(
+    on.native.attention_sm90_backward(
         *arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse),
         (on.address(dout), dout.stride(0), dout.stride(1)),
         *map(on.address, (delta, dq, dk, dv)),

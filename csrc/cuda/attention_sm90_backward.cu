@@ -309,10 +309,10 @@ void backward(const AttentionBackward& b) {
   const auto stream = (cudaStream_t)a.stream;
   const int64_t row_blocks = tiles_for(a.tokens, ROWS, a.documents) * a.heads;
   const int64_t key_blocks = tiles_for(a.keys, ROWS, a.documents) * a.kv_heads;
-  launch("attention_backward_sm90, dq", attention_dq_sm90_kernel<T, DIM>,
+  launch("attention_sm90_backward, dq", attention_dq_sm90_kernel<T, DIM>,
          dim3((unsigned)row_blocks), dim3(THREADS), sizeof(BackwardShared<DIM>), stream,
          rows(a.q, ROWS), rows(b.dout, ROWS), keys(a.k, INNER), keys(a.v, INNER), b);
-  launch("attention_backward_sm90, dk and dv", attention_dkdv_sm90_kernel<T, DIM>,
+  launch("attention_sm90_backward, dk and dv", attention_dkdv_sm90_kernel<T, DIM>,
          dim3((unsigned)key_blocks), dim3(THREADS), sizeof(BackwardShared<DIM>), stream,
          keys(a.k, ROWS), keys(a.v, ROWS), rows(a.q, INNER), rows(b.dout, INNER), b);
 }
@@ -321,7 +321,7 @@ void backward(const AttentionBackward& b) {
 
 namespace llama2rt {
 
-void attention_backward_sm90(const AttentionBackward& b) {
+void attention_sm90_backward(const AttentionBackward& b) {
   DeviceGuard guard(b.forward.device);
   const bool wide = b.forward.head_dim == 128, half = b.forward.dtype == DType::fp16;
   if (half)
