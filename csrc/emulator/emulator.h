@@ -106,7 +106,6 @@ struct CopyGroups {
 CopyGroups& copy_groups();
 
 unsigned lane();
-unsigned thread_in_block();
 
 // What uninitialised memory holds: NaN in bf16, fp16 and fp32, -1 as an integer.
 constexpr unsigned char POISON = 0xff;

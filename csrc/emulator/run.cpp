@@ -145,6 +145,4 @@ CopyGroups& copy_groups() { return current->fiber().copies; }
 
 unsigned lane() { return current->fiber().number % WARP; }
 
-unsigned thread_in_block() { return current->fiber().number; }
-
 }  // namespace llama2rt::emulator
