@@ -15,7 +15,6 @@
 #define __device__
 #define __host__
 #define __constant__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
@@ -27,18 +26,8 @@ struct dim3 {
 
 using cudaStream_t = void*;
 
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // ---- Arithmetic ----
 template <typename T>
@@ -49,13 +38,9 @@ template <typename T>
 constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __log2f(float x) { return log2f(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmul_rn(float x, float y) { return x * y; }  // never fused with an addition
-inline float __frcp_rn(float x) { return 1.0f / x; }
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   memcpy(&bits, &x, sizeof bits);
@@ -66,19 +51,12 @@ inline float __uint_as_float(unsigned bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
-inline float __int_as_float(int bits) { return __uint_as_float((unsigned)bits); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline unsigned __cvta_generic_to_shared(const void*) = delete;  // addresses are for PTX alone
 
 // ---- Threads of a block ----
 inline void __syncthreads(llama2rt::emulator::Site site = llama2rt::emulator::Site::here()) {
   llama2rt::emulator::block_barrier(site);
 }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() {}
 
 // ---- Lanes of a warp ----
 namespace llama2rt::emulator {
@@ -133,48 +111,11 @@ T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = 32) {
 }
 
 // ---- Memory ----
-template <typename T>
-T __ldg(const T* p) {
-  return *p;
-}
-template <typename T>
-T __ldcs(const T* p) {
-  return *p;
-}
-template <typename T>
-void __stcs(T* p, T value) {
-  *p = value;
-}
-
-// One way for every atomic: until no other OS thread has come in between.
-template <typename T, typename Change>
-T llama2rt_atomic(T* p, Change change) {
-  T before = *p, after;
-  do after = change(before);
-  while (!__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
-  return before;
-}
+// Again until no other OS thread has come in between.
 template <typename T>
 T atomicAdd(T* p, T value) {
-  return llama2rt_atomic(p, [=](T x) { return (T)(x + value); });
-}
-template <typename T>
-T atomicMax(T* p, T value) {
-  return llama2rt_atomic(p, [=](T x) { return max(x, value); });
-}
-template <typename T>
-T atomicMin(T* p, T value) {
-  return llama2rt_atomic(p, [=](T x) { return min(x, value); });
-}
-template <typename T>
-T atomicExch(T* p, T value) {
-  return llama2rt_atomic(p, [=](T) { return value; });
-}
-template <typename T>
-T atomicCAS(T* p, T compare, T value) {
-  return llama2rt_atomic(p, [=](T x) { return x == compare ? value : x; });
-}
-// Counts from 0 to `last`, then from 0 again.
-inline unsigned atomicInc(unsigned* p, unsigned last) {
-  return llama2rt_atomic(p, [=](unsigned x) { return x >= last ? 0u : x + 1; });
+  T before = *p, after;
+  do after = before + value;
+  while (!__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+  return before;
 }

@@ -110,7 +110,6 @@ CopyGroups& copy_groups();
 std::shared_ptr<void>& thread_state();
 
 unsigned lane();
-unsigned thread_in_block();
 
 // What uninitialised memory holds: NaN in bf16, fp16 and fp32, -1 as an integer.
 constexpr unsigned char POISON = 0xff;

@@ -147,6 +147,4 @@ std::shared_ptr<void>& thread_state() { return current->fiber().state; }
 
 unsigned lane() { return current->fiber().number % WARP; }
 
-unsigned thread_in_block() { return current->fiber().number; }
-
 }  // namespace llama2rt::emulator
