@@ -198,7 +198,7 @@ WarpCall warp_call() {
     if (!products) {
       products = std::make_shared<Products>();
       products->shared = current->shared();
-      products->warp = thread_in_block() / WARP % 4;
+      products->warp = current->fiber().number / WARP % 4;
     }
     call.products = products;
   }
