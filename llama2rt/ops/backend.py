@@ -27,9 +27,10 @@ OPS = (
     "token_logprob",
 )
 NAMES = ("reference", "cpu", "triton", "cuda", "flash_attn")
-# What a device prefers, best first. The reference runs anywhere and closes each list. Triton comes
-# before `_cuda` for as long as that has RMSNorm alone and would compose the rest. Others' kernels
-# (flash_attn) are used by those who ask for them.
+# What a device prefers, best first. The reference runs anywhere and closes each list. Both GPU
+# backends have every op and neither has been timed on a GPU yet; Triton's kernels compile for any
+# GPU, `_cuda`'s for those it was built for, so Triton comes first until a recorded run decides.
+# Others' kernels (flash_attn) are used by those who ask for them.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
