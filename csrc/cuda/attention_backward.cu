@@ -11,8 +11,6 @@
 // second half of a step computes.
 //
 // Formulas: FlashAttention-2 (Dao 2023, arXiv:2307.08691), section 3.1. Not yet run on a GPU.
-#include <math.h>
-
 #include "attention.cuh"
 
 namespace llama2rt {
@@ -175,12 +173,12 @@ __global__ void __launch_bounds__(32 * dkdv_shape(DIM).warps, dkdv_shape(DIM).bl
     ptx::cp_async_commit();
   };
   // One thread reads a row's log-sum-exp and delta, and keeps them until their place is free. A row
-  // past the end gets probabilities exp2(-inf) = 0.
+  // past the end has zeros for q and dout, and so adds nothing whatever its probabilities.
   float lse, delta;
   auto read_statistics = [&](int start) {
     const QueryRows rows = tile.rows_from(start, ROWS);
     const bool exists = (int)threadIdx.x < rows.count;
-    lse = exists ? a.lse[rows.statistic(a.tokens, threadIdx.x)] * LOG2E : INFINITY;
+    lse = exists ? a.lse[rows.statistic(a.tokens, threadIdx.x)] * LOG2E : 0.0f;
     delta = exists ? b.delta[rows.statistic(a.tokens, threadIdx.x)] : 0.0f;
   };
   auto write_statistics = [&](int parity) {

@@ -233,6 +233,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_dkdv_kernel(const Atte
     load(q_tile, LANES, dim, [&](int s) { return rows.row<float>(a.q, s); });
     load(dout_tile, LANES, dim, [&](int s) { return rows.row<float>(b.dout, s); });
     __syncthreads();
+    // A row past the end has zeros for q and dout, and so adds nothing whatever its probabilities.
     const bool exists = lane < rows.count;
     const float lse = exists ? a.lse[rows.statistic(a.tokens, lane)] : 0.0f;
     const float delta = exists ? b.delta[rows.statistic(a.tokens, lane)] : 0.0f;
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_dkdv_kernel(const Atte
     multiply(dp, v_tile + first_key * pitch(dim), dout_tile, dim);
 #pragma unroll
     for (int r = 0; r < RESIDENT; ++r) {
-      const bool seen = exists && first_key + r <= last;
+      const bool seen = first_key + r <= last;
       const float p = seen ? expf(fmaf(scores[r], a.scale, -lse)) : 0.0f;
       p_weights[r * LANES + lane] = p;
       ds_weights[r * LANES + lane] = p * (dp[r] - delta);
