@@ -21,13 +21,19 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn"
 
 
 def _processor() -> str:
-    """The processor's name, as its maker spells it."""
+    """The processor's name as its maker spells it, and the numbers that virtual machines keep."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+    said: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        said.setdefault(name.strip(), value.strip())
+    name = said.get("model name", platform.machine())
+    if "cpu family" not in said:
+        return name
+    return f"{name} (family {said['cpu family']}, model {said.get('model', '?')})"
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
