@@ -41,13 +41,13 @@ def test_another_model_is_noticed(monkeypatch):
     times = {"ours": [2.0, 2.0, 1.0], "transformers": [2.0, 2.0, 3.0]}
     same = {"ours": [4.0, 3.0, 2.0], "transformers": [4.005, 3.2, 2.5]}
     monkeypatch.setattr(benchmark, "WARM_UP", 2)
-    assert benchmark.summary("bf16", times, same)["ratio"] == {"transformers": 3.0}
+    assert benchmark.summary("bf16", times, same, {})["ratio"] == {"transformers": 3.0}
     with pytest.raises(AssertionError, match="not the same model"):
-        benchmark.summary("bf16", times, same | {"transformers": [4.02, 3.2, 2.5]})
+        benchmark.summary("bf16", times, same | {"transformers": [4.02, 3.2, 2.5]}, {})
     rounded = same | {"litgpt": [4.02, 3.0, 2.0]}
-    benchmark.summary("bf16", times | {"litgpt": [1.0] * 3}, rounded)
+    benchmark.summary("bf16", times | {"litgpt": [1.0] * 3}, rounded, {})
     with pytest.raises(AssertionError, match="not the same model"):
-        benchmark.summary("masters", times | {"litgpt": [1.0] * 3}, rounded)
+        benchmark.summary("masters", times | {"litgpt": [1.0] * 3}, rounded, {})
 
 
 def test_the_optimizer_is_measured(tmp_path):

@@ -141,10 +141,10 @@ def killed_and_resumed(monkeypatch, owner, name: str, calls: int, run, recipe, d
 
 
 def metrics(directory: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what the clock decides."""
+    """metrics.jsonl without what the clock and the energy meter decide."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "mfu")
-    return [{key: line[key] for key in line if key not in timed} for line in lines]
+    measured = ("tokens_per_second", "mfu", "energy", "joules_per_token", "joules_per_step")
+    return [{key: line[key] for key in line if key not in measured} for line in lines]
 
 
 def weights(folder: Path) -> bytes:
