@@ -75,8 +75,8 @@ def attention_backward(
     dq, dk, dv = empty(q), empty(k), empty(v)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    dout, q, k, v = map(_mappable, (dout, q, k, v))
-    out, lse, cu_q, cu_k = (x.contiguous() for x in (out, lse, cu_q, cu_k))
+    dout, q, k, v, out = map(_mappable, (dout, q, k, v, out.contiguous()))
+    lse, cu_q, cu_k = (x.contiguous() for x in (lse, cu_q, cu_k))
     delta = torch.empty_like(lse)
     on.native.attention_sm90_backward(
         *arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse),
@@ -108,7 +108,7 @@ def _mappable(x: Tensor) -> Tensor:
     token, head, column = x.stride()
     units = (x.data_ptr(), token * x.element_size(), head * x.element_size())
     fits = column == 1 and all(unit % 16 == 0 for unit in units)
-    # The driver's rules want a dimension's stride to span the dimension before it.
-    if fits and head >= x.shape[2] and token >= head * x.shape[1]:
+    # The driver's rules: a stride spans the dimension before it, in a whole number of its strides.
+    if fits and head >= x.shape[2] and token >= head * x.shape[1] and token % head == 0:
         return x
     return empty(x).copy_(x)
