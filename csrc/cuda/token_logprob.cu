@@ -20,7 +20,6 @@ namespace {
 
 constexpr int WARPS = 4;  // rows of a thread block
 constexpr int PACKS = 4;  // 16-byte loads that a lane has in flight
-constexpr float LOG2E = 1.4426950408889634f;
 
 // Calls body(pack, column) for a row, PACKS packs of 16 bytes a lane at a time, all of them loaded
 // before the first is used; then for what is left of the row, in packs of one element.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2rt.ops.cuda_kernels.attention import arguments
-from llama2rt.ops.cuda_kernels.device import Device, empty
+from llama2rt.ops.cuda_kernels.device import Device, empty, positive_scale
 
 VARIABLE = "LLAMA2RT_ATTENTION"
 CHOSEN = os.environ.get(VARIABLE, "")
@@ -44,8 +44,7 @@ def attention(
     compute capability 9.0, and a build without 90a.
     """
     _check(on, q, k, cu_q)
-    if scale <= 0:  # the kernel scales maxima, which would become minima
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, scale = positive_scale(q, scale)
     out, lse = empty(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if k.numel() == 0:  # nothing a tensor map could describe
         return out.zero_(), lse.fill_(-torch.inf)
