@@ -1,4 +1,5 @@
-"""Every link in README and docs leads somewhere: files, and headings inside them.
+"""Every link in README and docs leads somewhere: files, and headings inside them. So does every
+path of a source, test or record that they name between backticks.
 
 Addresses on the web are not fetched (the suite needs no network); they must only be well formed.
 """
@@ -13,6 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")])
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
+
+# A path from the root, to a file whose name is not a placeholder in capitals.
+NAMED = re.compile(
+    r"`((?:benchmarks|csrc|docs|examples|kernels|llama2rt|tests)/[\w./-]*?[a-z_]\w*\.\w+)"
+)
 
 
 def anchors(page: Path) -> set[str]:
@@ -38,6 +44,17 @@ def broken(page: Path) -> list[str]:
     return wrong
 
 
+def missing(page: Path) -> list[str]:
+    """The files that `page` names and that do not exist."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_exist(page: Path) -> None:
+    assert missing(page) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken(page) == []
@@ -48,3 +65,10 @@ def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     fake = tmp_path / "page.md"
     fake.write_text("[a](missing.md) [b](#nowhere) [c](http:x)\n# Here\n[d](#here)")
     assert broken(fake) == ["missing.md", "#nowhere", "http:x"]
+
+
+def test_a_file_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    fake = tmp_path / "page.md"
+    fake.write_text("`tests/gone.py` and `tests/a/gone.py::test_x`, not `csrc/NAME.cu` or `a.py`")
+    assert missing(fake) == ["tests/gone.py", "tests/a/gone.py"]

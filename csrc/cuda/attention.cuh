@@ -8,7 +8,6 @@
 
 #include <launch.cuh>
 #include <ptx.cuh>
-#include <string.h>
 
 #include <stdexcept>
 #include <type_traits>
@@ -17,8 +16,6 @@
 #include "vec.cuh"
 
 namespace llama2rt {
-
-constexpr float LOG2E = 1.4426950408889634f;
 
 // ---- which rows ----
 
@@ -183,20 +180,6 @@ struct KeyTile {
 };
 
 // ---- tiles in shared memory ----
-
-// Two numbers rounded to T, the first in the low half.
-template <typename T>
-__device__ uint32_t pack(float low, float high) {
-  uint32_t packed;
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&packed, &pair, sizeof packed);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&packed, &pair, sizeof packed);
-  }
-  return packed;
-}
 
 // Index of the first element of a 16-byte chunk. Chunks change places within the 128 bytes that all
 // banks hold at once, so that eight rows' chunks of one column, which ldmatrix reads together, lie

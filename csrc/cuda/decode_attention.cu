@@ -14,7 +14,6 @@
 // Not yet run on a GPU.
 #include <launch.cuh>
 #include <ptx.cuh>
-#include <string.h>
 
 #include <stdexcept>
 
@@ -26,7 +25,6 @@ namespace {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int COMBINE_WARPS = 8;
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr float NO_KEY = -INFINITY;  // the largest of no scores
 
 // Where chunk `chunk` (16 bytes) of a row lies in a tile of rows of DIM elements: permuted, so that
@@ -34,17 +32,6 @@ constexpr float NO_KEY = -INFINITY;  // the largest of no scores
 template <int DIM, typename T>
 __device__ T* chunk_at(T* tile, int row, int chunk) {
   return tile + row * DIM + (chunk ^ (row & 7)) * (16 / (int)sizeof(T));
-}
-
-// Both rounded to T, the first in the low half.
-template <typename T>
-__device__ uint32_t pair(float low, float high) {
-  Pack<T, 2> both;
-  both.set(0, low);
-  both.set(1, high);
-  uint32_t bits;
-  memcpy(&bits, &both, sizeof bits);
-  return bits;
 }
 
 __device__ inline float largest_of_lanes(float x, int first, int last) {
@@ -110,8 +97,8 @@ struct Partial {
       }
     }
     const uint32_t weights[4] = {
-        pair<T>(scores[0][0], scores[0][1]), pair<T>(scores[0][2], scores[0][3]),
-        pair<T>(scores[1][0], scores[1][1]), pair<T>(scores[1][2], scores[1][3])};
+        pack<T>(scores[0][0], scores[0][1]), pack<T>(scores[0][2], scores[0][3]),
+        pack<T>(scores[1][0], scores[1][1]), pack<T>(scores[1][2], scores[1][3])};
 #pragma unroll
     for (int n = 0; n < DIM / 16; ++n) {
       uint32_t values[4];

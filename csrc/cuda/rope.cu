@@ -4,8 +4,8 @@
 //
 // The gradient is the rotation by the opposite angle: the same kernel with sin negated. A head of a
 // token is a row of D/2 pairs. A tile is a few rows, of q in the first tiles and of k in the others,
-// and a grid of blocks that fill the GPU once goes through them all. The heads of a token find its
-// row of the tables in the L1 cache.
+// and a fixed number of blocks goes through them all. The heads of a token find its row of the
+// tables in the L1 cache.
 //
 // Not yet run on a GPU.
 #include <launch.cuh>

@@ -4,8 +4,8 @@
 //   dup = dy gate s;  dgate = dy up s (1 + gate (1 - s))
 //
 // The backward pass computes s again rather than read anything the forward pass would have to write.
-// The rows are cut into tiles, and a grid of blocks that fill the GPU once goes through them; the
-// loads of a thread's packs come before its first store. Dense operands are one long row.
+// The rows are cut into tiles, and a fixed number of blocks goes through them; the loads of a
+// thread's packs come before its first store. Dense operands are one long row.
 //
 // Not yet run on a GPU.
 #include <launch.cuh>

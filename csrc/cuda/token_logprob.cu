@@ -20,7 +20,6 @@ namespace {
 
 constexpr int WARPS = 4;  // rows of a thread block
 constexpr int PACKS = 4;  // 16-byte loads that a lane has in flight
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOG2E_REST = 1.925963e-8f;  // what rounding left out of LOG2E
 constexpr float LN2 = 0.6931471805599453f;
 

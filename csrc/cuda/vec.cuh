@@ -1,11 +1,13 @@
-// Loads and stores of WIDTH neighbouring elements as fp32, in one 16-byte access where WIDTH fills
-// it, the sum over a thread block, and the choice of a kernel by element type and alignment.
+// What kernels share: loads and stores of WIDTH neighbouring elements as fp32, in one 16-byte
+// access where WIDTH fills it, pairs in a register, the sum over a thread block, and the choice of a
+// kernel by element type and alignment.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <type_traits>
 
@@ -15,6 +17,8 @@ namespace llama2rt {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+
+constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
@@ -45,6 +49,20 @@ struct alignas(WIDTH * sizeof(T)) Pack {
   __device__ float operator[](int i) const { return to_float(lanes[i]); }
   __device__ void set(int i, float x) { lanes[i] = from_float<T>(x); }
 };
+
+// Two numbers rounded to T, the first in the low half.
+template <typename T>
+__device__ uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&packed, &pair, sizeof packed);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&packed, &pair, sizeof packed);
+  }
+  return packed;
+}
 
 // Sum over all threads of the block, returned to each; blockDim.x is a multiple of 32. `warps`
 // holds 32 floats of shared memory that no thread may still be reading.

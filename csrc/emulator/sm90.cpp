@@ -303,6 +303,9 @@ void check_tensor_map(const TensorMap& map) {
   else if (map.token_stride < 0 || map.head_stride < 0 || map.token_stride >= most ||
            map.head_stride >= most)
     wrong = "a stride below 0 or of 2^40 bytes or more";
+  else if (map.head_stride < 2 * map.dim || map.token_stride < map.heads * map.head_stride ||
+           map.token_stride % map.head_stride)
+    wrong = "a stride that does not span the dimension before it in whole strides";
   else if (map.box_tokens <= 0 || map.box_tokens > 256)
     wrong = "a box of more than 256 tokens, or none";
   if (wrong) throw std::runtime_error(std::string("tensor map: ") + wrong);

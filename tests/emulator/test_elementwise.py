@@ -261,3 +261,14 @@ def test_an_error_names_op_and_shapes(emulated, module):
         RuntimeError, match=r"rms_norm_backward of \[3, 64\] torch.float32, .*block"
     ):
         emulated.rms_norm_backward(x, x, x[0], torch.ones(2))  # rstd of two rows, not three
+
+
+def test_running_out_of_memory_keeps_its_type(emulated, monkeypatch):
+    """Callers catch it to try a smaller batch."""
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty_like", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        emulated.swiglu(torch.ones(2, 8), torch.ones(2, 8))

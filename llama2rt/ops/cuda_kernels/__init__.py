@@ -45,7 +45,11 @@ if attention_sm90.CHOSEN:
 
 
 def on(device: Device) -> dict[str, Callable]:
-    """FUNCTIONS for `device`. An error of a kernel is a RuntimeError that names op and shapes."""
+    """FUNCTIONS for `device`. An error of a kernel is a RuntimeError that names op and shapes.
+
+    Errors of its subclasses, torch's OutOfMemoryError above all, come through as they are: callers
+    tell them apart by type.
+    """
 
     def bind(name: str, function: Callable) -> Callable:
         @functools.wraps(function)
@@ -53,6 +57,8 @@ def on(device: Device) -> dict[str, Callable]:
             try:
                 return function(device, *arguments)
             except RuntimeError as error:
+                if type(error) is not RuntimeError:
+                    raise
                 tensors = [x for x in arguments if isinstance(x, Tensor)]
                 shapes = ", ".join(f"{list(x.shape)} {x.dtype}" for x in tensors)
                 raise RuntimeError(f"{name} of {shapes}: {error}") from error

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty
+from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, positive_scale
 
 WIDEST_HEAD = 256
 
@@ -90,8 +90,7 @@ def attention(
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if q.numel() == 0:
         return empty(q), lse
-    if scale <= 0:  # the kernel scales maxima, which would become minima
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, scale = positive_scale(q, scale)
     q, k, v, cu_q, cu_k = *map(_aligned, (q, k, v)), cu_q.contiguous(), cu_k.contiguous()
     out = empty(q)
     on.native.attention(*arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2rt.ops.cuda_kernels.attention import arguments
-from llama2rt.ops.cuda_kernels.device import Device, empty
+from llama2rt.ops.cuda_kernels.device import Device, empty, positive_scale
 
 VARIABLE = "LLAMA2RT_ATTENTION"
 CHOSEN = os.environ.get(VARIABLE, "")
@@ -44,8 +44,7 @@ def attention(
     compute capability 9.0, and a build without 90a.
     """
     _check(on, q, k, cu_q)
-    if scale <= 0:  # the kernel scales maxima, which would become minima
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, scale = positive_scale(q, scale)
     out, lse = empty(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if k.numel() == 0:  # nothing a tensor map could describe
         return out.zero_(), lse.fill_(-torch.inf)
@@ -75,8 +74,8 @@ def attention_backward(
     dq, dk, dv = empty(q), empty(k), empty(v)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    dout, q, k, v = map(_mappable, (dout, q, k, v))
-    out, lse, cu_q, cu_k = (x.contiguous() for x in (out, lse, cu_q, cu_k))
+    dout, q, k, v, out = map(_mappable, (dout, q, k, v, out.contiguous()))
+    lse, cu_q, cu_k = (x.contiguous() for x in (lse, cu_q, cu_k))
     delta = torch.empty_like(lse)
     on.native.attention_sm90_backward(
         *arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse),
@@ -108,7 +107,7 @@ def _mappable(x: Tensor) -> Tensor:
     token, head, column = x.stride()
     units = (x.data_ptr(), token * x.element_size(), head * x.element_size())
     fits = column == 1 and all(unit % 16 == 0 for unit in units)
-    # The driver's rules want a dimension's stride to span the dimension before it.
-    if fits and head >= x.shape[2] and token >= head * x.shape[1]:
+    # The driver's rules: a stride spans the dimension before it, in a whole number of its strides.
+    if fits and head >= x.shape[2] and token >= head * x.shape[1] and token % head == 0:
         return x
     return empty(x).copy_(x)

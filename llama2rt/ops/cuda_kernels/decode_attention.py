@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, rows
+from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, positive_scale, rows
 
 WIDEST_HEAD = 256
 # A split writes and reads its result, 8 bytes for each query head and column, against 4 * 256 for
@@ -42,8 +42,7 @@ def decode_attention(
     _, page, kv_heads, _ = k_cache.shape
     if dim > WIDEST_HEAD:
         raise ValueError(f"q: expected a head dimension of at most {WIDEST_HEAD}, got {dim}")
-    if scale <= 0:  # the kernel scales maxima, which would become minima
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, scale = positive_scale(q, scale)
     q, k_cache, v_cache, block_table = map(rows, (q, k_cache, v_cache, block_table))
     lengths = lengths.contiguous()
     out = empty(q)

@@ -34,3 +34,13 @@ def rows(x: Tensor) -> Tensor:
 def empty(x: Tensor) -> Tensor:
     """Contiguous, not filled, of x's shape and dtype."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(q, scale) with the same scaled scores and a scale above 0.
+
+    Kernels scale the maximum of a row's scores, which another scale would make its minimum.
+    """
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale else (torch.zeros_like(q), 1.0)

@@ -6,8 +6,9 @@ from torch import Tensor
 from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, rows
 
 # Thread blocks for each multiprocessor. The backward pass of RMSNorm keeps one row of partial sums
-# for each block: two blocks, so that one computes while the other waits for memory. The others have
-# blocks of 128 threads; 16 of them are the 2048 threads that a multiprocessor holds.
+# for each block: two blocks, so that one computes while the other waits for memory, where registers
+# let both run. The others have blocks of 128 threads; 16 of them are the 2048 threads that a
+# multiprocessor holds at most, and fewer run at once where registers bound them.
 RMS_NORM_BACKWARD_BLOCKS = 2
 ELEMENTWISE_BLOCKS = 16
 
