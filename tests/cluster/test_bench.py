@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llama2rt import energy
-from llama2rt.cluster import bench, bench_output, records, timing
+from llama2rt.cluster import bench, bench_output, records, sizes, timing
 from llama2rt.cluster.operations import OPERATIONS
 from llama2rt.errors import InputError
 
@@ -239,13 +239,13 @@ def test_memory_is_shared_by_the_ranks_of_a_host(monkeypatch):
     [("8", 8), ("8B", 8), ("4KiB", 4096), ("4 KB", 4000), ("8GiB", 8 * 2**30), ("2gb", 2 * 10**9)],
 )
 def test_binary_and_decimal_units_differ(text, count):
-    assert records.parse_bytes(text) == count
+    assert sizes.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "B", "-8B", "8TiB", "1.5MiB", "8 bits"])
 def test_no_size_is_bad_input(text):
     with pytest.raises(InputError, match="is no size"):
-        records.parse_bytes(text)
+        sizes.parse_bytes(text)
 
 
 def test_the_default_plan_is_8_bytes_to_8_gib_doubling():

@@ -197,6 +197,7 @@ def test_bad_cells_are_named_by_file_and_line(tmp_path, change, message):
         (["gpus,value,gpus", "1,2,3"], "x:1: column gpus stands there twice"),
         (["gpus,value", "8"], "x:2: 1 cells, expected 2"),
         ([], "x:1: no column gpus and no column value"),
+        (["model,gpus,value", "llama2-7b,8,3000", f"x,8,{'9' * 200_000}"], "x:3: field larger"),
     ],
 )
 def test_bad_tables_are_named(lines, message):
