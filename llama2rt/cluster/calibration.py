@@ -47,7 +47,7 @@ START = Constants(
     overlap_2023=0.9,
     speed_spread=0.005,
 )
-# `fit(published calibration rows)`; tests/cluster/test_calibration.py repeats it.
+# `fit(published calibration rows)`; tests/cluster/test_validation.py repeats it.
 FITTED = replace(
     START,
     gemm_share_of_peak=0.798,
