@@ -27,6 +27,7 @@ from torch import Tensor
 from llama2rt import energy
 from llama2rt.cluster import bench_output, host, presets, records, timing
 from llama2rt.cluster.operations import ELEMENT_BYTES, OPERATIONS, Operation
+from llama2rt.cluster.sizes import bytes_text, parse_bytes
 from llama2rt.errors import InputError
 
 Name = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast"]
@@ -117,7 +118,7 @@ class Plan:
         overlap: bool = False,
     ) -> "Plan":
         """InputError for an empty range or too few calls to speak of a median."""
-        first, last = records.parse_bytes(smallest), records.parse_bytes(largest)
+        first, last = parse_bytes(smallest), parse_bytes(largest)
         if first < ELEMENT_BYTES or last < first:
             raise InputError(f"--min {smallest} --max {largest}: expected 4B <= min <= max")
         if warmup < FEWEST_WARMUP or iterations < FEWEST_ITERATIONS:
@@ -166,7 +167,7 @@ def measure(
     needed = operation.memory_bytes(elements * ELEMENT_BYTES, ranks.ranks)
     free = -ranks.worst(-free_memory_bytes(ranks.device))
     if needed * 1.1 > free:  # the check and the backend need some, too
-        wanted, there = records.bytes_text(needed), records.bytes_text(int(free))
+        wanted, there = bytes_text(needed), bytes_text(int(free))
         return {"skipped": f"a rank's buffers take {wanted}, {there} are free"}
     output, source = operation.buffers(ranks.rank, ranks.ranks, elements, ranks.device)
 
@@ -221,7 +222,7 @@ def _check(
         print(f"rank {ranks.rank}: {operation.name}: {wrong}", file=sys.stderr)
     if ranks.worst(wrong is not None):
         raise OSError(
-            f"{operation.name} of {records.bytes_text(elements * ELEMENT_BYTES)} gave a wrong "
+            f"{operation.name} of {bytes_text(elements * ELEMENT_BYTES)} gave a wrong "
             "result (the ranks concerned say where); nothing is reported for it"
         )
 

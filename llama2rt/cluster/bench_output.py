@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2rt import atomic
-from llama2rt.cluster.records import bytes_text
+from llama2rt.cluster.sizes import bytes_text
 
 # Okabe and Ito: told apart by colour-blind readers; markers differ too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")

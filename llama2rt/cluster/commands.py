@@ -3,7 +3,6 @@
 Arguments become options; what is wrong with one is an InputError that names it.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +35,7 @@ from llama2rt.cluster import (
 )
 from llama2rt.cluster.hardware import Cluster
 from llama2rt.cluster.output import or_else, print_json, ranged, table
+from llama2rt.cluster.sizes import parse_bytes
 from llama2rt.errors import InputError
 
 Json = Annotated[bool, tyro.conf.arg(name="json", help="Print one JSON object.")]
@@ -126,7 +126,7 @@ def collective(
         gpu: a100-40gb, a100-80gb or h100.
     """
     where, chip = collectives.group(gpus), hardware.gpu(gpu)
-    net, total = hardware.fabric(fabric), _bytes(size)
+    net, total = hardware.fabric(fabric), parse_bytes(size)
     timing = collectives.time(op, total, chip, net, where)
     rate = total * collectives.bus_factor(op, gpus) / timing.seconds
     spread = collectives.RELATIVE_RANGE
@@ -505,13 +505,3 @@ def _validation_table(title: str, checked: Sequence[validation.Checked]) -> None
 def _cluster(gpu: str, gpus: int, fabric: str, watts: float | None) -> Cluster:
     chip = hardware.gpu(gpu)
     return Cluster(chip, gpus, hardware.fabric(fabric), chip.max_watts if watts is None else watts)
-
-
-def _bytes(text: str) -> int:
-    """1048576, 64MiB, 8GiB (powers of 1024), 1MB (of 1000); InputError otherwise."""
-    match = re.fullmatch(r"(\d+)\s*(?:([KMG])(i?)B)?", text.strip())
-    if not match:
-        raise InputError(f"--bytes: expected a number such as 1048576, 64MiB or 8GiB, got {text!r}")
-    number, prefix, binary = match.groups()
-    step = 1024 if binary else 1000
-    return int(number) * (step ** (" KMG".index(prefix)) if prefix else 1)

@@ -25,6 +25,7 @@ import tyro
 from llama2rt import atomic
 from llama2rt.cluster import bench, host, namespaces, records
 from llama2rt.cluster.namespaces import Link, NotPossible
+from llama2rt.cluster.sizes import bytes_text
 from llama2rt.errors import InputError
 
 _PORT = 29500  # inside the namespaces, where nobody else is
@@ -139,7 +140,7 @@ def describe(fabric: Mapping[str, Any]) -> list[str]:
     rate = fabric["rate_bits_per_s"] / 1e9
     delay = f" + {fabric['delay_seconds'] * 1e3:g} ms" if fabric["delay_seconds"] else ""
     return [
-        f"{rate:g} Gb/s{delay}: {row['op']} of {records.bytes_text(row['bytes'])} at "
+        f"{rate:g} Gb/s{delay}: {row['op']} of {bytes_text(row['bytes'])} at "
         f"{row['bus_bandwidth_bytes_per_s'] * 8 / 1e9:.3f} Gb/s, "
         f"{row['share_of_line_rate']:.1%} of line rate "
         f"(median {row['median_seconds']:.4g} s, p99 {row['p99_seconds']:.4g} s)"

@@ -111,22 +111,25 @@ def read_file(path: Path) -> list[Row]:
 def read(lines: Iterable[str], name: str) -> list[Row]:
     """Rows of CSV text; `name` stands for the file in messages."""
     reader = csv.reader(lines)
-    header = [cell.strip() for cell in next(reader, [])]
-    _check_header(header, name)
     rows = []
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
-        where = f"{name}:{reader.line_num}"
-        if len(cells) != len(header):
-            raise InputError(f"{where}: {len(cells)} cells, expected {len(header)}")
-        try:
-            rows.append(_row(_Cells(dict(zip(header, cells, strict=True))), where))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-        except ValueError as error:  # a shape that LlamaConfig refuses
-            raise InputError(f"{where}: {error}") from None
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        _check_header(header, name)
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                rows.append(_line(header, cells, f"{name}:{reader.line_num}"))
+    except csv.Error as error:  # a cell longer than the reader takes, a lone carriage return
+        raise InputError(f"{name}:{reader.line_num}: {error}") from None
     return rows
+
+
+def _line(header: list[str], cells: list[str], where: str) -> Row:
+    if len(cells) != len(header):
+        raise InputError(f"{where}: {len(cells)} cells, expected {len(header)}")
+    try:
+        return _row(_Cells(dict(zip(header, cells, strict=True))), where)
+    except ValueError as error:  # InputError, or a shape that LlamaConfig refuses
+        raise InputError(f"{where}: {error}") from None
 
 
 def _check_header(header: list[str], name: str) -> None:

@@ -21,7 +21,7 @@ _LARGEST_PIPELINE = 64
 
 
 class NoLayout(InputError):
-    """No layout of the model fits into the memory of the cluster's GPUs."""
+    """No layout of the model fits the cluster: its memory, or its number of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,17 @@ def search(
 ) -> list[Candidate]:
     """The `keep` fastest layouts, best first; ties go to the one that needs less memory.
 
-    NoLayout where none fits, with what the leanest would need.
+    NoLayout where none divides evenly, or none fits, with what the leanest would need.
     """
     possible = list(layouts(shape, cluster, seq, global_batch))
+    if not possible:
+        raise NoLayout(
+            f"{shape.name} on {cluster.gpus} GPUs: no layout splits {shape.layers} layers, "
+            f"{shape.heads} heads and a global batch of {global_batch} sequences evenly"
+        )
     fitting = [layout for layout in possible if fits(shape, layout, cluster)]
     if not fitting:
-        need = min((memory_bytes(shape, layout) for layout in possible), default=0.0) / 1e9
+        need = min(memory_bytes(shape, layout) for layout in possible) / 1e9
         raise NoLayout(
             f"{shape.name} on {cluster.gpus} {cluster.gpu.name}: no layout fits; the leanest of "
             f"{len(possible)} needs {need:.0f} GB of {cluster.gpu.memory_bytes / 1e9:.0f}"

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 
@@ -30,7 +29,7 @@ def start(program: Sequence[str], ranks: int) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def torchrun() -> Callable[..., tuple[int, str, str]]:
     """``torchrun(program, ranks=2)``: exit status, stdout, stderr of python with that program."""
 
@@ -43,15 +42,3 @@ def torchrun() -> Callable[..., tuple[int, str, str]]:
 
 
 BENCH = ["-m", "llama2rt.cli", "cluster", "bench", "--backend", "gloo"]
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Callable[[str], list[str]]:
-    """``script(text)``: the program that runs ``text``, for what only happens inside a rank."""
-
-    def write(text: str) -> list[str]:
-        path = tmp_path / "rank.py"
-        path.write_text(text)
-        return [str(path)]
-
-    return write

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llama2rt import energy
-from llama2rt.cluster import bench, bench_output, records, timing
+from llama2rt.cluster import bench, bench_output, records, sizes, timing
 from llama2rt.cluster.operations import OPERATIONS
 from llama2rt.errors import InputError
 
@@ -81,67 +81,76 @@ def test_ctrl_c_keeps_the_finished_rows(tmp_path):
     assert f"finished rows are in {out}" in log
 
 
-DIES = """
-import os, sys
-from pathlib import Path
+# One bench for three checks: the clock of rank r runs 100 r seconds ahead, three ranks do not
+# divide the sizes, and rank 1 dies as the fourth size begins.
+THREE_RANKS = """
+import json, os, time
 from llama2rt import cli
-from llama2rt.cluster import bench
-real, calls = bench.measure, []
-def measure(ranks, *arguments):
-    calls.append(1)
-    if ranks.rank == 1 and len(calls) == 3:
+from llama2rt.cluster import bench, timing
+
+rank, clock = int(os.environ["RANK"]), time.perf_counter
+timing.time.perf_counter = lambda: clock() + 100.0 * rank
+compare_clocks, measure, sizes = timing.compare_clocks, bench.measure, []
+
+def compare_and_tell(control):
+    clocks = compare_clocks(control)
+    if rank == 0:
+        lists = clocks.offset_seconds.tolist(), clocks.uncertainty_seconds.tolist()
+        print("clocks", json.dumps(lists), flush=True)
+    return clocks
+
+def measure_three(ranks, operation, size, *others):
+    sizes.append(size)
+    if rank == 1 and len(sizes) == 4:
         os._exit(9)
-    return real(ranks, *arguments)
-bench.measure = measure
-cli.main(["cluster", "bench", "--backend", "gloo", "--ops", "all_reduce", "--out", {out!r}])
+    return measure(ranks, operation, size, *others)
+
+timing.compare_clocks, bench.measure = compare_and_tell, measure_three
+words = "cluster bench --backend gloo --ops all_gather --out"
+cli.main([*words.split(), {out!r}])
 """
 
 
-def test_a_rank_that_dies_is_an_error_that_keeps_the_rows(torchrun, script, tmp_path):
-    out = tmp_path / "bench.json"
-    status, _, log = torchrun(script(DIES.format(out=str(out))))
+@pytest.fixture(scope="module")
+def three_ranks(torchrun, tmp_path_factory) -> tuple[int, str, str, Path]:
+    """Exit status, stdout, stderr and record of that run."""
+    folder = tmp_path_factory.mktemp("three-ranks")
+    out, program = folder / "bench.json", folder / "rank.py"
+    program.write_text(THREE_RANKS.format(out=str(out)))
+    return *torchrun([str(program)], ranks=3), out
+
+
+def test_clocks_are_compared_within_their_uncertainty(three_ranks):
+    _, printed, log, out = three_ranks
+    told = [line for line in printed.splitlines() if line.startswith("clocks ")]
+    assert len(told) == 2, log
+    for line in told:
+        offsets, uncertainties = json.loads(line.removeprefix("clocks "))
+        for rank in range(3):
+            assert abs(offsets[rank] - 100.0 * rank) <= uncertainties[rank]
+            assert uncertainties[rank] < 10.0
+    for row in finished(out.read_text())["rows"]:
+        assert all(late["arrives_late_median"] < 20.0 for late in row["stragglers"])
+
+
+def test_sizes_that_three_ranks_do_not_divide(three_ranks):
+    record = finished(three_ranks[3].read_text())
+    (skipped,) = record["skipped"]
+    assert skipped["reason"] == "less than one fp32 number for each of 3 ranks"
+    first, second = record["rows"]
+    assert (first["bytes"], second["bytes"]) == (12, 24)  # multiples of 12 below 16 and 32
+    assert first["bus_bandwidth_bytes_per_s"] == pytest.approx(12 / first["median_seconds"] * 2 / 3)
+
+
+def test_a_rank_that_dies_is_an_error_that_keeps_the_rows(three_ranks):
+    status, _, log, out = three_ranks
     assert status != 0
     record = finished(out.read_text())
     assert len(record["rows"]) == 2 and not record["complete"]
-    # torchrun also stops the survivor; the reason is whichever came first.
+    # torchrun also stops the survivors; the reason is whichever came first.
     assert record["stopped"].startswith(("interrupted", "a collective failed"))
     assert f"the 2 finished rows are in {out}" in log
     assert "Traceback (most recent call last)" not in log.split("llama2rt cluster: rank 0")[0]
-
-
-CLOCKS = """
-import json, sys, time
-from llama2rt.cluster import bench, timing
-real = time.perf_counter
-with bench._group("gloo", 60.0) as ranks:
-    shift = 100.0 * ranks.rank
-    timing.time.perf_counter = lambda: real() + shift
-    clocks = timing.compare_clocks(ranks.control)
-    rows = []
-    from llama2rt import energy
-    from llama2rt.cluster.operations import OPERATIONS
-    plan = bench.Plan.of(["all_gather"], "8B", "16B", 5, 20)
-    with energy.of_device(ranks.device) as meter:
-        for size in (8, 20):
-            rows.append(bench.measure(ranks, OPERATIONS["all_gather"], size, plan, meter))
-    if ranks.rank == 0:
-        found = clocks.offset_seconds.tolist(), clocks.uncertainty_seconds.tolist()
-        print(json.dumps([*found, rows]))
-"""
-
-
-def test_clocks_of_three_ranks_and_sizes_that_do_not_divide(torchrun, script):
-    status, printed, log = torchrun(script(CLOCKS), ranks=3)
-    assert status == 0, log
-    offsets, uncertainties, rows = json.loads(printed)
-    for rank in range(3):
-        assert abs(offsets[rank] - 100.0 * rank) <= uncertainties[rank]
-        assert uncertainties[rank] < 10.0
-    assert rows[0] == {"skipped": "less than one fp32 number for each of 3 ranks"}
-    assert rows[1]["bytes"] == 12  # the multiple of 3 numbers below 20 bytes
-    assert rows[1]["bus_bandwidth_bytes_per_s"] == pytest.approx(
-        12 / rows[1]["median_seconds"] * 2 / 3
-    )
 
 
 def test_the_late_rank_is_named_only_beyond_what_clocks_leave_open():
@@ -239,13 +248,13 @@ def test_memory_is_shared_by_the_ranks_of_a_host(monkeypatch):
     [("8", 8), ("8B", 8), ("4KiB", 4096), ("4 KB", 4000), ("8GiB", 8 * 2**30), ("2gb", 2 * 10**9)],
 )
 def test_binary_and_decimal_units_differ(text, count):
-    assert records.parse_bytes(text) == count
+    assert sizes.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "B", "-8B", "8TiB", "1.5MiB", "8 bits"])
 def test_no_size_is_bad_input(text):
     with pytest.raises(InputError, match="is no size"):
-        records.parse_bytes(text)
+        sizes.parse_bytes(text)
 
 
 def test_the_default_plan_is_8_bytes_to_8_gib_doubling():

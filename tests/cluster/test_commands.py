@@ -61,6 +61,7 @@ def test_collective(ask, call):
     assert 30e-6 < small["seconds"] < 40e-6 and small["protocol"] == "LL"
     roce = ask("collective", "--gpus", 64, "--bytes", 2**33, "--fabric", "roce")
     assert roce["seconds"] > large["seconds"]
+    assert ask("collective", "--gpus", 64, "--bytes", "8 gib")["bytes"] == 2**33
     _, out, _ = call("collective", "--gpus", 64, "--bytes", "1MB")
     assert "chosen" in out and "1,000,000 bytes" in out
 
@@ -141,12 +142,14 @@ def test_validate(ask, call, tmp_path):
         (["carbon", "--gpu-hours", "5"], "--gpu-hours and --watts"),
         (["carbon", "--measured-kwh", "5"], "--measured-kwh: needs"),
         (["collective", "--gpus", "9", "--bytes", "1"], "multiple of 8, got 9"),
-        (["collective", "--gpus", "8", "--bytes", "many"], "--bytes: expected a number"),
+        (["collective", "--gpus", "8", "--bytes", "many"], "is no size: expected a number"),
         (["collective", "--gpus", "8", "--bytes", "0"], "bytes: expected at least 1"),
         (["collective", "--gpus", "16", "--bytes", "8", "--fabric", "nvlink"], "ends at a node"),
         (["collective", "--gpus", "8", "--bytes", "8", "--gpu", "k80"], "gpu: expected one of"),
         (["compare", "--model", "gpt5", "--gpus", "8"], "model: expected one of"),
         (["compare", "--model", "llama2-70b", "--gpus", "8"], "no layout fits"),
+        (["compare", "--model", "llama2-7b", "--gpus", "13"], "on 13 GPUs: no layout splits 32"),
+        (["search", "--gpus", "7"], "on 7 GPUs: no layout splits 80 layers, 64 heads"),
         (["compare", "--figure", "a.png"], "--figure: draws one case"),
         (["power", "--watts", "900"], "caps of 100-400 W, got 900"),
         (["power", "--figure", "a.docx"], "--figure: expected a file ending in"),
