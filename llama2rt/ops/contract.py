@@ -33,13 +33,8 @@ def _define(schema: str, fake: Callable) -> Callable:
 
     def call(*arguments: Any) -> Any:
         # Sampling a small model is bound by the cost of calls, most of it the dispatcher's two
-        # detours through Python. Without gradients, tracing, modes or subclasses it has no work.
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or torch._C._len_torch_dispatch_stack()
-            or type(arguments[0]) is not Tensor
-        ):
+        # detours through Python.
+        if torch.is_grad_enabled() or backend.needs_dispatcher(*arguments):
             return overload(*arguments)
         return run(*arguments)
 
@@ -47,8 +42,17 @@ def _define(schema: str, fake: Callable) -> Callable:
 
 
 def _autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    def differentiate_once(ctx: Any, *upstream: Tensor | None) -> tuple:
+        # The kernels' own gradients would be missing from a second derivative, without an error.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"llama2rt::{name}: expected a backward without create_graph, got one with it;"
+                " the ops have no second derivatives"
+            )
+        return backward(ctx, *upstream)
+
     torch.library.register_autograd(
-        f"llama2rt::{name}", backward, setup_context=setup_context, lib=_LIB
+        f"llama2rt::{name}", differentiate_once, setup_context=setup_context, lib=_LIB
     )
 
 
@@ -489,7 +493,7 @@ def _can_park(hidden: Tensor, weight: Tensor, choice: str) -> bool:
     return (
         torch.is_grad_enabled()
         and weight.requires_grad
-        and type(weight) in (Tensor, torch.nn.Parameter)
+        and type(weight) in backend.PLAIN_TENSORS
         and not torch.compiler.is_compiling()
         and backend.has_native("token_logprob_parked", choice, hidden.dtype)
     )
