@@ -371,6 +371,16 @@ def test_choice_of_backend(monkeypatch):
     assert backend.resolve(torch.empty(1, device="meta")) == "reference"
 
 
+def test_native_backends_have_every_op():
+    pytest.importorskip("triton")
+    from llama2rt.ops import cuda_kernels, triton
+
+    assert set(backend.OPS) <= set(cuda_kernels.FUNCTIONS)
+    assert set(backend.OPS) <= set(triton.NATIVE)
+    if "cpu" in USABLE:
+        assert all("cpu" in found["native"] for found in ops.backends("cpu").values())
+
+
 def test_unusable_backends_say_why():
     unusable = ops.backends("meta")["rms_norm"]["unusable"]
     assert set(unusable) == {"cpu", "triton", "cuda", "flash_attn"} and all(unusable.values())
