@@ -3,7 +3,8 @@
 //
 // x is packed once per call into the units that the processor multiplies (matrix.h), a vector of each
 // row after another, and stays in the cache: rows a power of two apart would evict each other. A tile
-// of the weight's rows shares every load of x, and a row of x every load of the weight. Sums are fp32, in the same order for any number of threads and of rows.
+// of the weight's rows shares every load of x, and a row of x every load of the weight. Sums are fp32, in
+// the same order for any number of threads and of rows.
 //
 // Left out: blocking over the inner dimension. Beyond a few rows a library's product is faster.
 #include "matrix.h"

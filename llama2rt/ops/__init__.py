@@ -1,8 +1,9 @@
 """The seven ops of a LLaMA model, differentiable, with interchangeable backends.
 
-`reference` is the oracle in plain torch; `cpu` and `cuda` use the native modules where they have a
-kernel and compose torch calls where they have none; `triton` is all seven in Triton; `flash_attn`
-is that library's attention where a user has it. See `contract` for each op's definition.
+`reference` is the oracle in plain torch; `cpu` and `cuda` are all seven in the native modules,
+`triton` all seven in Triton; `flash_attn` is that library's attention where a user has it. In fp64
+torch calls stand in for kernels. Gradients are of first order. See `contract` for each op's
+definition.
 """
 
 from llama2rt.ops.backend import backends, checkpoint_context, use

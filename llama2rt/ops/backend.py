@@ -33,6 +33,9 @@ NAMES = ("reference", "cpu", "triton", "cuda", "flash_attn")
 # Others' kernels (flash_attn) are used by those who ask for them.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of other types of tensor (DTensor and its like) a kernel would read an address that is not theirs.
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((*PLAIN_TENSORS, type(None), str, float, int, bool))
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,17 @@ def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
     if _backends[name].guest:
         return implementation(op, host(name), dtype)
     return getattr(composed, op)
+
+
+def needs_dispatcher(*arguments: object) -> bool:
+    """Whether torch's dispatcher has work at a call, beside autograd's: tracing, a mode, a
+    transform of torch.func or an argument that is a subclass of Tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or not _PLAIN.issuperset(map(type, arguments))
+    )
 
 
 def host(guest: str) -> str:

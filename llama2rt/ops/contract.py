@@ -7,6 +7,7 @@ data; ids and offsets are checked where the data is at hand (reference and CPU).
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,13 +34,8 @@ def _define(schema: str, fake: Callable) -> Callable:
 
     def call(*arguments: Any) -> Any:
         # Sampling a small model is bound by the cost of calls, most of it the dispatcher's two
-        # detours through Python. Without gradients, tracing, modes or subclasses it has no work.
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or torch._C._len_torch_dispatch_stack()
-            or type(arguments[0]) is not Tensor
-        ):
+        # detours through Python.
+        if torch.is_grad_enabled() or backend.needs_dispatcher(*arguments):
             return overload(*arguments)
         return run(*arguments)
 
@@ -47,8 +43,17 @@ def _define(schema: str, fake: Callable) -> Callable:
 
 
 def _autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    def differentiate_once(ctx: Any, *upstream: Tensor | None) -> tuple:
+        # The kernels' own gradients would be missing from a second derivative, without an error.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"llama2rt::{name}: expected a backward without create_graph, got one with it;"
+                " the ops have no second derivatives"
+            )
+        return backward(ctx, *upstream)
+
     torch.library.register_autograd(
-        f"llama2rt::{name}", backward, setup_context=setup_context, lib=_LIB
+        f"llama2rt::{name}", differentiate_once, setup_context=setup_context, lib=_LIB
     )
 
 
@@ -449,13 +454,27 @@ _run_token_logprob_parked_backward = _define(
 )
 
 
+class _Parked:
+    """Memory of a gradient that holds logits, from a forward to its backward or its graph's end."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+
+
+# id of a weight -> what is parked for it. Once per weight: a graph of many calls would hold as many
+# gradients of it at a time, where without parking they are added up as they come.
+_parked: weakref.WeakValueDictionary[int, _Parked] = weakref.WeakValueDictionary()
+
+
 def _token_logprob_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     hidden, weight, targets, ctx.temperature, _, ctx.backend = inputs
-    _, entropy, lse, *parked = output
+    _, entropy, lse, *memory = output
     ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-    ctx.parked = parked
+    ctx.parked = None
+    if memory:
+        ctx.parked = _parked[id(weight)] = _Parked(*memory)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, *parked)
+    ctx.mark_non_differentiable(lse, *memory)
 
 
 def _token_logprob_backward(
@@ -463,7 +482,7 @@ def _token_logprob_backward(
 ) -> tuple:
     hidden, weight, targets, lse, entropy = ctx.saved_tensors
     # Used once: a second backward through a retained graph makes the logits anew.
-    parked, ctx.parked = ctx.parked, []
+    parked, ctx.parked = ctx.parked, None
     if dlogprob is None and dentropy is None:
         return (None,) * 6
     if dlogprob is None:
@@ -471,8 +490,8 @@ def _token_logprob_backward(
     if dentropy is None:
         entropy = None
     arguments = (dlogprob, dentropy, hidden, weight, targets, lse, entropy, ctx.temperature)
-    if parked:
-        (dweight,) = parked
+    if parked is not None:
+        dweight = parked.memory
         dhidden = _run_token_logprob_parked_backward(dweight, *arguments, ctx.backend)
     else:
         dhidden, dweight = _run_token_logprob_backward(*arguments, ctx.backend)
@@ -484,13 +503,15 @@ for _name in ("token_logprob", "token_logprob_parked"):
 
 
 def _can_park(hidden: Tensor, weight: Tensor, choice: str) -> bool:
-    """Whether forward may lay out the gradient of weight: it will be wanted, of a plain tensor, and
-    outside of a compiled graph, which would copy what backward changes in place."""
+    """Whether forward may lay out the gradient of weight: it will be wanted, of a plain tensor for
+    which none is laid out yet, and outside of a compiled graph, which would copy what backward
+    changes in place."""
     return (
         torch.is_grad_enabled()
         and weight.requires_grad
-        and type(weight) in (Tensor, torch.nn.Parameter)
+        and type(weight) in backend.PLAIN_TENSORS
         and not torch.compiler.is_compiling()
+        and id(weight) not in _parked
         and backend.has_native("token_logprob_parked", choice, hidden.dtype)
     )
 

@@ -46,7 +46,8 @@ _few_rows_linear = torch.ops.llama2rt.few_rows_linear.default
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K], weight [N, K], one dtype -> x weight^T [T, N], summed in fp32.
 
-    The same values as F.linear but for the order of sums.
+    The same values as F.linear but for the order of sums. What the kernel does not take, wrong
+    shapes among it, is F.linear's to compute or to refuse.
     """
     if (
         torch.is_grad_enabled()
@@ -54,11 +55,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         or x.device.type != "cpu"
         or x.dim() != 2
         or x.shape[0] > MOST_ROWS
-        or type(x) is not Tensor
-        or x.dtype != weight.dtype
+        or weight.dim() != 2
+        or weight.shape[1] != x.shape[1]
+        or weight.dtype != x.dtype
+        or weight.device != x.device
+        or type(x) not in backend.PLAIN_TENSORS
+        or type(weight) not in backend.PLAIN_TENSORS
+        or torch.is_autocast_enabled("cpu")
         or backend.resolve(x) != "cpu"
     ):
         return F.linear(x, weight)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if backend.needs_dispatcher(x, weight):
         return _few_rows_linear(x, weight)
     return _run(x, weight)

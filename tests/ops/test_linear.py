@@ -22,7 +22,7 @@ def calls(monkeypatch):
     return found
 
 
-def inputs(rows=2, dtype=torch.bfloat16, **options):
+def inputs(rows=2, dtype=torch.bfloat16):
     return torch.randn(rows, 40).to(dtype), torch.randn(30, 40).to(dtype).requires_grad_()
 
 
@@ -54,6 +54,35 @@ def test_all_else_is_torchs_product_to_the_bit(calls):
         with pytest.raises(RuntimeError, match="dtype"):
             linear(x, weight.float())
     assert not calls
+
+
+def test_what_the_kernel_does_not_take_is_torchs_to_compute_or_refuse(calls):
+    """It is handed addresses: a shape it trusted would be read beyond the end of a weight."""
+    x, weight = (tensor.detach() for tensor in inputs())
+    with torch.no_grad():
+        for odd in (weight[:, :20], weight[None], weight[0, :20]):
+            with pytest.raises(RuntimeError):
+                linear(x, odd)
+        assert torch.equal(linear(x, weight[0]), F.linear(x, weight[0]))
+        with torch.autocast("cpu", torch.float16):
+            assert linear(x, weight).dtype == torch.float16
+        wrapped = linear(x, weight.as_subclass(type("Wrapped", (torch.Tensor,), {})))
+        assert torch.equal(wrapped, F.linear(x, weight))
+    assert not calls
+
+
+def test_strides_and_no_rows(calls):
+    x, weight = (tensor.detach() for tensor in inputs(3))
+    with torch.no_grad():
+        expected = linear(x, weight)
+        for odd in (weight.T.contiguous().T, torch.cat((weight, weight), 1)[:, :40]):
+            assert torch.equal(linear(x.T.contiguous().T, odd), expected)
+        assert linear(x[:0], weight).shape == (0, 30)
+        assert linear(x, weight[:0]).shape == (3, 0)
+        assert torch.equal(linear(x[:, :0], weight[:, :0]), torch.zeros(3, 30).bfloat16())
+        by_row = torch.func.vmap(lambda row: linear(row[None], weight)[0])(x)
+    torch.testing.assert_close(by_row, expected)
+    assert len(calls) == 6, "all but the rows of vmap, which torch calls by the op"
 
 
 def test_compile_and_fake_tensors_see_an_op():

@@ -218,6 +218,56 @@ def test_any_strides_and_inputs_left_alone(op, on_backend):
     assert all(torch.equal(x, copy) for x, copy in zip(leaves, copies, strict=True))
 
 
+class Wrapped(Tensor):
+    """A tensor without memory of its own, as DTensor is; its operations are those of `inner`."""
+
+    def __new__(cls, inner: Tensor):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", backend.OPS)
+def test_no_kernel_reads_the_address_of_a_wrapper(op, on_backend):
+    leaves, rest = (decode_arguments(), []) if op == "decode_attention" else arguments(op)
+    leaves = [x.detach() for x in leaves]
+    with torch.no_grad():
+        expected = getattr(ops, op)(*leaves, *rest)
+        for i in range(len(leaves)):
+            wrapped = [Wrapped(x) if i == j else x for j, x in enumerate(leaves)]
+            torch.testing.assert_close(getattr(ops, op)(*wrapped, *rest), expected)
+
+
+@pytest.mark.parametrize("op", backend.OPS)
+def test_vmap_without_gradients(op, on_backend):
+    leaves, rest = (decode_arguments(), []) if op == "decode_attention" else arguments(op)
+    leaves = [x.detach() for x in leaves]
+    call = getattr(ops, op)
+    with torch.no_grad():
+        pair = torch.func.vmap(lambda x: call(x, *leaves[1:], *rest))(
+            torch.stack((leaves[0], 2 * leaves[0]))
+        )
+        for i in (0, 1):
+            one = call((i + 1) * leaves[0], *leaves[1:], *rest)
+            got = tuple(x[i] for x in pair) if isinstance(pair, tuple) else pair[i]
+            torch.testing.assert_close(got, one)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_second_derivatives_are_refused(op, on_backend):
+    """Kernels have none: without an error, terms of a gradient penalty would be missing."""
+    leaves, rest = arguments(op)
+    result = getattr(ops, op)(*leaves, *rest)
+    first = result[0] if isinstance(result, tuple) else result
+    with pytest.raises(NotImplementedError, match=f"llama2rt::{op}.*create_graph"):
+        torch.autograd.grad(first.sum(), leaves, create_graph=True)
+
+
 def test_empty_tensors(on_backend):
     none = torch.zeros(1, dtype=torch.int32)
     x, w = torch.empty(0, 8, requires_grad=True), torch.ones(8, requires_grad=True)
@@ -319,6 +369,16 @@ def test_choice_of_backend(monkeypatch):
         assert backend.resolve(X) == "reference"
     assert backend.resolve(X) == automatic
     assert backend.resolve(torch.empty(1, device="meta")) == "reference"
+
+
+def test_native_backends_have_every_op():
+    pytest.importorskip("triton")
+    from llama2rt.ops import cuda_kernels, triton
+
+    assert set(backend.OPS) <= set(cuda_kernels.FUNCTIONS)
+    assert set(backend.OPS) <= set(triton.NATIVE)
+    if "cpu" in USABLE:
+        assert all("cpu" in found["native"] for found in ops.backends("cpu").values())
 
 
 def test_unusable_backends_say_why():

@@ -15,7 +15,7 @@ from numerics import draw, judge
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.ops import composed, logprob_tiles, reference
+from llama2rt.ops import composed, contract, logprob_tiles, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [1, 2, 0, 113, 203, 1, 60, 58, 57]
@@ -225,6 +225,38 @@ def test_a_graph_may_be_differentiated_twice():
     for one, before, two in zip(first, kept, second, strict=True):
         assert torch.equal(one, before)
         torch.testing.assert_close(two, 2 * one)
+
+
+def test_many_calls_in_a_graph_hold_no_gradient_each():
+    """Logits are parked for one of them; beside it are the sum so far and what is added to it."""
+    pytest.importorskip("llama2rt.ops.cpu")
+    targets = torch.randint(0, 8000, (64,))
+    leaves = [torch.randn(n, 128, requires_grad=True) for n in (64, 8000)]
+
+    def call(count: int) -> tuple[Tensor, ...]:
+        total = sum(ops.token_logprob(*leaves, targets).sum() for _ in range(count))
+        return torch.autograd.grad(total, leaves)
+
+    three, eight = (peak_extra_bytes(lambda count=count: call(count)) for count in (3, 8))
+    assert eight < three + leaves[1].nbytes / 4
+    for one, sum_of_eight in zip(call(1), call(8), strict=True):
+        torch.testing.assert_close(sum_of_eight, 8 * one)
+
+
+def test_parking_goes_on_after_a_backward_and_after_a_dropped_graph(monkeypatch):
+    pytest.importorskip("llama2rt.ops.cpu")
+    hidden, weight = torch.randn(20, 16), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (20,))
+    parks = []
+    real = contract._can_park
+    monkeypatch.setattr(contract, "_can_park", lambda *xs: parks.append(real(*xs)) or parks[-1])
+    ops.token_logprob(hidden, weight, targets).sum().backward()
+    ops.token_logprob(hidden, weight, targets)  # and dropped
+    kept = ops.token_logprob(hidden, weight, targets)
+    other = ops.token_logprob(hidden, weight.detach().requires_grad_(), targets)
+    ops.token_logprob(hidden, weight, targets)  # while `kept` lives
+    assert parks == [True, True, True, True, False]
+    assert weight.grad is not None and torch.equal(kept, other)
 
 
 def test_logits_are_parked_only_where_weight_wants_a_gradient(monkeypatch):
