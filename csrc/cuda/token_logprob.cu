@@ -20,8 +20,6 @@ namespace {
 
 constexpr int WARPS = 4;  // rows of a thread block
 constexpr int PACKS = 4;  // 16-byte loads that a lane has in flight
-constexpr float LOG2E_REST = 1.925963e-8f;  // what rounding left out of LOG2E
-constexpr float LN2 = 0.6931471805599453f;
 
 // Calls body(pack, column) for a row, PACKS packs of 16 bytes a lane at a time, all of them loaded
 // before the first is used; then for what is left of the row, in packs of one element.
@@ -44,17 +42,6 @@ __device__ void for_each_pack(const T* row, int64_t columns, Body body) {
     auto last = Pack<T, 1>::load(row + column);
     body(last, column);
   }
-}
-
-// e^x for x up to 88. Rounding x * log2(e) is an error of |x| / 2 ulp in the result: too much for
-// the gradient of fp32 logits, where the part rounded off is put back.
-template <typename T>
-__device__ float exponential(float x) {
-  if (sizeof(T) < sizeof(float)) return ptx::exp2(x * LOG2E);
-  x = x < -200.0f ? -200.0f : x;  // 0 all the same; an infinite x would leave NaN here
-  const float y = x * LOG2E;
-  const float rest = fmaf(x, LOG2E, -y) + x * LOG2E_REST;
-  return ptx::exp2(y) * fmaf(rest, LN2, 1.0f);
 }
 
 // Of some logits: the largest, and over x = (logit - largest) * scale the sums of exp(x) and of
@@ -142,7 +129,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     for (int i = 0; i < (int)(sizeof(pack) / sizeof(T)); ++i) {
       // Rounded as the peak inside lse was: where one logit is all, its log p is then exactly 0.
       const float log_p = __fmul_rn(pack[i], a.scale) - lse;
-      float gradient = -exponential<T>(log_p) * (ENTROPY ? g + h * (log_p + entropy) : g);
+      float gradient = -ptx::exp2(log_p * LOG2E) * (ENTROPY ? g + h * (log_p + entropy) : g);
       if (column + i == target) gradient += g;
       pack.set(i, predicted ? gradient : 0.0f);
     }

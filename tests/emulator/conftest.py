@@ -6,8 +6,16 @@ from types import ModuleType, SimpleNamespace
 
 import emulator
 import pytest
+import torch
 
 from llama2rt.ops import backend
+
+
+@pytest.fixture(autouse=True)
+def one_thread(_same_start: None) -> None:
+    """torch's products stand in for cuBLAS's and are the yardstick's: their rounding, and with it
+    how much a kernel may be off, must not depend on the number of cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

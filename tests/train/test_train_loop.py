@@ -189,7 +189,7 @@ def test_validation_runs_without_gradients_and_is_returned(tmp_path):
 # no more warning than SIGKILL gives. The first two deaths are set in processor time, which a busy
 # machine hardly moves; the others by the clock, which runs on while a checkpoint is written.
 KILLED = """
-import os, random, signal, sys
+import os, random, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -222,8 +222,12 @@ while not (parts / "weights.pt").exists():
     # After six deaths a life is spared: each does again what follows its last checkpoint.
     seconds = random.uniform(0.1, 0.6) * life if killed < 6 else 0
     timer = signal.ITIMER_PROF if killed < 2 else signal.ITIMER_REAL
-    status, _ = live(parts, "bf16", seconds, timer)
+    status, used = live(parts, "bf16", seconds, timer)
     killed += os.WIFSIGNALED(status)
+    if status == 0 and killed < 2:
+        # Something else slowed the first life down: this one is the better measure.
+        life, killed = min(life, used), 0
+        shutil.rmtree(parts)
 assert torch.equal(torch.load(whole / "weights.pt"), torch.load(parts / "weights.pt"))
 assert losses(whole) == losses(parts)
 print("killed", killed, "times")
