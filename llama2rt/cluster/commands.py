@@ -123,7 +123,7 @@ def collective(
         gpus: Ranks; more than 8 must be a multiple of 8.
         size: Buffer S of nccl-tests in bytes: 1048576, 64MiB, 8GiB.
         fabric: nvlink (one node), ib or roce.
-        gpu: a100-40gb, a100-80gb or h100.
+        gpu: a100-40gb, a100-80gb, h100 or h200.
     """
     where, chip = collectives.group(gpus), hardware.gpu(gpu)
     net, total = hardware.fabric(fabric), parse_bytes(size)
@@ -200,11 +200,13 @@ def power(
     Args:
         workload: Matrix-bound, mixed or memory-bound work.
         watts: The cap, in watts.
-        gpu: a100-40gb, a100-80gb or h100.
+        gpu: a100-40gb, a100-80gb, h100 or h200.
         figure: Also draw throughput and energy per token against the cap.
     """
     figures.check_path(figure)
     chip = hardware.gpu(gpu)
+    if figure is not None and not chip.name.startswith("a100"):
+        raise InputError(f"--figure: draws an A100's curves, got --gpu {chip.name}")
     relative = power_curve.relative_throughput(workload, watts, chip)
     if figure is not None:
         figures.caps(figure)
@@ -261,7 +263,7 @@ def search(
     Args:
         model: A preset, such as llama2-70b.
         gpus: GPUs in the cluster.
-        gpu: a100-40gb, a100-80gb or h100.
+        gpu: a100-40gb, a100-80gb, h100 or h200.
         fabric: nvlink (one node), ib or roce.
         watts: Power cap; by default the GPU's largest.
         seq: Tokens in a sequence.
@@ -269,8 +271,8 @@ def search(
         tokens: Tokens of the whole training.
         keep: Layouts to show.
     """
-    for name, value in (("seq", seq), ("keep", keep), ("global-batch", global_batch or 1)):
-        if value < 1:
+    for name, value in (("seq", seq), ("keep", keep), ("global-batch", global_batch)):
+        if value is not None and value < 1:
             raise InputError(f"--{name}: expected at least 1, got {value}")
     if not 0 < tokens < float("inf"):
         raise InputError(f"--tokens: expected a positive number, got {tokens:g}")
@@ -345,7 +347,7 @@ def compare(
     Args:
         model: A preset, such as llama2-70b.
         gpus: GPUs in each cluster.
-        gpu: a100-40gb, a100-80gb or h100.
+        gpu: a100-40gb, a100-80gb, h100 or h200.
         fabrics: The first and the second fabric: ib or roce.
         watts: Their power caps.
         figure: Draw what the gap is made of (needs --model and --gpus).
@@ -359,15 +361,17 @@ def compare(
         for count in ([gpus] if gpus is not None else _SIZES)
     ]
     results: list[tuple[str, int, comparison.Comparison | None]] = []
+    reasons = {}
     for name, count in cases:
         ends = [_cluster(gpu, count, fabrics[i], watts[i]) for i in (0, 1)]
         shape = prediction.preset(name)
         try:
             results.append((name, count, comparison.compare(shape, *ends)))
-        except layout_search.NoLayout:
+        except layout_search.NoLayout as error:
             if len(cases) == 1:
                 raise
             results.append((name, count, None))  # a table goes on past a model that does not fit
+            reasons[name, count] = str(error)
     single = results[0][2] if len(results) == 1 else None
     if figure is not None and single is not None:
         figures.waterfall(single, cases[0][0], figure)
@@ -378,7 +382,8 @@ def compare(
             print_json(
                 {
                     "cases": [
-                        {"model": m, "gpus": n, **(c.as_json() if c else {"ratio": None})}
+                        {"model": m, "gpus": n}
+                        | (c.as_json() if c else {"ratio": None, "reason": reasons[m, n]})
                         for m, n, c in results
                     ]
                 }

@@ -8,13 +8,16 @@ import numpy as np
 from llama2rt.cluster import calibration
 from llama2rt.cluster.rows import Row
 from llama2rt.cluster.step_time import Constants
+from llama2rt.cluster.workload import Layout, fits
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A published run and what the model says of it; error is predicted / published - 1."""
+    """A published run and what the model says of it under `layout`, its cells and their defaults;
+    error is predicted / published - 1."""
 
     row: Row
+    layout: Layout
     predicted: float
 
     @property
@@ -23,14 +26,14 @@ class Checked:
 
     def as_json(self) -> dict[str, object]:
         row = self.row
-        layout = row.layouts[0]
+        layout = self.layout
         return {
             "model": row.shape.name,
             "gpus": row.cluster.gpus,
             "gpu": row.cluster.gpu.name,
             "seq": layout.seq,
-            "recompute": layout.recompute,
-            "stack": layout.stack,
+            "layout": {**vars(layout)},
+            "fits": fits(row.shape, layout, row.cluster),
             "metric": row.metric,
             "published": row.published,
             "predicted": self.predicted,
@@ -44,7 +47,11 @@ class Checked:
 
 def check(rows: Sequence[Row], constants: Constants = calibration.FITTED) -> list[Checked]:
     """Every row with its prediction, under one set of constants."""
-    return [Checked(row, row.predict(constants)) for row in rows]
+    checked = []
+    for row in rows:
+        layout, seconds = row.fastest(constants)
+        checked.append(Checked(row, layout, row.quantity(layout, seconds)))
+    return checked
 
 
 def errors(checked: Sequence[Checked]) -> dict[str, float]:

@@ -16,8 +16,9 @@ from llama2rt.model.config import LlamaConfig
 Sharding = Literal["none", "zero1", "zero3", "hybrid"]
 Recompute = Literal["none", "selective", "full"]
 # What the software of a year could do. 2021: attention scores written to memory, nothing of the
-# sharding's traffic organised by node. 2023: FlashAttention, prefetched hierarchical gathers.
-Stack = Literal["2021", "2023"]
+# sharding's traffic organised by node. 2023: FlashAttention, prefetched hierarchical gathers. 2024:
+# the same with FlashAttention-2 or cuDNN's attention.
+Stack = Literal["2021", "2023", "2024"]
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 STACKS: tuple[Stack, ...] = get_args(Stack)
@@ -129,7 +130,12 @@ class Layout:
 
         It came together with selective recomputation; runs that recompute everything predate it.
         """
-        return self.tp > 1 and (self.stack == "2023" or self.recompute != "full")
+        return self.tp > 1 and (self.stack != "2021" or self.recompute != "full")
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether weights are gathered by PyTorch's FSDP, and not by the ZeRO-3 of 2021."""
+        return self.sharding in ("zero3", "hybrid") and self.stack != "2021"
 
     def check(self, shape: Shape, cluster: Cluster) -> None:
         """InputError, naming the key, for a layout that the model or the cluster cannot have."""
