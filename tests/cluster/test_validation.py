@@ -201,6 +201,19 @@ def test_any_cells_are_refused_by_name_or_give_a_sensible_step(cells):
     assert flops / seconds / row.cluster.gpus < 0.9 * row.cluster.gpu.peak_flops_per_s
 
 
+def test_newer_pipelines_interleave_unless_the_row_says_otherwise():
+    cells = {**GOOD, "pp": "4", "micro_batch": "1", "gpu": "h100"}
+    for change, chunks in (
+        ({}, 8),
+        ({"interleave": "2"}, 2),
+        ({"layers": "30"}, 1),
+        ({"gpu": "a100-80gb"}, 1),
+        ({"pp": "1"}, 1),
+    ):
+        (row,) = rows.read(text({**cells, **change}), "rows.csv")
+        assert row.layouts[0].interleave == chunks, change
+
+
 def test_defaults_never_read_the_published_value():
     for value in ("1", "3000", "1e9"):
         (row,) = rows.read(text({**GOOD, "value": value}), "rows.csv")
