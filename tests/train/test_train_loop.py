@@ -191,7 +191,7 @@ def test_validation_runs_without_gradients_and_is_returned(tmp_path):
 # machine hardly moves; the others by the clock, which runs on while a checkpoint is written.
 KILLED = """
 import os, random, shutil, signal, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/../helpers"]
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from test_train_loop import *
