@@ -419,7 +419,7 @@ def validate(
     """Predicted against published training runs, under one set of constants.
 
     Without --rows: the shipped runs. Calibration rows are those the constants were fitted to;
-    held-out rows were never fitted. docs/cluster.md explains the columns and empty cells.
+    held-out rows were never fitted. docs/cluster-validation.md explains columns and empty cells.
 
     Args:
         rows: Your own rows instead, as CSV.

@@ -2,8 +2,8 @@
 
 Columns: model, dim, layers, heads, kv_heads, ffn_hidden, mlp, vocab, seq, gpus, gpu, fabric, tp,
 pp, dp, sharding, micro_batch, global_batch, recompute, metric, value, and, optional, cp,
-interleave, watts, stack, split, group, source. docs/cluster.md lists the default of each. A default
-never depends on the published value.
+interleave, watts, stack, split, group, source. docs/cluster-validation.md lists the default of
+each. A default never depends on the published value.
 """
 
 import csv

@@ -3,6 +3,7 @@
 import csv
 import io
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,6 +301,42 @@ def test_missing_and_empty_files(tmp_path):
     (tmp_path / "header.csv").write_text("gpus,value\n")
     with pytest.raises(InputError, match=r"header\.csv: no rows"):
         rows.read_file(tmp_path / "header.csv")
+
+
+def test_the_pages_say_what_the_model_says():
+    pages = Path(__file__).resolve().parents[2] / "docs"
+    model, validation = (
+        (pages / name).read_text() for name in ("cluster.md", "cluster-validation.md")
+    )
+    for name in calibration.PRIOR:
+        assert f"| {name} | {getattr(FITTED, name)} |" in model
+    for gpu in hardware.GPUS.values():
+        (line,) = (x for x in model.splitlines() if x.startswith(f"| {gpu.name} |"))
+        for figure in (
+            gpu.peak_flops_per_s // 1e12,
+            gpu.memory_bandwidth_bytes_per_s / 1e12,
+            gpu.max_watts,
+        ):
+            assert f" {figure:g} |" in line, figure
+        assert f"{gpu.attention_share_2023:.3g}" in line
+    assert f"{len(rows.published())} published runs" in model
+
+    def stated(label, some):
+        found = errors(some)
+        mean, worst = f"{100 * found.mean():.1f} %", f"{100 * found.max():.1f} %"
+        (line,) = (x for x in validation.splitlines() if x.startswith(f"| {label}"))
+        assert f"| {len(some)} | {mean}" in line and line.endswith(f"| {worst} |"), (mean, worst)
+
+    def of(group):
+        return [row for row in HELD_OUT if row.group == group]
+
+    stated("calibration", CALIBRATION)
+    unseen = [row for row in HELD_OUT if row.group.endswith("unseen")]
+    a100 = [row for row in HELD_OUT if row.cluster.gpu.name != "h100"]
+    stated("held out, A100", a100)
+    stated("held out, H100", [r for r in HELD_OUT if r not in a100 and r not in unseen])
+    stated("unseen: NeMo", of("nemo-h100-unseen"))
+    stated("unseen: JAX", of("jax-h100-unseen"))
 
 
 def test_errors_by_group():
