@@ -336,7 +336,7 @@ def compare(
     gpus: int | None = None,
     gpu: str = "a100-80gb",
     fabrics: tuple[str, str] = ("ib", "roce"),
-    watts: tuple[float, float] = (400.0, 350.0),
+    watts: tuple[float, float] | None = None,
     figure: Figure = None,
     as_json: Json = False,
 ) -> None:
@@ -349,12 +349,15 @@ def compare(
         gpus: GPUs in each cluster.
         gpu: a100-40gb, a100-80gb, h100 or h200.
         fabrics: The first and the second fabric: ib or roce.
-        watts: Their power caps.
+        watts: Their power caps; by default the GPU's largest and 7/8 of it, as 400 and 350 W are.
         figure: Draw what the gap is made of (needs --model and --gpus).
     """
     figures.check_path(figure)
     if figure is not None and (model is None or gpus is None):
         raise InputError("--figure: draws one case; give --model and --gpus")
+    if watts is None:
+        largest = hardware.gpu(gpu).max_watts
+        watts = (largest, 7 / 8 * largest)
     cases = [
         (name, count)
         for name in ([model] if model is not None else _MODELS)

@@ -83,6 +83,12 @@ def test_compare(ask, call, tmp_path):
     assert "No public sweep of LLM training" in " ".join(out.split())
 
 
+def test_caps_that_are_compared_are_the_papers_share_of_the_largest(ask):
+    for gpu, watts in (("a100-80gb", (400, 350)), ("h200", (700, 612.5))):
+        found = ask("compare", "--model", "llama2-7b", "--gpus", 64, "--gpu", gpu)
+        assert (found["first"]["watts"], found["second"]["watts"]) == watts
+
+
 def test_compare_covers_all_sizes(ask):
     cases = ask("compare")["cases"]
     assert {(c["model"], c["gpus"]) for c in cases} >= {("llama2-70b", 100_000), ("llama2-7b", 8)}
