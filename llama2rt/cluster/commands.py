@@ -444,70 +444,22 @@ def validate(
     if figure is not None:
         figures.parity(checked, figure)
     if as_json:
-        result = _validation_json(main)
+        result = validation.as_json(main)
         if held_out:
-            result["held_out"] = _validation_json(held_out)
+            result["held_out"] = validation.as_json(held_out)
         if left_out:
             result["leave_one_group_out"] = [vars(group) for group in left_out]
         print_json({**result, "constants": vars(calibration.FITTED)})
         return
-    _validation_table("Published runs" if rows is not None else "Calibration rows", main)
+    validation.print_tables("Published runs" if rows is not None else "Calibration rows", main)
     if held_out:
-        _validation_table("Held-out rows (never fitted)", held_out)
+        validation.print_tables("Held-out rows (never fitted)", held_out)
     if left_out:
         table(
             "Each calibration group under constants fitted to the others",
             ("group", "rows", "mean error", "worst"),
             [(g.group, str(g.rows), f"{g.mean_error:.1%}", f"{g.max_error:.1%}") for g in left_out],
         )
-
-
-def _validation_json(checked: Sequence[validation.Checked]) -> dict[str, object]:
-    return {
-        "rows": [item.as_json() for item in checked],
-        **validation.errors(checked),
-        "groups": validation.by_group(checked),
-    }
-
-
-def _validation_table(title: str, checked: Sequence[validation.Checked]) -> None:
-    units = {
-        "tokens_per_s_per_gpu": "tokens/s/GPU",
-        "tflops_per_gpu": "TFLOP/s/GPU",
-        "step_seconds": "s a step",
-    }
-    found = validation.errors(checked)
-    table(
-        f"{title}: mean error {found['mean_error']:.1%}, worst {found['max_error']:.1%}",
-        ("group", "model", "GPUs", "GPU", "published", "predicted", "unit", "error"),
-        [
-            (
-                item.row.group,
-                item.row.shape.name,
-                str(item.row.cluster.gpus),
-                item.row.cluster.gpu.name,
-                f"{item.row.published:,.4g}",
-                f"{item.predicted:,.4g}",
-                units[item.row.metric],
-                f"{100 * item.error:+.1f} %",
-            )
-            for item in checked
-        ],
-    )
-    table(
-        "By group",
-        ("group", "rows", "mean error", "worst", "bias"),
-        [
-            (
-                group,
-                f"{numbers['rows']:.0f}",
-                f"{numbers['mean_error']:.1%}",
-                f"{numbers['max_error']:.1%}",
-                f"{100 * numbers['bias']:+.1f} %",
-            )
-            for group, numbers in validation.by_group(checked).items()
-        ],
-    )
 
 
 def _cluster(gpu: str, gpus: int, fabric: str, watts: float | None) -> Cluster:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama2rt.cluster import calibration
+from llama2rt.cluster.output import table
 from llama2rt.cluster.rows import Row
 from llama2rt.cluster.step_time import Constants
 from llama2rt.cluster.workload import Layout, fits
@@ -73,3 +74,53 @@ def by_group(checked: Sequence[Checked]) -> dict[str, dict[str, float]]:
         }
         for group, items in groups.items()
     }
+
+
+def as_json(checked: Sequence[Checked]) -> dict[str, object]:
+    """Rows, errors and groups, as `validate --json` prints them."""
+    return {
+        "rows": [item.as_json() for item in checked],
+        **errors(checked),
+        "groups": by_group(checked),
+    }
+
+
+def print_tables(title: str, checked: Sequence[Checked]) -> None:
+    """One table of the rows and one of the groups."""
+    units = {
+        "tokens_per_s_per_gpu": "tokens/s/GPU",
+        "tflops_per_gpu": "TFLOP/s/GPU",
+        "step_seconds": "s a step",
+    }
+    found = errors(checked)
+    table(
+        f"{title}: mean error {found['mean_error']:.1%}, worst {found['max_error']:.1%}",
+        ("group", "model", "GPUs", "GPU", "published", "predicted", "unit", "error"),
+        [
+            (
+                item.row.group,
+                item.row.shape.name,
+                str(item.row.cluster.gpus),
+                item.row.cluster.gpu.name,
+                f"{item.row.published:,.4g}",
+                f"{item.predicted:,.4g}",
+                units[item.row.metric],
+                f"{100 * item.error:+.1f} %",
+            )
+            for item in checked
+        ],
+    )
+    table(
+        "By group",
+        ("group", "rows", "mean error", "worst", "bias"),
+        [
+            (
+                group,
+                f"{numbers['rows']:.0f}",
+                f"{numbers['mean_error']:.1%}",
+                f"{numbers['max_error']:.1%}",
+                f"{100 * numbers['bias']:+.1f} %",
+            )
+            for group, numbers in by_group(checked).items()
+        ],
+    )
