@@ -286,10 +286,11 @@ def _layouts(cells: _Cells, shape: Shape, cluster: Cluster, context: int) -> tup
 
 
 def _interleave(shape: Shape, pp: int, stack: Stack) -> int:
-    """Model chunks a stage where the row does not say: NeMo's recipes have many, tables of 2021 one
-    as often as not."""
-    even = pp > 1 and shape.layers % pp == 0
-    return shape.layers // pp if even and stack == "2024" else 1
+    """Model chunks a stage where the row does not say: one in tables of 2021, many since.
+
+    Stages of Llama 3 405B differ in layers, so that they need not divide evenly.
+    """
+    return max(1, shape.layers // pp) if pp > 1 and stack != "2021" else 1
 
 
 def _open(cells: _Cells, name: str, choices: tuple) -> tuple:
@@ -304,7 +305,7 @@ def _stack(cells: _Cells, shape: Shape, cluster: Cluster, recompute: Recompute) 
     gated feed-forward or training without recomputation came after. On later GPUs FSDP's tables are
     of 2023; Megatron-LM's and NeMo's have newer kernels.
     """
-    sharded = cells.text("sharding").lower() in ("zero3", "hybrid")
+    sharded = cells.text("sharding").lower() in ("zero3", "hybrid") and cells.count("pp", 1) == 1
     small = cluster.gpus <= cluster.gpus_per_node or cluster.gpu.name == "a100-40gb"
     if not cluster.gpu.name.startswith("a100"):
         implied = "2023" if sharded else "2024"

@@ -94,7 +94,7 @@ def layouts(shape: Shape, cluster: Cluster, seq: int, global_batch: int) -> Iter
             if interleave > 1 and (pp == 1 or shape.layers % (pp * interleave)):
                 continue
             if pp > 1 and sharding in ("zero3", "hybrid"):
-                continue  # weights gathered again for every micro-batch of the pipeline
+                continue  # there they are zero1
             yield Layout(
                 seq, size, global_batch, tp, pp, ranks, cp, sharding, recompute, interleave, stack
             )

@@ -269,7 +269,7 @@ def _exposed(
     def moved(operation: collectives.Operation, size: float, where: Group) -> float:
         return collectives.seconds(operation, size, gpu, fabric, where)
 
-    if layout.sharding in ("none", "zero1"):
+    if not layout.gathers:
         if layout.sharding == "none":
             traffic = moved("all_reduce", weights, whole)
         else:

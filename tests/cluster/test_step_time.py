@@ -165,6 +165,17 @@ def test_fsdp_copies_what_it_gathers():
         assert two.data_parallel <= one.data_parallel
 
 
+@pytest.mark.parametrize("sharding", ["zero3", "hybrid"])
+@pytest.mark.parametrize("stack", ["2021", "2023", "2024"])
+def test_weights_stay_whole_in_a_pipeline(sharding, stack):
+    layout = replace(LAYOUTS[3], sharding="zero1", stack=stack)
+    other = replace(layout, sharding=sharding)
+    assert step_time(SEVENTY, other, cluster(), FITTED) == step_time(
+        SEVENTY, layout, cluster(), FITTED
+    )
+    assert memory_bytes(SEVENTY, other) == memory_bytes(SEVENTY, layout)
+
+
 def test_selective_recomputation_repeats_what_the_software_repeats():
     # Of compute-bound work: attention in Megatron-LM's, half of the products in torchtitan's.
     fast = replace(A100, memory_bandwidth_bytes_per_s=1e18)

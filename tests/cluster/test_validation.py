@@ -137,6 +137,7 @@ def test_defaults_of_empty_cells():
         ({"recompute": "full", "gpu": "h100"}, "2024"),
         ({"sharding": "zero1", "gpu": "h200"}, "2024"),
         ({"sharding": "zero3", "gpu": "H100"}, "2023"),
+        ({"sharding": "zero3", "gpu": "h100", "pp": "2"}, "2024"),
         ({"recompute": "full", "sharding": "zero3"}, "2021"),
         ({"recompute": "full", "sharding": "zero3", "gpus": "8"}, "2023"),
         ({"recompute": "full", "sharding": "hybrid", "gpu": "a100-40gb"}, "2023"),
@@ -207,8 +208,9 @@ def test_newer_pipelines_interleave_unless_the_row_says_otherwise():
     for change, chunks in (
         ({}, 8),
         ({"interleave": "2"}, 2),
-        ({"layers": "30"}, 1),
-        ({"gpu": "a100-80gb"}, 1),
+        ({"layers": "30"}, 7),
+        ({"gpu": "a100-80gb", "recompute": "none"}, 8),
+        ({"gpu": "a100-80gb", "recompute": "full"}, 1),
         ({"pp": "1"}, 1),
     ):
         (row,) = rows.read(text({**cells, **change}), "rows.csv")
