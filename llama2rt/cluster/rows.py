@@ -301,16 +301,17 @@ def _stack(cells: _Cells, shape: Shape, cluster: Cluster, recompute: Recompute) 
     """The software's year, by what a row does not say but implies.
 
     GPTs with recomputation on A100 are Megatron-LM's and its kin's, from before FlashAttention,
-    unless they shard weights in one node, or on 40 GB, or run on RoCE, as FSDP's tables do. LLaMA's
-    gated feed-forward or training without recomputation came after. On later GPUs FSDP's tables are
-    of 2023; Megatron-LM's and NeMo's have newer kernels.
+    unless they shard weights in one node, by node or on 40 GB, or run on RoCE, as FSDP's tables do.
+    LLaMA's gated feed-forward or training without recomputation came after. On later GPUs FSDP's
+    tables are of 2023; Megatron-LM's and NeMo's have newer kernels.
     """
-    sharded = cells.text("sharding").lower() in ("zero3", "hybrid") and cells.count("pp", 1) == 1
+    sharding = cells.text("sharding").lower()
+    sharded = sharding in ("zero3", "hybrid") and cells.count("pp", 1) == 1
     small = cluster.gpus <= cluster.gpus_per_node or cluster.gpu.name == "a100-40gb"
     if not cluster.gpu.name.startswith("a100"):
         implied = "2023" if sharded else "2024"
     elif shape.gated or recompute == "none" or cluster.fabric.name == "roce":
         implied = "2023"
     else:
-        implied = "2023" if sharded and small else "2021"
+        implied = "2023" if sharded and (small or sharding == "hybrid") else "2021"
     return cells.choice("stack", STACKS, implied)  # type: ignore[return-value]
