@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from llama2rt import energy
 from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint import native
 from llama2rt.data.packing import Example, groups, pack
@@ -28,6 +29,7 @@ from llama2rt.stages import phases
 from llama2rt.stages.phases import RewardModels
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import interrupts
+from llama2rt.train.metrics import EnergyUse
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import Recipe, TrainOptions
 from llama2rt.train.progress import ProgressLine
@@ -165,23 +167,30 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     with (
         ProgressLine(run.directory.resolve().name, recipe.iterations, done) as line,
         interrupts() as interrupted,
+        energy.of_device(actors.policy.output.device) as meter,
     ):
+        use = EnergyUse(meter)
         while done < recipe.iterations and waited < recipe.patience:
             drawn = phases.draw(prompts, recipe.batch_size, recipe.seed, done)
             rollout, metrics = collect(recipe, actors, drawn, done)
             metrics |= improve(recipe, actors, rollout, done)
+            # A step is an iteration with its sampling and scoring; tokens are those it sampled.
+            use.add(len(rollout.logprob))
+            use.step()
             done += 1
             if done % options.log_every == 0 or done == recipe.iterations:
-                run.log(done, **metrics)
+                run.log(done, **metrics, **use.read())
                 line.update(done, f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}")
             due = options.validate_every and done % options.validate_every == 0
             if held_out and (due or done == recipe.iterations):
                 validate()
+                use.restart()
             stop = bool(interrupted) and done < recipe.iterations
             if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
                 tensors = phases.prefixed(actors.optimizer.state_dict(), "policy.")
                 tensors |= phases.prefixed(actors.critic_optimizer.state_dict(), "critic.")
                 run.store.save(done, tensors, {"waited": waited, "best": best})
+                use.restart()
             if stop:
                 raise KeyboardInterrupt(
                     f"stopped after iteration {done} of {recipe.iterations}; saved "
