@@ -99,6 +99,7 @@ def _config(path: Path, shards: list, tokenizer: Tokenizer | None) -> LlamaConfi
             raise InputError(f"{path}: {key}: missing")
     if raw.get("use_scaled_rope"):
         raise InputError(f"{path}: use_scaled_rope: only unscaled rope is supported")
+    theta = raw.get("rope_theta", 10000.0)
     first, weights = shards[0]
     for key in ("layers.0.feed_forward.w1.weight", "output.weight"):
         if key not in weights:
@@ -118,7 +119,7 @@ def _config(path: Path, shards: list, tokenizer: Tokenizer | None) -> LlamaConfi
             "ffn_hidden": weights["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
             "vocab_size": vocabulary,
             "norm_eps": raw["norm_eps"],
-            "rope_theta": float(raw.get("rope_theta", 10000.0)),
+            "rope_theta": float(theta) if isinstance(theta, int) else theta,
         },
     )
     return parse_config(path, {**vars(config), "context": _context(config)})

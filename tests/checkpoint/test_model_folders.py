@@ -257,6 +257,12 @@ def test_both_spellings_of_rope_theta_and_dtype(tmp_path, small_tokenizer):
         ({"hidden_size": None}, "hidden_size: missing"),
         ({"num_attention_heads": 7}, "heads: expected a divisor of dim 64, got 7"),
         ({"architectures": ["LlamaForTokenClassification"]}, "architectures: expected"),
+        ({"rope_scaling": "llama3"}, "rope_scaling: expected an object or null, got 'llama3'"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta: expected a positive number"),
+        ({"rms_norm_eps": "1e-5"}, "norm_eps: expected a positive number, got '1e-5'"),
+        ({"tie_word_embeddings": "false"}, "tied: expected true or false, got 'false'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0 is supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: only None"),
     ],
 )
 def test_what_the_model_cannot_express_is_refused(tmp_path, changes, message):
@@ -264,6 +270,12 @@ def test_what_the_model_cannot_express_is_refused(tmp_path, changes, message):
     rewrite(tmp_path / "m" / "config.json", **changes)
     with pytest.raises(InputError, match=r"config\.json: " + message):
         llama2rt.load(tmp_path / "m")
+
+
+def test_a_run_directory_is_not_its_model(tmp_path):
+    native.save(make(), None, tmp_path / "run" / "model")
+    with pytest.raises(InputError, match=f"its model is in {tmp_path}/run/model"):
+        llama2rt.load(tmp_path / "run")
 
 
 def test_damaged_shards_are_named(tmp_path):
