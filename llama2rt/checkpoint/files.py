@@ -31,7 +31,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends without an error.
 
     A model folder already there is replaced by renames, so that a reader finds the old or the new
-    one; anything else there is an InputError, because it may not be ours to delete.
+    one; anything else there is an InputError, because it may not be ours to delete. OSError where
+    the disk does not take it: what stood there is still there.
     """
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
@@ -48,7 +49,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
             folder.rename(scratch / "old")
         fresh.rename(folder)
         atomic.sync(folder.parent)
+    except SafetensorError as error:  # which is what safetensors makes of a full disk
+        raise OSError(f"{folder}: this model could not be written ({error})") from error
     finally:
+        if (scratch / "old").exists() and not folder.exists():
+            (scratch / "old").rename(folder)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

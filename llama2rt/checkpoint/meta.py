@@ -222,6 +222,10 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path, *, shard
     with files.new_folder(Path(folder)) as fresh:
         files.write_json(fresh / "params.json", params(config))
         for number, shard in enumerate(weights):
-            torch.save(shard, fresh / f"consolidated.{number:02}.pth")
+            try:
+                torch.save(shard, fresh / f"consolidated.{number:02}.pth")
+            except RuntimeError as error:  # which is what torch makes of a full disk
+                reason = str(error).splitlines()[0]
+                raise OSError(f"{folder}: this model could not be written ({reason})") from error
         if tokenizer is not None:
             tokenizer.save(fresh)

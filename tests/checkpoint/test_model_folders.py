@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,47 @@ def rewrite(path: Path, **changes) -> None:
         else:
             value[key] = new
     path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("writer", [native, hf, meta])
+def test_a_full_disk_is_an_os_error_that_names_the_folder(tmp_path, writer):
+    """Both safetensors and torch.save report it as something else."""
+    script = """
+import resource, signal, sys
+import llama2rt
+from llama2rt.checkpoint import native, hf, meta
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+config = llama2rt.LlamaConfig(dim=64, layers=1, heads=2, kv_heads=2, ffn_hidden=64, vocab_size=300)
+model = llama2rt.Llama(config).initialize()
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    {"native": native, "hf": hf, "meta": meta}[sys.argv[1]].save(model, None, sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+    name = writer.__name__.rpartition(".")[2]
+    command = [sys.executable, "-P", "-c", script, name, str(tmp_path / "model")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{tmp_path}/model: this model could not be written (")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_replacement_that_fails_puts_the_old_model_back(tmp_path, monkeypatch):
+    model = make()
+    native.save(model, None, tmp_path / "m")
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        native.save(make(), None, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    loaded, _ = llama2rt.load(tmp_path / "m")
+    assert torch.equal(loaded.output, model.output)
 
 
 def test_damage_is_named(tmp_path, small_tokenizer):
