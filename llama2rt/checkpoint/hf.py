@@ -52,6 +52,13 @@ def hf_name(name: str) -> str:
     return f"model.layers.{layer}.{_BLOCK[module]}.{leaf}"
 
 
+def _shown(name: str) -> str:
+    try:
+        return hf_name(name)
+    except (KeyError, ValueError):
+        return name  # one that `our_name` did not know, as it stands in the file
+
+
 def our_name(name: str, scalar: bool) -> str | None:
     """Our name of one of transformers' parameters; None for one that carries no weight."""
     if name.endswith("rotary_emb.inv_freq"):
@@ -203,5 +210,5 @@ def load(
             if ours is not None:
                 yield file, ours, tensor
 
-    files.fill(model, renamed(), device, dtype)
+    files.fill(model, renamed(), device, dtype, _shown)
     return model, find_tokenizer(folder)

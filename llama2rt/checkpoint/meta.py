@@ -172,7 +172,7 @@ def load(
             if extra := sorted(shard.keys() - known):
                 raise InputError(f"{path}: {extra[0]}: not part of a model of this configuration")
 
-    files.fill(model, merged(), device, dtype)
+    files.fill(model, merged(), device, dtype, lambda name: _theirs(name)[0])
     return model, tokenizer
 
 

@@ -197,7 +197,7 @@ def hold_out(
     kept = [c for c in comparisons if prompt_key(c) not in taken]
     if not kept:
         raise InputError(
-            f"held_out: {count} of {len(comparisons)} comparisons leaves none to train"
+            f"held_out: {count} of {len(comparisons)} comparisons leaves none to train; lower it"
         )
     return kept, [c for c in comparisons if prompt_key(c) in taken]
 

@@ -315,6 +315,21 @@ def test_what_the_model_cannot_express_is_refused(tmp_path, changes, message):
         llama2rt.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"model\.layers\.2\.\w+\.weight: missing \(9 tensors in all\)"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\.\w+\.weight: not part of a model"),
+        ({"vocab_size": 401}, r"lm_head\.weight: expected shape \[401, 64\], got \[400, 64\]"),
+    ],
+)
+def test_tensors_are_named_as_in_the_file(tmp_path, changes, message):
+    hf.save(make(), None, tmp_path / "m")
+    rewrite(tmp_path / "m" / "config.json", **changes)
+    with pytest.raises(InputError, match=rf"model\.safetensors: {message}"):
+        llama2rt.load(tmp_path / "m")
+
+
 def test_a_run_directory_is_not_its_model(tmp_path):
     native.save(make(), None, tmp_path / "run" / "model")
     with pytest.raises(InputError, match=f"its model is in {tmp_path}/run/model"):
@@ -436,7 +451,7 @@ def test_params_json_and_its_gaps(tmp_path, small_tokenizer):
     loaded, tokenizer = llama2rt.load(tmp_path / "m")
     assert tokenizer.vocab_size == 400
     rewrite(path, n_kv_heads=None)
-    with pytest.raises(InputError, match=r"blocks\.\S+key|key"):
+    with pytest.raises(InputError, match=r"layers\.0\.attention\.wk\.weight: expected shape"):
         llama2rt.load(tmp_path / "m")
 
 
