@@ -149,9 +149,10 @@ template <typename T, int DIM>
 void run(const Attention& a) {
   constexpr Shape s = shape(DIM);
   const int64_t tiles = tiles_for(a.tokens * (a.heads / a.kv_heads), s.rows, a.documents);
-  launch("attention_forward_kernel", attention_forward_kernel<T, DIM>,
-         grid_of(tiles * a.kv_heads), dim3(32 * s.warps),
-         (s.rows + s.stages * s.keys) * DIM * sizeof(T), (cudaStream_t)a.stream, a);
+  constexpr size_t BYTES = (s.rows + s.stages * s.keys) * DIM * sizeof(T);
+  launch<attention_forward_kernel<T, DIM>>("attention_forward_kernel", grid_of(tiles * a.kv_heads),
+                                           dim3(32 * s.warps), SharedBytes<BYTES>{},
+                                           (cudaStream_t)a.stream, a);
 }
 
 }  // namespace

@@ -223,11 +223,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <typename T, int DIM>
 void forward(const Attention& a) {
   const int64_t blocks = tiles_for(a.tokens, ROWS, a.documents) * a.heads;
-  launch("attention_sm90", attention_forward_sm90_kernel<T, DIM>, dim3((unsigned)blocks),
-         dim3(THREADS), sizeof(Shared<DIM>), (cudaStream_t)a.stream,
-         heads_map<T, DIM>(a.q, a.tokens, a.heads, ROWS),
-         heads_map<T, DIM>(a.k, a.keys, a.kv_heads, KEYS),
-         heads_map<T, DIM>(a.v, a.keys, a.kv_heads, KEYS), a);
+  launch<attention_forward_sm90_kernel<T, DIM>>(
+      "attention_sm90", dim3((unsigned)blocks), dim3(THREADS), SharedBytes<sizeof(Shared<DIM>)>{},
+      (cudaStream_t)a.stream, heads_map<T, DIM>(a.q, a.tokens, a.heads, ROWS),
+      heads_map<T, DIM>(a.k, a.keys, a.kv_heads, KEYS),
+      heads_map<T, DIM>(a.v, a.keys, a.kv_heads, KEYS), a);
 }
 
 }  // namespace llama2rt::sm90

@@ -309,12 +309,13 @@ void backward(const AttentionBackward& b) {
   const auto stream = (cudaStream_t)a.stream;
   const int64_t row_blocks = tiles_for(a.tokens, ROWS, a.documents) * a.heads;
   const int64_t key_blocks = tiles_for(a.keys, ROWS, a.documents) * a.kv_heads;
-  launch("attention_sm90_backward, dq", attention_dq_sm90_kernel<T, DIM>,
-         dim3((unsigned)row_blocks), dim3(THREADS), sizeof(BackwardShared<DIM>), stream,
-         rows(a.q, ROWS), rows(b.dout, ROWS), keys(a.k, INNER), keys(a.v, INNER), b);
-  launch("attention_sm90_backward, dk and dv", attention_dkdv_sm90_kernel<T, DIM>,
-         dim3((unsigned)key_blocks), dim3(THREADS), sizeof(BackwardShared<DIM>), stream,
-         keys(a.k, ROWS), keys(a.v, ROWS), rows(a.q, INNER), rows(b.dout, INNER), b);
+  const SharedBytes<sizeof(BackwardShared<DIM>)> shared;
+  launch<attention_dq_sm90_kernel<T, DIM>>(
+      "attention_sm90_backward, dq", dim3((unsigned)row_blocks), dim3(THREADS), shared, stream,
+      rows(a.q, ROWS), rows(b.dout, ROWS), keys(a.k, INNER), keys(a.v, INNER), b);
+  launch<attention_dkdv_sm90_kernel<T, DIM>>(
+      "attention_sm90_backward, dk and dv", dim3((unsigned)key_blocks), dim3(THREADS), shared,
+      stream, keys(a.k, ROWS), keys(a.v, ROWS), rows(a.q, INNER), rows(b.dout, INNER), b);
 }
 
 }  // namespace llama2rt::sm90

@@ -145,14 +145,15 @@ void check_rows(const void* first, int64_t stride) {
 
 template <typename T, bool ENTROPY>
 void run(const TokenLogprob& a, dim3 grid) {
-  launch("token_logprob", token_logprob_kernel<T, ENTROPY>, grid, dim3(32 * WARPS), 0,
-         (cudaStream_t)a.stream, a);
+  launch<token_logprob_kernel<T, ENTROPY>>("token_logprob", grid, dim3(32 * WARPS),
+                                           SharedBytes<0>{}, (cudaStream_t)a.stream, a);
 }
 template <typename T, bool ENTROPY>
 void run(const TokenLogprobBackward& a, dim3 grid) {
   check_rows<T>(a.dlogits, a.dlogits_stride);
-  launch("token_logprob_backward", token_logprob_backward_kernel<T, ENTROPY>, grid,
-         dim3(32 * WARPS), 0, (cudaStream_t)a.stream, a);
+  launch<token_logprob_backward_kernel<T, ENTROPY>>("token_logprob_backward", grid,
+                                                    dim3(32 * WARPS), SharedBytes<0>{},
+                                                    (cudaStream_t)a.stream, a);
 }
 
 template <typename T, typename Arguments>
