@@ -94,6 +94,16 @@ def test_a_block_fits_wherever_its_kernel_may_run(found):
     assert not {name for name in never if not re.search(r"sm90_kernel<.*sm_80$", name)}
 
 
+def test_decode_attention_runs_as_many_blocks_at_once_as_its_splits_count_on(found):
+    from llama2rt.ops.cuda_kernels.decode_attention import blocks_at_once
+
+    kernels = {n: used for n, used in found.items() if n.startswith("decode_attention_kernel")}
+    assert kernels
+    for name, used in kernels.items():
+        dim = int(name.partition(", ")[2].partition(">")[0])
+        assert used.occupancy * 64 // (used.threads // 32) >= blocks_at_once(dim, 1), name
+
+
 def test_no_forward_kernel_spills(found):
     forward = {name for name in found if not any(word in name for word in GRADIENTS)}
     assert forward and len(forward) < len(found)
