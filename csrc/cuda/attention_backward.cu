@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(DELTA_THREADS)
       for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
     }
   }
-  for (int offset = DELTA_LANES / 2; offset > 0; offset /= 2)
-    sum += __shfl_xor_sync(0xffffffff, sum, offset);
+  sum = sum_of_lanes(sum, 1, DELTA_LANES / 2);
   if (token < a.tokens && threadIdx.x % DELTA_LANES == 0) b.delta[head * a.tokens + token] = sum;
 }
 

@@ -86,17 +86,6 @@ __device__ inline void store(float* target, const float (&acc)[MAX_COLUMNS], flo
   }
 }
 
-__device__ inline float warp_max(float x) {
-  for (int offset = LANES / 2; offset > 0; offset /= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, offset));
-  return x;
-}
-
-__device__ inline float warp_sum(float x) {
-  for (int offset = LANES / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-  return x;
-}
-
 // Row r of the document's keys or values from `start` on, null past the last.
 __device__ inline const float* key_row(const QueryTile& tile, const Attention::Heads& x, int key) {
   return key < tile.keys ? row_of<float>(x, tile.key + key, tile.head) : nullptr;
@@ -126,12 +115,13 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_forward_kernel(const A
 #pragma unroll
     for (int r = 0; r < RESIDENT; ++r) {
       const bool seen = start + lane <= tile.last(first_row + r);
-      const float highest = fmaxf(peak[r], warp_max(seen ? scores[r] * a.scale : -INFINITY));
+      const float score = seen ? scores[r] * a.scale : -INFINITY;
+      const float highest = fmaxf(peak[r], largest_of_lanes(score, 1, 16));
       // A row that has seen no key yet has no maximum to subtract.
       const float shift = highest == -INFINITY ? 0.0f : highest;
       decay[r] = expf(peak[r] - shift);
       const float p = seen ? expf(fmaf(scores[r], a.scale, -shift)) : 0.0f;
-      total[r] = total[r] * decay[r] + warp_sum(p);
+      total[r] = total[r] * decay[r] + sum_of_lanes(p, 1, 16);
       peak[r] = highest;
       weights[r * LANES + lane] = p;
     }
@@ -160,7 +150,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_delta_kernel(const Att
   float sum = 0.0f;
   for (int64_t i = threadIdx.x % LANES; i < a.head_dim; i += LANES)
     sum = fmaf(dout[i], out[i], sum);
-  sum = warp_sum(sum);
+  sum = sum_of_lanes(sum, 1, 16);
   if (threadIdx.x % LANES == 0) b.delta[head * a.tokens + token] = sum;
 }
 

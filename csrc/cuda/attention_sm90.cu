@@ -70,9 +70,7 @@ __device__ inline void weigh(float (&scores)[KEYS / 2], Softmax& softmax, float 
 #pragma unroll
     for (int i = 2 * r; i < KEYS / 2; i += 4)
       highest = fmaxf(highest, fmaxf(scores[i], scores[i + 1]));
-    highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 1));
-    highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 2));
-    const float peak = fmaxf(softmax.peak[r], highest * scale2);
+    const float peak = fmaxf(softmax.peak[r], largest_of_lanes(highest, 1, 2) * scale2);
     // A row that has seen no key yet has no maximum to subtract.
     const float subtract = peak == -INFINITY ? 0.0f : peak;
     decay[r] = ptx::exp2(softmax.peak[r] - subtract);
@@ -100,9 +98,7 @@ __device__ void store(const Attention& a, const Work& w, const float (&sums)[DIM
                       const Softmax& softmax, int row) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float total = softmax.total[r];
-    total += __shfl_xor_sync(0xffffffff, total, 1);
-    total += __shfl_xor_sync(0xffffffff, total, 2);
+    const float total = sum_of_lanes(softmax.total[r], 1, 2);
     if (row + 8 * r >= w.queries) continue;
     // A row that sees no key: 0, and minus infinity as the logarithm of an empty sum.
     const int64_t token = w.query_start + row + 8 * r;

@@ -92,9 +92,7 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
     const bool exists = row + 8 * r < w.queries;
     const int64_t token = w.query_start + row + 8 * r, at = w.head * a.tokens + token;
     lse2[r] = exists ? a.lse[at] * LOG2E : 0.0f;
-    delta[r] = exists ? delta_of<T, DIM>(b, token, w.head) : 0.0f;
-    delta[r] += __shfl_xor_sync(0xffffffff, delta[r], 1);
-    delta[r] += __shfl_xor_sync(0xffffffff, delta[r], 2);
+    delta[r] = sum_of_lanes(exists ? delta_of<T, DIM>(b, token, w.head) : 0.0f, 1, 2);
     if (exists && threadIdx.x % 4 == 0) b.delta[at] = delta[r];
   }
 

@@ -34,17 +34,6 @@ __device__ T* chunk_at(T* tile, int row, int chunk) {
   return tile + row * DIM + (chunk ^ (row & 7)) * (16 / (int)sizeof(T));
 }
 
-__device__ inline float largest_of_lanes(float x, int first, int last) {
-  for (int lanes = first; lanes <= last; lanes *= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lanes));
-  return x;
-}
-
-__device__ inline float sum_of_lanes(float x, int first, int last) {
-  for (int lanes = first; lanes <= last; lanes *= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
-  return x;
-}
-
 // What one warp has seen of its keys, for each of ROWS query rows: the largest score, the sum of
 // exponentials relative to it, and that sum weighted with the values. A tile has KEYS keys, of which
 // the first `present` count, at least one; the rest of the tile is zeros.

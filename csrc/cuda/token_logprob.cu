@@ -79,14 +79,9 @@ struct Statistics {
 
   // Over all lanes, for each of them.
   __device__ void merge(float scale) {
-    float higher = peak;
-    for (int lanes = 16; lanes > 0; lanes /= 2)
-      higher = fmaxf(higher, __shfl_xor_sync(0xffffffff, higher, lanes));
-    raise(higher, scale);
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      total += __shfl_xor_sync(0xffffffff, total, lanes);
-      if (ENTROPY) weighted += __shfl_xor_sync(0xffffffff, weighted, lanes);
-    }
+    raise(largest_of_lanes(peak, 1, 16), scale);
+    total = sum_of_lanes(total, 1, 16);
+    if (ENTROPY) weighted = sum_of_lanes(weighted, 1, 16);
   }
 };
 
