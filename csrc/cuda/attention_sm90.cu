@@ -131,8 +131,7 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
     const int present = w.keys - (w.tiles - 1) * KEYS;
     if (i == 0 && present < KEYS) {
       clear_rows(s.v[0], present);
-      fence_proxy_async();
-      barrier_sync(TAIL + group, GROUP_THREADS);
+      show_cleared();
     }
   };
 
@@ -149,10 +148,10 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
     to_factor<T>(scores, factor);
     wait_keys(1);
 
-    if (group == 1 && w.tiles > 1) barrier_arrive(TURN + 0, 2 * GROUP_THREADS);
+    if (group == 1 && w.tiles > 1) barrier_arrive(TURN + 0, CONSUMER_THREADS);
     for (int i = 1; i < w.tiles; ++i) {
       wait_values(i - 1);
-      barrier_sync(TURN + group, 2 * GROUP_THREADS);
+      barrier_sync(TURN + group, CONSUMER_THREADS);
       pin(scores), pin(sums), pin(factor);
       wgmma_fence();
       multiply_rows<T>(scores, s.q, group_row, s.k[i % s.STAGES]);
@@ -160,7 +159,7 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
       multiply_columns<T>(sums, factor, s.v[(i - 1) % s.STAGES]);
       wgmma_commit();
       // Nobody waits for a turn after the second warp group's last.
-      if (group == 0 || i + 1 < w.tiles) barrier_arrive(TURN + 1 - group, 2 * GROUP_THREADS);
+      if (group == 0 || i + 1 < w.tiles) barrier_arrive(TURN + 1 - group, CONSUMER_THREADS);
       wgmma_wait<1>();
       pin(scores);
       if (speaks_for_warp()) mbarrier_arrive(&s.keys.free[i % s.STAGES]);

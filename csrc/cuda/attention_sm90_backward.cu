@@ -105,8 +105,7 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
     mbarrier_wait(&s.ring.full[i % STAGES], s.ring.parity(i));
     if (w.keys - key < INNER) {
       clear_rows(keys, w.keys - key);
-      fence_proxy_async();
-      barrier_sync(TAIL + group, GROUP_THREADS);
+      show_cleared();
     }
     wgmma_fence();
     multiply_rows<T>(scores, s.first, group_row, keys);
@@ -192,8 +191,7 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     if (present < INNER) {
       clear_rows(rows, present);
       clear_rows(dout, present);
-      fence_proxy_async();
-      barrier_sync(TAIL + group, GROUP_THREADS);
+      show_cleared();
     }
     wgmma_fence();
     multiply_rows<T>(scores, s.first, group_row, rows);
