@@ -173,10 +173,7 @@ PAGE = 256  # what every peer takes
 # first of them is a figure's curve. All 256 of the longest would leave peers no room on 80 GB.
 DECODE: dict[str, tuple[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {
     "cpu": ((32, 8, 128), {8: (512, 2048, 8192)}),
-    "cuda": (
-        (32, 8, 128),
-        {64: (1024, 4096, 16384), 1: (1024, 4096, 16384), 256: (1024, 4096)},
-    ),
+    "cuda": ((32, 8, 128), {64: (1024, 4096, 16384), 1: (1024, 4096, 16384), 256: (4096,)}),
 }
 if SMOKE:
     DECODE = {device: ((4, 2, 64), {2: (300,), 1: (40,)}) for device in DEVICES}
