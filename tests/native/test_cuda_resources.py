@@ -154,6 +154,23 @@ def test_nothing_is_worse_than_recorded(found):
     assert not lines, "\n".join([*lines, f"if it is worth it: {COMMAND}"])
 
 
+def test_the_page_of_attention_has_the_figures_of_the_record():
+    """Its table for an A100: warps, registers, shared memory, and the blocks that these let run."""
+    page = (FOLDER.parents[1] / "docs/kernels/attention.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (forward|dq|dkdv) \| (\d+) \| .* \| (\d+) \| (\d+) \| ([\d.]+) KB \| (\d+) \|$",
+        page,
+        re.MULTILINE,
+    )
+    assert len(rows) == 9
+    record = json.loads(RECORD.read_text(encoding="utf-8"))["kernels"]
+    for kernel, dim, warps, registers, shared_kb, blocks in rows:
+        used = record[f"attention_{kernel}_kernel<bf16, {dim}>, sm_80"]
+        assert (used["threads"], used["registers"]) == (32 * int(warps), int(registers))
+        assert used["dynamic_shared_bytes"] == pytest.approx(float(shared_kb) * 1024)
+        assert used["occupancy"] * 64 / int(warps) == int(blocks), f"{kernel} {dim}"
+
+
 def test_each_way_of_being_worse_is_seen():
     recorded = {
         "registers": 32,
