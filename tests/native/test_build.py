@@ -111,10 +111,19 @@ def test_any_other_choice_is_refused(tmp_path):
 def test_on_with_nvcc_builds_for_both_architectures(tmp_path):
     if NVCC is None:
         pytest.skip("nvcc is not on PATH")
-    run = configure(tmp_path, "ON", nvcc=Path(NVCC))
+    run = configure(tmp_path, "ON", nvcc=Path(NVCC), CUDAARCHS="")
     assert run.returncode == 0, run.stderr
     assert "_cuda is built for 80-real;90a-real;80-virtual" in run.stdout
     assert installs(tmp_path) == {"_cpu", "_cuda"}
+
+
+@pytest.mark.parametrize("architecture", ["75-real", "all-major"])
+def test_an_architecture_without_the_instructions_is_refused(tmp_path, architecture):
+    if NVCC is None:
+        pytest.skip("nvcc is not on PATH")
+    run = configure(tmp_path, "AUTO", nvcc=Path(NVCC), CUDAARCHS=architecture)
+    assert run.returncode != 0
+    assert f"CUDA architecture {architecture}: expected 80 (A100) or later" in run.stderr
 
 
 def test_max_jobs_is_honoured_and_memory_bounds_it_otherwise(tmp_path):
