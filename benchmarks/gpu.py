@@ -150,7 +150,7 @@ def phases(folder: Path, records: Path) -> list[Phase]:
             [*pytest, "-ra", f"--junitxml={report}", "tests/gpu"],
             check=lambda: all_skipped(report),
         ),
-        Phase("benchmarks", 170, [*pytest, "-s", "benchmarks/ops"], {"BENCH_OUT": str(records)}),
+        Phase("benchmarks", 185, [*pytest, "-s", "benchmarks/ops"], {"BENCH_OUT": str(records)}),
         Phase(
             "figures",
             20,

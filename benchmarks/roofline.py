@@ -25,6 +25,8 @@ if __name__ == "__main__":  # pytest has them from pyproject.toml
 import work  # noqa: E402
 from work import Work  # noqa: E402
 
+from llama2rt.ops.cuda_kernels import decode_attention as decode  # noqa: E402
+
 PAGE, FIGURE = ROOT / "docs/roofline.md", ROOT / "docs/images/roofline.svg"
 RESULTS = ROOT / "benchmarks/results"
 NOT_RUN = "not yet run on a GPU"
@@ -41,7 +43,9 @@ class Hardware:
     """bf16 products on tensor cores."""
     vector_flops_per_s: float
     """fp32 arithmetic outside them."""
-    source: str
+    multiprocessors: int
+    sources: str
+    """Where each of the four figures stands."""
 
     def peak(self, op: str) -> float:
         return self.matrix_flops_per_s if op in MATRIX_OPS else self.vector_flops_per_s
@@ -55,9 +59,25 @@ class Hardware:
 
 
 HARDWARE = (
-    Hardware("A100", 2.039e12, 312e12, 19.5e12, "NVIDIA A100 80GB SXM data sheet"),
     Hardware(
-        "H200", 4.8e12, 989e12, 67e12, "NVIDIA H200 SXM data sheet, halved where it is sparse"
+        "A100",
+        2.039e12,
+        312e12,
+        19.5e12,
+        108,
+        'NVIDIA, "A100 Tensor Core GPU" data sheet, A100 80GB SXM: bandwidth, "BFLOAT16 Tensor '
+        'Core" (312 without sparsity, 624 with), "FP32". Multiprocessors: NVIDIA, "A100 Tensor '
+        'Core GPU Architecture" (2020)',
+    ),
+    Hardware(
+        "H200",
+        4.8e12,
+        989e12,
+        67e12,
+        132,
+        'NVIDIA, "H200 Tensor Core GPU" data sheet, H200 SXM: bandwidth, "BFLOAT16 Tensor Core" '
+        '(1,979 with sparsity, halved), "FP32". Multiprocessors: NVIDIA, "H100 Tensor Core GPU '
+        'Architecture" (2022), whose SXM5 chip it has',
     ),
 )
 
@@ -73,6 +93,12 @@ def _benchmark(name: str) -> ModuleType:
     return module
 
 
+def decode_shapes() -> list[tuple[int, int, int, int, int]]:
+    """Sequences, context, query heads, key heads and head dimension, by the size of the batch."""
+    heads, batches = _benchmark("test_attention").DECODE["cuda"]
+    return [(n, context, *heads) for n in sorted(batches) for context in batches[n]]
+
+
 def all_work() -> list[Work]:
     """Of every op and direction, at the shapes that benchmarks/ops runs on a GPU."""
     found = [
@@ -86,8 +112,7 @@ def all_work() -> list[Work]:
         for direction in work.ATTENTION_PRODUCTS
         for name, s in attention.SHAPES["cuda"].items()
     ]
-    (sequences, *heads), contexts = attention.DECODE["cuda"]
-    found += [work.decode_attention(sequences, context, *heads) for context in contexts]
+    found += [work.decode_attention(*shape) for shape in decode_shapes()]
     found += [
         work.token_logprob(direction, tokens, dim, vocabulary)
         for direction in work.LOGPROB_PRODUCTS
@@ -125,16 +150,49 @@ def _line(todo: Work, found: list[dict[str, Any]]) -> str:
     return "| " + " | ".join([*cells, "; ".join(said) or NOT_RUN]) + " |"
 
 
+def decode_launch(sequences: int, context: int, kv_heads: int, dim: int, gpu: Hardware) -> str:
+    """How the CUDA kernel's launch divides the caches over `gpu`: splits of a context, and blocks
+    that have keys; these take turns where they are more than run at once."""
+    slots, items = decode.blocks_at_once(dim, gpu.multiprocessors), sequences * kv_heads
+    splits = decode.split_count(items, context, slots)
+    tile = decode.SHORTEST_SPLIT  # of keys: the kernel gives each split a whole number of them
+    share = -(-context // (splits * tile)) * tile
+    splits_with_keys = -(-context // share)
+    blocks = items * splits_with_keys
+    busy = min(blocks, gpu.multiprocessors) / gpu.multiprocessors
+    return f"{splits_with_keys} | {blocks} | {busy:.0%} | {blocks / slots:.2f}"
+
+
+def _decode_launches() -> list[str]:
+    columns = ("splits", "blocks", "multiprocessors busy", "rounds")
+    heads = " | ".join(f"{gpu.name}: {column}" for gpu in HARDWARE for column in columns)
+    lines = [DECODE_HEAD, f"| shape | {heads} |", "|---|" + "---|" * len(columns) * len(HARDWARE)]
+    for sequences, context, _, kv_heads, dim in decode_shapes():
+        cells = [decode_launch(sequences, context, kv_heads, dim, gpu) for gpu in HARDWARE]
+        lines.append(f"| {sequences} x {context} | " + " | ".join(cells) + " |")
+    return lines
+
+
 HEAD = """# Roofline: the time no kernel can beat
 
 Written by `benchmarks/roofline.py` from the same formulas the benchmarks count with
 (`benchmarks/helpers/work.py`) and the same shapes (`benchmarks/ops`); a test writes it again and
 compares. An op that must move *B* bytes and do *F* floating-point operations takes at least
 max(*B* / bandwidth, *F* / peak). Which of the two is larger says what binds it, and a kernel's
-**measured fraction** is that floor divided by its time. Peaks are the maker's: a copy and a large
-product stay below them, and so does every kernel.
+**measured fraction** is that floor divided by its time. Peaks are the maker's, without sparsity: a
+copy and a large product stay below them, and so does every kernel.
 
 ![attainable rate against arithmetic intensity](images/roofline.svg)
+"""
+
+DECODE_HEAD = """
+How the CUDA kernel's launch fills a GPU, from the code that chooses it
+(`llama2rt/ops/cuda_kernels/decode_attention.py`). The heads of a group share a block; `splits` cut
+each context, and `blocks` are those that have keys. Two run at once on a multiprocessor, as the
+[resources](../csrc/cuda/resources.json) of the kernel allow; `rounds` is blocks by as many as run
+at once. Each has 32 KiB of keys and values on the way while it computes on as many, so a last round
+that is not full need not be slower: with latencies of 0.6 and 0.7 us, assumed and not measured, the
+memory of an A100 asks for 38 such blocks, that of an H200 for 103.
 """
 
 NOTES = """## What is counted
@@ -151,12 +209,14 @@ NOTES = """## What is counted
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    lines = [HEAD, "| GPU | bandwidth, TB/s | bf16 products, TFLOP/s | fp32, TFLOP/s | source |"]
-    lines.append("|---|---|---|---|---|")
+    columns = ("bandwidth, TB/s", "bf16 products, TFLOP/s", "fp32, TFLOP/s", "multiprocessors")
+    lines = [HEAD, f"| GPU | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for gpu in HARDWARE:
         rates = (gpu.bytes_per_s, gpu.matrix_flops_per_s, gpu.vector_flops_per_s)
         figures = " | ".join(f"{rate / 1e12:g}" for rate in rates)
-        lines.append(f"| {gpu.name} | {figures} | {gpu.source} |")
+        lines.append(f"| {gpu.name} | {figures} | {gpu.multiprocessors} |")
+    lines += ["", *(f"- {gpu.name}: {gpu.sources}." for gpu in HARDWARE)]
+    lines += ["", "The data sheets were read in second-hand copies."]
     every = all_work()
     for op in dict.fromkeys(todo.op for todo in every):
         floors = " | ".join(f"{gpu.name} floor, us" for gpu in HARDWARE)
@@ -166,6 +226,8 @@ def page(found: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [_line(todo, found) for todo in every if todo.op == op]
+        if op == "decode_attention":
+            lines += _decode_launches()
     return "\n".join([*lines, "", NOTES])
 
 

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../cuda/ops.h"
+#include "../cuda/shared_bytes.h"
 
 namespace py = pybind11;
 
@@ -192,6 +193,12 @@ void bind_kernels(py::module_& m) {
   bind_attention(m);
   bind_decode_attention(m);
   bind_token_logprob(m);
+  m.def("most_shared_bytes", [] {
+    py::list kernels;
+    for (const ListedKernel* at = ListedKernel::first; at; at = at->next)
+      kernels.append(py::make_tuple(at->name, at->most_shared_bytes));
+    return kernels;
+  }, "[(mangled name, bytes)] of every launch: the most dynamic shared memory that it asks for.");
 }
 
 }  // namespace llama2rt

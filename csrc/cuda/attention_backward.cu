@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(DELTA_THREADS)
       for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
     }
   }
-  for (int offset = DELTA_LANES / 2; offset > 0; offset /= 2)
-    sum += __shfl_xor_sync(0xffffffff, sum, offset);
+  sum = sum_of_lanes(sum, 1, DELTA_LANES / 2);
   if (token < a.tokens && threadIdx.x % DELTA_LANES == 0) b.delta[head * a.tokens + token] = sum;
 }
 
@@ -262,19 +261,24 @@ void run(const AttentionBackward& b) {
   const auto stream = (cudaStream_t)a.stream;
   if (a.tokens > 0) {
     const int64_t threads = a.tokens * a.heads * DELTA_LANES;
-    launch("attention_delta_kernel", attention_delta_kernel<T>,
-           grid_of((threads + DELTA_THREADS - 1) / DELTA_THREADS), dim3(DELTA_THREADS), 0, stream,
-           b);
+    launch<attention_delta_kernel<T>>("attention_delta_kernel",
+                                      grid_of((threads + DELTA_THREADS - 1) / DELTA_THREADS),
+                                      dim3(DELTA_THREADS), SharedBytes<0>{}, stream, b);
     constexpr Shape s = dq_shape(DIM);
     const int64_t tiles = tiles_for(a.tokens * (a.heads / a.kv_heads), s.resident, a.documents);
-    launch("attention_dq_kernel", attention_dq_kernel<T, DIM>, grid_of(tiles * a.kv_heads),
-           dim3(32 * s.warps), shared_elements(s, DIM) * sizeof(T), stream, b);
+    launch<attention_dq_kernel<T, DIM>>("attention_dq_kernel", grid_of(tiles * a.kv_heads),
+                                        dim3(32 * s.warps),
+                                        SharedBytes<shared_elements(s, DIM) * sizeof(T)>{}, stream,
+                                        b);
   }
   if (a.keys > 0) {
     constexpr Shape s = dkdv_shape(DIM);
-    launch("attention_dkdv_kernel", attention_dkdv_kernel<T, DIM>,
-           grid_of(tiles_for(a.keys, s.resident, a.documents) * a.kv_heads), dim3(32 * s.warps),
-           shared_elements(s, DIM) * sizeof(T) + 4 * s.streamed * sizeof(float), stream, b);
+    constexpr size_t BYTES =
+        shared_elements(s, DIM) * sizeof(T) + 4 * s.streamed * sizeof(float);
+    launch<attention_dkdv_kernel<T, DIM>>(
+        "attention_dkdv_kernel",
+        grid_of(tiles_for(a.keys, s.resident, a.documents) * a.kv_heads), dim3(32 * s.warps),
+        SharedBytes<BYTES>{}, stream, b);
   }
 }
 

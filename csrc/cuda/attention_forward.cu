@@ -100,9 +100,7 @@ __global__ void __launch_bounds__(32 * shape(DIM).warps, shape(DIM).blocks)
 #pragma unroll
             for (int i = 2 * half; i < 2 * half + 2; ++i)
               highest = fmaxf(highest, scores[m][n][i]);
-          highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 1));
-          highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 2));
-          highest = fmaxf(peak[m][half], highest * scale);
+          highest = fmaxf(peak[m][half], largest_of_lanes(highest, 1, 2) * scale);
           // A row that has seen no key yet has no maximum to subtract.
           const float shift = highest == -INFINITY ? 0.0f : highest;
           const float decay = ptx::exp2(peak[m][half] - shift);
@@ -131,8 +129,7 @@ __global__ void __launch_bounds__(32 * shape(DIM).warps, shape(DIM).blocks)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& sum = total[m][half];
-      sum += __shfl_xor_sync(0xffffffff, sum, 1);
-      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      sum = sum_of_lanes(sum, 1, 2);
       // A row that sees no key: 0, and minus infinity as the logarithm of an empty sum.
       if (sum == 0.0f) sum = 1.0f;
       const int r = first_row + m * 16 + half * 8 + lane / 4;
@@ -149,9 +146,10 @@ template <typename T, int DIM>
 void run(const Attention& a) {
   constexpr Shape s = shape(DIM);
   const int64_t tiles = tiles_for(a.tokens * (a.heads / a.kv_heads), s.rows, a.documents);
-  launch("attention_forward_kernel", attention_forward_kernel<T, DIM>,
-         grid_of(tiles * a.kv_heads), dim3(32 * s.warps),
-         (s.rows + s.stages * s.keys) * DIM * sizeof(T), (cudaStream_t)a.stream, a);
+  constexpr size_t BYTES = (s.rows + s.stages * s.keys) * DIM * sizeof(T);
+  launch<attention_forward_kernel<T, DIM>>("attention_forward_kernel", grid_of(tiles * a.kv_heads),
+                                           dim3(32 * s.warps), SharedBytes<BYTES>{},
+                                           (cudaStream_t)a.stream, a);
 }
 
 }  // namespace

@@ -17,13 +17,13 @@ namespace llama2rt {
 namespace {
 
 constexpr int WARPS = 4, RESIDENT = 2, ROWS = WARPS * RESIDENT, LANES = 32;
-constexpr int THREADS = WARPS * LANES, MAX_COLUMNS = 256 / LANES;
+constexpr int THREADS = WARPS * LANES, MAX_DIM = 256, MAX_COLUMNS = MAX_DIM / LANES;
 
 using Four = Pack<float, 4>;
 
 // Floats from one row of a tile to the next: with 4 more than a multiple of 32, eight lanes that
 // read four floats of eight rows meet in no bank.
-__host__ __device__ inline int pitch(int64_t dim) { return (int)(dim + 31) / 32 * 32 + 4; }
+__host__ __device__ constexpr int pitch(int64_t dim) { return (int)(dim + 31) / 32 * 32 + 4; }
 
 // A tile of `rows` rows; row(r) is where row r lies, null for a row of zeros.
 template <typename Row>
@@ -86,17 +86,6 @@ __device__ inline void store(float* target, const float (&acc)[MAX_COLUMNS], flo
   }
 }
 
-__device__ inline float warp_max(float x) {
-  for (int offset = LANES / 2; offset > 0; offset /= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, offset));
-  return x;
-}
-
-__device__ inline float warp_sum(float x) {
-  for (int offset = LANES / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-  return x;
-}
-
 // Row r of the document's keys or values from `start` on, null past the last.
 __device__ inline const float* key_row(const QueryTile& tile, const Attention::Heads& x, int key) {
   return key < tile.keys ? row_of<float>(x, tile.key + key, tile.head) : nullptr;
@@ -126,12 +115,13 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_forward_kernel(const A
 #pragma unroll
     for (int r = 0; r < RESIDENT; ++r) {
       const bool seen = start + lane <= tile.last(first_row + r);
-      const float highest = fmaxf(peak[r], warp_max(seen ? scores[r] * a.scale : -INFINITY));
+      const float score = seen ? scores[r] * a.scale : -INFINITY;
+      const float highest = fmaxf(peak[r], largest_of_lanes(score, 1, 16));
       // A row that has seen no key yet has no maximum to subtract.
       const float shift = highest == -INFINITY ? 0.0f : highest;
       decay[r] = expf(peak[r] - shift);
       const float p = seen ? expf(fmaf(scores[r], a.scale, -shift)) : 0.0f;
-      total[r] = total[r] * decay[r] + warp_sum(p);
+      total[r] = total[r] * decay[r] + sum_of_lanes(p, 1, 16);
       peak[r] = highest;
       weights[r * LANES + lane] = p;
     }
@@ -160,7 +150,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_delta_kernel(const Att
   float sum = 0.0f;
   for (int64_t i = threadIdx.x % LANES; i < a.head_dim; i += LANES)
     sum = fmaf(dout[i], out[i], sum);
-  sum = warp_sum(sum);
+  sum = sum_of_lanes(sum, 1, 16);
   if (threadIdx.x % LANES == 0) b.delta[head * a.tokens + token] = sum;
 }
 
@@ -262,9 +252,13 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_dkdv_kernel(const Atte
 }
 
 // Of tiles and, each ROWS by 32, weights.
-size_t shared_bytes(int64_t dim, int resident_tiles, int weights) {
-  return ((resident_tiles * ROWS + 2 * LANES) * pitch(dim) + weights * ROWS * LANES) *
-         sizeof(float);
+template <int RESIDENT_TILES, int WEIGHTS>
+auto shared_bytes(int64_t dim) {
+  constexpr auto bytes = [](int64_t dim) {
+    return ((RESIDENT_TILES * ROWS + 2 * LANES) * pitch(dim) + WEIGHTS * ROWS * LANES) *
+           sizeof(float);
+  };
+  return SharedBytes<bytes(MAX_DIM)>{bytes(dim)};
 }
 
 int64_t query_tiles(const Attention& a) {
@@ -274,23 +268,25 @@ int64_t query_tiles(const Attention& a) {
 }  // namespace
 
 void attention_fp32(const Attention& a) {
-  launch("attention_fp32_forward_kernel", attention_fp32_forward_kernel, grid_of(query_tiles(a)),
-         dim3(THREADS), shared_bytes(a.head_dim, 1, 1), (cudaStream_t)a.stream, a);
+  launch<attention_fp32_forward_kernel>("attention_fp32_forward_kernel", grid_of(query_tiles(a)),
+                                        dim3(THREADS), shared_bytes<1, 1>(a.head_dim),
+                                        (cudaStream_t)a.stream, a);
 }
 
 void attention_backward_fp32(const AttentionBackward& b) {
   const Attention& a = b.forward;
   const auto stream = (cudaStream_t)a.stream;
   if (a.tokens > 0) {
-    launch("attention_fp32_delta_kernel", attention_fp32_delta_kernel,
-           grid_of((a.tokens * a.heads + WARPS - 1) / WARPS), dim3(THREADS), 0, stream, b);
-    launch("attention_fp32_dq_kernel", attention_fp32_dq_kernel, grid_of(query_tiles(a)),
-           dim3(THREADS), shared_bytes(a.head_dim, 2, 1), stream, b);
+    launch<attention_fp32_delta_kernel>("attention_fp32_delta_kernel",
+                                        grid_of((a.tokens * a.heads + WARPS - 1) / WARPS),
+                                        dim3(THREADS), SharedBytes<0>{}, stream, b);
+    launch<attention_fp32_dq_kernel>("attention_fp32_dq_kernel", grid_of(query_tiles(a)),
+                                     dim3(THREADS), shared_bytes<2, 1>(a.head_dim), stream, b);
   }
   if (a.keys > 0)
-    launch("attention_fp32_dkdv_kernel", attention_fp32_dkdv_kernel,
-           grid_of(tiles_for(a.keys, ROWS, a.documents) * a.kv_heads), dim3(THREADS),
-           shared_bytes(a.head_dim, 2, 2), stream, b);
+    launch<attention_fp32_dkdv_kernel>("attention_fp32_dkdv_kernel",
+                                       grid_of(tiles_for(a.keys, ROWS, a.documents) * a.kv_heads),
+                                       dim3(THREADS), shared_bytes<2, 2>(a.head_dim), stream, b);
 }
 
 }  // namespace llama2rt

@@ -70,9 +70,7 @@ __device__ inline void weigh(float (&scores)[KEYS / 2], Softmax& softmax, float 
 #pragma unroll
     for (int i = 2 * r; i < KEYS / 2; i += 4)
       highest = fmaxf(highest, fmaxf(scores[i], scores[i + 1]));
-    highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 1));
-    highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 2));
-    const float peak = fmaxf(softmax.peak[r], highest * scale2);
+    const float peak = fmaxf(softmax.peak[r], largest_of_lanes(highest, 1, 2) * scale2);
     // A row that has seen no key yet has no maximum to subtract.
     const float subtract = peak == -INFINITY ? 0.0f : peak;
     decay[r] = ptx::exp2(softmax.peak[r] - subtract);
@@ -100,9 +98,7 @@ __device__ void store(const Attention& a, const Work& w, const float (&sums)[DIM
                       const Softmax& softmax, int row) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float total = softmax.total[r];
-    total += __shfl_xor_sync(0xffffffff, total, 1);
-    total += __shfl_xor_sync(0xffffffff, total, 2);
+    const float total = sum_of_lanes(softmax.total[r], 1, 2);
     if (row + 8 * r >= w.queries) continue;
     // A row that sees no key: 0, and minus infinity as the logarithm of an empty sum.
     const int64_t token = w.query_start + row + 8 * r;
@@ -135,8 +131,7 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
     const int present = w.keys - (w.tiles - 1) * KEYS;
     if (i == 0 && present < KEYS) {
       clear_rows(s.v[0], present);
-      fence_proxy_async();
-      barrier_sync(TAIL + group, GROUP_THREADS);
+      show_cleared();
     }
   };
 
@@ -153,10 +148,10 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
     to_factor<T>(scores, factor);
     wait_keys(1);
 
-    if (group == 1 && w.tiles > 1) barrier_arrive(TURN + 0, 2 * GROUP_THREADS);
+    if (group == 1 && w.tiles > 1) barrier_arrive(TURN + 0, CONSUMER_THREADS);
     for (int i = 1; i < w.tiles; ++i) {
       wait_values(i - 1);
-      barrier_sync(TURN + group, 2 * GROUP_THREADS);
+      barrier_sync(TURN + group, CONSUMER_THREADS);
       pin(scores), pin(sums), pin(factor);
       wgmma_fence();
       multiply_rows<T>(scores, s.q, group_row, s.k[i % s.STAGES]);
@@ -164,7 +159,7 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
       multiply_columns<T>(sums, factor, s.v[(i - 1) % s.STAGES]);
       wgmma_commit();
       // Nobody waits for a turn after the second warp group's last.
-      if (group == 0 || i + 1 < w.tiles) barrier_arrive(TURN + 1 - group, 2 * GROUP_THREADS);
+      if (group == 0 || i + 1 < w.tiles) barrier_arrive(TURN + 1 - group, CONSUMER_THREADS);
       wgmma_wait<1>();
       pin(scores);
       if (speaks_for_warp()) mbarrier_arrive(&s.keys.free[i % s.STAGES]);
@@ -223,11 +218,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <typename T, int DIM>
 void forward(const Attention& a) {
   const int64_t blocks = tiles_for(a.tokens, ROWS, a.documents) * a.heads;
-  launch("attention_sm90", attention_forward_sm90_kernel<T, DIM>, dim3((unsigned)blocks),
-         dim3(THREADS), sizeof(Shared<DIM>), (cudaStream_t)a.stream,
-         heads_map<T, DIM>(a.q, a.tokens, a.heads, ROWS),
-         heads_map<T, DIM>(a.k, a.keys, a.kv_heads, KEYS),
-         heads_map<T, DIM>(a.v, a.keys, a.kv_heads, KEYS), a);
+  launch<attention_forward_sm90_kernel<T, DIM>>(
+      "attention_sm90", dim3((unsigned)blocks), dim3(THREADS), SharedBytes<sizeof(Shared<DIM>)>{},
+      (cudaStream_t)a.stream, heads_map<T, DIM>(a.q, a.tokens, a.heads, ROWS),
+      heads_map<T, DIM>(a.k, a.keys, a.kv_heads, KEYS),
+      heads_map<T, DIM>(a.v, a.keys, a.kv_heads, KEYS), a);
 }
 
 }  // namespace llama2rt::sm90

@@ -17,7 +17,8 @@ using namespace ptx;
 
 // Three warp groups: one copies, two compute 64 rows each.
 inline constexpr int GROUP_THREADS = 128, GROUP_ROWS = 64, ROWS = 2 * GROUP_ROWS;
-inline constexpr int THREADS = 3 * GROUP_THREADS, CONSUMER_WARPS = 8;
+inline constexpr int THREADS = 3 * GROUP_THREADS;
+inline constexpr int CONSUMER_THREADS = 2 * GROUP_THREADS, CONSUMER_WARPS = CONSUMER_THREADS / 32;
 // 65536 registers are 168 for each of 384 threads; the copying warp group hands most of its own to
 // the others. The counts are those of arXiv:2407.08608's code for this shape of block.
 inline constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
@@ -57,14 +58,21 @@ __device__ void load_tile(unsigned char (&to)[CHUNKS][LENGTH][128], const Tensor
     load_box(to[chunk], map, barrier, 64 * chunk, head, (int)token);
 }
 
-// Zeros from row `from` on; a fence and a barrier of the warp group must follow. Both computing
-// warp groups write all of them and each waits for its own threads only: it does not matter that
-// the other may already read, or still write, the same.
+// Zeros from row `from` on, by both computing warp groups together; show_cleared() must follow
+// before either reads the tile.
 template <int CHUNKS, int LENGTH>
 __device__ void clear_rows(unsigned char (&tile)[CHUNKS][LENGTH][128], int from) {
+  const int thread = threadIdx.x - GROUP_THREADS;
   for (int chunk = 0; chunk < CHUNKS; ++chunk)
-    for (int i = from * 8 + threadIdx.x % GROUP_THREADS; i < LENGTH * 8; i += GROUP_THREADS)
+    for (int i = from * 8 + thread; i < LENGTH * 8; i += CONSUMER_THREADS)
       store_zeros(&tile[chunk][0][0] + 16 * i);
+}
+
+// One barrier for both warp groups, though each could clear what it reads itself: then one would
+// read by wgmma what the other still writes. The same zeros, but a race to the memory model.
+__device__ inline void show_cleared() {
+  fence_proxy_async();
+  barrier_sync(TAIL, CONSUMER_THREADS);
 }
 
 // sums [64, LENGTH] = rows `row` to `row` + 63 of a, times the rows of b.

@@ -92,9 +92,7 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
     const bool exists = row + 8 * r < w.queries;
     const int64_t token = w.query_start + row + 8 * r, at = w.head * a.tokens + token;
     lse2[r] = exists ? a.lse[at] * LOG2E : 0.0f;
-    delta[r] = exists ? delta_of<T, DIM>(b, token, w.head) : 0.0f;
-    delta[r] += __shfl_xor_sync(0xffffffff, delta[r], 1);
-    delta[r] += __shfl_xor_sync(0xffffffff, delta[r], 2);
+    delta[r] = sum_of_lanes(exists ? delta_of<T, DIM>(b, token, w.head) : 0.0f, 1, 2);
     if (exists && threadIdx.x % 4 == 0) b.delta[at] = delta[r];
   }
 
@@ -107,8 +105,7 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
     mbarrier_wait(&s.ring.full[i % STAGES], s.ring.parity(i));
     if (w.keys - key < INNER) {
       clear_rows(keys, w.keys - key);
-      fence_proxy_async();
-      barrier_sync(TAIL + group, GROUP_THREADS);
+      show_cleared();
     }
     wgmma_fence();
     multiply_rows<T>(scores, s.first, group_row, keys);
@@ -194,8 +191,7 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     if (present < INNER) {
       clear_rows(rows, present);
       clear_rows(dout, present);
-      fence_proxy_async();
-      barrier_sync(TAIL + group, GROUP_THREADS);
+      show_cleared();
     }
     wgmma_fence();
     multiply_rows<T>(scores, s.first, group_row, rows);
@@ -309,12 +305,13 @@ void backward(const AttentionBackward& b) {
   const auto stream = (cudaStream_t)a.stream;
   const int64_t row_blocks = tiles_for(a.tokens, ROWS, a.documents) * a.heads;
   const int64_t key_blocks = tiles_for(a.keys, ROWS, a.documents) * a.kv_heads;
-  launch("attention_sm90_backward, dq", attention_dq_sm90_kernel<T, DIM>,
-         dim3((unsigned)row_blocks), dim3(THREADS), sizeof(BackwardShared<DIM>), stream,
-         rows(a.q, ROWS), rows(b.dout, ROWS), keys(a.k, INNER), keys(a.v, INNER), b);
-  launch("attention_sm90_backward, dk and dv", attention_dkdv_sm90_kernel<T, DIM>,
-         dim3((unsigned)key_blocks), dim3(THREADS), sizeof(BackwardShared<DIM>), stream,
-         keys(a.k, ROWS), keys(a.v, ROWS), rows(a.q, INNER), rows(b.dout, INNER), b);
+  const SharedBytes<sizeof(BackwardShared<DIM>)> shared;
+  launch<attention_dq_sm90_kernel<T, DIM>>(
+      "attention_sm90_backward, dq", dim3((unsigned)row_blocks), dim3(THREADS), shared, stream,
+      rows(a.q, ROWS), rows(b.dout, ROWS), keys(a.k, INNER), keys(a.v, INNER), b);
+  launch<attention_dkdv_sm90_kernel<T, DIM>>(
+      "attention_sm90_backward, dk and dv", dim3((unsigned)key_blocks), dim3(THREADS), shared,
+      stream, keys(a.k, ROWS), keys(a.v, ROWS), rows(a.q, INNER), rows(b.dout, INNER), b);
 }
 
 }  // namespace llama2rt::sm90

@@ -24,7 +24,7 @@ namespace llama2rt {
 namespace {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int COMBINE_WARPS = 8;
+constexpr int COMBINE_WARPS = 8, MAX_DIM = 256;
 constexpr float NO_KEY = -INFINITY;  // the largest of no scores
 
 // Where chunk `chunk` (16 bytes) of a row lies in a tile of rows of DIM elements: permuted, so that
@@ -32,17 +32,6 @@ constexpr float NO_KEY = -INFINITY;  // the largest of no scores
 template <int DIM, typename T>
 __device__ T* chunk_at(T* tile, int row, int chunk) {
   return tile + row * DIM + (chunk ^ (row & 7)) * (16 / (int)sizeof(T));
-}
-
-__device__ inline float largest_of_lanes(float x, int first, int last) {
-  for (int lanes = first; lanes <= last; lanes *= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lanes));
-  return x;
-}
-
-__device__ inline float sum_of_lanes(float x, int first, int last) {
-  for (int lanes = first; lanes <= last; lanes *= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
-  return x;
 }
 
 // What one warp has seen of its keys, for each of ROWS query rows: the largest score, the sum of
@@ -366,7 +355,7 @@ template <typename T>
 __global__ void __launch_bounds__(32 * COMBINE_WARPS)
     decode_attention_combine_kernel(int64_t rows, int64_t splits, int dim, const float* partial,
                                     const float* lse, T* out) {
-  constexpr int COLUMNS = 8;  // of each lane: head dimensions up to 256
+  constexpr int COLUMNS = MAX_DIM / 32;  // of each lane
   const int64_t row = blockIdx.x;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float peak = NO_KEY;
@@ -399,6 +388,8 @@ __global__ void __launch_bounds__(32 * COMBINE_WARPS)
   }
 }
 
+constexpr size_t combine_bytes(int64_t dim) { return COMBINE_WARPS * (dim + 1) * sizeof(float); }
+
 bool aligned_caches(const DecodeAttention& a, size_t element_bytes) {
   int64_t all = (int64_t)((uintptr_t)a.k_cache | (uintptr_t)a.v_cache);
   for (int64_t elements : {a.head_dim, a.k_page_stride, a.k_token_stride, a.k_head_stride,
@@ -415,19 +406,21 @@ void run(const DecodeAttention& a) {
   const int64_t blocks = a.sequences * a.kv_heads * a.splits * row_tiles;
   if (blocks > 0x7fffffff) throw std::runtime_error("decode_attention: more than 2^31 - 1 blocks");
   const auto stream = (cudaStream_t)a.stream;
-  launch("decode_attention", decode_attention_kernel<T, DIM>, dim3((unsigned)blocks), dim3(THREADS),
-         L::BYTES, stream, a, aligned_caches(a, sizeof(T)));
+  launch<decode_attention_kernel<T, DIM>>("decode_attention", dim3((unsigned)blocks), dim3(THREADS),
+                                          SharedBytes<L::BYTES>{}, stream, a,
+                                          aligned_caches(a, sizeof(T)));
   if (a.splits > 1)
-    launch("decode_attention", decode_attention_combine_kernel<T>, dim3((unsigned)rows),
-           dim3(32 * COMBINE_WARPS), COMBINE_WARPS * (a.head_dim + 1) * sizeof(float), stream, rows,
-           a.splits, (int)a.head_dim, (const float*)a.partial, (const float*)a.lse, (T*)a.out);
+    launch<decode_attention_combine_kernel<T>>(
+        "decode_attention", dim3((unsigned)rows), dim3(32 * COMBINE_WARPS),
+        SharedBytes<combine_bytes(MAX_DIM)>{combine_bytes(a.head_dim)}, stream, rows, a.splits,
+        (int)a.head_dim, (const float*)a.partial, (const float*)a.lse, (T*)a.out);
 }
 
 template <typename T>
 void by_dim(const DecodeAttention& a) {
   if (a.head_dim <= 64) return run<T, 64>(a);
   if (a.head_dim <= 128) return run<T, 128>(a);
-  if (a.head_dim <= 256) return run<T, 256>(a);
+  if (a.head_dim <= MAX_DIM) return run<T, MAX_DIM>(a);
   throw std::runtime_error("decode_attention: head dimension above 256");
 }
 

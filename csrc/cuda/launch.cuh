@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "shared_bytes.h"
+
 namespace llama2rt {
 
 // The block's dynamic shared memory. Kernels cast it and have no other: the emulator poisons this
@@ -38,14 +40,14 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
-template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
-  if (shared_bytes > DEFAULT_SHARED_BYTES)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               (int)shared_bytes),
+template <auto KERNEL, size_t MOST, typename... Arguments>
+void launch(const char* name, dim3 grid, dim3 block, SharedBytes<MOST> shared, cudaStream_t stream,
+            Arguments... arguments) {
+  const size_t bytes = shared_bytes_of<KERNEL>(name, shared);
+  if (bytes > DEFAULT_SHARED_BYTES)
+    check(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
           name);
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  KERNEL<<<grid, block, bytes, stream>>>(arguments...);
   check(cudaGetLastError(), name);
 }
 

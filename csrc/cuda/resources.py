@@ -6,13 +6,14 @@ lets run at once, and how often its machine code holds the instructions that it 
 The figures of record are in `resources.json`, with the CUDA version that gave them; a test
 (tests/native/test_cuda_resources.py) reads the module again and compares. Kernels need no entry
 here: they are found in the module, with the `cuobjdump` of Triton's wheel or of a CUDA toolkit.
+Dynamic shared memory is asked for at launch and is in no machine code: the launches themselves say
+how much (shared_bytes.h), and a kernel without one is an error.
 
-    python csrc/cuda/resources.py                                     prints the table
-    python csrc/cuda/resources.py --json                              as JSON
-    python csrc/cuda/resources.py --record csrc/cuda/resources.json   rewrites the record
+    python -P csrc/cuda/resources.py                                     prints the table
+    python -P csrc/cuda/resources.py --json                              as JSON
+    python -P csrc/cuda/resources.py --record csrc/cuda/resources.json   rewrites the record
 
-Left out: what is not in a binary. Dynamic shared memory is asked for at launch, and loop counts,
-bank conflicts and cache hits are known to a profiler alone.
+Left out: loop counts, bank conflicts and cache hits, which a profiler alone knows.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,13 +59,14 @@ class Resources:
     """Per thread."""
     stack_bytes: int
     """Per thread: spilled registers and arrays that are indexed at run time."""
-    shared_bytes: int
-    """Per block, static."""
+    static_shared_bytes: int
+    dynamic_shared_bytes: int
+    """Per block, both. Where a launch's dynamic part depends on its sizes: the most."""
     threads: int | None
     """The most of a block, from the kernel's launch bounds; None if it states none."""
     occupancy: float | None
-    """The most warps at once, as a share of what a multiprocessor holds; None without `threads`. A
-    bound: dynamic shared memory may lower it."""
+    """The most warps at once, as a share of what a multiprocessor holds; None without `threads`.
+    0.0: this architecture has not the shared memory for one block."""
     instructions: dict[str, int]
     """INSTRUCTIONS -> how many of them are in the code."""
 
@@ -166,10 +169,26 @@ def short(demangled: str) -> str:
     return name
 
 
-def read(module: Path) -> dict[str, Resources]:
+def dynamic_bytes(launches: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Kernel -> the most that one of its launches asks for, from `_cuda.most_shared_bytes()`."""
+    mangled, sizes = zip(*launches, strict=True)
+    found: dict[str, int] = {}
+    readable = _output("c++filt", "--types", given="\n".join(mangled)).splitlines()
+    for name, size in zip(readable, sizes, strict=True):
+        # Of a template "llama2rt::Named<&(void f<8>(long))>", else "llama2rt::Named<&f>".
+        match = re.fullmatch(r"llama2rt::Named<&(?:\((.*)\)|(.*))>", name)
+        assert match, name
+        kernel = short(match[1] or match[2])
+        found[kernel] = max(size, found.get(kernel, 0))
+    return found
+
+
+def read(module: Path, dynamic: dict[str, int]) -> dict[str, Resources]:
     """ "kernel, sm_NN" -> what each kernel in `module` uses; sorted by name.
 
-    AssertionError where the binary has an architecture that MULTIPROCESSORS does not know.
+    `dynamic` has the shared memory that launches ask for. ValueError where it lacks a kernel of
+    `module` or has another; AssertionError where the binary has an architecture that
+    MULTIPROCESSORS does not know.
     """
     cuobjdump = find_cuobjdump()
     usage, bounds, code = (
@@ -184,12 +203,16 @@ def read(module: Path) -> dict[str, Resources]:
         counts = _instructions(code[architecture])
         # GNU's name for it; it comes with every C++ compiler that can have built the module.
         readable = _output("c++filt", given="\n".join(figures)).splitlines()
-        for mangled, demangled in zip(figures, readable, strict=True):
-            name = f"{short(demangled)}, {architecture}"
+        names = [short(demangled) for demangled in readable]
+        if unlike := set(names) ^ dynamic.keys():
+            raise ValueError(f"not both compiled for {architecture} and launched: {sorted(unlike)}")
+        for mangled, kernel in zip(figures, names, strict=True):
+            name = f"{kernel}, {architecture}"
             assert name not in found, f"two kernels are called {name!r}"
             found[name] = _resources(
                 MULTIPROCESSORS[architecture],
                 figures[mangled],
+                dynamic[kernel],
                 threads.get(mangled),
                 counts[mangled],
             )
@@ -199,24 +222,26 @@ def read(module: Path) -> dict[str, Resources]:
 def _resources(
     limits: Multiprocessor,
     figures: dict[str, int],
+    dynamic: int,
     threads: int | None,
     instructions: dict[str, int],
 ) -> Resources:
-    shared = figures["SHARED"]
-    if shared and limits.reserve_is_counted:
-        shared -= limits.shared_reserved
-    share = occupancy(limits, threads, figures["REG"], shared) if threads else None
-    return Resources(figures["REG"], figures["STACK"], shared, threads, share, instructions)
+    static, registers = figures["SHARED"], figures["REG"]
+    if static and limits.reserve_is_counted:
+        static -= limits.shared_reserved
+    share = occupancy(limits, threads, registers, static + dynamic) if threads else None
+    return Resources(registers, figures["STACK"], static, dynamic, threads, share, instructions)
 
 
 def table(kernels: dict[str, Resources]) -> str:
-    """One line a kernel."""
+    """One line a kernel; static and dynamic are of shared memory."""
     width = max(map(len, kernels))
-    heads = ("threads", "registers", "shared", "stack", "occupancy", *INSTRUCTIONS)
+    heads = ("threads", "registers", "stack", "static", "dynamic", "occupancy", *INSTRUCTIONS)
     lines = [f"{'kernel':<{width}}  " + "  ".join(f"{head:>9}" for head in heads)]
     for name, r in kernels.items():
         share = "-" if r.occupancy is None else f"{100 * r.occupancy:.0f} %"
-        cells = (r.threads or "-", r.registers, r.shared_bytes, r.stack_bytes, share)
+        shared = (r.static_shared_bytes, r.dynamic_shared_bytes)
+        cells = (r.threads or "-", r.registers, r.stack_bytes, *shared, share)
         counts = (r.instructions[key] for key in INSTRUCTIONS)
         lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>9}" for cell in (*cells, *counts)))
     return "\n".join(lines)
@@ -237,7 +262,7 @@ def main() -> None:
         from llama2rt import _cuda
     except ImportError as error:
         sys.exit(f"llama2rt._cuda is not built: {error}")
-    kernels = read(Path(_cuda.__file__))
+    kernels = read(Path(_cuda.__file__), dynamic_bytes(_cuda.most_shared_bytes()))
     if arguments.record:
         arguments.record.write_text(as_json(kernels, _cuda.CUDA_VERSION), encoding="utf-8")
     elif arguments.json:

@@ -193,10 +193,10 @@ void forward(const RmsNorm& a) {
   const int64_t most = 0x7fffffff;
   const dim3 grid((unsigned)(a.rows < most ? a.rows : most));
   with_shape<T, FORWARD_ELEMENTS>(a.columns, wide, [&](auto width, auto packs, unsigned threads) {
-    launch("rms_norm", rms_norm_forward_kernel<T, width(), packs()>, grid, dim3(threads),
-           64 * sizeof(float), (cudaStream_t)a.stream, a.rows, a.columns, (const T*)a.x, a.x_stride,
-           (const T*)a.residual, a.residual_stride, (const T*)a.weight, a.eps, (T*)a.y,
-           (T*)a.summed, a.rstd);
+    launch<rms_norm_forward_kernel<T, width(), packs()>>(
+        "rms_norm", grid, dim3(threads), SharedBytes<64 * sizeof(float)>{}, (cudaStream_t)a.stream,
+        a.rows, a.columns, (const T*)a.x, a.x_stride, (const T*)a.residual, a.residual_stride,
+        (const T*)a.weight, a.eps, (T*)a.y, (T*)a.summed, a.rstd);
   });
 }
 
@@ -207,21 +207,23 @@ void backward(const RmsNormBackward& a) {
                     aligned<T>(a.dx, a.columns);
   const auto stream = (cudaStream_t)a.stream;
   with_shape<T, BACKWARD_ELEMENTS>(a.columns, wide, [&](auto width, auto packs, unsigned threads) {
-    auto run = [&](auto kernel) {
-      launch("rms_norm_backward", kernel, dim3((unsigned)a.blocks), dim3(threads),
-             64 * sizeof(float), stream, a.rows, a.columns, (const T*)a.dy, a.dy_stride,
-             (const T*)a.dsummed, a.dsummed_stride, (const T*)a.x, a.x_stride, (const T*)a.weight,
-             a.rstd, (T*)a.dx, a.partial);
+    constexpr int WIDTH = width(), PACKS = packs();
+    auto run = [&](auto one_strip) {
+      launch<rms_norm_backward_kernel<T, WIDTH, PACKS, one_strip()>>(
+          "rms_norm_backward", dim3((unsigned)a.blocks), dim3(threads),
+          SharedBytes<64 * sizeof(float)>{}, stream, a.rows, a.columns, (const T*)a.dy, a.dy_stride,
+          (const T*)a.dsummed, a.dsummed_stride, (const T*)a.x, a.x_stride, (const T*)a.weight,
+          a.rstd, (T*)a.dx, a.partial);
     };
-    if constexpr (packs() == most_packs(BACKWARD_ELEMENTS, width()))
-      if (a.columns > (int64_t)threads * width() * packs())
-        return run(rms_norm_backward_kernel<T, width(), packs(), false>);
-    run(rms_norm_backward_kernel<T, width(), packs(), true>);
+    if constexpr (PACKS == most_packs(BACKWARD_ELEMENTS, WIDTH))
+      if (a.columns > (int64_t)threads * WIDTH * PACKS) return run(std::false_type{});
+    run(std::true_type{});
   });
-  launch("rms_norm_backward", rms_norm_dweight_kernel<T>,
-         dim3((unsigned)divide_up(a.columns, REDUCE_COLUMNS)), dim3(REDUCE_COLUMNS, REDUCE_ROWS),
-         REDUCE_COLUMNS * REDUCE_ROWS * sizeof(float), stream, a.blocks, a.columns,
-         (const float*)a.partial, (T*)a.dweight);
+  launch<rms_norm_dweight_kernel<T>>(
+      "rms_norm_backward", dim3((unsigned)divide_up(a.columns, REDUCE_COLUMNS)),
+      dim3(REDUCE_COLUMNS, REDUCE_ROWS),
+      SharedBytes<REDUCE_COLUMNS * REDUCE_ROWS * sizeof(float)>{}, stream, a.blocks, a.columns,
+      (const float*)a.partial, (T*)a.dweight);
 }
 
 }  // namespace

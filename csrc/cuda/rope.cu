@@ -126,11 +126,12 @@ void run(const Rope& a) {
       return divide_up(a.tokens * of.heads, block.y);
     };
     const int64_t q_tiles = tiles(a.q), all = q_tiles + tiles(a.k);
-    launch("rope", rope_kernel<T, width()>, dim3((unsigned)(all < a.blocks ? all : a.blocks)), block,
-           0, (cudaStream_t)a.stream, heads(a.q), heads(a.k), a.tokens, half,
-           Angles{a.cos, a.sin, a.table_rows, a.positions, a.wide_positions,
-                  a.inverse ? -1.0f : 1.0f},
-           q_tiles, all);
+    launch<rope_kernel<T, width()>>(
+        "rope", dim3((unsigned)(all < a.blocks ? all : a.blocks)), block, SharedBytes<0>{},
+        (cudaStream_t)a.stream, heads(a.q), heads(a.k), a.tokens, half,
+        Angles{a.cos, a.sin, a.table_rows, a.positions, a.wide_positions,
+               a.inverse ? -1.0f : 1.0f},
+        q_tiles, all);
   });
 }
 

@@ -111,10 +111,10 @@ void forward(const SwiGlu& a) {
   const bool wide = a.columns * sizeof(T) % 16 == 0 && aligned<T>(a.gate, a.gate_stride) &&
                     aligned<T>(a.up, a.up_stride) && aligned<T>(a.y, a.columns);
   by_width<T>(wide, [&](auto width) {
-    launch("swiglu", swiglu_forward_kernel<T, width()>,
-           grid<width()>(a.rows, a.columns, a.blocks), dim3(THREADS), 0, (cudaStream_t)a.stream,
-           a.rows, a.columns, (const T*)a.gate, a.gate_stride, (const T*)a.up, a.up_stride,
-           (T*)a.y);
+    launch<swiglu_forward_kernel<T, width()>>(
+        "swiglu", grid<width()>(a.rows, a.columns, a.blocks), dim3(THREADS), SharedBytes<0>{},
+        (cudaStream_t)a.stream, a.rows, a.columns, (const T*)a.gate, a.gate_stride,
+        (const T*)a.up, a.up_stride, (T*)a.y);
   });
 }
 
@@ -124,10 +124,10 @@ void backward(const SwiGluBackward& a) {
                     aligned<T>(a.gate, a.gate_stride) && aligned<T>(a.up, a.up_stride) &&
                     aligned<T>(a.dgate, a.columns) && aligned<T>(a.dup, a.columns);
   by_width<T>(wide, [&](auto width) {
-    launch("swiglu_backward", swiglu_backward_kernel<T, width()>,
-           grid<width()>(a.rows, a.columns, a.blocks), dim3(THREADS), 0, (cudaStream_t)a.stream,
-           a.rows, a.columns, (const T*)a.dy, a.dy_stride, (const T*)a.gate, a.gate_stride,
-           (const T*)a.up, a.up_stride, (T*)a.dgate, (T*)a.dup);
+    launch<swiglu_backward_kernel<T, width()>>(
+        "swiglu_backward", grid<width()>(a.rows, a.columns, a.blocks), dim3(THREADS),
+        SharedBytes<0>{}, (cudaStream_t)a.stream, a.rows, a.columns, (const T*)a.dy, a.dy_stride,
+        (const T*)a.gate, a.gate_stride, (const T*)a.up, a.up_stride, (T*)a.dgate, (T*)a.dup);
   });
 }
 

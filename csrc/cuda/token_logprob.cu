@@ -79,14 +79,9 @@ struct Statistics {
 
   // Over all lanes, for each of them.
   __device__ void merge(float scale) {
-    float higher = peak;
-    for (int lanes = 16; lanes > 0; lanes /= 2)
-      higher = fmaxf(higher, __shfl_xor_sync(0xffffffff, higher, lanes));
-    raise(higher, scale);
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      total += __shfl_xor_sync(0xffffffff, total, lanes);
-      if (ENTROPY) weighted += __shfl_xor_sync(0xffffffff, weighted, lanes);
-    }
+    raise(largest_of_lanes(peak, 1, 16), scale);
+    total = sum_of_lanes(total, 1, 16);
+    if (ENTROPY) weighted = sum_of_lanes(weighted, 1, 16);
   }
 };
 
@@ -145,14 +140,15 @@ void check_rows(const void* first, int64_t stride) {
 
 template <typename T, bool ENTROPY>
 void run(const TokenLogprob& a, dim3 grid) {
-  launch("token_logprob", token_logprob_kernel<T, ENTROPY>, grid, dim3(32 * WARPS), 0,
-         (cudaStream_t)a.stream, a);
+  launch<token_logprob_kernel<T, ENTROPY>>("token_logprob", grid, dim3(32 * WARPS),
+                                           SharedBytes<0>{}, (cudaStream_t)a.stream, a);
 }
 template <typename T, bool ENTROPY>
 void run(const TokenLogprobBackward& a, dim3 grid) {
   check_rows<T>(a.dlogits, a.dlogits_stride);
-  launch("token_logprob_backward", token_logprob_backward_kernel<T, ENTROPY>, grid,
-         dim3(32 * WARPS), 0, (cudaStream_t)a.stream, a);
+  launch<token_logprob_backward_kernel<T, ENTROPY>>("token_logprob_backward", grid,
+                                                    dim3(32 * WARPS), SharedBytes<0>{},
+                                                    (cudaStream_t)a.stream, a);
 }
 
 template <typename T, typename Arguments>

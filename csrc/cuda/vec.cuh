@@ -1,6 +1,6 @@
 // What kernels share: loads and stores of WIDTH neighbouring elements as fp32, in one 16-byte
-// access where WIDTH fills it, pairs in a register, the sum over a thread block, and the choice of a
-// kernel by element type and alignment.
+// access where WIDTH fills it, pairs in a register, sums over lanes and thread blocks, and the choice
+// of a kernel by element type and alignment.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -64,16 +64,27 @@ __device__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+// Over the lanes whose numbers differ in the bits `first`, 2 `first`, ... `last`, for each of them.
+__device__ inline float largest_of_lanes(float x, int first, int last) {
+  for (int lanes = first; lanes <= last; lanes *= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lanes));
+  return x;
+}
+
+__device__ inline float sum_of_lanes(float x, int first, int last) {
+  for (int lanes = first; lanes <= last; lanes *= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
+  return x;
+}
+
 // Sum over all threads of the block, returned to each; blockDim.x is a multiple of 32. `warps`
 // holds 32 floats of shared memory that no thread may still be reading.
 __device__ inline float block_sum(float x, float* warps) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+  x = sum_of_lanes(x, 1, 16);
   const int lane = threadIdx.x % 32;
   if (lane == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   x = lane < blockDim.x / 32 ? warps[lane] : 0.0f;
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-  return x;
+  return sum_of_lanes(x, 1, 16);
 }
 
 // Calls function(T{}) for the element type that `dtype` names.

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../cuda/shared_bytes.h"
 #include "emulator.h"
 
 namespace llama2rt {
@@ -19,14 +20,14 @@ class DeviceGuard {
 // Until a CUDA thread has its arguments they lie on the stack of the host, where it may not read.
 #define LLAMA2RT_UNCHECKED __attribute__((no_sanitize("kernel-address")))
 
-template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t shared_bytes, cudaStream_t, Arguments... arguments) {
-  auto body = [&]() LLAMA2RT_UNCHECKED { kernel(arguments...); };
+template <auto KERNEL, size_t MOST, typename... Arguments>
+void launch(const char* name, dim3 grid, dim3 block, SharedBytes<MOST> shared, cudaStream_t,
+            Arguments... arguments) {
+  auto body = [&]() LLAMA2RT_UNCHECKED { KERNEL(arguments...); };
   emulator::run({name,
                  {grid.x, grid.y, grid.z},
                  {block.x, block.y, block.z},
-                 shared_bytes,
+                 shared_bytes_of<KERNEL>(name, shared),
                  [](void* call) LLAMA2RT_UNCHECKED { (*static_cast<decltype(body)*>(call))(); },
                  &body});
 }

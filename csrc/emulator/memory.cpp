@@ -134,6 +134,9 @@ void __asan_storeN_noabort(uintptr_t address, size_t bytes) {
   llama2rt::emulator::access(address, bytes, true);
 }
 void __asan_handle_no_return() {}
+// Around what a module sets up while it is loaded: shared_bytes.h's list.
+void __asan_before_dynamic_init(const char*) {}
+void __asan_after_dynamic_init() {}
 
 // What the compiler says of a failed check begins with its place.
 #define LLAMA2RT_UNDEFINED(name, what)                                     \

@@ -98,6 +98,34 @@ def test_decode_attention_counts_the_cache():
     assert todo.flops == sequences * heads * context * dim * 2 * 2
 
 
+def launches(text):
+    """Shape -> (blocks, share of the multiprocessors busy) on the A100 and on the H200."""
+    section = text.partition("## decode_attention")[2].partition("## token_logprob")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "%" in line]
+    return {row[0]: [(int(row[i + 1]), row[i + 2]) for i in (1, 5)] for row in rows}
+
+
+def test_a_batch_of_one_and_one_of_256_fill_a_gpu():
+    found = launches(roofline.page([]))
+    assert {shape.split()[0] for shape in found} == {"1", "64", "256"}
+    for shape, gpus in found.items():
+        for blocks, busy in gpus:
+            assert blocks > 0 and int(busy.rstrip("%")) >= 95, f"{shape}: {gpus}"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "sequences", "context", "expected"),
+    [
+        # 216 places by 8 key heads: 27 splits of 152, in whole tiles of 64 keys 192, in 22 of them.
+        (A100, 1, 4096, "22 | 176 | 100% | 0.81"),
+        (H200, 1, 100, "2 | 16 | 12% | 0.06"),  # 64 keys and 36
+        (H200, 256, 4096, "1 | 2048 | 100% | 7.76"),
+    ],
+)
+def test_a_launch_of_decode_attention_worked_out_by_hand(gpu, sequences, context, expected):
+    assert roofline.decode_launch(sequences, context, 8, 128, gpu) == expected
+
+
 def test_token_logprob_counts_three_products():
     tokens, dim, vocabulary = 6, 8, 50
     hidden = torch.empty(tokens, dim, dtype=torch.bfloat16)

@@ -19,11 +19,10 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <typename... Parameters, typename... Arguments>
-void go(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-        Arguments... arguments) {
+template <auto KERNEL, typename... Arguments>
+void go(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Arguments... arguments) {
   py::gil_scoped_release release;
-  launch(name, kernel, grid, block, shared_bytes, nullptr, arguments...);
+  launch<KERNEL>(name, grid, block, SharedBytes<SIZE_MAX>{shared_bytes}, nullptr, arguments...);
 }
 
 // ---- The order of threads ----
@@ -252,72 +251,76 @@ PYBIND11_MODULE(_samples, m) {
   m.def("sync_points", &emulator::sync_points);
   m.def("leave_out", &emulator::leave_out);
   m.def("order", [](int blocks, int threads, Address turn, Address seen) {
-    go("order", order_kernel, blocks, threads, 0, at<unsigned>(turn), at<unsigned>(seen));
+    go<order_kernel>("order", blocks, threads, 0, at<unsigned>(turn), at<unsigned>(seen));
   });
   m.def("index", [](std::array<unsigned, 3> grid, std::array<unsigned, 3> block, Address seen) {
-    go("index", index_kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
+    go<index_kernel>("index", dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
        0, at<int>(seen));
   });
-  m.def("table", [](Address y) { go("table", table_kernel, 1, 32, 0, at<int>(y)); });
+  m.def("table", [](Address y) { go<table_kernel>("table", 1, 32, 0, at<int>(y)); });
   m.def("touch", [](Address p, int64_t offset, bool writes, Address sink) {
-    go("touch", touch_kernel, 2, 4, 0, at<float>(p), offset, writes, at<float>(sink));
+    go<touch_kernel>("touch", 2, 4, 0, at<float>(p), offset, writes, at<float>(sink));
   });
   m.def("unaligned", [](Address p, Address sink) {
-    go("unaligned", unaligned_kernel, 1, 1, 0, at<float>(p), at<float>(sink));
+    go<unaligned_kernel>("unaligned", 1, 1, 0, at<float>(p), at<float>(sink));
   });
   m.def("overflow", [](int x, Address sink) {
-    go("overflow", overflow_kernel, 1, 1, 0, x, at<int>(sink));
+    go<overflow_kernel>("overflow", 1, 1, 0, x, at<int>(sink));
   });
   m.def("array", [](int i, Address sink) {
-    go("array", array_kernel, 1, 1, 0, i, at<int>(sink));
+    go<array_kernel>("array", 1, 1, 0, i, at<int>(sink));
   });
   m.def("shared", [](size_t bytes, int64_t offset, Address sink) {
-    go("shared", shared_kernel, 1, 1, bytes, offset, at<float>(sink));
+    go<shared_kernel>("shared", 1, 1, bytes, offset, at<float>(sink));
+  });
+  m.def("more_shared", [](Address sink) {
+    launch<shared_kernel>("more_shared", 1, 1, SharedBytes<64>{65}, nullptr, int64_t{0},
+                          at<float>(sink));
   });
   m.def("uninitialised", [](Address shared, Address local) {
-    go("uninitialised", uninitialised_kernel, 1, 1, 4, at<float>(shared), at<float>(local));
+    go<uninitialised_kernel>("uninitialised", 1, 1, 4, at<float>(shared), at<float>(local));
   });
   m.def("reverse", [](int threads, Address x, Address y) {
-    go("reverse", reverse_kernel, 1, threads, threads * 4, at<const float>(x), at<float>(y));
+    go<reverse_kernel>("reverse", 1, threads, threads * 4, at<const float>(x), at<float>(y));
   });
-  m.def("early_exit", [] { go("early_exit", early_exit_kernel, 1, 64, 0); });
-  m.def("diverged_barrier", [] { go("diverged_barrier", diverged_barrier_kernel, 1, 64, 0); });
+  m.def("early_exit", [] { go<early_exit_kernel>("early_exit", 1, 64, 0); });
+  m.def("diverged_barrier", [] { go<diverged_barrier_kernel>("diverged_barrier", 1, 64, 0); });
   m.def("diverged_warp", [](Address y) {
-    go("diverged_warp", diverged_warp_kernel, 1, 32, 0, at<int>(y));
+    go<diverged_warp_kernel>("diverged_warp", 1, 32, 0, at<int>(y));
   });
   m.def("named_barriers", [](Address y) {
-    go("named_barriers", named_barriers_kernel, 1, 128, 512, at<float>(y));
+    go<named_barriers_kernel>("named_barriers", 1, 128, 512, at<float>(y));
   });
   m.def("warp_barrier", [](Address y) {
-    go("warp_barrier", warp_barrier_kernel, 1, 64, 256, at<float>(y));
+    go<warp_barrier_kernel>("warp_barrier", 1, 64, 256, at<float>(y));
   });
-  m.def("shuffles", [](Address y) { go("shuffles", shuffles_kernel, 1, 32, 0, at<int>(y)); });
+  m.def("shuffles", [](Address y) { go<shuffles_kernel>("shuffles", 1, 32, 0, at<int>(y)); });
   m.def("copy", [](int threads, Address x, Address y, int tiles, int valid) {
-    go("copy", copy_kernel, 1, threads, threads * 32, at<const float>(x), at<float>(y), tiles, valid);
+    go<copy_kernel>("copy", 1, threads, threads * 32, at<const float>(x), at<float>(y), tiles, valid);
   });
   m.def("product", [](bool is_bf16, Address a, Address b, bool b_is_transposed, Address d) {
     if (is_bf16)
-      go("product", product_kernel<bf16>, 1, 32, 768, at<const bf16>(a), at<const bf16>(b),
+      go<product_kernel<bf16>>("product", 1, 32, 768, at<const bf16>(a), at<const bf16>(b),
          b_is_transposed, at<float>(d));
     else
-      go("product", product_kernel<f16>, 1, 32, 768, at<const f16>(a), at<const f16>(b),
+      go<product_kernel<f16>>("product", 1, 32, 768, at<const f16>(a), at<const f16>(b),
          b_is_transposed, at<float>(d));
   });
   m.def("transpose", [](Address x, Address y) {
-    go("transpose", transpose_kernel, 1, 32, 512, at<const uint16_t>(x), at<uint16_t>(y));
+    go<transpose_kernel>("transpose", 1, 32, 512, at<const uint16_t>(x), at<uint16_t>(y));
   });
   m.def("round", [](bool is_bf16, Address x, Address y, Address back, int count) {
     if (is_bf16)
-      go("round", round_kernel<bf16>, 1, 64, 0, at<const float>(x), at<bf16>(y), at<float>(back),
+      go<round_kernel<bf16>>("round", 1, 64, 0, at<const float>(x), at<bf16>(y), at<float>(back),
          count);
     else
-      go("round", round_kernel<f16>, 1, 64, 0, at<const float>(x), at<f16>(y), at<float>(back),
+      go<round_kernel<f16>>("round", 1, 64, 0, at<const float>(x), at<f16>(y), at<float>(back),
          count);
   });
   m.def("exp2", [](int threads, Address x, Address y) {
-    go("exp2", exp2_kernel, 1, threads, 0, at<const float>(x), at<float>(y));
+    go<exp2_kernel>("exp2", 1, threads, 0, at<const float>(x), at<float>(y));
   });
   m.def("deferred", [](int threads, Address jobs, Address seen) {
-    go("deferred", deferred_kernel, 1, threads, 0, at<unsigned>(jobs), at<unsigned>(seen));
+    go<deferred_kernel>("deferred", 1, threads, 0, at<unsigned>(jobs), at<unsigned>(seen));
   });
 }

@@ -234,7 +234,7 @@ def test_every_barrier_is_needed(module, hopper, direction):
             print(f"without {point}: {error}")
         finally:
             module.leave_out("")
-    turn = ["barrier_sync(TURN + group, 2 * GROUP_THREADS);"]
+    turn = ["barrier_sync(TURN + group, CONSUMER_THREADS);"]
     assert list(sources_of(unnoticed)) == (turn if direction == "forward" else [])
 
 

@@ -3,11 +3,13 @@
 The yardstick and the inputs are in `paged`.
 """
 
+import emulator
 import pytest
 import torch
 from paged import check, make
 
 from llama2rt import ops
+from llama2rt.ops import cuda_kernels
 from llama2rt.ops.cuda_kernels import decode_attention as calls
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -94,10 +96,30 @@ def test_a_head_too_wide_is_refused(emulated):
 def test_how_many_splits():
     """One wave of blocks at most, none shorter than worth its cost, at least one."""
     slots = 2 * 132
-    assert calls.split_count(1, 4096, slots) == 16  # 256 tokens each
+    assert calls.split_count(1, 4096, slots) == 64  # tokens each
     assert calls.split_count(8, 2**20, slots) == 33
     assert calls.split_count(100, 2**20, slots) == 2  # three would start a second wave
     assert calls.split_count(1000, 2**20, slots) == calls.split_count(1, 1, slots) == 1
+
+
+@pytest.mark.parametrize(("context", "splits", "with_keys"), [(700, 7, 6), (700, 4, 4), (65, 2, 2)])
+def test_splits_are_whole_tiles_of_keys(module, monkeypatch, context, splits, with_keys):
+    """Of 700 tokens a seventh is 100, in whole tiles 128: the last of seven splits has none."""
+    monkeypatch.setattr(calls, "split_count", lambda *_: splits)
+    seen = []
+
+    class Recording(emulator.Emulated):
+        def address(self, x):
+            seen.append(x)
+            return super().address(x)
+
+    q, k, v, table, lengths = make(4, 2, 16, 16, torch.bfloat16, "normal", 0, [context])
+    functions = cuda_kernels.on(Recording(module))
+    functions["decode_attention"](q, k, v, table, lengths, 0.25)
+    (lse,) = (x for x in seen if x is not None and x.shape == (splits, 1, 4))
+    assert (lse > -torch.inf).all(2).flatten().tolist() == [i < with_keys for i in range(splits)]
+    share = -(-context // (splits * calls.SHORTEST_SPLIT)) * calls.SHORTEST_SPLIT
+    assert with_keys == -(-context // share)
 
 
 def test_through_the_ops(module):

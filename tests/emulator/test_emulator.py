@@ -214,6 +214,8 @@ def test_impossible_launches(samples, grid, block, message):
         samples.index(grid, block, torch.zeros(1, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="227 KiB"):
         samples.shared(228 * 1024, 0, torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"more_shared: .* at most 64 bytes .* got 65"):
+        samples.more_shared(torch.zeros(1))
 
 
 def test_lanes_exchange_values(samples):

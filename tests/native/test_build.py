@@ -4,21 +4,18 @@ What the compiler made of the CUDA kernels is test_cuda_resources.py's.
 """
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+import toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = ("rms_norm", "swiglu", "rope", "attention", "decode", "logprob")
-# Where pip puts programs, whether or not the environment is activated.
-SCRIPTS = sysconfig.get_path("scripts")
-CMAKE = shutil.which("cmake", path=SCRIPTS) or shutil.which("cmake")
+CMAKE = toolchain.program("cmake")
 NVCC = shutil.which("nvcc")
 
 
@@ -39,32 +36,25 @@ def test_a_module_imports_alone_and_names_its_kernels(name):
 
 
 def configure(
-    folder: Path, choice: str, *, nvcc: bool, jobs: str = ""
+    folder: Path, choice: str, *, nvcc: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess:
-    """CMake's configuration with LLAMA2RT_CUDA=`choice`, MAX_JOBS=`jobs`, nvcc findable or not."""
+    """CMake's configuration with LLAMA2RT_CUDA=`choice`, `nvcc` the only one on PATH, and
+    environment variables."""
     pybind11 = pytest.importorskip("pybind11")
     if CMAKE is None:
         pytest.skip("cmake is not installed")
     tools = folder / "bin"
     tools.mkdir()
-    for tool in ("c++", "cc", "g++", "gcc", "make", "ld", "as", "ar", "ranlib", "sh", "uname"):
-        if found := shutil.which(tool):
-            (tools / tool).symlink_to(found)
-    if nvcc:
-        if NVCC is None:
-            pytest.skip("nvcc is not on PATH")
-        (tools / "nvcc").symlink_to(NVCC)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "CMAKE"))}
+    environment = toolchain.environment(tools, nvcc) | {"MAX_JOBS": ""} | variables
     return subprocess.run(
         [
             CMAKE,
             *("-S", ROOT, "-B", folder / "build", "-G", "Unix Makefiles"),
-            # Off: CMake's own guesses (/usr/local/cuda), so that a machine with nvcc can test this.
-            *(() if nvcc else ("-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF",)),
+            *(() if nvcc else (toolchain.HIDE_NVCC,)),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ],
-        env=environment | {"PATH": str(tools), "LLAMA2RT_CUDA": choice, "MAX_JOBS": jobs},
+        env=environment | {"LLAMA2RT_CUDA": choice},
         capture_output=True,
         text=True,
     )
@@ -76,44 +66,70 @@ def installs(folder: Path) -> set[str]:
     return {name for name in ("_cpu", "_cuda") if f"/{name}." in script}
 
 
-def test_auto_without_nvcc_says_so_in_one_line(tmp_path):
-    run = configure(tmp_path, "AUTO", nvcc=False)
+@pytest.fixture(params=["none", "broken", "a wrong CUDACXX"])
+def unusable(request, tmp_path) -> dict[str, Path | str]:
+    """Arguments of `configure` for a machine without an nvcc that works."""
+    if request.param == "none":
+        return {}
+    if request.param == "a wrong CUDACXX":
+        return {"CUDACXX": str(tmp_path / "nvcc")}
+    broken = tmp_path / "broken-nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o755)
+    return {"nvcc": broken}
+
+
+def test_auto_without_nvcc_says_so_in_one_line(tmp_path, unusable):
+    run = configure(tmp_path, "AUTO", **unusable)
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if "llama2rt" in line and "_cuda" in line]
-    assert lines == ["-- llama2rt: _cuda is not built: no nvcc on PATH and CUDACXX is not set."]
+    assert lines == [
+        "-- llama2rt: _cuda is not built: no working nvcc is on PATH, and CUDACXX names none."
+    ]
     assert installs(tmp_path) == {"_cpu"}
 
 
-def test_on_without_nvcc_is_an_error_of_one_sentence(tmp_path):
-    run = configure(tmp_path, "ON", nvcc=False)
+def test_on_without_nvcc_is_an_error_of_one_sentence(tmp_path, unusable):
+    run = configure(tmp_path, "ON", **unusable)
     assert run.returncode != 0
-    said = " ".join(run.stderr.split())
-    assert said.count("CMake Error") == 1
-    assert "LLAMA2RT_CUDA=ON, but no nvcc was found: put it on PATH or set CUDACXX to it." in said
+    assert run.stderr.count("CMake Error") == 1
+    sentence = "LLAMA2RT_CUDA=ON, but no working nvcc is on PATH, and CUDACXX names none."
+    assert sentence in run.stderr, run.stderr
 
 
 def test_off_asks_for_no_nvcc(tmp_path):
-    run = configure(tmp_path, "off", nvcc=False)
+    run = configure(tmp_path, "off")
     assert run.returncode == 0 and "not built: LLAMA2RT_CUDA=OFF" in run.stdout
     assert installs(tmp_path) == {"_cpu"}
 
 
 def test_any_other_choice_is_refused(tmp_path):
-    run = configure(tmp_path, "MAYBE", nvcc=False)
+    run = configure(tmp_path, "MAYBE")
     assert run.returncode != 0 and "must be AUTO, ON or OFF" in run.stderr
 
 
 def test_on_with_nvcc_builds_for_both_architectures(tmp_path):
-    run = configure(tmp_path, "ON", nvcc=True)
+    if NVCC is None:
+        pytest.skip("nvcc is not on PATH")
+    run = configure(tmp_path, "ON", nvcc=Path(NVCC), CUDAARCHS="")
     assert run.returncode == 0, run.stderr
     assert "_cuda is built for 80-real;90a-real;80-virtual" in run.stdout
     assert installs(tmp_path) == {"_cpu", "_cuda"}
 
 
+@pytest.mark.parametrize("architecture", ["75-real", "all-major"])
+def test_an_architecture_without_the_instructions_is_refused(tmp_path, architecture):
+    if NVCC is None:
+        pytest.skip("nvcc is not on PATH")
+    run = configure(tmp_path, "AUTO", nvcc=Path(NVCC), CUDAARCHS=architecture)
+    assert run.returncode != 0
+    assert f"CUDA architecture {architecture}: expected 80 (A100) or later" in run.stderr
+
+
 def test_max_jobs_is_honoured_and_memory_bounds_it_otherwise(tmp_path):
     for jobs in ("3", ""):
         (tmp_path / f"jobs{jobs}").mkdir()
-        run = configure(tmp_path / f"jobs{jobs}", "OFF", nvcc=False, jobs=jobs)
+        run = configure(tmp_path / f"jobs{jobs}", "OFF", MAX_JOBS=jobs)
         found = re.search(r"at most (\d+) compile jobs at once: (.*)\.", run.stdout)
         assert run.returncode == 0 and found, run.stdout + run.stderr
         if jobs:
@@ -124,5 +140,5 @@ def test_max_jobs_is_honoured_and_memory_bounds_it_otherwise(tmp_path):
 
 
 def test_max_jobs_that_is_no_number_is_refused(tmp_path):
-    run = configure(tmp_path, "OFF", nvcc=False, jobs="-2")
+    run = configure(tmp_path, "OFF", MAX_JOBS="-2")
     assert run.returncode != 0 and "MAX_JOBS is '-2'; it must be a positive" in run.stderr

@@ -6,9 +6,14 @@ from torch import Tensor
 from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, positive_scale, rows
 
 WIDEST_HEAD = 256
-# A split writes and reads its result, 8 bytes for each query head and column, against 4 * 256 for
-# its keys and values in bf16: 6 % with a group of eight heads.
-SHORTEST_SPLIT = 256
+# A tile of 16-bit keys for each warp of a block. What shorter splits would cost in a batch of any
+# size is little: there are at most as many as blocks at once, and their results stay in the cache.
+SHORTEST_SPLIT = 64
+
+
+def blocks_at_once(dim: int, multiprocessors: int) -> int:
+    """Two on a multiprocessor, of heads wider than 128 one: what an A100's shared memory holds."""
+    return (2 if dim <= 128 else 1) * multiprocessors
 
 
 def split_count(items: int, capacity: int, slots: int) -> int:
@@ -50,8 +55,7 @@ def decode_attention(
         return out
     if k_cache.numel() == 0 or block_table.shape[1] == 0:
         return out.zero_()
-    # Two blocks fit on a multiprocessor, of the widest heads one.
-    slots = (2 if dim <= 128 else 1) * on.multiprocessors(q)
+    slots = blocks_at_once(dim, on.multiprocessors(q))
     splits = split_count(sequences * kv_heads, block_table.shape[1] * page, slots)
     partial = lse = None
     if splits > 1:
