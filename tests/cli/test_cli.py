@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from processes import run_python
 
 from llama2rt import cli
 
@@ -67,7 +68,7 @@ from llama2rt import cli
 cli.usage(cli.available())
 print("torch" in sys.modules)
 """
-    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True) == "False\n"
+    assert run_python("-c", script).stdout == "False\n"
 
 
 def test_verbs_without_their_module_are_absent(monkeypatch, tmp_path, capsys):

@@ -3,9 +3,6 @@
 By the rule of `numerics.judge`, and the promises beside it.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from attention_cases import both_directions, check, offsets, sdpa
 from numerics import judge, leaves_of, same_bits, wide
+from processes import run_python
 from strides import heads_first
 
 from llama2rt.ops import cuda_kernels, reference
@@ -260,10 +258,5 @@ def test_it_is_chosen_by_name_alone(value, expected):
         "print(f['attention'] is sm90.attention,"
         " f['attention_backward'] is sm90.attention_backward)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {attention_sm90.VARIABLE: value},
-        capture_output=True,
-        text=True,
-    )
-    assert expected in run.stdout + run.stderr
+    done = run_python("-c", program, env={attention_sm90.VARIABLE: value}, status=None)
+    assert expected in done.stdout + done.stderr

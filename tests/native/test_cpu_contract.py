@@ -3,14 +3,13 @@ written outside, the same bits for any number of threads, offsets beyond 2^31, n
 """
 
 import math
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from elementwise_cases import EPS
 from numerics import same_bits
+from processes import run_python
 from strides import STRIDES
 from torch import Tensor
 
@@ -286,7 +285,4 @@ def test_one_openmp_runtime_beside_torch():
         "print(len({{l.split()[-1] for l in lines if 'gomp' in l or 'iomp' in l}}))"
     )
     for order in (("torch", "llama2rt.ops"), ("llama2rt.ops", "torch")):
-        found = subprocess.run(
-            [sys.executable, "-P", "-c", program.format(*order)], capture_output=True, text=True
-        )
-        assert found.stdout.strip() == "1", found.stdout + found.stderr
+        assert run_python("-c", program.format(*order)).stdout.strip() == "1"

@@ -7,7 +7,6 @@ numbers need a GPU. Where it is absent it costs nothing, and is named with the r
 import dataclasses
 import importlib
 import os
-import subprocess
 import sys
 from importlib.util import spec_from_loader
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from attention_cases import offsets
 from numerics import draw, judge, judge_gradients, leaves_of, same_bits, wide
+from processes import run_python
 
 from llama2rt import ops
 from llama2rt.ops import backend, reference
@@ -210,13 +210,8 @@ def test_ops_import_neither_flash_attn_nor_triton(tmp_path):
         "print(ops.backends('cuda')['attention']['native'].count('flash_attn'))"
     )
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.split() == ["[]", "1"], run.stdout + run.stderr
+    done = run_python("-c", program, env={"PYTHONPATH": path})
+    assert done.stdout.split() == ["[]", "1"]
 
 
 def test_triton_is_interpreted_where_triton_says_so():

@@ -1,12 +1,10 @@
 """The promises every op makes, on every backend this machine has: registration, errors, choice."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_python
 from torch import Tensor
 
 from llama2rt import ops
@@ -406,14 +404,8 @@ def test_environment_variable(name, expected):
         "try: ops.swiglu(torch.ones(1, 2), torch.ones(1, 2))\n"
         "except ValueError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        env={**os.environ, "LLAMA2RT_BACKEND": name, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert re.search(expected, done.stdout)
+    choice = {"LLAMA2RT_BACKEND": name, "TRITON_INTERPRET": "0"}
+    assert re.search(expected, run_python("-c", program, env=choice).stdout)
 
 
 def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):

@@ -4,13 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import run_python
 
 from llama2rt import energy
 from llama2rt.data.loader import ExampleLoader
@@ -190,7 +189,7 @@ def test_validation_runs_without_gradients_and_is_returned(tmp_path):
 # machine hardly moves; the others by the clock, which runs on while a checkpoint is written.
 KILLED = """
 import os, random, shutil, signal, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/../helpers"]
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from test_train_loop import *
@@ -235,13 +234,8 @@ print("killed", killed, "times")
 
 
 def test_death_at_random_moments_changes_no_bit(tmp_path, seed):
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", KILLED, str(Path(__file__).parent), str(tmp_path), str(seed)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = Path(__file__).parent, tmp_path, seed
+    done = run_python("-c", KILLED, *arguments, timeout_seconds=300)
     assert int(done.stdout.split()[1]) >= 2, done.stdout
 
 

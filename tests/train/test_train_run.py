@@ -1,10 +1,9 @@
 """Run directories: started once, resumed only as the same run, never written over."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from processes import run_python
 
 from llama2rt.errors import InputError
 from llama2rt.train import Recipe, Run, TrainOptions
@@ -108,15 +107,5 @@ for _ in range(4):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    faults = {
-        mode: int(
-            subprocess.run(
-                [sys.executable, "-P", "-c", script, mode],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for mode in ("leave", "keep")
-    }
+    faults = {mode: int(run_python("-c", script, mode).stdout) for mode in ("leave", "keep")}
     assert faults["keep"] < 0.3 * faults["leave"], faults
