@@ -2,6 +2,7 @@
 
 import json
 
+import json_lines
 import pytest
 from processes import run_python
 
@@ -84,8 +85,10 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 4, "lo')
     run.truncate_metrics(2)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    assert json_lines.read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+    ]
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
