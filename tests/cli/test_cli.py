@@ -153,7 +153,7 @@ def test_unknown_recipe_names_the_shipped_ones(capsys):
     assert "tinyshakespeare" in capsys.readouterr().err
 
 
-def test_a_missing_key_may_come_as_an_option(recipe, tmp_path, capsys):
+def test_a_missing_key_may_come_as_an_option(recipe, tmp_path):
     lines = recipe.read_text().splitlines()
     data = next(line for line in lines if line.startswith("data"))
     recipe.write_text("\n".join(line for line in lines if line != data))

@@ -144,7 +144,7 @@ def test_the_emulator_is_chosen_by_name_alone(emulated):
         assert backend.resolve(x) == "emulated"
 
 
-def test_an_error_names_op_and_shapes(emulated, module):
+def test_an_error_names_op_and_shapes(emulated):
     x = torch.ones(3, 64)
     with pytest.raises(
         RuntimeError, match=r"rms_norm_backward of \[3, 64\] torch.float32, .*block"

@@ -124,7 +124,7 @@ def test_chat_remembers_until_reset(folder, engine, monkeypatch, capsys):
     assert "holds the format tag <<SYS>>" in shown
 
 
-def test_chat_draws_afresh_each_turn(folder, monkeypatch, capsys):
+def test_chat_draws_afresh_each_turn(folder, monkeypatch):
     lines = ["about units", "/reset", "about units"][::-1]
 
     def read_line(_):

@@ -204,7 +204,7 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     judge_gradients("dhidden dweight", ours, expected, yardstick)
 
 
-def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype, isa, seed):
+def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype, isa):
     """All 65536 bit patterns through a load, a multiplication and a store."""
     if dtype == torch.float32:
         pytest.skip("fp32 is not converted")

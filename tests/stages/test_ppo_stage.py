@@ -147,7 +147,7 @@ def test_a_cut_response_gains_no_eos(pocket):
     assert tokenizer.eos not in example.tokens
 
 
-def test_piecewise_reward_of_two_models(pocket, actors, prompts):
+def test_piecewise_reward_of_two_models(actors, prompts):
     """A safety prompt, or a low safety score, is ruled by the safety model."""
     completions = actors.engine.generate([p.messages for p in prompts], max_tokens=8, seed=3)
     sequences = [c.prompt_tokens + c.tokens for c in completions]

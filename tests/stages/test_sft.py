@@ -70,7 +70,7 @@ def test_split_is_seeded_and_disjoint(init):
     assert sft.split(SftRecipe(**init, held_out=0.25, limit=40, seed=4))[1] != held_out
 
 
-def test_real_dialogues(init, shared_data, tmp_path):
+def test_real_dialogues(init, shared_data):
     data = shared_data("gsm8k_train.jsonl")
     recipe = SftRecipe(init=init["init"], data=[data], limit=20, held_out=0.2)
     training, held_out = sft.split(recipe)

@@ -88,7 +88,7 @@ def test_recomputation_changes_nothing(tmp_path, monkeypatch):
     assert not any("forward" in vars(block) for block in recomputed.blocks)
 
 
-def test_recomputation_keeps_one_activation_a_block(tmp_path):
+def test_recomputation_keeps_one_activation_a_block():
     from llama2rt.train.recompute import recompute_blocks
 
     model = Llama(LlamaConfig(32, 8, 4, 4, 128, vocab_size=41, context=64)).initialize(0)
