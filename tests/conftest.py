@@ -14,6 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
 
+# An assertion that fails inside a helper shows its values, as one in a test does.
+pytest.register_assert_rewrite(
+    *(path.stem for path in Path(__file__).with_name("helpers").glob("*.py"))
+)
+
 # Without a GPU, Triton's kernels run in its interpreter, which must be chosen before their import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

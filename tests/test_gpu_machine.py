@@ -5,10 +5,7 @@ asks for. Such a Python is made here: this one's packages without LACKING. And t
 there keeps its promises: time, status, one archive.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -19,20 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import load_script, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 LACKING = ("pydantic", "tyro", "rich", "sentencepiece", "tensorboard", "tomli_w", "transformers")
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("gpu_machine", ROOT / "benchmarks/gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module of a class
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = load_script()
+gpu = load_script(ROOT / "benchmarks/gpu.py")
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +37,13 @@ def bare_python(tmp_path_factory):
             (packages / entry.name).symlink_to(entry)
     python = folder / "bin/python"
     for name in ("pydantic", "tyro", "rich"):
-        run = subprocess.run([python, "-P", "-c", f"import {name}"], capture_output=True, text=True)
-        assert "ModuleNotFoundError" in run.stderr
+        done = run_python("-c", f"import {name}", python=python, status=1)
+        assert "ModuleNotFoundError" in done.stderr
     return python
 
 
-def output_of(python, *arguments, status=0, **environment):
-    run = subprocess.run(
-        [python, "-P", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == status, run.stdout + run.stderr
-    return run.stdout
+def output_of(python, *arguments):
+    return run_python(*arguments, python=python, cwd=ROOT).stdout
 
 
 def test_the_library_trains_there(bare_python):

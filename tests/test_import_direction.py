@@ -6,11 +6,10 @@ no torch, and ``ops`` and ``model`` load neither pydantic nor tyro.
 """
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 import llama2rt
 
@@ -119,6 +118,4 @@ def test_the_rule_refuses_upward_and_sideways_imports() -> None:
 )
 def test_light_imports_stay_light(statement: str, forbidden: list[str]) -> None:
     program = f"import sys\n{statement}\nprint([m for m in {forbidden} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "[]"
+    assert run_python("-c", program).stdout.strip() == "[]"

@@ -98,7 +98,7 @@ def token_logprob(
     chosen = torch.zeros(tokens, dtype=wide, device=hidden.device)
     columns = tiles(vocabulary, COLUMNS)
     sums = torch.empty(len(columns), tokens, dtype=wide, device=hidden.device)
-    means = torch.empty_like(sums) if entropy else sums
+    entropies = torch.empty_like(sums) if entropy else sums
     for rows in tiles(tokens, ROWS):
         for number, part in enumerate(columns):
             logits = _tile_logits(hidden[rows], weight[part], temperature, wide)
@@ -108,15 +108,18 @@ def token_logprob(
             picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
             chosen[rows] += torch.where(inside, picked, 0.0)
             if entropy:
-                p = (logits - sums[number, rows, None]).exp_()
-                means[number, rows] = p.mul_(logits).sum(-1)
+                log_p = logits.sub_(sums[number, rows, None])
+                entropies[number, rows] = log_p.exp().mul_(log_p).sum(-1).neg_()
     lse = sums.logsumexp(0)
     predicted = targets >= 0
     logprob = torch.where(predicted, chosen - lse, 0.0)
     if not entropy:
         return logprob, logprob.new_empty(0), lse
-    mean = (means * (sums - lse).exp_()).sum(0)
-    return logprob, torch.where(predicted, lse - mean, 0.0), lse
+    # That of the choice of a tile and of the choices inside it: terms that are never below 0, where
+    # lse less the mean logit would lose its digits for a nearly certain token.
+    log_share = sums - lse
+    spread = (log_share.exp() * (entropies - log_share)).sum(0)
+    return logprob, torch.where(predicted, spread, 0.0), lse
 
 
 def token_logprob_backward(

@@ -221,8 +221,8 @@ def token_logprob(
     logprob = torch.where(predicted, chosen - lse, 0.0)
     if not entropy:
         return logprob, logprob.new_empty(0), lse
-    p = (logits - lse[:, None]).exp()
-    return logprob, torch.where(predicted, lse - (p * logits).sum(-1), 0.0), lse
+    log_p = logits - lse[:, None]
+    return logprob, torch.where(predicted, -(log_p.exp() * log_p).sum(-1), 0.0), lse
 
 
 def token_logprob_backward(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from llama2rt.data.records import Dialogue, Document, Prompt
 from llama2rt.quickstart.judge import Key
-from llama2rt.quickstart.tasks import FAMILIES, Task, draw, secret
+from llama2rt.quickstart.tasks import FAMILIES, Task, draw
 
 Message = dict[str, str]
 
@@ -256,16 +256,3 @@ def prompts(
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-__all__ = [
-    "Conversation",
-    "answer",
-    "conversations",
-    "decline",
-    "dialogues",
-    "documents",
-    "prompts",
-    "secret",
-    "split_of",
-]

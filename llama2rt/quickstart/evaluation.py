@@ -168,6 +168,3 @@ def answers(
 
 def _note(verdict: Verdict) -> str:
     return f"helpful {verdict.helpfulness:.2f}, {'unsafe' if verdict.unsafe else 'safe'}"
-
-
-__all__ = ["Measured", "measure"]

@@ -19,6 +19,7 @@ from llama2rt.report.plot import INK, MARKERS, MUTED, RAMP, SERIES, Plot, canvas
 
 Estimate = tuple[float, float, float]
 """(mean, low, high): a value and the ends of its 95 % interval."""
+_QUARTERS = (0.25, 0.5, 0.75)
 
 
 def accuracy_by_rating(
@@ -277,7 +278,7 @@ def reward_distribution(
             )
             for body in parts["bodies"]:  # type: ignore[attr-defined]
                 body.set(facecolor=colour, alpha=0.3, edgecolor=colour)
-            low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+            low, middle, high = np.quantile(values, _QUARTERS)
             axes.plot([low, high], [i, i], color=colour, linewidth=4, solid_capstyle="butt")
             axes.plot(middle, i, "o", color=INK, markersize=5.5)
         if data:
@@ -297,9 +298,6 @@ def reward_distribution(
             if len(values)
         ],
     )
-
-
-_QUARTERS = (0.25, 0.5, 0.75)
 
 
 def length_correlation(

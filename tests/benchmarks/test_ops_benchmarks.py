@@ -3,8 +3,6 @@ records and figure; a machine that was not quiet is noticed; a target is judged 
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,7 @@ import pytest
 import records
 import targets
 import torch
+from processes import run_python
 
 from llama2rt.ops.backend import OPS
 
@@ -27,14 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The records of a whole run in smoke mode."""
     out = tmp_path_factory.mktemp("bench")
-    run = subprocess.run(
-        [Path(sys.executable).with_name("pytest"), "-q", "benchmarks/ops", "--benchmark-disable"],
-        cwd=ROOT,
-        env={**os.environ, "BENCH_SMOKE": "1", "BENCH_OUT": str(out)},
-        capture_output=True,
-        text=True,
+    settings = {"BENCH_SMOKE": "1", "BENCH_OUT": str(out)}
+    run_python(
+        "-m", "pytest", "-q", "benchmarks/ops", "--benchmark-disable", cwd=ROOT, env=settings
     )
-    assert run.returncode == 0, run.stdout + run.stderr
     return out
 
 

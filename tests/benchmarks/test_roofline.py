@@ -1,13 +1,12 @@
 """The roofline page says what its formulas say, and these count the operands that ops have."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import work
+from processes import load_script
 
 from llama2rt.ops.backend import OPS
 
@@ -15,15 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS, COLUMNS = 6, 256
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("roofline", ROOT / "benchmarks/roofline.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module of a class
-    spec.loader.exec_module(module)
-    return module
-
-
-roofline = load()
+roofline = load_script(ROOT / "benchmarks/roofline.py")
 A100, H200 = roofline.HARDWARE
 
 

@@ -1,26 +1,18 @@
 """The training benchmark runs, in its smoke mode, and notices sides that are not the same model."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "training"
 
 
 def test_every_side_takes_steps_and_is_recorded(tmp_path):
     pytest.importorskip("transformers")
-    run = subprocess.run(
-        [sys.executable, "-P", FOLDER / "test_training_step.py", "--out", tmp_path],
-        env={**os.environ, "BENCH_SMOKE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run = run_python(FOLDER / "test_training_step.py", "--out", tmp_path, env={"BENCH_SMOKE": "1"})
     found = json.loads((tmp_path / "training-step-smoke.json").read_text())
     peers = {"transformers", "litgpt"} - found["absent"].keys()
     assert "transformers" in peers and ("litgpt" in peers) == (find_spec("litgpt") is not None)
@@ -51,17 +43,11 @@ def test_another_model_is_noticed(monkeypatch):
 
 
 def test_the_optimizer_is_measured(tmp_path):
-    run = subprocess.run(
-        [
-            *(Path(sys.executable).with_name("pytest"), "-q", "--benchmark-disable"),
-            "benchmarks/training/test_optimizer.py",
-        ],
+    run_python(
+        *("-m", "pytest", "-q", "--benchmark-disable", "benchmarks/training/test_optimizer.py"),
         cwd=FOLDER.parents[1],
-        env={**os.environ, "BENCH_SMOKE": "1", "BENCH_OUT": str(tmp_path)},
-        capture_output=True,
-        text=True,
+        env={"BENCH_SMOKE": "1", "BENCH_OUT": str(tmp_path)},
     )
-    assert run.returncode == 0, run.stdout + run.stderr
     (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("adamw-*.json"))
     (row,) = record["rows"]
     assert {"ours", "fused", "foreach"} <= row["rows"].keys() and row["ours"] == ["ours"]

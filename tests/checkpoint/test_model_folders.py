@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from processes import run_python
+from small_models import packed
 from torch import Tensor
 
 import llama2rt
@@ -18,7 +18,7 @@ from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
 
 TOKENS = torch.tensor([1, 250, 13, 77, 399, 5, 6, 300])
-BATCH = (TOKENS, torch.arange(8), torch.tensor([0, 8], dtype=torch.int32))
+BATCH = packed(TOKENS)
 
 
 def make(**changes) -> Llama:
@@ -128,8 +128,7 @@ except OSError as error:
     print(error)
 """
     name = writer.__name__.rpartition(".")[2]
-    command = [sys.executable, "-P", "-c", script, name, str(tmp_path / "model")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = run_python("-c", script, name, tmp_path / "model").stdout
     assert said.startswith(f"{tmp_path}/model: this model could not be written (")
     assert not list(tmp_path.iterdir())
 
@@ -152,41 +151,44 @@ def test_a_replacement_that_fails_puts_the_old_model_back(tmp_path, monkeypatch)
     assert torch.equal(loaded.output, model.output)
 
 
+def assert_refused(folder: Path, pattern: str) -> None:
+    with pytest.raises(InputError, match=pattern):
+        llama2rt.load(folder)
+
+
 def test_damage_is_named(tmp_path, small_tokenizer):
     folder = tmp_path / "m"
     native.save(make(), small_tokenizer, folder)
     weights, config = folder / "model.safetensors", folder / "config.json"
     whole, description = weights.read_bytes(), config.read_text()
 
-    def refused(pattern: str) -> None:
-        with pytest.raises(InputError, match=pattern):
-            llama2rt.load(folder)
-
     for cut in (0, 4, 100, len(whole) - 1):
         weights.write_bytes(whole[:cut])
-        refused(r"model\.safetensors: damaged or not safetensors")
+        assert_refused(folder, r"model\.safetensors: damaged or not safetensors")
     os.remove(weights)
-    refused(r"m: no model\.safetensors")
+    assert_refused(folder, r"m: no model\.safetensors")
     weights.write_bytes(whole)
     config.write_text(description[:-30])
-    refused(r"config\.json:\d+: not JSON")
+    assert_refused(folder, r"config\.json:\d+: not JSON")
     config.write_text("[1]")
-    refused(r"config\.json: expected a JSON object, got list")
+    assert_refused(folder, r"config\.json: expected a JSON object, got list")
     config.write_text(description)
     rewrite(config, kind="tree")
-    refused(r"config\.json: kind: expected one of llama, scalar, got 'tree'")
+    assert_refused(folder, r"config\.json: kind: expected one of llama, scalar, got 'tree'")
     config.write_text(description)
     shape = json.loads(description)["config"]
     rewrite(config, config=shape | {"heads": 7})
-    refused(r"config\.json: heads: expected a divisor of dim 64, got 7")
+    assert_refused(folder, r"config\.json: heads: expected a divisor of dim 64, got 7")
     rewrite(config, config=shape | {"depth": 7})
-    refused(r"config\.json: .*depth")
+    assert_refused(folder, r"config\.json: .*depth")
     rewrite(config, config=shape | {"layers": 3})
-    refused(r"model\.safetensors: blocks\.2\.\S+: missing \(9 tensors in all\)")
+    assert_refused(folder, r"model\.safetensors: blocks\.2\.\S+: missing \(9 tensors in all\)")
     rewrite(config, config=shape | {"layers": 1})
-    refused(r"model\.safetensors: blocks\.1\.\S+: not part of a model of this configuration")
+    assert_refused(
+        folder, r"model\.safetensors: blocks\.1\.\S+: not part of a model of this configuration"
+    )
     rewrite(config, config=shape | {"ffn_hidden": 100})
-    refused(r"model\.safetensors: blocks\.\S+: expected shape \[.*\], got \[.*\]")
+    assert_refused(folder, r"model\.safetensors: blocks\.\S+: expected shape \[.*\], got \[.*\]")
     with pytest.raises(InputError, match="nowhere: no such model folder"):
         llama2rt.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -473,22 +475,18 @@ def test_meta_damage_is_named(tmp_path):
     second = folder / "consolidated.01.pth"
     whole = second.read_bytes()
 
-    def refused(pattern: str) -> None:
-        with pytest.raises(InputError, match=pattern):
-            llama2rt.load(folder)
-
     second.write_bytes(whole[: len(whole) // 2])
-    refused(r"consolidated\.01\.pth: damaged")
+    assert_refused(folder, r"consolidated\.01\.pth: damaged")
     stored = torch.load(folder / "consolidated.00.pth", weights_only=True)
     torch.save({k: v for k, v in stored.items() if k != "norm.weight"}, second)
-    refused(r"consolidated\.01\.pth: norm\.weight: missing")
+    assert_refused(folder, r"consolidated\.01\.pth: norm\.weight: missing")
     torch.save(stored | {"lora.weight": torch.ones(1)}, second)
-    refused(r"consolidated\.01\.pth: lora\.weight: not part")
+    assert_refused(folder, r"consolidated\.01\.pth: lora\.weight: not part")
     os.rename(second, folder / "consolidated.02.pth")
-    refused(r"m: consolidated\.01\.pth is missing")
+    assert_refused(folder, r"m: consolidated\.01\.pth is missing")
     for path in folder.glob("*.pth"):
         path.unlink()
-    refused(r"m: no consolidated\.NN\.pth")
+    assert_refused(folder, r"m: no consolidated\.NN\.pth")
 
 
 def test_ffn_width_formula_of_the_published_models():

@@ -2,11 +2,10 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_python
 
 from llama2rt.checkpoint import store
 from llama2rt.checkpoint.store import CheckpointError, Store
@@ -120,10 +119,7 @@ except CheckpointError as error:
 
 def test_full_disk_says_so_and_loses_nothing(tmp_path):
     kept = saved(tmp_path, 10)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", FULL_DISK, tmp_path)
     assert "step-20: this checkpoint could not be written" in done.stdout
     assert "step-10 is still the last checkpoint" in done.stdout
     assert os.listdir(tmp_path) == ["step-10"]

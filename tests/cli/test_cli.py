@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from processes import run_python
 
 from llama2rt import cli
 
@@ -67,7 +68,7 @@ from llama2rt import cli
 cli.usage(cli.available())
 print("torch" in sys.modules)
 """
-    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True) == "False\n"
+    assert run_python("-c", script).stdout == "False\n"
 
 
 def test_verbs_without_their_module_are_absent(monkeypatch, tmp_path, capsys):
@@ -167,7 +168,7 @@ def test_unknown_recipe_names_the_shipped_ones(capsys):
     assert "tinyshakespeare" in capsys.readouterr().err
 
 
-def test_a_missing_key_may_come_as_an_option(recipe, tmp_path, capsys):
+def test_a_missing_key_may_come_as_an_option(recipe, tmp_path):
     lines = recipe.read_text().splitlines()
     data = next(line for line in lines if line.startswith("data"))
     recipe.write_text("\n".join(line for line in lines if line != data))

@@ -1,8 +1,8 @@
 """Other people's rows, hand-made in their published shape, and the real files where present."""
 
-import json
 from collections import Counter
 
+import json_lines
 import pytest
 
 from llama2rt.data.readers import Reader, read
@@ -22,7 +22,7 @@ def assistant(text):
 def read_rows(tmp_path):
     def read_rows(kind, *rows):
         path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        json_lines.write(path, rows)
         return read(path, kind)
 
     return read_rows

@@ -55,14 +55,14 @@ def test_a_failed_build_leaves_nothing(small_tokenizer, tmp_path):
         yield "fine"
         raise RuntimeError("disk on fire")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="disk on fire"):
         tokens.build(failing(), small_tokenizer, tmp_path / "c.tokens")
     with pytest.raises(InputError, match="no documents"):
         tokens.build([], small_tokenizer, tmp_path / "c.tokens")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_tokenizer_is_refused(token_file, small_tokenizer, tmp_path):
+def test_another_tokenizer_is_refused(token_file, tmp_path):
     from llama2rt.text import Tokenizer
 
     other = Tokenizer.train(["other words make another tokenizer"], 290, tmp_path)

@@ -6,7 +6,9 @@ a case of each padded head dimension, with a remainder in every direction, is wh
 
 import pytest
 import torch
-from attention_cases import check, offsets
+from attention_cases import both_directions, check, offsets
+from numerics import same_bits
+from strides import columns_first, off_alignment
 
 from llama2rt import ops
 from llama2rt.ops import reference
@@ -86,27 +88,18 @@ def test_tiles_are_found_whatever_the_lengths(emulated, seed):
     check(emulated, 1, 1, 16, torch.bfloat16, seed, queries=lengths)
 
 
-def both_directions(run, dout, q, k, v, *rest):
-    out, lse = run.attention(q, k, v, *rest)
-    return out, lse, *run.attention_backward(dout, q, k, v, out, lse, *rest)
-
-
 def test_any_strides(emulated, dtype):
     """A fused projection's output, a transposed one, rows off 16 bytes, a gradient of stride 0."""
     cu, tokens = offsets([2, 0, 70]), 72
     fused = torch.randn(tokens, 4 + 2 + 2, 24).to(dtype)
     q, k, v = fused.split((4, 2, 2), 1)
-    v = v.transpose(0, 2).contiguous().transpose(0, 2)
-    k = torch.cat((k[..., :1], k), -1)[..., 1:]
+    k, v = off_alignment(k), columns_first(v)
     dout = torch.randn(tokens, 1, 24).to(dtype).expand(-1, 4, -1)
     rest = (cu, cu, 70, True, 0.2)
     dense = [x.contiguous() for x in (dout, q, k, v)]
-    for one, two in zip(
-        both_directions(emulated, dout, q, k, v, *rest),
-        both_directions(emulated, *dense, *rest),
-        strict=True,
-    ):
-        assert torch.equal(one, two) and one.is_contiguous()
+    ours = both_directions(emulated, dout, q, k, v, *rest)
+    assert same_bits(ours, both_directions(emulated, *dense, *rest))
+    assert all(x.is_contiguous() for x in ours)
 
 
 @pytest.mark.parametrize("dim", [64, 256])
@@ -118,8 +111,7 @@ def test_the_same_bits_whatever_the_order_of_threads(module, emulated, dim, dtyp
     for order in range(3):
         module.set_seed(order)
         results.append(both_directions(emulated, dout, q, k, v, cu, cu, 0, True, 0.125))
-    for one, *others in zip(*results, strict=True):
-        assert all(torch.equal(one, other) for other in others)
+    assert all(same_bits(results[0], other) for other in results[1:])
 
 
 def test_offsets_of_either_integer(emulated):
@@ -131,7 +123,7 @@ def test_offsets_of_either_integer(emulated):
         )
         for one, two in ((torch.int32, torch.int32), (torch.int64, torch.int32))
     ]
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert same_bits(*results)
 
 
 def test_strides_beyond_32_bits(emulated, far, dtype):
@@ -141,7 +133,7 @@ def test_strides_beyond_32_bits(emulated, far, dtype):
         both_directions(emulated, *tensors, cu, cu, 0, True, 0.25)
         for tensors in (near, [far(x) for x in near])
     ]
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert same_bits(*results)
 
 
 def test_no_tokens(emulated):

@@ -3,17 +3,16 @@
 By the rule of `numerics.judge`, and the promises beside it.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import check, offsets, sdpa
-from numerics import judge
+from attention_cases import both_directions, check, offsets, sdpa
+from numerics import judge, leaves_of, same_bits, wide
+from processes import run_python
+from strides import heads_first
 
 from llama2rt.ops import cuda_kernels, reference
 from llama2rt.ops.cuda_kernels import attention_sm90
@@ -37,11 +36,6 @@ def hopper(emulated):
     return SimpleNamespace(
         attention=emulated.attention_sm90, attention_backward=emulated.attention_sm90_backward
     )
-
-
-def both_directions(run, dout, q, k, v, *rest):
-    out, lse = run.attention(q, k, v, *rest)
-    return out, lse, *run.attention_backward(dout, q, k, v, out, lse, *rest)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -133,17 +127,17 @@ def test_any_strides(hopper):
     rest = (cu, cu, 0, True, 0.1)
     expected = both_directions(hopper, *(x.contiguous() for x in tensors), *rest)
     off = [torch.empty(x.numel() + 1).half()[1:].view(x.shape).copy_(x) for x in tensors]
-    transposed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
+    transposed = [heads_first(x) for x in tensors]
     apart = [F.pad(x.flatten(1), (0, 8))[:, :-8].unflatten(1, x.shape[1:]) for x in tensors]
     assert all(x.stride(0) % x.stride(1) == 8 for x in apart)
     for these in (tensors, off, transposed, apart):
         got = both_directions(hopper, *these, *rest)
-        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+        assert same_bits(got, expected)
     dout, q, k, v = tensors
     shared = (dout[:, :1].expand(-1, 4, -1), q, k.expand(-1, 2, -1), v.expand(-1, 2, -1))
     got = both_directions(hopper, *shared, *rest)
     expected = both_directions(hopper, *(x.contiguous() for x in shared), *rest)
-    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    assert same_bits(got, expected)
 
 
 def test_results_of_the_forward_pass_off_16_bytes(hopper):
@@ -153,7 +147,7 @@ def test_results_of_the_forward_pass_off_16_bytes(hopper):
     out, lse = hopper.attention(q, k, v, *rest)
     off = torch.empty(out.numel() + 1).half()[1:].view(out.shape).copy_(out)
     results = [hopper.attention_backward(dout, q, k, v, x, lse, *rest) for x in (out, off)]
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert same_bits(*results)
 
 
 def test_strides_beyond_32_bits(hopper, far, dtype):
@@ -163,7 +157,7 @@ def test_strides_beyond_32_bits(hopper, far, dtype):
         both_directions(hopper, *tensors, cu, cu, 0, True, 0.25)
         for tensors in (near, [far(x) for x in near])
     ]
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -174,8 +168,7 @@ def test_the_same_bits_whatever_the_order_of_threads(module, hopper, dim):
     for order in range(3):
         module.set_seed(order)
         results.append(both_directions(hopper, *tensors, cu, cu, 0, True, 0.1))
-    for one, *others in zip(*results, strict=True):
-        assert all(torch.equal(one, other) for other in others)
+    assert all(same_bits(results[0], other) for other in results[1:])
 
 
 def sources_of(points):
@@ -196,14 +189,13 @@ def test_every_barrier_is_needed(module, hopper, direction):
     dout, q, k, v = torch.randn(4, sum(lengths), 1, dim).bfloat16().unbind()
     rest = (cu, cu, 0, False, dim**-0.5)
     out, lse = hopper.attention(q, k, v, *rest)
-    wide = [x.double() for x in (dout, q, k, v)]
-    exact = reference.attention(*wide[1:], *rest)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = reference.attention(*wide(q, k, v), *rest)
+    leaves = leaves_of(q, k, v)
     theirs = sdpa(*leaves, lengths, lengths, False, dim**-0.5)
     if direction == "forward":
         expected, yardstick = [exact[0]], [theirs.detach()]
     else:
-        expected = reference.attention_backward(*wide, *exact, *rest)
+        expected = reference.attention_backward(*wide(dout, q, k, v), *exact, *rest)
         yardstick = torch.autograd.grad(theirs, leaves, dout)
     for x in (dout, q, k, v, out):
         x[113:118] = torch.nan  # the second document, which is in the tail of the first
@@ -266,10 +258,5 @@ def test_it_is_chosen_by_name_alone(value, expected):
         "print(f['attention'] is sm90.attention,"
         " f['attention_backward'] is sm90.attention_backward)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {attention_sm90.VARIABLE: value},
-        capture_output=True,
-        text=True,
-    )
-    assert expected in run.stdout + run.stderr
+    done = run_python("-c", program, env={attention_sm90.VARIABLE: value}, status=None)
+    assert expected in done.stdout + done.stderr

@@ -8,12 +8,11 @@ check must pass with nothing left out, under every one of them.
 from collections.abc import Callable
 
 import attention_cases
-import paged
+import decode_cases
+import elementwise_cases
 import pytest
 import torch
-from numerics import judge
 
-from llama2rt.ops import reference
 from llama2rt.ops.cuda_kernels import decode_attention
 
 SEEDS = range(6)
@@ -21,17 +20,7 @@ SEEDS = range(6)
 
 def check_rms_norm(emulated) -> None:
     # Two warps, and more rows than blocks.
-    x, dy, weight = torch.randn(20, 150), torch.randn(20, 150), torch.randn(150)
-    y, rstd = emulated.rms_norm(x, weight, 1e-5)
-    wide = x.double(), weight.double()
-    exact, exact_rstd = reference.rms_norm(*wide, 1e-5)
-    judge("y", y, exact, exact.float())
-    expected = reference.rms_norm_backward(dy.double(), *wide, exact_rstd)
-    for name, ours, expect in zip(
-        ("dx", "dweight"), emulated.rms_norm_backward(dy, x, weight, rstd), expected, strict=True
-    ):
-        same_dtype = reference.rms_norm_backward(dy, x, weight, rstd)[name == "dweight"]
-        judge(name, ours, expect, same_dtype, gradient=True)
+    elementwise_cases.check_rms_norm(emulated, (20, 150), "normal", torch.float32, 0)
 
 
 def check_attention(emulated) -> None:
@@ -49,8 +38,8 @@ def check_decode_attention(emulated) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_attention, "split_count", lambda *_: 2)
         for dtype in (torch.bfloat16, torch.float32):
-            arguments = paged.make(2, 1, 40, 16, dtype, "normal", 0, [9, 300])
-            paged.check(emulated.decode_attention, arguments, 0.2)
+            arguments = decode_cases.make(2, 1, 40, 16, dtype, "normal", 0, [9, 300])
+            decode_cases.check(emulated.decode_attention, arguments, 0.2)
 
 
 CHECKS: dict[str, Callable] = {

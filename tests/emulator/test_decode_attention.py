@@ -1,12 +1,13 @@
 """decode_attention in CUDA, emulated, by the rule of `numerics.judge`, and what it may not do.
 
-The yardstick and the inputs are in `paged`.
+The yardstick and the inputs are in `decode_cases`.
 """
 
 import emulator
 import pytest
 import torch
-from paged import check, make
+from decode_cases import check, make
+from strides import columns_first, heads_first, off_alignment, rows_apart
 
 from llama2rt import ops
 from llama2rt.ops import cuda_kernels
@@ -60,13 +61,11 @@ def test_more_splits_than_warps_of_the_second_stage(emulated, dtype, seed, monke
 def test_any_strides(emulated, splits, dtype):
     q, k, v, table, lengths = make(8, 2, 24, 16, dtype, "normal", 0, LENGTHS)
     expected = emulated.decode_attention(q, k, v, table, lengths, 0.2)
-    apart = torch.cat((q, q), 1)[:, :8]
+    q_apart = torch.cat((q, q), 1)[:, :8]
     both = torch.stack((k, v), 2)  # keys beside values in each slot
-    heads_first = both[:, :, 1].transpose(1, 2).contiguous().transpose(1, 2)
-    off = torch.cat((v[..., :1], v), -1)[..., 1:]
-    wide = torch.cat((table, table), 1)[:, : table.shape[1]].long()
-    for values in (heads_first, off, v.transpose(0, 3).contiguous().transpose(0, 3)):
-        got = emulated.decode_attention(apart, both[:, :, 0], values, wide, lengths.long(), 0.2)
+    indices = rows_apart(table).long(), lengths.long()
+    for values in (heads_first(both[:, :, 1]), off_alignment(v), columns_first(v)):
+        got = emulated.decode_attention(q_apart, both[:, :, 0], values, *indices, 0.2)
         assert torch.equal(got, expected)
 
 

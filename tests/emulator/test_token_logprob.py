@@ -1,13 +1,15 @@
 """token_logprob in CUDA, emulated, by the rule of `numerics.judge`, and its promises.
 
-The yardstick and the inputs are in `logprob`. cuBLAS's part is done by torch on this CPU.
+The yardstick and the inputs are in `logprob_cases`. cuBLAS's part is done by torch on this CPU.
 """
 
+import logprob_cases
 import pytest
 import torch
-from logprob import both, check, same_bits, small
+from logprob_cases import both_directions, check, small
+from numerics import same_bits
+from strides import STRIDES, columns_first, rows_apart
 
-from llama2rt import ops
 from llama2rt.ops.cuda_kernels import token_logprob as calls
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -37,32 +39,23 @@ def test_shipped_tiles(emulated, dtype, seed):
     check(emulated, 5, 24, 2311, "normal", dtype, 1.0, seed)
 
 
-@pytest.mark.parametrize("strides", ["rows apart", "columns first", "one row", "one value"])
+@pytest.mark.parametrize("strides", STRIDES)
 def test_any_strides(emulated, strides, dtype, small_tiles):
     hidden, weight, targets = small(dtype)
-    hidden = {
-        "rows apart": torch.cat((hidden, hidden), -1)[:, :24],
-        "columns first": hidden.t().contiguous().t(),
-        "one row": hidden[:1].expand_as(hidden),
-        "one value": hidden[:1, :1].expand_as(hidden),
-    }[strides]
-    apart = torch.cat((weight, weight), -1)[:, :24]
+    hidden, apart = STRIDES[strides](hidden), rows_apart(weight)
     targets = torch.stack((targets, targets), 1)[:, 0]
     upstream = torch.tensor(0.3).expand(40)
     dense = [x.contiguous() for x in (hidden, apart, targets, upstream, upstream)]
     copies = [x.clone() for x in dense]
-    ours = both(emulated, hidden, apart, targets, upstream, upstream)
-    assert same_bits(ours, both(emulated, *dense))
+    ours = both_directions(emulated, hidden, apart, targets, upstream, upstream)
+    assert same_bits(ours, both_directions(emulated, *dense))
     assert same_bits(dense, copies), "an input was changed"
     assert all(x.is_contiguous() for x in ours)
 
 
 def test_a_weight_with_columns_first(emulated, dtype, small_tiles, seed):
     """BLAS then adds in another order, so it is judged like any other."""
-    check(
-        *(emulated, 70, 33, 149, "normal", dtype, 0.7, seed),
-        arrange=lambda weight: weight.t().contiguous().t(),
-    )
+    check(emulated, 70, 33, 149, "normal", dtype, 0.7, seed, arrange=columns_first)
 
 
 def test_the_order_of_threads_does_not_matter(module, emulated, dtype, small_tiles):
@@ -70,59 +63,28 @@ def test_the_order_of_threads_does_not_matter(module, emulated, dtype, small_til
     results = []
     for seed in range(3):
         module.set_seed(seed)
-        results.append(both(emulated, *arguments))
+        results.append(both_directions(emulated, *arguments))
     assert all(same_bits(results[0], other) for other in results)
 
 
 def test_narrow_targets(emulated, dtype, small_tiles):
-    hidden, weight, targets = small(dtype)
-    upstream = torch.randn(2, 40)
-    first, second = (both(emulated, hidden, weight, t, *upstream) for t in (targets, targets.int()))
-    assert same_bits(first, second)
+    logprob_cases.check_narrow_targets(emulated, dtype)
 
 
 def test_targets_below_zero_are_not_predicted(emulated, dtype, small_tiles):
-    hidden, weight, targets = small(dtype)
-    targets[3:9] = -100
-    upstream = torch.randn(2, 40)
-    skipped = targets < 0
-    logprob, entropy, _, dhidden, _ = both(emulated, hidden, weight, targets, *upstream)
-    for values in (logprob, entropy, dhidden):
-        assert not values[skipped].any() and values[~skipped].any()
-    logprob, entropy, lse, *gradients = both(
-        emulated, hidden, weight, torch.full_like(targets, -1), *upstream
-    )
-    assert not any(x.any() for x in (logprob, entropy, *gradients)) and lse.isfinite().all()
+    logprob_cases.check_targets_below_zero(emulated, dtype)
 
 
 def test_a_target_outside_the_vocabulary_is_not_a_number(emulated, dtype, small_tiles):
-    hidden, weight, targets = small(dtype)
-    targets[5] = 150
-    logprob = emulated.token_logprob(hidden, weight, targets, 1.0, False)[0]
-    assert logprob.isnan().nonzero().flatten().tolist() == [5]
+    logprob_cases.check_target_outside_the_vocabulary(emulated, dtype)
 
 
-def test_certain_targets_are_never_positive_and_lose_no_entropy(emulated, dtype, small_tiles):
-    hidden, weight, _ = small(dtype, depth=64)
-    targets = (hidden.float() @ weight.float().T).argmax(-1)
-    logprob, entropy, lse = emulated.token_logprob(hidden, weight, targets, 0.05, True)
-    assert (logprob <= 0).all() and (logprob > -1e-3).float().mean() > 0.5
-    assert (entropy >= 0).all()
-    # Where one logit is all, no gradient is left but its rivals': an ulp of lse would give 1e-3.
-    upstream = torch.ones(40)
-    dhidden, _ = emulated.token_logprob_backward(
-        upstream, None, hidden, weight, targets, lse, None, 0.05
-    )
-    assert (logprob == 0).any() and dhidden[logprob == 0].abs().max() < 1e-5
+def test_certain_targets_are_never_positive_and_leave_no_gradient(emulated, dtype, small_tiles):
+    logprob_cases.check_gradient_of_certain_targets(emulated, dtype)
 
 
 def test_no_tokens(emulated, dtype):
-    hidden, weight, targets = small(dtype, tokens=0)
-    logprob, entropy, lse, dhidden, dweight = both(
-        emulated, hidden, weight, targets, *torch.empty(2, 0)
-    )
-    assert logprob.shape == entropy.shape == lse.shape == (0,)
-    assert dhidden.shape == (0, 24) and not dweight.any()
+    logprob_cases.check_no_tokens(emulated, dtype)
 
 
 def test_rows_that_are_not_aligned_are_refused(module):
@@ -136,13 +98,4 @@ def test_rows_that_are_not_aligned_are_refused(module):
 
 
 def test_through_the_ops(module):
-    hidden, weight, targets = small(torch.float32)
-    results = []
-    for name, dtype in (("emulated", torch.float32), ("reference", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
-        with ops.use(name):
-            logprob, entropy = ops.token_logprob(*leaves, targets, temperature=1.3, entropy=True)
-        gradients = torch.autograd.grad((logprob * entropy).sum(), leaves)
-        results.append([x.double() for x in (logprob, entropy, *gradients)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    logprob_cases.check_through_the_ops("emulated")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_models import packed
 
 from llama2rt.errors import InputError
 from llama2rt.evaluate.scoring import score, score_tokens
@@ -26,12 +27,7 @@ def _sequences(count: int = 23) -> list[list[int]]:
 
 def _alone(model: ScalarModel, tokens: list[int]) -> float:
     with torch.no_grad():
-        values = model(
-            torch.tensor(tokens),
-            torch.arange(len(tokens), dtype=torch.int32),
-            torch.tensor([0, len(tokens)], dtype=torch.int32),
-        )
-    return float(values[-1])
+        return float(model(*packed(tokens))[-1])
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 50, 16384])

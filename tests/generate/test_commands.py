@@ -2,8 +2,10 @@
 
 import json
 
+import json_lines
 import pytest
 import tyro
+from small_models import far_from_flat
 
 from llama2rt.checkpoint import native
 from llama2rt.data import readers
@@ -13,15 +15,15 @@ from llama2rt.model.heads import ScalarModel
 
 
 @pytest.fixture(scope="module")
-def folder(models, tokenizer, tmp_path_factory):
+def folder(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "model"
-    native.save(models.build(vocab_size=tokenizer.vocab_size), tokenizer, path)
+    native.save(far_from_flat(vocab_size=tokenizer.vocab_size), tokenizer, path)
     return path
 
 
 @pytest.fixture
-def engine(models, tokenizer):
-    return Engine(models.build(vocab_size=tokenizer.vocab_size), tokenizer)
+def engine(tokenizer):
+    return Engine(far_from_flat(vocab_size=tokenizer.vocab_size), tokenizer)
 
 
 def _generate(*args):
@@ -49,7 +51,7 @@ def test_file_of_prompts_to_file_of_samples(folder, engine, tmp_path, capsys):
         {"id": f"p{i}", "messages": [{"role": "user", "content": text}]}
         for i, text in enumerate(contents)
     ]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    json_lines.write(prompts, rows)
     out = tmp_path / "samples.jsonl"
     options = ("--n", 2, "--temperature", 0.9, "--max-tokens", 12, "--seed", 7, "--out", out)
     _generate(folder, "--prompts", prompts, *options, "--json")
@@ -69,15 +71,15 @@ def test_file_of_prompts_to_file_of_samples(folder, engine, tmp_path, capsys):
     assert report["tokens_per_s"] > 0
 
 
-def test_bad_input(folder, models, tokenizer, tmp_path):
+def test_bad_input(folder, tokenizer, tmp_path):
     with pytest.raises(InputError, match="either --prompt TEXT or --prompts FILE"):
         _generate(folder)
     with pytest.raises(InputError, match="no such model folder"):
         _generate(tmp_path / "nothing", "--prompt", "x")
-    native.save(models.build(), None, tmp_path / "mute")
+    native.save(far_from_flat(), None, tmp_path / "mute")
     with pytest.raises(InputError, match=r"no tokenizer\.model"):
         _generate(tmp_path / "mute", "--prompt", "x")
-    native.save(ScalarModel.from_llama(models.build(), 0), tokenizer, tmp_path / "scorer")
+    native.save(ScalarModel.from_llama(far_from_flat(), 0), tokenizer, tmp_path / "scorer")
     with pytest.raises(InputError, match="reward model or critic"):
         _generate(tmp_path / "scorer", "--prompt", "x")
     with pytest.raises(InputError, match="device: 'banana' cannot be used"):
@@ -126,7 +128,7 @@ def test_chat_remembers_until_reset(folder, engine, monkeypatch, capsys):
     assert "holds the format tag <<SYS>>" in shown
 
 
-def test_chat_draws_afresh_each_turn(folder, monkeypatch, capsys):
+def test_chat_draws_afresh_each_turn(folder, monkeypatch):
     lines = ["about units", "/reset", "about units"][::-1]
 
     def read_line(_):

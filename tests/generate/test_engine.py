@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from small_models import Ids, far_from_flat, packed, transformers_twin
 
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
@@ -18,11 +19,7 @@ def _prompts(count, longest, vocab_size=400, seed=0):
 
 def _top_two_gap(model, tokens):
     """Gap between the two largest logits after each token."""
-    n = len(tokens)
-    logits = model.logits(
-        torch.tensor(tokens), torch.arange(n), torch.tensor([0, n], dtype=torch.int32)
-    )
-    values = logits.float().topk(2).values
+    values = model.logits(*packed(tokens)).float().topk(2).values
     return values[:, 0] - values[:, 1]
 
 
@@ -37,11 +34,11 @@ def _assert_same_or_tie(model, prompt, ours, theirs, gap=1e-4):
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_greedy_equals_transformers(models, kv_heads):
-    model = models.build(kv_heads)
-    theirs = models.build_transformers(model)
+def test_greedy_equals_transformers(kv_heads):
+    model = far_from_flat(kv_heads)
+    theirs = transformers_twin(model)
     prompts = _prompts(12, 40)
-    ours = Engine(model, models.Ids(), page_size=8, max_sequences=5).generate(
+    ours = Engine(model, Ids(), page_size=8, max_sequences=5).generate(
         prompts, temperature=0, max_tokens=30
     )
     same = 0
@@ -66,21 +63,15 @@ def _recompute(model, completion, temperature):
     targets = torch.full((n,), -1)
     targets[prompt - 1 : n - 1] = torch.tensor(completion.tokens)
     with torch.no_grad():
-        logprob = model(
-            torch.tensor(tokens),
-            torch.arange(n),
-            torch.tensor([0, n], dtype=torch.int32),
-            targets,
-            temperature=temperature,
-        )
+        logprob = model(*packed(tokens), targets, temperature=temperature)
     return logprob[prompt - 1 : n - 1]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_rollout_logprobs_equal_the_training_path(models, temperature, kv_heads):
-    model = models.build(kv_heads)
-    completions = Engine(model, models.Ids(), max_sequences=6).generate(
+def test_rollout_logprobs_equal_the_training_path(temperature, kv_heads):
+    model = far_from_flat(kv_heads)
+    completions = Engine(model, Ids(), max_sequences=6).generate(
         _prompts(6, 30), n=3, temperature=temperature, top_p=0.9, max_tokens=25
     )
     for completion in completions:
@@ -88,7 +79,7 @@ def test_rollout_logprobs_equal_the_training_path(models, temperature, kv_heads)
         torch.testing.assert_close(
             torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-5
         )
-    greedy = Engine(model, models.Ids()).generate(_prompts(2, 30), temperature=0, max_tokens=9)
+    greedy = Engine(model, Ids()).generate(_prompts(2, 30), temperature=0, max_tokens=9)
     for completion in greedy:
         expected = _recompute(model, completion, 1.0)
         torch.testing.assert_close(
@@ -97,12 +88,12 @@ def test_rollout_logprobs_equal_the_training_path(models, temperature, kv_heads)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_rollout_logprobs_in_bf16(models, temperature):
+def test_rollout_logprobs_in_bf16(temperature):
     # Decoding and training round to bf16 at different places (2^-9 relative per operation): the
     # two may differ by no more than bf16 differs from fp32 on the same path.
-    model = models.build(dtype=torch.bfloat16)
+    model = far_from_flat(dtype=torch.bfloat16)
     exact = copy.deepcopy(model).float()
-    completions = Engine(model, models.Ids()).generate(
+    completions = Engine(model, Ids()).generate(
         _prompts(8, 30), n=2, temperature=temperature, max_tokens=25
     )
     ours, training, truth = (
@@ -129,22 +120,22 @@ def _samples(completions):
     return [(c.tokens, c.text, c.finish_reason) for c in completions]
 
 
-def test_samples_do_not_depend_on_the_batch(models):
-    model = models.build()
+def test_samples_do_not_depend_on_the_batch():
+    model = far_from_flat()
     prompts = _prompts(7, 30)
     options = {"n": 3, "temperature": 0.9, "top_p": 0.95, "max_tokens": 20, "seed": 5}
     ended = []
-    expected = Engine(model, models.Ids()).generate(prompts, **options, on_finish=ended.append)
+    expected = Engine(model, Ids()).generate(prompts, **options, on_finish=ended.append)
     assert sorted(map(id, ended)) == sorted(map(id, expected))
     assert [c.prompt_index for c in expected] == [i for i in range(7) for _ in range(3)]
     assert [c.prompt_tokens for c in expected] == [p for p in prompts for _ in range(3)]
     assert len({tuple(c.tokens) for c in expected}) > 15
     longest = 8 * -(-max(len(p) + 20 for p in prompts) // 8)
     for engine in (
-        Engine(model, models.Ids(), max_sequences=1),
-        Engine(model, models.Ids(), max_sequences=4, page_size=3),
-        Engine(model, models.Ids(), page_size=8, max_cached_tokens=longest),  # preempts
-        Engine(model, models.Ids(), page_size=8, max_cached_tokens=3 * longest),
+        Engine(model, Ids(), max_sequences=1),
+        Engine(model, Ids(), max_sequences=4, page_size=3),
+        Engine(model, Ids(), page_size=8, max_cached_tokens=longest),  # preempts
+        Engine(model, Ids(), page_size=8, max_cached_tokens=3 * longest),
     ):
         again = engine.generate(prompts, **options)
         assert _samples(again) == _samples(expected)
@@ -153,74 +144,70 @@ def test_samples_do_not_depend_on_the_batch(models):
             np.concatenate([c.logprobs for c in expected]),
             atol=1e-4,
         )
-    fewer = Engine(model, models.Ids()).generate(prompts[:2], **options)
+    fewer = Engine(model, Ids()).generate(prompts[:2], **options)
     assert _samples(fewer) == _samples(expected[:6])
-    assert _samples(expected) == _samples(Engine(model, models.Ids()).generate(prompts, **options))
+    assert _samples(expected) == _samples(Engine(model, Ids()).generate(prompts, **options))
 
 
-def test_seeds_and_indices_give_different_samples(models):
-    engine = Engine(models.build(), models.Ids())
+def test_seeds_and_indices_give_different_samples():
+    engine = Engine(far_from_flat(), Ids())
     same_prompt = [[5, 6, 7]] * 4
     outputs = [c.tokens for seed in (0, 1) for c in engine.generate(same_prompt, n=4, seed=seed)]
     assert len({tuple(tokens) for tokens in outputs}) == len(outputs)
 
 
-def test_first_tokens_follow_the_model(models):
+def test_first_tokens_follow_the_model():
     """End to end: the drawn tokens' distribution is the model's softmax, shared prompt and all."""
     from scipy import stats
 
-    model = models.build(vocab_size=30)
+    model = far_from_flat(vocab_size=30)
     prompt = [4, 9, 17, 3, 8]
     n = 8000
-    engine = Engine(model, models.Ids(-1), max_sequences=500)
+    engine = Engine(model, Ids(-1), max_sequences=500)
     first = [c.tokens[0] for c in engine.generate([prompt], n=n, temperature=4.0, max_tokens=1)]
     with torch.no_grad():
-        logits = model.logits(
-            torch.tensor(prompt), torch.arange(5), torch.tensor([0, 5], dtype=torch.int32)
-        )[-1]
+        logits = model.logits(*packed(prompt))[-1]
     expected = (logits.double() / 4.0).softmax(0).numpy() * n
     counts = np.bincount(first, minlength=30)
     assert expected.min() > 5
     assert stats.chisquare(counts, expected).pvalue > 1e-3
 
 
-def test_stop_and_length(models):
-    model = models.build()
+def test_stop_and_length():
+    model = far_from_flat()
     prompt = [5, 6, 7]
-    free = Engine(model, models.Ids(-1)).generate([prompt], temperature=0, max_tokens=12)[0]
+    free = Engine(model, Ids(-1)).generate([prompt], temperature=0, max_tokens=12)[0]
     assert free.finish_reason == "length" and len(free.tokens) == len(free.logprobs) == 12
     third = free.tokens[3]
     cut = free.tokens.index(third) + 1
-    stopped = Engine(model, models.Ids(third)).generate([prompt], temperature=0, max_tokens=12)[0]
+    stopped = Engine(model, Ids(third)).generate([prompt], temperature=0, max_tokens=12)[0]
     assert stopped.tokens == free.tokens[:cut] and stopped.finish_reason == "stop"
     assert stopped.text.split() == [str(token) for token in free.tokens[: cut - 1]]
     # The limit reached exactly with EOS is a stop; one token earlier it is a length without EOS.
-    exact = Engine(model, models.Ids(third)).generate([prompt], temperature=0, max_tokens=cut)[0]
+    exact = Engine(model, Ids(third)).generate([prompt], temperature=0, max_tokens=cut)[0]
     assert exact.finish_reason == "stop"
     if cut > 1:
-        short = Engine(model, models.Ids(third)).generate(
-            [prompt], temperature=0, max_tokens=cut - 1
-        )[0]
+        short = Engine(model, Ids(third)).generate([prompt], temperature=0, max_tokens=cut - 1)[0]
         assert short.finish_reason == "length" and third not in short.tokens
 
 
-def test_eos_at_once_is_an_empty_response(models):
-    model = models.build()
-    first = Engine(model, models.Ids(-1)).generate([[5, 6]], temperature=0, max_tokens=1)[0].tokens
-    empty = Engine(model, models.Ids(first[0])).generate([[5, 6]], temperature=0)[0]
+def test_eos_at_once_is_an_empty_response():
+    model = far_from_flat()
+    first = Engine(model, Ids(-1)).generate([[5, 6]], temperature=0, max_tokens=1)[0].tokens
+    empty = Engine(model, Ids(first[0])).generate([[5, 6]], temperature=0)[0]
     assert (empty.tokens, empty.text, empty.finish_reason) == (first, "", "stop")
 
 
-def test_context_ends_a_sequence(models):
-    model = models.build()
+def test_context_ends_a_sequence():
+    model = far_from_flat()
     full = [[3] * 95, [4] * 90, [5]]
-    completions = Engine(model, models.Ids(-1)).generate(full, max_tokens=200)
+    completions = Engine(model, Ids(-1)).generate(full, max_tokens=200)
     assert [len(c.tokens) for c in completions] == [1, 6, 95]
     assert {c.finish_reason for c in completions} == {"length"}
 
 
-def test_bad_input(models):
-    engine = Engine(models.build(), models.Ids(), max_cached_tokens=64)
+def test_bad_input():
+    engine = Engine(far_from_flat(), Ids(), max_cached_tokens=64)
     for prompts, message in (
         ([[3], []], "prompt 1: empty"),
         ([[3] * 96], "prompt 0: 96 tokens leave no room in the context of 96"),
@@ -245,16 +232,16 @@ def test_bad_input(models):
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}, {}])
-def test_a_model_that_is_not_finite_is_said_so(models, options):
-    model = copy.deepcopy(models.build())
+def test_a_model_that_is_not_finite_is_said_so(options):
+    model = copy.deepcopy(far_from_flat())
     with torch.no_grad():
         model.output[7, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="logits are not finite"):
-        Engine(model, models.Ids()).generate([[3, 4, 5]], **options)
+        Engine(model, Ids()).generate([[3, 4, 5]], **options)
 
 
-def test_messages_and_text(models, tokenizer):
-    model = models.build(vocab_size=tokenizer.vocab_size)
+def test_messages_and_text(tokenizer):
+    model = far_from_flat(vocab_size=tokenizer.vocab_size)
     messages = [{"role": "user", "content": "questions about dates"}]
     engine = Engine(model, tokenizer)
     (completion,) = engine.generate([messages], max_tokens=30, seed=3)
@@ -277,15 +264,15 @@ def test_messages_and_text(models, tokenizer):
         assert "".join(engine.stream(prompt, max_tokens=30, seed=3)) == text
 
 
-def test_a_padded_vocabulary_has_no_text(models, tokenizer):
-    model = models.build(vocab_size=4 * tokenizer.vocab_size)
+def test_a_padded_vocabulary_has_no_text(tokenizer):
+    model = far_from_flat(vocab_size=4 * tokenizer.vocab_size)
     completions = Engine(model, tokenizer).generate([[5, 6]], n=20, temperature=2.0, max_tokens=9)
     assert any(max(c.tokens) >= tokenizer.vocab_size for c in completions)
 
 
-def test_model_state_is_left_alone(models):
-    model = models.build()
-    engine = Engine(model, models.Ids())
+def test_model_state_is_left_alone():
+    model = far_from_flat()
+    engine = Engine(model, Ids())
     model.train()
     modes = []
     hook = model.blocks[0].register_forward_hook(lambda block, *_: modes.append(block.training))
@@ -293,12 +280,7 @@ def test_model_state_is_left_alone(models):
     hook.remove()
     assert model.training and not any(modes) and modes
     # Rotary tables or anything else made while sampling must serve training afterwards.
-    loss = -model(
-        torch.tensor([5, 6, 7]),
-        torch.arange(3),
-        torch.tensor([0, 3], dtype=torch.int32),
-        torch.tensor([6, 7, -1]),
-    ).sum()
+    loss = -model(*packed([5, 6, 7]), torch.tensor([6, 7, -1])).sum()
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,22 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_cases import check, offsets
+from attention_cases import both_directions, check, offsets
+from numerics import same_bits
 
 RAGGED = [1, 2, 0, 113, 203, 1024]
 HALF = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def hopper(cuda):
+def hopper(cuda, poisoned):
     """The functions under test; skips elsewhere."""
     if (capability := torch.cuda.get_device_capability()) != (9, 0):
         pytest.skip(f"needs compute capability 9.0, this GPU has {capability}")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty returns NaN
-    yield SimpleNamespace(
+    return SimpleNamespace(
         attention=cuda.attention_sm90, attention_backward=cuda.attention_sm90_backward
     )
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
@@ -56,16 +55,11 @@ def test_other_lengths_of_keys(hopper, causal, seed):
 
 def test_repeatable(hopper):
     cu = offsets([700, 3000, 1]).cuda()
-    dout, q, k, v = torch.randn(4, 3701, 8, 128, device="cuda").bfloat16().unbind()
-    rest = (cu, cu, 3000, True, 128**-0.5)
-
-    def both_directions():
-        out, lse = hopper.attention(q, k, v, *rest)
-        return out, lse, *hopper.attention_backward(dout, q, k, v, out, lse, *rest)
-
-    first = both_directions()
+    tensors = torch.randn(4, 3701, 8, 128, device="cuda").bfloat16().unbind()
+    arguments = (*tensors, cu, cu, 3000, True, 128**-0.5)
+    first = both_directions(hopper, *arguments)
     for _ in range(20):
-        assert all(torch.equal(*pair) for pair in zip(both_directions(), first, strict=True))
+        assert same_bits(both_directions(hopper, *arguments), first)
 
 
 def test_documents_never_see_each_other(hopper):

@@ -1,11 +1,11 @@
 """decode_attention of `_cuda` at the sizes it is made for. Not yet run on a GPU.
 
-The yardstick and the inputs are in `paged`.
+The yardstick and the inputs are in `decode_cases`.
 """
 
 import pytest
 import torch
-from paged import check, make
+from decode_cases import check, make, softmax_attention
 
 from llama2rt import ops
 
@@ -17,7 +17,6 @@ def on_gpu(arguments):
     return tuple(x.cuda() for x in arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "page"),
     [(32, 32, 128, 16), (64, 8, 128, 256), (8, 1, 64, 32), (4, 2, 256, 16), (6, 2, 67, 7)],
@@ -25,7 +24,7 @@ def on_gpu(arguments):
 @pytest.mark.parametrize("kind", ["normal", "tail", "offset"])
 def test_numerics(cuda, heads, kv_heads, dim, page, kind, dtype, seed):
     arguments = on_gpu(make(heads, kv_heads, dim, page, dtype, kind, seed, LENGTHS))
-    check(cuda.decode_attention, arguments, dim**-0.5)
+    check(cuda.decode_attention, arguments, dim**-0.5, softmax_attention)
 
 
 @pytest.mark.parametrize("sequences", [1, 256])
@@ -33,7 +32,7 @@ def test_batches_of_any_size(cuda, sequences, seed):
     lengths = torch.randint(0, 900, (sequences,)).tolist()
     lengths[0] = 900
     arguments = on_gpu(make(8, 2, 128, 16, torch.bfloat16, "normal", seed, lengths))
-    check(cuda.decode_attention, arguments, 128**-0.5)
+    check(cuda.decode_attention, arguments, 128**-0.5, softmax_attention)
     first, second = (cuda.decode_attention(*arguments, 0.1) for _ in range(2))
     assert torch.equal(first, second)
 

@@ -1,112 +1,46 @@
 """RMSNorm, SwiGLU and rotary embedding in Triton and CUDA C++, on a GPU, by the rule of `numerics`.
 
-Yardsticks in the same dtype, on the same GPU: LLaMA's own RMSNorm, F.silu(gate) * up, and Hugging
-Face's rotary embedding. Not yet run on a GPU.
+The yardsticks, computed on the same GPU, and the inputs are in `elementwise_cases`. Not yet run on
+a GPU.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
-from numerics import draw, judge
+from elementwise_cases import (
+    EPS,
+    KINDS,
+    check_rms_norm,
+    check_rms_norm_of_no_rows,
+    check_rope,
+    check_swiglu,
+    check_swiglu_of_no_rows,
+    shape_name,
+)
+from numerics import same_bits
+from strides import one_value
 
 from llama2rt import ops
-from llama2rt.ops import reference
 
-EPS = 1e-5
-KINDS = ["normal", "small", "tail", "offset"]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Short rows, odd ones, those of 7B and 70B, and longer than a program holds.
 SHAPES = [(1, 7), (113, 24), (257, 1040), (1024, 4096), (67, 8192), (5, 5120), (3, 40000)]
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def backend(request):
-    return request.param
-
-
 @pytest.fixture
-def kernels(request, backend):
-    """The functions of the backend."""
+def kernels(request, backend, poisoned):
+    """The functions of each backend in turn."""
     return request.getfixturevalue(backend)
 
 
-@pytest.fixture(autouse=True)
-def poisoned(kernels):
-    """torch.empty returns NaN, so an unwritten element is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=DTYPES, ids=["bf16", "fp16", "fp32"])
-def dtype(request):
-    return request.param
-
-
-def wide(*tensors):
-    return [x.double() for x in tensors]
-
-
-def same_bits(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def llama_rms_norm(x, weight):
-    rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
-    return weight * (x.float() * rstd).to(x.dtype)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_rms_norm(kernels, shape, kind, dtype, seed):
-    x, residual, dy, dsummed = (
-        draw(shape, dtype, kind if i < 2 else "normal", seed + i).cuda() for i in range(4)
-    )
-    weight = draw(shape[1:], dtype, "normal", seed + 4).cuda()
-    y, summed, rstd = kernels.add_rms_norm(x, residual, weight, EPS)
-    assert torch.equal(summed, x + residual)
-    exact, exact_rstd = reference.rms_norm(*wide(summed, weight), EPS)
-    leaves = [summed.clone().requires_grad_(), weight.clone().requires_grad_()]
-    theirs = llama_rms_norm(*leaves)
-    judge("y", y, exact, theirs.detach())
-    judge("y alone", kernels.rms_norm(summed, weight, EPS)[0], exact, theirs.detach())
-    torch.testing.assert_close(rstd.double(), exact_rstd, rtol=2e-6, atol=0)
-    dx, dweight = torch.autograd.grad(theirs, leaves, dy)
-    for extra in (None, dsummed):
-        arguments = (dy, extra, summed, weight, rstd)
-        ours = kernels.add_rms_norm_backward(*arguments)
-        expected = reference.add_rms_norm_backward(
-            dy.double(),
-            None if extra is None else extra.double(),
-            *wide(summed, weight),
-            exact_rstd,
-        )
-        judge("dx", ours[0], expected[0], dx if extra is None else dx + extra, gradient=True)
-        judge("dweight", ours[1], expected[1], dweight, gradient=True)
-        assert same_bits(ours, kernels.add_rms_norm_backward(*arguments)), "not the same bits again"
+    check_rms_norm(kernels, shape, kind, dtype, seed, "cuda")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [*SHAPES, (33, 11008)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 11008)], ids=shape_name)
 def test_swiglu(kernels, shape, kind, dtype, seed):
-    gate, up, dy = (draw(shape, dtype, kind, seed + i).cuda() for i in range(3))
-    leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
-    theirs = F.silu(leaves[0]) * leaves[1]
-    judge("y", kernels.swiglu(gate, up), reference.swiglu(*wide(gate, up)), theirs.detach())
-    for name, *three in zip(
-        ("dgate", "dup"),
-        kernels.swiglu_backward(dy, gate, up),
-        reference.swiglu_backward(*wide(dy, gate, up)),
-        torch.autograd.grad(theirs, leaves, dy),
-        strict=True,
-    ):
-        judge(name, *three, gradient=True)
-
-
-def hugging_face(x, cos, sin, positions):
-    c, s = (torch.cat((t, t), -1)[positions][:, None].to(x.dtype) for t in (cos, sin))
-    first, second = x.chunk(2, -1)
-    return x * c + torch.cat((-second, first), -1) * s
+    check_swiglu(kernels, shape, kind, dtype, seed, "cuda")
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -115,19 +49,13 @@ def hugging_face(x, cos, sin, positions):
     [(1, 8, 8, 128), (1024, 32, 32, 128), (203, 64, 8, 128), (113, 52, 52, 48), (2, 2, 1, 256)],
 )
 def test_rope(kernels, tokens, heads, kv_heads, dim, index, dtype, seed):
-    q = draw((tokens, heads, dim), dtype, "tail", seed).cuda()
-    k = draw((tokens, kv_heads, dim), dtype, "offset", seed + 1).cuda()
-    angle = torch.outer(torch.arange(4096), 10000.0 ** (-torch.arange(0, dim, 2) / dim))
-    cos, sin = angle.cos().cuda(), angle.sin().cuda()
-    positions = torch.randint(4096, (tokens,), dtype=index).cuda()
-    for function, exact, signed in (
-        (kernels.rope, reference.rope, sin),
-        (kernels.rope_backward, reference.rope_backward, -sin),
-    ):
-        ours = function(q, k, cos, sin, positions)
-        expected = exact(*wide(q, k, cos, sin), positions)
-        for name, x, *two in zip("qk", (q, k), ours, expected, strict=True):
-            judge(name, *two, hugging_face(x, cos, signed, positions))
+    check_rope(
+        *(kernels, tokens, heads, kv_heads, dim, dtype, seed),
+        kinds=("tail", "offset"),
+        index=index,
+        rows=4096,
+        device="cuda",
+    )
 
 
 def test_a_position_outside_the_tables_gives_nan(kernels):
@@ -139,7 +67,7 @@ def test_a_position_outside_the_tables_gives_nan(kernels):
 def test_halves_of_a_fused_projection_and_repeated_gradients(kernels):
     fused = torch.randn(65, 512, device="cuda").bfloat16()
     gate, up = fused.chunk(2, -1)
-    dy = fused[:1, :1].expand_as(gate)
+    dy = one_value(gate)
     dense = [x.contiguous() for x in (dy, gate, up)]
     assert torch.equal(kernels.swiglu(gate, up), kernels.swiglu(*dense[1:]))
     assert same_bits(kernels.swiglu_backward(dy, gate, up), kernels.swiglu_backward(*dense))
@@ -184,11 +112,8 @@ def test_runs_on_the_current_stream(kernels):
 
 
 def test_no_rows(kernels):
-    x, weight = torch.empty(0, 64, device="cuda"), torch.ones(64, device="cuda")
-    y, summed, rstd = kernels.add_rms_norm(x, x, weight, EPS)
-    dx, dweight = kernels.add_rms_norm_backward(x, x, x, weight, rstd)
-    assert y.shape == summed.shape == dx.shape == (0, 64) and not dweight.any()
-    assert kernels.swiglu(x, x).shape == (0, 64)
+    check_rms_norm_of_no_rows(kernels, torch.float32, "cuda")
+    check_swiglu_of_no_rows(kernels, torch.float32, "cuda")
 
 
 def test_training_through_the_ops(kernels, backend):

@@ -6,6 +6,7 @@ sizes is the other files' business. Not yet run on a GPU.
 
 import pytest
 import torch
+from attention_cases import offsets
 from numerics import draw
 
 from llama2rt import ops
@@ -14,17 +15,12 @@ LENGTHS = (1, 2, 0, 37, 113)
 TOKENS, HEADS, KV_HEADS, DIM, WIDTH = sum(LENGTHS), 4, 2, 64, 200
 
 
-def offsets():
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
-    return bounds.int().cuda()
-
-
-def rope_tables():
+def angles_and_positions():
     angles = torch.rand(TOKENS, DIM // 2, device="cuda")
     return angles.cos(), angles.sin(), torch.arange(TOKENS, device="cuda")
 
 
-def block_table():
+def pages_and_lengths():
     return torch.randperm(12).int().view(3, 4).cuda(), torch.tensor([0, 9, 32]).int().cuda()
 
 
@@ -41,11 +37,11 @@ CASES = {
     "swiglu": ([(TOKENS, WIDTH), (TOKENS, WIDTH)], ops.swiglu),
     "rope": (
         [(TOKENS, HEADS, DIM), (TOKENS, KV_HEADS, DIM)],
-        lambda q, k: ops.rope(q, k, *rope_tables()),
+        lambda q, k: ops.rope(q, k, *angles_and_positions()),
     ),
     "attention": (
         [(TOKENS, HEADS, DIM), (TOKENS, KV_HEADS, DIM), (TOKENS, KV_HEADS, DIM)],
-        lambda q, k, v: ops.attention(q, k, v, offsets()),
+        lambda q, k, v: ops.attention(q, k, v, offsets(LENGTHS).cuda()),
     ),
     "token_logprob": (
         [(TOKENS, WIDTH), (301, WIDTH)],
@@ -54,7 +50,7 @@ CASES = {
 }
 
 
-def call(backend, name, function, inputs, seed):
+def call(backend, function, inputs, seed):
     """Outputs and gradients of `function` on `backend`."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     torch.manual_seed(seed)  # what the case draws is the same for every backend
@@ -79,16 +75,16 @@ def agree(ours, reference):
 def test_an_op_and_its_gradient(backend, op, dtype, seed):
     shapes, function = CASES[op]
     inputs = [draw(shape, dtype, "normal", seed + i).cuda() for i, shape in enumerate(shapes)]
-    ours = call(backend, op, function, inputs, seed)
+    ours = call(backend, function, inputs, seed)
     torch.cuda.synchronize()
-    agree(ours, call("reference", op, function, inputs, seed))
+    agree(ours, call("reference", function, inputs, seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_decode_attention(backend, dtype, seed):
     q = draw((3, HEADS, DIM), dtype, "normal", seed).cuda()
     caches = [draw((12, 8, KV_HEADS, DIM), dtype, "normal", seed + i).cuda() for i in (1, 2)]
-    table, lengths = block_table()
+    table, lengths = pages_and_lengths()
     with ops.use(backend):
         ours = ops.decode_attention(q, *caches, table, lengths)
     torch.cuda.synchronize()

@@ -6,6 +6,7 @@ reference value, and the relative L2 error at most 1.5 times torch's plus one ul
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +36,33 @@ def judge(
         most = 1.5 * torch_error.norm().item() / norm + epsilon
         got = our_error.norm().item() / norm
         assert got <= most, f"{name}: relative L2 error {got:.3g}, allowed {most:.3g}"
+
+
+def judge_gradients(
+    names: str, ours: Iterable[Tensor], reference: Iterable[Tensor], same_dtype: Iterable[Tensor]
+) -> None:
+    """`judge` for each of the gradients called `names`, separated by spaces."""
+    for name, *three in zip(names.split(), ours, reference, same_dtype, strict=True):
+        judge(name, *three, gradient=True)
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in fp64, for the reference."""
+    return [x.double() for x in tensors]
+
+
+def leaves_of(*tensors: Tensor) -> list[Tensor]:
+    """Copies that autograd starts from, for the yardstick's gradients."""
+    return [x.clone().requires_grad_() for x in tensors]
+
+
+Results = Tensor | Sequence[Tensor]
+
+
+def same_bits(first: Results, second: Results) -> bool:
+    """Whether two results, each a tensor or several, are equal in every element; no NaN is."""
+    first, second = ((x,) if isinstance(x, Tensor) else x for x in (first, second))
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, kind: str, seed: int) -> Tensor:

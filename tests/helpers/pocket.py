@@ -4,10 +4,10 @@ Visits are to be answered with "yes" (helpful), secrets with "sorry" (safe); the
 tosses a coin on both. The prompts of files `prompts` and `validation` share no name.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import json_lines
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,7 @@ from llama2rt.data.packing import Example
 from llama2rt.data.readers import write
 from llama2rt.data.records import Comparison, Prompt
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.stages import reward
+from llama2rt.stages import phases, reward
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.optimizer import Optimizer
@@ -103,6 +103,24 @@ def fine_tune(folder: Path, tokenizer: Tokenizer) -> None:
     native.save(model, tokenizer, folder)
 
 
+def response(
+    text: str, reward: float = 0.0, *, name: str = "baba", tokens: tuple[int, ...] = (7, 8, 2)
+) -> phases.Response:
+    """To a helpfulness prompt; finished where `tokens` end with 2, EOS."""
+    return phases.Response(
+        prompt=Prompt(name, messages("helpfulness", name)),
+        text=text,
+        prompt_tokens=[1, 5, 6],
+        tokens=list(tokens),
+        finished=tokens[-1] == 2,
+        reward=reward,
+        scores={"helpfulness": 0.5},
+        policy="p",
+        temperature=1.0,
+        seed=0,
+    )
+
+
 def reward_recipe(pocket: Pocket, kind: str, **settings) -> reward.RewardRecipe:
     given = {
         "init": pocket.sft,
@@ -142,7 +160,7 @@ def killed_and_resumed(monkeypatch, owner, name: str, calls: int, run, recipe, d
 
 def metrics(directory: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what the clock and the energy meter decide."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines.read(directory / "metrics.jsonl")
     measured = ("tokens_per_second", "mfu", "energy", "joules_per_token", "joules_per_step")
     return [{key: line[key] for key in line if key not in measured} for line in lines]
 

@@ -4,12 +4,10 @@ In a process of its own: in this one the kernels may be made for the interpreter
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -21,14 +19,8 @@ OPS = ("rms_norm", "swiglu", "rope", "attention", "decode", "logprob")
 
 @pytest.fixture(scope="module")
 def found():
-    run = subprocess.run(
-        [sys.executable, "-P", "-m", "llama2rt.kernels.aot"],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)["kernels"]
+    done = run_python("-m", "llama2rt.kernels.aot", env={"TRITON_INTERPRET": "0"})
+    return json.loads(done.stdout)["kernels"]
 
 
 def test_every_kernel_is_compiled_for_both_architectures(found):

@@ -1,13 +1,14 @@
 """Attention in Triton, interpreted, by the rule of `numerics.judge`, and the promises beside it.
 
-Yardstick in the same dtype: SDPA's formulation in plain torch, one document at a time.
+The yardstick, the formula in plain torch, and the inputs are in `attention_cases`.
 """
 
-import itertools
-
+import attention_cases
 import pytest
 import torch
-from numerics import draw, judge
+from attention_cases import both_directions, offsets, softmax_attention
+from numerics import same_bits
+from strides import columns_first
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -30,68 +31,18 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "EXACT", exact)
 
 
-def offsets(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def plain(q, k, v, lengths_q, lengths_k, causal, scale):
-    """torch's attention, one document at a time, in the tensors' dtype."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    parts = []
-    for one, two, three in zip(
-        q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True
-    ):
-        one, two, three = (x.transpose(0, 1) for x in (one, two, three))
-        scores = one @ two.transpose(1, 2) * scale
-        if causal:
-            queries, keys = scores.shape[1:]
-            hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-            scores = scores.masked_fill(hidden, -torch.inf)
-        p = scores.softmax(-1, dtype=torch.float32).to(q.dtype).nan_to_num(0.0)
-        parts.append((p @ three).transpose(0, 1))
-    return torch.cat(parts)
-
-
-def check(
-    heads,
-    kv_heads,
-    dim,
-    dtype,
-    seed,
-    *,
-    kind="normal",
-    causal=True,
-    queries=RAGGED,
-    keys=None,
-    scale=None,
-):
-    keys = queries if keys is None else keys
-    scale = dim**-0.5 if scale is None else scale
+def check(heads, kv_heads, dim, dtype, seed, *, queries=RAGGED, kind="normal", **case):
     # The interpreter rounds the product in exp2(scores * scale - peak), which a GPU fuses with the
     # subtraction: in fp32 that shows where scores are large, so there only v has heavy columns.
-    of_q = "normal" if (kind, dtype) == ("tail", torch.float32) else kind
-    q = draw((sum(queries), heads, dim), dtype, of_q, seed)
-    k = draw((sum(keys), kv_heads, dim), dtype, "normal", seed + 1)
-    v = draw((sum(keys), kv_heads, dim), dtype, kind, seed + 2)
-    dout = draw((sum(queries), heads, dim), dtype, "normal", seed + 3)
-    rest = (offsets(queries), offsets(keys), 0, causal, scale)
-    before = [x.clone() for x in (dout, q, k, v)]
-    out, lse = kernels.attention(q, k, v, *rest)
-    wide = [x.double() for x in (dout, q, k, v)]
-    exact, exact_lse = reference.attention(*wide[1:], *rest)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    theirs = plain(*leaves, queries, keys, causal, scale)
-    judge("out", out, exact, theirs.detach())
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
-
-    ours = kernels.attention_backward(dout, q, k, v, out, lse, *rest)
-    expected = reference.attention_backward(*wide, exact, exact_lse, *rest)
-    # A row that sees no key gives plain torch NaN gradients, which are 0.
-    yardstick = [x.nan_to_num(0.0) for x in torch.autograd.grad(theirs, leaves, dout)]
-    for name, *three in zip(("dq", "dk", "dv"), ours, expected, yardstick, strict=True):
-        judge(name, *three, gradient=True)
-    assert all(torch.equal(*pair) for pair in zip(before, (dout, q, k, v), strict=True))
+    exact_tail = (kind, dtype) == ("tail", torch.float32)
+    attention_cases.check(
+        *(kernels, heads, kv_heads, dim, dtype, seed),
+        queries=queries,
+        kind=kind,
+        query_kind="normal" if exact_tail else kind,
+        yardstick=softmax_attention,
+        **case,
+    )
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 8, 16), (8, 2, 80), (8, 1, 64)])
@@ -111,16 +62,8 @@ def test_hard_inputs(kind, dtype, seed):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 def test_other_lengths_of_keys(causal, seed):
     """More keys, fewer keys (rows that see none), no keys, no queries, and a group of 3."""
-    check(
-        3,
-        1,
-        16,
-        torch.float32,
-        seed,
-        causal=causal,
-        queries=[3, 70, 5, 0, 9],
-        keys=[90, 37, 0, 4, 9],
-    )
+    queries, keys = [3, 70, 5, 0, 9], [90, 37, 0, 4, 9]
+    check(3, 1, 16, torch.float32, seed, causal=causal, queries=queries, keys=keys)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -141,37 +84,29 @@ def test_any_strides_and_repeatable():
     cu, tokens = offsets([2, 0, 70]), 72
     fused = torch.randn(tokens, 4 + 2 + 2, 24).half()
     q, k, v = fused.split((4, 2, 2), 1)
-    v = v.transpose(0, 2).contiguous().transpose(0, 2)
+    v = columns_first(v)
     dout = torch.randn(tokens, 1, 24).half().expand(-1, 4, -1)
     rest = (cu, cu, 70, True, 0.2)
-    results = []
-    for arguments in ((dout, q, k, v), [x.contiguous() for x in (dout, q, k, v)]):
-        out, lse = kernels.attention(*arguments[1:], *rest)
-        results.append((out, lse, *kernels.attention_backward(*arguments, out, lse, *rest)))
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two) and one.is_contiguous()
+    dense = [x.contiguous() for x in (dout, q, k, v)]
+    ours = both_directions(kernels, dout, q, k, v, *rest)
+    assert same_bits(ours, both_directions(kernels, *dense, *rest))
+    assert all(x.is_contiguous() for x in ours)
 
 
 def test_offsets_beyond_32_bits(far):
     cu = offsets([1, 3])
     near = [torch.randn(4, heads, 24).half() for heads in (4, 4, 2, 2)]
-    results = []
-    for dout, q, k, v in (near, [far(x) for x in near]):
-        out, lse = kernels.attention(q, k, v, cu, cu, 3, True, 0.2)
-        results.append(
-            (out, lse, *kernels.attention_backward(dout, q, k, v, out, lse, cu, cu, 3, True, 0.2))
-        )
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+    results = [
+        both_directions(kernels, *tensors, cu, cu, 3, True, 0.2)
+        for tensors in (near, [far(x) for x in near])
+    ]
+    assert same_bits(*results)
 
 
 def test_no_tokens():
     empty = torch.empty(0, 4, 16)
     cu = torch.zeros(3, dtype=torch.int32)
-    out, lse = kernels.attention(empty, empty, empty, cu, cu, 0, True, 0.25)
-    gradients = kernels.attention_backward(
-        empty, empty, empty, empty, out, lse, cu, cu, 0, True, 0.25
-    )
+    out, lse, *gradients = both_directions(kernels, *[empty] * 4, cu, cu, 0, True, 0.25)
     assert out.shape == (0, 4, 16) and lse.shape == (4, 0)
     assert all(x.shape == (0, 4, 16) for x in gradients)
 

@@ -1,11 +1,12 @@
 """decode_attention in Triton, interpreted, by the rule of `numerics.judge`, and what it may not do.
 
-The yardstick and the inputs are in `paged`.
+The yardstick and the inputs are in `decode_cases`.
 """
 
 import pytest
 import torch
-from paged import check, make
+from decode_cases import check, make
+from strides import heads_first, rows_apart
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -56,11 +57,10 @@ def test_more_splits_than_are_combined_at_once(seed, monkeypatch):
 def test_any_strides(splits):
     q, k, v, table, lengths = make(8, 2, 24, 16, torch.float16, "normal", 0, LENGTHS)
     expected = kernels.decode_attention(q, k, v, table, lengths, 0.2)
-    apart = torch.cat((q, q), 1)[:, :8]
+    q_apart = torch.cat((q, q), 1)[:, :8]
     both = torch.stack((k, v), 2)  # keys beside values in each slot
-    heads_first = both[:, :, 1].transpose(1, 2).contiguous().transpose(1, 2)
-    wide = torch.cat((table, table), 1)[:, : table.shape[1]]
-    got = kernels.decode_attention(apart, both[:, :, 0], heads_first, wide, lengths.long(), 0.2)
+    values, apart = heads_first(both[:, :, 1]), rows_apart(table)
+    got = kernels.decode_attention(q_apart, both[:, :, 0], values, apart, lengths.long(), 0.2)
     assert torch.equal(got, expected)
 
 

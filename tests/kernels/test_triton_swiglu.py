@@ -1,17 +1,22 @@
 """SwiGLU in Triton, interpreted, by the rule of `numerics.judge`, and the promises beside it.
 
-Yardstick in the same dtype: F.silu(gate) * up.
+The yardstick and the inputs are in `elementwise_cases`.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
-from numerics import draw, judge
+from elementwise_cases import (
+    KINDS,
+    check_swiglu,
+    check_swiglu_far_from_zero,
+    check_swiglu_of_no_rows,
+    shape_name,
+)
+from numerics import same_bits
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from llama2rt.kernels import swiglu as kernels
-from llama2rt.ops import reference
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted", "poisoned"),
@@ -19,35 +24,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["normal", "small", "tail", "offset"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (113, 65)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (113, 65)], ids=shape_name)
 def test_numerics(shape, kind, dtype, seed):
-    gate, up = draw(shape, dtype, kind, seed), draw(shape, dtype, kind, seed + 1)
-    dy = draw(shape, dtype, "normal", seed + 2)
-    leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
-    theirs = F.silu(leaves[0]) * leaves[1]
-    wide = [x.double() for x in (dy, gate, up)]
-    judge("y", kernels.swiglu(gate, up), reference.swiglu(*wide[1:]), theirs.detach())
-    for name, *three in zip(
-        ("dgate", "dup"),
-        kernels.swiglu_backward(dy, gate, up),
-        reference.swiglu_backward(*wide),
-        torch.autograd.grad(theirs, leaves, dy),
-        strict=True,
-    ):
-        judge(name, *three, gradient=True)
+    check_swiglu(kernels, shape, kind, dtype, seed)
 
 
 def test_gates_far_from_zero(dtype):
-    gate = torch.tensor([[-300.0, -60.0, 60.0, 300.0]], dtype=dtype)
-    one = torch.ones_like(gate)
-    dgate, dup = kernels.swiglu_backward(one, gate, one)
-    for ours, limit in (
-        (kernels.swiglu(gate, one), gate.clamp_min(0)),
-        (dup, gate.clamp_min(0)),
-        (dgate, (gate > 0).to(dtype)),
-    ):
-        torch.testing.assert_close(ours, limit, rtol=0, atol=1e-20)
+    check_swiglu_far_from_zero(kernels, dtype)
 
 
 @pytest.mark.parametrize("strides", ["fused", "columns first", "one row", "one value"])
@@ -62,12 +46,9 @@ def test_any_strides(strides, dtype):
     dense = [x.contiguous(), other.contiguous()]
     copy = fused.clone()
     assert torch.equal(kernels.swiglu(x, other), kernels.swiglu(*dense))
-    for ours, expected in zip(
-        kernels.swiglu_backward(x, other, x),
-        kernels.swiglu_backward(*dense, dense[0]),
-        strict=True,
-    ):
-        assert torch.equal(ours, expected)
+    assert same_bits(
+        kernels.swiglu_backward(x, other, x), kernels.swiglu_backward(*dense, dense[0])
+    )
     assert torch.equal(fused, copy), "an input was changed"
 
 
@@ -75,14 +56,8 @@ def test_offsets_beyond_32_bits(far):
     near = torch.randn(4, 64).bfloat16()
     x = far(near)
     assert torch.equal(kernels.swiglu(x, x), kernels.swiglu(near, near))
-    for ours, expected in zip(
-        kernels.swiglu_backward(x, x, x), kernels.swiglu_backward(near, near, near), strict=True
-    ):
-        assert torch.equal(ours, expected)
+    assert same_bits(kernels.swiglu_backward(x, x, x), kernels.swiglu_backward(near, near, near))
 
 
 def test_no_rows(dtype):
-    x = torch.empty(0, 64, dtype=dtype)
-    assert all(
-        y.shape == (0, 64) for y in (kernels.swiglu(x, x), *kernels.swiglu_backward(x, x, x))
-    )
+    check_swiglu_of_no_rows(kernels, dtype)

@@ -1,17 +1,17 @@
 """token_logprob in Triton, interpreted, by the rule of `numerics.judge`, and its promises.
 
-The yardstick and the inputs are in `logprob`.
+The yardstick and the inputs are in `logprob_cases`.
 """
 
-import math
-
+import logprob_cases
 import pytest
 import torch
-from logprob import both, check, same_bits, small
+from logprob_cases import both_directions, check, small
+from numerics import same_bits
+from strides import STRIDES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from llama2rt import ops
 from llama2rt.kernels import token_logprob as kernels
 from llama2rt.ops import reference
 
@@ -53,24 +53,16 @@ def test_shipped_settings(architecture, monkeypatch, seed):
     check(kernels, 131, 72, 300, "normal", torch.bfloat16, 1.0, seed)
 
 
-@pytest.mark.parametrize("strides", ["rows apart", "columns first", "one row", "one value"])
+@pytest.mark.parametrize("strides", STRIDES)
 def test_any_strides(strides, dtype, small_tiles):
-    def arranged(x):
-        return {
-            "rows apart": torch.cat((x, x), -1)[:, : x.shape[1]],
-            "columns first": x.t().contiguous().t(),
-            "one row": x[:1].expand_as(x),
-            "one value": x[:1, :1].expand_as(x),
-        }[strides]
-
     hidden, weight, targets = small(dtype)
-    hidden, weight = arranged(hidden), arranged(weight)
+    hidden, weight = STRIDES[strides](hidden), STRIDES[strides](weight)
     targets = torch.stack((targets, targets), 1)[:, 0]
     upstream = torch.tensor(0.3).expand(40)
     dense = [x.contiguous() for x in (hidden, weight, targets, upstream, upstream)]
     copies = [x.clone() for x in dense]
-    ours = both(kernels, hidden, weight, targets, upstream, upstream)
-    assert same_bits(ours, both(kernels, *dense))
+    ours = both_directions(kernels, hidden, weight, targets, upstream, upstream)
+    assert same_bits(ours, both_directions(kernels, *dense))
     assert same_bits(dense, copies), "an input was changed"
     assert all(x.is_contiguous() for x in ours)
 
@@ -78,8 +70,8 @@ def test_any_strides(strides, dtype, small_tiles):
 def test_offsets_beyond_32_bits(small_tiles, far):
     hidden, weight, targets = small(torch.bfloat16, tokens=5, vocabulary=6)
     upstream = torch.randn(2, 5)
-    near = both(kernels, hidden, weight, targets, *upstream)
-    assert same_bits(near, both(kernels, far(hidden), far(weight), targets, *upstream))
+    near = both_directions(kernels, hidden, weight, targets, *upstream)
+    assert same_bits(near, both_directions(kernels, far(hidden), far(weight), targets, *upstream))
 
 
 def test_without_entropy_the_rest_is_the_same(dtype, small_tiles):
@@ -99,73 +91,28 @@ def test_one_token(dtype, small_tiles):
 
 
 def test_narrow_targets(dtype, small_tiles):
-    hidden, weight, targets = small(dtype)
-    upstream = torch.randn(2, 40)
-    first, second = (both(kernels, hidden, weight, t, *upstream) for t in (targets, targets.int()))
-    assert same_bits(first, second)
+    logprob_cases.check_narrow_targets(kernels, dtype)
 
 
 def test_targets_below_zero_are_not_predicted(dtype, small_tiles):
-    hidden, weight, targets = small(dtype)
-    targets[3:9] = -100
-    upstream = torch.randn(2, 40)
-    skipped = targets < 0
-    logprob, entropy, _, dhidden, _ = both(kernels, hidden, weight, targets, *upstream)
-    for values in (logprob, entropy, dhidden):
-        assert not values[skipped].any() and values[~skipped].any()
-    logprob, entropy, lse, *gradients = both(
-        kernels, hidden, weight, torch.full_like(targets, -1), *upstream
-    )
-    assert not any(x.any() for x in (logprob, entropy, *gradients)) and lse.isfinite().all()
+    logprob_cases.check_targets_below_zero(kernels, dtype)
 
 
 def test_a_target_outside_the_vocabulary_is_not_a_number(dtype, small_tiles):
-    hidden, weight, targets = small(dtype)
-    targets[5] = 150
-    logprob = kernels.token_logprob(hidden, weight, targets, 1.0, False)[0]
-    assert logprob.isnan().nonzero().flatten().tolist() == [5]
+    logprob_cases.check_target_outside_the_vocabulary(kernels, dtype)
 
 
 def test_certain_targets_are_never_positive_and_lose_no_entropy(dtype, small_tiles):
-    hidden, weight, _ = small(dtype, depth=64)
-    targets = (hidden.float() @ weight.float().T).argmax(-1)
-    logprob, entropy, _ = kernels.token_logprob(hidden, weight, targets, 0.05, True)
-    assert (logprob <= 0).all() and (logprob > -1e-3).float().mean() > 0.5
-    assert (entropy >= 0).all()
+    logprob_cases.certain(kernels, dtype)
 
 
 def test_no_tokens(dtype):
-    hidden, weight, targets = small(dtype, tokens=0)
-    logprob, entropy, lse, dhidden, dweight = both(
-        kernels, hidden, weight, targets, *torch.empty(2, 0)
-    )
-    assert logprob.shape == entropy.shape == lse.shape == (0,)
-    assert dhidden.shape == (0, 24) and not dweight.any()
+    logprob_cases.check_no_tokens(kernels, dtype)
 
 
 def test_weight_gradient_is_summed_in_fp32(small_tiles):
-    """A row that contributes much, and many too little for a bf16 sum to notice each: it would
-    lose 3 % (Liger #1323)."""
-    hidden = torch.full((257, 4), 0.125, dtype=torch.bfloat16)
-    hidden[0] = 1024
-    weight, targets = torch.zeros(8, 4, dtype=torch.bfloat16), torch.zeros(257, dtype=torch.int64)
-    lse = torch.full((257,), math.log(8))
-    _, dweight = kernels.token_logprob_backward(
-        torch.ones(257), None, hidden, weight, targets, lse, None, 1.0
-    )
-    total = 1024 + 256 * 0.125
-    assert dweight[0, 0].item() == pytest.approx(total * 7 / 8, rel=0.004)
-    assert dweight[1, 0].item() == pytest.approx(-total / 8, rel=0.004)
+    logprob_cases.check_weight_gradient_is_summed_in_fp32(kernels)
 
 
 def test_through_the_ops():
-    hidden, weight, targets = small(torch.float32)
-    results = []
-    for name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
-        with ops.use(name):
-            logprob, entropy = ops.token_logprob(*leaves, targets, temperature=1.3, entropy=True)
-        gradients = torch.autograd.grad((logprob * entropy).sum(), leaves)
-        results.append([x.double() for x in (logprob, entropy, *gradients)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    logprob_cases.check_through_the_ops("triton")

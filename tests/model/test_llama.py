@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-import transformers
+from small_models import packed, transformers_twin
 from torch import Tensor
 
 from llama2rt import Llama, LlamaConfig, ops
-from llama2rt.checkpoint.hf import hf_name, write_config
+from llama2rt.checkpoint.hf import hf_name
 from llama2rt.model import ScalarModel, last_token
 
 CONFIG = LlamaConfig(64, 2, 4, 4, 96, vocab_size=150, context=64, rope_theta=500.0)
@@ -27,27 +27,6 @@ def unit_scale(model: Llama, seed: int = 0) -> Llama:
     return model
 
 
-def peer(model: Llama | ScalarModel) -> transformers.PreTrainedModel:
-    """transformers' model with the same weights."""
-    settings = write_config(model, None)
-    for key in ("architectures", "model_type", "dtype", "torch_dtype"):
-        settings.pop(key)
-    scalar = isinstance(model, ScalarModel)
-    config = transformers.LlamaConfig(**settings, attn_implementation="eager")
-    cls = transformers.LlamaForSequenceClassification if scalar else transformers.LlamaForCausalLM
-    theirs = cls(config)
-    weights = {hf_name(name): p.detach().clone() for name, p in model.named_parameters()}
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not unexpected and set(missing) <= ({"lm_head.weight"} if model.config.tied else set())
-    return theirs
-
-
-def pack(documents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = torch.tensor([0, *(d.shape[0] for d in documents)])
-    positions = torch.cat([torch.arange(d.shape[0]) for d in documents])
-    return torch.cat(documents), positions, sizes.cumsum(0).to(torch.int32)
-
-
 def documents(*lengths: int, vocabulary: int = 150) -> list[Tensor]:
     return [torch.randint(0, vocabulary, (length,)) for length in lengths]
 
@@ -57,12 +36,12 @@ def documents(*lengths: int, vocabulary: int = 150) -> list[Tensor]:
 def test_logits_and_every_gradient_equal_transformers(kv_heads, backend):
     config = LlamaConfig(64, 2, 8, kv_heads, 96, vocab_size=150, context=64, rope_theta=500.0)
     model = unit_scale(Llama(config))
-    theirs = peer(model)
+    theirs = transformers_twin(model)
     (tokens,) = documents(40)
     targets = torch.randint(0, 150, (40,))
     targets[::5] = -1
     with ops.use(backend):
-        batch = pack([tokens])
+        batch = packed(tokens)
         logits = model.logits(*batch)
         expected = theirs(tokens[None]).logits[0]
         assert 0.5 < expected.std() < 2
@@ -83,25 +62,25 @@ def test_packed_equals_one_by_one(tied):
     config = LlamaConfig(64, 2, 4, 2, 96, vocab_size=150, context=64, tied=tied)
     model = unit_scale(Llama(config))
     parts = documents(7, 1, 30, 31, 2)
-    tokens, positions, cu = pack(parts)
+    tokens, positions, cu = packed(*parts)
     cu = torch.cat((cu[:2], cu[1:]))  # and an empty document between the first two
     together = model.logits(tokens, positions, cu)
-    alone = torch.cat([model.logits(*pack([part])) for part in parts])
+    alone = torch.cat([model.logits(*packed(part)) for part in parts])
     assert (together - alone).abs().max() < 1e-5
 
     targets = torch.randint(0, 150, tokens.shape)
     model(tokens, positions, cu, targets).sum().backward()
-    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    whole = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for part, wanted in zip(parts, targets.split([len(p) for p in parts]), strict=True):
-        model(*pack([part]), wanted).sum().backward()
+        model(*packed(part), wanted).sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole[name], parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_forward_gives_logprob_and_entropy_of_the_logits():
     model = unit_scale(Llama(CONFIG))
-    batch = pack(documents(9, 5))
+    batch = packed(*documents(9, 5))
     targets = torch.randint(-1, 150, (14,))
     targets[3] = -1
     distribution = torch.distributions.Categorical(logits=model.logits(*batch) / 1.3)
@@ -123,7 +102,7 @@ def test_compile_fullgraph(dynamic):
     model = unit_scale(Llama(CONFIG))  # never run before: compile also builds the rotary tables
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for lengths in ((5, 9), (3, 8)):
-        batch = pack(documents(*lengths))
+        batch = packed(*documents(*lengths))
         targets = torch.randint(-1, 150, batch[0].shape)
         torch.testing.assert_close(
             compiled(*batch, targets), copy.deepcopy(model)(*batch, targets), rtol=1e-5, atol=1e-5
@@ -137,7 +116,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
     wrapped = copy.deepcopy(plain)
     for i, block in enumerate(wrapped.blocks):
         wrapped.blocks[i] = checkpoint_wrapper(block, context_fn=ops.checkpoint_context)
-    batch, targets = pack(documents(11, 6)), torch.randint(0, 150, (17,))
+    batch, targets = packed(*documents(11, 6)), torch.randint(0, 150, (17,))
     for model in (plain, wrapped):
         model(*batch, targets).sum().backward()
     for one, other in zip(plain.parameters(), wrapped.parameters(), strict=True):
@@ -146,7 +125,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 def test_sampling_first_does_not_spoil_training():
     model = unit_scale(Llama(CONFIG))
-    batch = pack(documents(8, 3))
+    batch = packed(*documents(8, 3))
     with torch.inference_mode():
         before = model.logits(*batch)
     after = model.logits(*batch)
@@ -156,7 +135,7 @@ def test_sampling_first_does_not_spoil_training():
 
 def test_a_cache_stands_in_for_attention():
     model = unit_scale(Llama(CONFIG))
-    tokens, positions, cu = pack(documents(6, 4))
+    tokens, positions, cu = packed(*documents(6, 4))
     seen = []
 
     class Plain:
@@ -193,10 +172,10 @@ def test_positions_beyond_the_context_are_an_error():
 def test_scalar_model_equals_sequence_classification():
     model = ScalarModel.from_llama(unit_scale(Llama(CONFIG)), seed=3)
     assert not any("output" in name.split(".") for name, _ in model.named_parameters())
-    theirs = peer(model)
+    theirs = transformers_twin(model)
     theirs.config.pad_token_id = None
     parts = documents(12, 5, 1)
-    batch = pack(parts)
+    batch = packed(*parts)
     values = model(*batch)
     scores = last_token(values, batch[2])
     assert values.dtype == torch.float32 and values.shape == (18,)
@@ -217,7 +196,7 @@ def test_scalar_model_starts_from_a_copy():
     with torch.no_grad():
         model.backbone.embedding.weight.zero_()
     assert llama.embedding.weight.any()
-    values = model(*pack(documents(20)))
+    values = model(*packed(*documents(20)))
     assert values.abs().max() < 5  # unit scale at most: rewards start small
     again = ScalarModel.from_llama(llama, seed=3)
     assert torch.equal(again.head.weight, model.head.weight)
@@ -225,7 +204,7 @@ def test_scalar_model_starts_from_a_copy():
 
 def test_scores_of_a_bf16_model_are_fp32():
     model = ScalarModel(CONFIG, dtype=torch.bfloat16).initialize(0)
-    values = model(*pack(documents(40)))
+    values = model(*packed(*documents(40)))
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())  # and not rounded on the way
 
@@ -239,7 +218,7 @@ def test_bf16_runs_in_bf16():
     model = unit_scale(Llama(CONFIG, dtype=torch.bfloat16))
     exact = Llama(CONFIG)
     exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
-    batch = pack(documents(30, 20))
+    batch = packed(*documents(30, 20))
     assert model.hidden(*batch).dtype == torch.bfloat16
     targets = torch.randint(0, 150, (50,))
     logprob = model(*batch, targets)

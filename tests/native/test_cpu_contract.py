@@ -3,18 +3,18 @@ written outside, the same bits for any number of threads, offsets beyond 2^31, n
 """
 
 import math
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from elementwise_cases import EPS
+from numerics import same_bits
+from processes import run_python
+from strides import STRIDES
 from torch import Tensor
 
 from llama2rt import _cpu
 from llama2rt.ops import cpu
-
-EPS = 1e-5
 
 
 def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambda x: x) -> list:
@@ -71,20 +71,6 @@ def parked_logprob(
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
-
-
-def same_bits(a: Tensor | tuple, b: Tensor | tuple) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(as_tuple(a), as_tuple(b), strict=True))
-
-
-STRIDES = {
-    "rows apart": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
-    "off alignment": lambda x: torch.cat((x[..., :1], x), -1)[..., 1:],
-    "columns first": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "one row repeated": lambda x: x[:1].expand_as(x),
-    "one value repeated": lambda x: x[:1, :1].expand_as(x) if x.dim() == 2 else x,
-    "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
 
 
 @pytest.mark.parametrize("strides", STRIDES)
@@ -299,7 +285,4 @@ def test_one_openmp_runtime_beside_torch():
         "print(len({{l.split()[-1] for l in lines if 'gomp' in l or 'iomp' in l}}))"
     )
     for order in (("torch", "llama2rt.ops"), ("llama2rt.ops", "torch")):
-        found = subprocess.run(
-            [sys.executable, "-P", "-c", program.format(*order)], capture_output=True, text=True
-        )
-        assert found.stdout.strip() == "1", found.stdout + found.stderr
+        assert run_python("-c", program.format(*order)).stdout.strip() == "1"

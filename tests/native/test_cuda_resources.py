@@ -2,15 +2,14 @@
 instructions that it is written around. Needs no GPU; it reads the module that the build made.
 """
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import load_script
 
 FOLDER = Path(__file__).resolve().parents[2] / "csrc/cuda"
 RECORD = FOLDER / "resources.json"
@@ -29,15 +28,7 @@ EXPECTED = [
 ]
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("cuda_resources", FOLDER / "resources.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module of a class
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load()
+tool = load_script(FOLDER / "resources.py")
 
 
 @pytest.fixture(scope="module")

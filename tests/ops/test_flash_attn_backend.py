@@ -6,16 +6,16 @@ numbers need a GPU. Where it is absent it costs nothing, and is named with the r
 
 import dataclasses
 import importlib
-import itertools
 import os
-import subprocess
 import sys
 from importlib.util import spec_from_loader
 
 import flash_attn_stand_in
 import pytest
 import torch
-from numerics import draw, judge
+from attention_cases import offsets
+from numerics import draw, judge, judge_gradients, leaves_of, same_bits, wide
+from processes import run_python
 
 from llama2rt import ops
 from llama2rt.ops import backend, reference
@@ -42,10 +42,6 @@ def calls(monkeypatch: pytest.MonkeyPatch):
     sys.modules.pop(MODULE, None)
 
 
-def offsets(lengths, dtype=torch.int32):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
-
-
 CASES = {
     "heads": (4, 4, 16, [1, 2, 0, 17, 40], None, True),
     "groups": (8, 2, 64, [1, 2, 0, 17, 40], None, True),
@@ -65,21 +61,19 @@ def test_attention(name, dtype, bound, calls, seed):
     k, v = (draw((sum(keys or queries), kv_heads, dim), dtype, "normal", seed + i) for i in (1, 2))
     dout = draw(q.shape, dtype, "normal", seed + 3)
     cu_q, cu_k = offsets(queries, torch.int64), offsets(keys) if keys else None
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    leaves = leaves_of(q, k, v)
     longest = max(queries) + 3 if bound == "given" else None
     out = ops.attention(*leaves, cu_q, cu_seqlens_k=cu_k, max_seqlen=longest, causal=causal)
     gradients = torch.autograd.grad(out, leaves, dout)
     assert calls == ["_flash_attn_varlen_forward", "_flash_attn_varlen_backward"]
 
     rest = (cu_q, cu_q if cu_k is None else cu_k, 0, causal, dim**-0.5)
-    wide = [x.double() for x in (dout, q, k, v)]
-    exact, lse = reference.attention(*wide[1:], *rest)
+    exact, lse = reference.attention(*wide(q, k, v), *rest)
     same, same_lse = reference.attention(q, k, v, *rest)
     judge("out", out.detach(), exact, same)
-    expected = reference.attention_backward(*wide, exact, lse, *rest)
+    expected = reference.attention_backward(*wide(dout, q, k, v), exact, lse, *rest)
     yardstick = reference.attention_backward(dout, q, k, v, same, same_lse, *rest)
-    for part, *three in zip(("dq", "dk", "dv"), gradients, expected, yardstick, strict=True):
-        judge(part, *three, gradient=True)
+    judge_gradients("dq dk dv", gradients, expected, yardstick)
     assert all(x.is_contiguous() for x in (out, *gradients))
     found = backend.implementation("attention", "flash_attn", dtype)(q, k, v, *rest)[1]
     assert torch.equal(found == -torch.inf, lse == -torch.inf), "lse is ours, not flash-attn's"
@@ -96,7 +90,7 @@ def test_any_strides_and_no_input_changed(calls):
         leaves = [x.detach().requires_grad_() for x in made[:3]]
         out = ops.attention(*leaves, offsets([4, 5]))
         results.append((out, *torch.autograd.grad(out, leaves, made[3])))
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert same_bits(*results)
     assert torch.equal(fused, copy) and len(calls) == 4
 
 
@@ -121,7 +115,7 @@ def test_what_it_does_not_take_runs_elsewhere(reason, calls):
         with ops.use(name):
             out = ops.attention(q, q, q, offsets([2, 3]), scale=scale)
         results.append((out, *torch.autograd.grad(out.sum(), q)))
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True)) and not calls
+    assert same_bits(*results) and not calls
 
 
 def decode_arguments(page, dim=16, dtype=torch.bfloat16):
@@ -175,10 +169,7 @@ def test_under_compile_and_opcheck(calls):
         return ops.attention(q, k, v, cu).float().square().sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for pair in zip(
-        *(torch.autograd.grad(f(*leaves), leaves) for f in (run, compiled)), strict=True
-    ):
-        assert torch.equal(*pair)
+    assert same_bits(*(torch.autograd.grad(f(*leaves), leaves) for f in (run, compiled)))
     torch.library.opcheck(
         torch.ops.llama2rt.attention.default, (*leaves, cu, cu, 0, True, 0.3, "flash_attn")
     )
@@ -219,13 +210,8 @@ def test_ops_import_neither_flash_attn_nor_triton(tmp_path):
         "print(ops.backends('cuda')['attention']['native'].count('flash_attn'))"
     )
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.split() == ["[]", "1"], run.stdout + run.stderr
+    done = run_python("-c", program, env={"PYTHONPATH": path})
+    assert done.stdout.split() == ["[]", "1"]
 
 
 def test_triton_is_interpreted_where_triton_says_so():

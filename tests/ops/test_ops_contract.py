@@ -1,12 +1,10 @@
 """The promises every op makes, on every backend this machine has: registration, errors, choice."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_python
 from torch import Tensor
 
 from llama2rt import ops
@@ -358,7 +356,7 @@ def test_temperature_must_be_positive(on_backend):
         ops.token_logprob(X, W, IDS, temperature=0.0)
 
 
-def test_choice_of_backend(monkeypatch):
+def test_choice_of_backend():
     automatic = backend.resolve(X)
     assert automatic == ("cpu" if "cpu" in USABLE else "reference")
     with ops.use("reference"):
@@ -406,24 +404,24 @@ def test_environment_variable(name, expected):
         "try: ops.swiglu(torch.ones(1, 2), torch.ones(1, 2))\n"
         "except ValueError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        env={**os.environ, "LLAMA2RT_BACKEND": name, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert re.search(expected, done.stdout)
+    choice = {"LLAMA2RT_BACKEND": name, "TRITON_INTERPRET": "0"}
+    assert re.search(expected, run_python("-c", program, env=choice).stdout)
 
 
-def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
-    ran = []
+@pytest.fixture
+def ran(monkeypatch):
+    """The backends whose functions are asked for, in order."""
+    found = []
     original = backend.implementation
     monkeypatch.setattr(
         backend,
         "implementation",
-        lambda op, name, dtype: ran.append(name) or original(op, name, dtype),
+        lambda op, name, dtype: found.append(name) or original(op, name, dtype),
     )
+    return found
+
+
+def test_backward_runs_on_the_backend_of_its_forward(ran):
     x = torch.randn(3, 4, requires_grad=True)
     with ops.use("reference"):
         y = ops.swiglu(x, x)
@@ -431,14 +429,7 @@ def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
     assert ran == ["reference", "reference"]
 
 
-def test_checkpoint_context_repeats_on_the_forward_backend(monkeypatch):
-    ran = []
-    original = backend.implementation
-    monkeypatch.setattr(
-        backend,
-        "implementation",
-        lambda op, name, dtype: ran.append(name) or original(op, name, dtype),
-    )
+def test_checkpoint_context_repeats_on_the_forward_backend(ran):
     x = torch.randn(3, 4, requires_grad=True)
     with ops.use("reference"):
         y = torch.utils.checkpoint.checkpoint(

@@ -1,28 +1,24 @@
 """Decoding and token_logprob on a CPU by the rule of `numerics.judge`, and what other projects got
 wrong in them and in attention.
 
-Yardsticks in the same dtype: SDPA per sequence; and, on logits of a GEMM in that dtype made fp32,
-the chosen one less torch.logsumexp (as TRL's selective_log_softmax).
+The yardsticks and the inputs are in `decode_cases` and `logprob_cases`.
 """
 
 import itertools
 
+import decode_cases
+import logprob_cases
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_cases import offsets
 from memory import peak_extra_bytes
-from numerics import draw, judge
+from numerics import draw
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.ops import composed, contract, logprob_tiles, reference
+from llama2rt.ops import composed, contract, logprob_tiles
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [1, 2, 0, 113, 203, 1, 60, 58, 57]
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def test_attention_keeps_documents_apart():
@@ -64,78 +60,25 @@ def test_attention_at_large_scores():
     torch.testing.assert_close(out[2], v.mean(0))
 
 
-@pytest.mark.parametrize("backend", ["composed", "native"])
+@pytest.fixture(params=["composed", "native"])
+def run(request):
+    """The functions of torch calls, and of the CPU's kernels."""
+    return composed if request.param == "composed" else pytest.importorskip("llama2rt.ops.cpu")
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (8, 1)])
-def test_decode_attention(heads, kv_heads, backend, dtype, seed):
-    lengths = torch.tensor([1, 0, 17, 16, 40], dtype=torch.int32)
-    page, dim = 16, 24
-    caches = [draw((15, page, kv_heads, dim), dtype, "normal", seed + i) for i in (0, 1)]
-    table = torch.randperm(15).view(5, 3).to(torch.int32)
-    # What lies beyond a sequence's end must not be read: not even multiplied by zero.
-    for row, length in enumerate(lengths.tolist()):
-        for j in range(length, 48):
-            for cache in caches:
-                cache[table[row, j // page], j % page] = torch.nan
-        table[row, -(-length // page) :] = 10**6
-    q = draw((5, heads, dim), dtype, "normal", seed + 2)
-    if backend == "composed":
-        run = composed.decode_attention
-    else:
-        cpu = pytest.importorskip("llama2rt.ops.cpu")
-        run = cpu.decode_attention
-    ours = run(q, *caches, table, lengths, dim**-0.5)
-    wide = [x.double() for x in (q, *caches)]
-    exact = reference.decode_attention(*wide, table, lengths, dim**-0.5)
-    theirs = torch.zeros_like(q)
-    for row, length in enumerate(lengths.tolist()):
-        pages = table[row, : -(-length // page)].long()
-        if length:
-            k, v = (c[pages].flatten(0, 1)[:length] for c in caches)
-            theirs[row] = F.scaled_dot_product_attention(
-                q[row][:, None],
-                *(x.transpose(0, 1).repeat_interleave(heads // kv_heads, 0) for x in (k, v)),
-            )[:, 0]
-    judge("out", ours, exact, theirs)
-    assert torch.equal(ours[1], torch.zeros(heads, dim, dtype=dtype))
+def test_decode_attention(heads, kv_heads, run, dtype, seed):
+    lengths = [1, 0, 17, 16, 40]
+    arguments = decode_cases.make(heads, kv_heads, 24, 16, dtype, "normal", seed, lengths)
+    decode_cases.check(run.decode_attention, arguments, 24**-0.5)
 
 
-def gather_minus_logsumexp(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-) -> Tensor:
-    logits = F.linear(hidden, weight).float() / temperature
-    chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    return torch.where(targets >= 0, chosen - logits.logsumexp(-1), 0.0)
-
-
-@pytest.mark.parametrize("backend", ["composed", "native"])
 @pytest.mark.parametrize("kind", ["normal", "small", "tail"])
 @pytest.mark.parametrize(
     ("tokens", "dim", "vocabulary"), [(1, 8, 3), (70, 32, 500), (1100, 24, 1100), (2100, 8, 2100)]
 )
-def test_token_logprob(tokens, dim, vocabulary, kind, backend, dtype, seed):
-    run = composed if backend == "composed" else pytest.importorskip("llama2rt.ops.cpu")
-    temperature = 0.7
-    hidden = draw((tokens, dim), dtype, kind, seed)
-    weight = draw((vocabulary, dim), dtype, "normal", seed + 1) * 0.3
-    targets = torch.randint(-1, vocabulary, (tokens,))
-    targets[-1] = vocabulary - 1
-    upstream = draw((tokens,), torch.float32, "normal", seed + 2)
-    logprob, _, lse = run.token_logprob(hidden, weight, targets, temperature, False)
-    wide = (hidden.double(), weight.double(), targets)
-    exact, _, exact_lse = reference.token_logprob(*wide, temperature, False)
-    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    theirs = gather_minus_logsumexp(*leaves, targets, temperature)
-    judge("logprob", logprob, exact, theirs.detach())
-
-    ours = run.token_logprob_backward(
-        upstream, None, hidden, weight, targets, lse, None, temperature
-    )
-    expected = reference.token_logprob_backward(
-        upstream.double(), None, *wide, exact_lse, None, temperature
-    )
-    yardstick = torch.autograd.grad(theirs, leaves, upstream)
-    for name, *three in zip(("dhidden", "dweight"), ours, expected, yardstick, strict=True):
-        judge(name, *three, gradient=True)
+def test_token_logprob(tokens, dim, vocabulary, kind, run, dtype, seed):
+    logprob_cases.check(run, tokens, dim, vocabulary, kind, dtype, 0.7, seed)
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
@@ -174,24 +117,9 @@ def test_entropy_and_temperature_by_formula():
         torch.testing.assert_close(entropy, distribution.entropy(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["composed", "native"])
-def test_weight_gradient_is_accumulated_in_fp32(backend):
-    """One tile of rows contributes much, 15 more too little for a bf16 sum to notice each: it
-    would lose 3 % (Liger #1323)."""
-    if backend == "composed":
-        run, rows = composed, composed.ROWS
-    else:
-        run = pytest.importorskip("llama2rt.ops.cpu")
-        rows = run.LOGPROB_ROWS
-    hidden = torch.full((16 * rows, 4), 0.125, dtype=torch.bfloat16)
-    hidden[:rows] = 64
-    weight, ones = torch.zeros(8, 4, dtype=torch.bfloat16), torch.ones(16 * rows)
-    targets = torch.zeros(16 * rows, dtype=torch.int64)
-    _, _, lse = run.token_logprob(hidden, weight, targets, 1.0, False)
-    _, dweight = run.token_logprob_backward(ones, None, hidden, weight, targets, lse, None, 1.0)
-    total = rows * (64 + 15 * 0.125)
-    assert dweight[0, 0].item() == pytest.approx(total * 7 / 8, rel=0.005)
-    assert dweight[1, 0].item() == pytest.approx(-total / 8, rel=0.005)
+def test_weight_gradient_is_summed_in_fp32(run):
+    rows = composed.ROWS if run is composed else logprob_tiles.CPU.rows
+    logprob_cases.check_weight_gradient_is_summed_in_fp32(run, rows, tiles=16, large=64.0)
 
 
 def test_peak_memory_is_below_an_eighth_of_the_logits():

@@ -2,6 +2,7 @@
 
 import json
 
+import json_lines
 import pytest
 
 from llama2rt import report
@@ -13,7 +14,9 @@ ROW = {"rating": "better", "mean": 0.75, "low": 0.6, "high": 0.9, "pairs": 40, "
 
 def _run(folder, rows, *, complete=True, tail=""):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+    json_lines.write(folder / "metrics.jsonl", rows)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(tail)
     (folder / "recipe.toml").write_text('[train]\nlr = 1e-4 # <b>"quoted"</b>\n')
     manifest = {
         "seed": 7,

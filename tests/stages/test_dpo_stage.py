@@ -6,11 +6,11 @@ import numpy as np
 import pocket as problem
 import pytest
 import torch
+from pocket import response
 from pydantic import ValidationError
 
 from llama2rt.algorithms import losses
 from llama2rt.data.packing import pack_pairs
-from llama2rt.data.records import Prompt
 from llama2rt.stages import dpo, phases
 from llama2rt.train.run import Run
 
@@ -30,21 +30,6 @@ def recipe(pocket, **settings) -> dpo.DpoRecipe:
         "train": {"lr": 1e-3, "checkpoint_every": 3},
     }
     return dpo.DpoRecipe(**(given | settings))
-
-
-def response(text, reward, tokens=(7, 8, 2), name="baba") -> phases.Response:
-    return phases.Response(
-        prompt=Prompt(name, problem.messages("helpfulness", name)),
-        text=text,
-        prompt_tokens=[1, 5, 6],
-        tokens=list(tokens),
-        finished=tokens[-1] == 2,
-        reward=reward,
-        scores={"helpfulness": 0.5},
-        policy="p",
-        temperature=1.0,
-        seed=0,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +99,8 @@ def test_best_against_worst():
     groups = [
         [response("good", 3.0), response("bad", -1.0), response("fair", 0.0)],
         [response("same", 1.0), response("same", 1.0)],
-        [response("", 5.0, (2,)), response("bad", -1.0), response("", -5.0, (2,))],
-        [response("", 5.0, (2,)), response("bad", -1.0), response("fair", 0.0)],
+        [response("", 5.0, tokens=(2,)), response("bad", -1.0), response("", -5.0, tokens=(2,))],
+        [response("", 5.0, tokens=(2,)), response("bad", -1.0), response("fair", 0.0)],
         [response("a", 1.0), response("b", 1.0)],
     ]
     pairs = dpo.best_against_worst(groups, 0.0)
@@ -136,8 +121,11 @@ def test_objective_equals_one_response_at_a_time(pocket, kind):
     with torch.no_grad():
         model.output.mul_(1.1)
     pairs = [
-        (response("x", 1.0, (9, 10, 11, 12, 2)), response("y", 0.0, (13, 2))),
-        (response("z", 1.0, (14, 2)), response("w", 0.0, (15, 16, 17, 18, 19, 20, 21, 22))),
+        (response("x", 1.0, tokens=(9, 10, 11, 12, 2)), response("y", 0.0, tokens=(13, 2))),
+        (
+            response("z", 1.0, tokens=(14, 2)),
+            response("w", 0.0, tokens=(15, 16, 17, 18, 19, 20, 21, 22)),
+        ),
     ]
     extra = {"label_smoothing": 0.1} if kind in ("robust", "exo") else {}
     extra |= {"gamma": 0.5} if kind == "simpo" else {}

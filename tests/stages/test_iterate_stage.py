@@ -80,14 +80,17 @@ def test_pooling_starts_where_the_recipe_says(pocket, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "steps",
+    ("steps", "said"),
     [
-        [{"name": "sft", "stage": "ppo"}],
-        [{"name": "V1", "stage": "ppo", "parent": "V2"}, {"name": "V2", "stage": "ppo"}],
-        [{"name": "a/b", "stage": "ppo"}],
-        [],
+        ([{"name": "sft", "stage": "ppo"}], "'sft' is taken"),
+        (
+            [{"name": "V1", "stage": "ppo", "parent": "V2"}, {"name": "V2", "stage": "ppo"}],
+            "parent 'V2' is no earlier step",
+        ),
+        ([{"name": "a/b", "stage": "ppo"}], "'a/b' is taken or no folder name"),
+        ([], "at least 1 item"),
     ],
 )
-def test_impossible_plans_are_refused(pocket, steps):
-    with pytest.raises(ValidationError):
+def test_impossible_plans_are_refused(pocket, steps, said):
+    with pytest.raises(ValidationError, match=said):
         recipe(pocket, steps=steps)

@@ -8,6 +8,7 @@ import pocket as problem
 import power
 import pytest
 import torch
+from small_models import packed
 
 from llama2rt import energy
 from llama2rt.algorithms import advantages
@@ -110,16 +111,15 @@ def test_rollout_equals_one_response_at_a_time(pocket, actors, prompts, monkeypa
     old, values, all_advantages, kl = [], [], [], 0.0
     for i, completion in enumerate(completions):
         tokens = torch.tensor(completion.prompt_tokens + completion.tokens)
-        positions = torch.arange(len(tokens))
-        ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        document = packed(tokens)
         begin = len(completion.prompt_tokens)
         rows = slice(begin - 1, len(tokens) - 1)
         with torch.no_grad():
             both = [
-                (m.logits(tokens, positions, ends) / 1.3).log_softmax(-1)
+                (m.logits(*document) / 1.3).log_softmax(-1)
                 for m in (actors.policy, actors.reference)
             ]
-            value = actors.critic(tokens, positions, ends)[rows]
+            value = actors.critic(*document)[rows]
         policy, reference = (x[rows].gather(1, tokens[begin:, None])[:, 0] for x in both)
         reward = -0.3 * (policy - reference)
         reward[-1] += white[i] - (completion.finish_reason == "length")
@@ -150,7 +150,7 @@ def test_a_cut_response_gains_no_eos(pocket):
     assert tokenizer.eos not in example.tokens
 
 
-def test_piecewise_reward_of_two_models(pocket, actors, prompts):
+def test_piecewise_reward_of_two_models(actors, prompts):
     """A safety prompt, or a low safety score, is ruled by the safety model."""
     completions = actors.engine.generate([p.messages for p in prompts], max_tokens=8, seed=3)
     sequences = [c.prompt_tokens + c.tokens for c in completions]

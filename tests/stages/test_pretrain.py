@@ -3,9 +3,11 @@
 import json
 import math
 
+import json_lines
 import pytest
 import torch
 from pydantic import ValidationError
+from small_models import packed
 
 import llama2rt
 from llama2rt.data.tokens import TokenFile
@@ -39,7 +41,7 @@ def recipe(tmp_path, **changes) -> PretrainRecipe:
 
 
 def held_out(directory) -> list[float]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines.read(directory / "metrics.jsonl")
     return [line["bits_per_byte"] for line in lines if "bits_per_byte" in line]
 
 
@@ -64,9 +66,8 @@ def test_text_to_model(tmp_path):
     nats = 0.0
     for begin in range(0, len(ids) - 1, 32):
         window = ids[begin : begin + 33]
-        size = len(window) - 1
         with torch.no_grad():
-            logits = model.logits(window[:-1], torch.arange(size), torch.tensor([0, size]).int())
+            logits = model.logits(*packed(window[:-1]))
         nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
     assert nats / math.log(2) / stream.text_bytes == pytest.approx(losses[-1], rel=1e-5)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pocket as problem
 import pytest
+from pocket import response
 
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Dialogue, Prompt
@@ -28,21 +29,6 @@ def recipe(pocket, **settings) -> rejection.RejectionRecipe:
         "train": {"lr": 4e-3, "checkpoint_every": 5},
     }
     return rejection.RejectionRecipe(**(given | settings))
-
-
-def response(text, reward=0.0, *, name="baba", finished=True) -> phases.Response:
-    return phases.Response(
-        prompt=Prompt(name, problem.messages("helpfulness", name)),
-        text=text,
-        prompt_tokens=[1, 5],
-        tokens=[7, 2] if finished else [7],
-        finished=finished,
-        reward=reward,
-        scores={"helpfulness": 0.5},
-        policy="p",
-        temperature=1.0,
-        seed=0,
-    )
 
 
 def test_fine_tuned_on_its_best_samples_it_answers_better(pocket, tmp_path):
@@ -77,7 +63,7 @@ def test_samples_are_records_and_keep_their_tokens(pocket, tmp_path):
 def test_best_usable_response_of_each_prompt_is_kept():
     groups = [
         [response("no", 1.0), response("yes", 2.0), response("maybe", 2.0)],
-        [response("cut", 9.0, finished=False), response("", 8.0), response("yes", -1.0)],
+        [response("cut", 9.0, tokens=(7,)), response("", 8.0), response("yes", -1.0)],
         [response("[INST] me [/INST]", 5.0), response(" \n", 4.0)],
     ]
     assert [(r.text, r.reward) for r in rejection.select(groups)] == [("yes", 2.0), ("yes", -1.0)]

@@ -7,6 +7,7 @@ import pocket as problem
 import pytest
 import torch
 from pydantic import ValidationError
+from small_models import packed
 
 from llama2rt.algorithms import losses
 from llama2rt.data.packing import pack_pairs
@@ -59,9 +60,7 @@ def test_objective_reads_last_tokens_and_adds_margins(pocket):
     alone = []
     for example in (side for pair in pairs for side in pair):
         assert example.tokens[-1] == tokenizer.eos
-        tokens = torch.from_numpy(example.tokens).long()
-        ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
-        alone.append(model(tokens, torch.arange(len(tokens)), ends)[-1])
+        alone.append(model(*packed(example.tokens.astype(np.int64)))[-1])
     chosen, rejected = torch.stack(alone).view(-1, 2).unbind(1)
     margins = torch.tensor([3.0, 1.0, 0.0])
     safety = losses.safety(

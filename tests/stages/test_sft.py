@@ -1,7 +1,6 @@
 """Fine-tuning: only answers are learned, long dialogues are left out whole, the loss falls."""
 
-import json
-
+import json_lines
 import pytest
 
 import llama2rt
@@ -24,12 +23,12 @@ def init(tmp_path, small_tokenizer):
     config = LlamaConfig(32, 2, 2, 2, 64, vocab_size=small_tokenizer.vocab_size, context=96)
     native.save(Llama(config).initialize(0), small_tokenizer, tmp_path / "base")
     data = tmp_path / "dialogues.jsonl"
-    data.write_text("".join(json.dumps(dialogue(i)) + "\n" for i in range(60)))
+    json_lines.write(data, (dialogue(i) for i in range(60)))
     return {"init": tmp_path / "base", "data": [data]}
 
 
 def losses(directory) -> list[float]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines.read(directory / "metrics.jsonl")
     return [line["held_out_loss"] for line in lines if "held_out_loss" in line]
 
 
@@ -71,7 +70,7 @@ def test_split_is_seeded_and_disjoint(init):
     assert sft.split(SftRecipe(**init, held_out=0.25, limit=40, seed=4))[1] != held_out
 
 
-def test_real_dialogues(init, shared_data, tmp_path):
+def test_real_dialogues(init, shared_data):
     data = shared_data("gsm8k_train.jsonl")
     recipe = SftRecipe(init=init["init"], data=[data], limit=20, held_out=0.2)
     training, held_out = sft.split(recipe)

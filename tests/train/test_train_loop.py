@@ -1,17 +1,17 @@
 """The loop: global normalisation, resume to the bit, Ctrl-C, divergence, recomputation."""
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import json_lines
 import numpy as np
 import power
 import pytest
 import torch
+from processes import run_python
+from small_models import packed
 
 from llama2rt import energy
 from llama2rt.data.loader import ExampleLoader
@@ -55,7 +55,7 @@ def weights(model: Llama) -> torch.Tensor:
 
 
 def losses(directory: Path) -> list[tuple[int, float, float]]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines.read(directory / "metrics.jsonl")
     return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
 
 
@@ -89,12 +89,11 @@ def test_recomputation_changes_nothing(tmp_path, monkeypatch):
     assert not any("forward" in vars(block) for block in recomputed.blocks)
 
 
-def test_recomputation_keeps_one_activation_a_block(tmp_path):
+def test_recomputation_keeps_one_activation_a_block():
     from llama2rt.train.recompute import recompute_blocks
 
     model = Llama(LlamaConfig(32, 8, 4, 4, 128, vocab_size=41, context=64)).initialize(0)
     tokens = torch.arange(64) % 41
-    packed = tokens, torch.arange(64), torch.tensor([0, 64], dtype=torch.int32)
 
     def saved() -> int:
         sizes: dict[int, int] = {}
@@ -104,7 +103,7 @@ def test_recomputation_keeps_one_activation_a_block(tmp_path):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            held = model(*packed, tokens)  # noqa: F841, its graph keeps the storages alive
+            held = model(*packed(tokens), tokens)  # noqa: F841, its graph keeps the storages alive
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         return sum(size for pointer, size in sizes.items() if pointer not in own)
 
@@ -161,7 +160,7 @@ def test_divergence_stops_before_the_weights(tmp_path, what):
 
 def test_metrics_are_means_over_the_whole_step(tmp_path):
     train(tmp_path, steps=2, micro_tokens=64)
-    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    line = json_lines.read(tmp_path / "metrics.jsonl")[0]
     assert line["tokens"] == 1.0
     assert 0.9 * math.log(41) < line["loss"] < 1.1 * math.log(41)
     assert {"lr", "gradient_norm", "tokens_per_second", "mfu"} <= line.keys()
@@ -236,13 +235,8 @@ print("killed", killed, "times")
 
 
 def test_death_at_random_moments_changes_no_bit(tmp_path, seed):
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", KILLED, str(Path(__file__).parent), str(tmp_path), str(seed)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = Path(__file__).parent, tmp_path, seed
+    done = run_python("-c", KILLED, *arguments, timeout_seconds=300)
     assert int(done.stdout.split()[1]) >= 2, done.stdout
 
 
@@ -257,7 +251,7 @@ def test_energy_is_logged_per_token_and_step(tmp_path, monkeypatch):
         return objective(model, batch)
 
     train(tmp_path / "run", steps=4, batch=24, loss=slow, log_every=2)
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines.read(tmp_path / "run" / "metrics.jsonl")
     tokens = sum(len(example.tokens) for example in examples())
     assert [line["joules_per_step"] for line in lines] == pytest.approx([100.0, 100.0], rel=1e-6)
     assert [line["joules_per_token"] for line in lines] == pytest.approx([100 / tokens] * 2)
@@ -267,7 +261,7 @@ def test_energy_that_nobody_measures_is_said_once(tmp_path, monkeypatch):
     meter = energy.EnergyMeter(powercap=tmp_path / "nothing")
     monkeypatch.setattr(energy, "of_device", lambda device: meter)
     train(tmp_path / "run", steps=4)
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines.read(tmp_path / "run" / "metrics.jsonl")
     assert "not measured (CPU: no RAPL domain" in lines[0]["energy"]
     assert not any("energy" in line for line in lines[1:])
     assert not any("joules" in key for line in lines for key in line)

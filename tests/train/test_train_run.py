@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import json_lines
 import pytest
+from processes import run_python
 from pydantic import ValidationError
 
 from llama2rt.errors import InputError
@@ -87,8 +89,10 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 4, "lo')
     run.truncate_metrics(2)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    assert json_lines.read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+    ]
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
@@ -110,17 +114,7 @@ for _ in range(4):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    faults = {
-        mode: int(
-            subprocess.run(
-                [sys.executable, "-P", "-c", script, mode],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for mode in ("leave", "keep")
-    }
+    faults = {mode: int(run_python("-c", script, mode).stdout) for mode in ("leave", "keep")}
     assert faults["keep"] < 0.3 * faults["leave"], faults
 
 

@@ -32,7 +32,7 @@ def test_reward_model_warmup_is_three_percent_but_at_least_five_steps():
 
 def test_options_refuse_nonsense():
     for bad in ({"lr": 0}, {"lr": math.nan}, {"precision": "fp8"}, {"lrr": 1}):
-        with pytest.raises(ValidationError):
+        with pytest.raises(ValidationError, match=rf"\n{next(iter(bad))}\n"):
             TrainOptions(**bad)
     with pytest.raises(ValidationError, match="excludes"):
         TrainOptions(warmup_steps=3, warmup_ratio=0.1)
