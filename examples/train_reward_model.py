@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import llama2rt
-from llama2rt.data.readers import write
+from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison
 from llama2rt.evaluate.scoring import score
 from llama2rt.stages.reward import RewardRecipe, run
@@ -43,7 +43,8 @@ def make_data(path: Path) -> None:
 def main() -> None:
     if len(sys.argv) == 4:
         start, data, out = map(Path, sys.argv[1:])
-        recipe = RewardRecipe(init=start, data=[data])
+        held_out = len(read(data, "comparison")) // 10
+        recipe = RewardRecipe(init=start, data=[data], held_out=held_out)
     else:
         work = Path(tempfile.mkdtemp())
         data, out = work / "comparisons.jsonl", work / "reward"

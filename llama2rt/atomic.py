@@ -23,6 +23,10 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a full disk is met by a descriptor, which has no name
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

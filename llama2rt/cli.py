@@ -156,7 +156,15 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
         raise InputError(f"the recipe comes first: llama2rt {verb} RECIPE [--key value] --out DIR")
     values = read_recipe(find_recipe(given)) if given is not None else {}
     options = _stage_options(verb, recipe_class, given, values, arguments)
-    folder = module.run(options.recipe, options.out, resume=options.resume)
+    fresh = not options.out.exists()
+    try:
+        folder = module.run(options.recipe, options.out, resume=options.resume)
+    except InputError:
+        if fresh:
+            from llama2rt.train.run import abandon
+
+            abandon(options.out)
+        raise
     if options.json:
         manifest = json.loads((options.out / "manifest.json").read_text())
         result = {"out": str(options.out), "model": str(folder), "summary": manifest["summary"]}

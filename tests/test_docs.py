@@ -1,14 +1,19 @@
 """Every link in README and docs leads somewhere: files, and headings inside them. So does every
-path of a source, test or record that they name between backticks.
+path of a source, test or record that they name between backticks; and every recipe shown is one.
 
 Addresses on the web are not fetched (the suite needs no network); they must only be well formed.
 """
 
+import importlib
 import re
+import tomllib
 from pathlib import Path
+from typing import get_type_hints
 from urllib.parse import urlparse
 
 import pytest
+
+from llama2rt import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")])
@@ -72,3 +77,23 @@ def test_a_file_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     fake = tmp_path / "page.md"
     fake.write_text("`tests/gone.py` and `tests/a/gone.py::test_x`, not `csrc/NAME.cu` or `a.py`")
     assert missing(fake) == ["tests/gone.py", "tests/a/gone.py"]
+
+
+RECIPES = re.findall(
+    r"```toml\n(# llama2rt (\w+) \S+ --out \S+\n.*?)```",
+    "".join(page.read_text(encoding="utf-8") for page in PAGES),
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("text, verb", RECIPES, ids=[verb for _, verb in RECIPES])
+def test_recipes_in_the_pages_are_valid(text: str, verb: str) -> None:
+    module = importlib.import_module(f"llama2rt.{cli.STAGES[verb][0]}")
+    recipe = get_type_hints(module.run)["recipe"].model_validate(tomllib.loads(text))
+    if verb == "iterate":
+        for place in range(len(recipe.steps)):
+            module.stage_recipe(recipe, place, Path("runs"))
+
+
+def test_the_pages_show_recipes() -> None:
+    assert {verb for _, verb in RECIPES} >= {"ppo", "iterate"}

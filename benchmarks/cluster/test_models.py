@@ -6,7 +6,7 @@ comparison and a validation of well under one.
 
 import pytest
 
-from llama2rt.cluster import compare, hardware, prediction, rows, search, validate
+from llama2rt.cluster import compare, hardware, prediction, rows, search, step_time, validate
 from llama2rt.cluster.hardware import Cluster
 
 SEARCH_LIMIT_SECONDS = 5.0
@@ -20,9 +20,16 @@ def cluster(gpus, fabric=hardware.IB, watts=400.0):
 def test_layout_search_on_2048_gpus(benchmark, model):
     shape = prediction.preset(model)
     batch = prediction.global_batch(2048)
-    benchmark.extra_info["layouts"] = len(list(search.layouts(shape, cluster(2048), 4096, batch)))
+    benchmark.extra_info |= {
+        "gpus": 2048,
+        "layouts": len(list(search.layouts(shape, cluster(2048), 4096, batch))),
+        "limit_seconds": SEARCH_LIMIT_SECONDS,
+    }
     best = benchmark.pedantic(
-        lambda: search.search(shape, cluster(2048), 4096, batch)[0], rounds=5, warmup_rounds=1
+        lambda: search.search(shape, cluster(2048), 4096, batch)[0],
+        setup=step_time._layer.cache_clear,  # a user's search is the first of its process
+        rounds=5,
+        warmup_rounds=1,
     )
     benchmark.extra_info["predicted_step_seconds"] = best.step_seconds
     if benchmark.stats is not None:  # None under --benchmark-disable

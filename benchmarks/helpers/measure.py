@@ -6,6 +6,9 @@ that all see the same machine; figures are medians and ratios of medians. The ce
 matrix product) is measured alone before and after: if it moved by more than a tenth the machine was
 not quiet, the measurement is thrown away and repeated, and after three the benchmark fails.
 
+Energy is metered in a stretch of its own, one a contender, since counters need longer than a round.
+Where no counter can be read nothing is run for it, and the record says why.
+
 CPU: wall clock, torch's threads, malloc keeps its memory (both sides, as in training). GPU: events
 around calls whose launches are hidden behind a wait, inputs that rotate through more memory than
 the L2 cache has. Data is random, never zeros.
@@ -15,6 +18,7 @@ BENCH_SMOKE=1 runs everything once at sizes that measure nothing: it shows that 
 
 import functools
 import itertools
+import math
 import os
 import statistics
 import time
@@ -32,7 +36,7 @@ import torch
 from memory import peak_extra_bytes
 from torch import Tensor
 
-from llama2rt import ops
+from llama2rt import energy, ops
 
 SMOKE = os.environ.get("BENCH_SMOKE") == "1"
 DEVICES = ("cpu", "cuda")
@@ -221,6 +225,21 @@ def extra_bytes(run: Callable[[], Any], device: str) -> int:
     return max(0, torch.cuda.max_memory_allocated() - before - returned)
 
 
+def energy_of(
+    run: Callable[[], Any], device: str, call_seconds: float
+) -> tuple[int, energy.Energy]:
+    """Calls made, and what they drew, over a stretch that every counter here resolves."""
+    with energy.of_device(torch.device(device)) as meter:
+        # Half as long again: calls back to back are faster than calls in turn.
+        needed = 1.5 * meter.peek().seconds_needed
+        calls = 1 if SMOKE and needed else math.ceil(needed / call_seconds)
+        for _ in range(calls):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return calls, meter.energy
+
+
 def median_seconds(run: Callable[[], Any], device: str, loops: int) -> float:
     return statistics.median(seconds(run, device, loops) for _ in range(EDGE_ROUNDS))
 
@@ -240,6 +259,9 @@ def measured(case: Case) -> dict[str, Any]:
             times[name].append(seconds(run, case.device, loops[name]))
     after = median_seconds(ceiling, case.device, loops["ceiling"])
     median = {name: statistics.median(values) for name, values in times.items()}
+    drawn = {
+        name: energy_of(run, case.device, median[name]) for name, run in made.contenders.items()
+    }
     ceiling_rate = case.ceiling_work / median["ceiling"]
     return {
         "drift": abs(after / before - 1),
@@ -250,10 +272,14 @@ def measured(case: Case) -> dict[str, Any]:
                 "rate": case.work / median[name],
                 "percent_of_ceiling": 100 * case.work / median[name] / ceiling_rate,
                 "extra_bytes": extra_bytes(run, case.device),
+                "joules_per_call": drawn[name][1].joules_per(drawn[name][0]),
             }
             for name, run in made.contenders.items()
         },
         "left_out": made.left_out,
+        "energy_not_measured": {
+            device: why for _, used in drawn.values() for device, why in used.not_measured.items()
+        },
     }
 
 
@@ -306,6 +332,8 @@ def table(case: Case, result: dict[str, Any], ours: list[str]) -> str:
             f"{row['rate'] / scale:9.3g} {unit} {row['percent_of_ceiling']:5.0f} %"
             f"  memory +{row['extra_bytes'] / 2**20:.1f} MiB"
         )
+        if row["joules_per_call"] is not None:
+            text += f"  {1e3 * row['joules_per_call']:.3g} mJ"
         if name in ours:
             text += "  " + ", ".join(f"{x:.2f}x {peer}" for peer, x in row["ratio"].items())
         lines.append(text)
@@ -313,4 +341,6 @@ def table(case: Case, result: dict[str, Any], ours: list[str]) -> str:
             verdict = "met" if target["met"] else "MISSED"
             lines.append(f"      target {target['target']}: {target['got']:.3g}, {verdict}")
     lines += [f"    {name} left out: {why[:200]}" for name, why in result["left_out"].items()]
+    missing = result["energy_not_measured"].items()
+    lines += [f"    energy not measured, {name}: {why}" for name, why in missing]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends without an error.
 
     A model folder already there is replaced by renames, so that a reader finds the old or the new
-    one; anything else there is an InputError, because it may not be ours to delete.
+    one; anything else there is an InputError, because it may not be ours to delete. OSError where
+    the disk does not take it: what stood there is still there.
     """
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
@@ -48,7 +49,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
             folder.rename(scratch / "old")
         fresh.rename(folder)
         atomic.sync(folder.parent)
+    except SafetensorError as error:  # which is what safetensors makes of a full disk
+        raise OSError(f"{folder}: this model could not be written ({error})") from error
     finally:
+        if (scratch / "old").exists() and not folder.exists():
+            (scratch / "old").rename(folder)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -140,9 +145,11 @@ def fill(
     tensors: Iterator[tuple[Path, str, Tensor]],
     device: torch.device | str,
     dtype: torch.dtype | None,
+    shown: Callable[[str], str] = str,
 ) -> None:
     """Give a model built on the meta device its weights; InputError for one missing, left over or
-    of the wrong shape. `tensors` are named as in the model; dtype None keeps the first one's."""
+    of the wrong shape. `tensors` are named as in the model, and in errors as `shown` says that the
+    files name them; dtype None keeps the first one's."""
     wanted = weights(model)
     filled: dict[str, nn.Parameter] = {}
     path = None
@@ -150,10 +157,10 @@ def fill(
         if name == "output" and model.config.tied:
             continue
         if name not in wanted:
-            raise InputError(f"{path}: {name}: not part of a model of this configuration")
+            raise InputError(f"{path}: {shown(name)}: not part of a model of this configuration")
         if tensor.shape != wanted[name].shape:
             raise InputError(
-                f"{path}: {name}: expected shape {list(wanted[name].shape)}, "
+                f"{path}: {shown(name)}: expected shape {list(wanted[name].shape)}, "
                 f"got {list(tensor.shape)}"
             )
         if dtype is None:
@@ -162,7 +169,7 @@ def fill(
         filled[name] = nn.Parameter(tensor.to(device, dtype, copy=True))
     missing = sorted(wanted.keys() - filled.keys())
     if missing:
-        raise InputError(f"{path}: {missing[0]}: missing ({len(missing)} tensors in all)")
+        raise InputError(f"{path}: {shown(missing[0])}: missing ({len(missing)} tensors in all)")
     for name, parameter in filled.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)

@@ -52,6 +52,13 @@ def hf_name(name: str) -> str:
     return f"model.layers.{layer}.{_BLOCK[module]}.{leaf}"
 
 
+def _shown(name: str) -> str:
+    try:
+        return hf_name(name)
+    except (KeyError, ValueError):
+        return name  # one that `our_name` did not know, as it stands in the file
+
+
 def our_name(name: str, scalar: bool) -> str | None:
     """Our name of one of transformers' parameters; None for one that carries no weight."""
     if name.endswith("rotary_emb.inv_freq"):
@@ -80,15 +87,20 @@ def read_config(path: Path) -> LlamaConfig:
         ("attention_bias", False),
         ("mlp_bias", False),
         ("num_labels", 1),
+        ("partial_rotary_factor", 1.0),
+        ("quantization_config", None),
     ):
         if raw.get(key, only) != only:
             raise InputError(f"{path}: {key}: only {only!r} is supported, got {raw[key]!r}")
     # transformers 4: rope_theta and rope_scaling; transformers 5: both inside rope_parameters.
     rope = raw.get("rope_parameters") or {}
     for key, value in (("rope_parameters", rope), ("rope_scaling", raw.get("rope_scaling") or {})):
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: {key}: expected an object or null, got {value!r}")
         kind = value.get("rope_type", value.get("type", "default"))
         if kind != "default":
             raise InputError(f"{path}: {key}: only unscaled rope is supported, got {kind!r}")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     required = {}
     for ours, theirs in (
         ("dim", "hidden_size"),
@@ -107,8 +119,8 @@ def read_config(path: Path) -> LlamaConfig:
             "kv_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
             "context": raw.get("max_position_embeddings", 2048),
             "norm_eps": raw.get("rms_norm_eps", 1e-6),
-            "rope_theta": float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            "tied": bool(raw.get("tie_word_embeddings", False)),
+            "rope_theta": float(theta) if isinstance(theta, int) else theta,
+            "tied": raw.get("tie_word_embeddings", False),
         },
     )
     if (raw.get("head_dim") or config.head_dim) != config.head_dim:
@@ -198,5 +210,5 @@ def load(
             if ours is not None:
                 yield file, ours, tensor
 
-    files.fill(model, renamed(), device, dtype)
+    files.fill(model, renamed(), device, dtype, _shown)
     return model, find_tokenizer(folder)

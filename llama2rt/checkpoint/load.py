@@ -29,4 +29,7 @@ def load(
         return reader.load(folder, device, dtype)
     if (folder / "params.json").is_file():
         return meta.load(folder, device, dtype)
-    raise InputError(f"{folder}: no config.json and no params.json, so not a model folder")
+    hint = ""
+    if (folder / "model" / "config.json").is_file():
+        hint = f"; its model is in {folder / 'model'}"
+    raise InputError(f"{folder}: no config.json and no params.json, so not a model folder{hint}")

@@ -99,6 +99,7 @@ def _config(path: Path, shards: list, tokenizer: Tokenizer | None) -> LlamaConfi
             raise InputError(f"{path}: {key}: missing")
     if raw.get("use_scaled_rope"):
         raise InputError(f"{path}: use_scaled_rope: only unscaled rope is supported")
+    theta = raw.get("rope_theta", 10000.0)
     first, weights = shards[0]
     for key in ("layers.0.feed_forward.w1.weight", "output.weight"):
         if key not in weights:
@@ -118,7 +119,7 @@ def _config(path: Path, shards: list, tokenizer: Tokenizer | None) -> LlamaConfi
             "ffn_hidden": weights["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
             "vocab_size": vocabulary,
             "norm_eps": raw["norm_eps"],
-            "rope_theta": float(raw.get("rope_theta", 10000.0)),
+            "rope_theta": float(theta) if isinstance(theta, int) else theta,
         },
     )
     return parse_config(path, {**vars(config), "context": _context(config)})
@@ -171,7 +172,7 @@ def load(
             if extra := sorted(shard.keys() - known):
                 raise InputError(f"{path}: {extra[0]}: not part of a model of this configuration")
 
-    files.fill(model, merged(), device, dtype)
+    files.fill(model, merged(), device, dtype, lambda name: _theirs(name)[0])
     return model, tokenizer
 
 
@@ -221,6 +222,10 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path, *, shard
     with files.new_folder(Path(folder)) as fresh:
         files.write_json(fresh / "params.json", params(config))
         for number, shard in enumerate(weights):
-            torch.save(shard, fresh / f"consolidated.{number:02}.pth")
+            try:
+                torch.save(shard, fresh / f"consolidated.{number:02}.pth")
+            except RuntimeError as error:  # which is what torch makes of a full disk
+                reason = str(error).splitlines()[0]
+                raise OSError(f"{folder}: this model could not be written ({reason})") from error
         if tokenizer is not None:
             tokenizer.save(fresh)

@@ -37,27 +37,24 @@ _BOUNDS = {
     "overlap_2021": (0.05, 1.0),
 }
 # Not fitted.
-# - attention: FlashAttention forward and backward on an A100, head dimension 128, causal: 80-100
-#   of 312 TFLOP/s (Dao 2023, FlashAttention-2, figure 5).
 # - overlap: FSDP gathers the next block while one is computed; the first cannot be hidden.
 # - spread: GPUs of one node differ by up to 5 % in speed; a step averages over its kernels.
 START = Constants(
     **{name: value for name, (value, _) in PRIOR.items()},
-    attention_share_of_peak=0.30,
     overlap_2023=0.9,
     speed_spread=0.005,
 )
 # `fit(published calibration rows)`; tests/cluster/test_validation.py repeats it.
 FITTED = replace(
     START,
-    gemm_share_of_peak=0.798,
-    traffic_2021=1.153,
+    gemm_share_of_peak=0.805,
+    traffic_2021=1.238,
     traffic_2023=1.0,
     gathered_share_of_nic=0.771,
-    overlap_2021=0.586,
+    overlap_2021=0.584,
 )
 # Of a step's predicted time: tuned benchmarks lie within 12 %, production runs on other software
-# take up to a quarter longer (data/published_runs.csv, group "production"), and so does H100.
+# take up to a quarter longer (data/published_runs.csv, group "production").
 FASTER, SLOWER = 0.12, 0.26
 
 _PRIOR_WEIGHT = 0.02  # a prior pulls as hard as one row that is off by 2 %

@@ -23,6 +23,7 @@ METHOD = "GPU hours x power limit x PUE 1.1 x 0.385 kg/kWh (Llama 2, table 2)"
 # an 8-GPU A100 node): this much for each GPU.
 _HOST_WATTS_LOW, _HOST_WATTS_HIGH = 1100 / 8, 1250 / 8
 _CENT = Decimal("0.01")
+_LARGEST = 1e12  # beyond any run; products of two still have their cents in decimal arithmetic
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("gpu_hours", "watts"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise InputError(f"{name}: expected a positive number, got {value:g}")
-        if self.measured_kwh is not None and not 0 < self.measured_kwh < float("inf"):
+            if not 0 < value < _LARGEST:
+                raise InputError(
+                    f"{name}: expected a positive number below {_LARGEST:g}, got {value:g}"
+                )
+        if self.measured_kwh is not None and not 0 < self.measured_kwh < _LARGEST:
             raise InputError(
-                f"measured_kwh: expected a positive number, got {self.measured_kwh:g}; leave it "
-                "out where no meter ran"
+                f"measured_kwh: expected a positive number below {_LARGEST:g}, got "
+                f"{self.measured_kwh:g}; leave it out where no meter ran"
             )
 
 

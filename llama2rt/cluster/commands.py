@@ -123,7 +123,7 @@ def collective(
         gpus: Ranks; more than 8 must be a multiple of 8.
         size: Buffer S of nccl-tests in bytes: 1048576, 64MiB, 8GiB.
         fabric: nvlink (one node), ib or roce.
-        gpu: a100-40gb, a100-80gb or h100.
+        gpu: a100-40gb, a100-80gb, h100 or h200.
     """
     where, chip = collectives.group(gpus), hardware.gpu(gpu)
     net, total = hardware.fabric(fabric), parse_bytes(size)
@@ -200,11 +200,13 @@ def power(
     Args:
         workload: Matrix-bound, mixed or memory-bound work.
         watts: The cap, in watts.
-        gpu: a100-40gb, a100-80gb or h100.
+        gpu: a100-40gb, a100-80gb, h100 or h200.
         figure: Also draw throughput and energy per token against the cap.
     """
     figures.check_path(figure)
     chip = hardware.gpu(gpu)
+    if figure is not None and not chip.name.startswith("a100"):
+        raise InputError(f"--figure: draws an A100's curves, got --gpu {chip.name}")
     relative = power_curve.relative_throughput(workload, watts, chip)
     if figure is not None:
         figures.caps(figure)
@@ -261,7 +263,7 @@ def search(
     Args:
         model: A preset, such as llama2-70b.
         gpus: GPUs in the cluster.
-        gpu: a100-40gb, a100-80gb or h100.
+        gpu: a100-40gb, a100-80gb, h100 or h200.
         fabric: nvlink (one node), ib or roce.
         watts: Power cap; by default the GPU's largest.
         seq: Tokens in a sequence.
@@ -269,8 +271,8 @@ def search(
         tokens: Tokens of the whole training.
         keep: Layouts to show.
     """
-    for name, value in (("seq", seq), ("keep", keep), ("global-batch", global_batch or 1)):
-        if value < 1:
+    for name, value in (("seq", seq), ("keep", keep), ("global-batch", global_batch)):
+        if value is not None and value < 1:
             raise InputError(f"--{name}: expected at least 1, got {value}")
     if not 0 < tokens < float("inf"):
         raise InputError(f"--tokens: expected a positive number, got {tokens:g}")
@@ -334,7 +336,7 @@ def compare(
     gpus: int | None = None,
     gpu: str = "a100-80gb",
     fabrics: tuple[str, str] = ("ib", "roce"),
-    watts: tuple[float, float] = (400.0, 350.0),
+    watts: tuple[float, float] | None = None,
     figure: Figure = None,
     as_json: Json = False,
 ) -> None:
@@ -345,29 +347,34 @@ def compare(
     Args:
         model: A preset, such as llama2-70b.
         gpus: GPUs in each cluster.
-        gpu: a100-40gb, a100-80gb or h100.
+        gpu: a100-40gb, a100-80gb, h100 or h200.
         fabrics: The first and the second fabric: ib or roce.
-        watts: Their power caps.
+        watts: Their power caps; by default the GPU's largest and 7/8 of it, as 400 and 350 W are.
         figure: Draw what the gap is made of (needs --model and --gpus).
     """
     figures.check_path(figure)
     if figure is not None and (model is None or gpus is None):
         raise InputError("--figure: draws one case; give --model and --gpus")
+    if watts is None:
+        largest = hardware.gpu(gpu).max_watts
+        watts = (largest, 7 / 8 * largest)
     cases = [
         (name, count)
         for name in ([model] if model is not None else _MODELS)
         for count in ([gpus] if gpus is not None else _SIZES)
     ]
     results: list[tuple[str, int, comparison.Comparison | None]] = []
+    reasons = {}
     for name, count in cases:
         ends = [_cluster(gpu, count, fabrics[i], watts[i]) for i in (0, 1)]
         shape = prediction.preset(name)
         try:
             results.append((name, count, comparison.compare(shape, *ends)))
-        except layout_search.NoLayout:
+        except layout_search.NoLayout as error:
             if len(cases) == 1:
                 raise
             results.append((name, count, None))  # a table goes on past a model that does not fit
+            reasons[name, count] = str(error)
     single = results[0][2] if len(results) == 1 else None
     if figure is not None and single is not None:
         figures.waterfall(single, cases[0][0], figure)
@@ -378,7 +385,8 @@ def compare(
             print_json(
                 {
                     "cases": [
-                        {"model": m, "gpus": n, **(c.as_json() if c else {"ratio": None})}
+                        {"model": m, "gpus": n}
+                        | (c.as_json() if c else {"ratio": None, "reason": reasons[m, n]})
                         for m, n, c in results
                     ]
                 }
@@ -414,7 +422,7 @@ def validate(
     """Predicted against published training runs, under one set of constants.
 
     Without --rows: the shipped runs. Calibration rows are those the constants were fitted to;
-    held-out rows were never fitted. docs/cluster.md explains the columns and empty cells.
+    held-out rows were never fitted. docs/cluster-validation.md explains columns and empty cells.
 
     Args:
         rows: Your own rows instead, as CSV.
@@ -436,70 +444,22 @@ def validate(
     if figure is not None:
         figures.parity(checked, figure)
     if as_json:
-        result = _validation_json(main)
+        result = validation.as_json(main)
         if held_out:
-            result["held_out"] = _validation_json(held_out)
+            result["held_out"] = validation.as_json(held_out)
         if left_out:
             result["leave_one_group_out"] = [vars(group) for group in left_out]
         print_json({**result, "constants": vars(calibration.FITTED)})
         return
-    _validation_table("Published runs" if rows is not None else "Calibration rows", main)
+    validation.print_tables("Published runs" if rows is not None else "Calibration rows", main)
     if held_out:
-        _validation_table("Held-out rows (never fitted)", held_out)
+        validation.print_tables("Held-out rows (never fitted)", held_out)
     if left_out:
         table(
             "Each calibration group under constants fitted to the others",
             ("group", "rows", "mean error", "worst"),
             [(g.group, str(g.rows), f"{g.mean_error:.1%}", f"{g.max_error:.1%}") for g in left_out],
         )
-
-
-def _validation_json(checked: Sequence[validation.Checked]) -> dict[str, object]:
-    return {
-        "rows": [item.as_json() for item in checked],
-        **validation.errors(checked),
-        "groups": validation.by_group(checked),
-    }
-
-
-def _validation_table(title: str, checked: Sequence[validation.Checked]) -> None:
-    units = {
-        "tokens_per_s_per_gpu": "tokens/s/GPU",
-        "tflops_per_gpu": "TFLOP/s/GPU",
-        "step_seconds": "s a step",
-    }
-    found = validation.errors(checked)
-    table(
-        f"{title}: mean error {found['mean_error']:.1%}, worst {found['max_error']:.1%}",
-        ("group", "model", "GPUs", "GPU", "published", "predicted", "unit", "error"),
-        [
-            (
-                item.row.group,
-                item.row.shape.name,
-                str(item.row.cluster.gpus),
-                item.row.cluster.gpu.name,
-                f"{item.row.published:,.4g}",
-                f"{item.predicted:,.4g}",
-                units[item.row.metric],
-                f"{100 * item.error:+.1f} %",
-            )
-            for item in checked
-        ],
-    )
-    table(
-        "By group",
-        ("group", "rows", "mean error", "worst", "bias"),
-        [
-            (
-                group,
-                f"{numbers['rows']:.0f}",
-                f"{numbers['mean_error']:.1%}",
-                f"{numbers['max_error']:.1%}",
-                f"{100 * numbers['bias']:+.1f} %",
-            )
-            for group, numbers in validation.by_group(checked).items()
-        ],
-    )
 
 
 def _cluster(gpu: str, gpus: int, fabric: str, watts: float | None) -> Cluster:

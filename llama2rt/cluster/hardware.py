@@ -24,23 +24,66 @@ class Gpu:
     nic_line_rate_bytes_per_s: float  # of the NIC a node of this generation has for each GPU
     max_watts: float
     min_watts: float
-    # How far software comes on this GPU, as a share of its peak, over the same on an A100.
+    # Fused attention, forward and backward, as a share of the peak over causal FLOPs: with
+    # FlashAttention (stack 2023) and with FlashAttention-2 or cuDNN's kernels (stack 2024).
+    attention_share_2023: float
+    attention_share_2024: float
+    # Best products, as a share of the peak, over the same on an A100.
     matmul_share_of_a100: float = 1.0
-    attention_share_of_a100: float = 1.0
 
 
-# A100: NVIDIA data sheet; 229.5 GB/s bus bandwidth: 8-GPU NVSwitch all-reduce from 4 MB up in
-# superbenchmark's test logs. H100: data sheet; its bus bandwidth is A100's times the ratio of the
-# NVLink rates (450 to 300 GB/s), an assumption that leaves NVLink SHARP out. The shares of A100:
-# best measured products, 792.1 of 989 TFLOP/s against 267.9 of 312 (stas00/ml-engineering, "Maximum
-# Achievable Matmul FLOPS"); FlashAttention-2, 0.35 of peak (Shah et al. 2024, abstract) against
-# 0.73 (Dao 2023, abstract).
+# NVIDIA data sheet. 229.5 GB/s bus bandwidth: 8-GPU NVSwitch all-reduce from 4 MB up in
+# superbenchmark's test logs. Attention: FlashAttention reaches 80-100 of 312 TFLOP/s at head
+# dimension 128, causal (Dao 2023, figure 5); its second version 50-73 % (abstract; the low end,
+# since backward is slower).
+_A100 = Gpu(
+    name="a100-80gb",
+    peak_flops_per_s=312e12,
+    memory_bytes=80 * GIB,
+    memory_bandwidth_bytes_per_s=2.039e12,
+    nvlink_bus_bandwidth_bytes_per_s=229.5e9,
+    nic_line_rate_bytes_per_s=25e9,
+    max_watts=400.0,
+    min_watts=100.0,
+    attention_share_2023=0.30,
+    attention_share_2024=0.50,
+)
+# Data sheet. Bus bandwidth is A100's times the ratio of the NVLink rates (450 to 300 GB/s), an
+# assumption that leaves NVLink SHARP out. Attention: FlashAttention-2 reaches 0.35 (Shah et al.
+# 2024, abstract); the first version, written for A100, keeps as much of its share there as the
+# second does (0.35 of 0.73). Products: the best measured are 792.1 of 989 TFLOP/s against 267.9 of
+# 312 (stas00/ml-engineering, "Maximum Achievable Matmul FLOPS").
+_H100 = Gpu(
+    name="h100",
+    peak_flops_per_s=989.4e12,
+    memory_bytes=80 * GIB,
+    memory_bandwidth_bytes_per_s=3.35e12,
+    nvlink_bus_bandwidth_bytes_per_s=229.5e9 * 1.5,
+    nic_line_rate_bytes_per_s=50e9,
+    max_watts=700.0,
+    min_watts=200.0,
+    attention_share_2023=0.30 * 0.48,
+    attention_share_2024=0.35,
+    matmul_share_of_a100=0.93,
+)
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40gb", 312e12, 40 * GIB, 1.555e12, 229.5e9, 25e9, 400.0, 100.0),
-        Gpu("a100-80gb", 312e12, 80 * GIB, 2.039e12, 229.5e9, 25e9, 400.0, 100.0),
-        Gpu("h100", 989.4e12, 80 * GIB, 3.35e12, 229.5e9 * 1.5, 50e9, 700.0, 200.0, 0.93, 0.48),
+        replace(
+            _A100,
+            name="a100-40gb",
+            memory_bytes=40 * GIB,
+            memory_bandwidth_bytes_per_s=1.555e12,
+        ),
+        _A100,
+        _H100,
+        # Data sheet: H100's chip, NVLink and power with more and faster memory.
+        replace(
+            _H100,
+            name="h200",
+            memory_bytes=141e9,
+            memory_bandwidth_bytes_per_s=4.8e12,
+        ),
     )
 }
 
@@ -50,8 +93,8 @@ class Fabric:
     """The network between nodes.
 
     line_rate_share: what one NIC moves of its line rate with nobody in the way. collisions:
-    share that is left when flows collide on uplinks (1: none). hop_seconds: what a switch hop adds
-    to an InfiniBand hop. jitter: coefficient of variation of a rank's communication time.
+    share that is left when flows collide on uplinks (1: none). extra_hop_seconds: what a switch hop
+    adds to an InfiniBand hop. jitter: coefficient of variation of a rank's communication time.
     """
 
     name: str
@@ -126,9 +169,9 @@ class Cluster:
 
 def gpu(name: str) -> Gpu:
     """The GPU of that name; InputError if there is none."""
-    if name not in GPUS:
+    if name.lower() not in GPUS:
         raise InputError(f"gpu: expected one of {', '.join(GPUS)}, got {name!r}")
-    return GPUS[name]
+    return GPUS[name.lower()]
 
 
 def fabric(name: str) -> Fabric:

@@ -17,6 +17,7 @@ Workload = Literal["matmul", "mixed", "memory"]
 WORKLOADS: tuple[Workload, ...] = get_args(Workload)
 NO_SWEEP = "No public sweep of LLM training at 350 W exists."
 _A100_WATTS = 400.0
+_LEAST_FITTED_WATTS = 225.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,18 @@ def relative_throughput(workload: Workload, watts: float, gpu: Gpu = GPUS["a100-
         ends = [MATMUL, MIXED]
     values = [_scaled(end, gpu).relative(watts) for end in ends]
     value = _scaled(curve, gpu).relative(watts)
-    return Estimate(value, min(value, *values), max(value, *values), curve.source)
+    return Estimate(
+        value, min(value, *values), max(value, *values), curve.source + _stretched(watts, gpu)
+    )
+
+
+def _stretched(watts: float, gpu: Gpu) -> str:
+    """How far a cap lies from what the fit has seen."""
+    scale = gpu.max_watts / _A100_WATTS
+    words = f"; scaled to {gpu.max_watts:g} W" if scale != 1 else ""
+    if watts < _LEAST_FITTED_WATTS * scale:
+        words += f"; extrapolated below {_LEAST_FITTED_WATTS * scale:g} W"
+    return words
 
 
 def draw_watts(workload: Workload, watts: float, gpu: Gpu = GPUS["a100-80gb"]) -> float:

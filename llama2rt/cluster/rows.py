@@ -1,9 +1,9 @@
 """Published training runs as rows of a CSV file: reading, checking, and what an empty cell means.
 
 Columns: model, dim, layers, heads, kv_heads, ffn_hidden, mlp, vocab, seq, gpus, gpu, fabric, tp,
-pp, dp, sharding, micro_batch, global_batch, recompute, metric, value, and, optional, interleave,
-watts, stack, split, group, source. docs/cluster.md lists the default of each. A default never
-depends on the published value.
+pp, dp, sharding, micro_batch, global_batch, recompute, metric, value, and, optional, cp,
+interleave, watts, stack, split, group, source. docs/cluster-validation.md lists the default of
+each. A default never depends on the published value.
 """
 
 import csv
@@ -41,12 +41,13 @@ COLUMNS = [
     "sharding", "micro_batch", "global_batch", "recompute", "metric", "value",
 ]
 # fmt: on
-OPTIONAL = ["interleave", "watts", "stack", "split", "group", "source"]
+OPTIONAL = ["cp", "interleave", "watts", "stack", "split", "group", "source"]
 
 _log = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 4 * 2**20  # Llama 2's global batch
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
+_LARGEST = 1e12  # beyond any run; what is larger is a slip that arithmetic would not survive
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ class Row:
 
     def predict(self, constants: Constants) -> float:
         """The published quantity as the model sees it, in the metric's unit."""
-        layout, seconds = self.fastest(constants)
+        return self.quantity(*self.fastest(constants))
+
+    def quantity(self, layout: Layout, seconds: float) -> float:
+        """The row's metric for a step that takes so long."""
         if self.metric == "step_seconds":
             return seconds
         gpu_seconds = seconds * self.cluster.gpus
@@ -166,8 +170,8 @@ class _Cells:
             value = int(cell)
         except ValueError:
             raise InputError(f"{name}: expected a whole number, got {cell!r}") from None
-        if value < 1:
-            raise InputError(f"{name}: expected at least 1, got {value}")
+        if not 1 <= value <= _LARGEST:
+            raise InputError(f"{name}: expected 1 to {_LARGEST:g}, got {cell[:40]}")
         return value
 
     def number(self, name: str, default: float | None) -> float:
@@ -180,8 +184,10 @@ class _Cells:
             value = float(cell)
         except ValueError:
             raise InputError(f"{name}: expected a number, got {cell!r}") from None
-        if not 0 < value < float("inf"):
-            raise InputError(f"{name}: expected a positive number, got {cell}")
+        if not 1 / _LARGEST <= value <= _LARGEST:
+            raise InputError(
+                f"{name}: expected a number from {1 / _LARGEST:g} to {_LARGEST:g}, got {cell[:40]}"
+            )
         return value
 
     def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
@@ -193,7 +199,7 @@ class _Cells:
 
 def _row(cells: _Cells, where: str) -> Row:
     shape, context = _shape(cells)
-    gpu = hardware.gpu(cells.text("gpu", "a100-80gb").lower())
+    gpu = hardware.gpu(cells.text("gpu", "a100-80gb"))
     gpus = cells.count("gpus", None)
     fabric = hardware.fabric(cells.text("fabric", "ib" if gpus > 8 else "nvlink"))
     cluster = Cluster(gpu, gpus, fabric, cells.number("watts", gpu.max_watts))
@@ -236,22 +242,23 @@ def _shape(cells: _Cells) -> tuple[Shape, int]:
 
 def _layouts(cells: _Cells, shape: Shape, cluster: Cluster, context: int) -> tuple[Layout, ...]:
     """The layouts a row allows. Empty sharding and recompute: the lightest with which it fits."""
-    tp, pp = cells.count("tp", 1), cells.count("pp", 1)
-    dp = cells.count("dp", max(1, cluster.gpus // (tp * pp)))
+    tp, pp, cp = cells.count("tp", 1), cells.count("pp", 1), cells.count("cp", 1)
+    dp = cells.count("dp", max(1, cluster.gpus // (tp * pp * cp)))
     seq = cells.count("seq", context)
+    given = cells.count("micro_batch", None) if cells.text("micro_batch") else None
     whole = Layout(
         seq=seq,
         micro_batch=1,
-        global_batch=cells.count("global_batch", max(dp, _BATCH_TOKENS // seq)),
+        global_batch=cells.count("global_batch", max(dp * (given or 1), _BATCH_TOKENS // seq)),
         tp=tp,
         pp=pp,
         dp=dp,
+        cp=cp,
         interleave=cells.count("interleave", 1),
     )
     whole.check(shape, cluster)
     shardings = _open(cells, "sharding", SHARDINGS)
     recomputes = _open(cells, "recompute", RECOMPUTES)
-    given = cells.count("micro_batch", None) if cells.text("micro_batch") else None
     if given is not None and given * dp > whole.global_batch and given > 1:
         raise InputError(
             f"micro_batch: {given} sequences on each of {dp} ranks exceed the global batch of "
@@ -259,13 +266,15 @@ def _layouts(cells: _Cells, shape: Shape, cluster: Cluster, context: int) -> tup
         )
     sizes = [given] if given else [s for s in _MICRO_BATCHES if s * dp <= whole.global_batch]
     for sharding, recompute in product(shardings, recomputes):
+        stack = _stack(cells, shape, cluster, recompute)
         layouts = [
             replace(
                 whole,
                 micro_batch=size,
                 sharding=sharding,
                 recompute=recompute,
-                stack=_stack(cells, shape, cluster, recompute),
+                interleave=cells.count("interleave", _interleave(shape, pp, stack)),
+                stack=stack,
             )
             for size in sizes
         ]
@@ -276,16 +285,33 @@ def _layouts(cells: _Cells, shape: Shape, cluster: Cluster, context: int) -> tup
     return (layouts[0],)
 
 
+def _interleave(shape: Shape, pp: int, stack: Stack) -> int:
+    """Model chunks a stage where the row does not say: one in tables of 2021, many since.
+
+    Stages of Llama 3 405B differ in layers, so that they need not divide evenly.
+    """
+    return max(1, shape.layers // pp) if pp > 1 and stack != "2021" else 1
+
+
 def _open(cells: _Cells, name: str, choices: tuple) -> tuple:
     return (cells.choice(name, choices, ""),) if cells.text(name) else choices
 
 
 def _stack(cells: _Cells, shape: Shape, cluster: Cluster, recompute: Recompute) -> Stack:
-    """Software of 2021 or of 2023, by what a row does not say but implies.
+    """The software's year, by what a row does not say but implies.
 
-    GPTs with recomputation on A100 and InfiniBand are Megatron-LM's and its kin's, from before
-    FlashAttention. LLaMA's gated feed-forward, H100, or training without recomputation came after.
+    GPTs with recomputation on A100 are Megatron-LM's and its kin's, from before FlashAttention,
+    unless they shard weights in one node, by node or on 40 GB, or run on RoCE, as FSDP's tables do.
+    LLaMA's gated feed-forward or training without recomputation came after. On later GPUs FSDP's
+    tables are of 2023; Megatron-LM's and NeMo's have newer kernels.
     """
-    gpt = not shape.gated and cluster.gpu.name.startswith("a100") and recompute != "none"
-    old = gpt and cluster.fabric.name != "roce"
-    return cells.choice("stack", STACKS, "2021" if old else "2023")  # type: ignore[return-value]
+    sharding = cells.text("sharding").lower()
+    sharded = sharding in ("zero3", "hybrid") and cells.count("pp", 1) == 1
+    small = cluster.gpus <= cluster.gpus_per_node or cluster.gpu.name == "a100-40gb"
+    if not cluster.gpu.name.startswith("a100"):
+        implied = "2023" if sharded else "2024"
+    elif shape.gated or recompute == "none" or cluster.fabric.name == "roce":
+        implied = "2023"
+    else:
+        implied = "2023" if sharded and (small or sharding == "hybrid") else "2021"
+    return cells.choice("stack", STACKS, implied)  # type: ignore[return-value]

@@ -12,7 +12,15 @@ from itertools import product
 from llama2rt.cluster import calibration
 from llama2rt.cluster.hardware import Cluster
 from llama2rt.cluster.step_time import Constants, step_time
-from llama2rt.cluster.workload import RECOMPUTES, SHARDINGS, Layout, Shape, fits, memory_bytes
+from llama2rt.cluster.workload import (
+    RECOMPUTES,
+    SHARDINGS,
+    Layout,
+    Shape,
+    Stack,
+    fits,
+    memory_bytes,
+)
 from llama2rt.errors import InputError
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -65,7 +73,11 @@ def search(
 
 
 def layouts(shape: Shape, cluster: Cluster, seq: int, global_batch: int) -> Iterator[Layout]:
-    """All layouts that use every GPU and split the model and the batch evenly."""
+    """All layouts that use every GPU and split the model and the batch evenly.
+
+    On A100 with the software of Llama 2's time, on later GPUs with theirs.
+    """
+    stack: Stack = "2023" if cluster.gpu.name.startswith("a100") else "2024"
     for tp, pp, cp in product(_tensor(shape, cluster), _pipeline(shape), (1, 2, 4, 8)):
         ranks, rest = divmod(cluster.gpus, tp * pp * cp)
         if rest or not ranks or global_batch % ranks or tp * cp > cluster.gpus_per_node:
@@ -82,9 +94,9 @@ def layouts(shape: Shape, cluster: Cluster, seq: int, global_batch: int) -> Iter
             if interleave > 1 and (pp == 1 or shape.layers % (pp * interleave)):
                 continue
             if pp > 1 and sharding in ("zero3", "hybrid"):
-                continue  # weights gathered again for every micro-batch of the pipeline
+                continue  # there they are zero1
             yield Layout(
-                seq, size, global_batch, tp, pp, ranks, cp, sharding, recompute, interleave
+                seq, size, global_batch, tp, pp, ranks, cp, sharding, recompute, interleave, stack
             )
 
 

@@ -24,7 +24,6 @@ class Constants:
     """What the published runs calibrate; `calibration.FITTED` holds the values and their fit."""
 
     gemm_share_of_peak: float  # large bf16 products, before the bytes they move
-    attention_share_of_peak: float  # fused attention, over causal FLOPs
     traffic_2021: float  # bytes moved by norms, residuals, activations over the least possible
     traffic_2023: float
     gathered_share_of_nic: float  # ZeRO-3 of 2021: what a GPU's gathers make of its own NIC
@@ -37,6 +36,10 @@ class Constants:
 _HBM_SHARE = 0.85
 # Collectives run on multiprocessors: 24 of an A100's 108, lost to the work they hide behind.
 _NCCL_SHARE_OF_GPU = 0.2
+# Bytes that FSDP copies for each gathered parameter and micro-batch, beside what NCCL moves: the
+# gathered weights into the parameters, forward and backward (2 read, 2 written, twice), and the
+# gradients into one fp32 buffer (2 read, 4 written). pytorch/pytorch pulls 117950 and 117975.
+_FSDP_COPY_BYTES = 14
 # A launch, and the tail of a kernel whose last wave does not fill the chip.
 _KERNEL_SECONDS = 5e-6
 # Forward kernels a layer that are neither products nor attention, fused as in Megatron-LM.
@@ -164,6 +167,10 @@ def _layer_seconds(layer: _Pass, layout: Layout, matrix: float, memory: float) -
     forward_again = 1 if layout.recompute == "full" else 0
     attention_again = 0 if layout.recompute == "none" else 1
     products = (3 + forward_again) * layer.products
+    if layout.recompute == "selective" and layout.fsdp:
+        # torchtitan's policy keeps attention and every second product, and repeats the rest.
+        attention_again = 0
+        products += layer.products / 2
     attention = (1 + attention_again) * layer.attention + layer.attention_backward
     elementwise = (3 + forward_again) * layer.elementwise
     return (products + attention) / matrix + elementwise / memory
@@ -184,12 +191,10 @@ def _attention(
 ) -> tuple[float, float]:
     """Seconds of the attention core, forward and backward."""
     flops = 4 * tokens * layout.seq * shape.dim / layout.tp
-    if layout.stack == "2023":
-        rate = (
-            cluster.gpu.peak_flops_per_s
-            * constants.attention_share_of_peak
-            * cluster.gpu.attention_share_of_a100
-        )
+    if layout.stack != "2021":
+        gpu = cluster.gpu
+        share = gpu.attention_share_2023 if layout.stack == "2023" else gpu.attention_share_2024
+        rate = gpu.peak_flops_per_s * share
         # The causal half; the backward recomputes the scores: five products for two.
         forward = flops / 2 / rate + _KERNEL_SECONDS
         return forward, 2.5 * forward
@@ -264,7 +269,7 @@ def _exposed(
     def moved(operation: collectives.Operation, size: float, where: Group) -> float:
         return collectives.seconds(operation, size, gpu, fabric, where)
 
-    if layout.sharding in ("none", "zero1"):
+    if not layout.gathers:
         if layout.sharding == "none":
             traffic = moved("all_reduce", weights, whole)
         else:
@@ -283,7 +288,10 @@ def _exposed(
     traffic = ceil(layout.micro_batches) * _sharded_traffic(
         shape, layout, cluster, constants, inside
     )
-    return _unhidden(traffic + across, overlap * compute, layout)
+    copied = 0.0
+    if layout.fsdp:
+        copied = ceil(layout.micro_batches) * _FSDP_COPY_BYTES * weights / BF16_BYTES
+    return copied / _hbm(cluster) + _unhidden(traffic + across, overlap * compute, layout)
 
 
 def _unhidden(traffic: float, cover: float, layout: Layout) -> float:

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama2rt.cluster import calibration
+from llama2rt.cluster.output import table
 from llama2rt.cluster.rows import Row
 from llama2rt.cluster.step_time import Constants
+from llama2rt.cluster.workload import Layout, fits
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A published run and what the model says of it; error is predicted / published - 1."""
+    """A published run and what the model says of it under `layout`, its cells and their defaults;
+    error is predicted / published - 1."""
 
     row: Row
+    layout: Layout
     predicted: float
 
     @property
@@ -23,14 +27,14 @@ class Checked:
 
     def as_json(self) -> dict[str, object]:
         row = self.row
-        layout = row.layouts[0]
+        layout = self.layout
         return {
             "model": row.shape.name,
             "gpus": row.cluster.gpus,
             "gpu": row.cluster.gpu.name,
             "seq": layout.seq,
-            "recompute": layout.recompute,
-            "stack": layout.stack,
+            "layout": {**vars(layout)},
+            "fits": fits(row.shape, layout, row.cluster),
             "metric": row.metric,
             "published": row.published,
             "predicted": self.predicted,
@@ -44,7 +48,11 @@ class Checked:
 
 def check(rows: Sequence[Row], constants: Constants = calibration.FITTED) -> list[Checked]:
     """Every row with its prediction, under one set of constants."""
-    return [Checked(row, row.predict(constants)) for row in rows]
+    checked = []
+    for row in rows:
+        layout, seconds = row.fastest(constants)
+        checked.append(Checked(row, layout, row.quantity(layout, seconds)))
+    return checked
 
 
 def errors(checked: Sequence[Checked]) -> dict[str, float]:
@@ -66,3 +74,53 @@ def by_group(checked: Sequence[Checked]) -> dict[str, dict[str, float]]:
         }
         for group, items in groups.items()
     }
+
+
+def as_json(checked: Sequence[Checked]) -> dict[str, object]:
+    """Rows, errors and groups, as `validate --json` prints them."""
+    return {
+        "rows": [item.as_json() for item in checked],
+        **errors(checked),
+        "groups": by_group(checked),
+    }
+
+
+def print_tables(title: str, checked: Sequence[Checked]) -> None:
+    """One table of the rows and one of the groups."""
+    units = {
+        "tokens_per_s_per_gpu": "tokens/s/GPU",
+        "tflops_per_gpu": "TFLOP/s/GPU",
+        "step_seconds": "s a step",
+    }
+    found = errors(checked)
+    table(
+        f"{title}: mean error {found['mean_error']:.1%}, worst {found['max_error']:.1%}",
+        ("group", "model", "GPUs", "GPU", "published", "predicted", "unit", "error"),
+        [
+            (
+                item.row.group,
+                item.row.shape.name,
+                str(item.row.cluster.gpus),
+                item.row.cluster.gpu.name,
+                f"{item.row.published:,.4g}",
+                f"{item.predicted:,.4g}",
+                units[item.row.metric],
+                f"{100 * item.error:+.1f} %",
+            )
+            for item in checked
+        ],
+    )
+    table(
+        "By group",
+        ("group", "rows", "mean error", "worst", "bias"),
+        [
+            (
+                group,
+                f"{numbers['rows']:.0f}",
+                f"{numbers['mean_error']:.1%}",
+                f"{numbers['max_error']:.1%}",
+                f"{100 * numbers['bias']:+.1f} %",
+            )
+            for group, numbers in by_group(checked).items()
+        ],
+    )

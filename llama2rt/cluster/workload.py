@@ -16,8 +16,9 @@ from llama2rt.model.config import LlamaConfig
 Sharding = Literal["none", "zero1", "zero3", "hybrid"]
 Recompute = Literal["none", "selective", "full"]
 # What the software of a year could do. 2021: attention scores written to memory, nothing of the
-# sharding's traffic organised by node. 2023: FlashAttention, prefetched hierarchical gathers.
-Stack = Literal["2021", "2023"]
+# sharding's traffic organised by node. 2023: FlashAttention, prefetched hierarchical gathers. 2024:
+# the same with FlashAttention-2 or cuDNN's attention.
+Stack = Literal["2021", "2023", "2024"]
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 STACKS: tuple[Stack, ...] = get_args(Stack)
@@ -129,7 +130,21 @@ class Layout:
 
         It came together with selective recomputation; runs that recompute everything predate it.
         """
-        return self.tp > 1 and (self.stack == "2023" or self.recompute != "full")
+        return self.tp > 1 and (self.stack != "2021" or self.recompute != "full")
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights are gathered for every micro-batch.
+
+        Not in a pipeline: there they stay whole for the step (Llama 3 Herd of Models, section
+        3.3.2; torchtitan), and of zero3 and hybrid remains zero1.
+        """
+        return self.sharding in ("zero3", "hybrid") and self.pp == 1
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether they are gathered by PyTorch's FSDP, and not by the ZeRO-3 of 2021."""
+        return self.gathers and self.stack != "2021"
 
     def check(self, shape: Shape, cluster: Cluster) -> None:
         """InputError, naming the key, for a layout that the model or the cluster cannot have."""
@@ -157,7 +172,7 @@ class Layout:
 def shard_ranks(layout: Layout, gpus_per_node: int = 8) -> int:
     """Ranks over which ZeRO-3 spreads a weight: all, or those of a node when hybrid."""
     ranks = layout.dp * layout.cp
-    if layout.sharding == "hybrid":
+    if layout.sharding == "hybrid" and layout.gathers:
         return min(ranks, max(1, gpus_per_node // layout.tp))
     return ranks
 
@@ -174,7 +189,7 @@ def memory_bytes(shape: Shape, layout: Layout, gpus_per_node: int = 8) -> float:
     ranks = layout.dp * layout.cp
     if layout.sharding == "none":
         states = 16 * parameters
-    elif layout.sharding == "zero1":
+    elif not layout.gathers:
         states = 4 * parameters + 12 * parameters / ranks
     else:
         # Two layers' weights are whole at a time (one computed, one prefetched), and a gradient.

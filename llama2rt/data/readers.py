@@ -78,6 +78,9 @@ class Reader:
             skip_invalid,
             document_separator,
         )
+        # Ids for prompts without one; files of one name in two folders must not share them.
+        names = Counter(path.name for path in self.paths)
+        self._names = {path: path.name if names[path.name] == 1 else path for path in self.paths}
         self._reset()
 
     def _reset(self) -> None:
@@ -123,7 +126,7 @@ class Reader:
             convert = converters.setdefault(foreign.name, foreign.start())
             objects = list(convert(row))
             if self.kind == "prompt":
-                objects = [{"id": f"{path.name}:{line}", **obj} for obj in objects]
+                objects = [{"id": f"{self._names[path]}:{line}", **obj} for obj in objects]
             found = [record.from_json(obj) for obj in objects]
             self.formats[foreign.name] += 1
         for item in found:

@@ -132,24 +132,33 @@ def split(
     documents: Iterable[Document | str], held_out: float
 ) -> tuple[list[Document], list[Document]]:
     """The documents without their last ``held_out`` fraction (of UTF-8 bytes), and that rest. The
-    document on the border is cut after the line that crosses it. InputError where either part would
-    be empty."""
+    document on the border is cut after the line that crosses it, or after the word where the cut
+    would leave nothing on one side (text8 is one line). InputError where it still does."""
     if not 0 < held_out < 1:
         raise InputError(f"held_out must lie between 0 and 1, got {held_out}")
     whole = [d if isinstance(d, Document) else Document(d) for d in documents]
-    left = round(sum(len(d.text.encode()) for d in whole) * (1 - held_out))
+    for unit in (b"\n", b" "):
+        first, last = _cut(whole, held_out, unit)
+        if first and last:
+            return first, last
+    raise InputError(f"too little text to hold out a fraction of {held_out}")
+
+
+def _cut(
+    documents: Sequence[Document], held_out: float, unit: bytes
+) -> tuple[list[Document], list[Document]]:
+    """``split`` after the ``unit`` that ends at or behind the border; parts may be empty."""
+    left = round(sum(len(d.text.encode()) for d in documents) * (1 - held_out))
     first: list[Document] = []
     last: list[Document] = []
-    for document in whole:
+    for document in documents:
         data = document.text.encode()
-        newline = data.find(b"\n", max(left - 1, 0))
-        cut = 0 if left <= 0 else len(data) if newline < 0 else newline + 1
+        end = data.find(unit, max(left - 1, 0))
+        cut = 0 if left <= 0 else len(data) if end < 0 else end + 1
         left -= len(data)
         for part, text in ((first, data[:cut]), (last, data[cut:])):
             if text.strip():
                 part.append(Document(text.decode(), document.source))
-    if not first or not last:
-        raise InputError(f"too little text to hold out a fraction of {held_out}")
     return first, last
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from llama2rt.data.packing import Example, micro_batches
+from llama2rt.errors import InputError
 from llama2rt.model.heads import ScalarModel, last_token
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
@@ -44,7 +45,8 @@ def score_tokens(
     Sequences of similar length share a micro-batch of at most `micro_tokens` tokens (a longer
     sequence gets one of its own); the result is in the order given. Runs without gradients and in
     eval mode, and gives the model back in the mode it came in. ValueError for an empty sequence,
-    which has no last token, and for one beyond the model's context.
+    which has no last token, InputError for one beyond the model's context, FloatingPointError for a
+    score that is not finite: it would rank as neither above nor below another.
     """
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     scores = np.empty(len(lengths), dtype=np.float32)
@@ -53,7 +55,7 @@ def score_tokens(
     if lengths.min() == 0:
         raise ValueError(f"sequences[{lengths.argmin()}] is empty: no last token to score")
     if lengths.max() > model.config.context:
-        raise ValueError(
+        raise InputError(
             f"sequences[{lengths.argmax()}] has {lengths.max()} tokens, "
             f"the reward model's context is {model.config.context}"
         )
@@ -74,4 +76,6 @@ def score_tokens(
                 done += len(read)
     finally:
         model.train(training)
+    if not np.isfinite(scores).all():
+        raise FloatingPointError("the reward model's scores are not finite: damaged weights")
     return scores

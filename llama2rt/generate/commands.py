@@ -42,6 +42,11 @@ class Sampling:
 
 def _engine(model: Path, device: str | None) -> Engine:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device: {device!r} cannot be used: {reason}") from None
     loaded, tokenizer = load(model, device=device)
     if not isinstance(loaded, Llama):
         raise InputError(f"{model}: a reward model or critic scores text, it does not write any")
@@ -77,6 +82,8 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise InputError("give either --prompt TEXT or --prompts FILE")
+    if out is not None and out.is_dir():
+        raise InputError(f"out: expected a file, {out} is a folder")
     records = _prompts(prompt, prompts, raw)
     engine = _engine(model, device)
     encoded = [

@@ -83,7 +83,8 @@ class Engine:
         mean no limit. A sample depends on the weights, its prompt, `seed`, prompt index and sample
         index only. Sequences end at EOS, `max_tokens` or the model's context. `on_finish` is called
         with each sample as it ends, in any order (a progress bar). InputError names a prompt that
-        is empty, holds an unknown token or leaves no room in the context.
+        is empty, holds an unknown token or leaves no room in the context; FloatingPointError where
+        logits are not finite.
         """
         encoded = self._encode(prompts)
         completions: list[Completion | None] = [None] * (len(prompts) * max(n, 0))
@@ -246,6 +247,11 @@ class Engine:
                 uniform = put(uniforms(step.keys, step.counts))
                 sampled = choose(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
                 chosen, logprobs = (tensor.cpu().numpy() for tensor in sampled)
+                if np.isnan(logprobs).any():
+                    raise FloatingPointError(
+                        "the model's logits are not finite: its weights are damaged, training "
+                        "diverged, or the temperature is too small to divide by"
+                    )
         if step.copies.size:
             cache.copy(*put(step.copies))
         return chosen, logprobs

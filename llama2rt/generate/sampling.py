@@ -65,9 +65,11 @@ def choose(
 
 
 def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    """First index whose cumulative weight [B, N] (not normalised) exceeds uniform * total."""
+    """First index whose cumulative weight [B, N] (not normalised) exceeds uniform * total; the
+    last one where that is nan, which the caller sees by its logprob."""
     threshold = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    found = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return found.clamp(max=cumulative.shape[1] - 1)
 
 
 def _restricted(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2rt.ops import backend
+from llama2rt.ops import backend, logprob_tiles
 
 _LIB = torch.library.Library("llama2rt", "DEF")
 
@@ -439,26 +439,29 @@ _run_token_logprob_backward = _define(
     " -> (Tensor, Tensor)",
     lambda dlogprob, dentropy, hidden, weight, *_: (_like(hidden), _like(weight)),
 )
-# The same with a memory for logits between the two, which becomes the gradient of weight: for
-# backends that have it (logprob_tiles says what it saves).
+# The same with memories for logits between the two, one of which becomes the gradient of weight:
+# for backends that have it (logprob_tiles says what it saves).
 _run_token_logprob_parked = _define(
     "token_logprob_parked(Tensor hidden, Tensor weight, Tensor targets, float temperature,"
-    " bool entropy, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda hidden, weight, *rest: (*_token_logprob_fake(hidden, weight, *rest), _like(weight)),
+    " bool entropy, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda hidden, weight, *rest: (
+        *_token_logprob_fake(hidden, weight, *rest),
+        *logprob_tiles.Parking.empty(hidden, weight, logprob_tiles.CPU),
+    ),
 )
 _run_token_logprob_parked_backward = _define(
-    "token_logprob_parked_backward(Tensor(a!) parked, Tensor dlogprob, Tensor? dentropy,"
-    " Tensor hidden, Tensor weight, Tensor targets, Tensor lse, Tensor? entropy,"
+    "token_logprob_parked_backward(Tensor(a!) dweight, Tensor(b!) tile, Tensor dlogprob,"
+    " Tensor? dentropy, Tensor hidden, Tensor weight, Tensor targets, Tensor lse, Tensor? entropy,"
     " float temperature, str backend) -> Tensor",
-    lambda parked, dlogprob, dentropy, hidden, *_: _like(hidden),
+    lambda dweight, tile, dlogprob, dentropy, hidden, *_: _like(hidden),
 )
 
 
 class _Parked:
-    """Memory of a gradient that holds logits, from a forward to its backward or its graph's end."""
+    """Memories that hold logits, from a forward to its backward or its graph's end."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
+    def __init__(self, dweight: Tensor, tile: Tensor) -> None:
+        self.dweight, self.tile = dweight, tile
 
 
 # id of a weight -> what is parked for it. Once per weight: a graph of many calls would hold as many
@@ -491,8 +494,8 @@ def _token_logprob_backward(
         entropy = None
     arguments = (dlogprob, dentropy, hidden, weight, targets, lse, entropy, ctx.temperature)
     if parked is not None:
-        dweight = parked.memory
-        dhidden = _run_token_logprob_parked_backward(dweight, *arguments, ctx.backend)
+        dweight = parked.dweight
+        dhidden = _run_token_logprob_parked_backward(dweight, parked.tile, *arguments, ctx.backend)
     else:
         dhidden, dweight = _run_token_logprob_backward(*arguments, ctx.backend)
     return dhidden, dweight, None, None, None, None

@@ -13,6 +13,7 @@ from torch import Tensor
 # After torch, whose OpenMP runtime the module then shares (see CMakeLists.txt).
 from llama2rt import _cpu
 from llama2rt.ops import logprob_tiles
+from llama2rt.ops.logprob_tiles import Statistics, Upstream
 from llama2rt.ops.reference import check_lengths, check_targets
 
 DEVICES = ("cpu",)
@@ -296,28 +297,15 @@ def decode_attention(
     return out
 
 
-# Tiles of token_logprob: see docs/kernels/token_logprob.md for what each size was measured against.
-# A slice of the weight gradient is one product over all the rows of a tile, and each product onto
-# the gradient of hidden costs an addition, hence many rows and wide slices. The logits are formed
-# in narrow strips, which are still in the cache when the softmax reads them.
-LOGPROB_ROWS = 2048
-LOGPROB_COLUMNS = 2048
-LOGPROB_STRIP = 1024
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 class _Logprob:
     """`logprob_tiles.Kernels` on this processor."""
 
     def fold(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        first: int,
-        scale: float,
-        peak: Tensor,
-        total: Tensor,
-        weighted: Tensor | None,
-        chosen: Tensor,
+        self, logits: Tensor, targets: Tensor, first: int, scale: float, statistics: Statistics
     ) -> None:
         _cpu.token_logprob(
             _DTYPES[logits.dtype],
@@ -327,10 +315,7 @@ class _Logprob:
             targets.data_ptr(),
             first,
             scale,
-            peak.data_ptr(),
-            total.data_ptr(),
-            0 if weighted is None else weighted.data_ptr(),
-            chosen.data_ptr(),
+            *map(_address, statistics),
             torch.get_num_threads(),
         )
 
@@ -341,10 +326,7 @@ class _Logprob:
         targets: Tensor,
         first: int,
         scale: float,
-        lse: Tensor,
-        dlogprob: Tensor,
-        dentropy: Tensor | None,
-        entropy: Tensor | None,
+        upstream: Upstream,
     ) -> None:
         _cpu.token_logprob_backward(
             _DTYPES[logits.dtype],
@@ -356,10 +338,7 @@ class _Logprob:
             targets.data_ptr(),
             first,
             scale,
-            lse.data_ptr(),
-            dlogprob.data_ptr(),
-            0 if dentropy is None else dentropy.data_ptr(),
-            0 if entropy is None else entropy.data_ptr(),
+            *map(_address, upstream),
             torch.get_num_threads(),
         )
 
@@ -380,17 +359,13 @@ class _Logprob:
         )
 
 
-def _logprob_tiles() -> logprob_tiles.Tiles:
-    return logprob_tiles.Tiles(LOGPROB_ROWS, LOGPROB_COLUMNS, LOGPROB_STRIP)
-
-
 def token_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T])."""
     check_targets(targets, weight.shape[0])
     return logprob_tiles.forward(
-        _Logprob(), _logprob_tiles(), hidden, weight, targets, temperature, entropy
+        _Logprob(), logprob_tiles.CPU, hidden, weight, targets, temperature, entropy
     )
 
 
@@ -406,21 +381,23 @@ def token_logprob_backward(
 ) -> tuple[Tensor, Tensor]:
     """(gradient of hidden, gradient of weight)."""
     arguments = dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature
-    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments)
+    return logprob_tiles.backward(_Logprob(), logprob_tiles.CPU, *arguments)
 
 
 def token_logprob_parked(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """token_logprob's results, and the memory of weight's gradient with logits parked in it."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """token_logprob's results, and the two memories with logits for backward: that of weight's
+    gradient and a tile."""
     check_targets(targets, weight.shape[0])
-    parked = _empty(weight)
-    arguments = hidden, weight, targets, temperature, entropy, parked
-    return *logprob_tiles.forward(_Logprob(), _logprob_tiles(), *arguments), parked
+    parking = logprob_tiles.Parking.empty(hidden, weight, logprob_tiles.CPU)
+    arguments = hidden, weight, targets, temperature, entropy, parking
+    return *logprob_tiles.forward(_Logprob(), logprob_tiles.CPU, *arguments), *parking
 
 
 def token_logprob_parked_backward(
-    parked: Tensor,
+    dweight: Tensor,
+    tile: Tensor,
     dlogprob: Tensor,
     dentropy: Tensor | None,
     hidden: Tensor,
@@ -430,9 +407,10 @@ def token_logprob_parked_backward(
     entropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """token_logprob_backward's gradient of hidden; `parked` becomes the gradient of weight."""
-    arguments = dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature, parked
-    return logprob_tiles.backward(_Logprob(), _logprob_tiles(), *arguments)[0]
+    """token_logprob_backward's gradient of hidden; dweight becomes the gradient of weight."""
+    parking = logprob_tiles.Parking(dweight, tile)
+    arguments = dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature, parking
+    return logprob_tiles.backward(_Logprob(), logprob_tiles.CPU, *arguments)[0]
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -6,16 +6,17 @@ kernels compute is theirs; here are the order of the tiles and the memory. The T
 and uses a tile inside one kernel, and has no use for this.
 
 Backward needs every logit again, and making it again is a fourth product beside the three that the
-mathematics asks for. Keeping the logits would cost the memory this op exists to save, with one
-exception: the gradient of `weight`, V x D elements, has to exist in the end. Given `parked`, memory
-of that size, forward leaves in each slice of it as many of the slice's own logits as fit, D of T
-columns; backward takes them out just before it writes the slice. So a share min(D / T, 1) of the
-fourth product is saved: all of it for up to D tokens.
+mathematics asks for. Keeping the logits would cost the memory this op exists to save, with two
+exceptions, `Parking`: memory that backward needs anyway may hold logits from forward on. The
+gradient of `weight`, V x D elements: forward leaves in each slice of it as many of the slice's own
+logits as fit, D of T columns, and backward takes them out just before it writes the slice. And the
+tile in which backward works: it holds its first tile's logits. So up to D tokens make no logit
+twice, and more save a share D / T of the fourth product and a tile.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,32 +27,59 @@ from llama2rt.ops.composed import tiles
 @dataclass(frozen=True)
 class Tiles:
     rows: int
-    """Tokens whose logits are held at one time."""
+    """Tokens of a tile."""
     columns: int
-    """Vocabulary whose gradient is held at one time."""
+    """Vocabulary of a tile: what has its gradient in memory at one time."""
     strip: int
     """Vocabulary whose logits are made and used at one time."""
 
 
+# On a CPU; docs/kernels/token_logprob.md tells what each size was measured against. A slice of the
+# weight gradient is one product over all the rows of a tile, and each product onto the gradient of
+# hidden costs an addition, hence many rows and wide slices. The logits are formed in narrow strips,
+# which are still in the cache when the softmax reads them.
+CPU = Tiles(rows=2048, columns=2048, strip=1024)
+
+
+class Statistics(NamedTuple):
+    """Of rows over the tiles so far, fp32 [rows]; x is (logit - peak) * scale."""
+
+    peak: Tensor
+    """The largest logit."""
+    total: Tensor
+    """The sum of exp(x)."""
+    weighted: Tensor | None
+    """The sum of x exp(x), where the entropy is wanted."""
+    chosen: Tensor
+    """The logit of the target, once it was met."""
+
+    def of(self, rows: slice) -> "Statistics":
+        weighted = None if self.weighted is None else self.weighted[rows]
+        return Statistics(self.peak[rows], self.total[rows], weighted, self.chosen[rows])
+
+
+class Upstream(NamedTuple):
+    """What the gradient of a row's logits is made of, fp32 [rows]."""
+
+    lse: Tensor
+    dlogprob: Tensor
+    dentropy: Tensor | None
+    entropy: Tensor | None
+
+    def of(self, rows: slice) -> "Upstream":
+        dentropy = None if self.dentropy is None else self.dentropy[rows]
+        entropy = None if self.entropy is None else self.entropy[rows]
+        return Upstream(self.lse[rows], self.dlogprob[rows], dentropy, entropy)
+
+
 class Kernels(Protocol):
-    """What a backend brings. Statistics and gradients of rows are fp32 [rows]."""
+    """What a backend brings. Logits are those of a tile that begins at column `first` of the
+    vocabulary, of which targets [rows] are columns too, or negative in rows without a target."""
 
     def fold(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        first: int,
-        scale: float,
-        peak: Tensor,
-        total: Tensor,
-        weighted: Tensor | None,
-        chosen: Tensor,
+        self, logits: Tensor, targets: Tensor, first: int, scale: float, statistics: Statistics
     ) -> None:
-        """Counts in a tile that begins at column `first` of the vocabulary.
-
-        peak is the largest logit so far, total the sum of exp(x) and weighted that of x exp(x),
-        with x = (logit - peak) * scale. chosen becomes the logit of a row's target, if it is here.
-        """
+        """Counts logits in."""
 
     def differentiate(
         self,
@@ -60,12 +88,9 @@ class Kernels(Protocol):
         targets: Tensor,
         first: int,
         scale: float,
-        lse: Tensor,
-        dlogprob: Tensor,
-        dentropy: Tensor | None,
-        entropy: Tensor | None,
+        upstream: Upstream,
     ) -> None:
-        """dlogits: the gradient of a tile, perhaps in its place; 0 in rows without a target."""
+        """dlogits: the gradient of the logits, perhaps in their place."""
 
     def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """out = a @ b, in out's dtype, which is that of a and b, rounded once."""
@@ -79,14 +104,35 @@ def _buffer(hidden: Tensor, rows: int, columns: int) -> Tensor:
     return hidden.new_empty(rows, -(-columns // 16) * 16)
 
 
-def parked_logits(parked: Tensor | None, part: slice, tokens: int) -> Tensor | None:
-    """[tokens, n] of the first n of the vocabulary's `part`, in that slice of parked [V, D]."""
-    if parked is None or tokens == 0:
-        return None
-    memory, width = parked[part].view(-1), part.stop - part.start
-    # As in `_buffer`, each row begins on 32 bytes.
-    stride = min(memory.numel() // tokens, width + 15) // 16 * 16
-    return memory.as_strided((tokens, min(width, stride)), (stride, 1))
+class Parking(NamedTuple):
+    """Memory of backward's that holds logits before."""
+
+    dweight: Tensor
+    """[V, D]"""
+    tile: Tensor
+    """[rows, columns] of a tile, or [0, 0] where dweight has room for all logits."""
+
+    @staticmethod
+    def empty(hidden: Tensor, weight: Tensor, size: Tiles) -> "Parking":
+        tokens, dim = hidden.shape
+        return Parking(
+            torch.empty_like(weight, memory_format=torch.contiguous_format),
+            _tile(hidden, weight, size) if tokens > dim else hidden.new_empty(0, 0),
+        )
+
+    def logits(self, rows: slice, part: slice, tokens: int) -> Tensor:
+        """[rows, n] for the first n of the vocabulary's `part`, all of it in the first tile."""
+        width = part.stop - part.start
+        if rows.start == part.start == 0 and self.tile.numel() > 0:
+            return self.tile[: rows.stop, :width]
+        memory = self.dweight[part].view(-1)
+        # As in `_buffer`, each row begins on 32 bytes.
+        stride = min(memory.numel() // tokens, width + 15) // 16 * 16
+        return memory.as_strided((tokens, min(width, stride)), (stride, 1))[rows]
+
+
+def _tile(hidden: Tensor, weight: Tensor, size: Tiles) -> Tensor:
+    return _buffer(hidden, min(hidden.shape[0], size.rows), min(weight.shape[0], size.columns))
 
 
 def _strips(width: int, parked: Tensor | None, step: int) -> Iterator[tuple[slice, Tensor | None]]:
@@ -106,11 +152,11 @@ def forward(
     targets: Tensor,
     temperature: float,
     entropy: bool,
-    parked: Tensor | None = None,
+    parking: Parking | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T]).
 
-    parked: memory like that of a contiguous weight, for a backward over tiles of the same columns.
+    parking is for a backward over tiles of the same size.
     A target that is in no tile, being at least V, has a log-probability of NaN.
     """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
@@ -118,26 +164,19 @@ def forward(
     peak, total, weighted, chosen = hidden.new_zeros(4, tokens, dtype=torch.float32)
     peak.fill_(torch.finfo(torch.float32).min)
     chosen.fill_(torch.nan)
+    statistics = Statistics(peak, total, weighted if entropy else None, chosen)
     scale = 1 / temperature
     buffer = _buffer(hidden, min(tokens, size.rows), min(vocabulary, size.strip))
     for rows in tiles(tokens, size.rows):
         for part in tiles(vocabulary, size.columns):
-            kept = parked_logits(parked, part, tokens)
+            kept = None if parking is None else parking.logits(rows, part, tokens)
             for strip, place in _strips(part.stop - part.start, kept, size.strip):
                 logits = buffer[: rows.stop - rows.start, : strip.stop - strip.start]
                 if place is not None:
-                    logits = place[rows]
+                    logits = place
                 torch.mm(hidden[rows], weight[part][strip].T, out=logits)
-                kernels.fold(
-                    logits,
-                    targets[rows],
-                    part.start + strip.start,
-                    scale,
-                    peak[rows],
-                    total[rows],
-                    weighted[rows] if entropy else None,
-                    chosen[rows],
-                )
+                first = part.start + strip.start
+                kernels.fold(logits, targets[rows], first, scale, statistics.of(rows))
     predicted, log_total = targets >= 0, total.log()
     logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
     lse = log_total + peak * scale
@@ -157,33 +196,40 @@ def backward(
     lse: Tensor,
     entropy: Tensor | None,
     temperature: float,
-    parked: Tensor | None = None,
+    parking: Parking | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of hidden, gradient of weight). `parked` as forward left it becomes the latter."""
+    """(gradient of hidden, gradient of weight). parking as forward left it; its dweight becomes the
+    latter, its tile is overwritten."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    dlogprob, lse = dlogprob.contiguous(), lse.contiguous()
-    if dentropy is not None and entropy is not None:
-        dentropy, entropy = dentropy.contiguous(), entropy.contiguous()
+    upstream = Upstream(
+        lse.contiguous(),
+        dlogprob.contiguous(),
+        None if dentropy is None else dentropy.contiguous(),
+        None if entropy is None else entropy.contiguous(),
+    )
     dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    dweight = parked
-    if dweight is None:
+    if parking is None:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        tile = _tile(hidden, weight, size)
+    else:
+        dweight, tile = parking
+        if tile.numel() == 0:
+            tile = _tile(hidden, weight, size)
     one_tile = 0 < tokens <= size.rows
-    buffer = _buffer(hidden, min(tokens, size.rows), min(vocabulary, size.columns))
     for part in tiles(vocabulary, size.columns):
         slice_of_weight = weight[part]
-        kept = parked_logits(parked, part, tokens)
         # One tile of rows gives the weight gradient at once; over several it is summed in fp32.
         accumulated = (
             None if one_tile else weight.new_zeros(slice_of_weight.shape, dtype=torch.float32)
         )
         for rows in tiles(tokens, size.rows):
-            dlogits = buffer[: rows.stop - rows.start, : part.stop - part.start]
+            dlogits = tile[: rows.stop - rows.start, : part.stop - part.start]
+            kept = None if parking is None else parking.logits(rows, part, tokens)
             for strip, place in _strips(part.stop - part.start, kept, size.strip):
                 logits = dlogits[:, strip]
                 if place is not None:
-                    logits = place[rows]
+                    logits = place
                 else:
                     torch.mm(hidden[rows], slice_of_weight[strip].T, out=logits)
                 kernels.differentiate(
@@ -192,10 +238,7 @@ def backward(
                     targets[rows],
                     part.start + strip.start,
                     1 / temperature,
-                    lse[rows],
-                    dlogprob[rows],
-                    None if dentropy is None else dentropy[rows],
-                    None if entropy is None else entropy[rows],
+                    upstream.of(rows),
                 )
             kernels.add_product(dhidden[rows], dlogits, slice_of_weight)
             if accumulated is None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from llama2rt.errors import InputError
 from llama2rt.quickstart import console, pipeline
 from llama2rt.quickstart.recipe import QuickstartRecipe, smoke
 
@@ -28,6 +29,8 @@ def quickstart(
         smoke_test: The same phases on next to nothing, to see whether all is in place.
         as_json: Print the numbers of report.json as one JSON object.
     """
+    if seed < 0:
+        raise InputError(f"seed: expected at least 0, got {seed}")
     recipe = smoke(seed) if smoke_test else QuickstartRecipe(seed=seed)
     numbers = pipeline.run(recipe, out, resume=resume)
     console.summary(out, numbers)

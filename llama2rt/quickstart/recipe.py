@@ -26,7 +26,7 @@ CONTEXT = 256
 class QuickstartRecipe(Recipe):
     """Sizes of the main job."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     # Data.
     documents: int = Field(default=140_000, gt=0)

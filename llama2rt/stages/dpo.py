@@ -10,7 +10,7 @@ Left out: offline comparisons from files, and a second agent other than another 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from llama2rt.algorithms import losses, rewards
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
-from llama2rt.data.readers import read
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.model import Llama
@@ -56,7 +55,7 @@ class DpoRecipe(Recipe):
     """m, or all prompts where there are fewer"""
     samples: int = Field(default=8, gt=1)
     """n: best-of-n against worst-of-n"""
-    temperatures: list[float] = Field(default=[1.0, 0.7], min_length=1)
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0, 0.7], min_length=1)
     """of equal shares of the samples; no top-k, no top-p"""
     max_tokens: int = Field(default=2048, gt=0)
     """response length; a response that is cut there is compared as it stands, without an EOS"""
@@ -66,7 +65,8 @@ class DpoRecipe(Recipe):
     """safety score below which the safety reward rules on any prompt"""
 
     kind: losses.Kind = "dpo"
-    """the preference loss; see algorithms.losses.preference"""
+    """the preference loss, see algorithms.losses.preference; kto takes its KL from the pairs of one
+    forward pass, so that train.micro_tokens is part of it"""
     beta: float = Field(default=0.1, gt=0)
     """the paper's eta"""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -77,7 +77,7 @@ class DpoRecipe(Recipe):
     """pairs"""
     epochs: int = Field(default=2, gt=0)
     """over the history, in each iteration"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """of prompts' and pairs' order and of sampling"""
     # The paper: lr 5e-7, cosine (to 0, as its Hugging Face schedule), warm-up 0.03.
     train: TrainOptions = TrainOptions(
@@ -98,6 +98,9 @@ class DpoRecipe(Recipe):
             label_smoothing=self.label_smoothing,
             gamma=self.gamma,
         )
+        if len(set(self.temperatures)) < len(self.temperatures):
+            # A sample's random numbers depend on its temperature: it would be drawn twice.
+            raise ValueError(f"temperatures: expected different ones, got {self.temperatures}")
         if self.samples % len(self.temperatures):
             raise ValueError(
                 f"samples: {self.samples} is no multiple of the {len(self.temperatures)} "
@@ -123,10 +126,14 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     reference, tokenizer = phases.load_llama(recipe.init, recipe.tokenizer, options.dtype)
     reference.requires_grad_(False)
     reward_models = RewardModels.load(
-        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype
+        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
     )
-    prompts = read(recipe.data, "prompt")
-    held_out = read(recipe.validation, "prompt") if recipe.validation else []
+    prompts, held_out = (
+        phases.read_prompts(paths, tokenizer, reference, recipe.max_tokens, reward_models.by_key)
+        if paths
+        else []
+        for paths in (recipe.data, recipe.validation)
+    )
 
     count = min(recipe.prompts_per_iteration, len(prompts))
     run.truncate_metrics(0)
@@ -170,14 +177,18 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         # Learn from the history, going on from this iteration's policy.
         if not step.complete:
             model, _ = phases.load_llama(policy_folder, recipe.tokenizer)
+            examples = [
+                (phases.response_example(chosen), phases.response_example(rejected))
+                for chosen, rejected in pairs
+            ]
+            # As everywhere in the RLHF stages, one that alone exceeds micro_tokens passes alone:
+            # refusing it here would come after all the sampling.
+            longest = max(len(a.tokens) + len(b.tokens) for a, b in examples)
             loader = PairLoader(
-                [
-                    (phases.response_example(chosen), phases.response_example(rejected))
-                    for chosen, rejected in pairs
-                ],
+                examples,
                 extras,
                 recipe.batch_size,
-                options.micro_tokens,
+                max(options.micro_tokens, longest),
                 phases.derived_seed(recipe.seed, "order", iteration),
             )
             steps = recipe.epochs * loader.steps_per_epoch

@@ -11,7 +11,6 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from llama2rt.data.readers import read
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.stages import dpo, phases, ppo, rejection
@@ -72,7 +71,7 @@ class IterateRecipe(Recipe):
     """most tokens in one forward pass of a measurement"""
     threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt (section 3.2.3)"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """the steps' seeds are derived from it and their names"""
     steps: list[Step] = Field(default=PAPER, min_length=1)
     """the versions in order; by default the paper's five"""
@@ -148,13 +147,16 @@ def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:
 def measure(recipe: IterateRecipe, name: str, folder: Path, run: Run) -> dict[str, Any]:
     """A row of the table: the version on the held-out prompts."""
     model, tokenizer = phases.load_llama(folder)
-    reference, _ = phases.load_llama(recipe.sft)
+    reference = phases.load_companion(recipe.sft, tokenizer)
+    reward_models = RewardModels.load(
+        recipe.helpfulness, recipe.safety, recipe.threshold, tokenizer=tokenizer
+    )
     numbers = phases.measure(
         run.samples_directory / f"{name}.jsonl",
         Engine(model, tokenizer),
         reference,
-        RewardModels.load(recipe.helpfulness, recipe.safety, recipe.threshold),
-        read(recipe.validation, "prompt"),
+        reward_models,
+        phases.read_prompts(recipe.validation, tokenizer, model),
         temperature=1.0,
         max_tokens=recipe.max_tokens,
         seed=phases.derived_seed(recipe.seed, "versions"),

@@ -17,17 +17,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from llama2rt import energy
 from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint import native
 from llama2rt.data.packing import Example, groups, pack
-from llama2rt.data.readers import read
 from llama2rt.data.records import Prompt
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.stages import phases
 from llama2rt.stages.phases import RewardModels
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.loop import interrupts
+from llama2rt.train.loop import diverged, interrupts
+from llama2rt.train.metrics import EnergyUse
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import Recipe, TrainOptions
 from llama2rt.train.progress import ProgressLine
@@ -59,7 +60,7 @@ class PpoRecipe(Recipe):
     """responses an iteration"""
     mini_batch_size: int = Field(default=64, gt=0)
     """responses a gradient step; each is used once"""
-    clip: float = Field(default=0.2, gt=0)
+    clip: float = Field(default=0.2, gt=0, allow_inf_nan=True)
     """how far a token's probability ratio may move from 1 and still be pushed"""
     beta: float = Field(default=0.01, ge=0)
     """KL penalty, in whitened reward per nat (0.01 for 7B and 13B, 0.005 for 34B and 70B)"""
@@ -72,7 +73,7 @@ class PpoRecipe(Recipe):
     """of generalised advantage estimation"""
     value_coefficient: float = Field(default=0.1, gt=0)
     """scale of the critic's loss; the critic's own AdamW undoes it but for gradient clipping"""
-    value_clip: float = Field(default=0.2, gt=0)
+    value_clip: float = Field(default=0.2, gt=0, allow_inf_nan=True)
     """how far a value may move from the rollout's and still be pushed"""
 
     critic_lr: float | None = Field(default=None, gt=0)
@@ -86,7 +87,7 @@ class PpoRecipe(Recipe):
     patience: int = Field(default=5, gt=0)
     """evaluations without a better mean reward before stopping"""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """of prompts' order, sampling and mini-batches"""
     # Constant lr 1e-6; AdamW 0.9 / 0.95 / 1e-5, weight decay 0.1, clip 1.0 as in pretraining. A
     # step of its checkpoint_every and validate_every is an iteration.
@@ -136,9 +137,17 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     options = recipe.train
-    prompts = read(recipe.data, "prompt")
-    held_out = read(recipe.validation, "prompt") if recipe.validation else []
     actors, tokenizer = load_actors(recipe)
+    readers: dict[str, Llama | ScalarModel] = {
+        "reference": actors.reference,
+        **actors.reward_models.by_key,
+    }
+    prompts, held_out = (
+        phases.read_prompts(paths, tokenizer, actors.policy, recipe.max_tokens, readers)
+        if paths
+        else []
+        for paths in (recipe.data, recipe.validation)
+    )
 
     done, waited, best = 0, 0, {}
     found = run.store.latest()
@@ -165,23 +174,33 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     with (
         ProgressLine(run.directory.resolve().name, recipe.iterations, done) as line,
         interrupts() as interrupted,
+        energy.of_device(actors.policy.output.device) as meter,
     ):
+        use = EnergyUse(meter)
         while done < recipe.iterations and waited < recipe.patience:
             drawn = phases.draw(prompts, recipe.batch_size, recipe.seed, done)
             rollout, metrics = collect(recipe, actors, drawn, done)
-            metrics |= improve(recipe, actors, rollout, done)
+            try:
+                metrics |= improve(recipe, actors, rollout, done)
+            except FloatingPointError as error:
+                raise FloatingPointError(diverged(run, done + 1, str(error))) from None
+            # A step is an iteration with its sampling and scoring; tokens are those it sampled.
+            use.add(len(rollout.logprob))
+            use.step()
             done += 1
             if done % options.log_every == 0 or done == recipe.iterations:
-                run.log(done, **metrics)
+                run.log(done, **metrics, **use.read())
                 line.update(done, f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}")
             due = options.validate_every and done % options.validate_every == 0
             if held_out and (due or done == recipe.iterations):
                 validate()
+                use.restart()
             stop = bool(interrupted) and done < recipe.iterations
             if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
                 tensors = phases.prefixed(actors.optimizer.state_dict(), "policy.")
                 tensors |= phases.prefixed(actors.critic_optimizer.state_dict(), "critic.")
                 run.store.save(done, tensors, {"waited": waited, "best": best})
+                use.restart()
             if stop:
                 raise KeyboardInterrupt(
                     f"stopped after iteration {done} of {recipe.iterations}; saved "
@@ -197,17 +216,15 @@ def load_actors(recipe: PpoRecipe) -> tuple[Actors, Tokenizer]:
     """Policy and critic in fp32 for their optimizers, reference and reward models frozen."""
     options = recipe.train
     policy, tokenizer = phases.load_llama(recipe.init, recipe.tokenizer)
-    reference, _ = phases.load_llama(
-        recipe.reference or recipe.init, recipe.tokenizer, options.dtype
-    )
-    critic = phases.load_scalar(recipe.helpfulness)
+    reference = phases.load_companion(recipe.reference or recipe.init, tokenizer, options.dtype)
+    critic = phases.load_scalar(recipe.helpfulness, tokenizer=tokenizer)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     actors = Actors(
         policy=policy,
         critic=critic,
         reference=reference.requires_grad_(False),
         reward_models=RewardModels.load(
-            recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype
+            recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
         ),
         engine=Engine(policy, tokenizer),
         optimizer=Optimizer(policy, options),

@@ -23,7 +23,7 @@ from llama2rt.data.readers import read
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.stages.phases import default_device, write_report
+from llama2rt.stages.phases import choose_tokenizer, default_device, write_report
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import Recipe, TrainOptions
@@ -96,7 +96,7 @@ class PretrainRecipe(Recipe):
     """optimizer steps; or say epochs"""
     epochs: float | None = Field(default=None, gt=0)
     """times through the training text; or say steps"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     # Section 2.2: AdamW 0.9 / 0.95 / 1e-5, decay 0.1, clip 1.0, cosine to 10 %, warm-up 2000.
     train: TrainOptions = TrainOptions(lr=3e-4, warmup_steps=2000)
 
@@ -109,11 +109,22 @@ class PretrainRecipe(Recipe):
                 raise ValueError("init brings its model and tokenizer: leave out model, vocab_size")
         elif (self.tokenizer is None) == (self.vocab_size is None):
             raise ValueError("give exactly one of tokenizer and vocab_size")
+        for name, tokens_held in (
+            ("batch_tokens", self.batch_tokens),
+            ("train.micro_tokens", self.train.micro_tokens),
+        ):
+            if tokens_held < self.context:
+                raise ValueError(
+                    f"{name}: {tokens_held} cannot hold one window of context {self.context}"
+                )
         return self
 
 
 def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Tokenise, train, measure the held-out loss; returns the model folder."""
+    if recipe.init is None:
+        # An impossible shape is said before hours of tokenising; the vocabulary plays no part.
+        _require_context(recipe, recipe.model.config(recipe.vocab_size or 32000, recipe.context))
     inputs = {f"data.{i}": path for i, path in enumerate(recipe.data)}
     for name in ("init", "tokenizer"):
         if getattr(recipe, name) is not None:
@@ -167,7 +178,9 @@ def prepare(
         if not isinstance(loaded, Llama):
             raise InputError(f"{recipe.init}: expected a language model, found a scalar model")
         model = loaded
-    if recipe.tokenizer is not None:
+        _require_context(recipe, model.config)
+        tokenizer = choose_tokenizer(recipe.init, model.config, tokenizer, recipe.tokenizer)
+    elif recipe.tokenizer is not None:
         tokenizer = Tokenizer.load(recipe.tokenizer)
     elif recipe.vocab_size is not None:
         # The digest inside the token files ties them to this tokenizer; training it is
@@ -178,8 +191,7 @@ def prepare(
             tokenizer = Tokenizer.train(texts, recipe.vocab_size, trained)
         else:
             tokenizer = Tokenizer.load(trained)
-    if tokenizer is None:
-        raise InputError(f"{recipe.init}: holds no tokenizer; name one with the key tokenizer")
+    assert tokenizer is not None  # the recipe's own check
 
     streams = []
     for i, path in enumerate(paths):
@@ -191,9 +203,12 @@ def prepare(
     if model is None:
         config = recipe.model.config(tokenizer.vocab_size, recipe.context)
         model = Llama(config, default_device(), torch.float32).initialize(recipe.seed)
-    if recipe.context > model.config.context:
-        raise InputError(f"context: {recipe.context} exceeds the model's {model.config.context}")
     return streams[0], streams[1] if recipe.held_out else None, tokenizer, model
+
+
+def _require_context(recipe: PretrainRecipe, config: LlamaConfig) -> None:
+    if recipe.context > config.context:
+        raise InputError(f"context: {recipe.context} exceeds the model's {config.context}")
 
 
 def next_token(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -63,7 +63,7 @@ class RejectionRecipe(Recipe):
     """dialogues an optimizer step (section 3.1)"""
     epochs: int = Field(default=2, gt=0)
     """through the best samples (section 3.1)"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """of sampling and of the dialogues' order"""
     # As in SFT, section 3.1: cosine, lr 2e-5, weight decay 0.1.
     train: TrainOptions = TrainOptions(lr=2e-5)
@@ -86,17 +86,20 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if run.complete:
         return run.model_directory
     options = recipe.train
+    policy, tokenizer = phases.load_llama(recipe.policy, recipe.tokenizer, options.dtype)
+    phases.require_tokenizer(recipe.init, tokenizer)  # its weights are loaded after the sampling
     reward_models = RewardModels.load(
-        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype
+        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
     )
 
     # Sample and score.
-    policy, tokenizer = phases.load_llama(recipe.policy, recipe.tokenizer, options.dtype)
     sampled = phases.sample(
         run.samples_directory,
         Engine(policy, tokenizer),
         reward_models,
-        read(recipe.data, "prompt"),
+        phases.read_prompts(
+            recipe.data, tokenizer, policy, recipe.max_tokens, reward_models.by_key
+        ),
         n=recipe.samples,
         temperatures=[recipe.temperature],
         max_tokens=recipe.max_tokens,
@@ -116,16 +119,19 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     phases.write_responses(run.samples_directory / BEST, best)
 
     # Fine-tune.
-    model, _ = phases.load_llama(recipe.init, tokenizer=recipe.tokenizer or recipe.policy)
+    model = phases.load_companion(recipe.init, tokenizer)
     dialogues = [
         Dialogue([*r.prompt.messages, {"role": "assistant", "content": r.text}]) for r in best
     ]
     if recipe.dialogues:
         dialogues += read(recipe.dialogues, "dialogue")
+    examples = sft.encode(dialogues, tokenizer, model.config.context)
+    # One that alone exceeds micro_tokens passes alone: refusing it would come after the sampling.
+    longest = max(len(example.tokens) for example in examples)
     loader = ExampleLoader(
-        sft.encode(dialogues, tokenizer, model.config.context),
+        examples,
         recipe.batch_size,
-        options.micro_tokens,
+        max(options.micro_tokens, longest),
         recipe.seed,
     )
     fit(run, model, loader, sft.objective, options, steps=recipe.epochs * loader.steps_per_epoch)
@@ -134,13 +140,13 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     # Measure.
     report = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
     if recipe.validation:
-        reference, _ = phases.load_llama(recipe.init, recipe.tokenizer or recipe.policy)
+        reference = phases.load_companion(recipe.init, tokenizer)
         report |= phases.measure(
             run.samples_directory / "held_out.jsonl",
             Engine(model, tokenizer),
             reference,
             reward_models,
-            read(recipe.validation, "prompt"),
+            phases.read_prompts(recipe.validation, tokenizer, model),
             temperature=1.0,
             max_tokens=recipe.max_tokens,
             seed=phases.derived_seed(recipe.seed, "held-out"),

@@ -47,7 +47,8 @@ class RewardRecipe(Recipe):
     context: int = Field(default=4096, gt=1)
     """without init: the longest prompt with its response, in tokens"""
     data: list[Path]
-    """comparisons of this model's own kind; all of them are used"""
+    """comparisons of this model's own kind; all of them are used. Where files hold both kinds (as
+    PKU-SafeRLHF's), those of the other kind are left out"""
     mixed_in: list[Path] = Field(default=[])
     """further comparisons, drawn uniformly to make up mixed_in_share of the training set"""
     mixed_in_share: float | None = Field(default=None, ge=0, lt=1)
@@ -71,7 +72,7 @@ class RewardRecipe(Recipe):
     """pairs; 1024 rows"""
     epochs: int = Field(default=1, gt=0)
     """more than one over-fits"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """of the new head, the held-out draw, the mix and the pairs' order"""
     # 1e-5 for all but 70B (5e-6); cosine to 10 %; warm-up 3 % of steps, at least 5; AdamW as in
     # pretraining.
@@ -146,9 +147,9 @@ def initial_model(recipe: RewardRecipe) -> tuple[ScalarModel, Tokenizer]:
 
 def split(recipe: RewardRecipe) -> tuple[list[Comparison], list[Comparison]]:
     """Training and held-out comparisons; no prompt is in both."""
-    own = read(recipe.data, "comparison", recipe.skip_invalid)
+    own = of_kind(read(recipe.data, "comparison", recipe.skip_invalid), recipe.kind)
     if recipe.validation:
-        held_out = read(recipe.validation, "comparison", recipe.skip_invalid)
+        held_out = of_kind(read(recipe.validation, "comparison", recipe.skip_invalid), recipe.kind)
     else:
         own, held_out = hold_out(own, recipe.held_out, recipe.seed)
     other = read(recipe.mixed_in, "comparison", recipe.skip_invalid) if recipe.mixed_in else []
@@ -159,6 +160,17 @@ def split(recipe: RewardRecipe) -> tuple[list[Comparison], list[Comparison]]:
     if share is None:
         share = {"helpfulness": 0.5, "safety": 0.1}[recipe.kind]
     return mix(own, other, share, recipe.seed), held_out
+
+
+def of_kind(comparisons: list[Comparison], kind: str) -> list[Comparison]:
+    """Those of `kind`, or all where there is no choice: files without the key say "helpfulness"
+    whatever they hold. A pair judged by both may be ranked one way by each."""
+    kept = [comparison for comparison in comparisons if comparison.kind == kind]
+    if kept and len(kept) < len(comparisons):
+        logger.warning(
+            "%d comparisons of the other kind than %s left out", len(comparisons) - len(kept), kind
+        )
+    return kept or comparisons
 
 
 def prompt_key(comparison: Comparison) -> str:
@@ -185,7 +197,7 @@ def hold_out(
     kept = [c for c in comparisons if prompt_key(c) not in taken]
     if not kept:
         raise InputError(
-            f"held_out: {count} of {len(comparisons)} comparisons leaves none to train"
+            f"held_out: {count} of {len(comparisons)} comparisons leaves none to train; lower it"
         )
     return kept, [c for c in comparisons if prompt_key(c) in taken]
 
@@ -217,6 +229,10 @@ def encode(
     if len(kept) < len(comparisons):
         left_out = len(comparisons) - len(kept)
         logger.warning("%d comparisons longer than the context of %d left out", left_out, context)
+    if comparisons and not kept:
+        raise InputError(
+            f"context: all {len(comparisons)} comparisons are longer than {context} tokens"
+        )
     return pairs, kept
 
 

@@ -55,7 +55,7 @@ class SftRecipe(Recipe):
     """dialogues in an optimizer step (section 3.1: 64)"""
     epochs: int = Field(default=2, gt=0)
     """section 3.1: 2"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
     train: TrainOptions = TrainOptions(lr=2e-5)
 

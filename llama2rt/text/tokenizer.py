@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from llama2rt import atomic
 from llama2rt.errors import InputError
 
 SPECIAL_AND_BYTE_PIECES = 3 + 256  # unk, bos, eos, then one piece per byte: ids 0-2 and 3-258
@@ -135,8 +136,7 @@ class Tokenizer:
         tokenizer = cls(model.getvalue())
         path = Path(path)
         if path.suffix == ".model":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(model.getvalue())
+            atomic.write(path, model.getvalue())
         else:
             tokenizer.save(path)
         return tokenizer
@@ -165,15 +165,31 @@ class Tokenizer:
                 raise ValueError(f"ids: expected 0 to {self.vocab_size - 1}, got {i}")
         return self._backend.decode(ids)
 
+    def agrees_with(self, other: Tokenizer) -> bool:
+        """Whether a model that knows the one reads the other's ids as they were meant.
+
+        True for the same file, and for two files of one vocabulary (a tokenizer.model and the
+        tokenizer.json made from it): BOS and EOS must be equal, and the text of nearly every id
+        that both have. Not of all: the libraries decode the unknown piece and a lone space apart.
+        """
+        if self.digest == other.digest:
+            return True
+        if (self.bos, self.eos) != (other.bos, other.eos):
+            return False
+        shared = range(min(self.vocab_size, other.vocab_size))
+        same = sum(self.decode([i]) == other.decode([i]) for i in shared)
+        return same >= 0.99 * len(shared)
+
     def save(self, folder: str | Path) -> Path:
         """Write the defining file (and its tokenizer_config.json, if it came with one) byte for
         byte, so that ``digest`` stays the same; returns the file's path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._config is not None:
-            (folder / "tokenizer_config.json").write_text(json.dumps(self._config, indent=2) + "\n")
+            config = json.dumps(self._config, indent=2) + "\n"
+            atomic.write(folder / "tokenizer_config.json", config)
         path = folder / self.file_name
-        path.write_bytes(self._definition)
+        atomic.write(path, self._definition)
         return path
 
 

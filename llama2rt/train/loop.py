@@ -125,11 +125,11 @@ def fit(
             means = {key: float(value) / max(1, weight) for key, value in sums.items()}
             lr = learning_rate(step, steps, options)
             if not math.isfinite(means["loss"]):
-                raise FloatingPointError(_diverged(run, step + 1, f"the loss is {means['loss']}"))
+                raise FloatingPointError(diverged(run, step + 1, f"the loss is {means['loss']}"))
             try:
                 norm = optimizer.step(lr)
             except FloatingPointError as error:
-                raise FloatingPointError(_diverged(run, step + 1, str(error))) from None
+                raise FloatingPointError(diverged(run, step + 1, str(error))) from None
             done = step + 1
             use.step()
 
@@ -173,7 +173,8 @@ def _cost(model: nn.Module, micro: Any) -> tuple[int, int]:
     return batch.tokens.numel(), flops
 
 
-def _diverged(run: Run, step: int, what: str) -> str:
+def diverged(run: Run, step: int, what: str) -> str:
+    """What to say of a run whose step ``step`` was not finite: what is left, what to try."""
     kept = run.store.steps()
     where = f"step-{kept[-1]} is the last good checkpoint" if kept else "no checkpoint exists yet"
     return (

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class TrainOptions(BaseModel):
     """How to take optimizer steps: learning rate, AdamW, precision, memory, and what to record."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(default=3e-4, gt=0)
     """peak learning rate (section 2: 3e-4 for 7B and 13B)"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """after the warm-up: cosine down to min_lr_ratio, or constant (PPO, section 3.2.3)"""
@@ -35,7 +35,7 @@ class TrainOptions(BaseModel):
     eps: float = Field(default=1e-5, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     """on matrices only; norm weights are left alone"""
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     """largest global gradient norm (section 2: 1.0); inf for none"""
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -75,7 +75,7 @@ class Recipe(BaseModel):
     ``[train] clip = 0.5`` keeps the stage's lr; plain pydantic would fall back to TrainOptions'.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def refine(cls, given: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,9 @@
 Left out: any knowledge of stages. They open a run, read ``complete``, and finish it.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +33,11 @@ from llama2rt.checkpoint.store import Store
 from llama2rt.errors import InputError
 
 _MANIFEST = "manifest.json"
+_RECIPE = "recipe.toml"
+_LOCK = ".lock"
+
+# Locked run directories of this process: path of the lock -> descriptor.
+_locks: dict[Path, int] = {}
 
 
 class Run:
@@ -57,7 +65,7 @@ class Run:
         ``inputs`` are files or folders by name, hashed into the manifest; ``parents`` are run
         directories this one builds on. A directory in use needs ``resume``, and then the recipe and
         every input must be what they were: a run continued on other data is another run. Raises
-        InputError naming what differs.
+        InputError naming what differs, and while another process is at work in the directory.
         """
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
@@ -74,12 +82,15 @@ class Run:
                 )
             manifest = _read_manifest(directory / _MANIFEST)
             _check_same(directory, manifest, resolved, hashes)
+            if not manifest["complete"]:
+                _lock(directory)
             return cls(directory, manifest)
         # A process killed while starting leaves at most recipe.toml and a half-written (hidden)
         # file of its own: nothing to protect.
-        if {path.name for path in directory.glob("[!.]*")} - {"recipe.toml"}:
+        if {path.name for path in directory.glob("[!.]*")} - {_RECIPE}:
             raise InputError(f"{directory}: not empty, and no run of llama2rt's; choose another")
         directory.mkdir(parents=True, exist_ok=True)
+        _lock(directory)
         manifest = {
             "recipe": resolved,
             "inputs": hashes,
@@ -89,7 +100,7 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "complete": False,
         }
-        atomic.write(directory / "recipe.toml", tomli_w.dumps(resolved))
+        atomic.write(directory / _RECIPE, tomli_w.dumps(resolved))
         atomic.write(directory / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
         return cls(directory, manifest)
 
@@ -151,6 +162,24 @@ class Run:
             "summary": summary,
         }
         atomic.write(self.directory / _MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+        _unlock(self.directory)
+
+
+def abandon(directory: Path) -> None:
+    """Remove a run directory in which nothing has happened yet, and such ones of runs inside it.
+
+    For a command whose input turned out bad: the same command with better input finds its place
+    free. A directory that holds anything but a recipe and a manifest stays.
+    """
+    for child in directory.glob("*"):
+        if (child / _MANIFEST).is_file():
+            abandon(child)
+    begun = {_MANIFEST, _RECIPE, _LOCK}
+    if directory.is_dir() and {path.name for path in directory.iterdir()} <= begun:
+        _unlock(directory)
+        for name in begun:
+            (directory / name).unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def hash_path(path: Path) -> str:
@@ -165,6 +194,34 @@ def hash_path(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _lock(directory: Path) -> None:
+    """Hold the directory for this process until it finishes the run or ends, however it ends."""
+    path = directory.resolve() / _LOCK
+    if path in _locks:
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(_locks[path]).st_ino == path.stat().st_ino:
+                return
+        os.close(_locks.pop(path))  # the directory was deleted, and made anew, since
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(descriptor)
+            raise InputError(
+                f"{directory}: another process is at work in it; wait for it or stop it first"
+            ) from None
+        # A file system without locks: nothing can be held there, and nothing is lost by it.
+    _locks[path] = descriptor
+
+
+def _unlock(directory: Path) -> None:
+    path = directory.resolve() / _LOCK
+    if path in _locks:
+        path.unlink(missing_ok=True)
+        os.close(_locks.pop(path))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

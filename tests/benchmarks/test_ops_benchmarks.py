@@ -12,6 +12,7 @@ from types import ModuleType
 import figures
 import measure
 import peers
+import power
 import pytest
 import records
 import targets
@@ -49,6 +50,9 @@ def test_every_op_is_measured_against_eager_and_inductor(smoke):
             assert {"eager", "inductor", *row["ours"]} <= row["rows"].keys()
             assert all(one["rate"] > 0 <= one["extra_bytes"] for one in row["rows"].values())
             assert all(row["rows"][name]["ratio"]["eager"] > 0 for name in row["ours"])
+            # One call is too short for any counter: what is not measured says why, and is never 0.
+            assert all(one["joules_per_call"] is None for one in row["rows"].values())
+            assert row["energy_not_measured"]
 
 
 def test_a_figure_is_drawn_of_each(smoke):
@@ -99,6 +103,32 @@ def test_a_peer_that_cannot_is_left_out_and_ours_may_not_fail():
     assert found.left_out == {"eager": "RuntimeError: not for this shape"}
     with pytest.raises(RuntimeError, match="not for this shape"):
         calls(cpu=fails, eager=works)
+
+
+def test_energy_is_metered_over_as_many_calls_as_the_counter_needs(tmp_path, monkeypatch):
+    """RAPL needs 10 ms: calls of 1 ms are made 15 times, one of 2 s once, each at 50 W."""
+    now = [0.0]
+    for seconds, calls in ((0.001, 15), (2.0, 1)):
+        meter = power.tree(tmp_path / str(calls), 50.0, lambda: now[0])
+        monkeypatch.setattr(measure.energy, "of_device", lambda device, meter=meter: meter)
+
+        def run(seconds=seconds):
+            now[0] += seconds
+
+        made, used = measure.energy_of(run, "cpu", seconds)
+        assert made == calls
+        assert used.joules_per(made) == pytest.approx(50 * seconds, rel=1e-3)
+
+
+def test_nothing_is_run_for_a_meter_that_is_not_there(tmp_path, monkeypatch):
+    meter = measure.energy.EnergyMeter(powercap=tmp_path / "nothing")
+    monkeypatch.setattr(measure.energy, "of_device", lambda device: meter)
+
+    def run():
+        raise AssertionError("no counter, nothing to run for")
+
+    calls, used = measure.energy_of(run, "cpu", 1.0)
+    assert used.joules_per(calls) is None and "no RAPL domain" in used.not_measured["CPU"]
 
 
 def rows(**seconds: float) -> dict[str, dict]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,47 @@ def rewrite(path: Path, **changes) -> None:
         else:
             value[key] = new
     path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("writer", [native, hf, meta])
+def test_a_full_disk_is_an_os_error_that_names_the_folder(tmp_path, writer):
+    """Both safetensors and torch.save report it as something else."""
+    script = """
+import resource, signal, sys
+import llama2rt
+from llama2rt.checkpoint import native, hf, meta
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+config = llama2rt.LlamaConfig(dim=64, layers=1, heads=2, kv_heads=2, ffn_hidden=64, vocab_size=300)
+model = llama2rt.Llama(config).initialize()
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    {"native": native, "hf": hf, "meta": meta}[sys.argv[1]].save(model, None, sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+    name = writer.__name__.rpartition(".")[2]
+    command = [sys.executable, "-P", "-c", script, name, str(tmp_path / "model")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{tmp_path}/model: this model could not be written (")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_replacement_that_fails_puts_the_old_model_back(tmp_path, monkeypatch):
+    model = make()
+    native.save(model, None, tmp_path / "m")
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        native.save(make(), None, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    loaded, _ = llama2rt.load(tmp_path / "m")
+    assert torch.equal(loaded.output, model.output)
 
 
 def test_damage_is_named(tmp_path, small_tokenizer):
@@ -257,6 +300,12 @@ def test_both_spellings_of_rope_theta_and_dtype(tmp_path, small_tokenizer):
         ({"hidden_size": None}, "hidden_size: missing"),
         ({"num_attention_heads": 7}, "heads: expected a divisor of dim 64, got 7"),
         ({"architectures": ["LlamaForTokenClassification"]}, "architectures: expected"),
+        ({"rope_scaling": "llama3"}, "rope_scaling: expected an object or null, got 'llama3'"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta: expected a positive number"),
+        ({"rms_norm_eps": "1e-5"}, "norm_eps: expected a positive number, got '1e-5'"),
+        ({"tie_word_embeddings": "false"}, "tied: expected true or false, got 'false'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0 is supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: only None"),
     ],
 )
 def test_what_the_model_cannot_express_is_refused(tmp_path, changes, message):
@@ -264,6 +313,27 @@ def test_what_the_model_cannot_express_is_refused(tmp_path, changes, message):
     rewrite(tmp_path / "m" / "config.json", **changes)
     with pytest.raises(InputError, match=r"config\.json: " + message):
         llama2rt.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"model\.layers\.2\.\w+\.weight: missing \(9 tensors in all\)"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\.\w+\.weight: not part of a model"),
+        ({"vocab_size": 401}, r"lm_head\.weight: expected shape \[401, 64\], got \[400, 64\]"),
+    ],
+)
+def test_tensors_are_named_as_in_the_file(tmp_path, changes, message):
+    hf.save(make(), None, tmp_path / "m")
+    rewrite(tmp_path / "m" / "config.json", **changes)
+    with pytest.raises(InputError, match=rf"model\.safetensors: {message}"):
+        llama2rt.load(tmp_path / "m")
+
+
+def test_a_run_directory_is_not_its_model(tmp_path):
+    native.save(make(), None, tmp_path / "run" / "model")
+    with pytest.raises(InputError, match=f"its model is in {tmp_path}/run/model"):
+        llama2rt.load(tmp_path / "run")
 
 
 def test_damaged_shards_are_named(tmp_path):
@@ -381,7 +451,7 @@ def test_params_json_and_its_gaps(tmp_path, small_tokenizer):
     loaded, tokenizer = llama2rt.load(tmp_path / "m")
     assert tokenizer.vocab_size == 400
     rewrite(path, n_kv_heads=None)
-    with pytest.raises(InputError, match=r"blocks\.\S+key|key"):
+    with pytest.raises(InputError, match=r"layers\.0\.attention\.wk\.weight: expected shape"):
         llama2rt.load(tmp_path / "m")
 
 

@@ -147,6 +147,21 @@ def test_bad_options(recipe, tmp_path, capsys, arguments, message):
     assert message in captured.err + captured.out
 
 
+def test_bad_input_leaves_the_place_free(recipe, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    good = text.read_bytes()
+    text.write_bytes(b"\xff" + good)
+    assert call("pretrain", recipe, "--out", tmp_path / "run") == 2
+    assert "text.txt:1: not valid UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    text.write_bytes(good)
+    assert call("pretrain", recipe, "--out", tmp_path / "run") == 0
+    # A finished run is not touched by a command that is refused.
+    text.write_bytes(b"\xff" + good)
+    assert call("pretrain", recipe, "--out", tmp_path / "run", "--resume") == 2
+    assert (tmp_path / "run" / "model").is_dir()
+
+
 def test_unknown_recipe_names_the_shipped_ones(capsys):
     assert call("pretrain", "shakespear", "--out", "x") == 2
     assert "tinyshakespeare" in capsys.readouterr().err

@@ -83,11 +83,18 @@ def test_compare(ask, call, tmp_path):
     assert "No public sweep of LLM training" in " ".join(out.split())
 
 
+def test_caps_that_are_compared_are_the_papers_share_of_the_largest(ask):
+    for gpu, watts in (("a100-80gb", (400, 350)), ("h200", (700, 612.5))):
+        found = ask("compare", "--model", "llama2-7b", "--gpus", 64, "--gpu", gpu)
+        assert (found["first"]["watts"], found["second"]["watts"]) == watts
+
+
 def test_compare_covers_all_sizes(ask):
     cases = ask("compare")["cases"]
     assert {(c["model"], c["gpus"]) for c in cases} >= {("llama2-70b", 100_000), ("llama2-7b", 8)}
     missing = [(c["model"], c["gpus"]) for c in cases if c["ratio"] is None]
     assert missing == [("llama2-70b", 8)]  # 16 bytes a parameter do not fit into 8 x 80 GB
+    assert all(("no layout fits" in c.get("reason", "")) == (c["ratio"] is None) for c in cases)
 
 
 def test_ecmp_and_power(ask, call, tmp_path):
@@ -97,6 +104,10 @@ def test_ecmp_and_power(ask, call, tmp_path):
     found = ask("power", "--workload", "matmul", "--watts", 350)
     assert found["relative_throughput"] == pytest.approx(0.938, abs=0.001)
     assert found["low"] <= found["relative_throughput"] <= found["high"]
+    # What the fit has not seen says so.
+    assert "scaled" not in found["provenance"] and "extrapolated" not in found["provenance"]
+    low = ask("power", "--gpu", "h200", "--watts", 300)["provenance"]
+    assert "scaled to 700 W" in low and "extrapolated below 393.75 W" in low
     status, out, _ = call("power", "--figure", tmp_path / "caps.svg")
     assert status == 0 and "93.8%" in out and "No public sweep" in out
     assert "<svg" in (tmp_path / "caps.svg").read_text()
@@ -121,6 +132,8 @@ def test_validate(ask, call, tmp_path):
     for row in found["rows"]:
         assert row["error"] == pytest.approx(row["predicted"] / row["published"] - 1)
         assert row["source"] and row["group"] and row["metric"]
+        assert {"tp", "pp", "dp", "sharding", "micro_batch"} <= set(row["layout"])
+        assert isinstance(row["fits"], bool)
     path = tmp_path / "runs.csv"
     columns = ",".join(rows.COLUMNS)
     line = "gpt,4096,36,32,32,16384,plain,51200,2048,128,a100-80gb,ib,4,1,32,none,4,512,full"
@@ -156,6 +169,9 @@ def test_validate(ask, call, tmp_path):
         (["ecmp", "--flows", "0", "--uplinks", "16"], "flows: expected at least 1"),
         (["search", "--tokens", "-1"], "--tokens: expected a positive number"),
         (["search", "--keep", "0"], "--keep: expected at least 1"),
+        (["search", "--global-batch", "0"], "--global-batch: expected at least 1, got 0"),
+        (["carbon", "--gpu-hours", "1e308", "--watts", "1"], "number below 1e+12, got 1e+308"),
+        (["power", "--gpu", "h100", "--figure", "a.png"], "draws an A100's curves, got --gpu h100"),
         (["validate", "--rows", "nowhere.csv"], "nowhere.csv"),
         (["guess"], "unknown subcommand 'guess'"),
     ],

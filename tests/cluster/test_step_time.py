@@ -148,6 +148,91 @@ def test_gradients_hide_behind_the_last_micro_batch_alone():
     assert eight.data_parallel == pytest.approx(8 * once.data_parallel)
 
 
+def test_fsdp_copies_what_it_gathers():
+    # 14 bytes a parameter and micro-batch: two copies of gathered weights, one of gradients.
+    layout = Layout(4096, 1, 16, dp=8, sharding="zero3")
+    slow = replace(A100, memory_bandwidth_bytes_per_s=1e9)
+    node = cluster(8, hardware.NVLINK)
+    traffic = step_time(SEVENTY, layout, node, FITTED).data_parallel
+    copying = step_time(SEVENTY, layout, replace(node, gpu=slow), FITTED).data_parallel
+    a_byte = 1 / (0.85 * 1e9) - 1 / (0.85 * A100.memory_bandwidth_bytes_per_s)
+    # Slower memory also covers more of the traffic: of that, NCCL's fifth stays.
+    assert copying - traffic == pytest.approx(2 * 14 * SEVENTY.parameters * a_byte, rel=1e-3)
+    # ZeRO-3 of 2021 sends straight from its one buffer; what is not gathered is not copied.
+    for change in ({"stack": "2021"}, {"sharding": "zero1"}):
+        other = replace(layout, **change)
+        one, two = (step_time(SEVENTY, other, c, FITTED) for c in (node, replace(node, gpu=slow)))
+        assert two.data_parallel <= one.data_parallel
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "hybrid"])
+@pytest.mark.parametrize("stack", ["2021", "2023", "2024"])
+def test_weights_stay_whole_in_a_pipeline(sharding, stack):
+    layout = replace(LAYOUTS[3], sharding="zero1", stack=stack)
+    other = replace(layout, sharding=sharding)
+    assert step_time(SEVENTY, other, cluster(), FITTED) == step_time(
+        SEVENTY, layout, cluster(), FITTED
+    )
+    assert memory_bytes(SEVENTY, other) == memory_bytes(SEVENTY, layout)
+
+
+def test_selective_recomputation_repeats_what_the_software_repeats():
+    # Of compute-bound work: attention in Megatron-LM's, half of the products in torchtitan's.
+    fast = replace(A100, memory_bandwidth_bytes_per_s=1e18)
+    shape = replace(SEVENTY, vocab_size=1, kv_heads=64)
+    products = shape.layer_parameters - 2 * shape.dim
+    shares = {}
+    for sharding in ("zero1", "zero3"):
+        times = [
+            step_time(
+                shape,
+                Layout(4096, 1, 8, dp=8, sharding=sharding, recompute=how),
+                cluster(8, hardware.NVLINK, gpu=fast),
+                FITTED,
+            ).compute
+            for how in ("none", "selective")
+        ]
+        shares[sharding] = times[1] - times[0]
+    rate = 312e12 * FITTED.gemm_share_of_peak
+    half = 80 * 4096 * products / rate
+    attention = 80 * 2 * 4096 * 4096 * shape.dim / (312e12 * 0.30)
+    assert shares["zero3"] == pytest.approx(half, rel=0.02)
+    assert shares["zero1"] == pytest.approx(attention, rel=0.02)
+
+
+def test_newer_gpus_run_newer_attention():
+    layout = Layout(131072, 1, 8, tp=8, dp=1, recompute="full")
+    for name in ("h100", "h200", "a100-80gb"):
+        node = cluster(8, hardware.NVLINK, hardware.GPUS[name].max_watts, hardware.GPUS[name])
+        older, newer = (
+            step_time(SEVENTY, replace(layout, stack=stack), node, FITTED).compute
+            for stack in ("2023", "2024")
+        )
+        assert newer < older
+        found = search.search(prediction.preset("llama2-7b"), node, 4096, 64)[0].layout
+        assert found.stack == ("2023" if name.startswith("a100") else "2024")
+
+
+def test_an_h200_is_an_h100_with_more_memory():
+    h100, h200 = hardware.gpu("H100"), hardware.gpu("h200")
+    assert (h200.memory_bytes, h200.memory_bandwidth_bytes_per_s) == (141e9, 4.8e12)
+    same = replace(
+        h200,
+        name="h100",
+        memory_bytes=h100.memory_bytes,
+        memory_bandwidth_bytes_per_s=h100.memory_bandwidth_bytes_per_s,
+    )
+    assert same == h100
+    # Llama 2 70B in 16 bytes a parameter: 8 x 80 GB are too few, 16 x 141 GB are enough.
+    for chip, gpus, possible in ((h100, 8, False), (h200, 16, True)):
+        where = cluster(gpus, hardware.IB, 700.0, chip)
+        if possible:
+            assert search.search(SEVENTY, where, 4096, 64)
+        else:
+            with pytest.raises(search.NoLayout):
+                search.search(SEVENTY, where, 4096, 64)
+
+
 def test_full_recomputation_holds_inputs_and_one_layer():
     shape = replace(SEVENTY, layers=4)
     sizes = {

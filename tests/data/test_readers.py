@@ -268,6 +268,15 @@ def test_duplicate_ids_are_named_with_their_first_use(tmp_path):
     assert str(error.value) == f"{two}:1: duplicate id 'p', first used at {one}:1"
 
 
+def test_prompts_without_ids_in_files_of_one_name(tmp_path):
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(write_lines(tmp_path / folder / "train.jsonl", b'{"prompt": "hi"}'))
+    assert [prompt.id for prompt in read(paths, "prompt")] == [f"{path}:1" for path in paths]
+    assert [prompt.id for prompt in read(paths[0], "prompt")] == ["train.jsonl:1"]
+
+
 def test_skip_invalid_tolerates_so_many_and_lists_each(tmp_path, caplog):
     good = b'{"text": "good"}'
     path = write_lines(tmp_path / "x.jsonl", b"bad", good, b'{"text": ""}', good, b"{}")

@@ -142,6 +142,11 @@ def test_split_of_a_single_file_holds_out_its_last_tenth():
     assert first.source == last.source == "x.txt"
 
 
+def test_one_endless_line_is_cut_after_a_word():
+    [first], [last] = tokens.split(["word " * 200], 0.1)
+    assert (first.text, last.text) == ("word " * 180, "word " * 20)
+
+
 def test_split_errors():
     with pytest.raises(InputError, match="held_out must lie between 0 and 1"):
         tokens.split(["a\nb"], 1.0)

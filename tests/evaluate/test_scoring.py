@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llama2rt.errors import InputError
 from llama2rt.evaluate.scoring import score, score_tokens
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.heads import ScalarModel
@@ -66,9 +67,17 @@ def test_mode_is_given_back_when_scoring_fails(model):
 def test_bad_sequences_are_named(model):
     with pytest.raises(ValueError, match=r"sequences\[1\] is empty"):
         score_tokens(model, [[1], []])
-    with pytest.raises(ValueError, match=r"sequences\[0\] has 65 tokens.*context is 64"):
+    with pytest.raises(InputError, match=r"sequences\[0\] has 65 tokens.*context is 64"):
         score_tokens(model, [[1] * 65])
     assert score_tokens(model, []).shape == (0,)
+
+
+def test_scores_that_are_not_finite_rank_nothing(model):
+    broken = ScalarModel(model.config).initialize(seed=3)
+    with torch.no_grad():
+        broken.head.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="scores are not finite"):
+        score_tokens(broken, _sequences(3))
 
 
 class _Words:

@@ -80,6 +80,10 @@ def test_bad_input(folder, models, tokenizer, tmp_path):
     native.save(ScalarModel.from_llama(models.build(), 0), tokenizer, tmp_path / "scorer")
     with pytest.raises(InputError, match="reward model or critic"):
         _generate(tmp_path / "scorer", "--prompt", "x")
+    with pytest.raises(InputError, match="device: 'banana' cannot be used"):
+        _generate(folder, "--prompt", "x", "--device", "banana")
+    with pytest.raises(InputError, match="out: expected a file"):
+        _generate(folder, "--prompt", "x", "--out", tmp_path)
 
 
 @pytest.mark.parametrize(

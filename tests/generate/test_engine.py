@@ -244,6 +244,15 @@ def test_bad_input(models):
     assert engine.generate([]) == []
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}, {}])
+def test_a_model_that_is_not_finite_is_said_so(models, options):
+    model = copy.deepcopy(models.build())
+    with torch.no_grad():
+        model.output[7, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        Engine(model, models.Ids()).generate([[3, 4, 5]], **options)
+
+
 def test_messages_and_text(models, tokenizer):
     model = models.build(vocab_size=tokenizer.vocab_size)
     messages = [{"role": "user", "content": "questions about dates"}]

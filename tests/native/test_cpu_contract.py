@@ -62,11 +62,11 @@ def parked_logprob(
 ) -> tuple[Tensor, ...]:
     """The two calls that share the memory of the gradient of weight, as one."""
     inputs = hidden, weight, targets
-    logprob, entropy, lse, parked = cpu.token_logprob_parked(*inputs, 0.7, True)
+    logprob, entropy, lse, dweight, tile = cpu.token_logprob_parked(*inputs, 0.7, True)
     dhidden = cpu.token_logprob_parked_backward(
-        parked, dlogprob, dentropy, *inputs, lse, entropy, 0.7
+        dweight, tile, dlogprob, dentropy, *inputs, lse, entropy, 0.7
     )
-    return logprob, entropy, lse, dhidden, parked
+    return logprob, entropy, lse, dhidden, dweight
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

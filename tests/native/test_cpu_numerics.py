@@ -283,19 +283,21 @@ def eager_logprob(
     ("shape", "tiling", "parked_columns"),
     [
         ((33, 8, 2), (32, 64, 24), None),
-        ((64, 5, 65), (32, 64, 24), 0),
+        ((64, 5, 65), (32, 64, 24), 64 + 0),
         ((70, 24, 203), (32, 64, 24), None),
-        ((30, 24, 203), (32, 128, 24), 96 + 48),
+        ((30, 24, 203), (32, 128, 24), 128 + 48),
         ((70, 72, 203), (32, 64, 24), 64 + 64 + 64),
-        ((90, 72, 203), (32, 128, 40), 96 + 48),
+        ((90, 72, 203), (32, 128, 40), 128 + 48),
+        ((75, 40, 700), (2048, 600, 1024), 600 + 48),
     ],
     ids=str,
 )
 def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype, seed, monkeypatch):
-    """Several tiles of rows and of columns, each with a remainder, and strips inside them; with no
-    logits, some or all of them parked in the gradient of weight, or (None) no parking at all."""
-    for name, size in zip(("ROWS", "COLUMNS", "STRIP"), tiling, strict=True):
-        monkeypatch.setattr(cpu, f"LOGPROB_{name}", size)
+    """Several tiles of rows and of columns, each with a remainder, and strips inside them; with
+    some or all logits parked in the gradient of weight and in a tile (of the first rows; counted
+    here), or (None) no parking at all."""
+    size = logprob_tiles.Tiles(*tiling)
+    monkeypatch.setattr(logprob_tiles, "CPU", size)
     tokens, dim, vocabulary = shape
     temperature = 0.7
     hidden = draw((tokens, dim), dtype, kind, seed)
@@ -311,10 +313,11 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     if parked_columns is None:
         logprob, entropy, lse = cpu.token_logprob(*forward)
     else:
-        logprob, entropy, lse, parked = cpu.token_logprob_parked(*forward)
+        logprob, entropy, lse, *memories = cpu.token_logprob_parked(*forward)
+        parking = logprob_tiles.Parking(*memories)
+        rows = slice(0, min(tokens, size.rows))
         kept = (
-            logprob_tiles.parked_logits(parked, part, tokens)
-            for part in composed.tiles(vocabulary, tiling[1])
+            parking.logits(rows, part, tokens) for part in composed.tiles(vocabulary, size.columns)
         )
         assert sum(logits.shape[1] for logits in kept) == parked_columns
     inputs = (*wide(hidden, weight), targets)
@@ -331,7 +334,7 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     if parked_columns is None:
         ours = cpu.token_logprob_backward(*backward)
     else:
-        ours = cpu.token_logprob_parked_backward(parked, *backward), parked
+        ours = cpu.token_logprob_parked_backward(*parking, *backward), parking.dweight
     expected = reference.token_logprob_backward(
         dlogprob.double(),
         dentropy.double() if with_entropy else None,

@@ -179,6 +179,9 @@ def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, calls):
     "settings, named",
     [
         ({"samples": 3}, "no multiple of the 2 temperatures"),
+        ({"temperatures": [1.0, 1.0]}, "temperatures: expected different ones"),
+        ({"temperatures": [1.0, 0.0]}, "greater than 0"),
+        ({"seed": -1}, "greater than or equal to 0"),
         ({"kind": "exo"}, "label_smoothing"),
         ({"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
         ({"gamma": 1.0}, "gamma"),

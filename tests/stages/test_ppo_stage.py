@@ -5,10 +5,13 @@ import json
 
 import numpy as np
 import pocket as problem
+import power
 import pytest
 import torch
 
+from llama2rt import energy
 from llama2rt.algorithms import advantages
+from llama2rt.checkpoint.store import Store
 from llama2rt.data.readers import read
 from llama2rt.generate import Completion
 from llama2rt.stages import phases, ppo
@@ -222,6 +225,56 @@ def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch):
     for sample in (tmp_path / "whole" / "samples").iterdir():
         assert sample.read_bytes() == (tmp_path / "killed" / "samples" / sample.name).read_bytes()
     assert ppo.run(settings, tmp_path / "killed", resume=True) == tmp_path / "killed" / "model"
+
+
+SHORT = {
+    "iterations": 4,
+    "batch_size": 16,
+    "mini_batch_size": 8,
+    "train": {"lr": 1e-3, "validate_every": 2, "checkpoint_every": 3},
+}
+
+
+def logged(directory) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_energy_is_logged_per_iteration_and_sampled_token(pocket, tmp_path, monkeypatch):
+    """50 W for 2 s of each iteration; validation and checkpoints draw power of their own."""
+    now, tokens = [0.0], []
+    monkeypatch.setattr(
+        energy, "of_device", lambda device: power.tree(tmp_path / "power", 50.0, lambda: now[0])
+    )
+
+    def lasting(function, seconds):
+        def call(*arguments):
+            now[0] += seconds
+            return function(*arguments)
+
+        return call
+
+    def improve(settings, actors, rollout, iteration):
+        tokens.append(len(rollout.logprob))
+        return plain(settings, actors, rollout, iteration)
+
+    plain = ppo.improve
+    monkeypatch.setattr(ppo, "collect", lasting(ppo.collect, 1.5))
+    monkeypatch.setattr(ppo, "improve", lasting(improve, 0.5))
+    monkeypatch.setattr(ppo, "measure", lasting(ppo.measure, 10.0))
+    monkeypatch.setattr(Store, "save", lasting(Store.save, 5.0))
+    ppo.run(recipe(pocket, **SHORT), tmp_path / "run")
+    lines = [line for line in logged(tmp_path / "run") if "policy_loss" in line]
+    assert [line["joules_per_step"] for line in lines] == pytest.approx([100.0] * 4)
+    assert [line["joules_per_token"] for line in lines] == pytest.approx([100 / n for n in tokens])
+
+
+def test_energy_that_nobody_measures_is_said_once(pocket, tmp_path, monkeypatch):
+    meter = energy.EnergyMeter(powercap=tmp_path / "nothing")
+    monkeypatch.setattr(energy, "of_device", lambda device: meter)
+    ppo.run(recipe(pocket, **SHORT), tmp_path / "run")
+    said = [line["energy"] for line in logged(tmp_path / "run") if "energy" in line]
+    assert len(said) == 1 and "not measured (CPU: no RAPL domain" in said[0]
+    assert not any("joules" in key for line in logged(tmp_path / "run") for key in line)
 
 
 def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):

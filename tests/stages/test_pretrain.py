@@ -114,6 +114,10 @@ def test_continues_from_a_model_folder(tmp_path):
         ({"init": "x"}, "init brings its model"),
         ({"held_out": 1.0}, "less than 1"),
         ({"model": {"dims": 3}}, "dims"),
+        ({"epochs": float("inf")}, "finite"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"batch_tokens": 8}, "batch_tokens: 8 cannot hold one window of context"),
+        ({"train": {"micro_tokens": 8}}, "train.micro_tokens: 8 cannot hold one window"),
     ],
 )
 def test_impossible_recipes(tmp_path, changes, message):
@@ -144,3 +148,10 @@ def test_shipped_recipes_are_valid(name):
     from llama2rt.cli import find_recipe, read_recipe
 
     PretrainRecipe.model_validate(read_recipe(find_recipe(name)))
+
+
+def test_an_impossible_shape_is_said_before_anything_is_written(tmp_path):
+    wrong = recipe(tmp_path, model={"dim": 32, "layers": 1, "heads": 3})
+    with pytest.raises(InputError, match="model: heads: expected a divisor of dim 32, got 3"):
+        pretrain.run(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -75,6 +75,21 @@ def test_tokenizer_json_is_identical_to_the_model(llama, exported, shared_data):
         assert other.decode(ids) == llama.decode(ids), example
 
 
+def test_agreement_is_about_what_ids_mean(llama, exported, small_tokenizer, tmp_path):
+    as_json = Tokenizer.load(exported / "tokenizer.json")
+    assert as_json.digest != llama.digest
+    assert as_json.agrees_with(llama) and llama.agrees_with(as_json)
+    # As many pieces, of another text.
+    other = Tokenizer.train(
+        ["sphinx of black quartz judge my vow " * 9] * 9 + ["0123456789"], 310, tmp_path
+    )
+    same_size = Tokenizer.train(
+        ["pack my box with five dozen liquor jugs " * 9] * 9 + ["0123456789"], 310, tmp_path
+    )
+    assert not other.agrees_with(same_size)
+    assert not small_tokenizer.agrees_with(llama)
+
+
 def test_transformers_tokenises_the_export_identically(llama, exported, shared_data):
     transformers = pytest.importorskip("transformers")
     (exported / "config.json").write_text('{"model_type": "llama"}')  # as in a model folder

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import power
 import pytest
 import torch
 
@@ -190,7 +191,7 @@ def test_validation_runs_without_gradients_and_is_returned(tmp_path):
 # machine hardly moves; the others by the clock, which runs on while a checkpoint is written.
 KILLED = """
 import os, random, shutil, signal, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/../helpers"]
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from test_train_loop import *
@@ -245,27 +246,10 @@ def test_death_at_random_moments_changes_no_bit(tmp_path, seed):
     assert int(done.stdout.split()[1]) >= 2, done.stdout
 
 
-def power_tree(root: Path, watts: float, clock) -> energy.EnergyMeter:
-    """A host whose one counter shows `watts` times the time that `clock` tells."""
-    meter = energy.EnergyMeter(powercap=root, clock=clock)
-    folder = root / "intel-rapl:0"
-    folder.mkdir(exist_ok=True, parents=True)
-    for name, text in [("name", "package-0"), ("max_energy_range_uj", "1000000000")]:
-        (folder / name).write_text(text)
-
-    def read() -> tuple[float, dict[str, float]]:
-        (folder / "energy_uj").write_text(str(round(meter._clock() * watts * 1e6)))
-        return type(meter)._read(meter)
-
-    meter._read = read
-    (folder / "energy_uj").write_text("0")
-    return meter
-
-
 def test_energy_is_logged_per_token_and_step(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(
-        energy, "of_device", lambda device: power_tree(tmp_path / "power", 50.0, lambda: now[0])
+        energy, "of_device", lambda device: power.tree(tmp_path / "power", 50.0, lambda: now[0])
     )
 
     def slow(model, batch):

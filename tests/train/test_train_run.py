@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import ValidationError
 
 from llama2rt.errors import InputError
 from llama2rt.train import Recipe, Run, TrainOptions
+from llama2rt.train.run import abandon
 
 
 class Tiny(Recipe):
@@ -120,3 +122,49 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         for mode in ("leave", "keep")
     }
     assert faults["keep"] < 0.3 * faults["leave"], faults
+
+
+def test_one_process_at_a_time(tmp_path):
+    script = """
+import sys
+from llama2rt.train import Recipe, Run
+run = Run.open(sys.argv[1], Recipe())
+print("open", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-P", "-c", script, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(InputError, match="another process is at work in it"):
+            Run.open(tmp_path / "run", Recipe(), resume=True)
+        other.kill()
+        other.wait()
+    run = Run.open(tmp_path / "run", Recipe(), resume=True)
+    Run.open(tmp_path / "run", Recipe(), resume=True)
+    run.finish()
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_an_abandoned_run_leaves_its_place_free(tmp_path):
+    Run.open(tmp_path / "run", Tiny())
+    Run.open(tmp_path / "run" / "V1", Tiny()).log(1, loss=1.0)
+    Run.open(tmp_path / "run" / "V2", Tiny())
+    abandon(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").glob("[!.]*")) == [
+        "V1",
+        "manifest.json",
+        "recipe.toml",
+    ]
+    Run.open(tmp_path / "other", Tiny())
+    abandon(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    Run.open(tmp_path / "other", Tiny())
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "warmup_ratio"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_are_finite(name, value):
+    with pytest.raises(ValidationError, match=name):
+        TrainOptions(**{name: value})
+    assert TrainOptions(clip=float("inf")).clip == float("inf")

@@ -8,6 +8,7 @@ from torch import Tensor
 from llama2rt.ops import logprob_tiles
 from llama2rt.ops.composed import tiles
 from llama2rt.ops.cuda_kernels.device import DTYPES, Device
+from llama2rt.ops.logprob_tiles import Statistics, Upstream
 
 # A forward tile in bf16 is at most 32 MiB, so that the kernel finds most of it in the L2 cache (40
 # MB on an A100, 50 on an H200), and 512 blocks of a product, four rounds over the multiprocessors.
@@ -39,15 +40,7 @@ class _Kernels:
     on: Device
 
     def fold(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        first: int,
-        scale: float,
-        peak: Tensor,
-        total: Tensor,
-        weighted: Tensor | None,
-        chosen: Tensor,
+        self, logits: Tensor, targets: Tensor, first: int, scale: float, statistics: Statistics
     ) -> None:
         self.on.native.token_logprob(
             DTYPES[logits.dtype],
@@ -57,7 +50,7 @@ class _Kernels:
             self.on.address(targets),
             first,
             scale,
-            *map(self.on.address, (peak, total, weighted, chosen)),
+            *map(self.on.address, statistics),
             *self.on.stream(logits),
         )
 
@@ -68,10 +61,7 @@ class _Kernels:
         targets: Tensor,
         first: int,
         scale: float,
-        lse: Tensor,
-        dlogprob: Tensor,
-        dentropy: Tensor | None,
-        entropy: Tensor | None,
+        upstream: Upstream,
     ) -> None:
         self.on.native.token_logprob_backward(
             DTYPES[logits.dtype],
@@ -83,7 +73,7 @@ class _Kernels:
             self.on.address(targets),
             first,
             scale,
-            *map(self.on.address, (lse, dlogprob, dentropy, entropy)),
+            *map(self.on.address, upstream),
             *self.on.stream(logits),
         )
 

@@ -1,0 +1,105 @@
+"""What the RLHF stages check before the first sample: one vocabulary, room for every answer."""
+
+import pytest
+import torch
+
+from llama2rt.checkpoint import native
+from llama2rt.data.readers import write
+from llama2rt.data.records import Prompt
+from llama2rt.errors import InputError
+from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.stages import dpo, phases, ppo, rejection
+from llama2rt.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def strangers(pocket, tmp_path_factory):
+    """A reward model and a language model of the policy's size with another tokenizer, and a reward
+    model with the policy's and a context of 12."""
+    folder = tmp_path_factory.mktemp("strangers")
+    policy, tokenizer = phases.load_llama(pocket.sft)
+    text = "the quick brown fox jumps over twelve lazy dogs " * 3
+    foreign = Tokenizer.train([f"{i} {text}" for i in range(50)], 300, folder / "tokenizer")
+    shape = dict(vars(policy.config), vocab_size=max(300, tokenizer.vocab_size))
+    native.save(ScalarModel(LlamaConfig(**shape)).initialize(1), foreign, folder / "reward")
+    native.save(Llama(LlamaConfig(**shape)).initialize(1), foreign, folder / "policy")
+    short = LlamaConfig(**dict(vars(policy.config), context=12))
+    native.save(ScalarModel(short).initialize(1), tokenizer, folder / "short")
+    return folder
+
+
+def stages(pocket, **settings):
+    """(module, recipe) of the three stages that rank samples."""
+    common = {"helpfulness": pocket.helpfulness, "data": [pocket.prompts], "max_tokens": 8}
+    common |= settings
+    return [
+        (ppo, ppo.PpoRecipe(init=pocket.sft, **common)),
+        (dpo, dpo.DpoRecipe(init=pocket.sft, **common)),
+        (rejection, rejection.RejectionRecipe(policy=pocket.sft, init=pocket.sft, **common)),
+    ]
+
+
+@pytest.mark.parametrize("key", ["helpfulness", "safety"])
+def test_a_reward_model_of_another_vocabulary_is_refused(pocket, strangers, tmp_path, key):
+    for module, recipe in stages(pocket, **{key: strangers / "reward"}):
+        with pytest.raises(InputError, match="reward: its tokenizer is not the policy's"):
+            module.run(recipe, tmp_path / module.__name__)
+
+
+def test_a_reference_or_base_of_another_vocabulary_is_refused(pocket, strangers, tmp_path):
+    shared = {"helpfulness": pocket.helpfulness, "data": [pocket.prompts]}
+    recipe = ppo.PpoRecipe(init=pocket.sft, reference=strangers / "policy", **shared)
+    with pytest.raises(InputError, match="policy: its tokenizer is not the policy's"):
+        ppo.run(recipe, tmp_path / "ppo")
+    recipe = rejection.RejectionRecipe(policy=pocket.sft, init=strangers / "policy", **shared)
+    with pytest.raises(InputError, match="policy: its tokenizer is not the policy's"):
+        rejection.run(recipe, tmp_path / "rejection")
+    assert not (tmp_path / "rejection" / "samples").exists()
+
+
+def test_a_reward_model_without_room_is_refused_before_sampling(pocket, strangers, tmp_path):
+    for module, recipe in stages(pocket, helpfulness=strangers / "short"):
+        with pytest.raises(InputError, match="helpfulness: its context of 12 tokens is shorter"):
+            module.run(recipe, tmp_path / module.__name__)
+
+
+def test_prompts_that_fill_the_context_are_left_out_and_counted(pocket, tmp_path, caplog):
+    policy, tokenizer = phases.load_llama(pocket.sft)
+    short = Prompt("short", [{"role": "user", "content": "may baba visit"}])
+    long = Prompt("long", [{"role": "user", "content": "may baba visit " * 40}])
+    write(tmp_path / "both.jsonl", [long, short])
+    found = phases.read_prompts([tmp_path / "both.jsonl"], tokenizer, policy)
+    assert [prompt.id for prompt in found] == ["short"]
+    assert "1 prompts that fill the context of 64 left out" in caplog.text
+    write(tmp_path / "long.jsonl", [long])
+    with pytest.raises(InputError, match="data: all 1 prompts fill the policy's context"):
+        phases.read_prompts([tmp_path / "long.jsonl"], tokenizer, policy)
+
+
+def test_a_tokenizer_beyond_the_embeddings_is_refused(pocket, tmp_path):
+    policy, tokenizer = phases.load_llama(pocket.sft)
+    smaller = LlamaConfig(**dict(vars(policy.config), vocab_size=tokenizer.vocab_size - 1))
+    native.save(Llama(smaller).initialize(0), None, tmp_path / "model")
+    with pytest.raises(InputError, match=f"only {tokenizer.vocab_size - 1} embeddings"):
+        phases.load_llama(tmp_path / "model", pocket.tokenizer)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rejection"])
+def test_samples_longer_than_micro_tokens_pass_alone(pocket, tmp_path, stage):
+    """Refusing them would come after the sampling, to a run that cannot be resumed otherwise."""
+    common = {
+        "init": pocket.sft,
+        "helpfulness": pocket.helpfulness,
+        "data": [pocket.prompts],
+        "max_tokens": 8,
+        "samples": 2,
+        "train": {"lr": 1e-3, "micro_tokens": 4, "checkpoint_every": 0},
+    }
+    if stage == "dpo":
+        short = {"iterations": 1, "prompts_per_iteration": 16, "temperatures": [1.0]}
+        folder = dpo.run(dpo.DpoRecipe(**common, **short), tmp_path / "run")
+    else:
+        recipe = rejection.RejectionRecipe(policy=pocket.sft, **common)
+        folder = rejection.run(recipe, tmp_path / "run")
+    model, _ = phases.load_llama(folder)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
