@@ -98,10 +98,15 @@ def token_logprob(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T]).
 
-    Extra memory: one tile of logits in hidden's dtype.
+    Extra memory: one tile of logits in hidden's dtype; for fp32 one of backward's tiles.
     """
-    columns = min(FORWARD_COLUMNS, _eighth(weight.shape[0]))
-    size = logprob_tiles.Tiles(FORWARD_ROWS, columns, columns)
+    columns = _eighth(weight.shape[0])
+    size = logprob_tiles.Tiles(max(1, hidden.shape[0]), columns, columns)
+    if hidden.dtype != torch.float32:
+        # Backward's logits may come from another kernel of cuBLAS, which adds in another order. In
+        # fp32 that shows: an ulp of a logit of 500 is 3e-5 of its probability, of 1 itself.
+        columns = min(FORWARD_COLUMNS, columns)
+        size = logprob_tiles.Tiles(FORWARD_ROWS, columns, columns)
     arguments = hidden, weight, targets, temperature, entropy
     return logprob_tiles.forward(_Kernels(on), size, *arguments)
 
