@@ -40,7 +40,6 @@ OPTIONAL = {
     "wandb": ("logging to Weights & Biases", "pip install wandb"),
 }
 
-
 # What a peer must have, beside its distribution, to stand beside our kernels.
 PEERS = {
     "flash-attn": "flash_attn:flash_attn_varlen_func",
@@ -205,7 +204,8 @@ def _table(title: str, *columns: str) -> "Table":
     return table
 
 
-def _print(report: dict[str, Any], console: "Console") -> None:
+def _facts(report: dict[str, Any]) -> "Table":
+    """What is installed, a line each, with its kernels or the reason why there are none."""
     torch, cpu, cuda, triton = (report[name] for name in ("torch", "_cpu", "_cuda", "triton"))
     facts = _table("", "", "")
     facts.show_header = False
@@ -234,19 +234,26 @@ def _print(report: dict[str, Any], console: "Console") -> None:
         facts.add_row("", ", ".join(triton["kernels"]))
     else:
         facts.add_row("triton", triton["reason"])
-    console.print(facts)
+    return facts
 
+
+def _print_ops(report: dict[str, Any], console: "Console") -> None:
+    """What each op runs on, for the devices that are here, and why not on the others."""
+    for device, name in (("cpu", "a CPU"), ("cuda", "a GPU")):
+        if device == "cuda" and not report["torch"].get("gpus"):
+            continue
+        ops = _table(f"\nOps on {name}", "op", "runs on", "native code in")
+        for op, found in report["ops"][device].items():
+            ops.add_row(op, found["chosen"], ", ".join(found["native"]) or "none: composed")
+        console.print(ops)
+        for backend, reason in found["unusable"].items():
+            console.print(f"not {backend}: {reason}", markup=False, highlight=False)
+
+
+def _print(report: dict[str, Any], console: "Console") -> None:
+    console.print(_facts(report))
     if "reason" not in report["ops"]:
-        for device, name in (("cpu", "a CPU"), ("cuda", "a GPU")):
-            if device == "cuda" and not torch.get("gpus"):
-                continue
-            ops = _table(f"\nOps on {name}", "op", "runs on", "native code in")
-            for op, found in report["ops"][device].items():
-                ops.add_row(op, found["chosen"], ", ".join(found["native"]) or "none: composed")
-            console.print(ops)
-            for backend, reason in found["unusable"].items():
-                console.print(f"not {backend}: {reason}", markup=False, highlight=False)
-
+        _print_ops(report, console)
     optional = _table("\nOptional packages", "package", "version", "adds", "get it")
     for name, found in report["optional"].items():
         have = found["version"]

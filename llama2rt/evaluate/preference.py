@@ -51,7 +51,7 @@ def accuracy_table(
         raise ValueError(f"ratings must have {len(first)} entries, got {len(labels)}")
     unknown = set(labels) - {*RATINGS, UNRATED}
     if unknown:
-        raise ValueError(f"unknown rating {sorted(unknown)[0]!r}, expected one of {list(RATINGS)}")
+        raise ValueError(f"unknown rating {min(unknown)!r}, expected one of {list(RATINGS)}")
 
     correct = np.where(first == second, 0.5, first > second)
     ties = first == second

@@ -47,26 +47,11 @@ def accuracy_by_rating(
             axes.bar(x, mean, width * 0.88, color=SERIES[i], alpha=0.85, label=name)
             axes.errorbar(x, mean, _bars(mean, low, high), fmt="none", ecolor=INK, elinewidth=1.1)
             for place, value, top in zip(x, mean, high, strict=True):
-                axes.annotate(
-                    f"{100 * value:.0f}",
-                    (place, top),
-                    (0, 3),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8.5,
-                )
+                _note(axes, f"{100 * value:.0f}", (place, top), (0, 3), ha="center")
         if ratings:
             axes.axhline(0.5, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
-            axes.annotate(
-                "chance",
-                (1.0, 0.5),
-                (2, 0),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-                color=MUTED,
-            )
+            right_end = {"xycoords": ("axes fraction", "data"), "va": "center", "color": MUTED}
+            _note(axes, "chance", (1.0, 0.5), (2, 0), **right_end)
             axes.set_xticks(places, [rating.replace("_", " ") for rating in ratings])
             axes.set_ylim(0, 1.08)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
@@ -122,14 +107,8 @@ def versions(
                 zorder=3,
             )
             for place, value, right in zip(y, mean, high, strict=True):
-                axes.annotate(
-                    f"{100 * value:.1f} %" if share else f"{value:.3f}",
-                    (right, place),
-                    (6, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8.5,
-                )
+                shown = f"{100 * value:.1f} %" if share else f"{value:.3f}"
+                _note(axes, shown, (right, place), (6, 0), va="center")
             axes.set_yticks(y, names)
             axes.set_ylim(len(names) - 0.5, -0.5)
             limit = float(np.nanmax(high))
@@ -326,14 +305,8 @@ def length_correlation(
                 cells = [part.mean() for part in np.array_split(values, min(120, len(values)))]
                 left = np.arange(len(cells)) / len(cells)
                 axes.barh(i, 1 - left, 0.76, left, color=scale.to_rgba(np.array(cells)))
-                axes.annotate(
-                    f"mean {values.mean():+.2f}".replace("-", "\N{MINUS SIGN}"),
-                    (1, i),
-                    (8, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8.5,
-                )
+                mean = f"mean {values.mean():+.2f}".replace("-", "\N{MINUS SIGN}")
+                _note(axes, mean, (1, i), (8, 0), va="center")
             figure.colorbar(scale, ax=axes, label="Pearson r", pad=0.1, ticks=[-1, 0, 1])
             axes.set_yticks(range(len(data)), list(data))
             axes.set_ylim(len(data) - 0.5, -0.5)
@@ -424,6 +397,13 @@ def _bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _triple(row: Mapping[str, Any]) -> Estimate:
     return row["mean"], row["low"], row["high"]
+
+
+def _note(
+    axes: Axes, text: str, at: tuple[Any, Any], offset: tuple[float, float], **style: Any
+) -> None:
+    """Small text, `offset` points from a place on the axes."""
+    axes.annotate(text, at, offset, textcoords="offset points", fontsize=8.5, **style)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
