@@ -9,6 +9,7 @@ there is not offered. Exit status: 0 done, 2 bad input, 1 anything else (Ctrl-C 
 import importlib
 import json
 import logging
+import os
 import sys
 import textwrap
 import tomllib
@@ -85,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb, rest = arguments[0], arguments[1:]
     if verb not in verbs:
         _fail(f"unknown verb {verb!r}: expected one of {', '.join(verbs)}", status=2)
+    # An address of pydantic's below each wrong value helps nobody who runs a command.
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
 

@@ -59,6 +59,8 @@ class DpoRecipe(Recipe):
     """of equal shares of the samples; no top-k, no top-p"""
     max_tokens: int = Field(default=2048, gt=0)
     """response length; a response that is cut there is compared as it stands, without an EOS"""
+    max_sequences: int = Field(default=256, gt=0)
+    """sampled at once; fewer hold fewer keys and values in memory"""
     length_penalty: float = Field(default=0.0, ge=0)
     """reward taken off per character when ranking"""
     threshold: float = Field(default=0.15, ge=0, le=1)
@@ -155,7 +157,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         policy, _ = phases.load_llama(policy_folder, recipe.tokenizer, options.dtype)
         sampled = phases.sample(
             step.samples_directory,
-            Engine(policy, tokenizer),
+            Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
             reward_models,
             phases.draw(prompts, count, recipe.seed, iteration),
             n=recipe.samples,
@@ -203,7 +205,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
             if held_out:
                 measured = phases.measure(
                     step.samples_directory / "held_out.jsonl",
-                    Engine(model, tokenizer),
+                    Engine(model, tokenizer, max_sequences=recipe.max_sequences),
                     reference,
                     reward_models,
                     held_out,

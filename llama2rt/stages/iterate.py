@@ -67,6 +67,8 @@ class IterateRecipe(Recipe):
     ones are pooled ("up to V3 ... only from the preceding iteration")"""
     max_tokens: int = Field(default=256, gt=0)
     """response length, in every step that does not set its own and in measurements"""
+    max_sequences: int = Field(default=256, gt=0)
+    """sampled at once, likewise; fewer hold fewer keys and values in memory"""
     micro_tokens: int = Field(default=4096, gt=0)
     """most tokens in one forward pass of a measurement"""
     threshold: float = Field(default=0.15, ge=0, le=1)
@@ -122,6 +124,7 @@ def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:
         "data": recipe.data,
         "validation": recipe.validation,
         "max_tokens": recipe.max_tokens,
+        "max_sequences": recipe.max_sequences,
         "threshold": recipe.threshold,
         "seed": phases.derived_seed(recipe.seed, step.name),
     }
@@ -153,7 +156,7 @@ def measure(recipe: IterateRecipe, name: str, folder: Path, run: Run) -> dict[st
     )
     numbers = phases.measure(
         run.samples_directory / f"{name}.jsonl",
-        Engine(model, tokenizer),
+        Engine(model, tokenizer, max_sequences=recipe.max_sequences),
         reference,
         reward_models,
         phases.read_prompts(recipe.validation, tokenizer, model),

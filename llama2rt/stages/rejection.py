@@ -57,6 +57,8 @@ class RejectionRecipe(Recipe):
     """to be tuned again for each version: 1.2-1.3 was best for RLHF models at 10-100 samples"""
     max_tokens: int = Field(default=256, gt=0)
     """response length; a response that is cut there never becomes a target"""
+    max_sequences: int = Field(default=256, gt=0)
+    """sampled at once; fewer hold fewer keys and values in memory"""
     threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt"""
     batch_size: int = Field(default=64, gt=0)
@@ -95,7 +97,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     # Sample and score.
     sampled = phases.sample(
         run.samples_directory,
-        Engine(policy, tokenizer),
+        Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
         reward_models,
         phases.read_prompts(
             recipe.data, tokenizer, policy, recipe.max_tokens, reward_models.by_key
@@ -143,7 +145,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         reference = phases.load_companion(recipe.init, tokenizer)
         report |= phases.measure(
             run.samples_directory / "held_out.jsonl",
-            Engine(model, tokenizer),
+            Engine(model, tokenizer, max_sequences=recipe.max_sequences),
             reference,
             reward_models,
             phases.read_prompts(recipe.validation, tokenizer, model),

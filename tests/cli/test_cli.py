@@ -148,6 +148,15 @@ def test_bad_options(recipe, tmp_path, capsys, arguments, message):
     assert message in captured.err + captured.out
 
 
+def test_a_wrong_option_is_said_without_addresses(recipe, tmp_path):
+    command = [sys.executable, "-P", "-m", "llama2rt.cli", "pretrain", str(recipe)]
+    command += ["--out", str(tmp_path / "run"), "--train.lr", "-1"]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 2
+    assert "greater than 0" in said.stderr
+    assert "http" not in said.stderr
+
+
 def test_bad_input_leaves_the_place_free(recipe, tmp_path, capsys):
     text = tmp_path / "text.txt"
     good = text.read_bytes()

@@ -7,6 +7,7 @@ from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
 from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
+from llama2rt.generate import scheduler
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.stages import dpo, phases, ppo, rejection
 from llama2rt.text.tokenizer import Tokenizer
@@ -103,3 +104,32 @@ def test_samples_longer_than_micro_tokens_pass_alone(pocket, tmp_path, stage):
         folder = rejection.run(recipe, tmp_path / "run")
     model, _ = phases.load_llama(folder)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_max_sequences_bounds_what_is_sampled_at_once(pocket, tmp_path, monkeypatch):
+    """And changes no sample: what does not fit waits."""
+    seen = []
+
+    class Spy(scheduler.Scheduler):
+        def __init__(self, *args, **kwargs):
+            seen.append(kwargs["max_sequences"])
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "Scheduler", Spy)
+    texts = []
+    for most in (256, 3):
+        short = {"samples": 2, "epochs": 1, "max_sequences": most, "train": {"lr": 1e-3}}
+        recipe = rejection.RejectionRecipe(
+            policy=pocket.sft,
+            init=pocket.sft,
+            helpfulness=pocket.helpfulness,
+            data=[pocket.prompts],
+            validation=[pocket.validation],
+            max_tokens=8,
+            **short,
+        )
+        rejection.run(recipe, tmp_path / str(most))
+        part = tmp_path / str(most) / "samples" / "part-00000.jsonl"
+        texts.append([response.tokens for response in phases.read_responses(part)])
+    assert seen == [256, 256, 3, 3]
+    assert texts[0] == texts[1]
