@@ -200,7 +200,7 @@ inline f32v shuffle(f32v a, f32v b, i32v index) {
 #endif
 }
 
-template <int STEP>
+template <int STEP, int ROWS = W>
 inline void exchange(f32v* rows) {
   i32v low, high;
   for (int j = 0; j < W; ++j) {
@@ -208,7 +208,7 @@ inline void exchange(f32v* rows) {
     high[j] = j & STEP ? W + j : j + STEP;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
+  for (int i = 0; i < ROWS; ++i) {
     if (i & STEP) continue;
     const f32v a = rows[i], b = rows[i + STEP];
     rows[i] = shuffle(a, b, low);
@@ -221,6 +221,16 @@ template <int STEP = W / 2>
 inline void transpose(f32v* rows) {
   exchange<STEP>(rows);
   if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
+
+// Lane i is the sum of row i: a transposition whose halves are added as soon as they lie alike.
+template <int STEP = W / 2>
+inline f32v sums_of_rows(f32v* rows) {
+  exchange<STEP, 2 * STEP>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; ++i) rows[i] += rows[i + STEP];
+  if constexpr (STEP > 1) return sums_of_rows<STEP / 2>(rows);
+  return rows[0];
 }
 
 // x [rows, n] transposed -> [n / UNIT, PANEL]: x's rows become the columns of a panel.
