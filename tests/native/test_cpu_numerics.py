@@ -133,7 +133,7 @@ def test_decode_attention(heads, kv_heads, dim, scale, dtype, seed):
     arguments = decode_cases.make(
         *(heads, kv_heads, dim, 8, dtype, "tail", seed, lengths), key_kind="normal"
     )
-    decode_cases.check(cpu.decode_attention, arguments, scale)
+    decode_cases.check(cpu.decode_attention, arguments, scale, decode_cases.sdpa)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])

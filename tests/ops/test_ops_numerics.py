@@ -70,7 +70,7 @@ def run(request):
 def test_decode_attention(heads, kv_heads, run, dtype, seed):
     lengths = [1, 0, 17, 16, 40]
     arguments = decode_cases.make(heads, kv_heads, 24, 16, dtype, "normal", seed, lengths)
-    decode_cases.check(run.decode_attention, arguments, 24**-0.5)
+    decode_cases.check(run.decode_attention, arguments, 24**-0.5, decode_cases.sdpa)
 
 
 @pytest.mark.parametrize("kind", ["normal", "small", "tail"])
