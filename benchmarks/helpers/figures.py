@@ -63,9 +63,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axis.legend(fontsize=8)
     threads = f"{record['threads']} thread{'s' * (record['threads'] > 1)}"
     where = record.get("gpu") or f"{record['machine']}, {threads}"
-    figure.suptitle(
-        f"{record['what'].rpartition(' ')[2]} on {where}, {record['date']}", fontsize=10
-    )
+    figure.suptitle(f"{record['what'].rpartition(' ')[2]}\n{where}, {record['date']}", fontsize=10)
     figure.savefig(path)
     pyplot.close(figure)
 
