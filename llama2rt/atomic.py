@@ -24,7 +24,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
         sync(path.parent)
     except OSError as error:
-        if error.filename is None:  # a full disk is met by a descriptor, which has no name
+        # A full disk is met by a descriptor, which has no name.
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
     finally:
