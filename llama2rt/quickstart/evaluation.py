@@ -18,7 +18,7 @@ from llama2rt.evaluate import best_of, intervals, length, win_rates
 from llama2rt.generate import Engine
 from llama2rt.quickstart.judge import Key, Verdict, judge
 from llama2rt.quickstart.recipe import QuickstartRecipe
-from llama2rt.stages import phases
+from llama2rt.stages import loading, phases
 from llama2rt.stages.phases import Response, RewardModels
 
 SAMPLES = 2  # answers a prompt and version; their mean is one unit of the intervals
@@ -49,7 +49,7 @@ def measure(
     models = RewardModels.load(reward_models["helpfulness"], reward_models["safety"], 0.15)
 
     def sample(name: str, asked: Sequence[Prompt], n: int, temperature: float) -> Any:
-        model, tokenizer = phases.load_llama(versions[name])
+        model, tokenizer = loading.load_llama(versions[name])
         folder = name.lower().replace(" ", "-")
         return phases.sample(
             directory / f"{folder}-{n}-at-{temperature}",

@@ -39,7 +39,7 @@ from llama2rt.quickstart import recipe as recipes
 from llama2rt.quickstart.annotator import compare
 from llama2rt.quickstart.judge import Key
 from llama2rt.quickstart.recipe import QuickstartRecipe
-from llama2rt.stages import dpo, phases, ppo, pretrain, rejection, reward, sft
+from llama2rt.stages import dpo, loading, phases, ppo, pretrain, rejection, reward, sft
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.run import Run, hash_path
 
@@ -221,7 +221,7 @@ def annotate(
         return paths
     folder.mkdir(exist_ok=True)
     keys = read_keys(directory / "judge" / "keys.json")
-    model, tokenizer = phases.load_llama(chat_model)
+    model, tokenizer = loading.load_llama(chat_model)
     engine = Engine(model, tokenizer)
     for source, part in (("preference", "training"), ("reward_test", "held_out")):
         prompts: list[Prompt] = readers.read(data[source], "prompt")

@@ -24,7 +24,7 @@ from llama2rt.data.packing import PairBatch
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.model import Llama
-from llama2rt.stages import phases
+from llama2rt.stages import loading, phases
 from llama2rt.stages.phases import Response, RewardModels
 from llama2rt.train.loop import fit
 from llama2rt.train.options import Recipe, TrainOptions
@@ -113,7 +113,7 @@ class DpoRecipe(Recipe):
 
 def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     """All iterations; returns the last one's model folder."""
-    inputs = phases.file_inputs(
+    inputs = loading.file_inputs(
         init=recipe.init,
         helpfulness=recipe.helpfulness,
         safety=recipe.safety,
@@ -125,13 +125,13 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     options = recipe.train
-    reference, tokenizer = phases.load_llama(recipe.init, recipe.tokenizer, options.dtype)
+    reference, tokenizer = loading.load_llama(recipe.init, recipe.tokenizer, options.dtype)
     reference.requires_grad_(False)
     reward_models = RewardModels.load(
         recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
     )
     prompts, held_out = (
-        phases.read_prompts(paths, tokenizer, reference, recipe.max_tokens, reward_models.by_key)
+        loading.read_prompts(paths, tokenizer, reference, recipe.max_tokens, reward_models.by_key)
         if paths
         else []
         for paths in (recipe.data, recipe.validation)
@@ -154,7 +154,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         )
 
         # Sample.
-        policy, _ = phases.load_llama(policy_folder, recipe.tokenizer, options.dtype)
+        policy, _ = loading.load_llama(policy_folder, recipe.tokenizer, options.dtype)
         sampled = phases.sample(
             step.samples_directory,
             Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
@@ -178,7 +178,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
 
         # Learn from the history, going on from this iteration's policy.
         if not step.complete:
-            model, _ = phases.load_llama(policy_folder, recipe.tokenizer)
+            model, _ = loading.load_llama(policy_folder, recipe.tokenizer)
             examples = [
                 (phases.response_example(chosen), phases.response_example(rejected))
                 for chosen, rejected in pairs
@@ -221,7 +221,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         run.log(iteration + 1, **report)
         policy_folder, parents = step.model_directory, [step.directory]
 
-    final, _ = phases.load_llama(policy_folder, recipe.tokenizer, options.dtype)
+    final, _ = loading.load_llama(policy_folder, recipe.tokenizer, options.dtype)
     native.save(final, tokenizer, run.model_directory)
     phases.write_report(run, {"iterations": recipe.iterations, **report})
     return run.model_directory

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
-from llama2rt.stages import dpo, phases, ppo, rejection
+from llama2rt.stages import dpo, loading, phases, ppo, rejection
 from llama2rt.stages.phases import RewardModels
 from llama2rt.train.options import Recipe
 from llama2rt.train.run import Run
@@ -92,7 +92,7 @@ class IterateRecipe(Recipe):
 
 def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path:
     """All steps, then the table of versions into report.json; returns the last model's folder."""
-    inputs = phases.file_inputs(
+    inputs = loading.file_inputs(
         sft=recipe.sft,
         base=recipe.base,
         helpfulness=recipe.helpfulness,
@@ -149,8 +149,8 @@ def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:
 
 def measure(recipe: IterateRecipe, name: str, folder: Path, run: Run) -> dict[str, Any]:
     """A row of the table: the version on the held-out prompts."""
-    model, tokenizer = phases.load_llama(folder)
-    reference = phases.load_companion(recipe.sft, tokenizer)
+    model, tokenizer = loading.load_llama(folder)
+    reference = loading.load_companion(recipe.sft, tokenizer)
     reward_models = RewardModels.load(
         recipe.helpfulness, recipe.safety, recipe.threshold, tokenizer=tokenizer
     )
@@ -159,7 +159,7 @@ def measure(recipe: IterateRecipe, name: str, folder: Path, run: Run) -> dict[st
         Engine(model, tokenizer, max_sequences=recipe.max_sequences),
         reference,
         reward_models,
-        phases.read_prompts(recipe.validation, tokenizer, model),
+        loading.read_prompts(recipe.validation, tokenizer, model),
         temperature=1.0,
         max_tokens=recipe.max_tokens,
         seed=phases.derived_seed(recipe.seed, "versions"),

@@ -8,8 +8,7 @@ policy never produced.
 
 import hashlib
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,121 +19,15 @@ from torch import Tensor
 
 from llama2rt import atomic, report
 from llama2rt.algorithms import advantages, rewards
-from llama2rt.checkpoint import load
-from llama2rt.checkpoint.native import find_tokenizer
 from llama2rt.data.packing import Batch, Example, micro_batches
-from llama2rt.data.readers import read
 from llama2rt.data.records import Prompt, Sample
 from llama2rt.errors import InputError
 from llama2rt.evaluate.scoring import score_tokens
 from llama2rt.generate import Completion, Engine
-from llama2rt.model import Llama, LlamaConfig, ScalarModel
-from llama2rt.text import chat
+from llama2rt.model import Llama, ScalarModel
+from llama2rt.stages import loading
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.run import Run
-
-logger = logging.getLogger("llama2rt.stages.phases")
-
-
-def default_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_llama(
-    folder: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Llama, Tokenizer]:
-    """A language model and the tokenizer that belongs to it; InputError for anything else."""
-    model, own = load(folder, default_device(), dtype)
-    if not isinstance(model, Llama):
-        raise InputError(f"{folder}: expected a language model, found a reward model")
-    return model, choose_tokenizer(folder, model.config, own, tokenizer)
-
-
-def choose_tokenizer(
-    folder: Path, config: LlamaConfig, own: Tokenizer | None, given: Path | None
-) -> Tokenizer:
-    """The tokenizer `given` or else the model folder's `own`; InputError where there is neither, or
-    where the model has fewer embeddings than `given` has pieces."""
-    if given is None:
-        if own is None:
-            raise InputError(f"{folder}: holds no tokenizer; name one with the key tokenizer")
-        return own
-    tokenizer = Tokenizer.load(given)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"tokenizer: {given} has {tokenizer.vocab_size} pieces, the model in {folder} only "
-            f"{config.vocab_size} embeddings"
-        )
-    return tokenizer
-
-
-def load_companion(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> Llama:
-    """A language model that reads what a policy with `tokenizer` writes, such as its reference."""
-    model, own = load(folder, default_device(), dtype)
-    if not isinstance(model, Llama):
-        raise InputError(f"{folder}: expected a language model, found a reward model")
-    _require_same_tokens(folder, own, tokenizer)
-    return model
-
-
-def load_scalar(
-    folder: Path, dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
-) -> ScalarModel:
-    """A reward model, frozen and ready to score; InputError for a language model, and for one that
-    reads other tokens than `tokenizer`, the policy's, writes."""
-    model, own = load(folder, default_device(), dtype)
-    if not isinstance(model, ScalarModel):
-        raise InputError(f"{folder}: expected a reward model, found a language model")
-    if tokenizer is not None:
-        _require_same_tokens(folder, own, tokenizer)
-    return model.requires_grad_(False).eval()
-
-
-def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """InputError unless the model in `folder` reads what a policy with `tokenizer` writes: what
-    `load_companion` checks, without the weights."""
-    _require_same_tokens(folder, find_tokenizer(folder), tokenizer)
-
-
-def _require_same_tokens(folder: Path, own: Tokenizer | None, policy: Tokenizer) -> None:
-    # Responses pass between models as ids: another vocabulary would read another text, in silence.
-    if own is not None and not own.agrees_with(policy):
-        raise InputError(f"{folder}: its tokenizer is not the policy's; all models must share one")
-
-
-def read_prompts(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    policy: Llama,
-    max_tokens: int = 1,
-    readers: Mapping[str, Llama | ScalarModel] | None = None,
-) -> list[Prompt]:
-    """The prompts that leave the policy room to answer; the others are left out and counted, as
-    too long dialogues are. InputError where none does, and, by its name, where one of the `readers`
-    could meet a prompt with a response of `max_tokens` that is longer than its context.
-
-    Here and not when it happens, which can be hours later.
-    """
-    prompts = read(list(paths), "prompt")
-    context = policy.config.context
-    lengths = [len(chat.encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
-    fitting = [prompt for prompt, n in zip(prompts, lengths, strict=True) if n < context]
-    if not fitting:
-        raise InputError(
-            f"data: all {len(prompts)} prompts fill the policy's context of {context} tokens"
-        )
-    if len(fitting) < len(prompts):
-        left_out = len(prompts) - len(fitting)
-        logger.warning("%d prompts that fill the context of %d left out", left_out, context)
-    longest = min(context, max(n for n in lengths if n < context) + max_tokens)
-    for name, model in (readers or {}).items():
-        if model.config.context < longest:
-            raise InputError(
-                f"{name}: its context of {model.config.context} tokens is shorter than the "
-                f"longest prompt with its response, {longest}; lower max_tokens or use another"
-            )
-    return fitting
 
 
 def derived_seed(seed: int, *parts: int | str) -> int:
@@ -213,8 +106,8 @@ class RewardModels:
     ) -> "RewardModels":
         """From folders; `tokenizer` is the policy's, which the models must share."""
         return cls(
-            load_scalar(helpfulness, dtype, tokenizer),
-            load_scalar(safety, dtype, tokenizer) if safety is not None else None,
+            loading.load_scalar(helpfulness, dtype, tokenizer),
+            loading.load_scalar(safety, dtype, tokenizer) if safety is not None else None,
             threshold,
         )
 
@@ -487,17 +380,6 @@ def kl_per_response(logprob: Tensor, reference: Tensor, responses: int) -> dict[
         f"kl_{estimator}": float(advantages.kl(logprob, reference, estimator).sum() / responses)
         for estimator in ("k1", "k3")
     }
-
-
-def file_inputs(**paths: Any) -> dict[str, Path]:
-    """The files and folders of a recipe by name, lists numbered, as `Run.open` hashes them."""
-    named: dict[str, Path] = {}
-    for name, value in paths.items():
-        if isinstance(value, list):
-            named |= {f"{name}.{i}": path for i, path in enumerate(value)}
-        elif value is not None:
-            named[name] = value
-    return named
 
 
 def prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

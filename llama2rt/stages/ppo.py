@@ -24,7 +24,7 @@ from llama2rt.data.packing import Example, groups, pack
 from llama2rt.data.records import Prompt
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, ScalarModel
-from llama2rt.stages import phases
+from llama2rt.stages import loading, phases
 from llama2rt.stages.phases import RewardModels
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import diverged, interrupts
@@ -126,7 +126,7 @@ class Actors:
 def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Train until the iterations or the patience end; returns the folder of the policy with the
     best mean held-out reward (of the last one where nothing is held out)."""
-    inputs = phases.file_inputs(
+    inputs = loading.file_inputs(
         init=recipe.init,
         reference=recipe.reference,
         helpfulness=recipe.helpfulness,
@@ -145,7 +145,7 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         **actors.reward_models.by_key,
     }
     prompts, held_out = (
-        phases.read_prompts(paths, tokenizer, actors.policy, recipe.max_tokens, readers)
+        loading.read_prompts(paths, tokenizer, actors.policy, recipe.max_tokens, readers)
         if paths
         else []
         for paths in (recipe.data, recipe.validation)
@@ -217,9 +217,9 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
 def load_actors(recipe: PpoRecipe) -> tuple[Actors, Tokenizer]:
     """Policy and critic in fp32 for their optimizers, reference and reward models frozen."""
     options = recipe.train
-    policy, tokenizer = phases.load_llama(recipe.init, recipe.tokenizer)
-    reference = phases.load_companion(recipe.reference or recipe.init, tokenizer, options.dtype)
-    critic = phases.load_scalar(recipe.helpfulness, tokenizer=tokenizer)
+    policy, tokenizer = loading.load_llama(recipe.init, recipe.tokenizer)
+    reference = loading.load_companion(recipe.reference or recipe.init, tokenizer, options.dtype)
+    critic = loading.load_scalar(recipe.helpfulness, tokenizer=tokenizer)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     actors = Actors(
         policy=policy,

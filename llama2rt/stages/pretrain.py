@@ -23,7 +23,8 @@ from llama2rt.data.readers import read
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.stages.phases import choose_tokenizer, default_device, write_report
+from llama2rt.stages.loading import choose_tokenizer, default_device
+from llama2rt.stages.phases import write_report
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import Recipe, TrainOptions

@@ -18,7 +18,7 @@ from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
-from llama2rt.stages import phases, sft
+from llama2rt.stages import loading, phases, sft
 from llama2rt.stages.phases import Response, RewardModels
 from llama2rt.text import chat
 from llama2rt.train.loop import fit
@@ -73,7 +73,7 @@ class RejectionRecipe(Recipe):
 
 def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Sample, select, fine-tune, measure; returns the model folder."""
-    inputs = phases.file_inputs(
+    inputs = loading.file_inputs(
         policy=recipe.policy,
         init=recipe.init,
         helpfulness=recipe.helpfulness,
@@ -88,8 +88,8 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if run.complete:
         return run.model_directory
     options = recipe.train
-    policy, tokenizer = phases.load_llama(recipe.policy, recipe.tokenizer, options.dtype)
-    phases.require_tokenizer(recipe.init, tokenizer)  # its weights are loaded after the sampling
+    policy, tokenizer = loading.load_llama(recipe.policy, recipe.tokenizer, options.dtype)
+    loading.require_tokenizer(recipe.init, tokenizer)  # its weights are loaded after the sampling
     reward_models = RewardModels.load(
         recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
     )
@@ -99,7 +99,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         run.samples_directory,
         Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
         reward_models,
-        phases.read_prompts(
+        loading.read_prompts(
             recipe.data, tokenizer, policy, recipe.max_tokens, reward_models.by_key
         ),
         n=recipe.samples,
@@ -121,7 +121,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     phases.write_responses(run.samples_directory / BEST, best)
 
     # Fine-tune.
-    model = phases.load_companion(recipe.init, tokenizer)
+    model = loading.load_companion(recipe.init, tokenizer)
     dialogues = [
         Dialogue([*r.prompt.messages, {"role": "assistant", "content": r.text}]) for r in best
     ]
@@ -142,13 +142,13 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     # Measure.
     report = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
     if recipe.validation:
-        reference = phases.load_companion(recipe.init, tokenizer)
+        reference = loading.load_companion(recipe.init, tokenizer)
         report |= phases.measure(
             run.samples_directory / "held_out.jsonl",
             Engine(model, tokenizer, max_sequences=recipe.max_sequences),
             reference,
             reward_models,
-            phases.read_prompts(recipe.validation, tokenizer, model),
+            loading.read_prompts(recipe.validation, tokenizer, model),
             temperature=1.0,
             max_tokens=recipe.max_tokens,
             seed=phases.derived_seed(recipe.seed, "held-out"),

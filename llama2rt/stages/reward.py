@@ -26,7 +26,8 @@ from llama2rt.evaluate import preference
 from llama2rt.evaluate.scoring import score_tokens
 from llama2rt.model import ScalarModel
 from llama2rt.model.heads import last_token
-from llama2rt.stages.phases import default_device, file_inputs, load_llama, write_report
+from llama2rt.stages.loading import default_device, file_inputs, load_llama
+from llama2rt.stages.phases import write_report
 from llama2rt.stages.pretrain import ModelShape
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer

@@ -21,7 +21,8 @@ from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
-from llama2rt.stages.phases import file_inputs, load_llama, write_report
+from llama2rt.stages.loading import file_inputs, load_llama
+from llama2rt.stages.phases import write_report
 from llama2rt.text.chat import encode_dialogue
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from llama2rt.algorithms import losses
 from llama2rt.data.packing import pack_pairs
-from llama2rt.stages import dpo, phases
+from llama2rt.stages import dpo, loading, phases
 from llama2rt.train.run import Run
 
 
@@ -84,7 +84,7 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dpo, "PairLoader", remember)
     dpo.run(recipe(pocket, prompts_per_iteration=12, epochs=1), tmp_path / "run")
-    pi0, _ = phases.load_llama(pocket.sft)
+    pi0, _ = loading.load_llama(pocket.sft)
     (first, _), (second, extras) = seen
     assert len(second) > len(first)
     for old, kept in zip(first, second, strict=False):
@@ -116,8 +116,8 @@ def test_length_penalty_is_per_character():
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "hinge", "nca", "robust", "exo", "simpo", "orpo"])
 def test_objective_equals_one_response_at_a_time(pocket, kind):
     """Sums or averages over response tokens only, whatever the lengths, cut responses included."""
-    model, _ = phases.load_llama(pocket.sft)
-    reference, _ = phases.load_llama(pocket.sft)
+    model, _ = loading.load_llama(pocket.sft)
+    reference, _ = loading.load_llama(pocket.sft)
     with torch.no_grad():
         model.output.mul_(1.1)
     pairs = [

@@ -9,7 +9,7 @@ from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
 from llama2rt.generate import scheduler
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
-from llama2rt.stages import dpo, phases, ppo, rejection
+from llama2rt.stages import dpo, loading, phases, ppo, rejection
 from llama2rt.text.tokenizer import Tokenizer
 
 
@@ -18,7 +18,7 @@ def strangers(pocket, tmp_path_factory):
     """A reward model and a language model of the policy's size with another tokenizer, and a reward
     model with the policy's and a context of 12."""
     folder = tmp_path_factory.mktemp("strangers")
-    policy, tokenizer = phases.load_llama(pocket.sft)
+    policy, tokenizer = loading.load_llama(pocket.sft)
     text = "the quick brown fox jumps over twelve lazy dogs " * 3
     foreign = Tokenizer.train([f"{i} {text}" for i in range(50)], 300, folder / "tokenizer")
     shape = dict(vars(policy.config), vocab_size=max(300, tokenizer.vocab_size))
@@ -65,24 +65,24 @@ def test_a_reward_model_without_room_is_refused_before_sampling(pocket, stranger
 
 
 def test_prompts_that_fill_the_context_are_left_out_and_counted(pocket, tmp_path, caplog):
-    policy, tokenizer = phases.load_llama(pocket.sft)
+    policy, tokenizer = loading.load_llama(pocket.sft)
     short = Prompt("short", [{"role": "user", "content": "may baba visit"}])
     long = Prompt("long", [{"role": "user", "content": "may baba visit " * 40}])
     write(tmp_path / "both.jsonl", [long, short])
-    found = phases.read_prompts([tmp_path / "both.jsonl"], tokenizer, policy)
+    found = loading.read_prompts([tmp_path / "both.jsonl"], tokenizer, policy)
     assert [prompt.id for prompt in found] == ["short"]
     assert "1 prompts that fill the context of 64 left out" in caplog.text
     write(tmp_path / "long.jsonl", [long])
     with pytest.raises(InputError, match="data: all 1 prompts fill the policy's context"):
-        phases.read_prompts([tmp_path / "long.jsonl"], tokenizer, policy)
+        loading.read_prompts([tmp_path / "long.jsonl"], tokenizer, policy)
 
 
 def test_a_tokenizer_beyond_the_embeddings_is_refused(pocket, tmp_path):
-    policy, tokenizer = phases.load_llama(pocket.sft)
+    policy, tokenizer = loading.load_llama(pocket.sft)
     smaller = LlamaConfig(**dict(vars(policy.config), vocab_size=tokenizer.vocab_size - 1))
     native.save(Llama(smaller).initialize(0), None, tmp_path / "model")
     with pytest.raises(InputError, match=f"only {tokenizer.vocab_size - 1} embeddings"):
-        phases.load_llama(tmp_path / "model", pocket.tokenizer)
+        loading.load_llama(tmp_path / "model", pocket.tokenizer)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "rejection"])
@@ -102,7 +102,7 @@ def test_samples_longer_than_micro_tokens_pass_alone(pocket, tmp_path, stage):
     else:
         recipe = rejection.RejectionRecipe(policy=pocket.sft, **common)
         folder = rejection.run(recipe, tmp_path / "run")
-    model, _ = phases.load_llama(folder)
+    model, _ = loading.load_llama(folder)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 

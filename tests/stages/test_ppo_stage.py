@@ -15,7 +15,7 @@ from llama2rt.algorithms import advantages
 from llama2rt.checkpoint.store import Store
 from llama2rt.data.readers import read
 from llama2rt.generate import Completion
-from llama2rt.stages import phases, ppo
+from llama2rt.stages import loading, phases, ppo
 from llama2rt.train.run import Run
 
 
@@ -142,7 +142,7 @@ def test_rollout_equals_one_response_at_a_time(pocket, actors, prompts, monkeypa
 
 
 def test_a_cut_response_gains_no_eos(pocket):
-    _, tokenizer = phases.load_llama(pocket.sft)
+    _, tokenizer = loading.load_llama(pocket.sft)
     completion = Completion(0, [1, 5, 6], "x", [7, 8], [-1.0, -1.0], "length")
     example = phases.response_example(completion)
     assert example.tokens.tolist() == [1, 5, 6, 7, 8]
@@ -298,7 +298,7 @@ def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
     folder = ppo.run(settings, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report.items() >= {"iterations": 3, "iteration": 1, "reward": 2.0}.items()
-    model, _ = phases.load_llama(folder)
+    model, _ = loading.load_llama(folder)
     assert torch.equal(model.norm.weight, snapshots[1])
     assert not torch.equal(model.norm.weight, snapshots[3])
 

@@ -11,7 +11,7 @@ from pocket import response
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Dialogue, Prompt
 from llama2rt.errors import InputError
-from llama2rt.stages import phases, rejection, sft
+from llama2rt.stages import loading, phases, rejection, sft
 from llama2rt.train.run import Run
 
 
@@ -53,7 +53,7 @@ def test_samples_are_records_and_keep_their_tokens(pocket, tmp_path):
     responses = phases.read_responses(path)
     assert len(records) == len(responses) == 200
     assert [r.prompt_id for r in records] == [r.prompt.id for r in responses]
-    _, tokenizer = phases.load_llama(pocket.sft)
+    _, tokenizer = loading.load_llama(pocket.sft)
     for record, kept in zip(records, responses, strict=True):
         assert record.response == kept.text and record.reward == kept.reward
         assert kept.finished == (kept.tokens[-1] == tokenizer.eos)

@@ -15,7 +15,7 @@ from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
-from llama2rt.stages import phases, reward
+from llama2rt.stages import loading, reward
 from llama2rt.train.run import Run
 
 
@@ -44,7 +44,7 @@ def test_safety_model_recalls_unsafe_answers(pocket):
 
 def test_objective_reads_last_tokens_and_adds_margins(pocket):
     """Against each response alone in the model: the score is the value at its EOS."""
-    llama, tokenizer = phases.load_llama(pocket.sft)
+    llama, tokenizer = loading.load_llama(pocket.sft)
     model = ScalarModel.from_llama(llama, seed=3)
     records = [
         comparison("baba", "significantly_better", "chosen_safe"),
@@ -126,7 +126,7 @@ def test_shares_are_the_papers(pocket, tmp_path):
 
 
 def test_pairs_beyond_the_context_are_left_out_not_cut(pocket, caplog):
-    _, tokenizer = phases.load_llama(pocket.sft)
+    _, tokenizer = loading.load_llama(pocket.sft)
     records = [comparison("baba"), comparison("lulu", answer="yes " * 60)]
     pairs, kept = reward.encode(records, tokenizer, 64)
     assert kept == records[:1] and len(pairs) == 1
@@ -148,9 +148,9 @@ def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch):
 
 def test_a_language_model_is_no_reward_model(pocket):
     with pytest.raises(InputError, match="expected a reward model"):
-        phases.load_scalar(pocket.sft)
+        loading.load_scalar(pocket.sft)
     with pytest.raises(InputError, match="expected a language model"):
-        phases.load_llama(pocket.safety)
+        loading.load_llama(pocket.safety)
 
 
 def test_recipe_needs_a_start(pocket):
@@ -169,8 +169,8 @@ def test_defaults_are_the_papers():
 
 def test_scores_do_not_depend_on_neighbours(pocket):
     """What held-out accuracy rests on: packed equals one by one."""
-    _, tokenizer = phases.load_llama(pocket.sft)
-    model = phases.load_scalar(pocket.helpfulness)
+    _, tokenizer = loading.load_llama(pocket.sft)
+    model = loading.load_scalar(pocket.helpfulness)
     records = [comparison(name) for name in problem.NAMES[:9]]
     pairs, _ = reward.encode(records, tokenizer, 64)
     together, _ = reward.score(model, pairs, 4096)
