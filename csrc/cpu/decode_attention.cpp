@@ -1,9 +1,11 @@
 // Attention of one new token per sequence over a paged KV cache, with grouped queries.
 //
-// The cache is read once, a tile of tokens at a time and all their heads one after another, which is
-// the order it lies in: head by head, each page of memory would be visited once per head for a few
-// lines. A vector of keys or values is converted once for several query heads. Each query head keeps
-// a running maximum, sum and output (online softmax, arXiv:1805.02867). Everything is fp32.
+// What counts is the speed at which the cache is read, once, from memory. So a thread takes all KV
+// heads of a sequence together, a few tokens at a time: the order in which the cache lies. The
+// processor does not guess well enough what comes next in it, so each step asks, between its
+// products, for the same heads of tokens further on. A tile of tokens has its scores, their softmax
+// (online, arXiv:1805.02867) and then its values; a key or value serves several query heads at once.
+// Everything but the products of bf16 with bf16 is fp32.
 #include "matrix.h"
 #include "parallel.h"
 
@@ -12,185 +14,223 @@
 namespace LLAMA2RT_ISA {
 namespace {
 
-constexpr int64_t TILE = 16;  // cached tokens per step of the softmax
-static_assert(TILE % W == 0);
+constexpr int HEADS = 4;         // query heads of a step
+constexpr int ROWS = W / HEADS;  // cached tokens of a step: its scores fill a vector
+// Measured on Zen 5 (docs/kernels/decode_attention.md): tokens of one softmax, and from the tokens
+// in use to those that are asked for.
+constexpr int64_t TILE = 32, AHEAD = 8;
+static_assert(TILE % ROWS == 0);
 
-// What one thread keeps of some query heads; rows are padded to whole vectors with zeros.
+// What a thread keeps of the query heads it works on, `count` of one sequence. Rows are padded to
+// whole vectors, heads to whole steps and, being lanes of the softmax, to vectors.
 struct Heads {
-  Heads(float* scratch, int64_t heads, int64_t n)
-      : stride(round_up(n, W)),
+  Heads(float* scratch, int64_t count, int64_t n)
+      : count(count),
+        n(n),
+        stride(row_floats(n)),
+        lanes(round_up(count, W)),
         queries(scratch),
-        outputs(queries + heads * stride),
-        maxima(outputs + heads * stride),
-        sums(maxima + heads) {}
-  static int64_t floats(int64_t heads, int64_t n) { return 2 * heads * (round_up(n, W) + 1); }
-
-  Heads from(int64_t head) const {
-    Heads later = *this;
-    later.queries += head * stride;
-    later.outputs += head * stride;
-    later.maxima += head;
-    later.sums += head;
-    return later;
+        outputs(queries + lanes * stride),
+        scores(outputs + lanes * stride),
+        maxima(scores + TILE * lanes),
+        sums(maxima + lanes),
+        decay(sums + lanes) {}
+  static int64_t row_floats(int64_t n) { return round_up(n, W); }
+  static int64_t floats(int64_t count, int64_t n) {
+    return (2 * row_floats(n) + TILE + 3) * round_up(count, W);
   }
 
-  int64_t stride;
-  float *queries, *outputs, *maxima, *sums;
+  int64_t count, n, stride, lanes;
+  float *queries, *outputs;      // [lanes, stride], queries in units
+  float* scores;                 // [TILE, lanes], unscaled; the softmax makes weights of them
+  float *maxima, *sums, *decay;  // [lanes]; decay is what a tile multiplies the tiles before it by
 };
 
-// The keys and values of a tile of tokens, for one KV head after another.
+// Where the KV heads of each token begin, in a tile and AHEAD tokens beyond it.
 template <typename T>
 struct Rows {
-  Rows(const DecodeAttention& a, const int32_t* pages, int64_t first, int64_t length)
-      : count(length - first < TILE ? length - first : TILE) {
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t page = pages[(first + t) / a.page_size], slot = (first + t) % a.page_size;
-      k[t] = (const T*)a.k_cache + page * a.k_page_stride + slot * a.k_token_stride;
-      v[t] = (const T*)a.v_cache + page * a.v_page_stride + slot * a.v_token_stride;
+  Rows(const T* cache, int64_t page_stride, int64_t token_stride, int64_t page_size,
+       const int32_t* pages, int64_t first, int64_t length) {
+    int64_t page = first / page_size, slot = first % page_size;
+    for (int64_t t = 0; t < TILE + AHEAD; ++t) {
+      at[t] = cache + pages[page] * page_stride + slot * token_stride;
+      if (first + t + 1 >= length) continue;  // the last token stands for those beyond it
+      if (++slot < page_size) continue;
+      slot = 0;
+      ++page;
     }
   }
-  Rows of(const DecodeAttention& a, int64_t kv_head) const {
-    Rows rows = *this;
-    for (int64_t t = 0; t < count; ++t) {
-      rows.k[t] += kv_head * a.k_head_stride;
-      rows.v[t] += kv_head * a.v_head_stride;
-    }
-    return rows;
-  }
-  // The processor cannot guess where the next tile is. One head's rows at a time, while those of the
-  // same head of this tile are used: a whole tile of all heads would push them out of the cache.
-  void prefetch(int64_t n) const {
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) {
-        __builtin_prefetch(k[t] + i);
-        __builtin_prefetch(v[t] + i);
-      }
-  }
-
-  int64_t count;
-  const T *k[TILE], *v[TILE];
+  const T* at[TILE + AHEAD];
 };
 
-// GROUP query heads over the tokens of a tile.
-template <int GROUP, typename T>
-void attend(const Heads& heads, int64_t n, const Rows<T>& rows) {
-  const int64_t count = rows.count;
-  float scores[GROUP][TILE], decay[GROUP];
-  for (int64_t first = 0; first < TILE; first += W) {
-    f32v dots[GROUP][W];
-    for (int64_t t = 0; t < W; ++t) {
-      f32v total[GROUP] = {};
-      if (first + t < count)
-        for_each_vector(n, [&](int64_t i, auto lanes) {
-          const f32v key = load(rows.k[first + t] + i, lanes);
-#pragma GCC unroll 4
-          for (int g = 0; g < GROUP; ++g)
-            total[g] += load(heads.queries + g * heads.stride + i) * key;
-        });
-#pragma GCC unroll 4
-      for (int g = 0; g < GROUP; ++g) dots[g][t] = total[g];
+// The KV heads of a step, for all of its rows; SHARE query heads in a row have one in common.
+template <int SHARE>
+struct KvHeads {
+  static constexpr int COUNT = HEADS / SHARE;
+  KvHeads(const DecodeAttention& a, const Heads& heads, int64_t head, int64_t head_stride) {
+    for (int j = 0; j < COUNT; ++j) {
+      // Padding has no KV head; that of the last head will do.
+      const int64_t query = head + j * SHARE < heads.count ? head + j * SHARE : heads.count - 1;
+      offset[j] = query / (a.heads / a.kv_heads) * head_stride;
     }
-    for (int g = 0; g < GROUP; ++g) store(scores[g] + first, sums_of_rows(dots[g]));
   }
-  for (int g = 0; g < GROUP; ++g) {
-    float peak = heads.maxima[g];
-    for (int64_t t = 0; t < count; ++t) peak = maximum(peak, scores[g][t]);
-    for (int64_t t = count; t < TILE; ++t) scores[g][t] = -INFINITY;
-    // A row of minus infinities has no maximum to subtract; its weights must be 0, not NaN.
-    const float shift = peak == -INFINITY ? 0.0f : peak;
-    decay[g] = expf(heads.maxima[g] - shift);
-    f32v total = {};
-    for (int64_t t = 0; t < TILE; t += W) {
-      f32v s = load(scores[g] + t);
-      f32v p = exp(s - shift);
-      p = s == broadcast(-INFINITY) ? f32v{} : p;
-      store(scores[g] + t, p);
-      total += p;
+  int64_t offset[COUNT];
+};
+
+// Scores of ROWS tokens.
+template <int SHARE, typename T>
+void score(const DecodeAttention& a, const Heads& heads, const T* const* keys, float* scores) {
+  constexpr int64_t UNIT = unit<T>();
+  for (int64_t head = 0; head < heads.count; head += HEADS) {
+    const KvHeads<SHARE> kv(a, heads, head, a.k_head_stride);
+    const float* queries = heads.queries + head * heads.stride;
+    f32v dots[W] = {};
+    for (int64_t i = 0; i < heads.n; i += UNIT * W) {
+      f32v query[HEADS];
+#pragma GCC unroll 4
+      for (int h = 0; h < HEADS; ++h) query[h] = load(queries + h * heads.stride + i / UNIT);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < kv.COUNT; ++j) {
+          __builtin_prefetch(keys[r + AHEAD] + kv.offset[j] + i);
+          const f32v key = load_units(keys[r] + kv.offset[j] + i, heads.n - i);
+#pragma GCC unroll 4
+          for (int h = j * SHARE; h < (j + 1) * SHARE; ++h)
+            dots[r * HEADS + h] = multiply_add<UNIT>(query[h], key, dots[r * HEADS + h]);
+        }
     }
-    heads.sums[g] = heads.sums[g] * decay[g] + sum(total);
-    heads.maxima[g] = peak;
+    float sums[W];
+    store(sums, sums_of_rows(dots));
+    for (int r = 0; r < ROWS; ++r)
+      memcpy(scores + r * heads.lanes + head, sums + r * HEADS, HEADS * sizeof(float));
   }
-  for_each_vector(n, [&](int64_t i, auto lanes) {
-    f32v out[GROUP];
+}
+
+// outputs += weights * values of COUNT tokens.
+template <int SHARE, int COUNT, typename T>
+void add(const DecodeAttention& a, const Heads& heads, const T* const* values,
+         const float* weights) {
+  for (int64_t head = 0; head < heads.count; head += HEADS) {
+    const KvHeads<SHARE> kv(a, heads, head, a.v_head_stride);
+    float* outputs = heads.outputs + head * heads.stride;
+    f32v weight[COUNT][HEADS];
 #pragma GCC unroll 4
-    for (int g = 0; g < GROUP; ++g)
-      out[g] = load(heads.outputs + g * heads.stride + i) * decay[g];
-    for (int64_t t = 0; t < count; ++t) {
-      const f32v value = load(rows.v[t] + i, lanes);
+    for (int r = 0; r < COUNT; ++r)
 #pragma GCC unroll 4
-      for (int g = 0; g < GROUP; ++g) out[g] += value * scores[g][t];
+      for (int h = 0; h < HEADS; ++h) weight[r][h] = broadcast(weights[r * heads.lanes + head + h]);
+    for_each_vector(heads.n, [&](int64_t i, auto lanes) {
+      f32v out[HEADS];
+#pragma GCC unroll 4
+      for (int h = 0; h < HEADS; ++h) out[h] = load(outputs + h * heads.stride + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < kv.COUNT; ++j) {
+          __builtin_prefetch(values[r + AHEAD] + kv.offset[j] + i);
+          const f32v value = load(values[r] + kv.offset[j] + i, lanes);
+#pragma GCC unroll 4
+          for (int h = j * SHARE; h < (j + 1) * SHARE; ++h) out[h] += value * weight[r][h];
+        }
+#pragma GCC unroll 4
+      for (int h = 0; h < HEADS; ++h) store(outputs + h * heads.stride + i, out[h]);
+    });
+  }
+}
+
+// Scores of a tile become weights, each lane those of a head, and what the tiles before it left
+// behind becomes relative to the new maxima.
+inline void softmax(const Heads& heads, int64_t tokens, float scale) {
+  const f32v none = broadcast(-INFINITY), factor = broadcast(scale);
+  for (int64_t lane = 0; lane < heads.lanes; lane += W) {
+    float* scores = heads.scores + lane;
+    const f32v before = load(heads.maxima + lane);
+    f32v peak = before;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const f32v x = load(scores + t * heads.lanes) * factor;
+      peak = x > peak ? x : peak;
     }
-#pragma GCC unroll 4
-    for (int g = 0; g < GROUP; ++g) store(heads.outputs + g * heads.stride + i, out[g]);
-  });
+    // Minus infinities have no maximum to subtract; their weights must be 0, not NaN.
+    const f32v shift = peak == none ? f32v{} : peak, decay = exp(before - shift);
+    f32v sum = load(heads.sums + lane) * decay;
+    for (int64_t t = 0; t < tokens; ++t) {
+      // Rounded once: of a large score, scaled and then shifted, the first rounding would be seen.
+      const f32v x = multiply_add<1>(load(scores + t * heads.lanes), factor, -shift);
+      const f32v weight = x == none ? f32v{} : exp(x);
+      store(scores + t * heads.lanes, weight);
+      sum += weight;
+    }
+    store(heads.maxima + lane, peak);
+    store(heads.sums + lane, sum);
+    store(heads.decay + lane, decay);
+  }
+  for (int64_t head = 0; head < heads.count; ++head)
+    for (int64_t i = 0; i < heads.stride; i += W) {
+      float* output = heads.outputs + head * heads.stride + i;
+      store(output, load(output) * heads.decay[head]);
+    }
 }
 
 // KV heads [begin, end) of one sequence.
-template <typename T>
+template <int SHARE, typename T>
 void some_heads(const DecodeAttention& a, int64_t sequence, int64_t begin, int64_t end,
                 float* scratch) {
   const int64_t n = a.head_dim, group = a.heads / a.kv_heads, length = a.lengths[sequence];
-  const int64_t first = begin * group, count = (end - begin) * group;
   const int32_t* pages = a.block_table + sequence * a.block_table_stride;
-  const Heads all(scratch, count, n);
-  for (int64_t head = 0; head < count; ++head) {
-    const Heads one = all.from(head);
-    const T* q = (const T*)a.q + sequence * a.q_sequence_stride + (first + head) * a.q_head_stride;
-    memset(one.queries, 0, one.stride * sizeof(float));
-    memset(one.outputs, 0, one.stride * sizeof(float));
-    for_each_vector(n, [&](int64_t i, auto lanes) {
-      store(one.queries + i, load(q + i, lanes) * a.scale, lanes);
-    });
-    *one.maxima = -INFINITY;
-    *one.sums = 0.0f;
+  const Heads heads(scratch, (end - begin) * group, n);
+  memset(scratch, 0, Heads::floats(heads.count, n) * sizeof(float));
+  const T* q = (const T*)a.q + sequence * a.q_sequence_stride + begin * group * a.q_head_stride;
+  pack_rows(q, a.q_head_stride, heads.count, heads.count, n, heads.queries, heads.stride);
+  for (int64_t head = 0; head < heads.lanes; ++head) heads.maxima[head] = -INFINITY;
+
+  const T* k_cache = (const T*)a.k_cache + begin * a.k_head_stride;
+  const T* v_cache = (const T*)a.v_cache + begin * a.v_head_stride;
+  for (int64_t first = 0; first < length; first += TILE) {
+    const int64_t tokens = length - first < TILE ? length - first : TILE, lanes = heads.lanes;
+    const Rows<T> keys(k_cache, a.k_page_stride, a.k_token_stride, a.page_size, pages, first,
+                       length);
+    const Rows<T> values(v_cache, a.v_page_stride, a.v_token_stride, a.page_size, pages, first,
+                         length);
+    for (int64_t t = 0; t < tokens; t += ROWS)
+      score<SHARE>(a, heads, keys.at + t, heads.scores + t * lanes);
+    softmax(heads, tokens, a.scale);
+    int64_t t = 0;
+    for (; t + ROWS <= tokens; t += ROWS)
+      add<SHARE, ROWS>(a, heads, values.at + t, heads.scores + t * lanes);
+    for (; t < tokens; ++t) add<SHARE, 1>(a, heads, values.at + t, heads.scores + t * lanes);
   }
 
-  Rows<T> next(a, pages, 0, length);
-  for (int64_t token = 0; token < length; token += TILE) {
-    const Rows<T> here = next;
-    next = Rows<T>(a, pages, token + TILE, length);
-    for (int64_t kv_head = begin; kv_head < end; ++kv_head) {
-      next.of(a, kv_head).prefetch(n);
-      const Rows<T> rows = here.of(a, kv_head);
-      for (int64_t done = 0, left = group; left > 0;) {
-        const Heads some = all.from((kv_head - begin) * group + done);
-        const int64_t size = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (size == 4) attend<4>(some, n, rows);
-        if (size == 2) attend<2>(some, n, rows);
-        if (size == 1) attend<1>(some, n, rows);
-        done += size;
-        left -= size;
-      }
-    }
-  }
-
-  for (int64_t head = 0; head < count; ++head) {
-    const Heads one = all.from(head);
-    T* out = (T*)a.out + (sequence * a.heads + first + head) * n;
-    const float inverse = length > 0 ? 1.0f / *one.sums : 0.0f;
+  for (int64_t head = 0; head < heads.count; ++head) {
+    T* out = (T*)a.out + (sequence * a.heads + begin * group + head) * n;
+    const float inverse = length > 0 ? 1.0f / heads.sums[head] : 0.0f;
     for_each_vector(n, [&](int64_t i, auto lanes) {
-      store(out + i, load(one.outputs + i, lanes) * inverse, lanes);
+      store(out + i, load(heads.outputs + head * heads.stride + i, lanes) * inverse, lanes);
     });
   }
 }
 
-template <typename T>
+template <int SHARE, typename T>
 void decode(const DecodeAttention& a) {
-  const int64_t group = a.heads / a.kv_heads;
-  int64_t tokens = 0;
-  for (int64_t i = 0; i < a.sequences; ++i) tokens += a.lengths[i];
-  // As many KV heads of a sequence together as leave each thread a piece of work or two.
+  int64_t tokens = 0, longest = 0;
+  for (int64_t i = 0; i < a.sequences; ++i) {
+    tokens += a.lengths[i];
+    if (a.lengths[i] > longest) longest = a.lengths[i];
+  }
+  // All KV heads of a sequence together read memory best; fewer, where a thread would wait for
+  // another that has the longest sequence.
   int64_t together = a.kv_heads;
-  while (together > 1 && a.sequences * (a.kv_heads / together) < 2 * a.threads)
+  while (together > 1 && longest * together * a.threads > tokens * a.kv_heads)
     together = (together + 1) / 2;
   const int64_t pieces = (a.kv_heads + together - 1) / together, items = a.sequences * pieces;
-  parallel(items, tokens * a.heads * a.head_dim, a.threads, [&](int64_t begin, int64_t end) {
-    Workspace<> scratch(Heads::floats(together * group, a.head_dim));
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % pieces * together, last = first + together;
-      some_heads<T>(a, item / pieces, first, last < a.kv_heads ? last : a.kv_heads, scratch.data);
-    }
-  });
+  const int64_t floats = Heads::floats(together * (a.heads / a.kv_heads), a.head_dim);
+  const int threads = useful_threads(items, tokens * a.heads * a.head_dim, a.threads);
+  Workspace<> scratch(threads * round_up(floats, W));
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t begin = item % pieces * together, end = begin + together;
+    some_heads<SHARE, T>(a, item / pieces, begin, end < a.kv_heads ? end : a.kv_heads,
+                         scratch.data + omp_get_thread_num() * round_up(floats, W));
+  }
 }
 
 }  // namespace
@@ -205,7 +245,15 @@ void decode_attention(const DecodeAttention& a) {
       require(0 <= page && page < a.pages, "block_table: a page number lies outside the caches");
     }
   }
-  by_dtype(a.dtype, [&](auto t) { decode<decltype(t)>(a); });
+  const int64_t group = a.heads / a.kv_heads;
+  by_dtype(a.dtype, [&](auto t) {
+    if (group % 4 == 0)
+      decode<4, decltype(t)>(a);
+    else if (group % 2 == 0)
+      decode<2, decltype(t)>(a);
+    else
+      decode<1, decltype(t)>(a);
+  });
 }
 
 }  // namespace LLAMA2RT_ISA

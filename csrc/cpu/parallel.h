@@ -11,14 +11,20 @@
 
 namespace LLAMA2RT_ISA {
 
-// Calls body(begin, end) over [0, items) on at most `threads` threads, fewer where the elements
-// would not repay waking them. Which thread gets which items never changes a result.
-template <typename Body>
-inline void parallel(int64_t items, int64_t elements, int threads, Body body) {
+// At most `threads`, fewer where the elements would not repay waking them.
+inline int useful_threads(int64_t items, int64_t elements, int threads) {
   const int64_t elements_per_thread = 8192;
   int64_t useful = elements / elements_per_thread;
   if (useful > items) useful = items;
   if (threads > useful) threads = useful > 1 ? (int)useful : 1;
+  return threads;
+}
+
+// Calls body(begin, end) over [0, items) on as many threads as are useful. Which thread gets which
+// items never changes a result.
+template <typename Body>
+inline void parallel(int64_t items, int64_t elements, int threads, Body body) {
+  threads = useful_threads(items, elements, threads);
   if (threads == 1) {
     if (items > 0) body((int64_t)0, items);
     return;
