@@ -126,7 +126,8 @@ def test_attention(name, causal, kind, dtype, seed):
 
 @pytest.mark.parametrize("scale", [0.125, 3.0])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(8, 8, 16), (8, 2, 128), (8, 1, 40), (52, 52, 24)]
+    ("heads", "kv_heads", "dim"),
+    [(8, 8, 16), (8, 2, 128), (8, 1, 40), (52, 52, 24), (6, 3, 72), (15, 5, 24), (7, 1, 136)],
 )
 def test_decode_attention(heads, kv_heads, dim, scale, dtype, seed):
     lengths = [0, 1, 8, 9, 16, 17, 113, 203]
