@@ -17,10 +17,22 @@ inline f32v larger(f32v a, f32v b) {
 #endif
 }
 
-// x with zeros in the lanes beyond a part.
-inline f32v only(f32v x, Whole) { return x; }
-inline f32v only(f32v x, Part part) {
-  for (int64_t lane = part.count; lane < W; ++lane) x[lane] = 0.0f;
+// Whether any lane of a is above b.
+inline bool any_above(f32v a, f32v b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(a > b)) != 0;
+#else
+  const i32v above = a > b;
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
+#endif
+}
+
+// x with another number in the lanes beyond a part.
+inline f32v only(f32v x, Whole, float) { return x; }
+inline f32v only(f32v x, Part part, float beyond) {
+  for (int64_t lane = part.count; lane < W; ++lane) x[lane] = beyond;
   return x;
 }
 
@@ -39,46 +51,65 @@ float value(const T* p) {
   return load(p, Part{1})[0];
 }
 
-// The largest of n values and of `start`.
-template <typename T>
-float largest(const T* x, int64_t n, float start) {
-  // Four maxima: one would wait for the latency of each comparison.
-  f32v peaks[4];
-  for (f32v& peak : peaks) peak = broadcast(start);
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int j = 0; j < 4; ++j) peaks[j] = larger(load(x + i + j * W), peaks[j]);
-  for (; i + W <= n; i += W) peaks[0] = larger(load(x + i), peaks[0]);
-  for (; i < n; ++i) peaks[0] = larger(broadcast(value(x + i)), peaks[0]);
-  peaks[0] = larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]));
-  for (int lane = 0; lane < W; ++lane) start = maximum(peaks[0][lane], start);
-  return start;
-}
+// One row: its statistics over the tiles before this one, and the lanes of this one's. All are
+// relative to the peak; x = logit - peak.
+template <bool ENTROPY>
+struct Row {
+  // VECTORS of logits; lanes beyond a part do not count, and are not above the peak.
+  template <int VECTORS, typename Lanes>
+  void fold(const f32v* logits, Lanes lanes) {
+    f32v top = logits[0];
+    for (int j = 1; j < VECTORS; ++j) top = larger(logits[j], top);
+    if (any_above(top, broadcast(peak))) raise(top);
+    const float scale2 = scale * LOG2E;
+    for (int j = 0; j < VECTORS; ++j) {
+      // The peak itself gives exactly 1, so that no total is below 1 and no logprob above 0.
+      const f32v x = logits[j] - peak, e = only(exp2(x * scale2), lanes, 0.0f);
+      new_total += e;
+      if (ENTROPY) new_weighted += e * x;
+    }
+  }
+
+  // A new peak: against it each x so far is lower by the difference. That is rare after a row's
+  // first columns, so logits are read once, not first for their peak.
+  __attribute__((noinline)) void raise(f32v top) {
+    const float before = peak;
+    for (int lane = 0; lane < W; ++lane) peak = maximum(top[lane], peak);
+    const float lower = before - peak, kept = expf(lower * scale);
+    total *= kept;
+    new_total *= kept;
+    if (ENTROPY) {
+      // Where nothing is kept the difference may be infinite.
+      weighted = kept > 0.0f ? weighted * kept + total * (lower * scale) : 0.0f;
+      new_weighted = kept > 0.0f ? new_weighted * kept + new_total * lower : f32v{};
+    }
+  }
+
+  const float scale;
+  float peak, total, weighted;   // weighted by x * scale
+  f32v new_total, new_weighted;  // weighted by x
+};
 
 template <typename T, bool ENTROPY>
-void fold(const TokenLogprob& a, int64_t row) {
-  const T* logits = (const T*)a.logits + row * a.stride;
-  const float before = a.peak[row], peak = largest(logits, a.columns, before);
-  const float scale2 = a.scale * LOG2E;
-  f32v total = {}, weighted = {};
-  for_each_vector(a.columns, [&](int64_t i, auto lanes) {
-    // The peak itself gives exactly 1, so that no total is below 1 and no logprob above 0.
-    f32v x = load(logits + i, lanes) - peak;
-    f32v e = only(exp2(x * scale2), lanes);
-    total += e;
-    if (ENTROPY) weighted += e * x;
-  });
-  const float shift = (before - peak) * a.scale;
-  const float kept = a.total[row] * expf(shift);
-  if (ENTROPY) {
-    // Against the new peak each earlier x is lower by the shift; an infinite one keeps nothing.
-    const float moved = kept > 0.0f ? a.weighted[row] * expf(shift) + shift * kept : 0.0f;
-    a.weighted[row] = moved + sum(weighted) * a.scale;
+void fold(const TokenLogprob& a, int64_t i) {
+  const T* logits = (const T*)a.logits + i * a.stride;
+  Row<ENTROPY> row = {a.scale, a.peak[i], a.total[i], ENTROPY ? a.weighted[i] : 0.0f, {}, {}};
+  constexpr int VECTORS = 4;
+  int64_t c = 0;
+  for (; c + VECTORS * W <= a.columns; c += VECTORS * W) {
+    f32v x[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) x[j] = load(logits + c + j * W);
+    row.template fold<VECTORS>(x, Whole{});
   }
-  a.total[row] = kept + sum(total);
-  a.peak[row] = peak;
-  const int64_t column = a.targets[row] - a.first;
-  if (0 <= column && column < a.columns) a.chosen[row] = value(logits + column);
+  for_each_vector(a.columns - c, [&](int64_t rest, auto lanes) {
+    const f32v x = only(load(logits + c + rest, lanes), lanes, row.peak);
+    row.template fold<1>(&x, lanes);
+  });
+  a.peak[i] = row.peak;
+  a.total[i] = row.total + sum(row.new_total);
+  if (ENTROPY) a.weighted[i] = row.weighted + sum(row.new_weighted) * a.scale;
+  const int64_t column = a.targets[i] - a.first;
+  if (0 <= column && column < a.columns) a.chosen[i] = value(logits + column);
 }
 
 template <typename T>

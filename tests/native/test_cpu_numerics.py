@@ -208,6 +208,21 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     judge_gradients("dhidden dweight", ours, expected, yardstick)
 
 
+@pytest.mark.parametrize("columns", [1, 5, 16, 19, 64, 83])
+@pytest.mark.parametrize("level", [-30000.0, 30000.0])
+def test_token_logprob_of_logits_far_from_zero(columns, level, dtype):
+    """No lane beyond a row's end counts as a logit of zero, nor any number before the first."""
+    hidden = torch.ones(3, 1, dtype=dtype)
+    weight = (level - torch.arange(columns)[:, None].float()).to(dtype)
+    targets = torch.tensor([0, columns // 2, columns - 1])
+    logprob, entropy, lse = cpu.token_logprob(hidden, weight, targets, 256.0, True)
+    exact = reference.token_logprob(*wide(hidden, weight), targets, 256.0, True)
+    # The products are exact, so only the softmax rounds.
+    torch.testing.assert_close(logprob.double(), exact[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), exact[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact[2], rtol=1e-6, atol=1e-5)
+
+
 def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype, isa):
     """All 65536 bit patterns through a load, a multiplication and a store."""
     if dtype == torch.float32:
