@@ -32,7 +32,10 @@ OPTIONAL = {
         "NVIDIA's fused RMSNorm and Adam, to compare with on a GPU",
         "build https://github.com/NVIDIA/apex (PyPI's apex is another project)",
     ),
-    "transformers": ("parity tests and benchmarks", "pip install transformers"),
+    "transformers": (
+        "its Llama on our ops (patch_transformers), parity tests and benchmarks",
+        "pip install transformers",
+    ),
     "trl": ("parity tests of losses", "pip install trl"),
     "pyarrow": ("reading Parquet", "pip install pyarrow"),
     "datasets": ("reading Hugging Face datasets", "pip install datasets"),

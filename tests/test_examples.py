@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHOWS = {
     "fine_tune.py": "It is Nairobi.",
+    "patch_transformers.py": "\n5 6 7 8 9 10 11 12 13 14\n",
     "run_ppo.py": "iteration 12: ",
     "sample.py": "The owl|",
     "train_reward_model.py": '"average": 1.0',

@@ -1,0 +1,273 @@
+"""A Llama of Hugging Face transformers on our ops, with one call: `patch_transformers(model)`.
+
+For those who train or sample with transformers and want the kernels without leaving it. One
+instance is patched, never transformers' own classes: its modules get subclasses of theirs that
+differ in `forward` alone, so parameters, state dict, hooks, gradient checkpointing and
+`save_pretrained` stay what they were. The subclasses keep the names: `save_pretrained` writes them
+into config.json, and wrapping policies look them up.
+
+On our ops: norms, feed-forward, rotary embedding, attention over the whole of a batch (training,
+scoring, the prompt of `generate`) and, in training, the loss. Padding, on any side, is left out of
+attention, and packed `position_ids` become documents where transformers' own attention takes them
+for such: without a cache (use_cache=False) and without an attention mask.
+
+Left to transformers: attention with keys from a cache (a step of `generate`: its cache is not
+paged) or with a mask of four dimensions, run by its `sdpa`; logits; the loss in evaluation, where
+logits are wanted beside it; norms whose weight has another dtype than their input.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama2rt import ops
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.loss.loss_utils import ForCausalLMLoss
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.models.llama import modeling_llama
+    from transformers.utils import can_return_tuple
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs transformers 5.0 or newer (pip install 'transformers>=5.0'): {error}"
+    ) from error
+
+ATTENTION = "llama2rt"
+"""name of our attention in `model.set_attn_implementation`"""
+
+
+class Documents(NamedTuple):
+    """What our attention gets for a mask: where the documents of a batch [B, S] lie."""
+
+    cu_seqlens: Tensor
+    """int32, offsets among the tokens that count"""
+    rows: Tensor | None = None
+    """which of the B * S tokens count, the others being padding; None for all"""
+
+
+def _mask(**request: Any) -> Documents | Tensor | None:
+    """What transformers hands to attention for a mask: Documents, or, where they cannot express
+    what is asked for, the mask of its `sdpa`."""
+    if "cache_position" in request:  # transformers up to 5.3
+        queries, device = len(request["cache_position"]), request["cache_position"].device
+    else:
+        queries, device = request["q_length"], request["device"]
+    visible, padding = request["mask_function"], request["attention_mask"]
+    packed = visible is not causal_mask_function
+    if (
+        queries != request["kv_length"]
+        or request["use_vmap"]  # a pattern of the caller's own
+        or not getattr(request["config"], "is_causal", True)
+        or (packed and padding is not None)
+    ):
+        return sdpa_mask(**request)
+    batch = request["batch_size"]
+    if packed:
+        return Documents(_offsets_of_packed(visible, batch, queries, device))
+    if padding is None or padding.all():
+        offsets = torch.arange(0, batch * queries + 1, queries, device=device)
+        return Documents(offsets.int())
+    offsets = F.pad(padding.sum(1).cumsum(0), (1, 0))
+    return Documents(offsets.int(), padding.flatten().nonzero()[:, 0])
+
+
+def _offsets_of_packed(visible: Callable, batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens of packed `position_ids`, which come as a function (batch, head, query, key): a
+    document starts where a token does not see the token before it."""
+    row, token = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)
+    starts = ~visible(row, row, token, (token - 1).clamp_min(0))
+    starts[:, 0] = True
+    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=batch * length).int()
+
+
+AttentionMaskInterface.register(ATTENTION, _mask)
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)  # where there are no Documents
+
+
+class LlamaRMSNorm(modeling_llama.LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class LlamaMLP(modeling_llama.LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class LlamaAttention(modeling_llama.LlamaAttention):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Documents | Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(attention_mask, Documents):
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions: expected False, as our attention makes no weights; "
+                'model.set_attn_implementation("eager") brings back the one that does'
+            )
+        batch, length, _ = hidden_states.shape
+        heads = (batch * length, -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(heads)
+        k = self.k_proj(hidden_states).view(heads)
+        v = self.v_proj(hidden_states).view(heads)
+        # The tables have a row for each token already, or for each column that rows share.
+        cos, sin = (
+            table[..., : self.head_dim // 2].flatten(0, 1).float() for table in position_embeddings
+        )
+        q, k = ops.rope(q, k, cos, sin, torch.arange(batch * length, device=q.device) % len(cos))
+        if past_key_values is not None:  # it holds nothing yet: as many keys as queries
+            stored = (x.view(batch, length, -1, self.head_dim).transpose(1, 2) for x in (k, v))
+            past_key_values.update(*stored, self.layer_idx)
+        cu_seqlens, rows = attention_mask
+        if rows is not None:
+            q, k, v = (x.index_select(0, rows) for x in (q, k, v))
+        out = ops.attention(q, k, v, cu_seqlens, max_seqlen=length, scale=self.scaling)
+        if rows is not None:
+            out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, rows, out)
+        return self.o_proj(out.view(batch, length, -1)), None
+
+
+class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is None or not (self.training and keeps_all and self._has_own_loss()):
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
+        outputs = self.model(**inputs)
+        return CausalLMOutputWithPast(
+            loss=_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _has_own_loss(self) -> bool:
+        """Whether loss and output layer are those it was made with: no adapter, shard or loss of
+        the caller's."""
+        return (
+            self.loss_function is ForCausalLMLoss
+            and type(self.lm_head) is nn.Linear
+            and self.lm_head.bias is None
+        )
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Cross-entropy (nats) of the labels [B, S], each predicted by the token before it, or of
+    shift_labels [B, S] at their own places; averaged over those that are not ignore_index, or
+    summed and divided by num_items_in_batch."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    hidden, targets = hidden.flatten(0, 1), shift_labels.flatten().to(hidden.device)
+    if len(targets) != len(hidden):
+        raise ValueError(f"labels: expected {len(hidden)}, one a token, got {len(targets)}")
+    rows = (targets != ignore_index).nonzero()[:, 0]
+    targets = targets.index_select(0, rows)
+    # Another negative one is a mistake, and to token_logprob one more token not to predict.
+    targets = targets.masked_fill(targets < 0, weight.shape[0])
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    hidden = hidden.index_select(0, rows)
+    logprob = ops.token_logprob(hidden.to(dtype), weight.to(dtype), targets)
+    assert isinstance(logprob, Tensor)
+    return -logprob.sum() / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+
+
+_OURS: dict[type, type] = {
+    getattr(modeling_llama, ours.__name__): ours
+    for ours in (LlamaRMSNorm, LlamaMLP, LlamaAttention, LlamaForCausalLM)
+}
+
+
+def patch_transformers(model: Any) -> Any:
+    """Make `model`, a transformers.LlamaForCausalLM, run on our ops; returns it.
+
+    Logits, losses, gradients and samples stay what transformers gives, up to rounding, at all
+    tokens that are not padding; what padding itself gives is left open. In training mode with
+    labels, `loss` is computed by `ops.token_logprob`, which never holds the [B, S, V] logits, and
+    `logits` is None; in evaluation mode both are there. A second call changes nothing.
+    `model.set_attn_implementation("sdpa")` returns attention alone to transformers ("eager" where
+    attention weights are asked for). Call it before wrapping the model (torch.compile, adapters,
+    shards). Not yet run on a GPU.
+
+    TypeError for any other class, subclasses included. ValueError, and nothing changed, for
+    dropout in attention, an activation other than SiLU, and modules whose class or forward another
+    library has replaced (hooks of a device map over several devices among them).
+    """
+    if type(model) is LlamaForCausalLM:
+        return model
+    if type(model) is not modeling_llama.LlamaForCausalLM:
+        got = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"model: expected transformers.LlamaForCausalLM itself, got {got}")
+    config = model.config
+    if config.attention_dropout:
+        raise ValueError(f"attention_dropout: expected 0, got {config.attention_dropout}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act: expected 'silu', got {config.hidden_act!r}")
+    parts = _parts(model)
+    for name, part in parts.items():
+        if type(part) not in _OURS or "forward" in vars(part):
+            kind = f"{type(part).__module__}.{type(part).__qualname__}"
+            raise ValueError(
+                f"{name or 'model'}: expected transformers' own class and forward, got {kind}"
+                + " with another forward" * ("forward" in vars(part))
+            )
+    for part in parts.values():
+        part.__class__ = _OURS[type(part)]
+    own = copy.copy(config)  # models made from one config share it, and in it the attention's name
+    for module in model.modules():
+        if getattr(module, "config", None) is config:
+            module.config = own
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def _parts(model: Any) -> dict[str, nn.Module]:
+    """The modules to patch, by name."""
+    parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    layers = range(len(model.model.layers))
+    names = ["", "model.norm", *(f"model.layers.{i}.{part}" for i in layers for part in parts)]
+    return {name: model.get_submodule(name) for name in names}

@@ -1,0 +1,559 @@
+"""A patched Llama of transformers against the same one as transformers made it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from memory import peak_extra_bytes
+from numerics import judge, same_bits
+from processes import run_python
+from torch import Tensor, nn
+
+from llama2rt import ops
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from llama2rt.integrations.transformers import patch_transformers  # noqa: E402
+
+VOCABULARY, LAYERS, ROWS, LENGTH = 150, 2, 3, 20
+
+
+def a_config(**settings):
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return transformers.LlamaConfig(**shape | settings)
+
+
+def a_model(**settings):
+    """Random weights so large that every layer matters and logits have about unit scale."""
+    model = transformers.LlamaForCausalLM(a_config(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(
+                1 + 0.2 * noise if parameter.dim() == 1 else noise / parameter.shape[1] ** 0.5
+            )
+    return model.eval()
+
+
+def both(**settings):
+    """(the model patched, the same as it was)"""
+    theirs = a_model(**settings)
+    return patch_transformers(copy.deepcopy(theirs)), theirs
+
+
+def batch(kind: str) -> tuple[dict[str, Tensor | bool], Tensor]:
+    """Arguments of a model, and which tokens [ROWS, LENGTH] are not padding."""
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
+    if kind == "left":
+        mask[0, :7], mask[2, :19] = 0, 0
+    elif kind == "right":
+        mask[1, 13:], mask[2, 1:] = 0, 0
+    elif kind == "holes":
+        mask[0, 3:9], mask[1, :2], mask[1, 11] = 0, 0, 0
+    elif kind == "all":
+        mask[0] = 0
+    inputs: dict = {"input_ids": torch.randint(0, VOCABULARY, (ROWS, LENGTH))}
+    if kind == "packed":
+        rows = ([7, 12, 1], [20], [1, 1, 18])
+        positions = [torch.cat([torch.arange(n) for n in row]) for row in rows]
+        inputs |= {"position_ids": torch.stack(positions), "use_cache": False}
+    elif kind != "plain":
+        inputs["attention_mask"] = mask
+    return inputs, mask.bool()
+
+
+def answers(inputs, counted: Tensor) -> Tensor:
+    """Labels of the tokens that are not padding and that none predicts, and not of a few more."""
+    labels = inputs["input_ids"].masked_fill(~counted, -100)
+    labels[:, 1:][~counted[:, :-1]] = -100
+    labels[1, 5:9] = -100
+    return labels
+
+
+KINDS = ["plain", "left", "right", "holes", "all", "packed"]
+
+
+def near(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal to 1e-5 of the largest value, in fp32."""
+    assert ours.dtype == theirs.dtype == torch.float32 and ours.shape == theirs.shape
+    return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())
+
+
+def gradients(model, **inputs) -> dict[str, Tensor]:
+    model.zero_grad()
+    model.train()(**inputs).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each of our ops is called by the patched modules."""
+    counts = dict.fromkeys(("rms_norm", "swiglu", "rope", "attention", "token_logprob"), 0)
+
+    def counted(name, op):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return op(*args, **kwargs)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+def test_logits_loss_and_every_gradient_equal_transformers(kind, kv_heads, calls):
+    ours, theirs = both(num_key_value_heads=kv_heads)
+    inputs, counted = batch(kind)
+    expected = theirs(**inputs).logits
+    assert 0.5 < expected.std() < 2
+    assert near(ours(**inputs).logits[counted], expected[counted])
+
+    inputs["labels"] = answers(inputs, counted)
+    result = ours.train()(**inputs)
+    assert result.logits is None and near(result.loss, theirs.train()(**inputs).loss)
+    wanted = gradients(theirs, **inputs)
+    for name, gradient in gradients(ours, **inputs).items():
+        assert near(gradient, wanted[name]), name
+    assert calls == {
+        "rms_norm": 3 * (2 * LAYERS + 1),
+        "swiglu": 3 * LAYERS,
+        "rope": 3 * LAYERS,
+        "attention": 3 * LAYERS,
+        "token_logprob": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+        {"tie_word_embeddings": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 500.0}},
+    ],
+    ids=["biases", "tied", "linear", "yarn"],
+)
+def test_shapes_and_rotary_embeddings_of_other_llamas(settings):
+    ours, theirs = both(**settings)
+    inputs, _ = batch("plain")
+    inputs["labels"] = inputs["input_ids"]
+    assert near(ours(**inputs).logits, theirs(**inputs).logits)
+    wanted = gradients(theirs, **inputs)
+    for name, gradient in gradients(ours, **inputs).items():
+        assert near(gradient, wanted[name]), name
+
+
+@pytest.mark.parametrize("kind", ["plain", "left"])
+def test_bf16_keeps_the_numerics_rule(kind):
+    exact = a_model().bfloat16().float()
+    theirs = copy.deepcopy(exact).bfloat16()
+    ours = patch_transformers(copy.deepcopy(theirs))
+    inputs, counted = batch(kind)
+    logits = [model(**inputs).logits[counted] for model in (ours, exact, theirs)]
+    judge("logits", logits[0], logits[1].double(), logits[2])
+    inputs["labels"] = answers(inputs, counted)
+    found = [gradients(model, **inputs) for model in (ours, exact, theirs)]
+    for name in found[0]:
+        judge(name, found[0][name], found[1][name].double(), found[2][name], gradient=True)
+
+
+def test_autocast_keeps_the_numerics_rule(monkeypatch):
+    seen = []
+    inner = ops.token_logprob
+    monkeypatch.setattr(
+        ops, "token_logprob", lambda *args: seen.append([x.dtype for x in args]) or inner(*args)
+    )
+    ours, theirs = both()
+    inputs, counted = batch("right")
+    inputs["labels"] = answers(inputs, counted)
+    exact = gradients(copy.deepcopy(theirs), **inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [gradients(model, **inputs) for model in (ours, theirs)]
+    for name in exact:
+        judge(name, found[0][name], exact[name].double(), found[1][name], gradient=True)
+    assert seen == [[torch.bfloat16, torch.bfloat16, torch.int64]]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}],
+    ids=["greedy", "beams", "static", "no-cache"],
+)
+@pytest.mark.parametrize("kind", ["plain", "left"])
+def test_generate(kind, search):
+    ours, theirs = both()
+    inputs, _ = batch(kind)
+    wanted, found = (
+        model.generate(
+            **inputs,
+            **search,
+            max_new_tokens=12,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        for model in (theirs, ours)
+    )
+    assert found.sequences.shape == (ROWS, LENGTH + 12)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert all(near(a, b) for a, b in zip(found.scores, wanted.scores, strict=True))
+
+
+def test_the_prompt_of_generate_runs_on_our_attention_and_its_steps_do_not(calls):
+    ours, _ = both()
+    inputs, _ = batch("left")
+    ours.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert calls["attention"] == LAYERS
+    assert calls["rms_norm"] == 5 * (2 * LAYERS + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_four_dimensions_is_honoured(dtype, calls):
+    ours, theirs = both()
+    inputs, _ = batch("plain")
+    mask = torch.rand(ROWS, 1, LENGTH, LENGTH) < 0.5
+    mask |= torch.eye(LENGTH, dtype=torch.bool)
+    if dtype == torch.float32:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+    inputs["attention_mask"] = mask
+    assert near(ours(**inputs).logits, theirs(**inputs).logits)
+    assert calls["attention"] == 0
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"use_vmap": True, "attention_mask": None},
+        {"use_vmap": False, "attention_mask": torch.tensor([[False, True, True, True]])},
+    ],
+    ids=["pattern", "packed-and-padded"],
+)
+def test_a_mask_that_documents_cannot_express_is_transformers_own(request_):
+    mask = transformers.AttentionMaskInterface()["llama2rt"](
+        batch_size=1,
+        q_length=4,
+        kv_length=4,
+        cache_position=torch.arange(4),
+        mask_function=lambda batch, head, query, key: (key <= query) & (key >= query - 1),
+        config=a_config(),
+        device="cpu",
+        allow_is_causal_skip=False,
+        **request_,
+    )
+    expected = torch.ones(4, 4).tril().triu(-1).bool()
+    if request_["attention_mask"] is not None:
+        expected &= request_["attention_mask"]
+    assert torch.equal(mask, expected[None, None])
+
+
+@pytest.mark.parametrize("kind", ["plain", "right", "packed"])
+def test_attention_that_is_not_causal_is_honoured(kind, calls):
+    ours, theirs = both()
+    inputs, counted = batch(kind)
+    causal = theirs(**inputs).logits
+    for model in (ours, theirs):
+        model.config.is_causal = False
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    expected = theirs(**inputs).logits
+    if near(causal, expected):  # up to 5.3, whose masks are causal whatever the config says
+        pytest.skip(f"transformers {transformers.__version__} has no is_causal in its config")
+    assert near(ours(**inputs).logits[counted], expected[counted])
+    assert calls["attention"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_items_in_batch": 11},
+        {"num_items_in_batch": torch.tensor(11)},
+        {"ignore_index": 7},
+        {"shift_labels": torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)},
+    ],
+    ids=["mean", "number", "tensor", "ignore", "shifted"],
+)
+def test_loss_conventions(settings):
+    ours, theirs = both()
+    inputs, _ = batch("plain")
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["labels"][:, :4] = settings.get("ignore_index", -100)
+    losses = [model.train()(**inputs, **settings).loss for model in (ours, theirs)]
+    assert near(*losses)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_items_in_batch": 11}])
+def test_a_batch_without_labels_to_predict(settings):
+    ours, theirs = both()
+    inputs, _ = batch("plain")
+    inputs["labels"] = torch.full((ROWS, LENGTH), -100)
+    losses = [model.train()(**inputs, **settings).loss for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_wrong_label_is_refused():
+    ours, _ = both()
+    inputs, _ = batch("plain")
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["labels"][1, 3] = -5
+    with pytest.raises(ValueError, match="targets: "):
+        ours.train()(**inputs)
+
+
+def test_labels_of_the_wrong_number_are_refused():
+    ours, _ = both()
+    inputs, _ = batch("plain")
+    inputs["labels"] = inputs["input_ids"][:, 1:]
+    with pytest.raises(ValueError, match="labels: expected 60, one a token, got 57"):
+        ours.train()(**inputs)
+
+
+def test_labels_of_the_logits_that_are_kept():
+    ours, theirs = both()
+    inputs, _ = batch("plain")
+    inputs |= {"labels": inputs["input_ids"][:, -5:], "logits_to_keep": 5}
+    assert near(*(model.train()(**inputs).loss for model in (ours, theirs)))
+
+
+def test_training_never_holds_the_logits():
+    ours, theirs = both(vocab_size=16384)
+    inputs = {"input_ids": torch.randint(0, 16384, (2, 256))}
+    inputs["labels"] = inputs["input_ids"]
+    logits_bytes = 2 * 256 * 16384 * 4
+
+    def peak(model) -> int:
+        return peak_extra_bytes(lambda: tuple(gradients(model, **inputs).values()))
+
+    assert peak(theirs) > 2 * logits_bytes  # what there is to save
+    assert peak(ours) < logits_bytes / 2
+
+
+def test_evaluation_gives_logits_beside_the_loss(calls):
+    ours, theirs = both()
+    inputs, _ = batch("plain")
+    found, wanted = (model(**inputs, labels=inputs["input_ids"]) for model in (ours, theirs))
+    assert near(found.loss, wanted.loss) and near(found.logits, wanted.logits)
+    assert calls["token_logprob"] == 0
+    last = ours(**inputs, logits_to_keep=1).logits
+    assert last.shape == (ROWS, 1, VOCABULARY) and near(last, wanted.logits[:, -1:])
+
+
+def test_a_loss_of_the_callers_own_is_used():
+    ours, _ = both()
+    inputs, _ = batch("plain")
+    ours.loss_function = lambda logits, labels, **_: logits.sum()
+    result = ours.train()(**inputs, labels=inputs["input_ids"])
+    assert same_bits(result.loss, result.logits.sum())
+
+
+class Doubled(nn.Linear):
+    """An output layer that is more than its weight, as an adapter's is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_an_output_layer_of_the_callers_own_is_used():
+    ours, theirs = both()
+    ours.lm_head.__class__ = theirs.lm_head.__class__ = Doubled
+    inputs, _ = batch("plain")
+    inputs["labels"] = inputs["input_ids"]
+    assert near(*(model.train()(**inputs).loss for model in (ours, theirs)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    ours, _ = both()
+    inputs, counted = batch("left")
+    inputs["labels"] = answers(inputs, counted)
+    wanted = gradients(ours, **inputs)
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert same_bits(list(gradients(ours, **inputs).values()), list(wanted.values()))
+
+
+def test_saved_and_loaded_it_is_a_model_like_any_other(tmp_path):
+    ours, theirs = both()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for name in ("config.json", "generation_config.json"):
+        one, other = (json.loads((tmp_path / x / name).read_text()) for x in ("ours", "theirs"))
+        assert one == other
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(loaded) is transformers.LlamaForCausalLM
+    inputs, _ = batch("plain")
+    assert same_bits(patch_transformers(loaded)(**inputs).logits, ours(**inputs).logits)
+
+
+def test_one_instance_is_patched_and_a_second_call_changes_nothing():
+    config = a_config()
+    one, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    inputs, _ = batch("left")
+    before = other(**inputs).logits
+    classes = [type(module) for module in other.modules()]
+    assert patch_transformers(one) is one
+    patched = [type(module) for module in one.modules()]
+    assert len(set(patched) - set(classes)) == 4
+    assert [type(module) for module in other.modules()] == classes
+    assert other.config._attn_implementation == config._attn_implementation == "sdpa"
+    assert same_bits(other(**inputs).logits, before)
+
+    logits = one(**inputs).logits
+    assert patch_transformers(one) is one
+    assert [type(module) for module in one.modules()] == patched
+    assert same_bits(one(**inputs).logits, logits)
+
+
+def test_attention_alone_goes_back_to_transformers(calls):
+    ours, theirs = both()
+    inputs, counted = batch("left")
+    with pytest.raises(ValueError, match=r"output_attentions: .*set_attn_implementation"):
+        ours(**inputs, output_attentions=True)
+    for model in (ours, theirs):
+        model.set_attn_implementation("eager")
+    found, wanted = (model(**inputs, output_attentions=True) for model in (ours, theirs))
+    assert near(found.logits[counted], wanted.logits[counted])
+    assert all(near(a, b) for a, b in zip(found.attentions, wanted.attentions, strict=True))
+    assert len(found.attentions) == LAYERS and calls["attention"] == 0
+
+
+def test_tuples_and_hidden_states_are_given_where_asked_for():
+    ours, theirs = both()
+    inputs, _ = batch("plain")
+    loss, hidden = ours.train()(
+        **inputs,
+        labels=inputs["input_ids"],
+        output_hidden_states=True,
+        use_cache=False,
+        return_dict=False,
+    )
+    wanted = theirs(**inputs, labels=inputs["input_ids"], output_hidden_states=True)
+    assert near(loss, wanted.loss)
+    assert all(near(a, b) for a, b in zip(hidden, wanted.hidden_states, strict=True))
+
+
+def test_a_norm_of_another_dtype_than_its_input_is_left_to_transformers():
+    ours, theirs = both()
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    assert same_bits(ours.model.norm(x), theirs.model.norm(x))
+
+
+class Subclass(transformers.LlamaForCausalLM):
+    pass
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Subclass,
+        transformers.LlamaForSequenceClassification,
+        transformers.LlamaModel,
+        lambda config: transformers.MistralForCausalLM(
+            transformers.MistralConfig(
+                **{k: v for k, v in config.to_dict().items() if k in ("vocab_size", "hidden_size")},
+                intermediate_size=96,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+            )
+        ),
+        lambda config: nn.Linear(2, 2),
+    ],
+    ids=[
+        "Subclass",
+        "LlamaForSequenceClassification",
+        "LlamaModel",
+        "MistralForCausalLM",
+        "Linear",
+    ],
+)
+def test_other_classes_are_refused_by_name(build, request):
+    name = request.node.callspec.id
+    with pytest.raises(TypeError, match=rf"expected transformers\.LlamaForCausalLM .*\.{name}$"):
+        patch_transformers(build(a_config()))
+
+
+def replace_forward(model):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = mlp.forward
+
+
+def replace_class(model):
+    model.model.norm = nn.RMSNorm(64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        ({"attention_dropout": 0.1}, lambda model: None, "attention_dropout: expected 0, got 0.1"),
+        ({"hidden_act": "gelu"}, lambda model: None, "hidden_act: expected 'silu', got 'gelu'"),
+        ({}, replace_forward, r"^model\.layers\.1\.mlp: .*LlamaMLP with another forward"),
+        ({}, replace_class, r"^model\.norm: .*torch\.nn\.modules\.normalization\.RMSNorm$"),
+    ],
+    ids=["dropout", "activation", "forward", "class"],
+)
+def test_what_cannot_be_patched_is_refused_and_left_as_it_is(settings, change, message):
+    model = a_model(**settings)
+    change(model)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        patch_transformers(model)
+    assert [type(module) for module in model.modules()] == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_without_transformers_the_error_says_what_is_needed():
+    program = "import sys; sys.modules['transformers'] = None; import llama2rt.integrations"
+    run_python("-c", program)
+    failed = run_python("-c", f"{program}.transformers", status=1)
+    assert "ImportError: llama2rt.integrations.transformers needs transformers 5" in failed.stderr
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate, which the Trainer needs, is absent")
+    data = [
+        {"input_ids": row, "labels": row}
+        for row in (torch.randint(0, VOCABULARY, (8, LENGTH)).tolist())
+    ]
+    histories = []
+    for model in both():
+        arguments = transformers.TrainingArguments(
+            tmp_path,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=3,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        histories.append(
+            [
+                entry[key]
+                for entry in trainer.state.log_history
+                for key in ("loss", "eval_loss")
+                if key in entry
+            ]
+        )
+    assert len(histories[0]) == 4 and histories[0][-1] < histories[0][0]
+    assert histories[0] == pytest.approx(histories[1], rel=1e-3)
