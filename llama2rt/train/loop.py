@@ -66,96 +66,39 @@ def fit(
     """
     device = next(model.parameters()).device
     optimizer = Optimizer(model, options)
-    found = run.store.latest()
-    done, last = 0, {}
-    if found is not None:
-        done, tensors, state = found
-        loader.load_state_dict(state["loader"])
-        last = state["validation"]
-        _restore_generators(tensors, state["generators"])
-        optimizer.load_state_dict(tensors)
-        del tensors, found
-    run.truncate_metrics(done)
-
-    def save(step: int) -> None:
-        generators = _generator_tensors()
-        state = {
-            "loader": loader.state_dict(),
-            "validation": last,
-            "generators": _generator_state(),
-        }
-        run.store.save(step, {**optimizer.state_dict(), **generators}, state)
-
-    def check() -> dict[str, float]:
-        assert validate is not None
-        model.eval()
-        with torch.no_grad():
-            numbers = {name: float(value) for name, value in validate(model).items()}
-        model.train()
-        return numbers
-
+    done, last = _resume(run, optimizer, loader)
     model.train()
     ceiling = gemm_ceiling(device.type, options.dtype)
     recompute = recompute_blocks(model) if options.activation_checkpointing else None
-    name = run.directory.resolve().name
     with (
         recompute or contextlib.nullcontext(),
-        ProgressLine(name, steps, done) as line,
+        ProgressLine(run.directory.resolve().name, steps, done) as line,
         interrupts() as interrupted,
         energy.of_device(device) as meter,
     ):
         throughput, use = Throughput(), EnergyUse(meter)
         for step in range(done, steps):
-            micros = loader.next()
-            weight = sum(micro.weight for micro in micros)
-            sums: dict[str, Tensor | float] = {}
-            for micro in micros:
-                tokens, flops = _cost(model, micro)
-                throughput.add(tokens, flops)
-                use.add(tokens)
-                micro = micro.to(device)
-                loss, metrics = objective(model, micro)
-                (loss / max(1, weight)).backward()
-                optimizer.accumulate()
-                for key, value in {"loss": loss, **metrics}.items():
-                    value = value.detach() if isinstance(value, Tensor) else value
-                    sums[key] = sums.get(key, 0.0) + value
-                # The next forward pass must not start while this one's output is still held.
-                del loss, metrics
-            means = {key: float(value) / max(1, weight) for key, value in sums.items()}
-            lr = learning_rate(step, steps, options)
-            if not math.isfinite(means["loss"]):
-                raise FloatingPointError(diverged(run, step + 1, f"the loss is {means['loss']}"))
-            try:
-                norm = optimizer.step(lr)
-            except FloatingPointError as error:
-                raise FloatingPointError(diverged(run, step + 1, str(error))) from None
             done = step + 1
+            means = _backward(model, loader.next(), objective, optimizer, throughput, use)
+            lr = learning_rate(step, steps, options)
+            norm = _update(run, optimizer, done, lr, means["loss"])
             use.step()
 
             if done % options.log_every == 0 or done == steps:
                 tokens_per_second, flops_per_second = throughput.read()
-                mfu = flops_per_second / ceiling
-                run.log(
-                    done,
-                    **means,
-                    lr=lr,
-                    gradient_norm=norm,
-                    tokens_per_second=tokens_per_second,
-                    mfu=mfu,
-                    **use.read(),
-                )
-                text = f"loss {means['loss']:.4f} {tokens_per_second:,.0f} tokens/s MFU {mfu:.0%}"
-                line.update(done, text)
+                rates = {"tokens_per_second": tokens_per_second, "mfu": flops_per_second / ceiling}
+                run.log(done, **means, lr=lr, gradient_norm=norm, **rates, **use.read())
+                said = f"{tokens_per_second:,.0f} tokens/s MFU {rates['mfu']:.0%}"
+                line.update(done, f"loss {means['loss']:.4f} {said}")
             due = options.validate_every and done % options.validate_every == 0
             if validate is not None and (due or done == steps):
-                last = check()
+                last = _validated(model, validate)
                 run.log(done, **last)
                 throughput.read()
                 use.restart()
             stop = bool(interrupted) and done < steps
             if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
-                save(done)
+                _save(run, optimizer, loader, done, last)
                 throughput.read()
                 use.restart()
             if stop:
@@ -164,6 +107,74 @@ def fit(
                     f"{run.store.path(done)}, continue with --resume"
                 )
     return last
+
+
+def _resume(run: Run, optimizer: Optimizer, loader: Loader) -> tuple[int, dict[str, float]]:
+    """(steps done, last validation) of the run's newest checkpoint, which everything is set to."""
+    found = run.store.latest()
+    done, last = 0, {}
+    if found is not None:
+        done, tensors, state = found
+        loader.load_state_dict(state["loader"])
+        last = state["validation"]
+        _restore_generators(tensors, state["generators"])
+        optimizer.load_state_dict(tensors)
+    run.truncate_metrics(done)
+    return done, last
+
+
+def _save(
+    run: Run, optimizer: Optimizer, loader: Loader, step: int, last: dict[str, float]
+) -> None:
+    state = {"loader": loader.state_dict(), "validation": last, "generators": _generator_state()}
+    run.store.save(step, {**optimizer.state_dict(), **_generator_tensors()}, state)
+
+
+def _backward(
+    model: nn.Module,
+    micros: list[Any],
+    objective: Objective,
+    optimizer: Optimizer,
+    throughput: Throughput,
+    use: EnergyUse,
+) -> dict[str, float]:
+    """Accumulate a step's gradients; its loss and further numbers, per unit of weight."""
+    device = next(model.parameters()).device
+    weight = max(1, sum(micro.weight for micro in micros))
+    sums: dict[str, Tensor | float] = {}
+    for micro in micros:
+        tokens, flops = _cost(model, micro)
+        throughput.add(tokens, flops)
+        use.add(tokens)
+        loss, metrics = objective(model, micro.to(device))
+        (loss / weight).backward()
+        optimizer.accumulate()
+        for key, value in {"loss": loss, **metrics}.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            sums[key] = sums.get(key, 0.0) + value
+        # The next forward pass must not start while this one's output is still held.
+        del loss, metrics
+    return {key: float(value) / weight for key, value in sums.items()}
+
+
+def _update(run: Run, optimizer: Optimizer, step: int, lr: float, loss: float) -> float:
+    """Change the weights; the gradient norm. FloatingPointError before, where it is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(diverged(run, step, f"the loss is {loss}"))
+    try:
+        return optimizer.step(lr)
+    except FloatingPointError as error:
+        raise FloatingPointError(diverged(run, step, str(error))) from None
+
+
+def _validated(
+    model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]
+) -> dict[str, float]:
+    model.eval()
+    with torch.no_grad():
+        numbers = {name: float(value) for name, value in validate(model).items()}
+    model.train()
+    return numbers
 
 
 def _cost(model: nn.Module, micro: Any) -> tuple[int, int]:
