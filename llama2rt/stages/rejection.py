@@ -20,6 +20,7 @@ from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.stages import loading, phases, sft
 from llama2rt.stages.phases import Response, RewardModels
+from llama2rt.stages.pretrain import next_token
 from llama2rt.text import chat
 from llama2rt.train.loop import fit
 from llama2rt.train.options import Recipe, TrainOptions
@@ -136,7 +137,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         max(options.micro_tokens, longest),
         recipe.seed,
     )
-    fit(run, model, loader, sft.objective, options, steps=recipe.epochs * loader.steps_per_epoch)
+    fit(run, model, loader, next_token, options, steps=recipe.epochs * loader.steps_per_epoch)
     native.save(model, tokenizer, run.model_directory)
 
     # Measure.

@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
-from llama2rt.data.packing import Batch, Example, micro_batches
+from llama2rt.data.packing import Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
 from llama2rt.stages.loading import file_inputs, load_llama
 from llama2rt.stages.phases import write_report
+from llama2rt.stages.pretrain import next_token
 from llama2rt.text.chat import encode_dialogue
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
@@ -91,7 +92,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         run,
         model,
         loader,
-        objective,
+        next_token,
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=validate if held_out else None,
@@ -127,15 +128,9 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) ->
     return fitting
 
 
-def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy in nats summed over the answers' tokens; prompts have no target."""
-    logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
-    return -logprob.sum(), {}
-
-
 def answer_loss(model: nn.Module, examples: Sequence[Example], micro_tokens: int) -> float:
     """Nats per answer token over ``examples``."""
     device = next(model.parameters()).device
     batches = micro_batches(examples, micro_tokens)
-    nats = sum(float(objective(model, batch.to(device))[0]) for batch in batches)
+    nats = sum(float(next_token(model, batch.to(device))[0]) for batch in batches)
     return nats / sum(batch.weight for batch in batches)
