@@ -60,19 +60,18 @@ def _mask(**request: Any) -> Documents | Tensor | None:
     else:
         queries, device = request["q_length"], request["device"]
     visible, padding = request["mask_function"], request["attention_mask"]
-    packed = visible is not causal_mask_function
+    shape, packed = (request["batch_size"], queries), visible is not causal_mask_function
     if (
         queries != request["kv_length"]
         or request["use_vmap"]  # a pattern of the caller's own
         or not getattr(request["config"], "is_causal", True)
-        or (packed and padding is not None)
+        or (padding is not None and (packed or padding.shape != shape))
     ):
         return sdpa_mask(**request)
-    batch = request["batch_size"]
     if packed:
-        return Documents(_offsets_of_packed(visible, batch, queries, device))
+        return Documents(_offsets_of_packed(visible, *shape, device))
     if padding is None or padding.all():
-        offsets = torch.arange(0, batch * queries + 1, queries, device=device)
+        offsets = torch.arange(0, shape[0] * queries + 1, queries, device=device)
         return Documents(offsets.int())
     offsets = F.pad(padding.sum(1).cumsum(0), (1, 0))
     return Documents(offsets.int(), padding.flatten().nonzero()[:, 0])

@@ -260,6 +260,16 @@ def test_a_mask_that_documents_cannot_express_is_transformers_own(request_):
     assert torch.equal(mask, expected[None, None])
 
 
+def test_a_mask_wider_than_the_batch_is_honoured(calls):
+    ours, theirs = both()
+    inputs, counted = batch("left")
+    mask = inputs["attention_mask"]
+    inputs["attention_mask"] = torch.cat((mask, torch.zeros_like(mask)), dim=1)
+    inputs["use_cache"] = True
+    assert near(ours(**inputs).logits[counted], theirs(**inputs).logits[counted])
+    assert calls["attention"] == 0
+
+
 @pytest.mark.parametrize("kind", ["plain", "right", "packed"])
 def test_attention_that_is_not_causal_is_honoured(kind, calls):
     ours, theirs = both()
