@@ -2,7 +2,7 @@
 //
 // Each op is compiled once per instruction set, into a namespace of that name, and arithmetic is
 // written once with the compiler's vector extension. Intrinsics appear only where the extension
-// has no word for an instruction: 16-bit conversions, sums across lanes and stores past the cache.
+// has no word for an instruction: 16-bit conversions, sums across lanes, scaling by powers of two.
 // Templates of the standard library stay out of these files: the linker keeps one copy of an inline
 // function, and it could be the one compiled for a machine this is not.
 #pragma once
