@@ -46,6 +46,11 @@ inline f32v rounded(f32v x) {
   return x;
 }
 
+template <int64_t COUNT, typename T>
+inline void prefetch(const T* p) {
+  for (int64_t i = 0; i < COUNT; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
+}
+
 template <typename T>
 float value(const T* p) {
   return load(p, Part{1})[0];
@@ -99,6 +104,7 @@ void fold(const TokenLogprob& a, int64_t i) {
   for (; c + VECTORS * W <= a.columns; c += VECTORS * W) {
     f32v x[VECTORS];
     for (int j = 0; j < VECTORS; ++j) x[j] = load(logits + c + j * W);
+    prefetch<VECTORS * W>(logits + a.stride + c);
     row.template fold<VECTORS>(x, Whole{});
   }
   for_each_vector(a.columns - c, [&](int64_t rest, auto lanes) {
@@ -122,6 +128,7 @@ void forward(const TokenLogprob& a) {
 
 // With g and h the upstream gradients of logprob and entropy, both over the temperature:
 //   dlogits = (onehot - p) * g - p * (log p + entropy) * h
+// Each row prefetches the next: a tile's rows lie too far apart for the processor to guess.
 template <typename T>
 void differentiate(const TokenLogprobBackward& a, int64_t row) {
   const T* logits = (const T*)a.logits + row * a.stride;
@@ -138,6 +145,8 @@ void differentiate(const TokenLogprobBackward& a, int64_t row) {
     // Rounded as the peak inside lse was: where one logit is all, its log p is then exactly 0.
     auto log_p = [&](f32v logit) { return rounded(logit * a.scale) - lse; };
     for_each_vector(a.columns, [&](int64_t i, auto lanes) {
+      __builtin_prefetch(logits + a.stride + i);
+      __builtin_prefetch(dlogits + a.dlogits_stride + i, 1);
       store(dlogits + i, gradient(log_p(load(logits + i, lanes))), lanes);
     });
     if (here) store(dlogits + column, gradient(log_p(broadcast(chosen))) + g, Part{1});

@@ -168,15 +168,18 @@ def forward(
     scale = 1 / temperature
     buffer = _buffer(hidden, min(tokens, size.rows), min(vocabulary, size.strip))
     for rows in tiles(tokens, size.rows):
+        rows_hidden, rows_targets = hidden[rows], targets[rows]
+        rows_statistics = statistics.of(rows)
         for part in tiles(vocabulary, size.columns):
+            part_weight = weight[part]
             kept = None if parking is None else parking.logits(rows, part, tokens)
             for strip, place in _strips(part.stop - part.start, kept, size.strip):
-                logits = buffer[: rows.stop - rows.start, : strip.stop - strip.start]
-                if place is not None:
-                    logits = place
-                torch.mm(hidden[rows], weight[part][strip].T, out=logits)
+                logits = place
+                if logits is None:
+                    logits = buffer[: rows.stop - rows.start, : strip.stop - strip.start]
+                torch.mm(rows_hidden, part_weight[strip].T, out=logits)
                 first = part.start + strip.start
-                kernels.fold(logits, targets[rows], first, scale, statistics.of(rows))
+                kernels.fold(logits, rows_targets, first, scale, rows_statistics)
     predicted, log_total = targets >= 0, total.log()
     logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
     lse = log_total + peak * scale
@@ -218,33 +221,28 @@ def backward(
             tile = _tile(hidden, weight, size)
     one_tile = 0 < tokens <= size.rows
     for part in tiles(vocabulary, size.columns):
-        slice_of_weight = weight[part]
+        part_weight = weight[part]
         # One tile of rows gives the weight gradient at once; over several it is summed in fp32.
-        accumulated = (
-            None if one_tile else weight.new_zeros(slice_of_weight.shape, dtype=torch.float32)
-        )
+        accumulated = None if one_tile else weight.new_zeros(part_weight.shape, dtype=torch.float32)
         for rows in tiles(tokens, size.rows):
+            rows_hidden, rows_targets = hidden[rows], targets[rows]
+            rows_upstream = upstream.of(rows)
             dlogits = tile[: rows.stop - rows.start, : part.stop - part.start]
             kept = None if parking is None else parking.logits(rows, part, tokens)
             for strip, place in _strips(part.stop - part.start, kept, size.strip):
-                logits = dlogits[:, strip]
-                if place is not None:
-                    logits = place
-                else:
-                    torch.mm(hidden[rows], slice_of_weight[strip].T, out=logits)
+                out = dlogits[:, strip]
+                logits = place
+                if logits is None:
+                    logits = torch.mm(rows_hidden, part_weight[strip].T, out=out)
+                first = part.start + strip.start
                 kernels.differentiate(
-                    logits,
-                    dlogits[:, strip],
-                    targets[rows],
-                    part.start + strip.start,
-                    1 / temperature,
-                    upstream.of(rows),
+                    logits, out, rows_targets, first, 1 / temperature, rows_upstream
                 )
-            kernels.add_product(dhidden[rows], dlogits, slice_of_weight)
+            kernels.add_product(dhidden[rows], dlogits, part_weight)
             if accumulated is None:
-                kernels.product(dweight[part], dlogits.T, hidden[rows])
+                kernels.product(dweight[part], dlogits.T, rows_hidden)
             else:
-                kernels.add_product(accumulated, dlogits.T, hidden[rows])
+                kernels.add_product(accumulated, dlogits.T, rows_hidden)
         if accumulated is not None:
             dweight[part] = accumulated
     return dhidden.to(hidden.dtype), dweight
