@@ -86,8 +86,44 @@ def _offsets_of_packed(visible: Callable, batch: int, length: int, device: torch
     return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=batch * length).int()
 
 
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, length: int, scale: float
+) -> Tensor:
+    """q [B * S, Hq, D], k and v [B * S, Hkv, D] -> [B * S, Hq, D], 0 at padding."""
+    cu_seqlens, rows = documents
+    if rows is None:
+        return ops.attention(q, k, v, cu_seqlens, max_seqlen=length, scale=scale)
+    q_, k_, v_ = (x.index_select(0, rows) for x in (q, k, v))
+    out = ops.attention(q_, k_, v_, cu_seqlens, max_seqlen=length, scale=scale)
+    return out.new_zeros(q.shape).index_copy(0, rows, out)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Documents | Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers' own modules call: ours where there are no Documents, and those of a model
+    made from the config of a patched one. Heads [B, H, S, D] -> [B, S, H, D]."""
+    if not isinstance(attention_mask, Documents):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if not isinstance(module, modeling_llama.LlamaAttention) or kwargs.get("dropout"):
+        raise ValueError(
+            f"attention {ATTENTION!r}: expected a Llama's without dropout, got "
+            f"{type(module).__name__}, dropout {kwargs.get('dropout')}; "
+            'model.set_attn_implementation("sdpa") brings back that of transformers'
+        )
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    batch, _, length, _ = query.shape
+    out = _attend(q, k, v, attention_mask, length, module.scaling)
+    return out.unflatten(0, (batch, length)), None
+
+
 AttentionMaskInterface.register(ATTENTION, _mask)
-AttentionInterface.register(ATTENTION, sdpa_attention_forward)  # where there are no Documents
+AttentionInterface.register(ATTENTION, _attention)
 
 
 class LlamaRMSNorm(modeling_llama.LlamaRMSNorm):
@@ -133,12 +169,7 @@ class LlamaAttention(modeling_llama.LlamaAttention):
         if past_key_values is not None:  # it holds nothing yet: as many keys as queries
             stored = (x.view(batch, length, -1, self.head_dim).transpose(1, 2) for x in (k, v))
             past_key_values.update(*stored, self.layer_idx)
-        cu_seqlens, rows = attention_mask
-        if rows is not None:
-            q, k, v = (x.index_select(0, rows) for x in (q, k, v))
-        out = ops.attention(q, k, v, cu_seqlens, max_seqlen=length, scale=self.scaling)
-        if rows is not None:
-            out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, rows, out)
+        out = _attend(q, k, v, attention_mask, length, self.scaling)
         return self.o_proj(out.view(batch, length, -1)), None
 
 
@@ -177,12 +208,21 @@ class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
         )
 
     def _has_own_loss(self) -> bool:
-        """Whether loss and output layer are those it was made with: no adapter, shard or loss of
-        the caller's."""
+        """Whether loss and output layer are those it was made with: no adapter, shard, hook
+        (pruning and norms of weights are such) or loss of the caller's."""
+        head = self.lm_head
+        hooks = (
+            head._forward_pre_hooks,
+            head._forward_hooks,
+            head._backward_pre_hooks,
+            head._backward_hooks,
+        )
         return (
             self.loss_function is ForCausalLMLoss
-            and type(self.lm_head) is nn.Linear
-            and self.lm_head.bias is None
+            and type(head) is nn.Linear
+            and head.bias is None
+            and "forward" not in vars(head)
+            and not any(hooks)
         )
 
 

@@ -9,6 +9,7 @@ from memory import peak_extra_bytes
 from numerics import judge, same_bits
 from processes import run_python
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from llama2rt import ops
 
@@ -385,6 +386,52 @@ def test_an_output_layer_of_the_callers_own_is_used():
     assert near(*(model.train()(**inputs).loss for model in (ours, theirs)))
 
 
+def double_by_hook(head):
+    head.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def double_by_forward(head):
+    inner = head.forward
+    head.forward = lambda x: 2 * inner(x)
+
+
+def double_by_weight_norm(head):
+    nn.utils.weight_norm(head)
+    with torch.no_grad():
+        head.weight_g.mul_(2)
+
+
+def double_by_pruning(head):
+    prune.identity(head, "weight")
+    with torch.no_grad():
+        head.weight_orig.mul_(2)
+
+
+def watch_gradients(head):
+    head.register_full_backward_hook(lambda module, *gradients: None)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        double_by_hook,
+        double_by_forward,
+        double_by_weight_norm,
+        double_by_pruning,
+        watch_gradients,
+    ],
+)
+def test_what_hangs_on_the_output_layer_is_used(change, calls):
+    ours, theirs = both()
+    inputs, _ = batch("plain")
+    inputs["labels"] = inputs["input_ids"]
+    for model in (ours, theirs):
+        change(model.lm_head)
+    assert near(*(model.train()(**inputs).loss for model in (ours, theirs)))
+    assert calls["token_logprob"] == 0
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     ours, _ = both()
@@ -426,6 +473,37 @@ def test_one_instance_is_patched_and_a_second_call_changes_nothing():
     assert patch_transformers(one) is one
     assert [type(module) for module in one.modules()] == patched
     assert same_bits(one(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_made_from_the_config_of_a_patched_one_works(kind, calls):
+    ours, theirs = both()
+    made = transformers.LlamaModel(ours.config).eval()
+    made.load_state_dict(theirs.model.state_dict())
+    inputs, counted = batch(kind)
+    found, wanted = (model(**inputs).last_hidden_state for model in (made, theirs.model))
+    assert near(found[counted], wanted[counted])
+    assert calls["attention"] == LAYERS and calls["rms_norm"] == 0
+
+
+def test_our_attention_is_refused_where_it_would_not_be_the_models():
+    config = transformers.MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        sliding_window=None,
+    )
+    inputs, _ = batch("plain")
+    for model in (
+        transformers.MistralForCausalLM(config),
+        transformers.LlamaForCausalLM(a_config(attention_dropout=0.1)),
+    ):
+        model.set_attn_implementation("llama2rt")
+        with pytest.raises(ValueError, match="expected a Llama's without dropout, got"):
+            model.train()(**inputs)
 
 
 def test_attention_alone_goes_back_to_transformers(calls):
