@@ -69,7 +69,7 @@ struct Row {
     const float scale2 = scale * LOG2E;
     for (int j = 0; j < VECTORS; ++j) {
       // The peak itself gives exactly 1, so that no total is below 1 and no logprob above 0.
-      const f32v x = logits[j] - peak, e = only(exp2(x * scale2), lanes, 0.0f);
+      const f32v x = only(logits[j] - peak, lanes, 0.0f), e = only(exp2(x * scale2), lanes, 0.0f);
       new_total += e;
       if (ENTROPY) new_weighted += e * x;
     }

@@ -223,6 +223,15 @@ def test_token_logprob_of_logits_far_from_zero(columns, level, dtype):
     torch.testing.assert_close(lse.double(), exact[2], rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [1, 5, 16, 19, 64, 83])
+def test_token_logprob_of_logits_near_the_largest_number(columns):
+    """Lanes beyond a row's end are infinitely far below these, and still do not count."""
+    hidden, weight = torch.ones(1, 1), torch.full((columns, 1), 1e35)
+    logprob, entropy, _ = cpu.token_logprob(hidden, weight, torch.tensor([0]), 1.0, True)
+    torch.testing.assert_close(-logprob, entropy)
+    torch.testing.assert_close(entropy.exp(), torch.tensor([float(columns)]))
+
+
 def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype, isa):
     """All 65536 bit patterns through a load, a multiplication and a store."""
     if dtype == torch.float32:
