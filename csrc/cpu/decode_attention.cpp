@@ -16,8 +16,8 @@ namespace {
 
 constexpr int HEADS = 4;         // query heads of a step
 constexpr int ROWS = W / HEADS;  // cached tokens of a step: its scores fill a vector
-// Measured on Zen 5 (docs/kernels/decode_attention.md): tokens of one softmax, and from the tokens
-// in use to those that are asked for.
+// Chosen by trials on Zen 5: tokens of one softmax, and from the tokens in use to those that are
+// asked for.
 constexpr int64_t TILE = 32, AHEAD = 8;
 static_assert(TILE % ROWS == 0);
 

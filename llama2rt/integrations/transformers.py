@@ -270,7 +270,8 @@ def patch_transformers(model: Any) -> Any:
     `logits` is None; in evaluation mode both are there. A second call changes nothing.
     `model.set_attn_implementation("sdpa")` returns attention alone to transformers ("eager" where
     attention weights are asked for). Call it before wrapping the model (torch.compile, adapters,
-    shards). Not yet run on a GPU.
+    shards). A mask of padding breaks a compiled graph, which asks whether anything is padded; so
+    does, unless fullgraph=True, the loss in training. Not yet run on a GPU.
 
     TypeError for any other class, subclasses included. ValueError, and nothing changed, for
     dropout in attention, an activation other than SiLU, and modules whose class or forward another

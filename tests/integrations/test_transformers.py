@@ -386,6 +386,21 @@ def test_an_output_layer_of_the_callers_own_is_used():
     assert near(*(model.train()(**inputs).loss for model in (ours, theirs)))
 
 
+@pytest.mark.parametrize("kind", ["plain", "left"])
+def test_compiled_it_gives_the_same(kind):
+    """In one graph where there is no mask of padding. The compiler's own kernels are not tried."""
+    ours, _ = both()
+    inputs, counted = batch(kind)
+    inputs["use_cache"] = False
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=kind == "plain")
+    assert near(compiled(**inputs).logits[counted], ours(**inputs).logits[counted])
+
+    inputs["labels"] = answers(inputs, counted)
+    wanted = gradients(ours, **inputs)
+    for name, gradient in gradients(compiled, **inputs).items():
+        assert near(gradient, wanted[name.removeprefix("_orig_mod.")]), name
+
+
 def double_by_hook(head):
     head.register_forward_hook(lambda module, inputs, output: 2 * output)
 
