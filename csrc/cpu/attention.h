@@ -65,7 +65,7 @@ inline int by_falling_cost(const void* a, const void* b) {
 }
 
 // Calls body(piece, kv_head, scratch) for each piece and head, the most expensive pieces first,
-// with `floats` of scratch memory per thread. Who does what never changes a result.
+// with `floats` of scratch memory per thread.
 template <typename Body>
 inline void share(const Attention& a, Piece* pieces, int64_t count, int64_t floats, Body body) {
   int64_t products = 0;
@@ -76,12 +76,10 @@ inline void share(const Attention& a, Piece* pieces, int64_t count, int64_t floa
   if (threads > items) threads = items;
   if (threads > a.threads) threads = a.threads;
   if (threads < 1) return;
-  Workspace<> scratch(threads * round_up(floats, 16));
   if (threads > 1) qsort(pieces, count, sizeof(Piece), by_falling_cost);
-#pragma omp parallel for num_threads((int)threads) schedule(dynamic) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item)
-    body(pieces[item / a.kv_heads], item % a.kv_heads,
-         scratch.data + omp_get_thread_num() * round_up(floats, 16));
+  share(items, (int)threads, floats, [&](int64_t item, float* scratch) {
+    body(pieces[item / a.kv_heads], item % a.kv_heads, scratch);
+  });
 }
 
 }  // namespace LLAMA2RT_ISA

@@ -224,13 +224,10 @@ void decode(const DecodeAttention& a) {
   const int64_t pieces = (a.kv_heads + together - 1) / together, items = a.sequences * pieces;
   const int64_t floats = Heads::floats(together * (a.heads / a.kv_heads), a.head_dim);
   const int threads = useful_threads(items, tokens * a.heads * a.head_dim, a.threads);
-  Workspace<> scratch(threads * round_up(floats, W));
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item) {
+  share(items, threads, floats, [&](int64_t item, float* scratch) {
     const int64_t begin = item % pieces * together, end = begin + together;
-    some_heads<SHARE, T>(a, item / pieces, begin, end < a.kv_heads ? end : a.kv_heads,
-                         scratch.data + omp_get_thread_num() * round_up(floats, W));
-  }
+    some_heads<SHARE, T>(a, item / pieces, begin, end < a.kv_heads ? end : a.kv_heads, scratch);
+  });
 }
 
 }  // namespace

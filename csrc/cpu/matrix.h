@@ -26,8 +26,6 @@ constexpr int64_t unit() {
 #endif
 }
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 template <int64_t UNIT>
 inline f32v multiply_add(f32v a, f32v b, f32v sum) {
 #if defined(__AVX512BF16__)

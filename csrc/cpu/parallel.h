@@ -11,6 +11,8 @@
 
 namespace LLAMA2RT_ISA {
 
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // At most `threads`, fewer where the elements would not repay waking them.
 inline int useful_threads(int64_t items, int64_t elements, int threads) {
   const int64_t elements_per_thread = 8192;
@@ -47,6 +49,17 @@ struct Workspace {
   static constexpr std::align_val_t LINE{64};
   T* const data;
 };
+
+// Calls body(item, scratch) for each of [0, items), whichever thread is free, with `floats` of
+// scratch memory per thread. Who does what never changes a result.
+template <typename Body>
+inline void share(int64_t items, int threads, int64_t floats, Body body) {
+  const int64_t stride = round_up(floats, 16);  // a cache line: threads do not write to each other's
+  Workspace<> scratch(threads * stride);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t item = 0; item < items; ++item)
+    body(item, scratch.data + omp_get_thread_num() * stride);
+}
 
 template <typename Function>
 inline void by_dtype(DType dtype, Function function) {
