@@ -1,117 +1,32 @@
-"""A patched Llama of transformers against the same one as transformers made it."""
+"""A patched Llama of transformers against the same one as transformers made it. Its loss has a file
+of its own."""
 
 import copy
 import json
 
 import pytest
 import torch
-from memory import peak_extra_bytes
 from numerics import judge, same_bits
+from patched_llama import (
+    KINDS,
+    LAYERS,
+    LENGTH,
+    ROWS,
+    VOCABULARY,
+    a_config,
+    a_model,
+    answers,
+    batch,
+    both,
+    gradients,
+    near,
+    patch_transformers,
+    transformers,
+)
 from processes import run_python
-from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch import nn
 
 from llama2rt import ops
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-from llama2rt.integrations.transformers import patch_transformers  # noqa: E402
-
-VOCABULARY, LAYERS, ROWS, LENGTH = 150, 2, 3, 20
-
-
-def a_config(**settings):
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    return transformers.LlamaConfig(**shape | settings)
-
-
-def a_model(**settings):
-    """Random weights so large that every layer matters and logits have about unit scale."""
-    model = transformers.LlamaForCausalLM(a_config(**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape)
-            parameter.copy_(
-                1 + 0.2 * noise if parameter.dim() == 1 else noise / parameter.shape[1] ** 0.5
-            )
-    return model.eval()
-
-
-def both(**settings):
-    """(the model patched, the same as it was)"""
-    theirs = a_model(**settings)
-    return patch_transformers(copy.deepcopy(theirs)), theirs
-
-
-def batch(kind: str) -> tuple[dict[str, Tensor | bool], Tensor]:
-    """Arguments of a model, and which tokens [ROWS, LENGTH] are not padding."""
-    mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
-    if kind == "left":
-        mask[0, :7], mask[2, :19] = 0, 0
-    elif kind == "right":
-        mask[1, 13:], mask[2, 1:] = 0, 0
-    elif kind == "holes":
-        mask[0, 3:9], mask[1, :2], mask[1, 11] = 0, 0, 0
-    elif kind == "all":
-        mask[0] = 0
-    inputs: dict = {"input_ids": torch.randint(0, VOCABULARY, (ROWS, LENGTH))}
-    if kind == "packed":
-        rows = ([7, 12, 1], [20], [1, 1, 18])
-        positions = [torch.cat([torch.arange(n) for n in row]) for row in rows]
-        inputs |= {"position_ids": torch.stack(positions), "use_cache": False}
-    elif kind != "plain":
-        inputs["attention_mask"] = mask
-    return inputs, mask.bool()
-
-
-def answers(inputs, counted: Tensor) -> Tensor:
-    """Labels of the tokens that are not padding and that none predicts, and not of a few more."""
-    labels = inputs["input_ids"].masked_fill(~counted, -100)
-    labels[:, 1:][~counted[:, :-1]] = -100
-    labels[1, 5:9] = -100
-    return labels
-
-
-KINDS = ["plain", "left", "right", "holes", "all", "packed"]
-
-
-def near(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal to 1e-5 of the largest value, in fp32."""
-    assert ours.dtype == theirs.dtype == torch.float32 and ours.shape == theirs.shape
-    return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())
-
-
-def gradients(model, **inputs) -> dict[str, Tensor]:
-    model.zero_grad()
-    model.train()(**inputs).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often each of our ops is called by the patched modules."""
-    counts = dict.fromkeys(("rms_norm", "swiglu", "rope", "attention", "token_logprob"), 0)
-
-    def counted(name, op):
-        def call(*args, **kwargs):
-            counts[name] += 1
-            return op(*args, **kwargs)
-
-        return call
-
-    for name in counts:
-        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
-    return counts
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,105 +202,6 @@ def test_attention_that_is_not_causal_is_honoured(kind, calls):
     assert calls["attention"] == 0
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_items_in_batch": 11},
-        {"num_items_in_batch": torch.tensor(11)},
-        {"ignore_index": 7},
-        {"shift_labels": torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)},
-    ],
-    ids=["mean", "number", "tensor", "ignore", "shifted"],
-)
-def test_loss_conventions(settings):
-    ours, theirs = both()
-    inputs, _ = batch("plain")
-    inputs["labels"] = inputs["input_ids"].clone()
-    inputs["labels"][:, :4] = settings.get("ignore_index", -100)
-    losses = [model.train()(**inputs, **settings).loss for model in (ours, theirs)]
-    assert near(*losses)
-
-
-@pytest.mark.parametrize("settings", [{}, {"num_items_in_batch": 11}])
-def test_a_batch_without_labels_to_predict(settings):
-    ours, theirs = both()
-    inputs, _ = batch("plain")
-    inputs["labels"] = torch.full((ROWS, LENGTH), -100)
-    losses = [model.train()(**inputs, **settings).loss for model in (ours, theirs)]
-    torch.testing.assert_close(*losses, rtol=0, atol=0, equal_nan=True)
-
-
-def test_a_wrong_label_is_refused():
-    ours, _ = both()
-    inputs, _ = batch("plain")
-    inputs["labels"] = inputs["input_ids"].clone()
-    inputs["labels"][1, 3] = -5
-    with pytest.raises(ValueError, match="targets: "):
-        ours.train()(**inputs)
-
-
-def test_labels_of_the_wrong_number_are_refused():
-    ours, _ = both()
-    inputs, _ = batch("plain")
-    inputs["labels"] = inputs["input_ids"][:, 1:]
-    with pytest.raises(ValueError, match="labels: expected 60, one a token, got 57"):
-        ours.train()(**inputs)
-
-
-def test_labels_of_the_logits_that_are_kept():
-    ours, theirs = both()
-    inputs, _ = batch("plain")
-    inputs |= {"labels": inputs["input_ids"][:, -5:], "logits_to_keep": 5}
-    assert near(*(model.train()(**inputs).loss for model in (ours, theirs)))
-
-
-def test_training_never_holds_the_logits():
-    ours, theirs = both(vocab_size=16384)
-    inputs = {"input_ids": torch.randint(0, 16384, (2, 256))}
-    inputs["labels"] = inputs["input_ids"]
-    logits_bytes = 2 * 256 * 16384 * 4
-
-    def peak(model) -> int:
-        return peak_extra_bytes(lambda: tuple(gradients(model, **inputs).values()))
-
-    assert peak(theirs) > 2 * logits_bytes  # what there is to save
-    assert peak(ours) < logits_bytes / 2
-
-
-def test_evaluation_gives_logits_beside_the_loss(calls):
-    ours, theirs = both()
-    inputs, _ = batch("plain")
-    found, wanted = (model(**inputs, labels=inputs["input_ids"]) for model in (ours, theirs))
-    assert near(found.loss, wanted.loss) and near(found.logits, wanted.logits)
-    assert calls["token_logprob"] == 0
-    last = ours(**inputs, logits_to_keep=1).logits
-    assert last.shape == (ROWS, 1, VOCABULARY) and near(last, wanted.logits[:, -1:])
-
-
-def test_a_loss_of_the_callers_own_is_used():
-    ours, _ = both()
-    inputs, _ = batch("plain")
-    ours.loss_function = lambda logits, labels, **_: logits.sum()
-    result = ours.train()(**inputs, labels=inputs["input_ids"])
-    assert same_bits(result.loss, result.logits.sum())
-
-
-class Doubled(nn.Linear):
-    """An output layer that is more than its weight, as an adapter's is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def test_an_output_layer_of_the_callers_own_is_used():
-    ours, theirs = both()
-    ours.lm_head.__class__ = theirs.lm_head.__class__ = Doubled
-    inputs, _ = batch("plain")
-    inputs["labels"] = inputs["input_ids"]
-    assert near(*(model.train()(**inputs).loss for model in (ours, theirs)))
-
-
 @pytest.mark.parametrize("kind", ["plain", "left"])
 def test_compiled_it_gives_the_same(kind):
     """In one graph where there is no mask of padding. The compiler's own kernels are not tried."""
@@ -399,52 +215,6 @@ def test_compiled_it_gives_the_same(kind):
     wanted = gradients(ours, **inputs)
     for name, gradient in gradients(compiled, **inputs).items():
         assert near(gradient, wanted[name.removeprefix("_orig_mod.")]), name
-
-
-def double_by_hook(head):
-    head.register_forward_hook(lambda module, inputs, output: 2 * output)
-
-
-def double_by_forward(head):
-    inner = head.forward
-    head.forward = lambda x: 2 * inner(x)
-
-
-def double_by_weight_norm(head):
-    nn.utils.weight_norm(head)
-    with torch.no_grad():
-        head.weight_g.mul_(2)
-
-
-def double_by_pruning(head):
-    prune.identity(head, "weight")
-    with torch.no_grad():
-        head.weight_orig.mul_(2)
-
-
-def watch_gradients(head):
-    head.register_full_backward_hook(lambda module, *gradients: None)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize(
-    "change",
-    [
-        double_by_hook,
-        double_by_forward,
-        double_by_weight_norm,
-        double_by_pruning,
-        watch_gradients,
-    ],
-)
-def test_what_hangs_on_the_output_layer_is_used(change, calls):
-    ours, theirs = both()
-    inputs, _ = batch("plain")
-    inputs["labels"] = inputs["input_ids"]
-    for model in (ours, theirs):
-        change(model.lm_head)
-    assert near(*(model.train()(**inputs).loss for model in (ours, theirs)))
-    assert calls["token_logprob"] == 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
