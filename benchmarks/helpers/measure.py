@@ -4,7 +4,8 @@ A set-up function makes the contenders of a case; the same ones are timed and we
 and memory speak of the same call. Each round runs the ceiling and then every contender once, so
 that all see the same machine; figures are medians and ratios of medians. The ceiling (a copy or a
 matrix product) is measured alone before and after: if it moved by more than a tenth the machine was
-not quiet, the measurement is thrown away and repeated, and after three the benchmark fails.
+not quiet, the measurement is thrown away and repeated, and after three the benchmark fails. On a CPU
+rounds go on for seconds, since neighbours on the same memory come and go in tenths of them.
 
 Energy is metered in a stretch of its own, one a contender, since counters need longer than a round.
 Where no counter can be read nothing is run for it, and the record says why.
@@ -40,8 +41,10 @@ from llama2rt import energy, ops
 
 SMOKE = os.environ.get("BENCH_SMOKE") == "1"
 DEVICES = ("cpu", "cuda")
-ROUNDS = 1 if SMOKE else 7
-EDGE_ROUNDS = 1 if SMOKE else 5  # of the ceiling alone, before and after
+ROUNDS = 1 if SMOKE else 7  # at least
+EDGE_ROUNDS = 1 if SMOKE else 5  # at least, of the ceiling alone, before and after
+# Rounds go on until they have lasted this long, the ceiling's alone for a tenth of it.
+SPAN_SECONDS = {"cpu": 0.0 if SMOKE else 3.0, "cuda": 0.0}
 DRIFT, ATTEMPTS = 0.10, 3
 # A sample lasts at least this long: far above the clock's grain and an event's.
 LEAST_SECONDS = {"cpu": 2e-3, "cuda": 2e-4}
@@ -240,8 +243,23 @@ def energy_of(
     return calls, meter.energy
 
 
+def rounds(
+    runs: dict[str, Callable[[], Any]], device: str, loops: dict[str, int], least: int, span: float
+) -> dict[str, list[float]]:
+    """Seconds of a call of each in every round: `least` rounds, and on until they fill `span` s."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    started, made = time.perf_counter(), 0
+    while made < least or time.perf_counter() - started < span:
+        for name, run in runs.items():
+            times[name].append(seconds(run, device, loops[name]))
+        made += 1
+    return times
+
+
 def median_seconds(run: Callable[[], Any], device: str, loops: int) -> float:
-    return statistics.median(seconds(run, device, loops) for _ in range(EDGE_ROUNDS))
+    span = SPAN_SECONDS[device] / 10
+    found = rounds({"alone": run}, device, {"alone": loops}, EDGE_ROUNDS, span)
+    return statistics.median(found["alone"])
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -253,10 +271,7 @@ def measured(case: Case) -> dict[str, Any]:
         once = seconds(run, case.device)
         loops[name] = 1 if SMOKE else max(1, min(100, int(LEAST_SECONDS[case.device] / once)))
     before = median_seconds(ceiling, case.device, loops["ceiling"])
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            times[name].append(seconds(run, case.device, loops[name]))
+    times = rounds(runs, case.device, loops, ROUNDS, SPAN_SECONDS[case.device])
     after = median_seconds(ceiling, case.device, loops["ceiling"])
     median = {name: statistics.median(values) for name, values in times.items()}
     drawn = {
@@ -265,6 +280,7 @@ def measured(case: Case) -> dict[str, Any]:
     ceiling_rate = case.ceiling_work / median["ceiling"]
     return {
         "drift": abs(after / before - 1),
+        "rounds": len(times["ceiling"]),
         "ceiling_rate": ceiling_rate,
         "rows": {
             name: {

@@ -83,6 +83,21 @@ def test_a_machine_that_is_not_quiet_is_noticed(monkeypatch):
         measure.quiet(case())
 
 
+@pytest.mark.parametrize(("least", "span", "made"), [(5, 0.0, 5), (5, 0.9, 5), (2, 1.0, 4)])
+def test_rounds_go_on_for_as_long_as_asked(monkeypatch, least, span, made):
+    """Two calls of 1/8 s a round: 1 s has four rounds."""
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def run():
+        now[0] += 0.125
+
+    found = measure.rounds(
+        {"ours": run, "theirs": run}, "cpu", {"ours": 1, "theirs": 1}, least, span
+    )
+    assert found == {"ours": [0.125] * made, "theirs": [0.125] * made}
+
+
 def test_a_peer_that_cannot_is_left_out_and_ours_may_not_fail():
     def refuse(x):
         raise RuntimeError("not for this shape")
