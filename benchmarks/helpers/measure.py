@@ -4,8 +4,8 @@ A set-up function makes the contenders of a case; the same ones are timed and we
 and memory speak of the same call. Each round runs the ceiling and then every contender once, so
 that all see the same machine; figures are medians and ratios of medians. The ceiling (a copy or a
 matrix product) is measured alone before and after: if it moved by more than a tenth the machine was
-not quiet, the measurement is thrown away and repeated, and after three the benchmark fails. On a CPU
-rounds go on for seconds, since neighbours on the same memory come and go in tenths of them.
+not quiet, the measurement is thrown away and repeated, and after three the benchmark fails. On a
+CPU rounds go on for seconds, since neighbours on the same memory come and go in tenths of them.
 
 Energy is metered in a stretch of its own, one a contender, since counters need longer than a round.
 Where no counter can be read nothing is run for it, and the record says why.

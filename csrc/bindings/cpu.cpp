@@ -57,6 +57,10 @@ PYBIND11_MODULE(_cpu, m) {
     select_kernels(*table);
   }, py::arg("isa"), "Use this instruction set from now on, in every thread.");
 
+  m.def("stream_from", stream_from, py::arg("bytes"),
+        "Elementwise ops write results past the caches where they move more than these bytes, at "
+        "first 32 MiB. Results are the same. Returns the former limit.");
+
   m.def("rms_norm",
         [](int dtype, int64_t rows, int64_t columns, Address x, int64_t x_stride, Address residual,
            int64_t residual_stride, Address weight, float eps, Address y, Address summed,

@@ -46,6 +46,12 @@ const Kernels* find_kernels(const char* isa) {
   return nullptr;
 }
 
+// About what the last cache holds near a core. Processors' own answers count the caches of all
+// their cores: 384 MB where a core reaches 32.
+static std::atomic<int64_t> streamed_bytes{(int64_t)32 << 20};
+int64_t streamed_from() { return streamed_bytes.load(std::memory_order_relaxed); }
+int64_t stream_from(int64_t bytes) { return streamed_bytes.exchange(bytes); }
+
 static const Kernels* widest() {
   const Kernels* best = nullptr;
   for (const char* const* isa = instruction_sets; *isa; ++isa)

@@ -192,6 +192,9 @@ const Kernels* find_kernels(const char* isa);
 void select_kernels(const Kernels& table);
 // Names of all instruction sets built, narrowest first, ending with null.
 extern const char* const instruction_sets[];
+// An op that moves more bytes than this writes its results past the caches.
+int64_t streamed_from();
+int64_t stream_from(int64_t bytes);  // returns the former limit
 // Throws std::invalid_argument, a ValueError in Python, where an index would leave its array.
 void require(bool condition, const char* message);
 

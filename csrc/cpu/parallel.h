@@ -22,21 +22,52 @@ inline int useful_threads(int64_t items, int64_t elements, int threads) {
   return threads;
 }
 
-// Calls body(begin, end) over [0, items) on as many threads as are useful. Which thread gets which
-// items never changes a result.
+// Other threads see stores past the caches only after this.
+inline void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls body(begin, end) for parts of [0, items) on as many threads as are useful. Which thread gets
+// which items never changes a result.
 template <typename Body>
 inline void parallel(int64_t items, int64_t elements, int threads, Body body) {
   threads = useful_threads(items, elements, threads);
   if (threads == 1) {
     if (items > 0) body((int64_t)0, items);
+    fence();
     return;
   }
+  // Where there is enough to do, in parts of 2^18 elements for whichever thread is free: nobody
+  // waits for a thread that other programs slow down.
+  int64_t parts = elements >> 18;
+  if (parts < threads) parts = threads;
+  if (parts > items) parts = items;
 #pragma omp parallel num_threads(threads)
   {
-    int64_t count = omp_get_num_threads(), rank = omp_get_thread_num();
-    int64_t begin = items * rank / count, end = items * (rank + 1) / count;
-    if (begin < end) body(begin, end);
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t part = 0; part < parts; ++part)
+      body(items * part / parts, items * (part + 1) / parts);
+    fence();
   }
+}
+
+// Whether an op that moves `bytes` writes its results past the caches; they are of rows of
+// `row_bytes`, the second may be null. Where the whole does not fit into the caches nothing is lost:
+// what was written first is gone before anyone reads it. And memory is spared the reading of lines
+// that are then overwritten.
+inline bool streamed(int64_t bytes, int64_t row_bytes, const void* result, const void* second) {
+  const bool whole_lines = ((uintptr_t)result | (uintptr_t)second | (uintptr_t)row_bytes) % 64 == 0;
+  return whole_lines && bytes > streamed_from();
+}
+
+// The row to be prefetched beside `row`: 8 KiB on, or the next. The processor's own prefetching ends
+// with each page.
+inline int64_t row_ahead(int64_t row, int64_t rows, int64_t row_bytes) {
+  const int64_t reach = 8192;
+  const int64_t next = row + (0 < row_bytes && row_bytes < reach ? reach / row_bytes : 1);
+  return next < rows ? next : row;
 }
 
 // Uninitialised scratch memory from the start of a cache line.

@@ -59,25 +59,39 @@ float add_and_sum_squares(const T* x, const T* residual, T* summed, int64_t n) {
 
 template <typename T>
 void forward(const RmsNorm& a) {
-  const int64_t n = a.columns;
+  const int64_t n = a.columns, row_bytes = n * (int64_t)sizeof(T);
   const T* weight = (const T*)a.weight;
+  const int64_t bytes = (a.residual ? 4 : 2) * a.rows * row_bytes;
+  const bool past = streamed(bytes, row_bytes, a.y, a.summed);
   parallel(a.rows, a.rows * n, a.threads, [&](int64_t begin, int64_t end) {
+    // A sum that goes past the caches is kept here for the second reading.
+    const bool copied = past && a.residual;
+    Workspace<T> copy(copied ? n : 0);
     for (int64_t row = begin; row < end; ++row) {
       const T* x = (const T*)a.x + row * a.x_stride;
-      T* y = (T*)a.y + row * n;
+      T *y = (T*)a.y + row * n, *summed = nullptr;
       float squares;
       if (a.residual) {
-        T* summed = (T*)a.summed + row * n;
         const T* residual = (const T*)a.residual + row * a.residual_stride;
-        squares = add_and_sum_squares(x, residual, summed, n);
-        x = summed;
+        summed = (T*)a.summed + row * n;
+        T* sum = copied ? copy.data : summed;
+        squares = add_and_sum_squares(x, residual, sum, n);
+        x = sum;
       } else {
         squares = sum_of_squares(x, n);
       }
       const float rstd = 1.0f / sqrtf(squares / (float)n + a.eps);
       a.rstd[row] = rstd;
-      for_each_vector(n, [&](int64_t i, auto lanes) {
-        store(y + i, round_to(load(x + i, lanes) * rstd, T{}) * load(weight + i, lanes), lanes);
+      const int64_t next = row_ahead(row, a.rows, row_bytes);
+      const T* next_x = (const T*)a.x + next * a.x_stride;
+      const T* next_residual =
+          a.residual ? (const T*)a.residual + next * a.residual_stride : nullptr;
+      for_each_vector(n, past, [&](int64_t i, auto lanes) {
+        __builtin_prefetch(next_x + i);
+        if (next_residual) __builtin_prefetch(next_residual + i);
+        const f32v v = load(x + i, lanes);
+        if (copied) store(summed + i, v, lanes);
+        store(y + i, round_to(v * rstd, T{}) * load(weight + i, lanes), lanes);
       });
     }
   });
@@ -87,7 +101,11 @@ void forward(const RmsNorm& a) {
 //   dx = rstd * (g - xhat * mean(g * xhat)) + dsummed,  dweight = sum over rows of dy * xhat
 template <typename T>
 void backward_row(const RmsNormBackward& a, int64_t row, float* dweight) {
-  const int64_t n = a.columns;
+  const int64_t n = a.columns, row_bytes = n * (int64_t)sizeof(T);
+  const bool past = streamed((a.dsummed ? 4 : 3) * a.rows * row_bytes, row_bytes, a.dx, nullptr);
+  const int64_t next = row_ahead(row, a.rows, row_bytes);
+  const T* next_dy = (const T*)a.dy + next * a.dy_stride;
+  const T* next_x = (const T*)a.x + next * a.x_stride;
   const T* dy = (const T*)a.dy + row * a.dy_stride;
   const T* x = (const T*)a.x + row * a.x_stride;
   const T* weight = (const T*)a.weight;
@@ -108,11 +126,13 @@ void backward_row(const RmsNormBackward& a, int64_t row, float* dweight) {
   const float projection = sum(total[0] + total[1]) * rstd / (float)n;
 
   auto finish = [&](auto extra) {
-    for_each_vector(n, [&](int64_t j, auto lanes) {
+    for_each_vector(n, past, [&](int64_t j, auto lanes) {
+      __builtin_prefetch(next_dy + j);
+      __builtin_prefetch(next_x + j);
       f32v grad = load(dy + j, lanes), xhat = load(x + j, lanes) * rstd;
       f32v result = (grad * load(weight + j, lanes) - xhat * projection) * rstd;
       store(dx + j, result + extra(j, lanes), lanes);
-      store(dweight + j, load(dweight + j, lanes) + grad * xhat, lanes);
+      store(dweight + j, load(dweight + j, lanes) + grad * xhat, kept(lanes));
     });
   };
   if (a.dsummed) {

@@ -7,11 +7,11 @@ namespace {
 
 template <typename T>
 void rotate(const Rope::Heads& a, int64_t token, int64_t half, const float* cos, const float* sin,
-            float direction) {
+            float direction, bool past) {
   for (int64_t head = 0; head < a.heads; ++head) {
     const T* x = (const T*)a.x + token * a.token_stride + head * a.head_stride;
     T* out = (T*)a.out + (token * a.heads + head) * 2 * half;
-    for_each_vector(half, [&](int64_t i, auto lanes) {
+    for_each_vector(half, past, [&](int64_t i, auto lanes) {
       f32v first = load(x + i, lanes), second = load(x + half + i, lanes);
       f32v c = load(cos + i, lanes), s = load(sin + i, lanes) * direction;
       store(out + i, first * c - second * s, lanes);
@@ -29,13 +29,15 @@ template <typename T>
 void apply(const Rope& a) {
   const int64_t half = a.head_dim / 2;
   const int64_t elements = a.tokens * (a.q.heads + a.k.heads) * a.head_dim;
+  const int64_t size = sizeof(T);
+  const bool past = streamed(2 * elements * size, half * size, a.q.out, a.k.out);
   const float direction = a.inverse ? -1.0f : 1.0f;
   parallel(a.tokens, elements, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const float* cos = a.cos + position_of(a, token) * half;
       const float* sin = a.sin + position_of(a, token) * half;
-      rotate<T>(a.q, token, half, cos, sin, direction);
-      rotate<T>(a.k, token, half, cos, sin, direction);
+      rotate<T>(a.q, token, half, cos, sin, direction, past);
+      rotate<T>(a.k, token, half, cos, sin, direction, past);
     }
   });
 }

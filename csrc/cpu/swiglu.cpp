@@ -6,13 +6,19 @@ namespace {
 
 template <typename T>
 void forward(const Swiglu& a) {
-  const int64_t n = a.columns;
+  const int64_t n = a.columns, row_bytes = n * (int64_t)sizeof(T);
+  const bool past = streamed(3 * a.rows * row_bytes, row_bytes, a.y, nullptr);
   parallel(a.rows, a.rows * n, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
+      const int64_t next = row_ahead(row, a.rows, row_bytes);
       const T* gate = (const T*)a.gate + row * a.gate_stride;
       const T* up = (const T*)a.up + row * a.up_stride;
+      const T* next_gate = (const T*)a.gate + next * a.gate_stride;
+      const T* next_up = (const T*)a.up + next * a.up_stride;
       T* y = (T*)a.y + row * n;
-      for_each_vector(n, [&](int64_t i, auto lanes) {
+      for_each_vector(n, past, [&](int64_t i, auto lanes) {
+        __builtin_prefetch(next_gate + i);
+        __builtin_prefetch(next_up + i);
         f32v g = load(gate + i, lanes);
         store(y + i, g * sigmoid(g) * load(up + i, lanes), lanes);
       });
@@ -23,15 +29,23 @@ void forward(const Swiglu& a) {
 // d silu(g) / dg = s + g * s * (1 - s) with s = sigmoid(g)
 template <typename T>
 void backward(const SwigluBackward& a) {
-  const int64_t n = a.columns;
+  const int64_t n = a.columns, row_bytes = n * (int64_t)sizeof(T);
+  const bool past = streamed(5 * a.rows * row_bytes, row_bytes, a.dgate, a.dup);
   parallel(a.rows, a.rows * n, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
+      const int64_t next = row_ahead(row, a.rows, row_bytes);
       const T* dy = (const T*)a.dy + row * a.dy_stride;
       const T* gate = (const T*)a.gate + row * a.gate_stride;
       const T* up = (const T*)a.up + row * a.up_stride;
+      const T* next_dy = (const T*)a.dy + next * a.dy_stride;
+      const T* next_gate = (const T*)a.gate + next * a.gate_stride;
+      const T* next_up = (const T*)a.up + next * a.up_stride;
       T* dgate = (T*)a.dgate + row * n;
       T* dup = (T*)a.dup + row * n;
-      for_each_vector(n, [&](int64_t i, auto lanes) {
+      for_each_vector(n, past, [&](int64_t i, auto lanes) {
+        __builtin_prefetch(next_dy + i);
+        __builtin_prefetch(next_gate + i);
+        __builtin_prefetch(next_up + i);
         f32v grad = load(dy + i, lanes), g = load(gate + i, lanes);
         f32v s = sigmoid(g);
         f32v silu = g * s;

@@ -129,12 +129,22 @@ inline void store(T* p, f32v x) {
 // A loop over a row works on whole vectors and then on what is left; its body is written once and
 // told by one of these types which it is.
 struct Whole {};
+struct Streamed {};  // whole, and results go past the caches; their addresses are multiples of 64
 struct Part {
   int64_t count;  // 0 < count < W; lanes beyond it load as zero and are not stored
 };
 
+// The same lanes, for a result that is soon read again.
+inline Whole kept(Whole) { return {}; }
+inline Whole kept(Streamed) { return {}; }
+inline Part kept(Part part) { return part; }
+
 template <typename T>
 inline f32v load(const T* p, Whole) {
+  return load(p);
+}
+template <typename T>
+inline f32v load(const T* p, Streamed) {
   return load(p);
 }
 template <typename T>
@@ -146,6 +156,24 @@ inline f32v load(const T* p, Part part) {
 template <typename T>
 inline void store(T* p, f32v x, Whole) {
   store(p, x);
+}
+#if defined(__AVX512F__)
+inline void stream(float* p, f32v x) { _mm512_stream_ps(p, (__m512)x); }
+inline void stream(void* p, u16v x) { _mm256_stream_si256((__m256i*)p, (__m256i)x); }
+#elif defined(__AVX2__)
+inline void stream(float* p, f32v x) { _mm256_stream_ps(p, (__m256)x); }
+inline void stream(void* p, u16v x) { _mm_stream_si128((__m128i*)p, (__m128i)x); }
+#elif defined(__SSE2__)
+inline void stream(float* p, f32v x) { _mm_stream_ps(p, (__m128)x); }
+inline void stream(void* p, u16v x) { _mm_stream_si64((long long*)p, (long long)x); }
+#else
+inline void stream(float* p, f32v x) { store(p, x); }
+inline void stream(void* p, u16v x) { memcpy(p, &x, sizeof x); }
+#endif
+inline void store(float* p, f32v x, Streamed) { stream(p, x); }
+template <typename T>
+inline void store(T* p, f32v x, Streamed) {
+  stream(p, narrow(x, T{}));
 }
 template <typename T>
 inline void store(T* p, f32v x, Part part) {
@@ -159,6 +187,13 @@ inline void for_each_vector(int64_t n, Body body) {
   int64_t i = 0;
   for (; i + W <= n; i += W) body(i, Whole{});
   if (i < n) body(i, Part{n - i});
+}
+
+// The same for results that go past the caches if `streamed`; then n is a multiple of W.
+template <typename Body>
+inline void for_each_vector(int64_t n, bool streamed, Body body) {
+  if (!streamed) return for_each_vector(n, body);
+  for (int64_t i = 0; i < n; i += W) body(i, Streamed{});
 }
 
 // x rounded to T and back, where a definition casts in the middle.
@@ -218,28 +253,31 @@ inline f32v exp(f32v x) {
 #endif
 }
 
-// 2^x for x up to 127 with a relative error under 2e-7 (a minimax polynomial); at most 2^-126 for
-// any x below -126, and 0 for minus infinity. NaN stays NaN. In a softmax it spares exp's second
-// clamp and exact reduction.
+// 2^r with a relative error under 1.5e-7 for 0 <= r <= 1, and exactly 1 for 0: a minimax polynomial
+// under that condition.
+inline f32v power_of_fraction(f32v r) {
+  f32v p = broadcast(1.8671300495043397e-3f);
+  p = p * r + 9.017030708491802e-3f;
+  p = p * r + 5.579991266131401e-2f;
+  p = p * r + 2.4016444385051727e-1f;
+  p = p * r + 6.931512951850891e-1f;
+  return p * r + 1.0f;
+}
+
+// 2^x for x up to 127 with a relative error under 2e-7; at most 2^-126 for any x below -126, and 0
+// for minus infinity. NaN stays NaN. In a softmax it spares exp's clamps and exact reduction.
 inline f32v exp2(f32v x) {
-#if defined(__AVX512F__)
-  const f32v clamped = (f32v)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
-  const f32v n = (f32v)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
+#if defined(__AVX512DQ__)
+  // x - floor(x), and 0 for an infinity.
+  const f32v fraction = (f32v)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  // Of its second operand this takes the floor.
+  return (f32v)_mm512_scalef_ps((__m512)power_of_fraction(fraction), (__m512)x);
 #else
   const float magic = 12582912.0f;
   const f32v clamped = x < broadcast(-126.0f) ? broadcast(-126.0f) : x;
-  const f32v shifted = clamped + magic, n = shifted - magic;
-#endif
-  const f32v r = clamped - n;
-  f32v p = broadcast(1.326472731307149e-3f);
-  p = p * r + 9.671512991189957e-3f;
-  p = p * r + 5.550733581185341e-2f;
-  p = p * r + 2.4022242426872253e-1f;
-  p = p * r + 6.931470036506653e-1f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (f32v)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; half less than x it is the floor.
+  const f32v shifted = (clamped - 0.5f) + magic, n = shifted - magic;
+  const f32v p = power_of_fraction(clamped - n);
   const f32v result = (f32v)((i32v)p + ((i32v)shifted << 23));
   return x < broadcast(-126.0f) ? f32v{} : x == x ? result : x;
 #endif

@@ -29,16 +29,14 @@ class Tiles:
     rows: int
     """Tokens of a tile."""
     columns: int
-    """Vocabulary of a tile: what has its gradient in memory at one time."""
-    strip: int
-    """Vocabulary whose logits are made and used at one time."""
+    """Vocabulary of a tile."""
 
 
 # On a CPU; docs/kernels/token_logprob.md tells what each size was measured against. A slice of the
 # weight gradient is one product over all the rows of a tile, and each product onto the gradient of
-# hidden costs an addition, hence many rows and wide slices. The logits are formed in narrow strips,
-# which are still in the cache when the softmax reads them.
-CPU = Tiles(rows=2048, columns=2048, strip=1024)
+# hidden costs an addition, hence many rows and wide slices: as wide as memory of 1/8 of the logits
+# at V 32000 allows.
+CPU = Tiles(rows=2048, columns=2560)
 
 
 class Statistics(NamedTuple):
@@ -135,13 +133,16 @@ def _tile(hidden: Tensor, weight: Tensor, size: Tiles) -> Tensor:
     return _buffer(hidden, min(hidden.shape[0], size.rows), min(weight.shape[0], size.columns))
 
 
-def _strips(width: int, parked: Tensor | None, step: int) -> Iterator[tuple[slice, Tensor | None]]:
-    """(columns of a tile, where they are parked if they are), in order."""
+def _pieces(
+    width: int, parked: Tensor | None, widest: int
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """(columns of a tile, their logits if they are parked): those that are, then at most `widest`
+    of the others at a time."""
     kept = 0 if parked is None else parked.shape[1]
-    for strip in tiles(kept, step):
-        yield strip, parked[:, strip] if parked is not None else None
-    for strip in tiles(width - kept, step):
-        yield slice(kept + strip.start, kept + strip.stop), None
+    if kept > 0:
+        yield slice(0, kept), parked
+    for piece in tiles(width - kept, widest):
+        yield slice(kept + piece.start, kept + piece.stop), None
 
 
 def forward(
@@ -166,19 +167,21 @@ def forward(
     chosen.fill_(torch.nan)
     statistics = Statistics(peak, total, weighted if entropy else None, chosen)
     scale = 1 / temperature
-    buffer = _buffer(hidden, min(tokens, size.rows), min(vocabulary, size.strip))
+    # Beside a parked tile half of one, lest both exceed what backward takes.
+    widest = size.columns if parking is None else -(-size.columns // 2)
+    buffer = _buffer(hidden, min(tokens, size.rows), min(vocabulary, widest))
     for rows in tiles(tokens, size.rows):
         rows_hidden, rows_targets = hidden[rows], targets[rows]
         rows_statistics = statistics.of(rows)
         for part in tiles(vocabulary, size.columns):
             part_weight = weight[part]
             kept = None if parking is None else parking.logits(rows, part, tokens)
-            for strip, place in _strips(part.stop - part.start, kept, size.strip):
+            for columns, place in _pieces(part.stop - part.start, kept, widest):
                 logits = place
                 if logits is None:
-                    logits = buffer[: rows.stop - rows.start, : strip.stop - strip.start]
-                torch.mm(rows_hidden, part_weight[strip].T, out=logits)
-                first = part.start + strip.start
+                    logits = buffer[: rows.stop - rows.start, : columns.stop - columns.start]
+                torch.mm(rows_hidden, part_weight[columns].T, out=logits)
+                first = part.start + columns.start
                 kernels.fold(logits, rows_targets, first, scale, rows_statistics)
     predicted, log_total = targets >= 0, total.log()
     logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
@@ -229,12 +232,12 @@ def backward(
             rows_upstream = upstream.of(rows)
             dlogits = tile[: rows.stop - rows.start, : part.stop - part.start]
             kept = None if parking is None else parking.logits(rows, part, tokens)
-            for strip, place in _strips(part.stop - part.start, kept, size.strip):
-                out = dlogits[:, strip]
+            for columns, place in _pieces(part.stop - part.start, kept, size.columns):
+                out = dlogits[:, columns]
                 logits = place
                 if logits is None:
-                    logits = torch.mm(rows_hidden, part_weight[strip].T, out=out)
-                first = part.start + strip.start
+                    logits = torch.mm(rows_hidden, part_weight[columns].T, out=out)
+                first = part.start + columns.start
                 kernels.differentiate(
                     logits, out, rows_targets, first, 1 / temperature, rows_upstream
                 )

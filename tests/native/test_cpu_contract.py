@@ -204,6 +204,48 @@ def test_nothing_is_written_outside(isa, dtype, margins):
             assert all(x.isfinite().all() for x in results), f"{kernel.__name__}, {columns} columns"
 
 
+@pytest.mark.parametrize("columns", [32, 64, 608, 611])
+def test_past_the_caches_go_the_same_bits(isa, dtype, columns, margins):
+    """And nothing outside. Where rows do not fill cache lines, 611 columns, nothing goes past."""
+    q, k = torch.randn(2, 9, 3, 2 * columns).to(dtype)
+    table, positions = torch.randn(2, 64, columns), torch.randint(64, (9,))
+    elementwise = calls(dtype, 9, columns)[:6]
+    rotations = [(kernel, (q, k, *table, positions)) for kernel in (cpu.rope, cpu.rope_backward)]
+    for kernel, arguments in elementwise + rotations:
+        expected = kernel(*arguments)
+        margins.clear()
+        before = _cpu.stream_from(0)
+        try:
+            assert same_bits(kernel(*arguments), expected), kernel.__name__
+        finally:
+            _cpu.stream_from(before)
+        for buffer in margins:
+            assert (torch.cat((buffer[:MARGIN], buffer[-MARGIN:])) == 7).all(), kernel.__name__
+
+
+def test_what_exceeds_the_caches_is_what_its_parts_are(isa, dtype):
+    """At the limit that users have: the whole goes past the caches, its thirds do not."""
+    torch.set_num_threads(2)
+    rows, columns = 3000, 2048
+    x, residual, dy = torch.randn(3, rows, columns).to(dtype)
+    weight, rstd = torch.randn(columns).to(dtype), torch.rand(rows) + 0.5
+    thirds = [slice(0, 1000), slice(1000, 2000), slice(2000, rows)]
+
+    def backward(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+        return cpu.rms_norm_backward(dy, x, weight, rstd)[0]
+
+    for kernel, of_rows, rest in (
+        (cpu.add_rms_norm, (x, residual), (weight, EPS)),
+        (backward, (dy, x, rstd), ()),
+        (cpu.swiglu, (x, residual), ()),
+        (cpu.swiglu_backward, (dy, x, residual), ()),
+    ):
+        whole = as_tuple(kernel(*of_rows, *rest))
+        parts = [as_tuple(kernel(*(a[some] for a in of_rows), *rest)) for some in thirds]
+        joined = tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        assert same_bits(whole, joined), kernel.__name__
+
+
 def test_a_nan_stays_in_its_row(isa, dtype):
     x, weight = torch.randn(4, 50).to(dtype), torch.ones(50, dtype=dtype)
     x[2, 49] = torch.nan

@@ -142,28 +142,29 @@ def test_decode_attention(heads, kv_heads, dim, scale, dtype, seed):
 @pytest.mark.parametrize(
     ("shape", "tiling", "parked_columns"),
     [
-        ((33, 8, 2), (32, 64, 24), None),
-        ((64, 5, 65), (32, 64, 24), 64 + 0),
-        ((70, 24, 203), (32, 64, 24), None),
-        ((30, 24, 203), (32, 128, 24), 128 + 48),
-        ((70, 72, 203), (32, 64, 24), 64 + 64 + 64),
-        ((90, 72, 203), (32, 128, 40), 128 + 48),
-        ((75, 40, 700), (2048, 600, 1024), 600 + 48),
+        ((33, 8, 2), (32, 64), None),
+        ((64, 5, 65), (32, 64), 64 + 0),
+        ((70, 24, 203), (32, 64), None),
+        ((30, 24, 203), (32, 128), 128 + 48),
+        ((70, 72, 203), (32, 64), 64 + 64 + 64),
+        ((90, 72, 203), (32, 128), 128 + 48),
+        ((75, 40, 700), (2048, 600), 600 + 48),
     ],
     ids=str,
 )
 def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype, seed, monkeypatch):
-    """Several tiles of rows and of columns, each with a remainder, and strips inside them; with
-    some or all logits parked in the gradient of weight and in a tile (of the first rows; counted
-    here), or (None) no parking at all."""
+    """Several tiles of rows and of columns, each with a remainder; with some or all logits parked
+    in the gradient of weight and in a tile (of the first rows; counted here), the others formed
+    half a tile at a time, or (None) no parking at all."""
     size = logprob_tiles.Tiles(*tiling)
     monkeypatch.setattr(logprob_tiles, "CPU", size)
     tokens, dim, vocabulary = shape
     temperature = 0.7
     hidden = draw((tokens, dim), dtype, kind, seed)
     weight = draw((vocabulary, dim), dtype, "normal", seed + 1) * 0.3
-    # Targets on both sides of each boundary: of strips, of tiles, and of the vocabulary.
-    edges = [c for c in (0, 23, 24, 63, 64, 87, 88, vocabulary - 1) if c < vocabulary]
+    # Targets on both sides of each boundary: of pieces, of tiles, and of the vocabulary.
+    boundaries = [c for c in (32, 48, 64, 96, 128, 300, 600) if c < vocabulary]
+    edges = [0, *(c - side for c in boundaries for side in (1, 0)), vocabulary - 1]
     targets = torch.randint(-1, vocabulary, (tokens,))
     targets[-len(edges) :] = torch.tensor(edges[-tokens:])
     dlogprob = draw((tokens,), torch.float32, "normal", seed + 2)

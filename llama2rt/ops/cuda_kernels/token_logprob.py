@@ -101,12 +101,12 @@ def token_logprob(
     Extra memory: one tile of logits in hidden's dtype; for fp32 one of backward's tiles.
     """
     columns = _eighth(weight.shape[0])
-    size = logprob_tiles.Tiles(max(1, hidden.shape[0]), columns, columns)
+    size = logprob_tiles.Tiles(max(1, hidden.shape[0]), columns)
     if hidden.dtype != torch.float32:
         # Backward's logits may come from another kernel of cuBLAS, which adds in another order. In
         # fp32 that shows: an ulp of a logit of 500 is 3e-5 of its probability, of 1 itself.
         columns = min(FORWARD_COLUMNS, columns)
-        size = logprob_tiles.Tiles(FORWARD_ROWS, columns, columns)
+        size = logprob_tiles.Tiles(FORWARD_ROWS, columns)
     arguments = hidden, weight, targets, temperature, entropy
     return logprob_tiles.forward(_Kernels(on), size, *arguments)
 
@@ -128,6 +128,6 @@ def token_logprob_backward(
     of hidden in fp32, and unless hidden is fp32 32 MiB for that of weight.
     """
     columns = _eighth(weight.shape[0])
-    size = logprob_tiles.Tiles(max(1, hidden.shape[0]), columns, columns)
+    size = logprob_tiles.Tiles(max(1, hidden.shape[0]), columns)
     arguments = dlogprob, dentropy, hidden, weight, targets, lse, entropy, temperature
     return logprob_tiles.backward(_Kernels(on), size, *arguments)
