@@ -103,7 +103,7 @@ void fold(const TokenLogprob& a, int64_t i) {
   int64_t c = 0;
   for (; c + VECTORS * W <= a.columns; c += VECTORS * W) {
     f32v x[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) x[j] = load(logits + c + j * W);
+    for (int j = 0; j < VECTORS; j += 2) load_pair(logits + c + j * W, x + j);
     prefetch<VECTORS * W>(logits + a.stride + c);
     row.template fold<VECTORS>(x, Whole{});
   }

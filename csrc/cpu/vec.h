@@ -119,6 +119,19 @@ inline f32v load(const T* p) {
   return widen(v, T{});
 }
 
+// 2 W elements in some order, for sums: pairs of bf16 come apart in place.
+template <typename T>
+inline void load_pair(const T* p, f32v* pair) {
+  pair[0] = load(p);
+  pair[1] = load(p + W);
+}
+inline void load_pair(const bf16* p, f32v* pair) {
+  u32v bits;
+  memcpy(&bits, p, sizeof bits);
+  pair[0] = (f32v)(bits << 16);
+  pair[1] = (f32v)(bits & 0xffff0000);
+}
+
 inline void store(float* p, f32v x) { memcpy(p, &x, sizeof x); }
 template <typename T>
 inline void store(T* p, f32v x) {

@@ -134,15 +134,18 @@ def _tile(hidden: Tensor, weight: Tensor, size: Tiles) -> Tensor:
 
 
 def _pieces(
-    width: int, parked: Tensor | None, widest: int
+    part: slice, rows: slice, tokens: int, parking: Parking | None, widest: int
 ) -> Iterator[tuple[slice, Tensor | None]]:
     """(columns of a tile, their logits if they are parked): those that are, then at most `widest`
     of the others at a time."""
-    kept = 0 if parked is None else parked.shape[1]
-    if kept > 0:
-        yield slice(0, kept), parked
-    for piece in tiles(width - kept, widest):
-        yield slice(kept + piece.start, kept + piece.stop), None
+    first = part.start
+    if parking is not None:
+        parked = parking.logits(rows, part, tokens)
+        first += parked.shape[1]
+        if first > part.start:
+            yield slice(part.start, first), parked
+    for piece in tiles(part.stop - first, widest):
+        yield slice(first + piece.start, first + piece.stop), None
 
 
 def forward(
@@ -173,16 +176,18 @@ def forward(
     for rows in tiles(tokens, size.rows):
         rows_hidden, rows_targets = hidden[rows], targets[rows]
         rows_statistics = statistics.of(rows)
+        rows_buffer = buffer[: rows.stop - rows.start]
+        # All views before the first product: between products they cost what its sweep through the
+        # caches makes of them, a hundredth of the whole.
+        pieces = []
         for part in tiles(vocabulary, size.columns):
-            part_weight = weight[part]
-            kept = None if parking is None else parking.logits(rows, part, tokens)
-            for columns, place in _pieces(part.stop - part.start, kept, widest):
-                logits = place
+            for columns, logits in _pieces(part, rows, tokens, parking, widest):
                 if logits is None:
-                    logits = buffer[: rows.stop - rows.start, : columns.stop - columns.start]
-                torch.mm(rows_hidden, part_weight[columns].T, out=logits)
-                first = part.start + columns.start
-                kernels.fold(logits, rows_targets, first, scale, rows_statistics)
+                    logits = rows_buffer[:, : columns.stop - columns.start]
+                pieces.append((weight[columns].T, logits, columns.start))
+        for columns_weight, logits, first in pieces:
+            torch.mm(rows_hidden, columns_weight, out=logits)
+            kernels.fold(logits, rows_targets, first, scale, rows_statistics)
     predicted, log_total = targets >= 0, total.log()
     logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
     lse = log_total + peak * scale
@@ -231,13 +236,11 @@ def backward(
             rows_hidden, rows_targets = hidden[rows], targets[rows]
             rows_upstream = upstream.of(rows)
             dlogits = tile[: rows.stop - rows.start, : part.stop - part.start]
-            kept = None if parking is None else parking.logits(rows, part, tokens)
-            for columns, place in _pieces(part.stop - part.start, kept, size.columns):
-                out = dlogits[:, columns]
-                logits = place
+            for columns, logits in _pieces(part, rows, tokens, parking, size.columns):
+                first = columns.start
+                out = dlogits[:, first - part.start : columns.stop - part.start]
                 if logits is None:
-                    logits = torch.mm(rows_hidden, part_weight[columns].T, out=out)
-                first = part.start + columns.start
+                    logits = torch.mm(rows_hidden, weight[columns].T, out=out)
                 kernels.differentiate(
                     logits, out, rows_targets, first, 1 / temperature, rows_upstream
                 )
