@@ -59,7 +59,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("stream_from", stream_from, py::arg("bytes"),
         "Elementwise ops write results past the caches where they move more than these bytes, at "
-        "first 32 MiB. Results are the same. Returns the former limit.");
+        "first 32 MiB. Numbers are the same. Returns the former limit.");
 
   m.def("rms_norm",
         [](int dtype, int64_t rows, int64_t columns, Address x, int64_t x_stride, Address residual,

@@ -142,7 +142,7 @@ inline void store(T* p, f32v x) {
 // A loop over a row works on whole vectors and then on what is left; its body is written once and
 // told by one of these types which it is.
 struct Whole {};
-struct Streamed {};  // whole, and results go past the caches; their addresses are multiples of 64
+struct Streamed {};  // whole, and results go past the caches; their rows fill cache lines
 struct Part {
   int64_t count;  // 0 < count < W; lanes beyond it load as zero and are not stored
 };
@@ -176,7 +176,7 @@ inline void stream(void* p, u16v x) { _mm256_stream_si256((__m256i*)p, (__m256i)
 #elif defined(__AVX2__)
 inline void stream(float* p, f32v x) { _mm256_stream_ps(p, (__m256)x); }
 inline void stream(void* p, u16v x) { _mm_stream_si128((__m128i*)p, (__m128i)x); }
-#elif defined(__SSE2__)
+#elif defined(__x86_64__)
 inline void stream(float* p, f32v x) { _mm_stream_ps(p, (__m128)x); }
 inline void stream(void* p, u16v x) { _mm_stream_si64((long long*)p, (long long)x); }
 #else
@@ -266,7 +266,7 @@ inline f32v exp(f32v x) {
 #endif
 }
 
-// 2^r with a relative error under 1.5e-7 for 0 <= r <= 1, and exactly 1 for 0: a minimax polynomial
+// 2^r with a relative error under 1.7e-7 for 0 <= r <= 1, and exactly 1 for 0: a minimax polynomial
 // under that condition.
 inline f32v power_of_fraction(f32v r) {
   f32v p = broadcast(1.8671300495043397e-3f);
@@ -288,7 +288,8 @@ inline f32v exp2(f32v x) {
 #else
   const float magic = 12582912.0f;
   const f32v clamped = x < broadcast(-126.0f) ? broadcast(-126.0f) : x;
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; half less than x it is the floor.
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; of half less than x that is the
+  // floor, or for an odd x one less, and the fraction 1.
   const f32v shifted = (clamped - 0.5f) + magic, n = shifted - magic;
   const f32v p = power_of_fraction(clamped - n);
   const f32v result = (f32v)((i32v)p + ((i32v)shifted << 23));
