@@ -39,9 +39,10 @@ inline void parallel(int64_t items, int64_t elements, int threads, Body body) {
     fence();
     return;
   }
-  // Where there is enough to do, in parts of 2^18 elements for whichever thread is free: nobody
-  // waits for a thread that other programs slow down.
-  int64_t parts = elements >> 18;
+  // Where there is enough to do, in parts of about 2^18 elements for whichever thread is free: nobody
+  // waits for a thread that other programs slow down. As many for each thread: one part more would
+  // keep all others waiting.
+  int64_t parts = round_up(elements >> 18, threads);
   if (parts < threads) parts = threads;
   if (parts > items) parts = items;
 #pragma omp parallel num_threads(threads)
