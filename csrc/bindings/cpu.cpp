@@ -57,6 +57,8 @@ PYBIND11_MODULE(_cpu, m) {
     select_kernels(*table);
   }, py::arg("isa"), "Use this instruction set from now on, in every thread.");
 
+  m.def("has_amx", has_amx, "Whether the processor multiplies tiles of bf16 (AMX).");
+
   m.def("stream_from", stream_from, py::arg("bytes"),
         "Elementwise ops write results past the caches where they move more than these bytes, at "
         "first 32 MiB. Numbers are the same. Returns the former limit.");
@@ -179,6 +181,14 @@ PYBIND11_MODULE(_cpu, m) {
            Address weight, int64_t weight_stride, Address y, int threads) {
           kernels().linear({DType(dtype), rows, columns, inner, at(x), x_stride, at(weight),
                             weight_stride, at<void>(y), threads});
+        },
+        Release());
+
+  m.def("weight_gradient",
+        [](int dtype, int64_t rows, int64_t columns, int64_t inner, Address dy, int64_t dy_stride,
+           Address x, int64_t x_stride, Address dweight, Address total, int threads) {
+          kernels().weight_gradient({DType(dtype), rows, columns, inner, at(dy), dy_stride, at(x),
+                                     x_stride, at<void>(dweight), at<float>(total), threads});
         },
         Release());
 

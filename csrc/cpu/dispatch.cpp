@@ -3,6 +3,9 @@
 #include "ops.h"
 
 #include <string.h>
+#if defined(LLAMA2RT_X86)
+#include <cpuid.h>
+#endif
 
 #include <atomic>
 #include <stdexcept>
@@ -44,6 +47,15 @@ const Kernels* find_kernels(const char* isa) {
   if (has_bf16 && !strcmp(isa, "avx512bf16")) return &avx512bf16::table;
 #endif
   return nullptr;
+}
+
+bool has_amx() {
+#if defined(LLAMA2RT_X86)
+  unsigned a, b, c, d;  // leaf 7, EDX: bit 22 is AMX-BF16
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+  return false;
+#endif
 }
 
 // About what the last cache holds near a core. Processors' own answers count the caches of all

@@ -18,5 +18,6 @@ const Kernels table = {TEXT(LLAMA2RT_ISA),
                        token_logprob,
                        token_logprob_backward,
                        add_to,
-                       linear};
+                       linear,
+                       weight_gradient};
 }  // namespace LLAMA2RT_ISA

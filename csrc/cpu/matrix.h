@@ -168,23 +168,31 @@ inline void store_two_rows(float* to, int64_t stride, int64_t r, f32v first, f32
   }
 }
 
+// W units that run down the columns of x from row r; numbers past `rows` or `count` are zero.
+template <typename T>
+inline f32v load_column_units(const T* x, int64_t x_stride, int64_t r, int64_t rows,
+                              int64_t count) {
+  const T* from = x + r * x_stride;
+  if constexpr (unit<T>() == 1) return r < rows ? load_units(from, count) : f32v{};
+  u16v low = {}, high = {};
+  if (r + 1 < rows && count >= W) {
+    memcpy(&low, from, sizeof low);
+    memcpy(&high, from + x_stride, sizeof high);
+  } else {
+    const int64_t bytes = (count < W ? count : W) * sizeof(T);
+    if (r < rows) memcpy(&low, from, bytes);
+    if (r + 1 < rows) memcpy(&high, from + x_stride, bytes);
+  }
+  return interleave(low, high);
+}
+
 // x [rows, n] -> [padded rows / UNIT, n] with units down the columns.
 template <typename T>
 inline void pack_columns(const T* x, int64_t x_stride, int64_t rows, int64_t padded, int64_t n,
                          float* to, int64_t stride) {
-  if constexpr (unit<T>() == 1) return pack_rows(x, x_stride, rows, padded, n, to, stride);
-  for (int64_t r = 0; r < padded; r += 2)
-    for (int64_t i = 0; i < n; i += W) {
-      u16v two[2] = {};
-      for (int64_t j = 0; j < 2 && r + j < rows; ++j) {
-        const T* from = x + (r + j) * x_stride + i;
-        if (n - i < W)
-          memcpy(&two[j], from, (n - i) * sizeof(T));
-        else
-          memcpy(&two[j], from, sizeof(u16v));
-      }
-      store(to + r / 2 * stride + i, interleave(two[0], two[1]));
-    }
+  for (int64_t r = 0; r < padded; r += unit<T>())
+    for (int64_t i = 0; i < n; i += W)
+      store(to + r / unit<T>() * stride + i, load_column_units(x + i, x_stride, r, rows, n - i));
 }
 
 // Lane i is lane index[i] of a, or index[i] - W of b.

@@ -161,6 +161,18 @@ struct Linear {  // y = x weight^T
   int threads;
 };
 
+struct WeightGradient {  // of that layer: dy^T x
+  DType dtype;
+  int64_t rows, columns, inner;
+  const void* dy;  // [rows, columns]
+  int64_t dy_stride;
+  const void* x;  // [rows, inner]
+  int64_t x_stride;
+  void* dweight;  // [columns, inner], contiguous: the result
+  float* total;   // alike, fp32: not null where the result is to be added to it instead
+  int threads;
+};
+
 struct AddTo {  // total += x, both contiguous
   DType dtype;
   int64_t items;
@@ -183,6 +195,7 @@ struct Kernels {
   void (*token_logprob_backward)(const TokenLogprobBackward&);
   void (*add_to)(const AddTo&);
   void (*linear)(const Linear&);
+  void (*weight_gradient)(const WeightGradient&);
 };
 
 // The table in use: the widest instruction set of this processor unless another was selected.
@@ -192,6 +205,8 @@ const Kernels* find_kernels(const char* isa);
 void select_kernels(const Kernels& table);
 // Names of all instruction sets built, narrowest first, ending with null.
 extern const char* const instruction_sets[];
+// Whether the processor has units that multiply whole tiles of bf16 (AMX), which only libraries use.
+bool has_amx();
 // An op that moves more bytes than this writes its results past the caches.
 int64_t streamed_from();
 int64_t stream_from(int64_t bytes);  // returns the former limit
@@ -215,5 +230,6 @@ void token_logprob(const TokenLogprob&);
 void token_logprob_backward(const TokenLogprobBackward&);
 void add_to(const AddTo&);
 void linear(const Linear&);
+void weight_gradient(const WeightGradient&);
 }  // namespace LLAMA2RT_ISA
 #endif

@@ -342,21 +342,41 @@ class _Logprob:
             torch.get_num_threads(),
         )
 
-    def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        torch.mm(a, b, out=out)
+    def weight_gradient(self, out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        if _own_products(dlogits.dtype):
+            weight_gradient(dlogits, hidden, out)
+        else:
+            torch.mm(dlogits.T, hidden, out=out)
 
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        if a.dtype == torch.float32:
-            total.addmm_(a, b)
-            return
-        product = torch.mm(a, b)
-        _cpu.add_to(
-            _DTYPES[product.dtype],
-            product.numel(),
-            product.data_ptr(),
-            total.data_ptr(),
-            torch.get_num_threads(),
-        )
+    def add_weight_gradient(self, total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        if _own_products(dlogits.dtype):
+            add_weight_gradient(total, dlogits, hidden)
+        else:
+            _add_product(total, dlogits.T, hidden)
+
+    def add_hidden_gradient(self, total: Tensor, dlogits: Tensor, weight: Tensor) -> None:
+        _add_product(total, dlogits, weight)
+
+
+def _own_products(dtype: torch.dtype) -> bool:
+    """Whether `_cpu` multiplies matrices of this dtype faster than torch does, whose products use
+    AMX where there is one."""
+    return dtype == torch.bfloat16 and _cpu.isa() == "avx512bf16" and not _cpu.has_amx()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (fp32, contiguous) += a @ b."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+        return
+    product = torch.mm(a, b)
+    _cpu.add_to(
+        _DTYPES[product.dtype],
+        product.numel(),
+        product.data_ptr(),
+        total.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 def token_logprob(
@@ -429,6 +449,34 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return y
+
+
+def weight_gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """dy [T, N], x [T, K], one dtype -> dy^T x [N, K], summed in fp32: the gradient of `linear`'s
+    weight. out: contiguous."""
+    out = x.new_empty(dy.shape[1], x.shape[1]) if out is None else out
+    _weight_gradient(_rows(dy), _rows(x), out.data_ptr(), 0)
+    return out
+
+
+def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """total (fp32, contiguous) += dy^T x, of any of the three dtypes."""
+    _weight_gradient(_rows(dy), _rows(x), 0, total.data_ptr())
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, dweight: int, total: int) -> None:
+    _cpu.weight_gradient(
+        _DTYPES[x.dtype],
+        *dy.shape,
+        x.shape[1],
+        dy.data_ptr(),
+        dy.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        dweight,
+        total,
+        torch.get_num_threads(),
+    )
 
 
 NATIVE: dict[str, Callable] = {

@@ -90,11 +90,14 @@ class Kernels(Protocol):
     ) -> None:
         """dlogits: the gradient of the logits, perhaps in their place."""
 
-    def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """out = a @ b, in out's dtype, which is that of a and b, rounded once."""
+    def weight_gradient(self, out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        """out = dlogits.T @ hidden, contiguous, in their dtype, rounded once."""
 
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total (fp32, contiguous) += a @ b."""
+    def add_weight_gradient(self, total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        """total (fp32, contiguous) += dlogits.T @ hidden."""
+
+    def add_hidden_gradient(self, total: Tensor, dlogits: Tensor, weight: Tensor) -> None:
+        """total (fp32, contiguous) += dlogits @ weight."""
 
 
 def _buffer(hidden: Tensor, rows: int, columns: int) -> Tensor:
@@ -244,11 +247,11 @@ def backward(
                 kernels.differentiate(
                     logits, out, rows_targets, first, 1 / temperature, rows_upstream
                 )
-            kernels.add_product(dhidden[rows], dlogits, part_weight)
+            kernels.add_hidden_gradient(dhidden[rows], dlogits, part_weight)
             if accumulated is None:
-                kernels.product(dweight[part], dlogits.T, rows_hidden)
+                kernels.weight_gradient(dweight[part], dlogits, rows_hidden)
             else:
-                kernels.add_product(accumulated, dlogits.T, rows_hidden)
+                kernels.add_weight_gradient(accumulated, dlogits, rows_hidden)
         if accumulated is not None:
             dweight[part] = accumulated
     return dhidden.to(hidden.dtype), dweight

@@ -54,6 +54,7 @@ def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambd
         ),
         (parked_logprob, (dlogprob, dentropy, x, output, targets)),
         (cpu.linear, (x, output)),
+        (cpu.weight_gradient, (residual, x)),
     ]
 
 

@@ -1,7 +1,7 @@
 """Every kernel of `_cpu`, for each instruction set and dtype, by the rule of `numerics.judge`.
 
 Yardsticks in the same dtype are those of `elementwise_cases`, `attention_cases`, `decode_cases` and
-`logprob_cases`; of the linear layer, torch's own product.
+`logprob_cases`; of the linear layer and the gradient of its weight, torch's own product.
 """
 
 import functools
@@ -67,6 +67,34 @@ def test_linear_of_any_strides_threads_and_rows_gives_the_same_bits(dtype, seed)
     assert torch.equal(cpu.linear(x, strided), expected)
     for row in range(8):
         assert torch.equal(cpu.linear(x[row : row + 1], strided)[0], expected[row])
+
+
+# Remainders of a pair of rows, a vector, a panel, a block and a chunk of columns, and of a depth.
+@pytest.mark.parametrize("kind", ["normal", "tail"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner"),
+    [(1, 1, 1), (2, 8, 33), (7, 130, 16), (193, 9, 530), (385, 257, 48), (771, 20, 1025)],
+)
+def test_weight_gradient(rows, columns, inner, kind, dtype, seed):
+    dy, x = draw((rows, columns), dtype, kind, seed), draw((rows, inner), dtype, kind, seed + 1)
+    dy *= 0.02
+    exact = dy.double().T @ x.double()
+    judge("dweight", cpu.weight_gradient(dy, x), exact, dy.T @ x)
+
+
+def test_weight_gradient_may_be_added_to_a_total(dtype, seed):
+    dy, x = draw((50, 19), dtype, "normal", seed), draw((50, 35), dtype, "normal", seed + 1)
+    total = torch.randn(19, 35)
+    expected = total.double() + dy.double().T @ x.double()
+    cpu.add_weight_gradient(total, dy, x)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
+def test_weight_gradient_of_nothing(shape, dtype):
+    rows, columns, inner = shape
+    dy, x = torch.ones(rows, columns, dtype=dtype), torch.ones(rows, inner, dtype=dtype)
+    assert torch.equal(cpu.weight_gradient(dy, x), torch.zeros(columns, inner, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])

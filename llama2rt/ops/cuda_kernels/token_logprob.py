@@ -77,20 +77,23 @@ class _Kernels:
             *self.on.stream(logits),
         )
 
-    def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+    def weight_gradient(self, out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         """In parts through fp32: cuBLAS may add the parts of a bf16 result up in bf16."""
         if out.dtype == torch.float32:
-            torch.mm(a, b, out=out)
+            torch.mm(dlogits.T, hidden, out=out)
             return
         height = max(1, PART // out.shape[1])
         sums = out.new_empty(min(height, out.shape[0]), out.shape[1], dtype=torch.float32)
         for part in tiles(out.shape[0], height):
             some = sums[: part.stop - part.start]
-            _product_to_fp32(some, a[part], b, beta=0)
+            _product_to_fp32(some, dlogits.T[part], hidden, beta=0)
             out[part] = some
 
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        _product_to_fp32(total, a, b, beta=1)
+    def add_weight_gradient(self, total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        _product_to_fp32(total, dlogits.T, hidden, beta=1)
+
+    def add_hidden_gradient(self, total: Tensor, dlogits: Tensor, weight: Tensor) -> None:
+        _product_to_fp32(total, dlogits, weight, beta=1)
 
 
 def token_logprob(

@@ -1,0 +1,117 @@
+// dy^T x: the gradient of a linear layer's weight, from those of its outputs and from its inputs.
+//
+// The sum runs down the columns of both, across the pairs that the processor multiplies, so both are
+// packed (matrix.h): x once, in panels that all threads read; dy block by block, each thread its own.
+// A panel's part of DEPTH units stays in the first cache while a block of dy passes it, and a block's
+// sums stay in the second while the sum runs on: fp32, rounded once. Which thread does what changes
+// no bit.
+//
+// A library's product does the same for the layouts it likes; here it transposes first, and that
+// costs it a tenth of the time. docs/kernels/token_logprob.md has the figures.
+#include "matrix.h"
+#include "parallel.h"
+
+namespace LLAMA2RT_ISA {
+namespace {
+
+constexpr int64_t DEPTH = 192;   // units of a sum at a time: 24 KB of a panel, where 32 are a first cache
+constexpr int64_t HEIGHT = 128;  // columns of dy in a block
+constexpr int64_t WIDTH = 512;   // columns of x that share one; both: 256 KB of sums
+
+// dy [rows, n] -> [padded n / BLOCK, units, BLOCK]: what BLOCK rows of a product take lies together.
+template <typename T>
+void pack_blocks(const T* dy, int64_t stride, int64_t rows, int64_t n, float* to) {
+  constexpr int64_t UNIT = unit<T>(), SIDE = BLOCK < W ? BLOCK : W;
+  const int64_t units = round_up(rows, UNIT) / UNIT;
+  const int64_t ahead = 8 * UNIT;
+  for (int64_t u = 0; u < units; ++u)
+    for (int64_t i = 0; i < n; i += W) {
+      // Rows lie too far apart for the processor to guess the next.
+      for (int64_t r = u * UNIT + ahead; r < (u + 1) * UNIT + ahead && r < rows; ++r)
+        __builtin_prefetch(dy + r * stride + i);
+      const f32v v = load_column_units(dy + i, stride, u * UNIT, rows, n - i);
+      for (int64_t j = 0; j < W; j += SIDE) {
+        float* block = to + (i + j) / BLOCK * units * BLOCK + u * BLOCK + (i + j) % BLOCK;
+        memcpy(block, (const float*)&v + j, SIDE * sizeof(float));
+      }
+    }
+}
+
+// sums [n, WIDTH] (+)= a part of the product over `units`, one panel wide.
+template <int64_t UNIT, int VECTORS>
+void add_panel(int64_t n, int64_t units, const float* blocks, const float* panel, float* sums,
+               bool first) {
+  for (int64_t i = 0; i < n; i += BLOCK)
+    product<UNIT, VECTORS>(
+        units, ByColumn{blocks + i * units, BLOCK}, panel, PANEL, [&](auto& some) {
+#pragma GCC unroll 8
+          for (int64_t r = 0; r < BLOCK; ++r)
+#pragma GCC unroll 2
+            for (int j = 0; j < VECTORS; ++j) {
+              float* to = sums + (i + r) * WIDTH + j * W;
+              store(to, first ? some[r][j] : load(to) + some[r][j]);
+            }
+        });
+}
+
+template <typename T>
+void product_of(const WeightGradient& a) {
+  constexpr int64_t UNIT = unit<T>(), ROWS = DEPTH * UNIT;
+  const T *dy = (const T*)a.dy, *x = (const T*)a.x;
+  const int64_t units = round_up(a.rows, UNIT) / UNIT, padded = round_up(a.inner, PANEL);
+  const int64_t panels = padded / PANEL, depths = round_up(units, DEPTH) / DEPTH;
+  const int threads = useful_threads(a.rows, a.rows * (a.columns + a.inner), a.threads);
+
+  // One depth after another, in it one panel after another.
+  Workspace<> packed(units * padded);
+  auto panel_at = [&](int64_t depth, int64_t panel, int64_t count) {
+    return packed.data + depth * DEPTH * padded + panel * count * PANEL;
+  };
+  auto count_at = [&](int64_t depth) {
+    return units - depth * DEPTH < DEPTH ? units - depth * DEPTH : DEPTH;
+  };
+  share(depths * panels, threads, 0, [&](int64_t item, float*) {
+    const int64_t depth = item / panels, panel = item % panels, row = depth * ROWS;
+    const int64_t count = count_at(depth), left = a.inner - panel * PANEL;
+    pack_columns(x + row * a.x_stride + panel * PANEL, a.x_stride, a.rows - row, count * UNIT,
+                 left < PANEL ? left : PANEL, panel_at(depth, panel, count), PANEL);
+  });
+
+  const int64_t across = round_up(a.inner, WIDTH) / WIDTH;
+  const int64_t down = round_up(a.columns, HEIGHT) / HEIGHT;
+  share(across * down, threads, HEIGHT * (DEPTH + WIDTH), [&](int64_t item, float* scratch) {
+    const int64_t column = item / across * HEIGHT, begin = item % across * WIDTH;
+    const int64_t n = a.columns - column < HEIGHT ? a.columns - column : HEIGHT;
+    const int64_t end = a.inner - begin < WIDTH ? a.inner : begin + WIDTH;
+    float *blocks = scratch, *sums = scratch + HEIGHT * DEPTH;
+    // Once even without rows: an empty sum is zero.
+    for (int64_t depth = 0; depth == 0 || depth < depths; ++depth) {
+      const int64_t row = depth * ROWS, count = count_at(depth);
+      pack_blocks(dy + row * a.dy_stride + column, a.dy_stride,
+                  a.rows - row < ROWS ? a.rows - row : ROWS, n, blocks);
+      for (int64_t i = begin; i < end; i += PANEL) {
+        const float* panel = panel_at(depth, i / PANEL, count);
+        auto add = end - i > W ? add_panel<UNIT, 2> : add_panel<UNIT, 1>;
+        add(n, count, blocks, panel, sums + i - begin, depth == 0);
+      }
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t to = (column + r) * a.inner + begin;
+      for_each_vector(end - begin, [&](int64_t i, auto lanes) {
+        const f32v some = load(sums + r * WIDTH + i, lanes);
+        if (a.total)
+          store(a.total + to + i, load(a.total + to + i, lanes) + some, lanes);
+        else
+          store((T*)a.dweight + to + i, some, lanes);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void weight_gradient(const WeightGradient& a) {
+  by_dtype(a.dtype, [&](auto t) { product_of<decltype(t)>(a); });
+}
+
+}  // namespace LLAMA2RT_ISA
