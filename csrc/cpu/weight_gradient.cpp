@@ -1,10 +1,10 @@
 // dy^T x: the gradient of a linear layer's weight, from those of its outputs and from its inputs.
 //
 // The sum runs down the columns of both, across the pairs that the processor multiplies, so both are
-// packed (matrix.h): x once, in panels that all threads read; dy block by block, each thread its own.
-// A panel's part of DEPTH units stays in the first cache while a block of dy passes it, and a block's
-// sums stay in the second while the sum runs on: fp32, rounded once. Which thread does what changes
-// no bit.
+// packed (matrix.h): x once, in panels that all threads read; dy as it is needed, each thread its
+// own. A panel's part of DEPTH units stays in the first cache while HEIGHT columns of dy pass it, and
+// their sums stay in the second until the whole sum is done: fp32, rounded once. Which thread does
+// what changes no bit.
 //
 // A library's product does the same for the layouts it likes; here it transposes first, and that
 // costs it a tenth of the time. docs/kernels/token_logprob.md has the figures.
@@ -14,27 +14,64 @@
 namespace LLAMA2RT_ISA {
 namespace {
 
-constexpr int64_t DEPTH = 192;   // units of a sum at a time: 24 KB of a panel, where 32 are a first cache
-constexpr int64_t HEIGHT = 128;  // columns of dy in a block
-constexpr int64_t WIDTH = 512;   // columns of x that share one; both: 256 KB of sums
+constexpr int64_t DEPTH = 256;   // units of a sum at a time: 32 KB of a panel
+constexpr int64_t HEIGHT = 128;  // columns of dy for one set of sums
+constexpr int64_t WIDTH = 512;   // columns of x for one: 256 KB of sums
+// From one block of BLOCK columns to the next; a power of two apart they would evict each other.
+constexpr int64_t BLOCK_STRIDE = DEPTH * BLOCK + 16;
+
+// One unit of dy's columns, W at most, into their blocks.
+template <typename T>
+inline void pack_unit(const T* dy, int64_t stride, int64_t unit_row, int64_t rows, int64_t n,
+                      float* to) {
+  constexpr int64_t SIDE = BLOCK < W ? BLOCK : W;
+  const f32v v = load_column_units(dy, stride, unit_row, rows, n);
+  for (int64_t j = 0; j < W; j += SIDE)
+    memcpy(to + j / BLOCK * BLOCK_STRIDE, (const float*)&v + j, SIDE * sizeof(float));
+}
+
+#if defined(__AVX512BF16__)
+// Two units, four rows, of 32 columns: whole cache lines of four blocks.
+inline void pack_two_units(const bf16* dy, int64_t stride, float* to) {
+  __m512i low[2], high[2];
+  for (int u = 0; u < 2; ++u) {
+    const __m512i first = _mm512_loadu_si512(dy + 2 * u * stride);
+    const __m512i second = _mm512_loadu_si512(dy + (2 * u + 1) * stride);
+    low[u] = _mm512_unpacklo_epi16(first, second);
+    high[u] = _mm512_unpackhi_epi16(first, second);
+  }
+  // Quarter b of low and of high are block b: four by four quarters are transposed.
+  const __m512i a = _mm512_shuffle_i64x2(low[0], high[0], 0x44);
+  const __m512i b = _mm512_shuffle_i64x2(low[1], high[1], 0x44);
+  const __m512i c = _mm512_shuffle_i64x2(low[0], high[0], 0xee);
+  const __m512i d = _mm512_shuffle_i64x2(low[1], high[1], 0xee);
+  _mm512_storeu_si512(to, _mm512_shuffle_i64x2(a, b, 0x88));
+  _mm512_storeu_si512(to + BLOCK_STRIDE, _mm512_shuffle_i64x2(a, b, 0xdd));
+  _mm512_storeu_si512(to + 2 * BLOCK_STRIDE, _mm512_shuffle_i64x2(c, d, 0x88));
+  _mm512_storeu_si512(to + 3 * BLOCK_STRIDE, _mm512_shuffle_i64x2(c, d, 0xdd));
+}
+#endif
 
 // dy [rows, n] -> [padded n / BLOCK, units, BLOCK]: what BLOCK rows of a product take lies together.
 template <typename T>
 void pack_blocks(const T* dy, int64_t stride, int64_t rows, int64_t n, float* to) {
-  constexpr int64_t UNIT = unit<T>(), SIDE = BLOCK < W ? BLOCK : W;
-  const int64_t units = round_up(rows, UNIT) / UNIT;
-  const int64_t ahead = 8 * UNIT;
-  for (int64_t u = 0; u < units; ++u)
-    for (int64_t i = 0; i < n; i += W) {
-      // Rows lie too far apart for the processor to guess the next.
-      for (int64_t r = u * UNIT + ahead; r < (u + 1) * UNIT + ahead && r < rows; ++r)
-        __builtin_prefetch(dy + r * stride + i);
-      const f32v v = load_column_units(dy + i, stride, u * UNIT, rows, n - i);
-      for (int64_t j = 0; j < W; j += SIDE) {
-        float* block = to + (i + j) / BLOCK * units * BLOCK + u * BLOCK + (i + j) % BLOCK;
-        memcpy(block, (const float*)&v + j, SIDE * sizeof(float));
-      }
-    }
+  constexpr int64_t UNIT = unit<T>(), GROUP = 2 * UNIT, AHEAD = 16;
+  auto at = [&](int64_t column, int64_t row) {
+    return to + column / BLOCK * BLOCK_STRIDE + row / UNIT * BLOCK;
+  };
+  for (int64_t row = 0; row < rows; row += GROUP) {
+    // Rows lie too far apart for the processor to guess the next.
+    for (int64_t r = row + AHEAD; r < row + AHEAD + GROUP && r < rows; ++r)
+      for (int64_t c = 0; c < n; c += 64 / sizeof(T)) __builtin_prefetch(dy + r * stride + c);
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (UNIT == 2)
+      for (; row + GROUP <= rows && i + 32 <= n; i += 32)
+        pack_two_units(dy + row * stride + i, stride, at(i, row));
+#endif
+    for (int64_t r = row; r < row + GROUP && r < rows; r += UNIT)
+      for (int64_t j = i; j < n; j += W) pack_unit(dy + j, stride, r, rows, n - j, at(j, r));
+  }
 }
 
 // sums [n, WIDTH] (+)= a part of the product over `units`, one panel wide.
@@ -43,7 +80,7 @@ void add_panel(int64_t n, int64_t units, const float* blocks, const float* panel
                bool first) {
   for (int64_t i = 0; i < n; i += BLOCK)
     product<UNIT, VECTORS>(
-        units, ByColumn{blocks + i * units, BLOCK}, panel, PANEL, [&](auto& some) {
+        units, ByColumn{blocks + i / BLOCK * BLOCK_STRIDE, BLOCK}, panel, PANEL, [&](auto& some) {
 #pragma GCC unroll 8
           for (int64_t r = 0; r < BLOCK; ++r)
 #pragma GCC unroll 2
@@ -79,11 +116,11 @@ void product_of(const WeightGradient& a) {
 
   const int64_t across = round_up(a.inner, WIDTH) / WIDTH;
   const int64_t down = round_up(a.columns, HEIGHT) / HEIGHT;
-  share(across * down, threads, HEIGHT * (DEPTH + WIDTH), [&](int64_t item, float* scratch) {
+  share(across * down, threads, HEIGHT / BLOCK * BLOCK_STRIDE + HEIGHT * WIDTH, [&](int64_t item, float* scratch) {
     const int64_t column = item / across * HEIGHT, begin = item % across * WIDTH;
     const int64_t n = a.columns - column < HEIGHT ? a.columns - column : HEIGHT;
     const int64_t end = a.inner - begin < WIDTH ? a.inner : begin + WIDTH;
-    float *blocks = scratch, *sums = scratch + HEIGHT * DEPTH;
+    float *blocks = scratch, *sums = scratch + HEIGHT / BLOCK * BLOCK_STRIDE;
     // Once even without rows: an empty sum is zero.
     for (int64_t depth = 0; depth == 0 || depth < depths; ++depth) {
       const int64_t row = depth * ROWS, count = count_at(depth);

@@ -14,7 +14,6 @@ tile in which backward works: it holds its first tile's logits. So up to D token
 twice, and more save a share D / T of the fourth product and a tile.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -137,18 +136,13 @@ def _tile(hidden: Tensor, weight: Tensor, size: Tiles) -> Tensor:
 
 
 def _pieces(
-    part: slice, rows: slice, tokens: int, parking: Parking | None, widest: int
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """(columns of a tile, their logits if they are parked): those that are, then at most `widest`
-    of the others at a time."""
-    first = part.start
-    if parking is not None:
-        parked = parking.logits(rows, part, tokens)
-        first += parked.shape[1]
-        if first > part.start:
-            yield slice(part.start, first), parked
-    for piece in tiles(part.stop - first, widest):
-        yield slice(first + piece.start, first + piece.stop), None
+    part: slice, rows: slice, tokens: int, parking: Parking | None
+) -> list[tuple[slice, Tensor | None]]:
+    """(columns of a tile, memory where their logits are parked): those that are, and the others."""
+    parked = None if parking is None else parking.logits(rows, part, tokens)
+    first = part.start + (0 if parked is None else parked.shape[1])
+    pieces = [(slice(part.start, first), parked), (slice(first, part.stop), None)]
+    return [piece for piece in pieces if piece[0].start < piece[0].stop]
 
 
 def forward(
@@ -173,20 +167,21 @@ def forward(
     chosen.fill_(torch.nan)
     statistics = Statistics(peak, total, weighted if entropy else None, chosen)
     scale = 1 / temperature
-    # Beside a parked tile half of one, lest both exceed what backward takes.
-    widest = size.columns if parking is None else -(-size.columns // 2)
-    buffer = _buffer(hidden, min(tokens, size.rows), min(vocabulary, widest))
-    for rows in tiles(tokens, size.rows):
+    tile = None if parking is None else parking.tile
+    if tile is None or tile.numel() == 0:
+        tile = _tile(hidden, weight, size)
+    # From the last tile to the first, which stays where all others were before.
+    for rows in reversed(tiles(tokens, size.rows)):
         rows_hidden, rows_targets = hidden[rows], targets[rows]
         rows_statistics = statistics.of(rows)
-        rows_buffer = buffer[: rows.stop - rows.start]
+        rows_tile = tile[: rows.stop - rows.start]
         # All views before the first product: between products they cost what its sweep through the
         # caches makes of them, a hundredth of the whole.
         pieces = []
-        for part in tiles(vocabulary, size.columns):
-            for columns, logits in _pieces(part, rows, tokens, parking, widest):
+        for part in reversed(tiles(vocabulary, size.columns)):
+            for columns, logits in _pieces(part, rows, tokens, parking):
                 if logits is None:
-                    logits = rows_buffer[:, : columns.stop - columns.start]
+                    logits = rows_tile[:, : columns.stop - columns.start]
                 pieces.append((weight[columns].T, logits, columns.start))
         for columns_weight, logits, first in pieces:
             torch.mm(rows_hidden, columns_weight, out=logits)
@@ -239,7 +234,7 @@ def backward(
             rows_hidden, rows_targets = hidden[rows], targets[rows]
             rows_upstream = upstream.of(rows)
             dlogits = tile[: rows.stop - rows.start, : part.stop - part.start]
-            for columns, logits in _pieces(part, rows, tokens, parking, size.columns):
+            for columns, logits in _pieces(part, rows, tokens, parking):
                 first = columns.start
                 out = dlogits[:, first - part.start : columns.stop - part.start]
                 if logits is None:
