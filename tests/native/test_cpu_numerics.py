@@ -183,7 +183,7 @@ def test_decode_attention(heads, kv_heads, dim, scale, dtype, seed):
 def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype, seed, monkeypatch):
     """Several tiles of rows and of columns, each with a remainder; with some or all logits parked
     in the gradient of weight and in a tile (of the first rows; counted here), the others formed
-    half a tile at a time, or (None) no parking at all."""
+    in that tile before, or (None) no parking at all."""
     size = logprob_tiles.Tiles(*tiling)
     monkeypatch.setattr(logprob_tiles, "CPU", size)
     tokens, dim, vocabulary = shape
