@@ -14,7 +14,7 @@
 namespace LLAMA2RT_ISA {
 namespace {
 
-constexpr int64_t DEPTH = 256;   // units of a sum at a time: 32 KB of a panel
+constexpr int64_t DEPTH = 256;   // units of a sum at a time: 32 KB of a panel with 16 lanes
 constexpr int64_t HEIGHT = 128;  // columns of dy for one set of sums
 constexpr int64_t WIDTH = 512;   // columns of x for one: 256 KB of sums
 // From one block of BLOCK columns to the next; a power of two apart they would evict each other.

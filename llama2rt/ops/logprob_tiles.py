@@ -11,7 +11,8 @@ exceptions, `Parking`: memory that backward needs anyway may hold logits from fo
 gradient of `weight`, V x D elements: forward leaves in each slice of it as many of the slice's own
 logits as fit, D of T columns, and backward takes them out just before it writes the slice. And the
 tile in which backward works: it holds its first tile's logits. So up to D tokens make no logit
-twice, and more save a share D / T of the fourth product and a tile.
+twice (but for the columns of a tile beyond a multiple of 16), and more save a share D / T of the
+fourth product and a tile.
 """
 
 from dataclasses import dataclass

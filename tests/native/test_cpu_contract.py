@@ -2,7 +2,9 @@
 written outside, the same bits for any number of threads, offsets beyond 2^31, no index trusted.
 """
 
+import ctypes
 import math
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -79,6 +81,27 @@ def test_any_strides(strides, dtype):
     for kernel, arguments in calls(dtype, 9, 75, STRIDES[strides]):
         dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
         assert same_bits(kernel(*arguments), kernel(*dense)), kernel.__name__
+
+
+def before_a_hole(x: Tensor) -> Tensor:
+    """The same values at the very end of memory: whoever reads on is killed."""
+    page = mmap.PAGESIZE
+    size = -(-x.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) == 0
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes)
+    return flat.view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("columns", [48, 75])
+def test_nothing_is_read_beyond_an_input(columns, isa, dtype):
+    for rows in (9, 10, 11):
+        for kernel, arguments in calls(dtype, rows, columns):
+            at_end = [
+                before_a_hole(a) if isinstance(a, Tensor) and a.numel() else a for a in arguments
+            ]
+            assert same_bits(kernel(*at_end), kernel(*arguments)), kernel.__name__
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])

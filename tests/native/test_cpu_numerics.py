@@ -16,6 +16,7 @@ from logprob_cases import torch_formulation
 from numerics import draw, judge, judge_gradients, leaves_of, wide
 from torch import Tensor
 
+from llama2rt import _cpu
 from llama2rt.ops import composed, cpu, logprob_tiles, reference
 
 pytestmark = pytest.mark.usefixtures("isa", "poisoned")
@@ -177,6 +178,7 @@ def test_decode_attention(heads, kv_heads, dim, scale, dtype, seed):
         ((70, 72, 203), (32, 64), 64 + 64 + 64),
         ((90, 72, 203), (32, 128), 128 + 48),
         ((75, 40, 700), (2048, 600), 600 + 48),
+        ((64, 64, 100), (2048, 64), 64 + 32),
     ],
     ids=str,
 )
@@ -235,6 +237,17 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     total = theirs @ dlogprob + (their_entropy @ dentropy if with_entropy else 0)
     yardstick = torch.autograd.grad(total, leaves)
     judge_gradients("dhidden dweight", ours, expected, yardstick)
+
+
+def test_token_logprob_multiplies_by_itself_where_that_is_faster(isa, dtype, monkeypatch):
+    calls = []
+    real = cpu.weight_gradient
+    monkeypatch.setattr(cpu, "weight_gradient", lambda *xs: calls.append(xs) or real(*xs))
+    hidden, weight = torch.randn(9, 8).to(dtype), torch.randn(50, 8).to(dtype)
+    targets, ones = torch.randint(0, 50, (9,)), torch.ones(9)
+    cpu.token_logprob_backward(ones, None, hidden, weight, targets, ones, None, 1.0)
+    pairs_but_no_tiles = isa == "avx512bf16" and not _cpu.has_amx()
+    assert len(calls) == (dtype == torch.bfloat16 and pairs_but_no_tiles)
 
 
 @pytest.mark.parametrize("columns", [1, 5, 16, 19, 64, 83])
