@@ -24,10 +24,10 @@ constexpr int64_t BLOCK_STRIDE = DEPTH * BLOCK + 16;
 template <typename T>
 inline void pack_unit(const T* dy, int64_t stride, int64_t unit_row, int64_t rows, int64_t n,
                       float* to) {
-  constexpr int64_t SIDE = BLOCK < W ? BLOCK : W;
+  static_assert(W % BLOCK == 0, "a vector fills whole blocks");
   const f32v v = load_column_units(dy, stride, unit_row, rows, n);
-  for (int64_t j = 0; j < W; j += SIDE)
-    memcpy(to + j / BLOCK * BLOCK_STRIDE, (const float*)&v + j, SIDE * sizeof(float));
+  for (int64_t j = 0; j < W; j += BLOCK)
+    memcpy(to + j / BLOCK * BLOCK_STRIDE, (const float*)&v + j, BLOCK * sizeof(float));
 }
 
 #if defined(__AVX512BF16__)

@@ -100,11 +100,6 @@ class Kernels(Protocol):
         """total (fp32, contiguous) += dlogits @ weight."""
 
 
-def _buffer(hidden: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns] for logits, each row beginning on 32 bytes."""
-    return hidden.new_empty(rows, -(-columns // 16) * 16)
-
-
 class Parking(NamedTuple):
     """Memory of backward's that holds logits before."""
 
@@ -127,13 +122,17 @@ class Parking(NamedTuple):
         if rows.start == part.start == 0 and self.tile.numel() > 0:
             return self.tile[: rows.stop, :width]
         memory = self.dweight[part].view(-1)
-        # As in `_buffer`, each row begins on 32 bytes.
+        # As in `_tile`, each row begins on 32 bytes.
         stride = min(memory.numel() // tokens, width + 15) // 16 * 16
         return memory.as_strided((tokens, min(width, stride)), (stride, 1))[rows]
 
 
-def _tile(hidden: Tensor, weight: Tensor, size: Tiles) -> Tensor:
-    return _buffer(hidden, min(hidden.shape[0], size.rows), min(weight.shape[0], size.columns))
+def _tile(hidden: Tensor, weight: Tensor, size: Tiles, parking: Parking | None = None) -> Tensor:
+    """The parked tile, or memory for one of [rows, columns], each row beginning on 32 bytes."""
+    if parking is not None and parking.tile.numel() > 0:
+        return parking.tile
+    columns = min(weight.shape[0], size.columns)
+    return hidden.new_empty(min(hidden.shape[0], size.rows), -(-columns // 16) * 16)
 
 
 def _pieces(
@@ -168,9 +167,7 @@ def forward(
     chosen.fill_(torch.nan)
     statistics = Statistics(peak, total, weighted if entropy else None, chosen)
     scale = 1 / temperature
-    tile = None if parking is None else parking.tile
-    if tile is None or tile.numel() == 0:
-        tile = _tile(hidden, weight, size)
+    tile = _tile(hidden, weight, size, parking)
     # From the last tile to the first, which stays where all others were before.
     for rows in reversed(tiles(tokens, size.rows)):
         rows_hidden, rows_targets = hidden[rows], targets[rows]
@@ -221,11 +218,9 @@ def backward(
     dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     if parking is None:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        tile = _tile(hidden, weight, size)
     else:
-        dweight, tile = parking
-        if tile.numel() == 0:
-            tile = _tile(hidden, weight, size)
+        dweight = parking.dweight
+    tile = _tile(hidden, weight, size, parking)
     one_tile = 0 < tokens <= size.rows
     for part in tiles(vocabulary, size.columns):
         part_weight = weight[part]

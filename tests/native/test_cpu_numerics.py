@@ -239,7 +239,7 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     judge_gradients("dhidden dweight", ours, expected, yardstick)
 
 
-def test_token_logprob_multiplies_by_itself_where_that_is_faster(isa, dtype, monkeypatch):
+def test_token_logprob_uses_our_product_where_it_is_the_faster(isa, dtype, monkeypatch):
     calls = []
     real = cpu.weight_gradient
     monkeypatch.setattr(cpu, "weight_gradient", lambda *xs: calls.append(xs) or real(*xs))
