@@ -221,7 +221,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         run.log(iteration + 1, **report)
         policy_folder, parents = step.model_directory, [step.directory]
 
-    final, _ = loading.load_llama(policy_folder, recipe.tokenizer, options.dtype)
+    final, _ = loading.load_llama(policy_folder, recipe.tokenizer)  # as saved: masters stay fp32
     native.save(final, tokenizer, run.model_directory)
     phases.write_report(run, {"iterations": recipe.iterations, **report})
     return run.model_directory
