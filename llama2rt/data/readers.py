@@ -53,21 +53,6 @@ def iterate(
     reader.log()
 
 
-def read_each(
-    paths: Sequence[AnyPath],
-    kind: str,
-    skip_invalid: int = 0,
-    document_separator: str | None = None,
-) -> list[list[Any]]:
-    """``read``, with the records of each file apart, in the order of ``paths``."""
-    reader = Reader(paths, kind, skip_invalid, document_separator)
-    found: list[list[Any]] = [[] for _ in reader.paths]
-    for index, record in reader.numbered():
-        found[index].append(record)
-    reader.log()
-    return found
-
-
 class Reader:
     """Iterable over the records of ``read``, which knows afterwards what it met: ``skipped`` (the
     messages of tolerated records), ``rows``, ``rows_without_records`` (left out by their format's
@@ -134,6 +119,13 @@ class Reader:
 
     def __iter__(self) -> Iterator[Any]:
         return (record for _, record in self.numbered())
+
+    def by_file(self) -> list[list[Any]]:
+        """The records of each file apart, in the order of ``paths``."""
+        found: list[list[Any]] = [[] for _ in self.paths]
+        for index, record in self.numbered():
+            found[index].append(record)
+        return found
 
     def numbered(self) -> Iterator[tuple[int, Any]]:
         """(index of the file in ``paths``, record)."""

@@ -6,6 +6,7 @@ origin. Wherever a path is read, a ``Source`` may stand in its place.
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -26,6 +27,7 @@ _MEANS_SOMETHING = {
     "kind": ("prompt", "comparison"),
     "source": ("document", "dialogue", "comparison"),
     "minimum_score_difference": ("comparison",),
+    "held_out": ("comparison",),
 }
 
 
@@ -74,13 +76,21 @@ class Source(BaseModel):
     def require_meaning(self, kind: str) -> None:
         """InputError for a key that says nothing about records of ``kind``."""
         for key, kinds in _MEANS_SOMETHING.items():
-            if getattr(self, key) and kind not in kinds:
+            if key in self._said() and kind not in kinds:
                 raise InputError(f"{self.path}: {key}: means nothing to a file of {kind}s")
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Source:
         """``path`` itself where it is a Source, else a Source that says nothing but the path."""
         return path if isinstance(path, Source) else cls(path=Path(path))
+
+    def as_option(self) -> str:
+        """What ``parse`` reads back."""
+        said = self.model_dump(mode="json")
+        if isinstance(said, str):
+            return said
+        # JSON's texts and numbers are TOML's.
+        return "{" + ", ".join(f"{key} = {json.dumps(said[key])}" for key in said) + "}"
 
     @classmethod
     def parse(cls, text: str) -> Source:

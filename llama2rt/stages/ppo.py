@@ -22,6 +22,7 @@ from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint import native
 from llama2rt.data.packing import Example, groups, pack
 from llama2rt.data.records import Prompt
+from llama2rt.data.sources import Source
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.stages import loading, phases
@@ -47,9 +48,9 @@ class PpoRecipe(Recipe):
     """the helpfulness reward model; the critic starts from it too"""
     safety: Path | None = None
     """the safety reward model; None to go by helpfulness alone"""
-    data: list[Path]
-    """prompts"""
-    validation: list[Path] = Field(default=[])
+    data: list[Source]
+    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    validation: list[Source] = Field(default=[])
     """held-out prompts for early stopping; without them the last iteration's policy is kept"""
     tokenizer: Path | None = None
     """None for the one in init"""
