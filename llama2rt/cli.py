@@ -234,9 +234,39 @@ def _stage_options(
             description=(recipe_class.__doc__ or "").strip(),
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
+            registry=_registry(),
         )
     except ValidationError as error:
         raise InputError(f"{source}: {_first(error.errors())}") from None
+
+
+def _registry() -> Any:
+    """How options name files of records: a path, or a table as it would stand in a recipe."""
+    import tyro
+
+    from llama2rt.data.sources import Source
+
+    def parse(given: list[str]) -> Source:
+        try:
+            return Source.parse(given[0])
+        except InputError as error:  # tyro would say only that it could not be parsed
+            _fail(str(error), status=2)
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _source(info: Any) -> Any:
+        if info.type is not Source:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH|TABLE",
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, Source),
+            str_from_instance=lambda value: [value.as_option()],
+        )
+
+    return registry
 
 
 def _unfinished(recipe_class: "type[Recipe]", values: dict[str, Any], source: str) -> "Recipe":
@@ -291,6 +321,7 @@ def _run_command(verb: str, arguments: list[str]) -> None:
         prog=f"llama2rt {verb}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
+        registry=_registry(),
     )
 
 
@@ -320,9 +351,10 @@ def _check() -> Callable[..., None]:
     import tyro
 
     from llama2rt.data.check import check, print_check
+    from llama2rt.data.sources import Source
 
     def command(
-        files: tyro.conf.Positional[tuple[Path, ...]],
+        files: tyro.conf.Positional[tuple[Source, ...]],
         *,
         kind: Annotated[
             Literal["document", "dialogue", "prompt", "comparison", "sample"],
@@ -335,7 +367,8 @@ def _check() -> Callable[..., None]:
         FILE:LINE.
 
         Args:
-            files: JSON lines (also .gz), .txt, Parquet, or a folder of a Hugging Face dataset.
+            files: JSON lines (also .gz), a JSON array, .txt, Parquet, or a folder of a Hugging Face
+                dataset; or a table of a recipe, such as '{path="a.jsonl", kind="safety"}'.
             kind: What the files should hold.
             skip_invalid: Bad records to tolerate; each is listed.
             as_json: Print one JSON object.

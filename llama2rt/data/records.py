@@ -3,16 +3,20 @@
 ``from_json`` is strict about meaning (roles in turn, ratings by name, finite numbers, nothing
 blank) and its messages name the key, so that a reader only adds FILE:LINE. Constructors do not
 check: records made by the library itself are right by construction, and go through ``from_json``
-when they are read back. Keys that a record does not have are ignored, because users' files carry
-more than we need, unless one looks like a misspelt key of ours.
+when they are read back. A null key is an absent key at every level, because Arrow's structs and
+many writers spell it so. Keys that a record does not have are left to the reader, which counts
+them, unless one looks like a misspelt key of ours.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import date, time, timedelta
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
@@ -29,6 +33,8 @@ KINDS = ("helpfulness", "safety")
 
 class _Record:
     optional: ClassVar[frozenset[str]]
+    carried: ClassVar[frozenset[str]] = frozenset()
+    """keys that our own files hold beside the record's, for other readers than these"""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able object that ``from_json`` reads back; None and empty fields are left out."""
@@ -42,18 +48,17 @@ class _Record:
     def from_json(cls, obj: Any) -> Self:
         """InputError naming the key, what was found and what is expected."""
         if not isinstance(obj, Mapping):
-            raise InputError(f"expected a JSON object, got {_name(obj)}")
+            raise InputError(f"expected a JSON object, got {type_name(obj)}")
+        obj = without_nulls(obj)
         known = tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
-        for key in obj:
-            if key not in known and (meant := _misspelt(key, known)) and meant not in obj:
+        for key in obj.keys() - cls.carried:
+            if key not in known and (meant := misspelt(key, known)) and meant not in obj:
                 raise InputError(f"unknown key {key!r}: did you mean {meant!r}?")
         for key in known:
             if key not in cls.optional and key not in obj:
-                raise InputError(f"missing key {key!r}")
-        present = {
-            k: obj[k] for k in known if k in obj and not (k in cls.optional and obj[k] is None)
-        }
-        record = cls(**present)
+                found = ", ".join(sorted(map(str, obj))) or "none"
+                raise InputError(f"missing key {key!r} (keys found: {found})")
+        record = cls(**{key: obj[key] for key in known if key in obj})
         record._check()
         return record
 
@@ -144,13 +149,14 @@ class Sample(_Record):
     optional: ClassVar[frozenset[str]] = frozenset(
         {"scores", "reward", "policy", "temperature", "seed"}
     )
+    carried: ClassVar[frozenset[str]] = frozenset({"kind", "prompt_tokens", "tokens", "finished"})
 
     def _check(self) -> None:
         _check_text("prompt_id", self.prompt_id)
         _check_messages("messages", self.messages, "user")
         _check_text("response", self.response, blank=True)
         if not isinstance(self.scores, dict):
-            raise InputError(f"scores: expected an object of numbers, got {_name(self.scores)}")
+            raise InputError(f"scores: expected an object of numbers, got {type_name(self.scores)}")
         for name, score in self.scores.items():
             _check_number(f"scores.{name}", score)
         if self.reward is not None:
@@ -163,7 +169,7 @@ class Sample(_Record):
         if self.seed is not None and (
             isinstance(self.seed, bool) or not isinstance(self.seed, int)
         ):
-            raise InputError(f"seed: expected an integer, got {_name(self.seed)}")
+            raise InputError(f"seed: expected an integer, got {type_name(self.seed)}")
 
 
 Record = Document | Dialogue | Prompt | Comparison | Sample
@@ -176,14 +182,29 @@ RECORDS: dict[str, type[Record]] = {
 }
 
 
+def without_nulls(value: Any) -> Any:
+    """``value`` without the keys of objects, at any depth, whose value is null."""
+    try:
+        return _without_nulls(value)
+    except RecursionError:
+        raise InputError("nested too deeply") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 @lru_cache(maxsize=1024)  # the same keys come with every row of a file
-def _misspelt(key: str, known: tuple[str, ...]) -> str | None:
+def misspelt(key: str, known: tuple[str, ...]) -> str | None:
+    """The one of ``known`` that ``key`` was probably meant to be."""
     return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None)
 
 
 def _check_text(key: str, value: Any, blank: bool = False) -> None:
     if not isinstance(value, str):
-        raise InputError(f"{key}: expected text, got {_name(value)}")
+        raise InputError(f"{key}: expected text, got {type_name(value)}")
     if "\0" in value:
         raise InputError(f"{key}: holds a null character")
     try:
@@ -196,7 +217,11 @@ def _check_text(key: str, value: Any, blank: bool = False) -> None:
 
 def _check_messages(key: str, value: Any, last: str) -> None:
     if not isinstance(value, list):
-        raise InputError(f"{key}: expected a list of messages, got {_name(value)}")
+        raise InputError(f"{key}: expected a list of messages, got {type_name(value)}")
+    for index, message in enumerate(value):
+        if isinstance(message, Mapping) and not isinstance(message.get("content", ""), str):
+            found = type_name(message["content"])
+            raise InputError(f"{key}: message {index + 1} content: expected text, got {found}")
     try:
         check_messages(value, last=last)
     except InputError as error:
@@ -207,7 +232,7 @@ def _check_messages(key: str, value: Any, last: str) -> None:
 
 def _check_number(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{key}: expected a number, got {_name(value)}")
+        raise InputError(f"{key}: expected a number, got {type_name(value)}")
     try:
         finite = math.isfinite(value)
     except OverflowError:  # an integer beyond every float; its digits would fill the screen
@@ -218,10 +243,24 @@ def _check_number(key: str, value: Any) -> None:
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InputError(f"{key}: expected one of {', '.join(choices)}; got {value!r}")
+        found = repr(value) if isinstance(value, str) else shown(value)
+        raise InputError(f"{key}: expected one of {', '.join(choices)}; got {found}")
 
 
-def _name(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """What a value is, in JSON's terms, for a message."""
     names = {type(None): "null", bool: "true or false", str: "text", list: "a list"}
-    names |= {dict: "an object", int: "a number", float: "a number"}
+    names |= {dict: "an object", int: "a number", float: "a number", Decimal: "a number"}
+    if isinstance(value, date | time | timedelta):
+        # Programs that guess a column's type take one of nothing but dates for dates.
+        return "a timestamp: write the column as text"
     return names.get(type(value), type(value).__name__)
+
+
+def shown(value: Any) -> str:
+    """A JSON value as it stands in a file, shortened; the type of any other."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return type_name(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -21,6 +21,7 @@ from llama2rt.algorithms import losses, rewards
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
+from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.model import Llama
@@ -42,9 +43,9 @@ class DpoRecipe(Recipe):
     """the helpfulness reward model"""
     safety: Path | None = None
     """the safety reward model; None to go by helpfulness alone"""
-    data: list[Path]
-    """prompts"""
-    validation: list[Path] = Field(default=[])
+    data: list[Source]
+    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    validation: list[Source] = Field(default=[])
     """held-out prompts for the report"""
     tokenizer: Path | None = None
     """None for the one in init"""

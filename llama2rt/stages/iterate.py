@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.stages import dpo, loading, phases, ppo, rejection
@@ -58,9 +59,9 @@ class IterateRecipe(Recipe):
     """the helpfulness reward model"""
     safety: Path | None = None
     """the safety reward model; None to go by helpfulness alone"""
-    data: list[Path]
-    """prompts"""
-    validation: list[Path]
+    data: list[Source]
+    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    validation: list[Source]
     """held-out prompts, on which all versions are compared"""
     pool_from: int = Field(default=4, gt=0)
     """the rejection-sampled version, counted from 1, from which on the best samples of all earlier

@@ -23,6 +23,7 @@ from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint import native
 from llama2rt.data.packing import Example, groups, pack
 from llama2rt.data.records import Prompt
+from llama2rt.data.sources import Source
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.stages import critic, loading, phases
@@ -49,9 +50,9 @@ class PpoRecipe(Recipe):
     to the returns of one rollout of init"""
     safety: Path | None = None
     """the safety reward model; None to go by helpfulness alone"""
-    data: list[Path]
-    """prompts"""
-    validation: list[Path] = Field(default=[])
+    data: list[Source]
+    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    validation: list[Source] = Field(default=[])
     """held-out prompts for early stopping, which keeps the policy with the best objective: the mean
     over the kinds of prompts of Rc in (0, 1), in standard deviations of the first policy's, less
     beta times the KL. Without them the last iteration's policy is kept"""

@@ -16,6 +16,7 @@ from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
+from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.stages import loading, phases, sft
@@ -40,14 +41,14 @@ class RejectionRecipe(Recipe):
     """the best helpfulness reward model available"""
     safety: Path | None = None
     """the safety reward model; None to go by helpfulness alone"""
-    data: list[Path]
-    """prompts"""
+    data: list[Source]
+    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
     dialogues: list[Path] = Field(default=[])
     """dialogues to train on besides, such as the SFT set"""
     earlier: list[Path] = Field(default=[])
     """run directories of earlier versions whose best samples are pooled (the paper: from V4 on,
     which recovered skills such as rhyming)"""
-    validation: list[Path] = Field(default=[])
+    validation: list[Source] = Field(default=[])
     """held-out prompts for the report"""
     tokenizer: Path | None = None
     """None for the one in policy"""

@@ -6,9 +6,10 @@ out: pairwise preference models that read both answers at once (another stage).
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from llama2rt.algorithms import losses, rewards
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import Example, PairBatch
-from llama2rt.data.readers import read
+from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
+from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import preference
 from llama2rt.evaluate.scoring import score_tokens
@@ -47,17 +49,19 @@ class RewardRecipe(Recipe):
     """without init: a shape to start from with random weights, to try things out"""
     context: int = Field(default=4096, gt=1)
     """without init: the longest prompt with its response, in tokens"""
-    data: list[Path]
-    """comparisons of this model's own kind; all of them are used. Where files hold both kinds (as
-    PKU-SafeRLHF's), those of the other kind are left out"""
-    mixed_in: list[Path] = Field(default=[])
-    """further comparisons, drawn uniformly to make up mixed_in_share of the training set"""
+    data: list[Source]
+    """comparisons of this model's own kind, as which those count that do not say their kind; all of
+    them are used. Those that say the other kind are left out (PKU-SafeRLHF's rows give both)"""
+    mixed_in: list[Source] = Field(default=[])
+    """further comparisons, drawn uniformly to make up mixed_in_share of the training set; of any
+    kind, unless their table names one: {path = "pku.jsonl", kind = "helpfulness"}"""
     mixed_in_share: float | None = Field(default=None, ge=0, lt=1)
     """None for the paper's: 0.5 for helpfulness ("an equal amount"), 0.1 for safety ("90/10")"""
-    validation: list[Path] = Field(default=[])
-    """held-out comparisons; without them, held_out of the data"""
+    validation: list[Source] = Field(default=[])
+    """held-out comparisons of this model's kind; without them, held_out of the data"""
     held_out: int = Field(default=1000, ge=0)
-    """comparisons kept back from data, whole prompts at a time (1000 of each batch)"""
+    """comparisons kept back from each source in data that does not give its own number, whole
+    prompts at a time ("1000 examples from each batch", section 3.2.2)"""
     tokenizer: Path | None = None
     """None for the one in init"""
     skip_invalid: int = Field(default=0, ge=0)
@@ -87,6 +91,19 @@ class RewardRecipe(Recipe):
             raise ValueError("give init, or model and tokenizer")
         if self.init is not None and self.model != ModelShape():
             raise ValueError("init brings its own shape: leave out model")
+        for key in ("data", "validation"):
+            for source in getattr(self, key):
+                if source.kind not in (None, self.kind):
+                    raise ValueError(
+                        f"{key}: {source} is declared {source.kind}, the model is of {self.kind}: "
+                        "name it under mixed_in"
+                    )
+        counted = [*self.validation, *self.mixed_in, *(self.data if self.validation else [])]
+        for source in counted:
+            if source.held_out is not None:
+                raise ValueError(
+                    f"held_out of {source}: only sources of data, without validation, have one"
+                )
         return self
 
 
@@ -102,8 +119,8 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     run = Run.open(directory, recipe, inputs=inputs, resume=resume)
     if run.complete:
         return run.model_directory
+    training, held_out, left_out = split(recipe)  # before the model, which may take minutes to load
     model, tokenizer = initial_model(recipe)
-    training, held_out = split(recipe)
     pairs, kept = encode(training, tokenizer, model.config.context)
     held_out_pairs, held_out_kept = encode(held_out, tokenizer, model.config.context)
     options = recipe.train
@@ -125,7 +142,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=held_out_accuracy if held_out_pairs and options.validate_every else None,
     )
-    report: dict[str, Any] = {"kind": recipe.kind, "trained_on": len(pairs)}
+    report: dict[str, Any] = {"kind": recipe.kind, "trained_on": len(pairs), "left_out": left_out}
     if held_out_pairs:
         scores = score(model, held_out_pairs, options.micro_tokens)
         report |= evaluate(*scores, held_out_kept)
@@ -146,32 +163,69 @@ def initial_model(recipe: RewardRecipe) -> tuple[ScalarModel, Tokenizer]:
     return model.initialize(recipe.seed), tokenizer
 
 
-def split(recipe: RewardRecipe) -> tuple[list[Comparison], list[Comparison]]:
-    """Training and held-out comparisons; no prompt is in both."""
-    own = of_kind(read(recipe.data, "comparison", recipe.skip_invalid), recipe.kind)
+class Division(NamedTuple):
+    """The comparisons of a recipe, none of whose prompts is in both of the first two."""
+
+    training: list[Comparison]
+    held_out: list[Comparison]
+    left_out: Counter[str]
+    """how many are in neither, by key of the recipe and reason"""
+
+
+def split(recipe: RewardRecipe) -> Division:
+    """All comparisons, read and divided. InputError where a source has none of the model's kind, or
+    none to train on."""
+    left_out: Counter[str] = Counter()
+    own = read_sources("data", recipe, left_out)
     if recipe.validation:
-        held_out = of_kind(read(recipe.validation, "comparison", recipe.skip_invalid), recipe.kind)
+        aside = read_sources("validation", recipe, left_out)
     else:
-        own, held_out = hold_out(own, recipe.held_out, recipe.seed)
-    other = read(recipe.mixed_in, "comparison", recipe.skip_invalid) if recipe.mixed_in else []
-    if not recipe.validation:
-        seen = {prompt_key(comparison) for comparison in held_out}
-        other = [comparison for comparison in other if prompt_key(comparison) not in seen]
+        aside = []
+        for i, source in enumerate(recipe.data):
+            count = recipe.held_out if source.held_out is None else source.held_out
+            try:
+                own[i], taken = hold_out(own[i], count, recipe.seed)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from None
+            aside.append(taken)
+    held_out = [comparison for source in aside for comparison in source]
+    seen = {prompt_key(comparison) for comparison in held_out}
+    mixed_in = read_sources("mixed_in", recipe, left_out) if recipe.mixed_in else []
+    training = without_prompts(own, seen, "data", left_out)
+    if not training:
+        raise InputError("data: the prompts of all its comparisons are held out")
     share = recipe.mixed_in_share
     if share is None:
         share = {"helpfulness": 0.5, "safety": 0.1}[recipe.kind]
-    return mix(own, other, share, recipe.seed), held_out
+    other = without_prompts(mixed_in, seen, "mixed_in", left_out)
+    return Division(mix(training, other, share, recipe.seed), held_out, left_out)
 
 
-def of_kind(comparisons: list[Comparison], kind: str) -> list[Comparison]:
-    """Those of `kind`, or all where there is no choice: files without the key say "helpfulness"
-    whatever they hold. A pair judged by both may be ranked one way by each."""
-    kept = [comparison for comparison in comparisons if comparison.kind == kind]
-    if kept and len(kept) < len(comparisons):
-        logger.warning(
-            "%d comparisons of the other kind than %s left out", len(comparisons) - len(kept), kind
-        )
-    return kept or comparisons
+def read_sources(key: str, recipe: RewardRecipe, left_out: Counter[str]) -> list[list[Comparison]]:
+    """The comparisons of each source under `key`: in data and validation those of the model's
+    kind, which are all that do not say another. A pair judged by both kinds may be ranked one way
+    by each. InputError for a source of which nothing is left."""
+    sources: list[Source] = getattr(recipe, key)
+    if key != "mixed_in":
+        sources = [source.model_copy(update={"kind": recipe.kind}) for source in sources]
+    reader = Reader(sources, "comparison", recipe.skip_invalid)
+    found = reader.by_file()
+    reader.log()
+    left_out += Counter({f"{key}: {reason}": n for reason, n in reader.left_out.items()})
+    return found
+
+
+def without_prompts(
+    sources: Sequence[Sequence[Comparison]], prompts: set[str], key: str, left_out: Counter[str]
+) -> list[Comparison]:
+    """The comparisons of all `sources` but for those of the held-out `prompts`, which are said and
+    counted."""
+    everything = [comparison for source in sources for comparison in source]
+    kept = [c for c in everything if prompt_key(c) not in prompts]
+    if gone := len(everything) - len(kept):
+        logger.warning("%s: %d comparisons whose prompts are held out left out", key, gone)
+        left_out[f"{key}: comparisons of held-out prompts"] += gone
+    return kept
 
 
 def prompt_key(comparison: Comparison) -> str:
@@ -287,14 +341,23 @@ def score(
 def evaluate(
     chosen: np.ndarray, rejected: np.ndarray, comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
-    """Accuracy by rating and on average with intervals (Table 8) and, where safety is labelled, the
-    share of unsafe responses that score below 0.5 (Table 29)."""
+    """Accuracy by rating and on average with intervals (Table 8), the average of each source where
+    there are several and, where safety is labelled, the share of unsafe responses that score below
+    0.5 (Table 29)."""
     ratings = [comparison.rating for comparison in comparisons]
     table = preference.accuracy_table(chosen, rejected, ratings)
     report: dict[str, Any] = {
         "accuracy": {row["rating"]: row["mean"] for row in table},
         "intervals": table,
     }
+    origins = np.array([comparison.source or "none" for comparison in comparisons])
+    if len(names := np.unique(origins)) > 1:
+        report["sources"] = {
+            str(name): preference.accuracy_table(
+                chosen[origins == name], rejected[origins == name]
+            )[-1]
+            for name in names
+        }
     labels = [comparison.safety for comparison in comparisons]
     unsafe = np.concatenate(
         [

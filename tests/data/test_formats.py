@@ -72,7 +72,7 @@ def test_trl_comparisons(read_rows, row):
         ({"prompt": "u", "chosen": "", "rejected": "r"}, "chosen is blank"),
         ({"prompt": "u", "chosen": [], "rejected": []}, "chosen: the last message must be"),
         ({"chosen": [], "rejected": []}, "chosen: the last message must be"),
-        ({"prompt": 3, "chosen": [assistant("c")], "rejected": "r"}, "prompt: expected a list"),
+        ({"prompt": 3, "chosen": [assistant("c")], "rejected": "r"}, "prompt: expected text or a list"),
     ],
 )
 def test_bad_trl_comparisons(read_rows, row, reason):
@@ -176,7 +176,8 @@ def test_hh_transcripts(read_rows):
         ("\n\nHuman: u\n\nAssistant: c", "\n\nHuman: v\n\nAssistant: r", "different contexts"),
         ("\n\nHuman: u\n\nAssistant: c", "plain", "rejected: a transcript must begin with"),
         ("\n\nHuman: u\n\nAssistant: c", "", "rejected: a transcript must begin with"),
-        ("\n\nHuman: u\n\nAssistant: c", None, "rejected: expected text"),
+        ("\n\nHuman: u\n\nAssistant: c", 3, "rejected: expected text, got a number"),
+        ("\n\nHuman: u\n\nAssistant: c", None, "missing key 'prompt'"),
         ("\n\nHuman: u", "\n\nHuman: u\n\nAssistant: r", "chosen: the transcript must end with"),
         ("\n\nHuman: u\n\nAssistant: ", "\n\nHuman: u\n\nAssistant: r", "chosen is blank"),
         (
@@ -266,8 +267,8 @@ def test_helpsteer_pairs_rows_of_one_prompt(read_rows):
         ("u", "b", "c"),
         ("v", "d", "e"),
     ]
-    with pytest.raises(InputError, match="helpfulness: expected a number, got None"):
-        read_rows("comparison", row("u", "a", None, 2))
+    with pytest.raises(InputError, match="helpfulness: expected a number, got \"much\""):
+        read_rows("comparison", row("u", "a", "much", 2))
 
 
 def test_shp_takes_clear_pairs_and_five_a_post(read_rows):

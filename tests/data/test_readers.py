@@ -15,7 +15,7 @@ from llama2rt.errors import InputError
 BAD_RECORDS = [
     ("document", changed("document", text=...), "missing key 'text'"),
     ("document", changed("document", text=3), "text: expected text, got a number"),
-    ("document", changed("document", text=None), "text: expected text, got null"),
+    ("document", changed("document", text=None), "missing key 'text'"),
     ("document", changed("document", text=" \n"), "text is blank"),
     ("document", changed("document", text="a\0b"), "text: holds a null character"),
     ("document", changed("document", text="a\ud800b"), "text: lone surrogate at character 1"),
@@ -86,7 +86,7 @@ BAD_RECORDS = [
     ("comparison", changed("comparison", prompt=...), "missing key 'prompt'"),
     ("comparison", changed("comparison", chosen=" "), "chosen is blank"),
     ("comparison", changed("comparison", rejected=""), "rejected is blank"),
-    ("comparison", changed("comparison", rejected=None), "rejected: expected text, got null"),
+    ("comparison", changed("comparison", rejected=None), "missing key 'rejected'"),
     (
         "comparison",
         changed("comparison", chosen="same", rejected=" same\n"),
@@ -112,7 +112,7 @@ BAD_RECORDS = [
     ),
     ("sample", changed("sample", prompt_id=...), "missing key 'prompt_id'"),
     ("sample", changed("sample", response=...), "missing key 'response'"),
-    ("sample", changed("sample", response=None), "response: expected text, got null"),
+    ("sample", changed("sample", response=None), "missing key 'response'"),
     (
         "sample",
         changed("sample", scores=[1]),
@@ -243,7 +243,7 @@ def test_skip_invalid_tolerates_so_many_and_lists_each(tmp_path, caplog):
     with pytest.raises(InputError) as error:
         read(path, "document", skip_invalid=2)
     assert str(error.value) == (
-        f"{path}:5: missing key 'text' (after 2 skipped, as many as skip_invalid allows)"
+        f"{path}:5: missing key 'text' (keys found: none) (after 2 skipped, as many as skip_invalid allows)"
     )
 
 

@@ -96,7 +96,7 @@ def test_mixed_in_prompts_are_not_held_out_ones(pocket, tmp_path):
         data=[tmp_path / "own.jsonl"],
         mixed_in=[tmp_path / "other.jsonl"],
     )
-    training, held_out = reward.split(recipe)
+    training, held_out, _ = reward.split(recipe)
     assert len(held_out) == 20
     assert not {repr(c.prompt) for c in held_out} & {repr(c.prompt) for c in training}
     assert sum(c.chosen == "sure" for c in training) == 80

@@ -1,0 +1,142 @@
+"""Rows of Parquet files and of folders that ``datasets.Dataset.save_to_disk`` wrote.
+
+A library that guesses types writes what it cannot type as JSON text: ``datasets`` 5 makes such
+columns of rows of mixed shapes, and any part of a nested column may be one. They are decoded here,
+so that a file reads as the JSON lines did that it was made of. Such a column is known by Arrow's
+extension type ``arrow.json`` (by its name in the field's metadata where pyarrow is too old to have
+it) and by the ``huggingface`` entry of the schema's metadata. Left out: dictionaries of maps and
+unions, which no writer of records makes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llama2rt.data.strict_json import parse
+from llama2rt.errors import InputError
+
+Row = dict[str, Any]
+Decode = Callable[[Any], Any]
+
+_JSON = "arrow.json"
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, Row | InputError]]:
+    """(row number from 1, row); a row whose JSON text is damaged comes as an InputError."""
+    pyarrow = _pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            yield from _decoded(file.schema_arrow, file.iter_batches())
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path}: damaged Parquet file ({error})") from None
+
+
+def dataset_rows(path: Path) -> Iterator[tuple[int, Row | InputError]]:
+    """Likewise of a saved dataset; InputError where the folder is none or holds several splits."""
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text()).get("splits", [])
+        raise InputError(f"{path}: holds several splits; name one: {', '.join(splits)}")
+    if not (path / "state.json").is_file():
+        raise InputError(f"{path}: a folder, but not a saved Hugging Face dataset (no state.json)")
+    pyarrow = _pyarrow(path)
+    files = [
+        part["filename"] for part in json.loads((path / "state.json").read_text())["_data_files"]
+    ]
+    before = 0
+    for name in files:
+        number = before
+        try:
+            with pyarrow.memory_map(str(path / name)) as source:
+                stream = pyarrow.ipc.open_stream(source)
+                for number, row in _decoded(stream.schema, stream, before):
+                    yield number, row
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(f"{path / name}: damaged Arrow file ({error})") from None
+        before = number
+
+
+def _decoded(schema: Any, batches: Any, before: int = 0) -> Iterator[tuple[int, Row | InputError]]:
+    columns = decoders(schema)
+    number = before
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            try:
+                row |= {name: decode(row[name]) for name, decode in columns.items()}
+            except InputError as error:
+                yield number, error
+            else:
+                yield number, row
+
+
+def decoders(schema: Any) -> dict[str, Decode]:
+    """For each column of an Arrow schema that holds JSON text anywhere: how to decode a value."""
+    features = {}
+    if described := (schema.metadata or {}).get(b"huggingface"):
+        features = json.loads(described).get("info", {}).get("features") or {}
+    found = {field.name: _decoder(field, features.get(field.name), field.name) for field in schema}
+    return {name: decode for name, decode in found.items() if decode is not None}
+
+
+def _decoder(field: Any, feature: Any, where: str) -> Decode | None:
+    """None where ``field`` and what is inside it hold no JSON text. ``feature`` is its description
+    by ``datasets``, or None."""
+    from pyarrow import types
+
+    named = feature.get("_type") if isinstance(feature, dict) else None
+    extension = getattr(field.type, "extension_name", None) or (
+        (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    )
+    if extension == _JSON or (named == "Json" and not types.is_nested(field.type)):
+        return lambda value: _parse(where, value)
+    if types.is_struct(field.type):
+        inside = {
+            part.name: _decoder(
+                part,
+                feature.get(part.name) if isinstance(feature, dict) else None,
+                f"{where}.{part.name}",
+            )
+            for part in field.type
+        }
+        return _struct({name: decode for name, decode in inside.items() if decode is not None})
+    if types.is_list(field.type) or types.is_large_list(field.type):
+        of = feature.get("feature") if isinstance(feature, dict) else None
+        of = feature[0] if isinstance(feature, list) and feature else of
+        return _list(_decoder(field.type.value_field, of, f"{where}[]"))
+    return None
+
+
+def _struct(inside: dict[str, Decode]) -> Decode | None:
+    if not inside:
+        return None
+    return lambda value: (
+        value and value | {name: decode(value[name]) for name, decode in inside.items()}
+    )
+
+
+def _list(inside: Decode | None) -> Decode | None:
+    if inside is None:
+        return None
+    return lambda value: value and [inside(item) for item in value]
+
+
+def _parse(where: str, value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        return parse(value)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise InputError(f"{path}: reading this needs pyarrow: pip install pyarrow") from None
+    return pyarrow

@@ -1,0 +1,209 @@
+"""One file's rows, made records: which format, which keys count, what is left out and counted.
+
+A row's own keys (``kind``, ``rating``, ``safety``, ``source``, a prompt's ``id``) count whatever
+format it is in, and are validated as in our own form; a recipe's word on the whole file
+(``Source``) stands behind them, and behind that what the format says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from llama2rt.data.formats import Convert, Format, Selection, recognise
+from llama2rt.data.records import RECORDS, Prompt, Record, misspelt, type_name, without_nulls
+from llama2rt.data.sources import Source
+from llama2rt.errors import InputError
+
+Row = dict[str, Any]
+
+# The key under which a kind's records hold their conversation.
+_CONVERSATION = {
+    "dialogue": "messages",
+    "prompt": "messages",
+    "comparison": "prompt",
+    "sample": "messages",
+}
+
+
+@dataclass
+class FileCounts:
+    """What one file held besides its records."""
+
+    path: Path
+    unknown_keys: Counter[str] = field(default_factory=Counter)
+    """keys that nothing reads, by the number of their rows"""
+    carried_keys: Counter[str] = field(default_factory=Counter)
+    """keys that nothing reads either, and that the file's format is known to carry"""
+    first_line: dict[str, int] = field(default_factory=dict)
+    """where each of the unknown keys was first met"""
+    selection: Selection = field(default_factory=Selection)
+    formats: Counter[str] = field(default_factory=Counter)
+    """rows by the name of their format, our own included"""
+    other_kinds: Counter[str] = field(default_factory=Counter)
+    """records left out because they say another kind than their source is taken for"""
+
+    def warnings(self) -> list[str]:
+        """What its owner may not expect, a line each."""
+        found = []
+        if self.unknown_keys:
+            keys = ", ".join(
+                f"{key} ({count} {'row' if count == 1 else 'rows'}, first in line "
+                f"{self.first_line[key]})"
+                for key, count in self.unknown_keys.most_common()
+            )
+            found.append(f"{self.path}: keys not used: {keys}")
+        for kind, count in self.other_kinds.items():
+            found.append(f"{self.path}: {count} records of the other kind, {kind}, left out")
+        for reason, count in self.selection.left_out.items():
+            found.append(f"{self.path}: {count} {reason} left out")
+        return found
+
+    def notes(self) -> list[str]:
+        """What is usual with files of its format, a line."""
+        keys = ", ".join(sorted(self.carried_keys))
+        return [f"{self.path}: known keys not used: {keys}"] if keys else []
+
+
+class FileReader:
+    """Makes records of the rows of ``source``; ``counts`` grows as it does. ``first_seen`` holds
+    the ids of prompts met so far, in all files, with their FILE:LINE; ``name`` stands in the ids of
+    prompts that have none."""
+
+    def __init__(
+        self, source: Source, kind: str, name: str | Path, first_seen: dict[str, str]
+    ) -> None:
+        self.source, self.kind, self.name = source, kind, name
+        self.record = RECORDS[kind]
+        self.counts = FileCounts(source.path, selection=Selection(source.minimum_score_difference))
+        self._converters: dict[str, Convert] = {}
+        self._first_seen = first_seen
+
+    def take(self, line: int, row: Any) -> tuple[list[Record], InputError | None]:
+        """The records of a row (good pairs of one with a bad pair too), and its first fault."""
+        if isinstance(row, InputError):
+            return [], row
+        try:
+            row = without_nulls(row)
+            if not isinstance(row, dict):
+                self.record.from_json(row)  # says what was expected
+            foreign = recognise(row, self.kind)
+            objects, used = self._own(row) if foreign is None else self._foreign(row, line, foreign)
+            self._add_system_message(row, objects, used)
+        except InputError as error:
+            return [], error
+        records, fault = self._records(line, objects)
+        if fault is None:
+            self._count(line, row, used, foreign)
+        return records, fault
+
+    def _records(self, line: int, objects: list[Row]) -> tuple[list[Record], InputError | None]:
+        records: list[Record] = []
+        fault = None
+        for obj in objects:
+            try:
+                record = self.record.from_json(obj)
+                if isinstance(record, Prompt):
+                    self._require_new(record.id, line)
+            except InputError as error:
+                fault = fault or error
+                continue
+            kind = self.source.kind
+            if kind is not None and (said := obj["kind"]) != kind:
+                self.counts.other_kinds[said] += 1
+            else:
+                records.append(record)
+        return records, fault
+
+    def why_none(self) -> str:
+        """The reason why no row gave a record."""
+        if said := ", ".join(self.counts.other_kinds):
+            return f"all say the kind {said}, and the source is taken for {self.source.kind}"
+        if left_out := "; ".join(self.counts.warnings()[-1:]):
+            return f"none of its rows gives one ({left_out})"
+        return "none of its rows gives one"
+
+    def _own(self, row: Row) -> tuple[list[Row], set[str]]:
+        """A row in our own form, and the keys that count."""
+        if self.counts.selection.minimum_score_difference:
+            raise InputError("minimum_score_difference: the row has no scores of its answers")
+        said = {"kind": self.source.kind, "source": self.source.source}
+        obj = {key: value for key, value in said.items() if value is not None} | row
+        used = {f.name for f in fields(self.record)} | self.record.carried
+        return [obj], used & row.keys()
+
+    def _foreign(self, row: Row, line: int, found: Format) -> tuple[list[Row], set[str]]:
+        """A row in another format as objects in our own form, and the keys that count."""
+        selection = self.counts.selection
+        if selection.minimum_score_difference and found.scores is None:
+            raise InputError(f"minimum_score_difference: rows of {found.name} have no scores")
+        used = found.used(row, selection)
+        own = self._own_keys_in(row, found, used)
+        convert = self._converters.get(found.name)
+        if convert is None:
+            convert = self._converters[found.name] = found.start(selection)
+        said = {} if self.source.source is None else {"source": self.source.source}
+        behind: Row = {} if self.source.kind is None else {"kind": self.source.kind}
+        if self.kind == "prompt":
+            behind["id"] = f"{self.name}:{line}"
+        return [behind | obj | said | own for obj in convert(row)], used | own.keys()
+
+    def _own_keys_in(self, row: Row, found: Format, used: set[str]) -> Row:
+        """Our optional keys that a foreign row holds. InputError for one that is misspelt, and for
+        one that only the format can give."""
+        ours = self.record.optional | ({"id"} if self.kind == "prompt" else set())
+        own = {}
+        for key, value in row.items():
+            if key in used:
+                continue
+            if key in ours:
+                if key in found.decides:
+                    raise InputError(f"{key}: a row of {found.name} decides it itself: remove it")
+                if key not in found.carries or isinstance(value, str):
+                    own[key] = value
+            elif key not in found.carries and isinstance(value, str):
+                # Other people's keys are many: only one whose value could be ours is taken for it.
+                meant = misspelt(key, tuple(sorted(self.record.optional)))
+                if meant and meant not in row:
+                    raise InputError(f"unknown key {key!r}: did you mean {meant!r}?")
+        return own
+
+    def _add_system_message(self, row: Row, objects: list[Row], used: set[str]) -> None:
+        """A text ``system`` beside a conversation is its system message, as many ShareGPT files
+        have it; without it the model would learn to answer so unasked."""
+        where = _CONVERSATION.get(self.kind)
+        if where is None or "system" not in row or "system" in used:
+            return
+        system = row["system"]
+        if not isinstance(system, str):
+            raise InputError(f"system: expected text, got {type_name(system)}")
+        used.add("system")
+        for obj in objects if system.strip() else []:
+            messages = obj.get(where)
+            if not isinstance(messages, list) or not messages:
+                continue
+            first = messages[0]
+            if isinstance(first, Mapping) and first.get("role") == "system":
+                if first.get("content") != system:
+                    raise InputError("system: differs from the conversation's system message")
+            else:
+                obj[where] = [{"role": "system", "content": system}, *messages]
+
+    def _require_new(self, identifier: str, line: int) -> None:
+        if identifier in self._first_seen:
+            first = self._first_seen[identifier]
+            raise InputError(f"duplicate id {identifier!r}, first used at {first}")
+        self._first_seen[identifier] = f"{self.source.path}:{line}"
+
+    def _count(self, line: int, row: Row, used: set[str], found: Format | None) -> None:
+        self.counts.formats["llama2rt" if found is None else found.name] += 1
+        carries = frozenset() if found is None else found.carries
+        for key in row.keys() - used:
+            if key in carries:
+                self.counts.carried_keys[key] += 1
+            else:
+                self.counts.unknown_keys[key] += 1
+                self.counts.first_line.setdefault(key, line)

@@ -1,0 +1,30 @@
+"""Anthropic's HH-RLHF: two transcripts that differ in their last turn."""
+
+from collections.abc import Iterator
+
+from llama2rt.data.formats.registry import Row, register, stateless
+from llama2rt.data.formats.values import is_transcript, text, transcript
+from llama2rt.errors import InputError
+
+
+def _is_pair(row: Row) -> bool:
+    return is_transcript(row["chosen"]) or is_transcript(row["rejected"])
+
+
+@register("Anthropic HH transcripts", "comparison", "chosen rejected", _is_pair)
+@stateless
+def _hh(row: Row) -> Iterator[Row]:
+    sides = {}
+    for side in ("chosen", "rejected"):
+        messages = transcript(side, text(row, side))
+        if messages[-1]["role"] != "assistant":
+            raise InputError(f"{side}: the transcript must end with an 'Assistant:' turn")
+        sides[side] = messages
+    if sides["chosen"][:-1] != sides["rejected"][:-1]:
+        raise InputError("chosen and rejected have different contexts")
+    yield {
+        "prompt": sides["chosen"][:-1],
+        "chosen": sides["chosen"][-1]["content"],
+        "rejected": sides["rejected"][-1]["content"],
+        "source": "hh",
+    }

@@ -1,0 +1,38 @@
+"""Stanford Human Preferences: two comments on a post, ranked by its readers."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from llama2rt.data.formats.registry import Convert, Row, Selection, register
+from llama2rt.data.formats.values import choice, score, text, user
+
+LEAST_RATIO = 2.0
+MOST_PAIRS = 5
+
+
+@register(
+    "SHP",
+    "comparison",
+    "post_id history human_ref_A human_ref_B labels score_ratio",
+    carries="domain upvote_ratio c_root_id_A c_root_id_B created_at_utc_A created_at_utc_B "
+    "score_A score_B seconds_difference",
+)
+def _shp(selection: Selection) -> Convert:
+    """Pairs with a score ratio above 2, at most five a post."""
+    taken: defaultdict[str, int] = defaultdict(int)
+
+    def convert(row: Row) -> Iterator[Row]:
+        post, label = text(row, "post_id"), choice(row, "labels")
+        if score("score_ratio", row["score_ratio"]) <= LEAST_RATIO:
+            selection.left_out["pairs with a score ratio of 2 or less"] += 1
+            return
+        if taken[post] >= MOST_PAIRS:
+            selection.left_out["pairs of posts with five already"] += 1
+            return
+        taken[post] += 1
+        a, b = text(row, "human_ref_A"), text(row, "human_ref_B")
+        chosen, rejected = (a, b) if label else (b, a)
+        prompt = user(text(row, "history"))
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": "shp"}
+
+    return convert

@@ -1,0 +1,108 @@
+"""A file of records, and what a recipe says of it that the file itself does not.
+
+Public files seldom say what they are: Anthropic's harmlessness pairs carry no kind, a mix names no
+origin. Wherever a path is read, a ``Source`` may stand in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from llama2rt.errors import InputError
+
+_MEANS_SOMETHING = {
+    "kind": ("prompt", "comparison"),
+    "source": ("document", "dialogue", "comparison"),
+    "minimum_score_difference": ("comparison",),
+    "held_out": ("comparison",),
+}
+
+
+class Source(BaseModel):
+    """A path, or a table ``{path = "hh.jsonl.gz", kind = "safety"}`` in a recipe; an option takes
+    the same text. It is written back as it came: as a path where the table says nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    path: Path
+    """the file, or the folder of a saved dataset"""
+    kind: Literal["helpfulness", "safety"] | None = None
+    """of comparisons and prompts that do not say their kind; those that say another are left out"""
+    source: str | None = None
+    """name of the origin, for records that do not give one"""
+    minimum_score_difference: float = Field(default=0.0, ge=0)
+    """pairs of answers whose scores differ by less are left out, in the scale of the file's scores
+    (UltraFeedback 1 to 5, HelpSteer helpfulness plus correctness 0 to 8; arXiv 2405.07863, section
+    2, leaves out pairs whose scores differ little and names no number)"""
+    held_out: int | None = Field(default=None, ge=0)
+    """in a reward recipe's data: how many comparisons of this source to keep back; None for the
+    recipe's held_out"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str | os.PathLike) else given
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: Any, info: Any) -> Any:
+        said = {name: value for name, value in handler(self).items() if name in self._said()}
+        return said["path"] if len(said) == 1 else said
+
+    def _said(self) -> set[str]:
+        fields = type(self).model_fields
+        return {"path"} | {
+            n for n in fields if n != "path" and getattr(self, n) != fields[n].default
+        }
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return os.fspath(self.path)
+
+    def require_meaning(self, kind: str) -> None:
+        """InputError for a key that says nothing about records of ``kind``."""
+        for key, kinds in _MEANS_SOMETHING.items():
+            if key in self._said() and kind not in kinds:
+                raise InputError(f"{self.path}: {key}: means nothing to a file of {kind}s")
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Source:
+        """``path`` itself where it is a Source, else a Source that says nothing but the path."""
+        return path if isinstance(path, Source) else cls(path=Path(path))
+
+    def as_option(self) -> str:
+        """What ``parse`` reads back."""
+        said = self.model_dump(mode="json")
+        if isinstance(said, str):
+            return said
+        # JSON's texts and numbers are TOML's.
+        return "{" + ", ".join(f"{key} = {json.dumps(said[key])}" for key in said) + "}"
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """From an option: a path, or an inline table of TOML. InputError for a table that is
+        none."""
+        if not text.lstrip().startswith("{"):
+            return cls(path=Path(text))
+        try:
+            return cls.model_validate(tomllib.loads(f"source = {text}")["source"])
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{text}: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise InputError(f"{text}: {key}: {first['msg']}") from None
