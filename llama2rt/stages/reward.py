@@ -8,7 +8,7 @@ out: pairwise preference models that read both answers at once (another stage).
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -80,6 +80,8 @@ class RewardRecipe(Recipe):
     train: TrainOptions = TrainOptions(
         lr=1e-5, warmup_ratio=0.03, warmup_minimum=5, micro_tokens=16384
     )
+
+    durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
