@@ -73,6 +73,9 @@ class Response:
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> "Response":
+        for key in ("prompt_tokens", "tokens"):
+            if not line[key] or not all(type(token) is int and token >= 0 for token in line[key]):
+                raise ValueError(f"{key}: expected token ids")
         return cls(
             prompt=Prompt(line["prompt_id"], line["messages"], line["kind"]),
             text=line["response"],

@@ -9,9 +9,10 @@ Before the first iteration one rollout goes to the critic's head alone (`stages.
 Left out: several epochs over a rollout, shared policy and critic trunks, adaptive KL.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,10 +33,10 @@ from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import diverged, interrupts
 from llama2rt.train.metrics import EnergyUse
 from llama2rt.train.optimizer import Optimizer
-from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.options import Change, Recipe, TrainOptions
 from llama2rt.train.progress import ProgressLine
 from llama2rt.train.run import Run
-from llama2rt.train.schedule import learning_rate
+from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 
 class PpoRecipe(Recipe):
@@ -102,6 +103,17 @@ class PpoRecipe(Recipe):
         lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
     )
 
+    neutral: ClassVar[tuple[str, ...]] = ("train.log_every", "train.checkpoint_every")
+    durations: ClassVar[tuple[str, ...]] = ("iterations",)
+
+    def change(self, key: str, begun: Mapping[str, Any]) -> Change:
+        """As everywhere; but a run that measured its last policy out of turn, which may have become
+        the best one, cannot go on as if it had not."""
+        every = self.train.validate_every
+        if key == "iterations" and self.validation and (not every or begun[key] % every):
+            return "refused"
+        return super().change(key, begun)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -132,7 +144,7 @@ class Actors:
 def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Train until the iterations or the patience end; returns the folder of the policy with the
     best held-out objective (of the last one where nothing is held out)."""
-    inputs = loading.file_inputs(
+    files = loading.file_inputs(
         init=recipe.init,
         reference=recipe.reference,
         helpfulness=recipe.helpfulness,
@@ -141,21 +153,14 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         validation=recipe.validation,
         tokenizer=recipe.tokenizer,
     )
-    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    run = Run.open(directory, recipe, inputs=files, resume=resume)
     if run.complete:
         return run.model_directory
     options = recipe.train
+    inputs = loading.rollout_inputs(recipe)
+    warn_of_warmup(recipe.iterations, options)
+    prompts, held_out = inputs.prompts, inputs.held_out
     actors, tokenizer = load_actors(recipe)
-    readers: dict[str, Llama | ScalarModel] = {
-        "reference": actors.reference,
-        **actors.reward_models.by_key,
-    }
-    prompts, held_out = (
-        loading.read_prompts(paths, tokenizer, actors.policy, recipe.max_tokens, readers)
-        if paths
-        else []
-        for paths in (recipe.data, recipe.validation)
-    )
 
     done, waited, best, unit = 0, 0, {}, None
     found = run.store.latest()

@@ -9,6 +9,7 @@ context distillation (section 3.3, 4.2.4), which prepare dialogues and then come
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +61,8 @@ class SftRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
     train: TrainOptions = TrainOptions(lr=2e-5)
+
+    durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
 
 def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
