@@ -25,7 +25,7 @@ from llama2rt.algorithms import advantages
 from llama2rt.stages import phases, ppo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-import records  # noqa: E402
+import records
 
 TOLD = ("value_explained_variance", "response_tokens", "reward", "score", "kl_k1")
 

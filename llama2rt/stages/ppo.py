@@ -38,6 +38,12 @@ from llama2rt.train.progress import ProgressLine
 from llama2rt.train.run import Run
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
+# What report.json says of the policy that is kept.
+PICKED_BY = (
+    "objective on held-out prompts: the mean over the kinds of prompts of Rc in (0, 1), divided by "
+    "unit, the standard deviation of the first policy's Rc, less beta times kl_k1"
+)
+
 
 class PpoRecipe(Recipe):
     """Improve a policy on prompts with PPO and two reward models."""
@@ -226,7 +232,8 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
                 )
     if not held_out:
         native.save(actors.policy, tokenizer, run.model_directory)
-    phases.write_report(run, {"iterations": done, **best})
+    picked = {"picked_by": PICKED_BY} if held_out else {}
+    phases.write_report(run, {"iterations": done, **picked, **best})
     return run.model_directory
 
 

@@ -372,6 +372,7 @@ def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
     folder = ppo.run(settings, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report.items() >= {"iterations": 3, "iteration": 1, "objective": 2.0}.items()
+    assert "Rc in (0, 1)" in report["picked_by"]
     model, _ = loading.load_llama(folder)
     assert torch.equal(model.norm.weight, snapshots[1])
     assert not torch.equal(model.norm.weight, snapshots[3])
