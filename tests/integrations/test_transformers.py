@@ -160,7 +160,7 @@ def test_assisted_generation(search):
 
 
 def test_a_cache_of_an_earlier_call_is_gone_on_with(calls):
-    """A second turn of a chat: its cache under the name that this release gives it, and by place."""
+    """A second turn of a chat: its cache by the name of this release, and by place."""
     ours, theirs = both()
     inputs, _ = batch("plain")
     turn = torch.randint(0, VOCABULARY, (ROWS, 5))
