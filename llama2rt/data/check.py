@@ -1,8 +1,8 @@
 """``llama2rt check FILE --as KIND``: is the file good, and what is in it.
 
 Numbers that tell whether a file is what its owner thinks it is: counts, lengths in characters and
-in turns, labels, exact duplicates, and what was skipped or ignored. Lengths in tokens would need a
-tokenizer, which a file of records does not have.
+in turns, labels, exact duplicates, and what was skipped, left out or not used. Lengths in tokens
+would need a tokenizer, which a file of records does not have.
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ from rich.table import Table
 from llama2rt.data.readers import Paths, Reader
 from llama2rt.data.records import KINDS, RATINGS, SAFETY, Comparison, Dialogue, Document, Prompt
 
+# Counts by name of rows that may have several of the names: shares are of all rows.
+OF_ROWS = ("ignored_keys", "known_keys_not_used")
+
 
 def check(path: Paths, kind: str, skip_invalid: int = 0) -> dict[str, Any]:
     """Read ``path`` as records of ``kind`` and describe them, JSON-able. InputError with FILE:LINE
-    on the first bad record beyond ``skip_invalid`` tolerated ones."""
+    on the first bad record beyond ``skip_invalid`` tolerated ones.
+
+    ``ignored_keys`` are those that nothing reads, by their rows; ``known_keys_not_used`` likewise,
+    where the rows' format is known to carry them; ``left_out`` what a rule leaves out, by reason;
+    ``warnings`` what a stage would say of each file.
+    """
     reader = Reader(path, kind, skip_invalid)
     records = list(reader)
     return {
@@ -32,6 +40,9 @@ def check(path: Paths, kind: str, skip_invalid: int = 0) -> dict[str, Any]:
         "rows_without_records": reader.rows_without_records,
         "formats": dict(reader.formats),
         "ignored_keys": dict(reader.ignored_keys),
+        "known_keys_not_used": dict(reader.carried_keys),
+        "left_out": dict(reader.left_out),
+        "warnings": [message for file in reader.files for message in file.warnings()],
         "skipped": reader.skipped,
         **_describe(records),
     }
@@ -50,14 +61,16 @@ def print_check(result: dict[str, Any], console: Console | None = None) -> None:
             shown = [f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}" for cell in cells]
             lengths.add_row(key.replace("_", " "), *shown)
         elif isinstance(value, dict) and value:
-            total = sum(value.values())
+            total = result["rows"] if key in OF_ROWS else sum(value.values())
             for name, count in value.items():
-                share = f"{count / total:.1%}" if total else ""
+                share = f"{count / total:.1%}" if total and key != "left_out" else ""
                 counts.add_row(key.replace("_", " "), name, f"{count:,}", share)
         elif isinstance(value, int) and key != "records":
             counts.add_row(key.replace("_", " "), "", f"{value:,}", "")
     console.print(lengths)
     console.print(counts)
+    for message in result["warnings"]:
+        console.print(message, style="yellow", soft_wrap=True, highlight=False, markup=False)
     for message in result["skipped"]:
         console.print(f"skipped {message}", style="yellow", soft_wrap=True, markup=False)
 

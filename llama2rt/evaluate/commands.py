@@ -10,7 +10,7 @@ import torch
 
 from llama2rt.checkpoint import load
 from llama2rt.data.readers import read
-from llama2rt.data.records import Comparison, Sample
+from llama2rt.data.records import KINDS, Comparison, Sample
 from llama2rt.errors import InputError
 from llama2rt.evaluate import best_of, length, preference
 from llama2rt.evaluate.intervals import bootstrap
@@ -33,11 +33,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a reward model on comparisons, or compare versions by its scores.
 
-    Comparison files give accuracy by rating. Sample files, or folders of a run's samples, one a
-    version, give each version's mean reward and every pair's win rate on the prompts both
-    answered; where all prompts of a version have the same number of samples (two or more), also
-    the reward-length correlation and the expected max and median reward among N samples. All with
-    95 % intervals over prompts.
+    Comparison files give accuracy by rating, and by kind: of a pair judged by helpfulness and by
+    safety, ranked one way by each, any model would rank one right and one wrong. Sample files, or
+    folders of a run's samples, one a version, give each version's mean reward and every pair's win
+    rate on the prompts both answered; where all prompts of a version have the same number of
+    samples (two or more), also the reward-length correlation and the expected max and median reward
+    among N samples. All with 95 % intervals over prompts.
 
     Args:
         reward_model: folder of a reward model, with its tokenizer.
@@ -71,8 +72,14 @@ def evaluate(
     result: dict[str, Any] = {"reward_model": str(reward_model)}
     if pairs:
         result["comparisons"] = [
-            {"file": file, "accuracy": _accuracy(model, tokenizer, records, micro_tokens)}
+            {
+                "file": file,
+                "kind": kind,
+                "accuracy": _accuracy(model, tokenizer, of_kind, micro_tokens),
+            }
             for file, records in pairs.items()
+            for kind in KINDS
+            if (of_kind := [record for record in records if record.kind == kind])
         ]
     if versions:
         rewards = {
@@ -92,7 +99,7 @@ def describe(result: dict[str, Any]) -> str:
     """What `evaluate` found, as lines for a terminal."""
     lines = []
     for file in result.get("comparisons", []):
-        lines.append(f"{file['file']}: pairs ranked as annotated")
+        lines.append(f"{file['file']}: {file['kind']} pairs ranked as annotated")
         for row in file["accuracy"]:
             lines.append(
                 f"  {row['rating'].replace('_', ' '):<22}{_percent(row)}"

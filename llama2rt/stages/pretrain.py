@@ -1,12 +1,15 @@
 """Pretraining (section 2): next-token prediction on plain text, from random or given weights.
 
 Text becomes one memory-mapped token stream, documents apart by BOS and EOS; a step takes random
-windows of it. The last part of the text is held out, and its loss is also given in bits per byte of
-UTF-8, which compares across tokenizers. Left out: mixing sources by weight (``data.loader`` can)
-and everything distributed.
+windows of it. The last part of each source is held out, and its loss is also given in bits per byte
+of UTF-8, which compares across tokenizers, by source and over all. Left out: mixing sources by
+weight (``data.loader`` can) and everything distributed.
 """
 
+import json
+import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -14,12 +17,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from llama2rt import atomic
 from llama2rt.checkpoint import native
 from llama2rt.checkpoint.load import load
 from llama2rt.data import tokens
 from llama2rt.data.loader import TokenLoader
 from llama2rt.data.packing import Batch
-from llama2rt.data.readers import read
+from llama2rt.data.readers import Reader
+from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
@@ -29,6 +34,8 @@ from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import Recipe, TrainOptions
 from llama2rt.train.run import Run
+
+logger = logging.getLogger("llama2rt.stages.pretrain")
 
 
 class ModelShape(BaseModel):
@@ -78,7 +85,8 @@ class PretrainRecipe(Recipe):
     skip_invalid: int = Field(default=0, ge=0)
     """bad records to leave out before giving up"""
     held_out: float = Field(default=0.01, ge=0, lt=1)
-    """last fraction of the text, by bytes, kept for the held-out loss"""
+    """last fraction of each source, by bytes, kept for the held-out loss; a source is a file, or in
+    a file whose documents name theirs, all that name the same"""
 
     init: Path | None = None
     """a model folder to continue from, with its shape and its tokenizer"""
@@ -144,8 +152,7 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
 
     def validate(model: nn.Module) -> dict[str, float]:
-        assert held_out is not None
-        return held_out_loss(model, held_out, recipe.context, options.micro_tokens)
+        return held_out_losses(model, held_out, recipe.context, options.micro_tokens)
 
     result = fit(
         run,
@@ -163,16 +170,12 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
 
 def prepare(
     recipe: PretrainRecipe, directory: Path
-) -> tuple[TokenFile, TokenFile | None, Tokenizer, Llama]:
-    """(training stream, held-out stream, tokenizer, model), each built once and kept in
+) -> tuple[TokenFile, dict[str, TokenFile], Tokenizer, Llama]:
+    """(training stream, held-out streams by source, tokenizer, model), each built once and kept in
     ``directory`` for a resumed run."""
     files = directory / "tokens"
-    paths = [files / "training.bin"] + [files / "held_out.bin"] * (recipe.held_out > 0)
-    documents = None
-    if not all(path.exists() for path in paths):
-        documents = [read(recipe.data, "document", recipe.skip_invalid, recipe.document_separator)]
-        if recipe.held_out:
-            documents = list(tokens.split(documents[0], recipe.held_out))
+    index = files / "held_out.json"  # written last: the streams it names are complete
+    texts = None if index.exists() else divide(recipe)
 
     model: Llama | None = None
     tokenizer: Tokenizer | None = None
@@ -189,24 +192,87 @@ def prepare(
         # The digest inside the token files ties them to this tokenizer; training it is
         # deterministic, so one lost to a kill comes out the same.
         trained = files / "tokenizer.model"
-        if documents is not None:
-            texts = [document.text for document in documents[0]]
-            tokenizer = Tokenizer.train(texts, recipe.vocab_size, trained)
+        if texts is not None:
+            training = [document.text for document in texts[0]]
+            tokenizer = Tokenizer.train(training, recipe.vocab_size, trained)
         else:
             tokenizer = Tokenizer.load(trained)
     assert tokenizer is not None  # the recipe's own check
 
-    streams = []
-    for i, path in enumerate(paths):
-        if documents is not None:
-            tokens.build(documents[i], tokenizer, path)
-        stream = TokenFile(path)
-        stream.require(tokenizer)
-        streams.append(stream)
+    if texts is not None:
+        build(texts, tokenizer, files, index)
+    stream = TokenFile(files / "training.bin")
+    held_out = {
+        name: TokenFile(files / file) for name, file in json.loads(index.read_text()).items()
+    }
+    for file in (stream, *held_out.values()):
+        file.require(tokenizer)
     if model is None:
         config = recipe.model.config(tokenizer.vocab_size, recipe.context)
         model = Llama(config, default_device(), torch.float32).initialize(recipe.seed)
-    return streams[0], streams[1] if recipe.held_out else None, tokenizer, model
+    return stream, held_out, tokenizer, model
+
+
+def build(
+    texts: tuple[list[Document], dict[str, list[Document]]],
+    tokenizer: Tokenizer,
+    folder: Path,
+    index: Path,
+) -> None:
+    """The streams of ``divide``'s two parts in ``folder``, and ``index``, which names them."""
+    training, held_out = texts
+    tokens.build(training, tokenizer, folder / "training.bin")
+    names = {
+        name: "held_out.bin" if len(held_out) == 1 else f"held_out.{i}.bin"
+        for i, name in enumerate(held_out)
+    }
+    for name, documents in held_out.items():
+        tokens.build(documents, tokenizer, folder / names[name])
+    atomic.write(index, json.dumps(names, indent=2) + "\n")
+
+
+# A file whose documents name more sources than this names something else (the page of each).
+MOST_SOURCES = 64
+
+
+def divide(recipe: PretrainRecipe) -> tuple[list[Document], dict[str, list[Document]]]:
+    """(training documents, held-out documents by source): the end of each source is held out, so
+    that the loss is not that of the last file alone. A source with too little text to cut is
+    trained on whole, and said. InputError where none can be cut."""
+    training: list[Document] = []
+    held_out: dict[str, list[Document]] = {}
+    for name, documents in by_source(recipe).items():
+        if not recipe.held_out:
+            training += documents
+            continue
+        try:
+            first, last = tokens.split(documents, recipe.held_out)
+        except InputError as error:
+            logger.warning("%s: nothing held out: %s", name, error)
+            training += documents
+        else:
+            training += first
+            held_out[name] = last
+    if recipe.held_out and not held_out:
+        raise InputError(f"held_out: too little text to hold out a fraction of {recipe.held_out}")
+    return training, held_out
+
+
+def by_source(recipe: PretrainRecipe) -> dict[str, list[Document]]:
+    """All documents by source, in the order of the files."""
+    reader = Reader(recipe.data, "document", recipe.skip_invalid, recipe.document_separator)
+    files = reader.by_file()
+    reader.log()
+    names = [path.name for path in recipe.data]
+    found: dict[str, list[Document]] = {}
+    for path, documents in zip(recipe.data, files, strict=True):
+        file = path.name if names.count(path.name) == 1 else str(path)
+        named = list(dict.fromkeys(document.source for document in documents))
+        one = len(named) == 1 or len(named) > MOST_SOURCES
+        for document in documents:
+            name = file if one or not document.source else f"{file}: {document.source}"
+            found.setdefault(name, []).append(document)
+    return found
 
 
 def _require_context(recipe: PretrainRecipe, config: LlamaConfig) -> None:
@@ -221,17 +287,23 @@ def next_token(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor
     return -logprob.sum(), {}
 
 
-def held_out_loss(
-    model: nn.Module, stream: TokenFile, context: int, micro_tokens: int
+def held_out_losses(
+    model: nn.Module, streams: Mapping[str, TokenFile], context: int, micro_tokens: int
 ) -> dict[str, float]:
-    """Nats per token and bits per UTF-8 byte over the whole of ``stream``, EOS included, in
-    windows of ``context`` tokens that do not see each other."""
+    """Nats per token and bits per UTF-8 byte over the whole of all ``streams``, EOS included, in
+    windows of ``context`` tokens that do not see each other; of several streams also each one's
+    bits per byte, by name."""
     device = next(model.parameters()).device
-    nats, count = 0.0, 0
-    for batch in stream.batches(context, micro_tokens):
-        loss, _ = next_token(model, batch.to(device))
-        nats, count = nats + float(loss), count + batch.weight
+    nats = dict.fromkeys(streams, 0.0)
+    count = 0
+    for name, stream in streams.items():
+        for batch in stream.batches(context, micro_tokens):
+            loss, _ = next_token(model, batch.to(device))
+            nats[name], count = nats[name] + float(loss), count + batch.weight
+    size = {name: stream.text_bytes for name, stream in streams.items()}
+    each = {f"bits_per_byte/{name}": nats[name] / math.log(2) / size[name] for name in streams}
     return {
-        "held_out_loss": nats / count,
-        "bits_per_byte": nats / math.log(2) / stream.text_bytes,
+        "held_out_loss": sum(nats.values()) / count,
+        "bits_per_byte": sum(nats.values()) / math.log(2) / sum(size.values()),
+        **(each if len(streams) > 1 else {}),
     }

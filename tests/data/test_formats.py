@@ -72,7 +72,10 @@ def test_trl_comparisons(read_rows, row):
         ({"prompt": "u", "chosen": "", "rejected": "r"}, "chosen is blank"),
         ({"prompt": "u", "chosen": [], "rejected": []}, "chosen: the last message must be"),
         ({"chosen": [], "rejected": []}, "chosen: the last message must be"),
-        ({"prompt": 3, "chosen": [assistant("c")], "rejected": "r"}, "prompt: expected text or a list"),
+        (
+            {"prompt": 3, "chosen": [assistant("c")], "rejected": "r"},
+            "prompt: expected text or a list",
+        ),
     ],
 )
 def test_bad_trl_comparisons(read_rows, row, reason):
@@ -267,7 +270,7 @@ def test_helpsteer_pairs_rows_of_one_prompt(read_rows):
         ("u", "b", "c"),
         ("v", "d", "e"),
     ]
-    with pytest.raises(InputError, match="helpfulness: expected a number, got \"much\""):
+    with pytest.raises(InputError, match='helpfulness: expected a number, got "much"'):
         read_rows("comparison", row("u", "a", "much", 2))
 
 

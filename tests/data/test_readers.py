@@ -243,7 +243,8 @@ def test_skip_invalid_tolerates_so_many_and_lists_each(tmp_path, caplog):
     with pytest.raises(InputError) as error:
         read(path, "document", skip_invalid=2)
     assert str(error.value) == (
-        f"{path}:5: missing key 'text' (keys found: none) (after 2 skipped, as many as skip_invalid allows)"
+        f"{path}:5: missing key 'text' (keys found: none) "
+        "(after 2 skipped, as many as skip_invalid allows)"
     )
 
 

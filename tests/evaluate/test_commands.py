@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import json_lines
 import numpy as np
 import pytest
 
@@ -58,6 +59,29 @@ def test_accuracy_of_a_comparison_file(tmp_path, reward_model, small_tokenizer):
     assert "versions" not in result
     text = describe(result)
     assert "pairs.jsonl" in text and "slightly better" in text and "of 12 pairs" in text
+
+
+def test_a_pair_judged_both_ways_counts_for_each_kind_apart(tmp_path, reward_model):
+    """PKU-SafeRLHF's rows: helpfulness prefers one answer, safety the other."""
+    _, folder = reward_model
+    rows = [
+        {
+            "prompt": f"count {i} sheep",
+            "response_0": f"{i} quick",
+            "response_1": f"{i} lazy dogs",
+            "better_response_id": 0,
+            "safer_response_id": 1,
+        }
+        for i in range(12)
+    ]
+    json_lines.write(tmp_path / "pku.jsonl", rows)
+    result = evaluate(folder, comparisons=(tmp_path / "pku.jsonl",))
+    helpful, safe = result["comparisons"]
+    assert (helpful["kind"], safe["kind"]) == ("helpfulness", "safety")
+    means = [file["accuracy"][-1]["mean"] for file in (helpful, safe)]
+    assert sum(means) == pytest.approx(1.0)
+    assert means[0] != 0.5
+    assert "safety pairs ranked as annotated" in describe(result)
 
 
 def test_versions_by_sample_files(tmp_path, reward_model, small_tokenizer):
