@@ -104,8 +104,8 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     run = Run.open(directory, recipe, inputs=inputs, resume=resume)
     if run.complete:
         return run.model_directory
-    model, tokenizer = initial_model(recipe)
     training, held_out = split(recipe)
+    model, tokenizer = initial_model(recipe)
     pairs, kept = encode(training, tokenizer, model.config.context)
     held_out_pairs, held_out_kept = encode(held_out, tokenizer, model.config.context)
     options = recipe.train
