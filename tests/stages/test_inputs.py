@@ -58,7 +58,7 @@ def bad(pocket, strangers, tmp_path_factory):
         "oversized": [
             phases.Response(
                 prompt, "yes", chat.encode_prompt(tokenizer, prompt.messages),
-                [9] * 60 + [tokenizer.eos], True, 0.0, {}, "p", 1.0, 0,
+                [9] * 60 + [tokenizer.eos], True, 0.0, {"helpfulness": 0.5}, "p", 1.0, 0,
             )
         ],
     }  # fmt: skip
@@ -173,7 +173,7 @@ def plan(pocket, steps, **settings):
         "data": [pocket.prompts],
         "validation": [pocket.validation],
         "max_tokens": 8,
-        "steps": [V1, *steps],
+        "steps": steps,
     }
     return iterate.IterateRecipe(**(given | settings))
 
@@ -195,7 +195,7 @@ def test_iterate_reads_the_last_steps_own_inputs_first(
     last = {"name": "V2", "stage": stage, "settings": json.loads(
         json.dumps(resolved(settings, bad), default=str))}  # fmt: skip
     with pytest.raises(InputError, match=f"steps: {said}"):
-        iterate.run(plan(pocket, [last]), tmp_path / "run")
+        iterate.run(plan(pocket, [V1, last]), tmp_path / "run")
     assert not (tmp_path / "run" / "V1").exists()
 
 
@@ -203,7 +203,7 @@ def test_iterate_checks_what_only_the_table_needs(pocket, bad, tmp_path):
     """Each step names a safety model of its own; the one that measures them all is too short."""
     own = {"safety": str(pocket.safety)}
     steps = [{**V1, "settings": V1["settings"] | own}]
-    recipe = plan(pocket, [], steps=steps, safety=bad["short reward"])
+    recipe = plan(pocket, steps, safety=bad["short reward"])
     with pytest.raises(InputError, match="safety: its context of 12 tokens is shorter"):
         iterate.run(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "V1").exists()
@@ -214,9 +214,9 @@ def test_iterate_knows_the_models_that_are_still_to_come(pocket, bad, tmp_path):
     shape = LlamaConfig(**dict(vars(loading.outline(pocket.sft).config), context=128))
     _, tokenizer = loading.load(pocket.sft, "meta")
     native.save(Llama(shape).initialize(1), tokenizer, tmp_path / "base")
-    steps = [{"name": "V2", "stage": "dpo", "settings": {"max_tokens": 100}}]
+    steps = [V1, {"name": "V2", "stage": "dpo", "settings": {"max_tokens": 100}}]
     with pytest.raises(InputError, match="V2: reference: its context of 64 tokens is shorter"):
         iterate.run(plan(pocket, steps, base=tmp_path / "base"), tmp_path / "run")
     # With room for all, everything is checked and V1 begins: it loads weights.
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
-        iterate.run(plan(pocket, []), tmp_path / "good")
+        iterate.run(plan(pocket, [V1]), tmp_path / "good")
