@@ -378,6 +378,25 @@ def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
     assert not torch.equal(model.norm.weight, snapshots[3])
 
 
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"validation": []}, "longer"),
+        ({"train": {"validate_every": 5}}, "longer"),
+        ({"train": {"validate_every": 4}}, "refused"),
+        ({"train": {"validate_every": 0}}, "refused"),
+        ({"validation": [], "train": {"schedule": "cosine"}}, "refused"),
+        ({"validation": [], "train": {"warmup_ratio": 0.1}}, "refused"),
+        ({"validation": [], "iterations": 9}, "refused"),
+    ],
+)
+def test_when_more_iterations_are_the_same_course(pocket, settings, change):
+    """Also for the best version, which a measurement out of turn may have made the last one."""
+    given = {"iterations": 20, "train": {"validate_every": 5}} | settings
+    assert recipe(pocket, **given).change("iterations", {"iterations": 10}) == change
+    assert recipe(pocket, **given).change("train.validate_every", {}) == "refused"
+
+
 def test_defaults_are_the_papers():
     settings = ppo.PpoRecipe(init="x", helpfulness="y", data=["z"])
     assert (settings.batch_size, settings.mini_batch_size, settings.clip) == (512, 64, 0.2)
