@@ -53,7 +53,8 @@ def choose_tokenizer(
             f"tokenizer: {given} has {tokenizer.vocab_size} pieces, the model in {folder} only "
             f"{config.vocab_size} embeddings"
         )
-    return tokenizer
+    # What ends a sequence belongs to the model, whichever file its tokenizer is read from.
+    return tokenizer if own is None else tokenizer.with_generation_of(own)
 
 
 def load_companion(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> Llama:
