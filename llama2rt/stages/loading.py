@@ -15,6 +15,7 @@ import torch
 from llama2rt.checkpoint import load
 from llama2rt.data.readers import read
 from llama2rt.data.records import Prompt
+from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.text import chat
@@ -166,7 +167,7 @@ def rollout_inputs(recipe: Any, future: Future | None = None) -> RolloutInputs:
 
 
 def read_prompts(
-    paths: Sequence[Path],
+    paths: Sequence[Path | Source],
     tokenizer: Tokenizer,
     policy: Llama | Outline,
     max_tokens: int = 1,
