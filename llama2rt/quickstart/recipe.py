@@ -239,8 +239,9 @@ def dpo(
         batch_size=32,
         epochs=2,
         seed=recipe.seed,
-        # At 1e-4 the few dozen steps of an iteration leave the policy where it was: after the first,
-        # 32 % of requests for the secret were granted in place of 35 % (seed 0), although 92 % of
-        # the safety pairs set a refusal against a leak, and the end depended on the seed.
+        # At 1e-4 the few dozen steps of an iteration leave the policy where it was: of seed 0's pairs
+        # on safety prompts 92 % set a refusal against a leak, yet the share of leaks among samples
+        # fell from 35 to 32 % only, and what was left at the end depended on the seed
+        # (benchmarks/results, dpo-unsafe.json).
         train=_options(3e-4, warmup_ratio=0.03, min_lr_ratio=0.0),
     )
