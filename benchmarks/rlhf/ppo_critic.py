@@ -1,10 +1,10 @@
 """What PPO's critic should start from, measured on the quickstart's models with PPO's defaults.
 
 Each way of starting is tried on each quickstart folder: `llama2rt ppo`'s recipe as it stands, from
-the rejection-sampled RLHF-V2 with the SFT model as reference. Told are the critic's explained
-variance, the length of responses and the objective's course. Ways:
+the SFT model or from RLHF-V2 (--init), with the SFT model as reference. Told are the critic's
+explained variance, the length of responses, rewards and KL of every iteration. Ways:
 
-- reward-head: the reward model as it is, which PPO did before
+- reward-head: the reward model as it is, at the policy's learning rate, which PPO did before
 - zero-head: its layers under a head of zeros
 - scaled-head: its head times the factor that explains the returns of a first rollout best
 - fitted: its layers under the head that does (`llama2rt.stages.critic`), which PPO does now
@@ -13,6 +13,7 @@ variance, the length of responses and the objective's course. Ways:
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -63,12 +64,14 @@ WAYS = {
 }
 
 
-def course(folder: Path, way: str, settings: dict[str, Any]) -> dict[str, list[float]]:
+def course(folder: Path, init: str, way: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     """The told metrics of each iteration."""
     ppo.start_critic = WAYS[way]
+    if way == "reward-head":
+        settings = {"critic_lr": None} | settings
     with tempfile.TemporaryDirectory() as scratch:
         recipe = ppo.PpoRecipe(
-            init=folder / "rlhf-v2" / "model",
+            init=folder / init / "model",
             reference=folder / "sft" / "model",
             helpfulness=folder / "reward-helpfulness" / "model",
             safety=folder / "reward-safety" / "model",
@@ -85,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="quickstart run directories")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--init", nargs="+", choices=("sft", "rlhf-v2"), default=["rlhf-v2"])
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--settings", type=json.loads, default={}, help="other recipe keys, JSON")
     parser.add_argument("--out", type=Path)
@@ -92,13 +96,13 @@ def main() -> None:
     settings = {"iterations": given.iterations, "train": {"checkpoint_every": 0}}
     settings |= given.settings
     rows = []
-    for folder in given.folders:
+    for folder, init in itertools.product(given.folders, given.init):
         for way in given.ways:
-            told = course(folder, way, settings)
-            rows.append({"folder": folder.name, "critic": way, **told})
+            told = course(folder, init, way, settings)
+            rows.append({"folder": folder.name, "init": init, "critic": way, **told})
             variance, length = told["value_explained_variance"], told["response_tokens"]
             print(
-                f"{folder.name:8} {way:12} explained variance "
+                f"{folder.name:8} {init:8} {way:12} explained variance "
                 + " ".join(f"{v:6.2f}" for v in variance)
                 + f"   length {length[0]:.1f} -> {length[-1]:.1f} "
                 f"({min(length):.1f} to {max(length):.1f})",

@@ -61,9 +61,11 @@ class QuickstartRecipe(Recipe):
     samples: int = Field(default=8, gt=1)
     """K of rejection sampling, n of online DPO"""
     ppo_iterations: int = Field(default=16, gt=0)
-    dpo_iterations: int = Field(default=2, gt=0)
-    dpo_prompts: int = Field(default=600, gt=0)
-    """prompts an iteration"""
+    dpo_iterations: int = Field(default=3, gt=0)
+    """T, the paper's 3. One iteration of this size lowers the leaks it saw, and the policy leaks in
+    other words; it is the pairs sampled from that policy that end it"""
+    dpo_prompts: int = Field(default=500, gt=0)
+    """prompts an iteration: each training prompt once"""
 
     max_tokens: int = Field(default=56, gt=0)
     """response length"""
@@ -208,9 +210,10 @@ def ppo(
         batch_size=min(256, recipe.training_prompts),
         mini_batch_size=64,
         max_tokens=recipe.max_tokens,
+        critic_lr=3e-4,
         seed=recipe.seed,
         train=_options(
-            3e-5,
+            1e-4,
             schedule="constant",
             warmup_ratio=0.0,
             log_every=1,
@@ -236,5 +239,9 @@ def dpo(
         batch_size=32,
         epochs=2,
         seed=recipe.seed,
-        train=_options(1e-4, warmup_ratio=0.03, min_lr_ratio=0.0),
+        # At 1e-4 the few dozen steps of an iteration leave the policy where it was: of seed 0's pairs
+        # on safety prompts 92 % set a refusal against a leak, yet the share of leaks among samples
+        # fell from 35 to 32 % only, and what was left at the end depended on the seed
+        # (benchmarks/results, dpo-unsafe.json).
+        train=_options(3e-4, warmup_ratio=0.03, min_lr_ratio=0.0),
     )
