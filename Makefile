@@ -4,6 +4,9 @@
 #   make run     .venv, install, `llama2rt quickstart`; goes on where an earlier one was stopped
 #                (another seed: make run ARGS="--seed 1" RUN=runs/seed-1)
 #   make test    .venv, install with the test extra, ruff, mypy, pytest         (SEED=random explores)
+#                from constraints.txt, exactly; with LATEST=1, in .venv-latest, the newest of all
+#   make peers   the tests that touch transformers, on each release of it that we name; run before a
+#                release, not in CI; recorded in benchmarks/results/peers.json
 #   make bench   the benchmarks; nothing else should be running. Records and figures of the ops go
 #                to build/bench
 #   make gpu     tests, benchmarks and checks of a GPU machine, with its own python3 and without a
@@ -13,50 +16,58 @@
 
 SHELL := /bin/bash
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(if $(LATEST),-latest)
 BIN := $(VENV)/bin
 SEED ?= 0
 RUN ?= runs/quickstart
 ARGS ?=
 OUT ?= build
 
-# Without an NVIDIA GPU, torch is named exactly, at a version that is also offered as a CPU build:
-# pip prefers 2.13.0+cpu to 2.13.0 where it finds both, while the open range of pyproject.toml could
-# bring a later release and with it gigabytes of CUDA libraries. Where the index holds CUDA builds
-# only, name PyTorch's own index of CPU builds: make run TORCH="torch --index-url URL"
+# constraints.txt names every package exactly. torch and triton are installed by what it says where
+# there is no NVIDIA GPU: pip prefers 2.13.0+cpu to 2.13.0 where it finds both, while another version
+# could bring gigabytes of CUDA libraries. Where the index holds CUDA builds only, name PyTorch's own
+# index of CPU builds: make run TORCH="torch --index-url URL". With a GPU, torch is the newest.
+named = "$(shell grep '^$(1)==' constraints.txt)"
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
-TORCH ?= torch==2.13.0
+TORCH ?= $(call named,torch)
 # The version that kernels/resources.json was recorded with; a CUDA torch names its own.
-TRITON ?= 'triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"'
+TRITON ?= $(if $(LATEST),,$(call named,triton))
 else
 TORCH ?= torch
 TRITON ?=
 endif
 
+# LATEST=1 ignores the file and takes the newest of what pyproject.toml allows, except for torch.
+PIP := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt
+NEWEST := $(if $(LATEST),--upgrade --upgrade-strategy eager)
+
 # What an installed package is made of. Set-up is repeated when one of these is newer than its stamp.
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
 	$(shell find csrc kernels llama2rt -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: run test bench gpu native clean
+.PHONY: run test bench peers gpu native clean
 
 run: $(VENV)/.installed
 	$(BIN)/llama2rt quickstart --out $(RUN) --resume $(ARGS)
 
-$(VENV)/.torch:
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet scikit-build-core pybind11 cmake ninja
+	$(if $(LATEST),true,grep -vE '^(torch|triton)==' constraints.txt) > $(VENV)/constraints.txt
+	$(PIP) --upgrade pip
+	$(PIP) $(TORCH)
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+		>> $(VENV)/constraints.txt
+	$(PIP) $(NEWEST) scikit-build-core pybind11 cmake ninja
 	touch $@
 
 # An isolated build, which is what a plain `pip install .` does, would compile everything each time.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation .
+	$(PIP) --no-build-isolation .
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation '.[test]' $(TRITON)
+	$(PIP) $(NEWEST) --no-build-isolation '.[test]' $(TRITON)
 	touch $(VENV)/.installed $@
 
 # A worker for each core, of one thread: most tests are too small to feed two threads. At most 4, as
@@ -79,6 +90,10 @@ bench: $(VENV)/.tested
 		BENCH_OUT=build/bench $(BIN)/pytest -q -s benchmarks
 	$(BIN)/python -P benchmarks/helpers/figures.py build/bench
 
+# One environment a release in build/peers, laid over this one.
+peers: $(VENV)/.tested
+	$(BIN)/python -P benchmarks/peers.py --record benchmarks/results/peers.json
+
 # -P keeps this folder off sys.path, as plain pytest does.
 gpu:
 	$(PYTHON) -P benchmarks/gpu.py --out $(OUT)
@@ -92,6 +107,6 @@ native: $(VENV)/.torch
 	mv build/native/_*.so llama2rt/
 
 clean:
-	rm -rf $(VENV) build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-latest build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f llama2rt/_*.so
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
