@@ -59,6 +59,11 @@ def foot(record: Mapping[str, Any]) -> list[str]:
     lines.append("; ".join(footer["devices"]) + f" on {', '.join(footer['hosts'])}")
     for host, adapters in footer["adapters"].items():
         lines.append(f"{host}: {', '.join(adapters) or 'no network adapter readable'}")
+    if record["backend"] == "gloo" and any(row["op"] == "reduce_scatter" for row in record["rows"]):
+        lines.append(
+            "gloo's reduce-scatter sends as many bytes as its all-reduce: half of a link's rate is "
+            "the most that its bus bandwidth can reach"
+        )
     if record["stopped"]:
         lines.append(f"stopped early: {record['stopped']}")
     return lines

@@ -23,13 +23,15 @@ from typing import Annotated, Any
 import tyro
 
 from llama2rt import atomic
-from llama2rt.cluster import bench, host, namespaces, records
+from llama2rt.cluster import bench, host, namespaces, operations, records
 from llama2rt.cluster.namespaces import Link, NotPossible
 from llama2rt.cluster.sizes import bytes_text
 from llama2rt.errors import InputError
 
 _PORT = 29500  # inside the namespaces, where nobody else is
 _POLL_SECONDS = 0.05
+_RANKS = 2
+_DATA_SHARE = 1448 / 1514  # of an Ethernet frame: the rest is TCP's, IP's and Ethernet's headers
 
 
 def emulate(
@@ -116,7 +118,10 @@ def measure(link: Link, options: Sequence[str], timeout_seconds: float) -> dict[
 
 
 def summarise(link: Link, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Bus bandwidth against the line rate, per operation, with the calls it was read from."""
+    """Bus bandwidth against the line rate, per operation, with the calls it was read from.
+
+    full_share: the share of line rate that the operation has where the link is never idle.
+    """
     return {
         "rate_bits_per_s": link.rate_bits_per_s,
         "delay_seconds": link.delay_seconds,
@@ -128,6 +133,7 @@ def summarise(link: Link, record: Mapping[str, Any]) -> dict[str, Any]:
                 "p99_seconds": row["p99_seconds"],
                 "bus_bandwidth_bytes_per_s": row["bus_bandwidth_bytes_per_s"],
                 "share_of_line_rate": row["bus_bandwidth_bytes_per_s"] / link.bytes_per_s,
+                "full_share": _DATA_SHARE / operations.gloo_excess(row["op"], _RANKS),
                 "seconds": row["seconds"],
             }
             for row in record["rows"]
@@ -142,7 +148,7 @@ def describe(fabric: Mapping[str, Any]) -> list[str]:
     return [
         f"{rate:g} Gb/s{delay}: {row['op']} of {bytes_text(row['bytes'])} at "
         f"{row['bus_bandwidth_bytes_per_s'] * 8 / 1e9:.3f} Gb/s, "
-        f"{row['share_of_line_rate']:.1%} of line rate "
+        f"{row['share_of_line_rate']:.1%} of line rate where {row['full_share']:.1%} is full "
         f"(median {row['median_seconds']:.4g} s, p99 {row['p99_seconds']:.4g} s)"
         for row in fabric["rows"]
     ]
@@ -154,8 +160,8 @@ def _environment(end: int) -> dict[str, str]:
         **os.environ,
         "RANK": str(end),
         "LOCAL_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",  # they share one host's memory
+        "WORLD_SIZE": str(_RANKS),
+        "LOCAL_WORLD_SIZE": str(_RANKS),  # they share one host's memory
         "MASTER_ADDR": namespaces.ADDRESSES[0],
         "MASTER_PORT": str(_PORT),
         "GLOO_SOCKET_IFNAME": namespaces.INTERFACE,

@@ -181,3 +181,14 @@ def bandwidths_bytes_per_s(
     """(algorithm, bus) bandwidth of moving S = ``total_bytes`` in ``seconds``, in bytes/s."""
     algorithm = total_bytes / seconds
     return algorithm, algorithm * OPERATIONS[operation].factor(ranks)
+
+
+def gloo_excess(operation: str, ranks: int) -> float:
+    """Bytes that one of two or more ranks sends through gloo, over those that ``factor`` counts.
+
+    torch's gloo has no reduce-scatter: it sums everything everywhere, as an all-reduce, of which
+    each rank keeps its share. So its bus bandwidth is half of a link's rate where the link is full.
+    Counted on the wire by tests/cluster/test_emulate.py with torch 2.13, with two ranks.
+    """
+    sent = "all_reduce" if operation == "reduce_scatter" else operation
+    return OPERATIONS[sent].factor(ranks) / OPERATIONS[operation].factor(ranks)

@@ -5,6 +5,7 @@ Yardsticks in the same dtype are those of `elementwise_cases`, `attention_cases`
 """
 
 import functools
+import math
 
 import decode_cases
 import pytest
@@ -290,3 +291,31 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype, isa):
         # The instruction takes subnormal numbers for zero; there is none among real activations.
         exact |= ours.eq(0) & expected.abs().le(2.0**-126)
     assert exact.all()
+
+
+def test_subnormal_numbers_of_bf16_are_right_or_zero_where_the_processor_has_no_others(isa):
+    """What docs/numerics.md says of numbers below 2^-126, for every op that returns bf16."""
+    dtype, rows = torch.bfloat16, offsets([1, 40])
+    tiny = torch.full((41, 4, 16), 7e-40, dtype=dtype)
+    one, few = torch.ones_like(tiny), tiny[:, 0]
+    pages, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([41], dtype=torch.int32)
+    flat = torch.zeros(41, dtype=torch.int32)
+    results = {
+        "attention": cpu.attention(one, one, tiny, rows, rows, 0, True, 0.25)[0],
+        "decode_attention": cpu.decode_attention(
+            one[:1], one[None], tiny[None], pages, lengths, 0.25
+        ),
+        "rope": cpu.rope(tiny, tiny, torch.ones(1, 8), torch.zeros(1, 8), flat)[0],
+        "rms_norm": cpu.rms_norm(one[:, 0], few[0], 0.0)[0],
+        "swiglu": cpu.swiglu(torch.full_like(few, 2.0), few),
+        "linear": cpu.linear(torch.eye(16, dtype=dtype), few[:5]),
+    }
+    flushes, silu = isa == "avx512bf16", 2 / (1 + math.exp(-2))
+    for op, found in results.items():
+        expected = few[0, 0].double() * (silu if op == "swiglu" else 1.0)
+        right = (found.double() - expected).abs() <= 2 * 2.0**-133  # two steps of a subnormal
+        assert (right | (found.eq(0) & flushes)).all(), op
+    # Instructions that multiply pairs of bf16 see 0, whatever the sum is kept in.
+    assert results["attention"].eq(0).all() == flushes
+    logprob, *_ = cpu.token_logprob(few, few[:5], torch.zeros(41).long(), 1.0, False)
+    torch.testing.assert_close(logprob, torch.full((41,), -torch.tensor(5.0).log().item()))
