@@ -36,10 +36,15 @@ def test_a_module_imports_alone_and_names_its_kernels(name):
 
 
 def configure(
-    folder: Path, choice: str, *, nvcc: Path | None = None, **variables: str
+    folder: Path,
+    choice: str,
+    *,
+    nvcc: Path | None = None,
+    build: Path | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess:
     """CMake's configuration with LLAMA2RT_CUDA=`choice`, `nvcc` the only one on PATH, and
-    environment variables."""
+    environment variables; in `folder`/build, or in a `build` of before."""
     pybind11 = pytest.importorskip("pybind11")
     if CMAKE is None:
         pytest.skip("cmake is not installed")
@@ -49,7 +54,7 @@ def configure(
     return subprocess.run(
         [
             CMAKE,
-            *("-S", ROOT, "-B", folder / "build", "-G", "Unix Makefiles"),
+            *("-S", ROOT, "-B", build or folder / "build", "-G", "Unix Makefiles"),
             *(() if nvcc else (toolchain.HIDE_NVCC,)),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -108,22 +113,21 @@ def test_any_other_choice_is_refused(tmp_path):
     assert run.returncode != 0 and "must be AUTO, ON or OFF" in run.stderr
 
 
-def test_on_with_nvcc_builds_for_both_architectures(tmp_path):
+def test_with_nvcc_builds_for_both_architectures_and_for_none_without_the_instructions(tmp_path):
+    """In one folder, as what takes long is to find out what nvcc can do."""
     if NVCC is None:
         pytest.skip("nvcc is not on PATH")
-    run = configure(tmp_path, "ON", nvcc=Path(NVCC), CUDAARCHS="")
+    build = tmp_path / "build"
+    for architecture in ("75-real", "all-major"):
+        (tmp_path / architecture).mkdir()
+        settings = {"nvcc": Path(NVCC), "build": build, "CUDAARCHS": architecture}
+        run = configure(tmp_path / architecture, "AUTO", **settings)
+        assert run.returncode != 0
+        assert f"CUDA architecture {architecture}: expected 80 (A100) or later" in run.stderr
+    run = configure(tmp_path, "ON", nvcc=Path(NVCC), build=build, CUDAARCHS="")
     assert run.returncode == 0, run.stderr
     assert "_cuda is built for 80-real;90a-real;80-virtual" in run.stdout
     assert installs(tmp_path) == {"_cpu", "_cuda"}
-
-
-@pytest.mark.parametrize("architecture", ["75-real", "all-major"])
-def test_an_architecture_without_the_instructions_is_refused(tmp_path, architecture):
-    if NVCC is None:
-        pytest.skip("nvcc is not on PATH")
-    run = configure(tmp_path, "AUTO", nvcc=Path(NVCC), CUDAARCHS=architecture)
-    assert run.returncode != 0
-    assert f"CUDA architecture {architecture}: expected 80 (A100) or later" in run.stderr
 
 
 def test_max_jobs_is_honoured_and_memory_bounds_it_otherwise(tmp_path):

@@ -9,7 +9,7 @@ from llama2rt.train import metrics
 
 @pytest.fixture
 def machine(monkeypatch):
-    """`machine(flops)`: products take their time at that rate; gives (size, seconds) of each."""
+    """`machine(flops)`: products take as long as at so many FLOP/s; their (size, seconds)."""
     metrics.gemm_ceiling.cache_clear()
     products: list[tuple[int, float]] = []
 
