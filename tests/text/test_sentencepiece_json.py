@@ -65,7 +65,7 @@ def both(request, tmp_path_factory):
     return tokenizer, exported(tokenizer, tmp_path_factory.mktemp("export"))
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=8))
 def test_equal_ids_for_each_setting(both, parts):
     tokenizer, other = both
@@ -85,7 +85,7 @@ def test_the_two_agree(both):
     [
         ({"normalization_rule_name": "nmt_nfkc"}, "the normalization rule 'nmt_nfkc'"),
         ({"normalization_rule_name": "nfkc_cf"}, "the normalization rule 'nfkc_cf'"),
-        ({"model_type": "unigram", "vocab_size": 330}, "only SentencePiece BPE .* got unigram"),
+        ({"model_type": "unigram", "vocab_size": 300}, "only SentencePiece BPE .* got unigram"),
         ({"model_type": "char"}, "only SentencePiece BPE .* got char"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix is set"),
         ({"user_defined_symbols": ["a b"]}, "the user-defined symbol 'a b' holds a space"),
@@ -100,10 +100,8 @@ def test_what_cannot_be_equal_is_refused_before_anything_is_written(tmp_path, ch
 def test_agreement_sees_settings_that_share_every_piece():
     """The same pieces with and without a space put in front."""
     plain = train()
-    model = bytearray(plain._definition)
-    at = model.rindex(b"\x18\x01\x20\x00")  # normalizer_spec: add_dummy_prefix, remove_extra_...
-    model[at + 1] = 0
-    other = Tokenizer(bytes(model))
+    # A second normalizer_spec, merged into the first: add_dummy_prefix is false.
+    other = Tokenizer(plain._definition + b"\x1a\x02\x18\x00")
     assert other.encode("fox") != plain.encode("fox")
     assert [other.piece(i) for i in range(420)] == [plain.piece(i) for i in range(420)]
     assert not other.agrees_with(plain) and not plain.agrees_with(other)
@@ -123,7 +121,7 @@ def test_pieces_of_equal_score_are_refused_where_a_list_cannot_follow(tmp_path):
     """Each of "mf", "fq" and "qm" may overlap the next one: leftmost, whichever comes."""
     cyclic = with_pieces(train(), ["mf", "fq", "qm"], -5000.0)
     assert cyclic.encode("mfqm")[-2:] == [420, 422]  # "mf" and "qm", not "fq"
-    assert cyclic.encode("fqmf")[-2:] == [421, 420]  # "fq" and "mf", not "qm"
+    assert cyclic.encode("2fqmf")[-2:] == [421, 420]  # "fq" and "mf", not "qm"
     with pytest.raises(InputError, match=r"pieces of equal score, such as '\w\w' and '\w\w'"):
         write_tokenizer(cyclic, tmp_path, 256)
     chained = with_pieces(train(), ["fq", "fqm"], -5000.0)
@@ -141,7 +139,7 @@ def equal_scores(tmp_path_factory):
     return tokenizer, exported(tokenizer, tmp_path_factory.mktemp("equal"))
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(text=st.text("qmxfz ", max_size=12))
 def test_equal_scores_in_an_order_give_equal_ids(equal_scores, text):
     tokenizer, other = equal_scores
