@@ -168,7 +168,7 @@ def _generation(folder: Path, stored: torch.dtype) -> int | None:
     """1 for LLaMA 1, 2 for Llama 2, None where neither name nor dtype tells."""
     resolved = folder.resolve()
     for name in (resolved.name, resolved.parent.name):
-        if match := re.search(r"llama[-_ ]?v?([12])(?![0-9])", name, re.IGNORECASE):
+        if match := re.search(r"llama[-_ ]?v?([12])(?![0-9a-z])", name, re.IGNORECASE):
             return int(match[1])
     return {torch.float16: 1, torch.bfloat16: 2}.get(stored)
 

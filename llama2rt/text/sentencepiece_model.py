@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
@@ -48,29 +49,28 @@ class Model:
 def read(definition: bytes) -> Model:
     """The model in a tokenizer.model that SentencePiece itself has accepted."""
     model = Model()
+    sections = {2: b"", 3: b"", 5: b""}  # a message written in parts is their concatenation
     for number, value in _fields(definition):
         if number == 1:
             piece = dict(_fields(value))
             score = struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0]
             model.pieces.append(Piece(piece.get(1, b"").decode(), score, piece.get(3, NORMAL)))
-        elif number == 2:
-            trainer = dict(_fields(value))
-            model.type = MODEL_TYPES.get(trainer.get(3, 1), "unknown")
-            model.whitespace_as_suffix = bool(trainer.get(24, 0))
-            model.byte_fallback = bool(trainer.get(35, 0))
-        elif number == 3:
-            normalizer = dict(_fields(value))
-            model.normalization = normalizer.get(1, b"").decode()
-            model.has_normalization_table = bool(normalizer.get(2))
-            model.add_dummy_prefix = bool(normalizer.get(3, 1))
-            model.remove_extra_whitespaces = bool(normalizer.get(4, 1))
-            model.escape_whitespaces = bool(normalizer.get(5, 1))
-        elif number == 5:
-            model.has_denormalization_table = bool(dict(_fields(value)).get(2))
+        elif number in sections:
+            sections[number] += value
+    trainer, normalizer, denormalizer = (dict(_fields(part)) for part in sections.values())
+    model.type = MODEL_TYPES.get(trainer.get(3, 1), "unknown")
+    model.whitespace_as_suffix = bool(trainer.get(24, 0))
+    model.byte_fallback = bool(trainer.get(35, 0))
+    model.normalization = normalizer.get(1, b"").decode()
+    model.has_normalization_table = bool(normalizer.get(2))
+    model.add_dummy_prefix = bool(normalizer.get(3, 1))
+    model.remove_extra_whitespaces = bool(normalizer.get(4, 1))
+    model.escape_whitespaces = bool(normalizer.get(5, 1))
+    model.has_denormalization_table = bool(denormalizer.get(2))
     return model
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(field number, value) of a protobuf message: an int for a varint, else its bytes."""
     at = 0
     while at < len(message):

@@ -103,14 +103,13 @@ def answer_end(tokenizer: Tokenizer) -> int | None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zyx"}]
     try:
         text = tokenizer.template.render(messages)
-        end = text.rindex("zyx") + 3
-        ids, offsets = tokenizer.encode_rendered(text)
+        following = text[text.rindex("zyx") + 3 :].lstrip()
     except (InputError, ValueError):
         return None
-    for identifier, (begin, stop) in zip(ids, offsets, strict=True):
-        if begin >= end and text[begin:stop] in tokenizer.control_tokens:
-            return identifier if not text[end:begin].strip() else None
-    return None
+    ending = max(
+        (t for t in tokenizer.control_tokens if following.startswith(t)), key=len, default=""
+    )
+    return tokenizer.control_tokens.get(ending)
 
 
 def _template(tokenizer: Tokenizer) -> ChatTemplate:

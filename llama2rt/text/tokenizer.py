@@ -186,17 +186,17 @@ class Tokenizer:
         return tuple(dict.fromkeys(ids if ending is None else [*ids, ending]))
 
     @functools.cached_property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Texts that a chat template's output is parsed for: special tokens, and other added ones
-        that the template writes. A message must not hold them."""
+    def control_tokens(self) -> dict[str, int]:
+        """Texts, with their ids, that a chat template's output is parsed for: special tokens, and
+        other added ones that the template writes. A message must not hold them."""
         if self.template is None:
-            return ()
+            return {}
         source, special = self.template.source, self._backend.special
-        return tuple(
-            text
+        return {
+            text: identifier
             for text, identifier in self._backend.added.items()
             if identifier in special or (text in source and text.strip())
-        )
+        }
 
     def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a chat template's output, special tokens in it included, and for each the

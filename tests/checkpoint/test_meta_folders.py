@@ -164,4 +164,36 @@ def test_ffn_width_formula_of_the_published_models():
         assert got == width
 
 
+@pytest.mark.parametrize(
+    ("path", "preset", "dtype", "context"),
+    [
+        ("llama-2-7b", "llama1-7b", torch.float16, 4096),
+        ("llama-2-13b-chat", "llama1-13b", torch.float32, 4096),
+        ("Llama2/13B", "llama1-13b", torch.float32, 4096),
+        ("7B", "llama1-7b", torch.bfloat16, 4096),
+        ("7B", "llama1-7b", torch.float16, 2048),
+        ("7B", "llama1-7b", torch.float32, 2048),
+        ("llama2rt/7B", "llama1-7b", torch.float16, 2048),
+        ("llama-1-7b", "llama1-7b", torch.bfloat16, 2048),
+        ("llama/30B", "llama1-33b", torch.bfloat16, 2048),  # no Llama 2 has this shape
+        ("65B", "llama1-65b", torch.bfloat16, 2048),
+        ("7B", "llama2-7b", torch.float16, 4096),  # norm_eps 1e-5 is Llama 2's alone
+        ("Meta-Llama-3-8B", "llama3-8b", torch.bfloat16, 8192),
+    ],
+)
+def test_early_llama2_folders_are_not_llama1(tmp_path, path, preset, dtype, context, caplog):
+    """The first Llama 2 folders hold LLaMA 1's params.json, norm_eps 1e-6 included."""
+    got = meta._context(tmp_path / "models" / path, LlamaConfig.preset(preset), dtype)
+    assert got == context
+    unclear = (path, preset, dtype) == ("7B", "llama1-7b", torch.float32)
+    assert ("LLaMA 1 or an early Llama 2" in caplog.text) == unclear
+
+
+def test_contexts_of_sizes_without_a_preset(tmp_path):
+    larger = LlamaConfig(8192, 80, 64, 8, 28672, vocab_size=128256, rope_theta=5e5)
+    assert meta._context(tmp_path, larger, torch.bfloat16) == 8192
+    code = LlamaConfig(4096, 32, 32, 32, 11008, vocab_size=32016, rope_theta=1e6)
+    assert meta._context(tmp_path, code, torch.bfloat16) == 16384
+
+
 # --- convert ----------------------------------------------------------------------------------
