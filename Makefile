@@ -59,12 +59,17 @@ $(VENV)/.tested: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation '.[test]' $(TRITON)
 	touch $(VENV)/.installed $@
 
+# A worker for each core, of one thread: most tests are too small to feed two threads. At most 4, as
+# each worker compiles and trains for itself what the tests of one folder share. Tests that need more
+# threads ask for them. The slowest groups of tests start first (loadgroup).
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+
 # Plain pytest: `python -m pytest` would put this folder, not the installed package, first.
 test: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	SEED=$(SEED) $(BIN)/pytest -q
+	SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadgroup
 
 # glibc returns large blocks to the system, and page faults then take half of a CPU training step.
 # Both sides of every comparison keep their memory here; what that hides is measured apart, each

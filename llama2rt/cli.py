@@ -463,7 +463,8 @@ def _evaluate() -> Callable[..., None]:
         Args:
             reward_model: Folder of a reward model, with its tokenizer.
             comparisons: Files of comparisons: accuracy by rating.
-            samples: Files of samples, one a version: mean reward, win rates, reward against N.
+            samples: Files of samples, or folders of a run's samples, one a version: mean reward,
+                win rates, reward against N.
             skip_invalid: Bad records to tolerate in each file.
             micro_tokens: Tokens scored at once.
             as_json: Print one JSON object.

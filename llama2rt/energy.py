@@ -12,6 +12,7 @@ rest of the machine (fans, NICs, power supplies), which no counter here sees.
 """
 
 import importlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,8 @@ class Energy:
     not_measured: Mapping[str, str] = field(default_factory=dict)
     seconds_needed: float = 0.0
     """the shortest stretch that every counter resolves; 0 where there is none"""
+    mirrored: Mapping[str, str] = field(default_factory=dict)
+    """domains that show again what another counted, and which: no joules of their own"""
 
     @property
     def total_joules(self) -> float | None:
@@ -59,6 +62,8 @@ class Energy:
         if total is None:
             return f"energy not measured ({missing or 'no device was asked for'})"
         text = f"{total:.4g} J ({', '.join(self.joules)})"
+        for name, other in self.mirrored.items():
+            text += f", {name} shows the counter of {other} again"
         return f"{text}, not measured: {missing}" if missing else text
 
     def record(self) -> dict[str, Any]:
@@ -67,6 +72,7 @@ class Energy:
             "seconds": self.seconds,
             "joules": dict(self.joules) or None,
             "not_measured": dict(self.not_measured),
+            "mirrored": dict(self.mirrored),
         }
 
 
@@ -77,41 +83,67 @@ class Counter(Protocol):
     shortest_seconds: float
     poll_seconds: float
 
+    @property
+    def mirrors(self) -> str | None:
+        """The counter that this one shows again and that is counted in its stead."""
+
     def read(self) -> float: ...
 
 
 class RaplCounter:
     """One domain of the powercap tree (a folder with energy_uj); its wrap-around is undone.
 
+    siblings: counters of other dies of the same package. Linux makes a domain for every die. On
+    Intel's multi-die packages (Cascade Lake-AP) each has a counter of its own, on AMD's (Zen 1 and
+    2) all show the one of the package, and no file says which it is. Two names of one counter agree
+    at every reading; two counters agree at one by chance only, a step of some microjoules in a
+    range of 262 kJ. So a domain mirrors a sibling as long as no reading has told them apart.
+
     OSError where the kernel does not let it be read.
     """
 
     shortest_seconds, poll_seconds = _RAPL_SHORTEST_SECONDS, _POLL_SECONDS
 
-    def __init__(self, folder: Path) -> None:
-        self.name = f"CPU {(folder / 'name').read_text().strip()}"
-        parent = folder.name.rpartition(":")[0]
-        if ":" in parent:  # a subdomain such as intel-rapl:0:1: say whose
-            self.name += f" of {(folder.parent / parent / 'name').read_text().strip()}"
+    def __init__(self, folder: Path, siblings: Sequence["RaplCounter"] = ()) -> None:
+        self.name = f"CPU {_domain_name(folder)}"
         self._file = folder / "energy_uj"
         self._range = int((folder / "max_energy_range_uj").read_text())
         self._last, self._sum = self._raw(), 0
+        self._siblings = [other for other in siblings if other._range == self._range]
+
+    @property
+    def mirrors(self) -> str | None:
+        return self._siblings[0].name if self._siblings else None
 
     def read(self) -> float:
+        self._siblings = [other for other in self._siblings if self._agrees_with(other)]
         now = self._raw()
         # After its largest value the counter goes on at 0.
         self._sum += now - self._last + (self._range if now < self._last else 0)
         self._last = now
         return self._sum / 1e6
 
+    def _agrees_with(self, other: "RaplCounter") -> bool:
+        """Whether a reading here lies between one there before it and one after it."""
+        before, here, after = other._raw(), self._raw(), other._raw()
+        return (here - before) % self._range <= (after - before) % self._range
+
     def _raw(self) -> int:
         return int(self._file.read_text())
+
+
+def _domain_name(folder: Path) -> str:
+    """What the kernel calls a domain; of a subdomain such as intel-rapl:0:1 also whose it is."""
+    name = (folder / "name").read_text().strip()
+    parent = folder.name.rpartition(":")[0]
+    return f"{name} of {_domain_name(folder.parent / parent)}" if ":" in parent else name
 
 
 class NvmlCounter:
     """NVML's energy counter of one GPU (mJ since the driver was loaded)."""
 
     shortest_seconds, poll_seconds = _NVML_SHORTEST_SECONDS, float("inf")
+    mirrors = None
 
     def __init__(self, nvml: Any, handle: Any, name: str) -> None:
         self.name = f"{name}: NVML energy counter"
@@ -126,6 +158,7 @@ class SampledPower:
     """Power of one GPU, read every 0.1 s and integrated: misses what happens in between."""
 
     shortest_seconds, poll_seconds = _NVML_SHORTEST_SECONDS, _SAMPLE_SECONDS
+    mirrors = None
 
     def __init__(
         self, nvml: Any, handle: Any, name: str, clock: Callable[[], float] = time.monotonic
@@ -221,11 +254,13 @@ class EnergyMeter:
         self, start: tuple[float, dict[str, float]], end: tuple[float, dict[str, float]]
     ) -> Energy:
         seconds = end[0] - start[0]
-        joules, reasons = {}, {**self._absent}
+        joules, reasons, mirrored = {}, {**self._absent}, {}
         for counter in self._counters:
             name = counter.name
             if name in self._failed:
                 reasons[name] = self._failed[name]
+            elif counter.mirrors is not None:
+                mirrored[name] = counter.mirrors
             elif seconds < counter.shortest_seconds:
                 reasons[name] = (
                     f"{seconds:.2g} s are too short for a counter that needs "
@@ -236,7 +271,7 @@ class EnergyMeter:
             else:
                 joules[name] = end[1][name] - start[1][name]
         needed = max((counter.shortest_seconds for counter in self._counters), default=0.0)
-        return Energy(seconds, joules, reasons, needed)
+        return Energy(seconds, joules, reasons, needed, mirrored)
 
     def _poll(self, interval: float) -> None:
         while not self._done.wait(interval):
@@ -293,31 +328,49 @@ def nvml_module() -> Any:
 def rapl_counters(powercap: Path = POWERCAP) -> tuple[list[Counter], dict[str, str]]:
     """RAPL domains that do not overlap (packages and DRAM), and why there are none.
 
-    A package holds its cores, so these are left out; "psys" holds the packages; intel-rapl-mmio
-    shows the same package a second time.
+    A package holds its cores and its graphics ("uncore"), and "psys" holds the packages: these are
+    left out. intel-rapl-mmio shows the packages of intel-rapl a second time and is read where those
+    are missing. AMD's counters are in the tree intel-rapl too.
     """
+    for tree in ("intel-rapl", "intel-rapl-mmio"):
+        counters, reasons = _rapl_tree(sorted(powercap.glob(f"{tree}:*")))
+        if counters or reasons:
+            return counters, reasons
+    return [], {"CPU": f"no RAPL domain below {powercap} (virtual machines have none)"}
+
+
+def _rapl_tree(folders: Sequence[Path]) -> tuple[list[Counter], dict[str, str]]:
     counters: list[Counter] = []
     reasons = {}
-    for folder in sorted(powercap.glob("intel-rapl:*")):
+    dies: dict[str, list[RaplCounter]] = {}  # those of one package, by its domain without the die
+    for folder in folders:
         try:
-            if not (folder / "name").read_text().startswith(("package", "dram")):
+            name = _domain_name(folder)
+            if not name.startswith(("package", "dram")):
                 continue
-            counters.append(RaplCounter(folder))
+            package = re.sub(r"-die-\d+$", "", name)
+            siblings = dies.setdefault(package, []) if package != name else []
+            counter = RaplCounter(folder, siblings)
+            siblings.append(counter)
+            if any(counter.name == other.name for other in counters):
+                counter.name += f" ({folder.name})"  # joules are kept by name
+            counters.append(counter)
         except PermissionError:
             reasons[folder.name] = f"{folder / 'energy_uj'} may be read by root only"
         except (OSError, ValueError) as error:
             reasons[folder.name] = f"{folder}: {error}"
-    if not counters and not reasons:
-        reasons["CPU"] = f"no RAPL domain below {powercap} (virtual machines have none)"
     return counters, reasons
 
 
 def in_turn(parts: Sequence[Energy]) -> Energy:
     """What several laps come to; a device that one of them could not measure is not measured."""
     reasons = {name: why for part in parts for name, why in part.not_measured.items()}
-    names = [name for name in (parts[0].joules if parts else ()) if name not in reasons]
-    joules = {name: sum(part.joules[name] for part in parts) for name in names}
-    return Energy(sum(part.seconds for part in parts), joules, reasons)
+    # A domain that mirrored another in one lap and not in a later one has nothing in the first.
+    names = {name: None for part in parts for name in part.joules if name not in reasons}
+    joules = {name: sum(part.joules.get(name, 0.0) for part in parts) for name in names}
+    mirrored = {name: other for part in parts for name, other in part.mirrored.items()}
+    still = {name: other for name, other in mirrored.items() if name not in joules}
+    return Energy(sum(part.seconds for part in parts), joules, reasons, mirrored=still)
 
 
 def together(parts: Sequence[Energy]) -> dict[str, Any]:

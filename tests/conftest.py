@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.core
 import pytest
 
-# Before torch or numpy start their thread pools.
+# Before torch or numpy start their thread pools. `make test` says 1, as it starts several workers.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
@@ -45,12 +45,49 @@ def shared_data():
 
 def pytest_configure(config: pytest.Config) -> None:
     seed = os.environ.get("SEED", "0")
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist: one seed for the whole run
+        seed = config.workerinput["llama2rt_seed"]
     config.llama2rt_seed = random.randrange(2**31) if seed == "random" else int(seed)
     # No deadline: on a busy machine an example's time says nothing about the code.
     hypothesis.settings.register_profile("llama2rt", deadline=None, print_blob=True)
     hypothesis.settings.load_profile("llama2rt")
     if config.option.hypothesis_seed is None:
         hypothesis.core.global_force_seed = config.llama2rt_seed  # what that option sets
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    node.workerinput["llama2rt_seed"] = node.config.llama2rt_seed
+
+
+TABLES = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.fixture(scope="session")
+def print_after_the_tests(request: pytest.FixtureRequest):
+    """`print_after_the_tests(title, text)`: a section of its own, once every test has run."""
+
+    def keep(title: str, text: str) -> None:
+        config = request.config
+        if hasattr(config, "workeroutput"):
+            config.workeroutput.setdefault("llama2rt_tables", {})[title] = text
+        else:
+            config.stash.setdefault(TABLES, {})[title] = text
+
+    return keep
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    # A worker that died has handed over nothing.
+    tables = getattr(node, "workeroutput", {}).get("llama2rt_tables", {})
+    node.config.stash.setdefault(TABLES, {}).update(tables)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    for title, text in config.stash.get(TABLES, {}).items():
+        terminalreporter.section(title)
+        terminalreporter.write_line(text)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

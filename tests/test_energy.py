@@ -94,6 +94,113 @@ def test_packages_and_dram_are_summed_and_cores_are_not_counted_twice(tmp_path):
     assert meter.energy.seconds == 2.0 and not meter.energy.not_measured
 
 
+def of_two_dies(root: Path, *readings: tuple[int, int], subdomain: str | None = None):
+    """Energy of a second a reading from a package whose two dies show these microjoules."""
+    files = [domain(root, f"intel-rapl:{i}", f"package-0-die-{i}", readings[0][i]) for i in (0, 1)]
+    if subdomain:
+        below = (f"intel-rapl:{i}:0" for i in (0, 1))
+        files += [domain(root, name, subdomain, readings[0][i]) for i, name in enumerate(below)]
+    clock = Clock()
+    with EnergyMeter(powercap=root, clock=clock) as meter:
+        for reading in readings[1:]:
+            clock.now += 1.0
+            for file, microjoules in zip(files, reading * 2, strict=False):
+                file.write_text(str(microjoules))
+            meter.peek()
+    return meter.energy
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        [(1_000_000, 1_000_000), (4_000_000, 4_000_000)],
+        [(0, 0), (3_000_000, 3_000_000)],
+        [(9_000_000, 9_000_000), (2_000_000, 2_000_000)],  # over the top
+    ],
+)
+def test_dies_that_show_one_counter_are_counted_once(tmp_path, readings):
+    used = of_two_dies(tmp_path, *readings)
+    assert used.joules == {"CPU package-0-die-0": 3.0}
+    assert used.mirrored == {"CPU package-0-die-1": "CPU package-0-die-0"}
+    assert "package-0-die-1 shows the counter of CPU package-0-die-0 again" in used.describe()
+    assert not used.not_measured and used.record()["mirrored"]
+
+
+def test_dram_of_dies_that_show_one_counter_is_counted_once(tmp_path):
+    used = of_two_dies(tmp_path, (100, 100), (2_000_100, 2_000_100), subdomain="dram")
+    assert used.joules == {"CPU package-0-die-0": 2.0, "CPU dram of package-0-die-0": 2.0}
+
+
+def test_cores_of_a_die_are_not_counted(tmp_path):
+    used = of_two_dies(tmp_path, (100, 200), (2_000_100, 1_000_200), subdomain="core")
+    assert used.joules == {"CPU package-0-die-0": 2.0, "CPU package-0-die-1": 1.0}
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        [(1_000_000, 5_000_000), (4_000_000, 6_000_000)],
+        [(100, 101), (3_000_100, 1_000_101)],
+        [(100, 100), (3_000_100, 1_000_100)],  # equal at the start, by chance
+        [(100, 100), (2_000_100, 500_100), (3_000_100, 1_000_100)],
+        [(100, 100), (4_000_000, 300), (3_000_100, 1_000_100)],  # 3 J: once round and 6 J on
+    ],
+)
+def test_dies_with_counters_of_their_own_are_added(tmp_path, readings):
+    used = of_two_dies(tmp_path, *readings)
+    round_ = 10.0 if readings[-2][0] > readings[-1][0] else 0.0
+    assert used.joules == {"CPU package-0-die-0": 3.0 + round_, "CPU package-0-die-1": 1.0}
+    assert not used.mirrored
+
+
+def test_a_counter_that_moves_while_its_mirror_is_read_is_still_one(tmp_path, monkeypatch):
+    files = [domain(tmp_path, f"intel-rapl:{i}", f"package-0-die-{i}", 0) for i in (0, 1)]
+    moving, read_text = [9_999_000], Path.read_text
+
+    def read(path: Path, *args, **kwargs) -> str:
+        if path not in files:
+            return read_text(path, *args, **kwargs)
+        moving[0] = (moving[0] + 700) % 10_000_000
+        return str(moving[0])
+
+    monkeypatch.setattr(Path, "read_text", read)
+    clock = Clock()
+    with EnergyMeter(powercap=tmp_path, clock=clock) as meter:
+        clock.now, moving[0] = 1.0, 5_000_000
+    assert meter.energy.mirrored == {"CPU package-0-die-1": "CPU package-0-die-0"}
+    assert meter.energy.total_joules == pytest.approx(5.0, abs=0.01)
+
+
+def test_two_packages_are_two_even_where_they_read_the_same(tmp_path):
+    labels = [f"package-{i}-die-{j}" for i in (0, 1) for j in (0, 1)]
+    files = [domain(tmp_path, f"intel-rapl:{n}", name, 100) for n, name in enumerate(labels)]
+    clock = Clock()
+    with EnergyMeter(powercap=tmp_path, clock=clock) as meter:
+        clock.now = 1.0
+        for file in files:
+            file.write_text("1000100")
+    assert meter.energy.joules == {"CPU package-0-die-0": 1.0, "CPU package-1-die-0": 1.0}
+
+
+def test_domains_of_one_name_are_both_counted(tmp_path):
+    files = [domain(tmp_path, f"intel-rapl:{i}", "package-0", 100) for i in (0, 1)]
+    clock = Clock()
+    with EnergyMeter(powercap=tmp_path, clock=clock) as meter:
+        clock.now = 1.0
+        for file, microjoules in zip(files, (2_000_100, 5_000_100), strict=True):
+            file.write_text(str(microjoules))
+    assert meter.energy.joules == {"CPU package-0": 2.0, "CPU package-0 (intel-rapl:1)": 5.0}
+
+
+def test_packages_of_the_mmio_tree_are_read_where_the_other_is_missing(tmp_path):
+    file = domain(tmp_path, "intel-rapl-mmio:0", "package-0", 100)
+    clock = Clock()
+    with EnergyMeter(powercap=tmp_path, clock=clock) as meter:
+        clock.now = 1.0
+        file.write_text("2000100")
+    assert meter.energy.joules == {"CPU package-0": 2.0}
+
+
 def test_a_counter_that_wraps_twice_loses_nothing_that_a_reading_saw(tmp_path):
     file = domain(tmp_path, "intel-rapl:0", "package-0", 9_000_000)
     clock = Clock()
@@ -236,6 +343,13 @@ def test_laps_add_up_to_what_all_of_them_measured():
     assert total.not_measured == {"b": "2 s are too short"}
     assert energy.in_turn([laps[1], laps[0]]).joules == {"a": 7.0}
     assert energy.in_turn([]).total_joules is None
+
+
+def test_laps_with_a_domain_that_mirrored_another_at_first():
+    once = Energy(1.0, {"a": 3.0}, mirrored={"b": "a"})
+    assert energy.in_turn([once, once]).mirrored == {"b": "a"}
+    total = energy.in_turn([once, Energy(1.0, {"a": 3.0, "b": 2.0})])
+    assert total.joules == {"a": 6.0, "b": 2.0} and not total.mirrored
 
 
 def test_a_cpu_run_does_not_count_gpus():

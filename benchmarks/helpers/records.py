@@ -20,7 +20,7 @@ FORMAT = 1
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "apex")
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as its maker spells it, and the numbers that virtual machines keep."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -68,7 +68,7 @@ def commit() -> str:
 def header(device: str) -> dict[str, Any]:
     made = {
         "format": FORMAT,
-        "machine": _processor(),
+        "machine": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "device": device,

@@ -5,7 +5,10 @@ for this project's own folders too, so that one reader and one writer serve both
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +24,9 @@ from llama2rt import atomic
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
 
+logger = logging.getLogger("llama2rt.checkpoint.files")
+
+LOADABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARD_BYTES = 5 << 30  # Hugging Face's own default size
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -115,7 +121,12 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: weight_map: expected an object of tensor names to files")
         for name, file in weight_map.items():
-            files.setdefault(folder / str(file), set()).add(name)
+            if not isinstance(file, str) or Path(file).name != file or file in ("", "..", "."):
+                raise InputError(
+                    f"{index}: weight_map: {name}: expected the name of a file in this folder, "
+                    f"got {file!r}"
+                )
+            files.setdefault(folder / file, set()).add(name)
     else:
         raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
     for path, names in files.items():
@@ -147,29 +158,65 @@ def fill(
     dtype: torch.dtype | None,
     shown: Callable[[str], str] = str,
 ) -> None:
-    """Give a model built on the meta device its weights; InputError for one missing, left over or
-    of the wrong shape. `tensors` are named as in the model, and in errors as `shown` says that the
-    files name them; dtype None keeps the first one's."""
+    """Give a model built on the meta device its weights; InputError for one missing, left over, of
+    the wrong shape or of a dtype that is not floating point. `tensors` are named as in the model,
+    and in errors as `shown` says that the files name them.
+
+    dtype None keeps the stored one; where the files mix several, all become the one that holds them
+    all, and a warning says so. A tied model may come with its output under either name; where it
+    comes with two that differ, both are kept and the model is no longer tied, with a warning.
+    """
     wanted = weights(model)
+    tied = isinstance(model, Llama) and model.config.tied
     filled: dict[str, nn.Parameter] = {}
-    path = None
+    stored: dict[torch.dtype, str] = {}
+    path, output = None, None
     for path, name, tensor in tensors:
-        if name == "output" and model.config.tied:
-            continue
-        if name not in wanted:
+        is_output = tied and name == "output"
+        like = wanted.get("embedding.weight" if is_output else name)
+        if like is None:
             raise InputError(f"{path}: {shown(name)}: not part of a model of this configuration")
-        if tensor.shape != wanted[name].shape:
+        if tensor.shape != like.shape:
             raise InputError(
-                f"{path}: {shown(name)}: expected shape {list(wanted[name].shape)}, "
+                f"{path}: {shown(name)}: expected shape {list(like.shape)}, "
                 f"got {list(tensor.shape)}"
             )
-        if dtype is None:
-            dtype = tensor.dtype
+        if tensor.dtype not in LOADABLE:
+            raise InputError(
+                f"{path}: {shown(name)}: expected one of "
+                f"{', '.join(str(kind).removeprefix('torch.') for kind in LOADABLE)}, "
+                f"got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+        stored.setdefault(tensor.dtype, shown(name))
         # A copy: a mapped file that is truncated later must not take the process with it.
-        filled[name] = nn.Parameter(tensor.to(device, dtype, copy=True))
+        parameter = nn.Parameter(tensor.to(device, dtype, copy=True))
+        if is_output:
+            output = parameter
+        else:
+            filled[name] = parameter
+    if output is not None and "embedding.weight" not in filled:
+        filled["embedding.weight"], output = output, None
     missing = sorted(wanted.keys() - filled.keys())
     if missing:
         raise InputError(f"{path}: {shown(missing[0])}: missing ({len(missing)} tensors in all)")
+    if output is not None and not torch.equal(output, filled["embedding.weight"]):
+        logger.warning(
+            "%s: the configuration ties the output to the embedding, but %s differs from it: both "
+            "are kept, and the model is not tied",
+            path,
+            shown("output"),
+        )
+        model.config = dataclasses.replace(model.config, tied=False)
+        filled["output"] = output
+    if dtype is None and len(stored) > 1:
+        common = functools.reduce(torch.promote_types, stored)
+        logger.warning(
+            "%s: %s; all become %s",
+            path,
+            ", ".join(f"{name} is {kind}" for kind, name in stored.items()),
+            common,
+        )
+        filled = {name: nn.Parameter(weight.detach().to(common)) for name, weight in filled.items()}
     for name, parameter in filled.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)

@@ -5,6 +5,7 @@ What this model cannot express (biases, scaled rotary embeddings, other activati
 key rather than ignored, because ignoring it gives fluent nonsense.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from llama2rt.checkpoint.native import find_tokenizer, parse_config
 from llama2rt.checkpoint.tokenizer_json import write_tokenizer
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.text.folder import GENERATION, eos_ids
 from llama2rt.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("llama2rt.checkpoint.hf")
 
 CAUSAL = "LlamaForCausalLM"
 SCALAR = "LlamaForSequenceClassification"
@@ -161,7 +165,14 @@ def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dic
     if scalar:
         described["id2label"], described["label2id"] = {"0": "score"}, {"score": 0}
     if tokenizer is not None:
-        described["bos_token_id"], described["eos_token_id"] = tokenizer.bos, tokenizer.eos
+        described["bos_token_id"] = tokenizer.bos
+        # A list where the folder itself said one: most programs expect a number here.
+        several = eos_ids(tokenizer.generation, GENERATION)
+        listed = len(several) > 1 and tokenizer.eos in several
+        described["eos_token_id"] = list(tokenizer.stop_ids) if listed else tokenizer.eos
+        if scalar:
+            # transformers reads a score at the last token that is not this one.
+            described["pad_token_id"] = tokenizer.pad_candidate()
     return described
 
 
@@ -179,10 +190,14 @@ def save(
         weights = {hf_name(name): parameter for name, parameter in files.weights(model).items()}
         files.write_tensors(fresh, weights, shard_bytes)
         if tokenizer is not None:
-            write_tokenizer(tokenizer, fresh, model.config.context)
+            write_tokenizer(
+                tokenizer, fresh, model.config.context, pad=isinstance(model, ScalarModel)
+            )
             if isinstance(model, Llama):
-                ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-                files.write_json(fresh / "generation_config.json", ids)
+                first, *others = tokenizer.stop_ids
+                eos = [first, *others] if others else first
+                ids = {"bos_token_id": tokenizer.bos, "eos_token_id": eos}
+                files.write_json(fresh / GENERATION, {**tokenizer.generation, **ids})
 
 
 def load(
@@ -211,4 +226,12 @@ def load(
                 yield file, ours, tensor
 
     files.fill(model, renamed(), device, dtype, _shown)
-    return model, find_tokenizer(folder)
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        logger.warning(
+            "%s: the tokenizer has %d ids, the model only %d embeddings: it cannot read the others",
+            folder,
+            tokenizer.vocab_size,
+            config.vocab_size,
+        )
+    return model, tokenizer

@@ -5,7 +5,10 @@ pairs are neighbours instead of halves, so query and key rows are permuted on th
 latter wrong gives fluent gibberish.
 """
 
+import dataclasses
+import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,8 @@ from llama2rt.checkpoint.native import find_tokenizer, parse_config
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("llama2rt.checkpoint.meta")
 
 # our name -> (Meta's name, dimension that is split over ranks; None: replicated)
 _TOP: dict[str, tuple[str, int | None]] = {
@@ -122,16 +127,50 @@ def _config(path: Path, shards: list, tokenizer: Tokenizer | None) -> LlamaConfi
             "rope_theta": float(theta) if isinstance(theta, int) else theta,
         },
     )
-    return parse_config(path, {**vars(config), "context": _context(config)})
+    stored = weights["output.weight"].dtype
+    return parse_config(path, {**vars(config), "context": _context(path.parent, config, stored)})
 
 
-def _context(config: LlamaConfig) -> int:
-    """params.json holds no context length: that of the published model with these numbers."""
+def _context(folder: Path, config: LlamaConfig, stored: torch.dtype) -> int:
+    """params.json holds no context length: that of the published model with these numbers.
+
+    The first Llama 2 folders say norm_eps 1e-6, so that params.json of 7B and 13B is LLaMA 1's to
+    the letter. Those are told apart by the folder's name (Meta's are `llama-2-7b`, and `7B` in
+    LLaMA 1) and, where it says nothing, by the weights' dtype: LLaMA 1 is distributed in fp16,
+    Llama 2 in bf16. Where that says nothing either, it is LLaMA 1's shorter context, because beyond
+    its own a model writes nonsense.
+    """
     for name in LlamaConfig.presets():
         preset = LlamaConfig.preset(name)
-        if vars(preset) == {**vars(config), "context": preset.context}:
+        if vars(preset) != {**vars(config), "context": preset.context}:
+            continue
+        twin = f"llama2-{name.removeprefix('llama1-')}"
+        if not name.startswith("llama1-") or twin not in LlamaConfig.presets():
             return preset.context
-    return config.context
+        later = LlamaConfig.preset(twin)
+        if dataclasses.replace(later, norm_eps=config.norm_eps, context=preset.context) != config:
+            return preset.context  # LLaMA 1's own shape
+        generation = _generation(folder, stored)
+        if generation is None:
+            logger.warning(
+                "%s: LLaMA 1 or an early Llama 2 (neither the folder's name nor the dtype %s says "
+                "which): read with LLaMA 1's context of %d",
+                folder,
+                stored,
+                preset.context,
+            )
+        return later.context if generation == 2 else preset.context
+    # Other sizes of published families: Llama 3's 70B, and Code Llama (Meta's model cards).
+    return {500000.0: 8192, 1000000.0: 16384}.get(config.rope_theta, config.context)
+
+
+def _generation(folder: Path, stored: torch.dtype) -> int | None:
+    """1 for LLaMA 1, 2 for Llama 2, None where neither name nor dtype tells."""
+    resolved = folder.resolve()
+    for name in (resolved.name, resolved.parent.name):
+        if match := re.search(r"llama[-_ ]?v?([12])(?![0-9])", name, re.IGNORECASE):
+            return int(match[1])
+    return {torch.float16: 1, torch.bfloat16: 2}.get(stored)
 
 
 def load(

@@ -2,6 +2,11 @@
 
 What stages write and read between each other. The file names and the sharding are Hugging Face's,
 the tensor names ours.
+
+Here is the rule for precision between stages: a folder holds what its model's optimizer held, fp32
+masters where training computes in bf16, and what trains on reads it as stored. Frozen uses
+(sampling, reference, scoring) load it in the dtype they compute in; exports (`convert --dtype`)
+may be rounded.
 """
 
 import dataclasses
@@ -20,14 +25,31 @@ KINDS: dict[str, type[Llama] | type[ScalarModel]] = {"llama": Llama, "scalar": S
 
 
 def save(model: Llama | ScalarModel, tokenizer: Tokenizer | None, folder: str | Path) -> None:
-    """Write `folder` atomically; a model folder already there is replaced."""
+    """Write `folder` atomically; a model folder already there is replaced.
+
+    Of a model under a `train.Optimizer` the fp32 masters are written, not their bf16 copies.
+    """
     kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
     with files.new_folder(Path(folder)) as fresh:
         shape = dataclasses.asdict(model.config)
         files.write_json(fresh / "config.json", {"format": FORMAT, "kind": kind, "config": shape})
-        files.write_tensors(fresh, files.weights(model))
+        files.write_tensors(
+            fresh, {name: unrounded(weight) for name, weight in files.weights(model).items()}
+        )
         if tokenizer is not None:
             tokenizer.save(fresh)
+
+
+def unrounded(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The fp32 master that an optimizer keeps of `parameter`, or the parameter where there is none.
+
+    A master counts only while the parameter is its rounding: one that was changed since by other
+    hands (`load_state_dict`, an edit in place) is itself the truth.
+    """
+    master = getattr(parameter, "master", None)
+    if master is None or not torch.equal(master.to(parameter.dtype), parameter):
+        return parameter.detach()
+    return master
 
 
 def load(

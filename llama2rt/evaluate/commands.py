@@ -1,6 +1,6 @@
 """`llama2rt evaluate`: what a reward model says about comparison files and sample files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from llama2rt.evaluate.intervals import bootstrap
 from llama2rt.evaluate.scoring import score
 from llama2rt.evaluate.win_rates import win_rate
 from llama2rt.model import ScalarModel
+from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
+
+_MOST_TOKENS = 2**31 - 1  # of a packed batch, whose offsets are int32
 
 
 def evaluate(
@@ -31,29 +34,40 @@ def evaluate(
     """Measure a reward model on comparisons, or compare versions by its scores.
 
     Comparison files give accuracy by rating, and by kind: of a pair judged by helpfulness and by
-    safety, ranked one way by each, any model would rank one right and one wrong. Sample files, one
-    a version, give each version's mean reward and every pair's win rate on the prompts both
-    answered; where all prompts of a version have the same number of samples (two or more), also the
-    reward-length correlation and the expected max and median reward among N samples. All with 95 %
-    intervals over prompts.
+    safety, ranked one way by each, any model would rank one right and one wrong. Sample files, or
+    folders of a run's samples, one a version, give each version's mean reward and every pair's win
+    rate on the prompts both answered; where all prompts of a version have the same number of
+    samples (two or more), also the reward-length correlation and the expected max and median reward
+    among N samples. All with 95 % intervals over prompts.
 
     Args:
         reward_model: folder of a reward model, with its tokenizer.
         comparisons: files of comparisons.
-        samples: files of samples, one a version.
+        samples: files of samples, or folders whose parts are one version's, one a version.
         skip_invalid: invalid records to tolerate in each file.
         micro_tokens: tokens scored at once.
     """
     if not (comparisons or samples):
         raise InputError("evaluate: nothing to do; give --comparisons or --samples")
-    # Read everything before the model: bad input should not cost the loading of one.
+    if not 1 <= micro_tokens <= _MOST_TOKENS:
+        raise InputError(f"micro_tokens: expected 1 to {_MOST_TOKENS}, got {micro_tokens}")
+    # Read and check everything before the weights: bad input should cost no scoring.
     pairs = {str(path): read(path, "comparison", skip_invalid) for path in comparisons}
-    versions = _by_version({path: read(path, "sample", skip_invalid) for path in samples})
-    model, tokenizer = load(reward_model, "cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(model, ScalarModel):
+    versions = _by_version({path: _read_samples(path, skip_invalid) for path in samples})
+    _require_shared_prompts(versions)
+    outline, tokenizer = load(reward_model, "meta")
+    if not isinstance(outline, ScalarModel):
         raise InputError(f"{reward_model}: expected a reward model, found a language model")
     if tokenizer is None:
         raise InputError(f"{reward_model}: holds no tokenizer")
+    context = outline.config.context
+    for name, records in pairs.items():
+        texts = ((r.prompt, text) for r in records for text in (r.chosen, r.rejected))
+        _require_fit(name, tokenizer, texts, context)
+    for name, records in versions.items():
+        _require_fit(name, tokenizer, ((r.messages, r.response) for r in records), context)
+    model, _ = load(reward_model, "cuda" if torch.cuda.is_available() else "cpu")
+    assert isinstance(model, ScalarModel)
 
     result: dict[str, Any] = {"reward_model": str(reward_model)}
     if pairs:
@@ -116,9 +130,61 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _read_samples(path: Path, skip_invalid: int) -> list[Sample]:
+    """One version's samples: of a file, of a saved dataset, or of a folder's files, such as the
+    parts that a stage leaves in samples/ (also found from its run directory)."""
+    datasets = ("state.json", "dataset_dict.json")
+    if not path.is_dir() or any((path / name).is_file() for name in datasets):
+        return read(path, "sample", skip_invalid)
+    folder = path / "samples" if (path / "samples").is_dir() else path
+    if (folder / "manifest.json").is_file():
+        inside = ", ".join(sorted(str(found) for found in path.glob("*/samples"))) or "none"
+        raise InputError(f"{path}: a run directory without samples of its own; inside it: {inside}")
+    parts = sorted(folder.glob("part-*.jsonl"))
+    if parts:
+        return [record for part in parts for record in read(part, "sample", skip_invalid)]
+    endings = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(endings))
+    if not files:
+        raise InputError(f"{path}: holds no samples (no part-*.jsonl, nor any {endings[0]} file)")
+    records: list[Sample] = []
+    first: dict[str, Path] = {}
+    for file in files:
+        found = read(file, "sample", skip_invalid)
+        for prompt in dict.fromkeys(record.prompt_id for record in found):
+            if prompt in first:
+                raise InputError(
+                    f"{path}: {first[prompt].name} and {file.name} both answer prompt {prompt!r}, "
+                    "so they are no parts of one version; name the files"
+                )
+            first[prompt] = file
+        records += found
+    return records
+
+
+def _require_shared_prompts(versions: dict[str, list[Sample]]) -> None:
+    prompts = {name: {r.prompt_id for r in records} for name, records in versions.items()}
+    for a, b in combinations(versions, 2):
+        if not prompts[a] & prompts[b]:
+            raise InputError(f"samples: {a} and {b} share no prompt_id")
+
+
+def _require_fit(
+    name: str, tokenizer: Tokenizer, items: Iterable[tuple[chat.Messages, str]], context: int
+) -> None:
+    for number, (messages, text) in enumerate(items, start=1):
+        length = len(chat.encode_response(tokenizer, messages, text)[0])
+        if length > context:
+            raise InputError(
+                f"{name}: answer {number} has {length} tokens with its prompt, the reward model's "
+                f"context is {context}"
+            )
+
+
 def _by_version(files: dict[Path, list[Sample]]) -> dict[str, list[Sample]]:
-    """Versions by file name, or by path where two files share a name."""
-    names = [path.name.split(".")[0] for path in files]
+    """Versions by file name, a run's samples/ by the run's, or by path where two share a name."""
+    owners = [path.parent if path.name == "samples" and path.is_dir() else path for path in files]
+    names = [path.name.split(".")[0] for path in owners]
     return {
         name if names.count(name) == 1 else str(path): records
         for name, (path, records) in zip(names, files.items(), strict=True)
@@ -169,8 +235,6 @@ def _win_rate(
     a: str, b: str, ours: dict[str, list[float]], theirs: dict[str, list[float]]
 ) -> dict[str, Any]:
     shared = [prompt for prompt in ours if prompt in theirs]
-    if not shared:
-        raise InputError(f"samples: {a} and {b} share no prompt_id")
     found = win_rate([ours[prompt] for prompt in shared], [theirs[prompt] for prompt in shared])
     return {
         "a": a,

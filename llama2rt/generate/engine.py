@@ -81,7 +81,8 @@ class Engine:
 
         A prompt is a list of token ids or of messages. Argmax at temperature 0; top_p 1 and top_k 0
         mean no limit. A sample depends on the weights, its prompt, `seed`, prompt index and sample
-        index only. Sequences end at EOS, `max_tokens` or the model's context. `on_finish` is called
+        index only. Sequences end at EOS (any id
+        that the model's folder names), `max_tokens` or the model's context. `on_finish` is called
         with each sample as it ends, in any order (a progress bar). InputError names a prompt that
         is empty, holds an unknown token or leaves no room in the context; FloatingPointError where
         logits are not finite.
@@ -150,7 +151,7 @@ class Engine:
         return encoded
 
     def _text(self, prompt: Prompt, prompt_tokens: list[int], tokens: list[int]) -> str:
-        if tokens[-1:] == [self.tokenizer.eos]:
+        if tokens and tokens[-1] in self.tokenizer.stop_ids:
             tokens = tokens[:-1]
         # A vocabulary padded for speed has rows without text; a rollout must not fail on one.
         tokens = [token for token in tokens if token < self.tokenizer.vocab_size]
@@ -199,7 +200,7 @@ class Engine:
             limits,
             n,
             seed,
-            self.tokenizer.eos,
+            self.tokenizer.stop_ids,
             pages=pages,
             page_size=page_size,
             max_sequences=self.max_sequences,

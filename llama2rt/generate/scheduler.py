@@ -55,7 +55,8 @@ class Step:
 
 
 class Scheduler:
-    """Runs `n` samples of each prompt (int32 arrays); `limits[i]` is prompt i's max tokens.
+    """Runs `n` samples of each prompt (int32 arrays); `limits[i]` is prompt i's max tokens, and any
+    of `stop_ids` ends a sample.
 
     At most `max_sequences` run at once, in `pages` pages of `page_size` tokens; the caller has
     made sure that any single sequence fits.
@@ -67,13 +68,13 @@ class Scheduler:
         limits: np.ndarray,
         n: int,
         seed: int,
-        eos: int,
+        stop_ids: tuple[int, ...],
         *,
         pages: int,
         page_size: int,
         max_sequences: int,
     ) -> None:
-        self.prompts, self.limits, self.eos = prompts, limits, eos
+        self.prompts, self.limits, self.stop_ids = prompts, limits, stop_ids
         self.page_size = page_size
         self.pool = PagePool(pages)
         self.waiting = deque(Sequence(p, s) for p in range(len(prompts)) for s in range(n))
@@ -142,7 +143,7 @@ class Scheduler:
         self._last[rows] = tokens
         self._count[rows] += 1
         self._cached[rows] += 1
-        stopped = tokens == self.eos
+        stopped = np.isin(tokens, self.stop_ids)
         done = stopped | (self._count[rows] >= self._limit[rows])
         finished = []
         if done.any():

@@ -13,10 +13,21 @@ for such: without a cache (use_cache=False) and without an attention mask.
 
 Left to transformers: attention with keys from a cache (a step of `generate`: its cache is not
 paged) or with a mask of four dimensions, run by its `sdpa`; logits; the loss in evaluation, where
-logits are wanted beside it; norms whose weight has another dtype than their input.
+logits are wanted beside it; norms whose weight has another dtype than their input; a feed-forward
+whose activation was replaced.
+
+transformers renames arguments between minor releases (5.24: `past_key_values` became `cache`), and
+its functions take any keyword, so that what is read under an old name is absent without an error.
+Hence only releases that were tested are patched, others refused by name; what our subclasses do not
+read they hand on under whatever name it came; and the names they do read are compared with the
+signatures of the release at hand.
 """
 
 import copy
+import functools
+import inspect
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,8 +37,19 @@ from torch import Tensor, nn
 
 from llama2rt import ops
 
+TESTED = ("5.22", "5.23", "5.24")
+"""releases of transformers that are patched; benchmarks/results/peers.json has a run on each"""
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs transformers {', '.join(TESTED)} (pip install transformers): {error}"
+    ) from error
+
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.activations import ACT2FN
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.loss.loss_utils import ForCausalLMLoss
     from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -36,11 +58,63 @@ try:
     from transformers.utils import can_return_tuple
 except ImportError as error:
     raise ImportError(
-        f"{__name__} needs transformers 5.0 or newer (pip install 'transformers>=5.0'): {error}"
+        f"{__name__} needs transformers {', '.join(TESTED)}, this is {transformers.__version__}: "
+        f"{error}"
     ) from error
 
 ATTENTION = "llama2rt"
 """name of our attention in `model.set_attn_implementation`"""
+BACK = 'model.set_attn_implementation("sdpa"), or "eager", brings back that of transformers'
+
+
+def _minor(version: str) -> str:
+    """ "5.24" of "5.24.0"; the whole where it is not a release's (5.24.0.dev0)."""
+    number = re.fullmatch(r"(\d+\.\d+)\.\d+", version)
+    return number[1] if number else version
+
+
+CACHE = "past_key_values" if _minor(transformers.__version__) in ("5.22", "5.23") else "cache"
+"""what this release calls the keys and values of earlier tokens"""
+
+
+def _names(function: Callable) -> list[str]:
+    """Of a function's parameters, without self and any other keyword."""
+    parameters = inspect.signature(function).parameters.values()
+    return [x.name for x in parameters if x.name != "self" and x.kind != x.VAR_KEYWORD]
+
+
+ARGUMENTS = _names(modeling_llama.LlamaForCausalLM.forward)
+SILU = type(ACT2FN["silu"])
+
+# What our subclasses replace, and the arguments that they read by these names.
+SIGNATURES = {
+    "LlamaRMSNorm": "hidden_states",
+    "LlamaMLP": "x",
+    "LlamaAttention": f"hidden_states position_embeddings attention_mask {CACHE}",
+    "LlamaForCausalLM": (
+        f"input_ids attention_mask position_ids {CACHE} inputs_embeds labels use_cache "
+        "logits_to_keep"
+    ),
+}
+
+
+def _why_not() -> str:
+    """Why this release of transformers is not patched; "" if it is."""
+    known = f"patch_transformers is tested with {', '.join(TESTED)}"
+    # Importing one of its models makes transformers put another module in its place.
+    for loaded in (transformers, sys.modules["transformers"]):
+        if _minor(loaded.__version__) not in TESTED:
+            return (
+                f"transformers {loaded.__version__}: {known}; another release may take other "
+                f"arguments and give other tokens: pip install 'transformers=={TESTED[-1]}.*'"
+            )
+    for name, expected in SIGNATURES.items():
+        if (found := _names(getattr(modeling_llama, name).forward)) != expected.split():
+            return (
+                f"transformers {transformers.__version__}: expected {name}.forward with the "
+                f"arguments {expected}; got {' '.join(found)} ({known})"
+            )
+    return ""
 
 
 class Documents(NamedTuple):
@@ -55,14 +129,13 @@ class Documents(NamedTuple):
 def _mask(**request: Any) -> Documents | Tensor | None:
     """What transformers hands to attention for a mask: Documents, or, where they cannot express
     what is asked for, the mask of its `sdpa`."""
-    if "cache_position" in request:  # transformers up to 5.3
-        queries, device = len(request["cache_position"]), request["cache_position"].device
-    else:
-        queries, device = request["q_length"], request["device"]
+    queries, device, seen = request["q_length"], request["device"], request["q_offset"]
     visible, padding = request["mask_function"], request["attention_mask"]
     shape, packed = (request["batch_size"], queries), visible is not causal_mask_function
     if (
         queries != request["kv_length"]
+        or isinstance(seen, Tensor)  # of a static cache, whose count is not worth waiting for
+        or seen
         or request["use_vmap"]  # a pattern of the caller's own
         or not getattr(request["config"], "is_causal", True)
         or (padding is not None and (packed or padding.shape != shape))
@@ -113,17 +186,50 @@ def _attention(
     if not isinstance(module, modeling_llama.LlamaAttention) or kwargs.get("dropout"):
         raise ValueError(
             f"attention {ATTENTION!r}: expected a Llama's without dropout, got "
-            f"{type(module).__name__}, dropout {kwargs.get('dropout')}; "
-            'model.set_attn_implementation("sdpa") brings back that of transformers'
+            f"{type(module).__name__}, dropout {kwargs.get('dropout')}; {BACK}"
         )
+    _refuse(module, kwargs)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     batch, _, length, _ = query.shape
     out = _attend(q, k, v, attention_mask, length, module.scaling)
     return out.unflatten(0, (batch, length)), None
 
 
-AttentionMaskInterface.register(ATTENTION, _mask)
-AttentionInterface.register(ATTENTION, _attention)
+# What transformers' own attention heeds beyond the mask and the cache that this release passes.
+HEEDED = {*_names(sdpa_attention_forward)[5:], "softcap", "output_attentions", "past_key_values"}
+HEEDED -= {CACHE}
+
+
+def _refuse(module: Any, kwargs: dict[str, Any]) -> None:
+    """ValueError where transformers' attention would give something else than ours."""
+    same = {"dropout": 0.0, "scaling": module.scaling, "is_causal": True}
+    for name in HEEDED.intersection(kwargs):
+        given, expected = kwargs[name], same.get(name)
+        if given is None or (name == "output_attentions" and not given):
+            continue
+        if expected is None or given != expected:
+            raise ValueError(f"{name}: expected {expected} by attention {ATTENTION!r}; {BACK}")
+    if not module.is_causal:
+        raise ValueError(f"is_causal of a layer: expected True, got {module.is_causal}; {BACK}")
+    if module.training and module.attention_dropout:
+        raise ValueError(f"attention_dropout: expected 0, got {module.attention_dropout}; {BACK}")
+
+
+if not _why_not():
+    AttentionMaskInterface.register(ATTENTION, _mask)
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether it is of this class and does no more: no adapter, shard or hook (pruning and norms
+    of weights are such)."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
 class LlamaRMSNorm(modeling_llama.LlamaRMSNorm):
@@ -135,6 +241,8 @@ class LlamaRMSNorm(modeling_llama.LlamaRMSNorm):
 
 class LlamaMLP(modeling_llama.LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
+        if not _is_plain(self.act_fn, SILU):
+            return super().forward(x)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -144,18 +252,14 @@ class LlamaAttention(modeling_llama.LlamaAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Documents | Tensor | None = None,
-        past_key_values: Any = None,
+        *rest: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        inputs = (hidden_states, position_embeddings, attention_mask, *rest)
         if not isinstance(attention_mask, Documents):
-            return super().forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-            )
-        if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions: expected False, as our attention makes no weights; "
-                'model.set_attn_implementation("eager") brings back the one that does'
-            )
+            return super().forward(*inputs, **kwargs)
+        (cache,) = rest or (kwargs.get(CACHE),)
+        _refuse(self, kwargs)
         batch, length, _ = hidden_states.shape
         heads = (batch * length, -1, self.head_dim)
         q = self.q_proj(hidden_states).view(heads)
@@ -166,63 +270,38 @@ class LlamaAttention(modeling_llama.LlamaAttention):
             table[..., : self.head_dim // 2].flatten(0, 1).float() for table in position_embeddings
         )
         q, k = ops.rope(q, k, cos, sin, torch.arange(batch * length, device=q.device) % len(cos))
-        if past_key_values is not None:  # it holds nothing yet: as many keys as queries
+        if cache is not None:  # it holds nothing yet: as many keys as queries
             stored = (x.view(batch, length, -1, self.head_dim).transpose(1, 2) for x in (k, v))
-            past_key_values.update(*stored, self.layer_idx)
+            cache.update(*stored, self.layer_idx)
         out = _attend(q, k, v, attention_mask, length, self.scaling)
         return self.o_proj(out.view(batch, length, -1)), None
 
 
 class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
     @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            **kwargs,
-        }
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    @functools.wraps(modeling_llama.LlamaForCausalLM.forward)  # whose arguments others look up
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        kwargs |= zip(ARGUMENTS, args, strict=False)
+        keep = kwargs.get("logits_to_keep", 0)
+        keeps_all = isinstance(keep, int) and keep == 0
+        labels = kwargs.get("labels")
         if labels is None or not (self.training and keeps_all and self._has_own_loss()):
-            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
+            return super().forward(**kwargs)
+        inputs = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")}
         outputs = self.model(**inputs)
         return CausalLMOutputWithPast(
-            loss=_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
-            past_key_values=outputs.past_key_values,
+            loss=_loss(outputs.last_hidden_state, self.lm_head.weight, **kwargs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _has_own_loss(self) -> bool:
-        """Whether loss and output layer are those it was made with: no adapter, shard, hook
-        (pruning and norms of weights are such) or loss of the caller's."""
-        head = self.lm_head
-        hooks = (
-            head._forward_pre_hooks,
-            head._forward_hooks,
-            head._backward_pre_hooks,
-            head._backward_hooks,
-        )
+        """Whether loss and output layer are those it was made with."""
         return (
             self.loss_function is ForCausalLMLoss
-            and type(head) is nn.Linear
-            and head.bias is None
-            and "forward" not in vars(head)
-            and not any(hooks)
+            and _is_plain(self.lm_head, nn.Linear)
+            and self.lm_head.bias is None
         )
 
 
@@ -273,10 +352,14 @@ def patch_transformers(model: Any) -> Any:
     shards). A mask of padding breaks a compiled graph, which asks whether anything is padded; so
     does, unless fullgraph=True, the loss in training. Not yet run on a GPU.
 
-    TypeError for any other class, subclasses included. ValueError, and nothing changed, for
-    dropout in attention, an activation other than SiLU, and modules whose class or forward another
-    library has replaced (hooks of a device map over several devices among them).
+    RuntimeError on a release of transformers other than TESTED. TypeError for any other class,
+    subclasses included. ValueError, and nothing changed, for dropout in attention, an activation
+    other than SiLU, and modules whose class or forward another library has replaced (hooks of a
+    device map over several devices among them). ValueError at a call with what our attention does
+    not know: `is_causal=False`, `position_bias`, `softcap`, attention weights.
     """
+    if reason := _why_not():
+        raise RuntimeError(reason)
     if type(model) is LlamaForCausalLM:
         return model
     if type(model) is not modeling_llama.LlamaForCausalLM:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llama2rt import ops
 from llama2rt.model.config import LlamaConfig
+from llama2rt.ops.embedding import embedding
 from llama2rt.ops.linear import linear
 
 
@@ -21,6 +22,13 @@ class Cache(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, D], k and v [T, Hkv, D] after rotary embedding -> [T, Hq, D]."""
         ...
+
+
+class Embedding(nn.Embedding):
+    """torch's, with the lookup of `ops.embedding`, whose gradient is summed in fp32."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.weight)
 
 
 class Linear(nn.Linear):
@@ -99,7 +107,7 @@ class Llama(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim, **factory)
+        self.embedding = Embedding(config.vocab_size, config.dim, **factory)
         self.blocks = nn.ModuleList(
             Block(config, layer, **factory) for layer in range(config.layers)
         )

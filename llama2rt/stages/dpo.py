@@ -2,13 +2,15 @@
 
 Each iteration: sample n responses a prompt from the policy so far, rank them by reward, add best
 against worst to the history, and run DPO on the whole history, starting from the previous
-iteration's model. The reference is always pi0, the model the first iteration starts from. An
-iteration is a run of its own below the stage's directory, with its samples, metrics and model.
+iteration's model. The reference is pi0 in every iteration. An iteration is a run of its own below
+the stage's directory, with its samples, pairs, metrics and model.
 
 Left out: offline comparisons from files, and a second agent other than another temperature.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -26,19 +28,21 @@ from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.model import Llama
 from llama2rt.stages import loading, phases
+from llama2rt.stages.loading import RolloutInputs
+from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
 from llama2rt.stages.phases import Response, RewardModels
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.options import Change, Recipe, TrainOptions
 from llama2rt.train.run import Run
-
-Pair = tuple[Response, Response]
 
 
 class DpoRecipe(Recipe):
     """Improve a policy by DPO on its own ranked samples, in iterations."""
 
     init: Path
-    """pi0, the SFT model: where the first iteration starts and every iteration's reference"""
+    """the model the first iteration starts from, such as SFT's"""
+    reference: Path | None = None
+    """pi0, the reference of every iteration; None for init"""
     helpfulness: Path
     """the helpfulness reward model"""
     safety: Path | None = None
@@ -87,6 +91,12 @@ class DpoRecipe(Recipe):
         lr=5e-7, warmup_ratio=0.03, min_lr_ratio=0.0, micro_tokens=16384
     )
 
+    def change(self, key: str, begun: Mapping[str, Any]) -> Change:
+        """Further iterations follow those there are, whatever the schedule: each has its own."""
+        if key == "iterations" and self.iterations > begun[key]:
+            return "longer"
+        return super().change(key, begun)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         # The loss itself says which settings its kind does not have.
@@ -112,120 +122,185 @@ class DpoRecipe(Recipe):
         return self
 
 
+@dataclass(frozen=True)
+class Cast:
+    """What all iterations work with."""
+
+    recipe: DpoRecipe
+    inputs: RolloutInputs
+    reward_models: RewardModels
+    reference: Callable[[], Llama]
+    """pi0, loaded when first called"""
+    pi0: str
+    """the hash of its folder"""
+
+
+@dataclass
+class History:
+    """All pairs so far, and pi0's sums of each (`reference_sums`)."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    sums: Sums = field(default_factory=dict)
+
+    def add(self, pairs: Sequence[Pair], sums: Sums) -> None:
+        self.pairs += pairs
+        for name, values in sums.items():
+            self.sums[name] = np.concatenate([self.sums.get(name, np.empty(0)), values])
+
+
 def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     """All iterations; returns the last one's model folder."""
-    inputs = loading.file_inputs(
+    files = loading.file_inputs(
         init=recipe.init,
+        reference=recipe.reference,
         helpfulness=recipe.helpfulness,
         safety=recipe.safety,
         data=recipe.data,
         validation=recipe.validation,
         tokenizer=recipe.tokenizer,
     )
-    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    run = Run.open(directory, recipe, inputs=files, resume=resume)
     if run.complete:
         return run.model_directory
-    options = recipe.train
-    reference, tokenizer = loading.load_llama(recipe.init, recipe.tokenizer, options.dtype)
-    reference.requires_grad_(False)
-    reward_models = RewardModels.load(
-        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
-    )
-    prompts, held_out = (
-        loading.read_prompts(paths, tokenizer, reference, recipe.max_tokens, reward_models.by_key)
-        if paths
-        else []
-        for paths in (recipe.data, recipe.validation)
-    )
-
-    count = min(recipe.prompts_per_iteration, len(prompts))
+    cast = load_cast(recipe, run)
     run.truncate_metrics(0)
-    pairs: list[Pair] = []
-    extras: dict[str, np.ndarray] = {}
+    history = History()
     policy_folder = recipe.init
     parents: list[Path] = []
     report: dict[str, Any] = {}
     for iteration in range(recipe.iterations):
         step = Run.open(
             directory / f"iteration-{iteration + 1}",
-            recipe,
+            # An iteration depends on those before it, not on how many are to follow.
+            recipe.model_copy(update={"iterations": iteration + 1}),
             inputs={"policy": policy_folder},
             parents=parents,
             resume=True,
         )
 
-        # Sample.
-        policy, _ = loading.load_llama(policy_folder, recipe.tokenizer, options.dtype)
-        sampled = phases.sample(
-            step.samples_directory,
-            Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
-            reward_models,
-            phases.draw(prompts, count, recipe.seed, iteration),
-            n=recipe.samples,
-            temperatures=recipe.temperatures,
-            max_tokens=recipe.max_tokens,
-            seed=phases.derived_seed(recipe.seed, "iteration", iteration),
-            policy=str(policy_folder),
-            micro_tokens=options.micro_tokens,
-        )
-
-        # Rank: best against worst joins the history, with pi0's log-probabilities.
+        # Sample, and rank: best against worst joins the history, with pi0's log-probabilities.
+        sampled = sample(cast, policy_folder, iteration, step)
         new = best_against_worst(sampled, recipe.length_penalty)
-        if not new and not pairs:
+        if not new and not history.pairs:
             raise InputError(f"{directory}: no prompt gave two different answers to compare")
-        pairs += new
-        for name, values in reference_sums(reference, new, recipe).items():
-            extras[name] = np.concatenate([extras.get(name, np.empty(0)), values])
+        write_pairs(step.directory / PAIRS, new)
+        history.add(new, sums_of(cast, new, step))
 
         # Learn from the history, going on from this iteration's policy.
         if not step.complete:
-            model, _ = loading.load_llama(policy_folder, recipe.tokenizer)
-            examples = [
-                (phases.response_example(chosen), phases.response_example(rejected))
-                for chosen, rejected in pairs
-            ]
-            # As everywhere in the RLHF stages, one that alone exceeds micro_tokens passes alone:
-            # refusing it here would come after all the sampling.
-            longest = max(len(a.tokens) + len(b.tokens) for a, b in examples)
-            loader = PairLoader(
-                examples,
-                extras,
-                recipe.batch_size,
-                max(options.micro_tokens, longest),
-                phases.derived_seed(recipe.seed, "order", iteration),
-            )
-            steps = recipe.epochs * loader.steps_per_epoch
-            fit(step, model, loader, objective(recipe), options, steps=steps)
-            native.save(model, tokenizer, step.model_directory)
+            model = learn(cast, policy_folder, history, iteration, step)
             numbers: dict[str, float] = {
                 "prompts": len(sampled),
                 "new_pairs": len(new),
-                "pairs": len(pairs),
+                "pairs": len(history.pairs),
             }
             numbers |= phases.summary([r for responses in sampled for r in responses])
-            if held_out:
-                measured = phases.measure(
-                    step.samples_directory / "held_out.jsonl",
-                    Engine(model, tokenizer, max_sequences=recipe.max_sequences),
-                    reference,
-                    reward_models,
-                    held_out,
-                    temperature=1.0,
-                    max_tokens=recipe.max_tokens,
-                    seed=phases.derived_seed(recipe.seed, "held-out"),
-                    policy=str(step.directory),
-                    micro_tokens=options.micro_tokens,
-                )
-                numbers |= {f"held_out/{name}": value for name, value in measured.items()}
+            if cast.inputs.held_out:
+                numbers |= measure(cast, model, step)
             phases.write_report(step, numbers)
+            del model
         report = step.manifest["summary"]
         run.log(iteration + 1, **report)
         policy_folder, parents = step.model_directory, [step.directory]
 
-    final, _ = loading.load_llama(policy_folder, recipe.tokenizer, options.dtype)
-    native.save(final, tokenizer, run.model_directory)
+    final, _ = loading.load_llama(policy_folder, recipe.tokenizer)  # as saved: masters stay fp32
+    native.save(final, cast.inputs.tokenizer, run.model_directory)
     phases.write_report(run, {"iterations": recipe.iterations, **report})
     return run.model_directory
+
+
+def load_cast(recipe: DpoRecipe, run: Run) -> Cast:
+    """Inputs, all checked, and then the models that rank."""
+    inputs = loading.rollout_inputs(recipe)
+    dtype = recipe.train.dtype
+    reward_models = RewardModels.load(
+        recipe.helpfulness, recipe.safety, recipe.threshold, dtype, inputs.tokenizer
+    )
+
+    @functools.cache
+    def reference() -> Llama:
+        folder = recipe.reference or recipe.init
+        return loading.load_companion(folder, inputs.tokenizer, dtype).requires_grad_(False)
+
+    pi0 = run.manifest["inputs"]["reference" if recipe.reference else "init"]["sha256"]
+    return Cast(recipe, inputs, reward_models, reference, pi0)
+
+
+def sample(cast: Cast, policy_folder: Path, iteration: int, step: Run) -> list[list[Response]]:
+    """n scored responses of each of the iteration's prompts. The policy and its cache are gone when
+    this returns, and leave their memory to the model that is trained next."""
+    recipe, inputs = cast.recipe, cast.inputs
+    count = min(recipe.prompts_per_iteration, len(inputs.prompts))
+    policy, _ = loading.load_llama(policy_folder, recipe.tokenizer, recipe.train.dtype)
+    return phases.sample(
+        step.samples_directory,
+        Engine(policy, inputs.tokenizer, max_sequences=recipe.max_sequences),
+        cast.reward_models,
+        phases.draw(inputs.prompts, count, recipe.seed, iteration),
+        n=recipe.samples,
+        temperatures=recipe.temperatures,
+        max_tokens=recipe.max_tokens,
+        seed=phases.derived_seed(recipe.seed, "iteration", iteration),
+        policy=str(policy_folder),
+        micro_tokens=recipe.train.micro_tokens,
+    )
+
+
+def sums_of(cast: Cast, pairs: Sequence[Pair], step: Run) -> Sums:
+    """`reference_sums`, kept in the iteration's directory so that a resumed run has them."""
+    recipe = cast.recipe
+    if recipe.kind in losses.REFERENCE_FREE or not pairs:
+        return {}
+    tokens = [(response.prompt_tokens, response.tokens) for pair in pairs for response in pair]
+    # The last two change how the sums are rounded.
+    settings = [recipe.kind, recipe.train.precision, recipe.train.micro_tokens]
+    return kept_sums(
+        step.directory / REFERENCE_SUMS,
+        [cast.pi0, tokens, settings],
+        lambda: reference_sums(cast.reference(), pairs, recipe),
+    )
+
+
+def learn(cast: Cast, policy_folder: Path, history: History, iteration: int, step: Run) -> Llama:
+    """The policy after `epochs` through the history, also saved as the iteration's model."""
+    recipe, options = cast.recipe, cast.recipe.train
+    model, _ = loading.load_llama(policy_folder, recipe.tokenizer)
+    examples = [
+        (phases.response_example(chosen), phases.response_example(rejected))
+        for chosen, rejected in history.pairs
+    ]
+    # As everywhere in the RLHF stages, one that alone exceeds micro_tokens passes alone:
+    # refusing it here would come after all the sampling.
+    longest = max(len(a.tokens) + len(b.tokens) for a, b in examples)
+    loader = PairLoader(
+        examples,
+        history.sums,
+        recipe.batch_size,
+        max(options.micro_tokens, longest),
+        phases.derived_seed(recipe.seed, "order", iteration),
+    )
+    steps = recipe.epochs * loader.steps_per_epoch
+    fit(step, model, loader, objective(recipe), options, steps=steps)
+    native.save(model, cast.inputs.tokenizer, step.model_directory)
+    return model
+
+
+def measure(cast: Cast, model: Llama, step: Run) -> dict[str, float]:
+    """An iteration's model on the held-out prompts, with the same random numbers every time."""
+    recipe, inputs = cast.recipe, cast.inputs
+    numbers = phases.measure(
+        step.samples_directory / "held_out.jsonl",
+        Engine(model, inputs.tokenizer, max_sequences=recipe.max_sequences),
+        cast.reference(),
+        cast.reward_models,
+        inputs.held_out,
+        temperature=1.0,
+        max_tokens=recipe.max_tokens,
+        seed=phases.derived_seed(recipe.seed, "held-out"),
+        policy=str(step.directory),
+        micro_tokens=recipe.train.micro_tokens,
+    )
+    return {f"held_out/{name}": value for name, value in numbers.items()}
 
 
 def best_against_worst(sampled: Sequence[Sequence[Response]], length_penalty: float) -> list[Pair]:
@@ -251,9 +326,7 @@ def best_against_worst(sampled: Sequence[Sequence[Response]], length_penalty: fl
     return pairs
 
 
-def reference_sums(
-    reference: Llama, pairs: Sequence[Pair], recipe: DpoRecipe
-) -> dict[str, np.ndarray]:
+def reference_sums(reference: Llama, pairs: Sequence[Pair], recipe: DpoRecipe) -> Sums:
     """pi0's log-probability of both sides of each pair, fp32 [n]: summed, or averaged where the
     kind is defined on averages; nothing for kinds without a reference."""
     if recipe.kind in losses.REFERENCE_FREE or not pairs:

@@ -6,6 +6,7 @@ by the same reward models, and the result is a table. Left out: collecting new p
 refreshing the reward models between versions; name the new ones in a step's settings.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,14 +16,16 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.stages import dpo, loading, phases, ppo, rejection
+from llama2rt.stages.loading import Outline
 from llama2rt.stages.phases import RewardModels
-from llama2rt.train.options import Recipe
+from llama2rt.train.options import Change, Recipe
 from llama2rt.train.run import Run
 
+# Stage -> (recipe, what reads and checks its inputs, what runs it).
 STAGES: dict[str, Any] = {
-    "rejection": (rejection.RejectionRecipe, rejection.run),
-    "ppo": (ppo.PpoRecipe, ppo.run),
-    "dpo": (dpo.DpoRecipe, dpo.run),
+    "rejection": (rejection.RejectionRecipe, rejection.check, rejection.run),
+    "ppo": (ppo.PpoRecipe, loading.rollout_inputs, ppo.run),
+    "dpo": (dpo.DpoRecipe, loading.rollout_inputs, dpo.run),
 }
 
 
@@ -52,7 +55,7 @@ class IterateRecipe(Recipe):
     """Run several versions of RLHF one after another."""
 
     sft: Path
-    """the first policy, and pi0 of every KL and DPO reference"""
+    """the first policy, and pi0: the reference of every KL penalty, DPO loss and measured KL"""
     base: Path | None = None
     """what each rejection-sampled version is fine-tuned from; None for sft"""
     helpfulness: Path
@@ -90,6 +93,18 @@ class IterateRecipe(Recipe):
             known.add(step.name)
         return self
 
+    def change(self, key: str, begun: Mapping[str, Any]) -> Change:
+        """Further steps after those there are make the run longer; in a step there is, what its
+        stage takes for neutral is."""
+        parts = key.split(".", 3)
+        if parts[0] == "steps" and int(parts[1]) < len(self.steps):
+            if f"steps.{parts[1]}.name" not in begun:
+                return "longer"
+            stage = STAGES[self.steps[int(parts[1])].stage][0]
+            if parts[2] == "settings" and parts[3] in stage.neutral:
+                return "neutral"
+        return super().change(key, begun)
+
 
 def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path:
     """All steps, then the table of versions into report.json; returns the last model's folder."""
@@ -103,13 +118,43 @@ def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path
     )
     plan = [stage_recipe(recipe, place, directory) for place in range(len(recipe.steps))]
     run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    if not run.complete:
+        check(recipe, plan, directory)
     models = {"sft": recipe.sft}
     for step, resolved in zip(recipe.steps, plan, strict=True):
-        models[step.name] = STAGES[step.stage][1](resolved, directory / step.name, resume=True)
+        models[step.name] = STAGES[step.stage][2](resolved, directory / step.name, resume=True)
     if not run.complete:
         versions = [measure(recipe, name, folder, run) for name, folder in models.items()]
         phases.write_report(run, {"versions": versions})
     return models[recipe.steps[-1].name]
+
+
+def check(recipe: IterateRecipe, plan: list[Any], directory: Path) -> None:
+    """Read and check, before step one, all that the steps and the table need: what an earlier step
+    is still to leave is taken to be as the model that step trains. InputError naming the step."""
+    future: dict[Path, Outline] = {}
+    versions = {"sft": recipe.sft}
+    for step, resolved in zip(recipe.steps, plan, strict=True):
+        try:
+            left = STAGES[step.stage][1](resolved, future)
+        except InputError as error:
+            raise InputError(f"steps: {step.name}: {error}") from None
+        versions[step.name] = directory / step.name / "model"
+        if not versions[step.name].exists():
+            future[versions[step.name]] = left.result
+    for folder in versions.values():
+        tokenizer, models = loading.outlines(
+            None,
+            {
+                "policy": folder,
+                "reference": recipe.sft,
+                "helpfulness": recipe.helpfulness,
+                "safety": recipe.safety,
+            },
+            future,
+        )
+        policy = models.pop("policy")
+        loading.read_prompts(recipe.validation, tokenizer, policy, recipe.max_tokens, models)
 
 
 def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:
@@ -135,12 +180,11 @@ def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:
         given |= {
             "policy": policy,
             "init": recipe.base or recipe.sft,
+            "reference": recipe.sft,
             "earlier": [directory / name for name in pooled],
         }
-    elif step.stage == "ppo":
-        given |= {"init": policy, "reference": recipe.sft}
     else:
-        given |= {"init": policy}
+        given |= {"init": policy, "reference": recipe.sft}
     try:
         return STAGES[step.stage][0](**(given | step.settings))
     except ValidationError as error:

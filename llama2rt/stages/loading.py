@@ -1,20 +1,21 @@
 """What a stage starts from: models, tokenizers and prompts, checked against each other.
 
 Models pass responses on as token ids and have a context each; what does not fit together is found
-here, before the first sample, and not hours later.
+here, before any weights are loaded, and not hours later.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama2rt.checkpoint import load
-from llama2rt.checkpoint.native import find_tokenizer
 from llama2rt.data.readers import read
 from llama2rt.data.records import Prompt
+from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.text import chat
@@ -53,7 +54,8 @@ def choose_tokenizer(
             f"tokenizer: {given} has {tokenizer.vocab_size} pieces, the model in {folder} only "
             f"{config.vocab_size} embeddings"
         )
-    return tokenizer
+    # What ends a sequence belongs to the model, whichever file its tokenizer is read from.
+    return tokenizer if own is None else tokenizer.with_generation_of(own)
 
 
 def load_companion(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> Llama:
@@ -78,24 +80,98 @@ def load_scalar(
     return model.requires_grad_(False).eval()
 
 
-def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """InputError unless the model in `folder` reads what a policy with `tokenizer` writes: what
-    `load_companion` checks, without the weights."""
-    _require_same_tokens(folder, find_tokenizer(folder), tokenizer)
-
-
 def _require_same_tokens(folder: Path, own: Tokenizer | None, policy: Tokenizer) -> None:
     # Responses pass between models as ids: another vocabulary would read another text, in silence.
     if own is not None and not own.agrees_with(policy):
         raise InputError(f"{folder}: its tokenizer is not the policy's; all models must share one")
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A model without its weights: of a folder, or of a model that a run is still to leave."""
+
+    config: LlamaConfig
+    tokenizer: Tokenizer | None
+    scalar: bool = False
+
+
+Future = Mapping[Path, Outline]
+"""Model folders that earlier runs of one plan will have left by the time they are needed."""
+
+_REWARD_MODELS = ("helpfulness", "safety")
+
+
+def outline(folder: Path, future: Future | None = None) -> Outline:
+    """What the model in `folder` is. InputError where it could not be loaded: its files are there
+    and hold the tensors its configuration asks for; only their values are not read."""
+    if future and folder in future:
+        return future[folder]
+    model, own = load(folder, "meta")
+    return Outline(model.config, own, isinstance(model, ScalarModel))
+
+
+def outlines(
+    tokenizer: Path | None, models: Mapping[str, Path | None], future: Future | None = None
+) -> tuple[Tokenizer, dict[str, Outline]]:
+    """The tokenizer of the first of `models`, which samples, and what each of them is, by its key
+    in the recipe (None: left out there). InputError unless `helpfulness` and `safety` are reward
+    models, all else language models, and all share the tokenizer."""
+    found: dict[str, Outline] = {}
+    shared: Tokenizer | None = None
+    for key, folder in models.items():
+        if folder is None:
+            continue
+        model = outline(folder, future)
+        expected = "reward" if key in _REWARD_MODELS else "language"
+        if model.scalar != (expected == "reward"):
+            other = "reward" if model.scalar else "language"
+            raise InputError(f"{folder}: expected a {expected} model, found a {other} model")
+        if shared is None:
+            shared = choose_tokenizer(folder, model.config, model.tokenizer, tokenizer)
+        else:
+            _require_same_tokens(folder, model.tokenizer, shared)
+            if model.tokenizer is None and model.config.vocab_size < shared.vocab_size:
+                raise InputError(
+                    f"{folder}: has {model.config.vocab_size} embeddings, the policy's tokenizer "
+                    f"{shared.vocab_size} pieces"
+                )
+        found[key] = model
+    assert shared is not None
+    return shared, found
+
+
+@dataclass(frozen=True)
+class RolloutInputs:
+    """What a stage that samples reads besides weights, and what model it will leave."""
+
+    tokenizer: Tokenizer
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    result: Outline
+
+
+def rollout_inputs(recipe: Any, future: Future | None = None) -> RolloutInputs:
+    """Prompts and held-out prompts of a recipe with `init`, `reference` and reward models (ppo,
+    dpo), read and checked, with all its models, before any weights are loaded. InputError as
+    `outlines` and `read_prompts`."""
+    keys = ("init", "reference", *_REWARD_MODELS)
+    tokenizer, models = outlines(
+        recipe.tokenizer, {key: getattr(recipe, key) for key in keys}, future
+    )
+    policy = models.pop("init")
+    prompts, held_out = (
+        read_prompts(paths, tokenizer, policy, recipe.max_tokens, models) if paths else []
+        for paths in (recipe.data, recipe.validation)
+    )
+    return RolloutInputs(tokenizer, prompts, held_out, Outline(policy.config, tokenizer))
+
+
 def read_prompts(
-    paths: Sequence[Path],
+    paths: Sequence[Path | Source],
     tokenizer: Tokenizer,
-    policy: Llama,
+    policy: Llama | Outline,
     max_tokens: int = 1,
-    readers: Mapping[str, Llama | ScalarModel] | None = None,
+    readers: Mapping[str, Llama | ScalarModel | Outline] | None = None,
 ) -> list[Prompt]:
     """The prompts that leave the policy room to answer; the others are left out and counted, as
     too long dialogues are. InputError where none does, and, by its name, where one of the `readers`
@@ -107,7 +183,8 @@ def read_prompts(
     fitting = [prompt for prompt, n in zip(prompts, lengths, strict=True) if n < context]
     if not fitting:
         raise InputError(
-            f"data: all {len(prompts)} prompts fill the policy's context of {context} tokens"
+            f"{', '.join(map(str, paths))}: all {len(prompts)} prompts fill the policy's context "
+            f"of {context} tokens"
         )
     if len(fitting) < len(prompts):
         left_out = len(prompts) - len(fitting)

@@ -73,6 +73,9 @@ class Response:
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> "Response":
+        for key in ("prompt_tokens", "tokens"):
+            if not line[key] or not all(type(token) is int and token >= 0 for token in line[key]):
+                raise ValueError(f"{key}: expected token ids")
         return cls(
             prompt=Prompt(line["prompt_id"], line["messages"], line["kind"]),
             text=line["response"],
@@ -361,14 +364,27 @@ def measure(
 
 
 def summary(responses: Sequence[Response]) -> dict[str, float]:
-    """What a set of responses is like on average."""
+    """What a set of responses is like on average.
+
+    `reward` is the mean of logit(Rc), in which one kind of prompts can drown the other; `score` is
+    Rc in (0, 1), averaged over the prompts of each kind and then over the kinds, which are there
+    too (`score/on_safety`), and `score_deviation` its standard deviation over all responses.
+    """
     scores = {
         f"score/{name}": float(np.mean([response.scores[name] for response in responses]))
         for name in responses[0].scores
     }
+    combined = 1 / (1 + np.exp(-np.array([response.reward for response in responses])))
+    kinds = np.array([response.prompt.kind for response in responses])
+    by_kind = {
+        f"score/on_{kind}": float(combined[kinds == kind].mean()) for kind in sorted({*kinds})
+    }
     return {
         "reward": float(np.mean([response.reward for response in responses])),
+        "score": float(np.mean([*by_kind.values()])),
+        "score_deviation": float(combined.std()),
         **scores,
+        **by_kind,
         "response_tokens": float(np.mean([len(response.tokens) for response in responses])),
         "cut_share": float(np.mean([not response.finished for response in responses])),
     }

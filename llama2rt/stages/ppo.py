@@ -4,13 +4,15 @@ One iteration, its phases in order: sample, score, recompute log-probabilities, 
 estimate advantages, take one gradient step per mini-batch. Everything runs on packed response
 tokens; log-probabilities are always those of the sampling temperature. An iteration's randomness is
 derived from (seed, iteration) alone, so a resumed run draws what the first one would have drawn.
+Before the first iteration one rollout goes to the critic's head alone (`stages.critic`).
 
 Left out: several epochs over a rollout, shared policy and critic trunks, adaptive KL.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,16 +27,22 @@ from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, ScalarModel
-from llama2rt.stages import loading, phases
+from llama2rt.stages import critic, loading, phases
 from llama2rt.stages.phases import RewardModels
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import diverged, interrupts
 from llama2rt.train.metrics import EnergyUse
 from llama2rt.train.optimizer import Optimizer
-from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.options import Change, Recipe, TrainOptions
 from llama2rt.train.progress import ProgressLine
 from llama2rt.train.run import Run
-from llama2rt.train.schedule import learning_rate
+from llama2rt.train.schedule import learning_rate, warn_of_warmup
+
+# What report.json says of the policy that is kept.
+PICKED_BY = (
+    "objective on held-out prompts: the mean over the kinds of prompts of Rc in (0, 1), divided by "
+    "unit, the standard deviation of the first policy's Rc, less beta times kl_k1"
+)
 
 
 class PpoRecipe(Recipe):
@@ -45,13 +53,16 @@ class PpoRecipe(Recipe):
     reference: Path | None = None
     """pi0 of the KL penalty; None for init"""
     helpfulness: Path
-    """the helpfulness reward model; the critic starts from it too"""
+    """the helpfulness reward model; the critic starts from its layers, under a head that is fitted
+    to the returns of one rollout of init"""
     safety: Path | None = None
     """the safety reward model; None to go by helpfulness alone"""
     data: list[Source]
     """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
     validation: list[Source] = Field(default=[])
-    """held-out prompts for early stopping; without them the last iteration's policy is kept"""
+    """held-out prompts for early stopping, which keeps the policy with the best objective: the mean
+    over the kinds of prompts of Rc in (0, 1), in standard deviations of the first policy's, less
+    beta times the KL. Without them the last iteration's policy is kept"""
     tokenizer: Path | None = None
     """None for the one in init"""
 
@@ -77,8 +88,8 @@ class PpoRecipe(Recipe):
     value_clip: float = Field(default=0.2, gt=0, allow_inf_nan=True)
     """how far a value may move from the rollout's and still be pushed"""
 
-    critic_lr: float | None = Field(default=None, gt=0)
-    """constant; None for train.lr"""
+    critic_lr: float | None = Field(default=9e-6, gt=0)
+    """constant (Ouyang et al. 2022, appendix C.4); None for train.lr"""
     temperature: float = Field(default=1.0, gt=0)
     """of sampling, and of every log-probability"""
     max_tokens: int = Field(default=256, gt=0)
@@ -88,7 +99,7 @@ class PpoRecipe(Recipe):
     missing_eos_penalty: float = Field(default=0.0, ge=0)
     """taken off the whitened reward (so: in standard deviations) of a cut response"""
     patience: int = Field(default=5, gt=0)
-    """evaluations without a better mean reward before stopping"""
+    """evaluations without a better objective before stopping"""
 
     seed: int = Field(default=0, ge=0)
     """of prompts' order, sampling and mini-batches"""
@@ -98,6 +109,17 @@ class PpoRecipe(Recipe):
         lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
     )
 
+    neutral: ClassVar[tuple[str, ...]] = ("train.log_every", "train.checkpoint_every")
+    durations: ClassVar[tuple[str, ...]] = ("iterations",)
+
+    def change(self, key: str, begun: Mapping[str, Any]) -> Change:
+        """As everywhere; but a run that measured its last policy out of turn, which may have become
+        the best one, cannot go on as if it had not."""
+        every = self.train.validate_every
+        if key == "iterations" and self.validation and (not every or begun[key] % every):
+            return "refused"
+        return super().change(key, begun)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -105,6 +127,7 @@ class Rollout:
 
     examples: list[Example]
     cu_responses: Tensor  # int64 [B+1], over response tokens
+    rewards: Tensor
     logprob: Tensor
     values: Tensor
     advantages: Tensor
@@ -126,8 +149,8 @@ class Actors:
 
 def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Train until the iterations or the patience end; returns the folder of the policy with the
-    best mean held-out reward (of the last one where nothing is held out)."""
-    inputs = loading.file_inputs(
+    best held-out objective (of the last one where nothing is held out)."""
+    files = loading.file_inputs(
         init=recipe.init,
         reference=recipe.reference,
         helpfulness=recipe.helpfulness,
@@ -136,44 +159,41 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         validation=recipe.validation,
         tokenizer=recipe.tokenizer,
     )
-    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    run = Run.open(directory, recipe, inputs=files, resume=resume)
     if run.complete:
         return run.model_directory
     options = recipe.train
+    inputs = loading.rollout_inputs(recipe)
+    warn_of_warmup(recipe.iterations, options)
+    prompts, held_out = inputs.prompts, inputs.held_out
     actors, tokenizer = load_actors(recipe)
-    readers: dict[str, Llama | ScalarModel] = {
-        "reference": actors.reference,
-        **actors.reward_models.by_key,
-    }
-    prompts, held_out = (
-        loading.read_prompts(paths, tokenizer, actors.policy, recipe.max_tokens, readers)
-        if paths
-        else []
-        for paths in (recipe.data, recipe.validation)
-    )
 
-    done, waited, best = 0, 0, {}
+    done, waited, best, unit = 0, 0, {}, None
     found = run.store.latest()
     # Step 0 is measured before the first checkpoint exists, and again if killed before it.
     run.truncate_metrics(-1 if found is None else found[0])
     if found is not None:
         done, tensors, state = found
-        waited, best = state["waited"], state["best"]
+        waited, best, unit = state["waited"], state["best"], state["unit"]
         actors.optimizer.load_state_dict(phases.unprefixed(tensors, "policy."))
         actors.critic_optimizer.load_state_dict(phases.unprefixed(tensors, "critic."))
         del tensors, found
 
     def validate() -> None:
-        nonlocal waited, best
-        numbers = measure(recipe, actors, held_out, run.samples_directory / f"{done:05d}.jsonl")
+        nonlocal waited, best, unit
+        path = run.samples_directory / f"{done:05d}.jsonl"
+        numbers = measure(recipe, actors, held_out, path, unit)
+        unit = numbers["unit"]
         run.log(done, **{f"held_out/{name}": value for name, value in numbers.items()})
         waited += 1
-        if not best or numbers["reward"] > best["reward"]:
+        if not best or numbers["objective"] > best["objective"]:
             waited, best = 0, {"iteration": done, **numbers}
             native.save(actors.policy, tokenizer, run.model_directory)
 
     if held_out and not best:
         validate()
+    if done == 0:
+        run.log(0, critic_warm_up=start_critic(recipe, actors, prompts))
     with (
         ProgressLine(run.directory.resolve().name, recipe.iterations, done) as line,
         interrupts() as interrupted,
@@ -202,7 +222,8 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
             if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
                 tensors = phases.prefixed(actors.optimizer.state_dict(), "policy.")
                 tensors |= phases.prefixed(actors.critic_optimizer.state_dict(), "critic.")
-                run.store.save(done, tensors, {"waited": waited, "best": best})
+                state = {"waited": waited, "best": best, "unit": unit}
+                run.store.save(done, tensors, state)
                 use.restart()
             if stop:
                 raise KeyboardInterrupt(
@@ -211,7 +232,8 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
                 )
     if not held_out:
         native.save(actors.policy, tokenizer, run.model_directory)
-    phases.write_report(run, {"iterations": done, **best})
+    picked = {"picked_by": PICKED_BY} if held_out else {}
+    phases.write_report(run, {"iterations": done, **picked, **best})
     return run.model_directory
 
 
@@ -220,24 +242,43 @@ def load_actors(recipe: PpoRecipe) -> tuple[Actors, Tokenizer]:
     options = recipe.train
     policy, tokenizer = loading.load_llama(recipe.init, recipe.tokenizer)
     reference = loading.load_companion(recipe.reference or recipe.init, tokenizer, options.dtype)
-    critic = loading.load_scalar(recipe.helpfulness, tokenizer=tokenizer)
+    scalar = loading.load_scalar(recipe.helpfulness, tokenizer=tokenizer)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     actors = Actors(
         policy=policy,
-        critic=critic,
+        critic=scalar,
         reference=reference.requires_grad_(False),
         reward_models=RewardModels.load(
             recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
         ),
         engine=Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
         optimizer=Optimizer(policy, options),
-        critic_optimizer=Optimizer(critic.requires_grad_(True), critic_options),
+        critic_optimizer=Optimizer(scalar.requires_grad_(True), critic_options),
     )
     return actors, tokenizer
 
 
+def start_critic(recipe: PpoRecipe, actors: Actors, prompts: Sequence[Prompt]) -> float:
+    """Give the critic the head that explains the returns of one rollout best; the share of them
+    that it explained on responses left out."""
+    drawn = phases.draw(prompts, recipe.batch_size, recipe.seed, 0)
+    rollout, _ = collect(recipe, actors, drawn, "warm-up")
+    weight, explained = critic.warm_up(
+        actors.critic,
+        rollout.examples,
+        rollout.rewards,
+        rollout.cu_responses,
+        recipe.gamma,
+        recipe.train.micro_tokens,
+    )
+    with torch.no_grad():
+        actors.critic.head.weight.copy_(weight)
+        actors.critic_optimizer.master["head.weight"].copy_(weight)
+    return explained
+
+
 def collect(
-    recipe: PpoRecipe, actors: Actors, prompts: Sequence[Prompt], iteration: int
+    recipe: PpoRecipe, actors: Actors, prompts: Sequence[Prompt], iteration: int | str
 ) -> tuple[Rollout, dict[str, float]]:
     """Sample one response a prompt and work out what each of its tokens was worth."""
     micro_tokens = recipe.train.micro_tokens
@@ -285,7 +326,7 @@ def collect(
     # Estimate, and whiten the advantages over all response tokens (Ziegler et al. 2019).
     advantage, returns = advantages.gae(rewards, values, cu_responses, recipe.gamma, recipe.lam)
     rollout = Rollout(
-        examples, cu_responses, logprob, values, advantages.whiten(advantage), returns
+        examples, cu_responses, rewards, logprob, values, advantages.whiten(advantage), returns
     )
     sampled = torch.tensor([p for c in completions for p in c.logprobs], device=device)
     metrics = {
@@ -371,10 +412,19 @@ def token_rows(cu_responses: Tensor, members: Tensor) -> Tensor:
 
 
 def measure(
-    recipe: PpoRecipe, actors: Actors, held_out: Sequence[Prompt], path: Path
+    recipe: PpoRecipe,
+    actors: Actors,
+    held_out: Sequence[Prompt],
+    path: Path,
+    unit: float | None = None,
 ) -> dict[str, float]:
-    """The policy as it is now on the held-out prompts, with the same random numbers every time."""
-    return phases.measure(
+    """The policy as it is now on the held-out prompts, with the same random numbers every time.
+
+    `objective` is the paper's on what no logit can inflate: Rc in (0, 1), averaged over prompts of
+    each kind and then over the kinds, divided by `unit`, the standard deviation of Rc among the
+    first policy's answers (None: these are they), less beta times the KL.
+    """
+    numbers = phases.measure(
         path,
         actors.engine,
         actors.reference,
@@ -386,3 +436,6 @@ def measure(
         policy=path.stem,
         micro_tokens=recipe.train.micro_tokens,
     )
+    unit = max(numbers["score_deviation"], 1e-3) if unit is None else unit
+    objective = numbers["score"] / unit - recipe.beta * numbers["kl_k1"]
+    return {"objective": objective, "unit": unit, **numbers}

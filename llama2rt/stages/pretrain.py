@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -108,6 +108,8 @@ class PretrainRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     # Section 2.2: AdamW 0.9 / 0.95 / 1e-5, decay 0.1, clip 1.0, cosine to 10 %, warm-up 2000.
     train: TrainOptions = TrainOptions(lr=3e-4, warmup_steps=2000)
+
+    durations: ClassVar[tuple[str, ...]] = ("steps", "epochs")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,31 +1,39 @@
 """Rejection sampling fine-tuning (section 3.2.3): the best of K answers becomes the next target.
 
 Phases, each resumable: sample K answers a prompt from the most recent policy, score them, keep the
-best one of each prompt, pooled with the best of earlier versions where asked, fine-tune as in SFT,
-measure on held-out prompts. Left out: sampling by a larger model than the one that is tuned, which
-is this stage with another `policy`.
+best one of each prompt, pooled with the best of earlier versions where asked, fine-tune on it as it
+was sampled, measure on held-out prompts. Left out: sampling by a larger model than the one that is
+tuned, which is this stage with another `policy`.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
+from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
-from llama2rt.data.records import Dialogue
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
+from llama2rt.model import Llama
 from llama2rt.stages import loading, phases, sft
+from llama2rt.stages.loading import Future, Outline, RolloutInputs
 from llama2rt.stages.phases import Response, RewardModels
 from llama2rt.stages.pretrain import next_token
 from llama2rt.text import chat
+from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import Recipe, TrainOptions
 from llama2rt.train.run import Run
+
+logger = logging.getLogger("llama2rt.stages.rejection")
 
 BEST = "best.jsonl"
 
@@ -37,6 +45,8 @@ class RejectionRecipe(Recipe):
     """the most recent model: it samples"""
     init: Path
     """the model that is fine-tuned ("each version starts from the base model")"""
+    reference: Path | None = None
+    """pi0 of the held-out KL; None for init"""
     helpfulness: Path
     """the best helpfulness reward model available"""
     safety: Path | None = None
@@ -72,12 +82,23 @@ class RejectionRecipe(Recipe):
     # As in SFT, section 3.1: cosine, lr 2e-5, weight decay 0.1.
     train: TrainOptions = TrainOptions(lr=2e-5)
 
+    durations: ClassVar[tuple[str, ...]] = ("epochs",)
+
+
+@dataclass(frozen=True)
+class Inputs(RolloutInputs):
+    """What this stage reads besides."""
+
+    earlier: list[Response]
+    dialogues: list[Example]
+
 
 def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Sample, select, fine-tune, measure; returns the model folder."""
-    inputs = loading.file_inputs(
+    files = loading.file_inputs(
         policy=recipe.policy,
         init=recipe.init,
+        reference=recipe.reference,
         helpfulness=recipe.helpfulness,
         safety=recipe.safety,
         data=recipe.data,
@@ -86,50 +107,27 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         validation=recipe.validation,
         tokenizer=recipe.tokenizer,
     )
-    run = Run.open(directory, recipe, inputs=inputs, parents=recipe.earlier, resume=resume)
+    run = Run.open(directory, recipe, inputs=files, parents=recipe.earlier, resume=resume)
     if run.complete:
         return run.model_directory
     options = recipe.train
-    policy, tokenizer = loading.load_llama(recipe.policy, recipe.tokenizer, options.dtype)
-    loading.require_tokenizer(recipe.init, tokenizer)  # its weights are loaded after the sampling
+    inputs = check(recipe)
     reward_models = RewardModels.load(
-        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
+        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, inputs.tokenizer
     )
 
-    # Sample and score.
-    sampled = phases.sample(
-        run.samples_directory,
-        Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
-        reward_models,
-        loading.read_prompts(
-            recipe.data, tokenizer, policy, recipe.max_tokens, reward_models.by_key
-        ),
-        n=recipe.samples,
-        temperatures=[recipe.temperature],
-        max_tokens=recipe.max_tokens,
-        seed=recipe.seed,
-        policy=str(recipe.policy),
-        micro_tokens=options.micro_tokens,
-    )
-    del policy
-
-    # Select.
+    # Sample, score and select.
+    sampled = sample(recipe, inputs, reward_models, run.samples_directory)
     best = select(sampled)
-    for folder in recipe.earlier:
-        earlier = phases.read_responses(folder / "samples" / BEST)
-        best = pool(best, phases.rescore(earlier, reward_models, options.micro_tokens))
+    if inputs.earlier:
+        best = pool(best, phases.rescore(inputs.earlier, reward_models, options.micro_tokens))
     if not best:
         raise InputError("no prompt has a finished answer to train on; raise max_tokens")
     phases.write_responses(run.samples_directory / BEST, best)
 
-    # Fine-tune.
-    model = loading.load_companion(recipe.init, tokenizer)
-    dialogues = [
-        Dialogue([*r.prompt.messages, {"role": "assistant", "content": r.text}]) for r in best
-    ]
-    if recipe.dialogues:
-        dialogues += read(recipe.dialogues, "dialogue")
-    examples = sft.encode(dialogues, tokenizer, model.config.context)
+    # Fine-tune: the selected response is the only target, the answers before it are context.
+    model = loading.load_companion(recipe.init, inputs.tokenizer)
+    examples = [phases.response_example(response) for response in best] + inputs.dialogues
     # One that alone exceeds micro_tokens passes alone: refusing it would come after the sampling.
     longest = max(len(example.tokens) for example in examples)
     loader = ExampleLoader(
@@ -139,26 +137,122 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         recipe.seed,
     )
     fit(run, model, loader, next_token, options, steps=recipe.epochs * loader.steps_per_epoch)
-    native.save(model, tokenizer, run.model_directory)
+    native.save(model, inputs.tokenizer, run.model_directory)
 
     # Measure.
     report = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
-    if recipe.validation:
-        reference = loading.load_companion(recipe.init, tokenizer)
-        report |= phases.measure(
-            run.samples_directory / "held_out.jsonl",
-            Engine(model, tokenizer, max_sequences=recipe.max_sequences),
-            reference,
-            reward_models,
-            loading.read_prompts(recipe.validation, tokenizer, model),
-            temperature=1.0,
-            max_tokens=recipe.max_tokens,
-            seed=phases.derived_seed(recipe.seed, "held-out"),
-            policy=str(directory),
-            micro_tokens=options.micro_tokens,
-        )
+    if inputs.held_out:
+        report |= measure(recipe, inputs, model, reward_models, run)
     phases.write_report(run, report)
     return run.model_directory
+
+
+def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
+    """All that the recipe names, read and checked before any weights are loaded. The fine-tuned
+    model, which answers the held-out prompts, is as `init` is. InputError as from `loading`, and
+    for an earlier version that is not there or has other tokens."""
+    tokenizer, models = loading.outlines(
+        recipe.tokenizer,
+        {
+            "policy": recipe.policy,
+            "init": recipe.init,
+            "reference": recipe.reference,
+            "helpfulness": recipe.helpfulness,
+            "safety": recipe.safety,
+        },
+        future,
+    )
+    policy, init = models.pop("policy"), models.pop("init")
+    reference = models.pop("reference", init)
+    readers = {"init": init, **models}
+    prompts = loading.read_prompts(recipe.data, tokenizer, policy, recipe.max_tokens, readers)
+    held_out = []
+    if recipe.validation:
+        measuring = {"reference": reference, **models}
+        held_out = loading.read_prompts(
+            recipe.validation, tokenizer, init, recipe.max_tokens, measuring
+        )
+    earlier = [
+        response
+        for folder in recipe.earlier
+        if not (future and folder / "model" in future)
+        for response in read_earlier(folder, tokenizer, readers)
+    ]
+    dialogues = []
+    if recipe.dialogues:
+        records = read(recipe.dialogues, "dialogue")
+        dialogues = sft.encode(records, tokenizer, init.config.context)
+    result = Outline(init.config, tokenizer)
+    return Inputs(tokenizer, prompts, held_out, result, earlier, dialogues)
+
+
+def read_earlier(
+    folder: Path, tokenizer: Tokenizer, readers: Mapping[str, Outline]
+) -> list[Response]:
+    """The best samples of the earlier version in run directory `folder`. InputError naming the line
+    that does not fit: its prompt's tokens must be those of `tokenizer`, and all `readers` must have
+    room for it."""
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"earlier: {folder}: no run directory (it holds no manifest.json)")
+    path = folder / "samples" / BEST
+    responses = phases.read_responses(path)
+    for number, response in enumerate(responses, start=1):
+        try:
+            expected = chat.encode_prompt(tokenizer, response.prompt.messages)
+        except InputError as error:
+            raise InputError(f"{path}:{number}: messages: {error}") from None
+        if response.prompt_tokens != expected or max(response.tokens) >= tokenizer.vocab_size:
+            raise InputError(
+                f"{path}:{number}: sampled with another tokenizer or chat format than the policy's"
+            )
+        length = len(response.prompt_tokens) + len(response.tokens)
+        for name, model in readers.items():
+            if length > model.config.context:
+                raise InputError(
+                    f"{path}:{number}: {length} tokens exceed the context of {name}, "
+                    f"{model.config.context}"
+                )
+    kept = [response for response in responses if usable(response)]
+    if len(kept) < len(responses):
+        logger.warning("%s: %d unusable samples left out", path, len(responses) - len(kept))
+    return kept
+
+
+def sample(
+    recipe: RejectionRecipe, inputs: Inputs, reward_models: RewardModels, folder: Path
+) -> list[list[Response]]:
+    """K scored responses of each prompt. The policy and its cache are gone when this returns."""
+    policy, _ = loading.load_llama(recipe.policy, recipe.tokenizer, recipe.train.dtype)
+    return phases.sample(
+        folder,
+        Engine(policy, inputs.tokenizer, max_sequences=recipe.max_sequences),
+        reward_models,
+        inputs.prompts,
+        n=recipe.samples,
+        temperatures=[recipe.temperature],
+        max_tokens=recipe.max_tokens,
+        seed=recipe.seed,
+        policy=str(recipe.policy),
+        micro_tokens=recipe.train.micro_tokens,
+    )
+
+
+def measure(
+    recipe: RejectionRecipe, inputs: Inputs, model: Llama, reward_models: RewardModels, run: Run
+) -> dict[str, float]:
+    """The fine-tuned model on the held-out prompts; its KL is to the reference."""
+    return phases.measure(
+        run.samples_directory / "held_out.jsonl",
+        Engine(model, inputs.tokenizer, max_sequences=recipe.max_sequences),
+        loading.load_companion(recipe.reference or recipe.init, inputs.tokenizer),
+        reward_models,
+        inputs.held_out,
+        temperature=1.0,
+        max_tokens=recipe.max_tokens,
+        seed=phases.derived_seed(recipe.seed, "held-out"),
+        policy=str(run.directory),
+        micro_tokens=recipe.train.micro_tokens,
+    )
 
 
 def usable(response: Response) -> bool:

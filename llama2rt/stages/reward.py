@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -84,6 +84,8 @@ class RewardRecipe(Recipe):
     train: TrainOptions = TrainOptions(
         lr=1e-5, warmup_ratio=0.03, warmup_minimum=5, micro_tokens=16384
     )
+
+    durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -9,6 +9,7 @@ context distillation (section 3.3, 4.2.4), which prepare dialogues and then come
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from llama2rt.data.packing import Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
-from llama2rt.stages.loading import file_inputs, load_llama
+from llama2rt.stages.loading import file_inputs, load_llama, outlines
 from llama2rt.stages.phases import write_report
 from llama2rt.stages.pretrain import next_token
 from llama2rt.text.chat import encode_dialogue
@@ -61,6 +62,8 @@ class SftRecipe(Recipe):
     # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
     train: TrainOptions = TrainOptions(lr=2e-5)
 
+    durations: ClassVar[tuple[str, ...]] = ("epochs",)
+
 
 def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Fine-tune and measure the held-out loss; returns the model folder."""
@@ -73,11 +76,13 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     run = Run.open(directory, recipe, inputs=inputs, resume=resume)
     if run.complete:
         return run.model_directory
-    model, tokenizer = load_llama(recipe.init, recipe.tokenizer)
-    context = recipe.context or model.config.context
-    if context > model.config.context:
-        raise InputError(f"context: {context} exceeds the model's {model.config.context}")
+    tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
+    longest = models["init"].config.context
+    context = recipe.context or longest
+    if context > longest:
+        raise InputError(f"context: {context} exceeds the model's {longest}")
     training, held_out = (encode(part, tokenizer, context) for part in split(recipe))
+    model, _ = load_llama(recipe.init, recipe.tokenizer)
     options = recipe.train
     loader = ExampleLoader(training, recipe.batch_size, options.micro_tokens, recipe.seed)
 

@@ -1,4 +1,7 @@
-"""The Llama-2-Chat format, and which of its tokens a model should learn.
+"""Dialogues as tokens, and which of them a model should learn.
+
+A folder's own chat template decides the format (``templated``). Without one, and where the template
+is the same format, it is Llama-2-Chat's.
 
 Each finished pair of turns is ``BOS [INST] user [/INST] answer EOS`` and is tokenised on its own,
 in one go: the boundary between prompt and answer is read off the pieces' offsets, because a prompt
@@ -8,9 +11,12 @@ Formula: Meta's reference ``chat_completion`` (Llama 2 repository, generation.py
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from llama2rt.errors import InputError
+from llama2rt.text import templated
+from llama2rt.text.template import ChatTemplate
 from llama2rt.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
@@ -75,16 +81,24 @@ def check_messages(messages: Messages, *, last: str) -> None:
 
 def encode_dialogue(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
     """Tokens of a finished dialogue, and for each whether the model should learn to predict it:
-    True on the assistants' tokens and the EOS that ends them (section 3.1: the loss on prompt
-    tokens is zeroed). InputError as ``check_messages``."""
+    True on the assistants' tokens and the one that ends their turn (section 3.1: the loss on prompt
+    tokens is zeroed). InputError as ``check_messages``, for a message that holds a control token
+    of the folder's chat template, and for a template that cannot be trained on."""
     check_messages(messages, last="assistant")
-    return _encode_pairs(tokenizer, _turns(messages))
+    if _llama2_format(tokenizer.template):
+        return _encode_pairs(tokenizer, _turns(messages))
+    templated.require_no_control_tokens(tokenizer, messages)
+    return templated.encode_answers(tokenizer, messages)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """Tokens of a dialogue whose last message, the user's, is to be answered: open after [/INST].
-    Always a prefix of ``encode_response``'s tokens. InputError as ``check_messages``."""
+    """Tokens of a dialogue whose last message, the user's, is to be answered: open after [/INST],
+    or after what the folder's chat template writes before an answer. Always a prefix of
+    ``encode_response``'s tokens. InputError as ``encode_dialogue``."""
     check_messages(messages, last="user")
+    if not _llama2_format(tokenizer.template):
+        templated.require_no_control_tokens(tokenizer, messages)
+        return templated.encode_prompt(tokenizer, messages)
     turns = _turns(messages)
     tokens, _ = _encode_pairs(tokenizer, turns[:-1])
     return tokens + tokenizer.encode(_instruction(turns[-1]), bos=True)
@@ -94,9 +108,45 @@ def encode_response(
     tokenizer: Tokenizer, messages: Messages, response: str
 ) -> tuple[list[int], list[bool]]:
     """``encode_dialogue`` of the prompt ``messages`` answered by ``response``, where the response
-    may be anything a model said: blank, or holding tags. Only the messages are checked."""
+    may be anything a model said: blank, or holding tags, which stay text. Only the messages are
+    checked."""
     check_messages(messages, last="user")
-    return _encode_pairs(tokenizer, [*_turns(messages), response])
+    if _llama2_format(tokenizer.template):
+        return _encode_pairs(tokenizer, [*_turns(messages), response])
+    templated.require_no_control_tokens(tokenizer, messages)
+    answered = [*messages, {"role": "assistant", "content": response}]
+    return templated.encode_answers(tokenizer, answered, sampled=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _llama2_format(template: ChatTemplate | None) -> bool:
+    """Whether dialogues are encoded pair by pair in Llama-2-Chat's format: without a template, and
+    with one that writes that same text, whatever its own wording."""
+    if template is None:
+        return True
+    tokens = dict(template.tokens)
+    system, turns = {"role": "system", "content": " s "}, []
+    for role, content in (
+        ("user", " u "),
+        ("assistant", " a\n"),
+        ("user", "v"),
+        ("assistant", "b"),
+    ):
+        turns.append({"role": role, "content": content})
+        for messages in (turns, [system, *turns]):
+            spoken = _turns(messages)
+            text = "".join(
+                f"{tokens['bos_token']}{_instruction(turn)}"
+                if number % 2 == 0
+                else f" {turn.strip()} {tokens['eos_token']}"
+                for number, turn in enumerate(spoken)
+            )
+            try:
+                if template.render(messages) != text:
+                    return False
+            except InputError:
+                return False
+    return True
 
 
 def _turns(messages: Messages) -> list[str]:

@@ -1,40 +1,41 @@
-"""LLaMA's tokenizer: SentencePiece BPE, trained or loaded; tokenizer.json where a checkpoint has
-only that.
+"""A model's tokenizer: SentencePiece BPE, trained or loaded, or what a folder has instead of it.
 
-One small class over two libraries, so that the rest of the house sees text, ids and offsets only.
+One class over two libraries, so that the rest of the package sees text, ids and offsets only.
 Special tokens never come out of text: a document that contains the characters ``</s>`` gets
-ordinary pieces, whichever library is underneath; BOS and EOS enter through arguments. There is no
-pad id, no truncation and no chat template here (``text.chat`` owns the format).
+ordinary pieces, whichever library is underneath; BOS and EOS enter through arguments. What else a
+folder says of its text side (chat template, EOS ids, generation defaults) travels along, unchanged.
+There is no padding and no truncation here; ``text.chat`` owns the dialogue formats.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llama2rt import atomic
 from llama2rt.errors import InputError
+from llama2rt.text import agreement, backends, folder, templated
+from llama2rt.text.template import LLAMA3_TEMPLATE, ChatTemplate
 
 SPECIAL_AND_BYTE_PIECES = 3 + 256  # unk, bos, eos, then one piece per byte: ids 0-2 and 3-258
 MAX_SENTENCE_BYTES = 4192  # SentencePiece's own limit; longer sentences would be skipped silently
-
-# Names under which tokenizer.json files keep the two tokens when tokenizer_config.json is missing.
-_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
-_EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 
 
 class Tokenizer:
     """Text to ids and back. Make one with ``load`` or ``train``; instances can be pickled.
 
     Attributes: ``bos``, ``eos``, ``unk`` (ids; ``unk`` is -1 where the vocabulary has none),
-    ``vocab_size`` (number of ids) and ``digest`` (sha256 of the defining file, so that token files
-    and manifests can say which tokenizer made them).
+    ``vocab_size`` (number of ids), ``digest`` (sha256 of the defining file, so that token files
+    and manifests can say which tokenizer made them), ``config`` and ``generation`` (contents of
+    the folder's tokenizer_config.json and generation_config.json, empty where it has none),
+    ``template`` (its chat template, or None) and ``special_names`` (``{"bos_token": text, ...}``).
     """
 
     bos: int
@@ -43,46 +44,53 @@ class Tokenizer:
     vocab_size: int
     file_name: str
 
-    def __init__(self, definition: bytes, config: dict[str, Any] | None = None) -> None:
-        """``definition`` is the content of a tokenizer.model or, when it is JSON, a tokenizer.json;
-        ``config`` is the content of the tokenizer_config.json beside the latter."""
+    def __init__(
+        self,
+        definition: bytes,
+        config: dict[str, Any] | None = None,
+        companions: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """``definition`` is the content of a tokenizer.model (SentencePiece's or tiktoken's) or,
+        when it is JSON, a tokenizer.json; ``companions`` are the other files of its folder by
+        name, of which ``config`` is one, tokenizer_config.json, already parsed."""
         self._definition = definition
-        self._config = config
-        self._backend = (
-            _JsonBackend(definition, config or {})
-            if definition.lstrip()[:1] == b"{"
-            else _SentencePieceBackend(definition)
-        )
+        self._companions = dict(companions or {})
+        if config is not None:
+            self._companions[folder.CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+        parsed = folder.parse(self._companions)
+        self.config = parsed.get(folder.CONFIG, {})
+        self.generation = parsed.get(folder.GENERATION, {})
+        names, _ = folder.special_names(parsed)
+        self._backend = backends.of(definition, names)
         self.bos, self.eos, self.unk = self._backend.bos, self._backend.eos, self._backend.unk
+        self.special_names = names | {
+            "bos_token": self._backend.piece(self.bos),
+            "eos_token": self._backend.piece(self.eos),
+        }
+        self.template = self._own_template()
+        if self.template is not None and isinstance(self._backend, backends.JsonBackend):
+            source = self.template.source
+            self._backend.protect([t for t in self._backend.added if t in source and t.strip()])
         self.vocab_size = self._backend.vocab_size
         self.file_name = self._backend.file_name
         self.digest = hashlib.sha256(definition).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self._definition, self._config)
+        return Tokenizer, (self._definition, None, self._companions)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read ``tokenizer.model`` (SentencePiece) or ``tokenizer.json``; a folder may hold either,
-        and tokenizer.model is preferred because it is the original. InputError when there is none
-        or it is not what its name says."""
+        """Read a tokenizer from a folder, or from its ``tokenizer.model`` or ``tokenizer.json``.
+
+        A folder may hold both, and further files that add to them; where tokenizer.model and the
+        JSON files contradict each other the JSON files hold, and a warning says so. InputError
+        when there is no tokenizer or a file is not what its name says."""
         path = Path(path)
-        if path.is_dir():
-            found = [path / name for name in ("tokenizer.model", "tokenizer.json")]
-            present = [candidate for candidate in found if candidate.is_file()]
-            if not present:
-                raise InputError(f"{path}: no tokenizer.model and no tokenizer.json in this folder")
-            path = present[0]
-        elif not path.is_file():
-            raise InputError(f"{path}: no such tokenizer file")
-        config_path = path.with_name("tokenizer_config.json")
+        definition, companions = folder.read(path)
         try:
-            config = json.loads(config_path.read_bytes()) if config_path.is_file() else None
-            return cls(path.read_bytes(), config)
+            return cls(definition, companions=companions)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except (ValueError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as a tokenizer ({error})") from None
 
     @classmethod
     def train(
@@ -165,124 +173,126 @@ class Tokenizer:
                 raise ValueError(f"ids: expected 0 to {self.vocab_size - 1}, got {i}")
         return self._backend.decode(ids)
 
+    def piece(self, identifier: int) -> str:
+        """The text that the vocabulary itself gives an id, as in tokenizer.json's ``vocab``."""
+        return self._backend.piece(identifier)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence: EOS, those that generation_config.json or config.json name, and
+        the special token with which the folder's chat template ends an answer."""
+        ids = [self.eos, *folder.eos_ids(self.generation, folder.GENERATION)]
+        ending = templated.answer_end(self)
+        return tuple(dict.fromkeys(ids if ending is None else [*ids, ending]))
+
+    @functools.cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts that a chat template's output is parsed for: special tokens, and other added ones
+        that the template writes. A message must not hold them."""
+        if self.template is None:
+            return ()
+        source, special = self.template.source, self._backend.special
+        return tuple(
+            text
+            for text, identifier in self._backend.added.items()
+            if identifier in special or (text in source and text.strip())
+        )
+
+    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a chat template's output, special tokens in it included, and for each the
+        characters (begin, end) that it covers. InputError where the text is no Unicode, or where
+        a SentencePiece model has no tokenizer.json of equal ids, which alone can parse it."""
+        backends.require_unicode(text)
+        encoding = self._parsing.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode_rendered(self, ids: Sequence[int]) -> str:
+        """Text of ids with the special tokens written out."""
+        return self._parsing.decode(list(ids), skip_special_tokens=False)
+
+    @functools.cached_property
+    def _parsing(self) -> Any:
+        """The `tokenizers` library's object for text in which special tokens count."""
+        if isinstance(self._backend, backends.JsonBackend):
+            return self._backend.parsing()
+        return backends.JsonBackend(self.as_json(), self.special_names).parsing()
+
+    def as_json(self) -> bytes:
+        """This tokenizer as a tokenizer.json: the folder's own, or one of equal ids. InputError
+        naming the setting of a SentencePiece model that allows none."""
+        if isinstance(self._backend, backends.JsonBackend) and self.file_name == "tokenizer.json":
+            return self._definition
+        own = self._companions.get("tokenizer.json")
+        return self._backend.as_json() if own is None else own
+
+    def pad_candidate(self) -> int:
+        """An id to pad with that is never a text's last token: the folder's own pad token unless
+        it ends sequences too, the unknown piece where bytes stand for unknown characters, a
+        reserved special token, or BOS."""
+        backend = self._backend
+        named = backend.added.get(self.special_names.get("pad_token", ""))
+        if named is not None and named not in self.stop_ids:
+            return named
+        if self.unk >= 0 and not backend.unk_in_text and self.unk not in self.stop_ids:
+            return self.unk
+        used = {self.bos, *self.stop_ids}
+        written = "" if self.template is None else self.template.source
+        for word in ("pad", "reserved"):
+            for text, identifier in backend.added.items():
+                free = identifier not in used and text not in written
+                if free and identifier in backend.special and word in text.lower():
+                    return identifier
+        return self.bos
+
     def agrees_with(self, other: Tokenizer) -> bool:
-        """Whether a model that knows the one reads the other's ids as they were meant.
+        """Whether a model that knows this one reads the other's ids as they were meant.
 
         True for the same file, and for two files of one vocabulary (a tokenizer.model and the
-        tokenizer.json made from it): BOS and EOS must be equal, and the text of nearly every id
-        that both have. Not of all: the libraries decode the unknown piece and a lone space apart.
+        tokenizer.json made from it): BOS and EOS must be equal, every id of the other must be the
+        same piece here, and both must give the same ids to many texts that tell tokenizers apart
+        (``agreement``). This one may have further ids, such as a pad token.
         """
-        if self.digest == other.digest:
-            return True
         if (self.bos, self.eos) != (other.bos, other.eos):
             return False
-        shared = range(min(self.vocab_size, other.vocab_size))
-        same = sum(self.decode([i]) == other.decode([i]) for i in shared)
-        return same >= 0.99 * len(shared)
+        if self.digest == other.digest:
+            return True
+        if not agreement.same_pieces(self, other):
+            return False
+        return agreement.difference(self, other, agreement.probes(other, joined=300)) is None
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the defining file (and its tokenizer_config.json, if it came with one) byte for
-        byte, so that ``digest`` stays the same; returns the file's path."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._config is not None:
-            config = json.dumps(self._config, indent=2) + "\n"
-            atomic.write(folder / "tokenizer_config.json", config)
-        path = folder / self.file_name
+    def with_generation_of(self, other: Tokenizer) -> Tokenizer:
+        """This tokenizer with the other's generation_config.json where it has none itself."""
+        if folder.GENERATION in self._companions or folder.GENERATION not in other._companions:
+            return self
+        content = other._companions[folder.GENERATION]
+        companions = {**self._companions, folder.GENERATION: content}
+        return Tokenizer(self._definition, companions=companions)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the defining file and the other files that it came with, byte for byte, so that
+        ``digest`` stays the same; returns the defining file's path."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self._companions.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            atomic.write(directory / name, content)
+        path = directory / self.file_name
         atomic.write(path, self._definition)
         return path
 
-
-class _SentencePieceBackend:
-    file_name = "tokenizer.model"
-
-    def __init__(self, definition: bytes) -> None:
-        import sentencepiece
-
-        self.processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self.processor.load_from_serialized_proto(definition)
-        except (RuntimeError, OSError):
-            raise InputError("not a SentencePiece model") from None
-        self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
-        self.unk, self.vocab_size = self.processor.unk_id(), self.processor.vocab_size()
-        if self.bos < 0 or self.eos < 0:
-            raise InputError("the SentencePiece model has no BOS or no EOS piece")
-
-    def encode(self, text: str) -> list[int]:
-        return self.processor.encode(_utf8(text))
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.processor.encode([_utf8(text) for text in texts])
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
-        encoding = self.processor.encode(_utf8(text), return_type="offset_mapping")
-        return encoding["ids"], [begin for begin, _ in encoding["offsets"]]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
-
-
-class _JsonBackend:
-    file_name = "tokenizer.json"
-
-    def __init__(self, definition: bytes, config: dict[str, Any]) -> None:
-        import tokenizers
-
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_buffer(definition)
-        except Exception as error:  # the library raises bare Exception for any malformed file
-            raise InputError(f"not a tokenizer.json ({error})") from None
-        # Text that spells a special token must stay text: otherwise a document could end itself.
-        self.tokenizer.encode_special_tokens = True
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        self.bos = self._special(config, "bos_token", _BOS_NAMES)
-        self.eos = self._special(config, "eos_token", _EOS_NAMES)
-        name = getattr(self.tokenizer.model, "unk_token", None)
-        unk = None if name is None else self.tokenizer.token_to_id(name)
-        self.unk = -1 if unk is None else unk
-
-    def _special(self, config: dict[str, Any], key: str, usual: tuple[str, ...]) -> int:
-        named = config.get(key)
-        if isinstance(named, dict):
-            named = named.get("content")
-        for name in [named] if named else usual:
-            identifier = self.tokenizer.token_to_id(name)
-            if identifier is not None:
-                return identifier
-        raise InputError(
-            f"no {key}: name it in a tokenizer_config.json beside tokenizer.json"
-            f" (looked for {', '.join([named] if named else usual)})"
-        )
-
-    def encode(self, text: str) -> list[int]:
-        _utf8(text)
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        for text in texts:
-            _utf8(text)
-        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
-        _utf8(text)
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [begin for begin, _ in encoding.offsets]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _utf8(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"text is not valid Unicode: lone surrogate at character {error.start}"
-        ) from None
-    return text
+    def _own_template(self) -> ChatTemplate | None:
+        source: Any = self.config.get("chat_template")
+        if isinstance(source, list):  # named ones, as transformers 4 writes them
+            source = next((t.get("template") for t in source if t.get("name") == "default"), None)
+        if folder.TEMPLATE in self._companions:
+            source = self._companions[folder.TEMPLATE].decode()
+        elif source is None and isinstance(self._backend, backends.TiktokenBackend):
+            source = LLAMA3_TEMPLATE
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise InputError(f"chat_template: expected text, got {type(source).__name__}")
+        return ChatTemplate(source, tuple(sorted(self.special_names.items())))
 
 
 def _sentences(texts: Iterable[str] | Iterable[Path]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from llama2rt.train.options import TrainOptions
 from llama2rt.train.progress import ProgressLine
 from llama2rt.train.recompute import recompute_blocks
 from llama2rt.train.run import Run
-from llama2rt.train.schedule import learning_rate
+from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 # (model, micro-batch) -> (loss summed over the micro-batch, other sums to report)
 Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Any]]]
@@ -65,6 +65,7 @@ def fit(
     the weights; the last checkpoint stays.
     """
     device = next(model.parameters()).device
+    warn_of_warmup(steps, options)
     optimizer = Optimizer(model, options)
     done, last = _resume(run, optimizer, loader)
     model.train()

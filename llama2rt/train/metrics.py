@@ -17,15 +17,16 @@ from llama2rt.energy import EnergyMeter
 
 @functools.cache
 def gemm_ceiling(device_type: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some square matrix products; measured once per process (0.3 s)."""
+    """FLOP/s of the best of some square matrix products; measured once per process (0.3 s, and no
+    more than some 2 s on a processor that has no instructions for dtype)."""
     device = torch.device(device_type)
-    size = 1024 if device_type == "cpu" else 8192
     generator = torch.Generator(device="cpu").manual_seed(0)
-    # Random operands: products of zeros run faster than any real step does.
-    a = torch.randn(size, size, generator=generator).to(device, dtype)
-    b = torch.randn(size, size, generator=generator).to(device, dtype)
 
-    def seconds() -> float:
+    def operand(size: int) -> Tensor:
+        # Random: products of zeros run faster than any real step does.
+        return torch.randn(size, size, generator=generator).to(device, dtype)
+
+    def seconds(a: Tensor, b: Tensor) -> float:
         _synchronise(device_type)
         start = time.perf_counter()
         for _ in range(4):
@@ -33,8 +34,17 @@ def gemm_ceiling(device_type: str, dtype: torch.dtype) -> float:
         _synchronise(device_type)
         return time.perf_counter() - start
 
-    seconds()
-    return 4 * 2 * size**3 / min(seconds() for _ in range(5))
+    size = 8192
+    if device_type == "cpu":
+        # Products in bf16 without such instructions reach 1 GFLOP/s: 40 s for those of 1024.
+        size, small = 256, (operand(256), operand(256))
+        seconds(*small)
+        whole = 6 * seconds(*small)
+        while size < 1024 and 8 * whole < 2.0:
+            size, whole = 2 * size, 8 * whole
+    operands = operand(size), operand(size)
+    seconds(*operands)
+    return 4 * 2 * size**3 / min(seconds(*operands) for _ in range(5))
 
 
 def training_flops(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor, predicted: int) -> int:

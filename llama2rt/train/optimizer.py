@@ -4,6 +4,10 @@ A bf16 weight holds 8 bits: at PPO and DPO learning rates almost every update wo
 nothing. So masters, moments and gradient sums are fp32 and the model's bf16 weights are copies.
 The update itself is PyTorch's fused AdamW.
 
+Each bf16 parameter carries its master as the attribute `master` (Megatron's `main_param`), which is
+what `checkpoint.native.save` writes: a stage that goes on from a saved model starts from what the
+optimizer held, also where a whole stage moved a weight by less than its bf16 rounding.
+
 Left out: the learning rate's course (`schedule`) and when to step (`loop`).
 """
 
@@ -41,6 +45,9 @@ class Optimizer:
                 parameter.data = parameter.data.to(options.dtype)
         if options.dtype == torch.float32:
             masters = [p.detach() for p in self.parameters]
+        else:
+            for parameter, master in zip(self.parameters, masters, strict=True):
+                parameter.master = master  # type: ignore[attr-defined]
         self.master = dict(zip(self.names, masters, strict=True))
         self._masters = masters
         self._gradients: list[Tensor | None] = [None] * len(masters)

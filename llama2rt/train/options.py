@@ -4,12 +4,30 @@ Defaults are LLaMA 2's pretraining values (section 2); a stage that differs over
 the section it follows.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     import torch
+
+Change = Literal["refused", "neutral", "longer"]
+"""What another value of a key means to a run that has begun: another result, the same one, or the
+same course followed further."""
+
+_INT32_MAX = 2**31 - 1
+_INT64_MAX = 2**63 - 1
+
+
+def check_integers(options: BaseModel) -> None:
+    """ValueError naming a whole number that is too large: tokens, sequences and steps are counted
+    in 32 bits, generators seeded with 63."""
+    for name in type(options).model_fields:
+        value = getattr(options, name)
+        most = _INT64_MAX if name == "seed" else _INT32_MAX
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
 class TrainOptions(BaseModel):
@@ -53,7 +71,8 @@ class TrainOptions(BaseModel):
     """steps between held-out evaluations; 0 for one at the end only"""
 
     @model_validator(mode="after")
-    def _one_warmup(self) -> Self:
+    def _consistent(self) -> Self:
+        check_integers(self)
         if self.warmup_steps and (self.warmup_ratio or self.warmup_minimum):
             raise ValueError(
                 "warmup_steps excludes warmup_ratio and warmup_minimum: set one side to 0"
@@ -76,6 +95,42 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    neutral: ClassVar[tuple[str, ...]] = (
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.validate_every",
+    )
+    """keys that say what is recorded and when, and change no weight"""
+    durations: ClassVar[tuple[str, ...]] = ()
+    """keys that say how long to train"""
+
+    def change(self, key: str, begun: Mapping[str, Any]) -> Change:
+        """What it means to a run that began with the recipe `begun` (its values by dotted key) to
+        go on with this recipe, whose `key` has another value.
+
+        More steps are the same course where no step's learning rate depends on how many follow.
+        """
+        if key in self.neutral:
+            return "neutral"
+        before, now = begun.get(key), getattr(self, key, None)
+        train = getattr(self, "train", None)
+        if (
+            key in self.durations
+            and isinstance(before, int | float)
+            and isinstance(now, int | float)
+            and now > before
+            and train is not None
+            and train.schedule == "constant"
+            and not train.warmup_ratio
+        ):
+            return "longer"
+        return "refused"
+
+    @model_validator(mode="after")
+    def _integers(self) -> Self:
+        check_integers(self)
+        return self
 
     @classmethod
     def refine(cls, given: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
@@ -31,6 +32,9 @@ import llama2rt
 from llama2rt import atomic
 from llama2rt.checkpoint.store import Store
 from llama2rt.errors import InputError
+from llama2rt.train.options import Change, Recipe
+
+logger = logging.getLogger("llama2rt.train.run")
 
 _MANIFEST = "manifest.json"
 _RECIPE = "recipe.toml"
@@ -63,9 +67,12 @@ class Run:
         """Start a run in an empty or new directory, or continue the one that is there.
 
         ``inputs`` are files or folders by name, hashed into the manifest; ``parents`` are run
-        directories this one builds on. A directory in use needs ``resume``, and then the recipe and
-        every input must be what they were: a run continued on other data is another run. Raises
-        InputError naming what differs, and while another process is at work in the directory.
+        directories this one builds on. A directory in use needs ``resume``, and then every input
+        must be what it was: a run continued on other data is another run. So must the recipe, but
+        for changes that lead to the result this recipe would have had from the start
+        (`Recipe.change`, and another spelling of the same path): these are said, and recorded. A
+        complete run that is to be longer goes on. Raises InputError naming what differs, and while
+        another process is at work in the directory.
         """
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
@@ -81,27 +88,31 @@ class Run:
                     "another --out"
                 )
             manifest = _read_manifest(directory / _MANIFEST)
-            _check_same(directory, manifest, resolved, hashes)
-            if not manifest["complete"]:
+            _check_inputs(directory, manifest, hashes)
+            changes, longer = _changes(directory, manifest, recipe, resolved)
+            if longer or not manifest["complete"]:
                 _lock(directory)
+                if changes:
+                    manifest = _resumed(manifest, resolved, changes)
+                    _write(directory, manifest)
             return cls(directory, manifest)
         # A process killed while starting leaves at most recipe.toml and a half-written (hidden)
         # file of its own: nothing to protect.
         if {path.name for path in directory.glob("[!.]*")} - {_RECIPE}:
             raise InputError(f"{directory}: not empty, and no run of llama2rt's; choose another")
-        directory.mkdir(parents=True, exist_ok=True)
-        _lock(directory)
         manifest = {
             "recipe": resolved,
             "inputs": hashes,
             "parents": [_parent(Path(parent)) for parent in parents],
             "seed": resolved.get("seed"),
             "versions": _versions(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "started": _now(),
             "complete": False,
+            **_here(),
         }
-        atomic.write(directory / _RECIPE, tomli_w.dumps(resolved))
-        atomic.write(directory / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        directory.mkdir(parents=True, exist_ok=True)
+        _lock(directory)
+        _write(directory, manifest)
         return cls(directory, manifest)
 
     @property
@@ -158,7 +169,7 @@ class Run:
         self.manifest = {
             **self.manifest,
             "complete": True,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "finished": _now(),
             "summary": summary,
         }
         atomic.write(self.directory / _MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
@@ -235,16 +246,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_same(
-    directory: Path, manifest: dict[str, Any], recipe: dict[str, Any], hashes: dict[str, Any]
-) -> None:
-    then, now = _flatten(manifest["recipe"]), _flatten(recipe)
-    for key in sorted(then.keys() | now.keys()):
-        if then.get(key) != now.get(key):
-            raise InputError(
-                f"{directory}: started with {key} = {then.get(key)!r}, asked to resume with "
-                f"{now.get(key)!r}; use the same recipe or another --out"
-            )
+def _check_inputs(directory: Path, manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
     for name in sorted(manifest["inputs"].keys() | hashes.keys()):
         old, new = manifest["inputs"].get(name, {}), hashes.get(name, {})
         if old.get("sha256") != new.get("sha256"):
@@ -254,14 +256,94 @@ def _check_same(
             )
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+def _changes(
+    directory: Path, manifest: dict[str, Any], recipe: BaseModel, resolved: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """(what differs from the recipe that the run began with, by key, from what to what; whether it
+    makes the run longer). InputError for a difference that would change the result."""
+    then, now = _flatten(manifest["recipe"]), _flatten(resolved)
+    where = manifest.get("working_directory", os.getcwd())
+    changes: dict[str, Any] = {}
+    longer = False
+    for key in sorted(then.keys() | now.keys()):
+        before, after = then.get(key), now.get(key)
+        if before == after:
+            continue
+        change: Change = "refused"
+        if _is_path(recipe, key) and _same_file(where, before, after):
+            change = "neutral"
+        elif isinstance(recipe, Recipe):
+            change = recipe.change(key, then)
+        if change == "refused":
+            raise InputError(
+                f"{directory}: started with {key} = {before!r}, asked to resume with "
+                f"{after!r}; use the same recipe or another --out"
+            )
+        changes[key] = {"from": before, "to": after}
+        longer = longer or change == "longer"
+    if changes and (longer or not manifest["complete"]):
+        said = ", ".join(f"{key} = {c['to']!r} (was {c['from']!r})" for key, c in changes.items())
+        logger.warning("%s: resumed with %s; the result is the same course's", directory, said)
+    return changes, longer
+
+
+def _resumed(
+    manifest: dict[str, Any], resolved: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a run that goes on with another recipe; what was changed is kept in it."""
+    kept = {key: value for key, value in manifest.items() if key not in ("finished", "summary")}
+    history = [*manifest.get("resumed", []), {"at": _now(), "changes": changes}]
+    return {**kept, "recipe": resolved, "complete": False, "resumed": history, **_here()}
+
+
+def _is_path(recipe: BaseModel, key: str) -> bool:
+    """Whether the value at a dotted key is a path (or text below a table of any keys, which a
+    stage may read as one)."""
+    value: Any = recipe
+    free = False
+    for part in key.split("."):
+        if isinstance(value, list):
+            value = value[int(part)] if int(part) < len(value) else None
+        elif isinstance(value, Mapping):
+            value, free = value.get(part), True
         else:
-            flat[prefix + key] = value
+            value = getattr(value, part, None)
+    return isinstance(value, Path) or (free and isinstance(value, str))
+
+
+def _same_file(directory_before: str, before: Any, after: Any) -> bool:
+    if not (isinstance(before, str) and isinstance(after, str)):
+        return False
+    path = os.path.realpath(after)
+    return os.path.realpath(os.path.join(directory_before, before)) == path and os.path.exists(path)
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Values by dotted key; the items of a list by their number."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    else:
+        return {key: value}
+    flat: dict[str, Any] = {}
+    for name, item in items:
+        flat |= _flatten(item, f"{key}.{name}" if key else str(name))
     return flat
+
+
+def _here() -> dict[str, str]:
+    """What a relative path in the recipe is relative to."""
+    return {"working_directory": os.getcwd()}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _write(directory: Path, manifest: dict[str, Any]) -> None:
+    atomic.write(directory / _RECIPE, tomli_w.dumps(manifest["recipe"]))
+    atomic.write(directory / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def _parent(directory: Path) -> dict[str, str]:

@@ -1,8 +1,11 @@
 """Learning rate by step: linear warm-up, then cosine to a floor or constant (section 2)."""
 
+import logging
 import math
 
 from llama2rt.train.options import TrainOptions
+
+logger = logging.getLogger("llama2rt.train.schedule")
 
 
 def warmup_steps(steps: int, options: TrainOptions) -> int:
@@ -10,6 +13,23 @@ def warmup_steps(steps: int, options: TrainOptions) -> int:
     if options.warmup_steps:
         return options.warmup_steps
     return max(options.warmup_minimum, round(options.warmup_ratio * steps))
+
+
+def warn_of_warmup(steps: int, options: TrainOptions) -> None:
+    """Say so where the warm-up is longer than a run of ``steps``: a recipe made for a long run,
+    tried out on a short one, takes steps far smaller than its lr says."""
+    warmup = warmup_steps(steps, options)
+    if warmup > steps:
+        key = "warmup_steps" if options.warmup_steps else "warmup_minimum"
+        logger.warning(
+            "train.%s: the warm-up of %d steps is longer than the run of %d; the learning rate "
+            "ends at %.3g and never reaches lr %.3g",
+            key,
+            warmup,
+            steps,
+            learning_rate(steps - 1, steps, options),
+            options.lr,
+        )
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:

@@ -148,6 +148,24 @@ def test_bad_options(recipe, tmp_path, capsys, arguments, message):
     assert message in captured.err + captured.out
 
 
+@pytest.mark.parametrize("verb", ["rejection", "ppo", "dpo", "iterate"])
+def test_more_tokens_than_can_be_counted_are_an_error(tmp_path, capsys, verb):
+    path = tmp_path / "recipe.toml"
+    names = {"rejection": ("policy", "init"), "iterate": ("sft",)}.get(verb, ("init",))
+    models = "".join(f'{name} = "model"\n' for name in (*names, "helpfulness"))
+    path.write_text(f'{models}data = ["prompts.jsonl"]\nvalidation = ["held-out.jsonl"]\n')
+    for key in ("--max-tokens", "--max-sequences"):
+        assert call(verb, path, "--out", tmp_path / "run", key, 3_000_000_000) == 2
+        said = capsys.readouterr()
+        name = key[2:].replace("-", "_")
+        assert f"{name}: expected at most 2147483647, got 3000000000" in said.err + said.out
+
+
+def test_a_warmup_longer_than_the_run_is_said(recipe, tmp_path, caplog):
+    assert call("pretrain", recipe, "--out", tmp_path / "run", "--train.warmup-steps", "9") == 0
+    assert "the warm-up of 9 steps is longer than the run of 4" in caplog.text
+
+
 def test_a_wrong_option_is_said_without_addresses(recipe, tmp_path):
     command = [sys.executable, "-P", "-m", "llama2rt.cli", "pretrain", str(recipe)]
     command += ["--out", str(tmp_path / "run"), "--train.lr", "-1"]

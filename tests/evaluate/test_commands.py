@@ -10,6 +10,7 @@ from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
 from llama2rt.data.records import Comparison, Sample
 from llama2rt.errors import InputError
+from llama2rt.evaluate import commands
 from llama2rt.evaluate.commands import describe, evaluate
 from llama2rt.evaluate.scoring import score
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
@@ -127,6 +128,65 @@ def test_bad_input_says_what_to_do(tmp_path, reward_model, small_tokenizer, shap
     one.write_text('{"prompt_id": "1"}\n')
     with pytest.raises(InputError, match=r"a\.jsonl:1: "):
         evaluate(folder, samples=(one,))
+
+
+def test_all_input_is_checked_before_the_weights(tmp_path, reward_model, monkeypatch):
+    """What is wrong with the last file is said before the first is scored."""
+    _, folder = reward_model
+    load = commands.load
+
+    def refuse(path, device="cpu", dtype=None):
+        if str(device) != "meta":
+            pytest.fail(f"{path}: its weights were loaded before all inputs were checked")
+        return load(path, device)
+
+    monkeypatch.setattr(commands, "load", refuse)
+    good, other, long = (tmp_path / f"{name}.jsonl" for name in ("good", "other", "long"))
+    write(good, [Sample("1", _ask(1), "x")])
+    write(other, [Sample("2", _ask(1), "x")])
+    write(long, [Sample("1", _ask(1), "x"), Sample("1", _ask(1), "fox and dog " * 99)])
+    with pytest.raises(InputError, match=r"long: answer 2 has \d+ tokens .* context is 128"):
+        evaluate(folder, samples=(good, long))
+    with pytest.raises(InputError, match="good and other share no prompt_id"):
+        evaluate(folder, samples=(good, other))
+    pair = Comparison(_ask(1), "x", "fox and dog " * 99)
+    write(tmp_path / "pairs.jsonl", [pair])
+    with pytest.raises(InputError, match=r"pairs\.jsonl: answer 2 has \d+ tokens"):
+        evaluate(folder, comparisons=(tmp_path / "pairs.jsonl",), samples=(good,))
+
+
+@pytest.mark.parametrize("micro_tokens", [-1, 0, 3_000_000_000])
+def test_micro_tokens_out_of_range_are_named(tmp_path, reward_model, micro_tokens):
+    write(tmp_path / "a.jsonl", [Sample("1", _ask(1), "x")])
+    with pytest.raises(InputError, match="micro_tokens: expected 1 to 2147483647, got"):
+        evaluate(reward_model[1], samples=(tmp_path / "a.jsonl",), micro_tokens=micro_tokens)
+
+
+def test_a_folder_of_samples_is_one_version(tmp_path, reward_model):
+    _, folder = reward_model
+    parts = [[Sample(f"{part}-{i}", _ask(i), f"fox {i}") for i in range(3)] for part in range(2)]
+    for version in ("v1", "v2"):
+        for number, part in enumerate(parts):
+            write(tmp_path / version / "samples" / f"part-{number:05d}.jsonl", part)
+        # The best of the parts, and other prompts' answers, are no further samples.
+        write(tmp_path / version / "samples" / "best.jsonl", parts[0][:1])
+        (tmp_path / version / "manifest.json").write_text("{}")
+        write(tmp_path / "sharded" / f"{version}.jsonl", parts[version == "v2"])
+    samples = (tmp_path / "v1" / "samples", tmp_path / "v2", tmp_path / "sharded")
+    result = evaluate(folder, samples=samples)
+    found = [(v["name"], v["prompts"], v["samples"]) for v in result["versions"]]
+    assert found == [("v1", 6, 6), ("v2", 6, 6), ("sharded", 6, 6)]
+    assert len(result["win_rates"]) == 3
+    write(tmp_path / "sharded" / "v3.jsonl", parts[0])
+    with pytest.raises(InputError, match=r"v1\.jsonl and v3\.jsonl both answer prompt '0-0'"):
+        evaluate(folder, samples=(tmp_path / "sharded",))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: holds no samples"):
+        evaluate(folder, samples=(tmp_path / "empty",))
+    (tmp_path / "dpo" / "iteration-1" / "samples").mkdir(parents=True)
+    (tmp_path / "dpo" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"inside it: .*iteration-1/samples"):
+        evaluate(folder, samples=(tmp_path / "dpo",))
 
 
 def test_files_of_one_name_are_told_apart(tmp_path, reward_model):

@@ -79,7 +79,7 @@ def test_scores_that_are_not_finite_rank_nothing(model):
 class _Words:
     """A tokenizer of known pieces: one id a word, so that the expected tokens can be counted."""
 
-    bos, eos = 1, 2
+    bos, eos, template = 1, 2, None
 
     def encode(self, text, bos=False, eos=False):
         ids = [3 + sum(map(ord, word)) % 90 for word in text.split()]

@@ -8,7 +8,15 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from llama2rt.integrations.transformers import patch_transformers  # noqa: E402
+if int(transformers.__version__.split(".")[0]) < 5:  # a newer one than was tested must fail here
+    pytest.skip(
+        f"transformers {transformers.__version__}: exports are for 4 and 5, patches for 5 alone",
+        allow_module_level=True,
+    )
+
+from llama2rt.integrations.transformers import CACHE, patch_transformers  # noqa: E402
+
+__all__ = ["CACHE", "patch_transformers"]  # imported here after the check above
 
 VOCABULARY, LAYERS, ROWS, LENGTH = 150, 2, 3, 20
 

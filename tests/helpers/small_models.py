@@ -54,12 +54,13 @@ def transformers_twin(model: Llama | ScalarModel):
 
 
 class Ids:
-    """A tokenizer for tests on token ids: words are numbers, EOS is any id (-1: never)."""
+    """A tokenizer for tests on token ids: words are numbers, EOS is any id (-1: never), and any
+    `others` end a sample too."""
 
-    bos, vocab_size = 1, VOCABULARY
+    bos, vocab_size, template = 1, VOCABULARY, None
 
-    def __init__(self, eos: int = 2) -> None:
-        self.eos = eos
+    def __init__(self, eos: int = 2, *others: int) -> None:
+        self.eos, self.stop_ids = eos, (eos, *others)
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numerics import judge, same_bits
 from patched_llama import (
+    CACHE,
     KINDS,
     LAYERS,
     LENGTH,
@@ -104,11 +105,16 @@ def test_autocast_keeps_the_numerics_rule(monkeypatch):
     assert seen == [[torch.bfloat16, torch.bfloat16, torch.int64]]
 
 
-@pytest.mark.parametrize(
-    "search",
-    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}],
-    ids=["greedy", "beams", "static", "no-cache"],
-)
+SEARCHES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "static": {"cache_implementation": "static"},
+    "no-cache": {"use_cache": False},
+    "chunks": {"prefill_chunk_size": 7},
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
 @pytest.mark.parametrize("kind", ["plain", "left"])
 def test_generate(kind, search):
     ours, theirs = both()
@@ -137,6 +143,47 @@ def test_the_prompt_of_generate_runs_on_our_attention_and_its_steps_do_not(calls
     assert calls["rms_norm"] == 5 * (2 * LAYERS + 1)
 
 
+@pytest.mark.parametrize("search", ["lookup", "assistant"])
+def test_assisted_generation(search):
+    """Several queries against a cache, of which those that were guessed wrong are taken back."""
+    ours, theirs = both()
+    ids = torch.randint(0, VOCABULARY, (1, LENGTH)).repeat(1, 2)
+    helper = {"prompt_lookup_num_tokens": 3}
+    if search == "assistant":
+        helper = {"assistant_model": patch_transformers(a_model())}
+    for assistance in ({}, helper):
+        wanted, found = (
+            model.generate(ids, **assistance, max_new_tokens=12, do_sample=False)
+            for model in (theirs, ours)
+        )
+        assert torch.equal(found, wanted)
+
+
+def test_a_cache_of_an_earlier_call_is_gone_on_with(calls):
+    """A second turn of a chat: its cache by the name of this release, and by place."""
+    ours, theirs = both()
+    inputs, _ = batch("plain")
+    turn = torch.randint(0, VOCABULARY, (ROWS, 5))
+    found = []
+    for model in (ours, theirs):
+        kept = [getattr(model(**inputs, use_cache=True), CACHE) for _ in range(2)]
+        found.append(
+            [model(turn, **{CACHE: kept[0]}).logits, model(turn, None, None, kept[1]).logits]
+        )
+    assert all(near(a, b) for a, b in zip(*found, strict=True))
+    assert calls["attention"] == 2 * LAYERS
+
+
+def test_sampling_draws_the_same():
+    ours, theirs = both()
+    inputs, _ = batch("left")
+    found = []
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        found.append(model.generate(**inputs, max_new_tokens=12, do_sample=True, top_p=0.9))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_a_mask_of_four_dimensions_is_honoured(dtype, calls):
     ours, theirs = both()
@@ -153,24 +200,31 @@ def test_a_mask_of_four_dimensions_is_honoured(dtype, calls):
 @pytest.mark.parametrize(
     "request_",
     [
-        {"use_vmap": True, "attention_mask": None},
-        {"use_vmap": False, "attention_mask": torch.tensor([[False, True, True, True]])},
+        {"use_vmap": True, "attention_mask": None, "q_offset": 0},
+        {
+            "use_vmap": False,
+            "attention_mask": torch.tensor([[False, True, True, True]]),
+            "q_offset": 0,
+        },
+        {"use_vmap": False, "attention_mask": None, "q_offset": 2},
+        {"use_vmap": False, "attention_mask": None, "q_offset": torch.tensor(2)},
     ],
-    ids=["pattern", "packed-and-padded"],
+    ids=["pattern", "packed-and-padded", "after-others", "static-cache"],
 )
 def test_a_mask_that_documents_cannot_express_is_transformers_own(request_):
     mask = transformers.AttentionMaskInterface()["llama2rt"](
         batch_size=1,
         q_length=4,
         kv_length=4,
-        cache_position=torch.arange(4),
+        kv_offset=0,
         mask_function=lambda batch, head, query, key: (key <= query) & (key >= query - 1),
         config=a_config(),
         device="cpu",
         allow_is_causal_skip=False,
         **request_,
     )
-    expected = torch.ones(4, 4).tril().triu(-1).bool()
+    offset = int(request_["q_offset"])
+    expected = torch.ones(4, 4).tril(offset).triu(offset - 1).bool()
     if request_["attention_mask"] is not None:
         expected &= request_["attention_mask"]
     assert torch.equal(mask, expected[None, None])
@@ -186,18 +240,20 @@ def test_a_mask_wider_than_the_batch_is_honoured(calls):
     assert calls["attention"] == 0
 
 
+@pytest.mark.parametrize("where", ["config", "call"])
 @pytest.mark.parametrize("kind", ["plain", "right", "packed"])
-def test_attention_that_is_not_causal_is_honoured(kind, calls):
+def test_attention_that_is_not_causal_is_honoured(kind, where, calls):
     ours, theirs = both()
     inputs, counted = batch(kind)
     causal = theirs(**inputs).logits
-    for model in (ours, theirs):
+    if where == "call":
+        inputs["is_causal"] = False
+    for model in (ours, theirs) if where == "config" else ():
         model.config.is_causal = False
         for layer in model.model.layers:
             layer.self_attn.is_causal = False
     expected = theirs(**inputs).logits
-    if near(causal, expected):  # up to 5.3, whose masks are causal whatever the config says
-        pytest.skip(f"transformers {transformers.__version__} has no is_causal in its config")
+    assert not near(causal, expected)
     assert near(ours(**inputs).logits[counted], expected[counted])
     assert calls["attention"] == 0
 
@@ -289,6 +345,55 @@ def test_our_attention_is_refused_where_it_would_not_be_the_models():
         model.set_attn_implementation("llama2rt")
         with pytest.raises(ValueError, match="expected a Llama's without dropout, got"):
             model.train()(**inputs)
+
+
+def of_layers(name, value):
+    def change(model):
+        for layer in model.model.layers:
+            setattr(layer.self_attn, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        ({"position_bias": torch.zeros(1)}, lambda model: None, "^position_bias: expected None"),
+        ({"softcap": 30.0}, lambda model: None, "^softcap: expected None"),
+        ({"scaling": 0.5}, lambda model: None, r"^scaling: expected 0\.35"),
+        ({}, of_layers("is_causal", False), "^is_causal of a layer: expected True, got False"),
+        ({}, of_layers("attention_dropout", 0.1), "^attention_dropout: expected 0, got 0.1"),
+    ],
+    ids=["bias", "softcap", "scaling", "causal-layers", "dropout-later"],
+)
+def test_what_transformers_attention_would_heed_is_not_passed_over(settings, change, message):
+    ours, _ = both()
+    inputs, _ = batch("plain")
+    change(ours.train())
+    with pytest.raises(ValueError, match=message):
+        ours(**inputs, **settings)
+
+
+def replace_activation(mlp):
+    mlp.act_fn = nn.GELU()
+
+
+def change_activation(mlp):
+    mlp.act_fn.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", [replace_activation, change_activation])
+def test_an_activation_of_the_callers_own_is_used(change, when, calls):
+    theirs = a_model()
+    ours = copy.deepcopy(theirs)
+    if when == "after":
+        patch_transformers(ours)
+    for model in (ours, theirs):
+        change(model.model.layers[1].mlp)
+    inputs, _ = batch("plain")
+    assert near(patch_transformers(ours)(**inputs).logits, theirs(**inputs).logits)
+    assert calls["swiglu"] == LAYERS - 1
 
 
 def test_attention_alone_goes_back_to_transformers(calls):

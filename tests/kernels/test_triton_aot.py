@@ -11,6 +11,8 @@ from processes import run_python
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.xdist_group("aot")  # `found` compiles every kernel once
+
 RECORD = Path(__file__).resolve().parents[2] / "kernels" / "resources.json"
 # What names a kernel of a backward pass: these may spill, as much as is recorded.
 GRADIENTS = ("backward", "_dq ", "_dkdv ", "_dlogits ")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from processes import load_script
 
+pytestmark = pytest.mark.xdist_group("resources")  # `found` disassembles the module once
+
 FOLDER = Path(__file__).resolve().parents[2] / "csrc/cuda"
 RECORD = FOLDER / "resources.json"
 SAMPLE = Path(__file__).with_name("sample_kernels.cu")
@@ -32,7 +34,7 @@ tool = load_script(FOLDER / "resources.py")
 
 
 @pytest.fixture(scope="module")
-def found(keep_cuda_table):
+def found(print_after_the_tests):
     _cuda = pytest.importorskip("llama2rt._cuda", reason="_cuda is not built")
     lacking = {"80-real", "90a-real"} - set(_cuda.ARCHITECTURES.split())
     if lacking:
@@ -42,7 +44,8 @@ def found(keep_cuda_table):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     kernels = tool.read(Path(_cuda.__file__), tool.dynamic_bytes(_cuda.most_shared_bytes()))
-    keep_cuda_table(tool.table(kernels))
+    title = "CUDA kernels as compiled (csrc/cuda/resources.py)"
+    print_after_the_tests(title, tool.table(kernels))
     return kernels
 
 

@@ -1,6 +1,8 @@
 """Online DPO: best against worst, pi0 fixed, margins grow, it resumes to the bit."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pocket as problem
@@ -10,8 +12,10 @@ from pocket import response
 from pydantic import ValidationError
 
 from llama2rt.algorithms import losses
+from llama2rt.checkpoint import native
 from llama2rt.data.packing import pack_pairs
-from llama2rt.stages import dpo, loading, phases
+from llama2rt.data.readers import read
+from llama2rt.stages import dpo, loading, pairs, phases
 from llama2rt.train.run import Run
 
 
@@ -73,8 +77,10 @@ def test_each_iteration_samples_from_the_one_before_and_all_prompts_come(pocket,
     )
 
 
-def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch):
-    """The second iteration's reference values are the first model's, for old and new pairs."""
+@pytest.mark.parametrize("named", [False, True], ids=["init", "another"])
+def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, named):
+    """The second iteration's reference values are pi0's, for old and new pairs: those of the model
+    it starts from, or of the one that the recipe names."""
     seen = []
     loader = dpo.PairLoader
 
@@ -83,7 +89,14 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch):
         return loader(pairs, extras, *rest)
 
     monkeypatch.setattr(dpo, "PairLoader", remember)
-    dpo.run(recipe(pocket, prompts_per_iteration=12, epochs=1), tmp_path / "run")
+    settings = {"prompts_per_iteration": 12, "epochs": 1, "validation": []}
+    if named:
+        parent, tokenizer = loading.load_llama(pocket.sft)
+        with torch.no_grad():
+            parent.output.mul_(1.1)
+        native.save(parent, tokenizer, tmp_path / "parent")
+        settings |= {"init": tmp_path / "parent", "reference": pocket.sft}
+    dpo.run(recipe(pocket, **settings), tmp_path / "run")
     pi0, _ = loading.load_llama(pocket.sft)
     (first, _), (second, extras) = seen
     assert len(second) > len(first)
@@ -95,6 +108,88 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch):
             assert float(logprob.sum()) == pytest.approx(value, abs=1e-3)
 
 
+def test_pairs_are_comparison_records(finished):
+    for i in (1, 2):
+        folder = finished / f"iteration-{i}"
+        records = read(folder / "pairs.jsonl", "comparison")
+        report = json.loads((folder / "report.json").read_text())
+        assert len(records) == report["new_pairs"] > 10
+        sampled = phases.read_responses(folder / "samples" / "part-00000.jsonl")
+        rewards = {(r.prompt.messages[0]["content"], r.text): r.reward for r in sampled}
+        kinds = {r.prompt.messages[0]["content"]: r.prompt.kind for r in sampled}
+        for record in records:
+            asked = record.prompt[0]["content"]
+            assert rewards[asked, record.chosen] > rewards[asked, record.rejected]
+            assert record.kind == kinds[asked]
+
+
+def test_a_pair_that_no_record_can_hold_is_left_out_and_counted(tmp_path, caplog):
+    good = (response("yes"), response("no"))
+    pairs.write_pairs(tmp_path / "pairs.jsonl", [good, (response("yes"), response("n\0o"))])
+    assert [r.rejected for r in read(tmp_path / "pairs.jsonl", "comparison")] == ["no"]
+    assert "1 pairs left out that no record can hold" in caplog.text
+
+
+def test_sampling_leaves_its_memory_and_a_resumed_run_needs_no_reference(
+    pocket, tmp_path, monkeypatch
+):
+    settings = recipe(pocket, iterations=1, prompts_per_iteration=12, epochs=1, validation=[])
+    sampling = []
+
+    class Watched(dpo.Engine):
+        def __init__(self, model, *args, **kwargs):
+            super().__init__(model, *args, **kwargs)
+            sampling.extend([weakref.ref(model), weakref.ref(self)])
+
+    def killed(*args, **kwargs):
+        gc.collect()
+        assert sampling and all(held() is None for held in sampling)
+        raise problem.Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "Engine", Watched)
+        patch.setattr(dpo, "fit", killed)
+        with pytest.raises(problem.Killed):
+            dpo.run(settings, tmp_path / "run")
+    monkeypatch.setattr(dpo, "reference_sums", lambda *_: pytest.fail("computed again"))
+    dpo.run(settings, tmp_path / "run", resume=True)
+
+
+def test_kept_sums_are_of_their_source_and_whole(tmp_path, caplog):
+    path = tmp_path / "sums.json"
+    numbers = {"a": np.float32([0.1, -3e-38, 1 / 3]), "b": np.float32([-7.25, 1e9, 2])}
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return numbers
+
+    for _ in range(2):
+        for name, values in pairs.kept_sums(path, ["pi0", [1, 2]], compute).items():
+            assert values.dtype == np.float32 and np.array_equal(values, numbers[name])
+    assert len(calls) == 1 and not caplog.text
+    pairs.kept_sums(path, ["another pi0", [1, 2]], compute)
+    assert len(calls) == 2 and "of another reference, other pairs or another loss" in caplog.text
+    text = path.read_text()
+    for damaged in (text[:-9], text.replace("-7.25", "-7.5"), "[]", "{}", ""):
+        path.write_text(damaged)
+        caplog.clear()
+        pairs.kept_sums(path, ["another pi0", [1, 2]], compute)
+        assert "damaged" in caplog.text
+        assert path.read_text() == text
+    assert len(calls) == 7
+
+
+def test_more_iterations_go_on_from_those_there_are(pocket, tmp_path):
+    small = {"prompts_per_iteration": 12, "epochs": 1, "validation": []}
+    whole = dpo.run(recipe(pocket, iterations=2, **small), tmp_path / "whole")
+    dpo.run(recipe(pocket, iterations=1, **small), tmp_path / "run")
+    begun = problem.weights(tmp_path / "run" / "iteration-1" / "model")
+    longer = dpo.run(recipe(pocket, iterations=2, **small), tmp_path / "run", resume=True)
+    assert problem.weights(longer) == problem.weights(whole) != begun
+    assert problem.weights(tmp_path / "run" / "iteration-1" / "model") == begun
+
+
 def test_best_against_worst():
     groups = [
         [response("good", 3.0), response("bad", -1.0), response("fair", 0.0)],
@@ -103,8 +198,8 @@ def test_best_against_worst():
         [response("", 5.0, tokens=(2,)), response("bad", -1.0), response("fair", 0.0)],
         [response("a", 1.0), response("b", 1.0)],
     ]
-    pairs = dpo.best_against_worst(groups, 0.0)
-    assert [(a.text, b.text) for a, b in pairs] == [("good", "bad"), ("fair", "bad")]
+    found = dpo.best_against_worst(groups, 0.0)
+    assert [(a.text, b.text) for a, b in found] == [("good", "bad"), ("fair", "bad")]
 
 
 def test_length_penalty_is_per_character():

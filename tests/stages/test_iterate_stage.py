@@ -79,6 +79,40 @@ def test_pooling_starts_where_the_recipe_says(pocket, tmp_path):
     assert len({step.seed for step in plan}) == 5
 
 
+def test_pi0_is_sft_whatever_a_step_starts_from(pocket, tmp_path):
+    stages = ("rejection", "dpo", "ppo", "dpo")
+    steps = [{"name": f"V{i}", "stage": stage} for i, stage in enumerate(stages)]
+    settings = recipe(pocket, steps=steps, base=tmp_path / "base")
+    plan = [iterate.stage_recipe(settings, i, tmp_path) for i in range(4)]
+    assert [step.reference for step in plan] == [pocket.sft] * 4
+    starts = [tmp_path / "base", *(tmp_path / f"V{i}" / "model" for i in range(3))]
+    assert [step.init for step in plan] == starts
+
+
+def test_what_a_begun_plan_takes(pocket, tmp_path):
+    steps = [{"name": "V1", "stage": "rejection", "settings": REJECTION}]
+    begun = recipe(pocket, steps=steps)
+    Run.open(tmp_path, begun)
+
+    def resume(*changed):
+        return Run.open(tmp_path, recipe(pocket, steps=list(changed)), resume=True)
+
+    settings = {**REJECTION, "train": {**REJECTION["train"], "log_every": 7}}
+    logged = {**steps[0], "settings": settings}
+    resume(logged, {"name": "V2", "stage": "ppo"}).finish()
+    assert resume(logged, {"name": "V2", "stage": "ppo"}).complete
+    assert not resume(
+        logged, {"name": "V2", "stage": "ppo"}, {"name": "V3", "stage": "dpo"}
+    ).complete
+    for refused in (
+        [{**steps[0], "name": "V9"}],
+        [{**logged, "settings": {**settings, "samples": 4}}],
+        [logged],
+    ):
+        with pytest.raises(InputError, match="asked to resume with"):
+            resume(*refused)
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [

@@ -8,25 +8,8 @@ from llama2rt.data.readers import write
 from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
 from llama2rt.generate import scheduler
-from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.model import Llama, LlamaConfig
 from llama2rt.stages import dpo, loading, phases, ppo, rejection
-from llama2rt.text.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def strangers(pocket, tmp_path_factory):
-    """A reward model and a language model of the policy's size with another tokenizer, and a reward
-    model with the policy's and a context of 12."""
-    folder = tmp_path_factory.mktemp("strangers")
-    policy, tokenizer = loading.load_llama(pocket.sft)
-    text = "the quick brown fox jumps over twelve lazy dogs " * 3
-    foreign = Tokenizer.train([f"{i} {text}" for i in range(50)], 300, folder / "tokenizer")
-    shape = dict(vars(policy.config), vocab_size=max(300, tokenizer.vocab_size))
-    native.save(ScalarModel(LlamaConfig(**shape)).initialize(1), foreign, folder / "reward")
-    native.save(Llama(LlamaConfig(**shape)).initialize(1), foreign, folder / "policy")
-    short = LlamaConfig(**dict(vars(policy.config), context=12))
-    native.save(ScalarModel(short).initialize(1), tokenizer, folder / "short")
-    return folder
 
 
 def stages(pocket, **settings):
@@ -73,7 +56,7 @@ def test_prompts_that_fill_the_context_are_left_out_and_counted(pocket, tmp_path
     assert [prompt.id for prompt in found] == ["short"]
     assert "1 prompts that fill the context of 64 left out" in caplog.text
     write(tmp_path / "long.jsonl", [long])
-    with pytest.raises(InputError, match="data: all 1 prompts fill the policy's context"):
+    with pytest.raises(InputError, match=r"long\.jsonl: all 1 prompts fill the policy's context"):
         loading.read_prompts([tmp_path / "long.jsonl"], tokenizer, policy)
 
 

@@ -1,6 +1,7 @@
 """PPO: it learns, its quantities are those of single responses, truncation stays honest, it resumes
 to the bit."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -200,11 +201,84 @@ def test_only_policy_and_critic_move(pocket, actors, prompts):
     assert same == [True, True, True, False, False]
 
 
-def test_critic_starts_from_the_helpfulness_model(actors):
-    for a, b in zip(
-        actors.critic.parameters(), actors.reward_models.helpfulness.parameters(), strict=True
-    ):
-        assert torch.equal(a, b) and a is not b
+def test_critic_starts_from_the_helpfulness_models_layers(pocket, actors, prompts):
+    ppo.start_critic(recipe(pocket), actors, prompts)
+    named = dict(actors.reward_models.helpfulness.named_parameters())
+    for name, parameter in actors.critic.named_parameters():
+        same = torch.equal(parameter, named.pop(name))
+        assert same == (name != "head.weight")
+        assert torch.equal(parameter, actors.critic_optimizer.master[name])
+    assert not named
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_critic_explains_returns_from_the_first_iteration_on(pocket, tmp_path, precision):
+    """With the paper's learning rate, which takes hundreds of iterations to move a critic: its
+    values are in the units of the whitened return before the policy's first step."""
+    settings = recipe(
+        pocket,
+        iterations=6,
+        batch_size=96,
+        beta=0.01,
+        missing_eos_penalty=0.0,
+        critic_lr=ppo.PpoRecipe.model_fields["critic_lr"].default,
+        validation=[],
+        train={"lr": 1e-6, "precision": precision},
+    )
+    ppo.run(settings, tmp_path / "run")
+    lines = [line for line in logged(tmp_path / "run") if "policy_loss" in line]
+    assert all(line["value_explained_variance"] > 0.1 for line in lines)
+    assert logged(tmp_path / "run")[0]["critic_warm_up"] > 0.1
+
+
+def objective(settings, actors, pocket, tmp_path, unit=None):
+    held_out = read(pocket.validation, "prompt")[:24]
+    return ppo.measure(settings, actors, held_out, tmp_path / "x.jsonl", unit)
+
+
+def test_inflating_one_kinds_logits_does_not_win(pocket, actors, tmp_path):
+    """A policy whose refusals come out at a logit of 25 and not 5, while its answers to questions
+    get worse: the mean logit prefers it, the objective by which PPO picks does not."""
+    settings = recipe(pocket)
+    offsets = {"honest": {"safety": 5.0, "helpfulness": 1.0}}
+    offsets["inflated"] = {"safety": 25.0, "helpfulness": 0.0}
+
+    class Scripted(phases.RewardModels):
+        def score(self, sequences, is_safety, micro_tokens):
+            safe, helpful = (self.logits[kind] for kind in ("safety", "helpfulness"))
+            return np.where(is_safety, safe, helpful), {"helpfulness": np.zeros(len(sequences))}
+
+    numbers = {}
+    for name, logits in offsets.items():
+        scripted = Scripted(actors.reward_models.helpfulness)
+        object.__setattr__(scripted, "logits", logits)
+        changed = dataclasses.replace(actors, reward_models=scripted)
+        numbers[name] = objective(settings, changed, pocket, tmp_path, unit=0.3)
+    honest, inflated = numbers["honest"], numbers["inflated"]
+    assert inflated["reward"] > honest["reward"] + 5
+    assert inflated["objective"] < honest["objective"] - 0.1
+    assert honest["score/on_safety"] == pytest.approx(1 / (1 + np.exp(-5.0)))
+
+
+def test_the_objective_weighs_kinds_alike_and_takes_the_kl_off(pocket, actors, tmp_path):
+    perturb(actors.policy)
+    settings = recipe(pocket, beta=0.3)
+    first = objective(settings, actors, pocket, tmp_path)
+    responses = phases.read_responses(tmp_path / "x.jsonl")
+    kinds = [response.prompt.kind for response in responses]
+    combined = 1 / (1 + np.exp(-np.array([response.reward for response in responses])))
+    means = [
+        np.mean([c for c, k in zip(combined, kinds, strict=True) if k == kind])
+        for kind in ("helpfulness", "safety")
+    ]
+    assert first["unit"] == pytest.approx(combined.std())
+    assert first["score"] == pytest.approx(np.mean(means))
+    assert first["kl_k1"] > 0
+    assert first["objective"] == pytest.approx(
+        np.mean(means) / combined.std() - 0.3 * first["kl_k1"]
+    )
+    again = objective(settings, actors, pocket, tmp_path, unit=2.0)
+    assert again["unit"] == 2.0 and again["objective"] < first["objective"]
 
 
 def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch):
@@ -278,13 +352,13 @@ def test_energy_that_nobody_measures_is_said_once(pocket, tmp_path, monkeypatch)
 
 
 def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
-    """Held-out rewards 0, 2, 1, 1: stops two evaluations after the best and returns its weights."""
+    """Objectives 0, 2, 1, 1: stops two evaluations after the best and returns its weights."""
     numbers = iter([0.0, 2.0, 1.0, 1.0, 9.0])
     snapshots = []
 
-    def measure(settings, actors, held_out, path):
+    def measure(settings, actors, held_out, path, unit):
         snapshots.append(actors.policy.norm.weight.detach().clone())
-        return {"reward": next(numbers)}
+        return {"objective": next(numbers), "unit": 1.0}
 
     monkeypatch.setattr(ppo, "measure", measure)
     settings = recipe(
@@ -297,10 +371,30 @@ def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
     )
     folder = ppo.run(settings, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report.items() >= {"iterations": 3, "iteration": 1, "reward": 2.0}.items()
+    assert report.items() >= {"iterations": 3, "iteration": 1, "objective": 2.0}.items()
+    assert "Rc in (0, 1)" in report["picked_by"]
     model, _ = loading.load_llama(folder)
     assert torch.equal(model.norm.weight, snapshots[1])
     assert not torch.equal(model.norm.weight, snapshots[3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"validation": []}, "longer"),
+        ({"train": {"validate_every": 5}}, "longer"),
+        ({"train": {"validate_every": 4}}, "refused"),
+        ({"train": {"validate_every": 0}}, "refused"),
+        ({"validation": [], "train": {"schedule": "cosine"}}, "refused"),
+        ({"validation": [], "train": {"warmup_ratio": 0.1}}, "refused"),
+        ({"validation": [], "iterations": 9}, "refused"),
+    ],
+)
+def test_when_more_iterations_are_the_same_course(pocket, settings, change):
+    """Also for the best version, which a measurement out of turn may have made the last one."""
+    given = {"iterations": 20, "train": {"validate_every": 5}} | settings
+    assert recipe(pocket, **given).change("iterations", {"iterations": 10}) == change
+    assert recipe(pocket, **given).change("train.validate_every", {}) == "refused"
 
 
 def test_defaults_are_the_papers():

@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pocket as problem
 import pytest
+import torch
 from pocket import response
 
+from llama2rt.checkpoint import native
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Dialogue, Prompt
 from llama2rt.errors import InputError
-from llama2rt.stages import loading, phases, rejection, sft
+from llama2rt.stages import loading, phases, rejection
+from llama2rt.text import chat
 from llama2rt.train.run import Run
 
 
@@ -98,21 +101,84 @@ def test_earlier_versions_are_pooled_under_todays_reward_models(pocket, tmp_path
         )
 
 
-def test_dialogues_are_trained_on_besides(pocket, tmp_path, monkeypatch):
+@pytest.fixture
+def trained(monkeypatch):
+    """The examples that a run trains on."""
+    examples = []
+    loader = rejection.ExampleLoader
+    monkeypatch.setattr(
+        rejection,
+        "ExampleLoader",
+        lambda given, *rest: examples.extend(given) or loader(given, *rest),
+    )
+    return examples
+
+
+def test_only_the_selected_response_is_a_target_and_as_sampled(pocket, tmp_path, trained):
+    """Not the assistant's turns in a prompt's history; not the response's text encoded again, in
+    today's samples or pooled ones."""
+    history = [*problem.messages("safety", "lulu"), {"role": "assistant", "content": "gold"}]
+    prompts = [
+        Prompt(name, [*history, *problem.messages("helpfulness", name)])
+        for name in problem.TRAINING[:6]
+    ]
+    write(tmp_path / "prompts.jsonl", prompts)
+    _, tokenizer = loading.load_llama(pocket.sft)
+    # "yes" byte by byte: tokens that encoding its text would not give.
+    old = response("yes", tokens=(*(3 + byte for byte in b"yes"), tokenizer.eos), name="elder")
+    asked = chat.encode_prompt(tokenizer, old.prompt.messages)
+    assert tokenizer.decode(old.tokens[:-1]) == "yes"
+    (tmp_path / "v0").mkdir()
+    (tmp_path / "v0" / "manifest.json").write_text("{}")
+    phases.write_responses(
+        tmp_path / "v0" / "samples" / rejection.BEST, [replace(old, prompt_tokens=asked)]
+    )
+    settings = recipe(
+        pocket,
+        data=[tmp_path / "prompts.jsonl"],
+        validation=[],
+        earlier=[tmp_path / "v0"],
+        samples=2,
+        epochs=1,
+    )
+    rejection.run(settings, tmp_path / "run")
+    best = phases.read_responses(tmp_path / "run" / "samples" / rejection.BEST)
+    assert len(trained) == len(best) > 1
+    assert old.tokens in [kept.tokens for kept in best]
+    for example, kept in zip(trained, best, strict=True):
+        assert example.tokens.tolist() == kept.prompt_tokens + kept.tokens
+        assert example.tokens[example.trainable].tolist() == kept.tokens
+        assert kept.tokens[-1] == tokenizer.eos
+
+
+def test_dialogues_are_trained_on_besides(pocket, tmp_path, trained):
     messages = [*problem.messages("safety", "lulu"), {"role": "assistant", "content": "sorry"}]
     write(tmp_path / "dialogues.jsonl", [Dialogue(messages)])
-    trained = []
-    encode = sft.encode
-    monkeypatch.setattr(
-        sft,
-        "encode",
-        lambda dialogues, *rest: trained.extend(dialogues) or encode(dialogues, *rest),
-    )
     settings = recipe(pocket, samples=1, epochs=1, dialogues=[tmp_path / "dialogues.jsonl"])
     rejection.run(settings, tmp_path / "run")
     best = phases.read_responses(tmp_path / "run" / "samples" / rejection.BEST)
-    answers = [dialogue.messages[-1]["content"] for dialogue in trained]
-    assert answers == [*(response.text for response in best), "sorry"]
+    _, tokenizer = loading.load_llama(pocket.sft)
+    tokens, trainable = chat.encode_dialogue(tokenizer, messages)
+    assert len(trained) == len(best) + 1
+    assert trained[-1].tokens.tolist() == tokens
+    assert trained[-1].trainable.tolist() == trainable
+
+
+def test_held_out_kl_is_to_the_reference(pocket, tmp_path, monkeypatch):
+    """Not to the base that each version is fine-tuned from."""
+    _, tokenizer = loading.load_llama(pocket.sft)
+    base, _ = loading.load_llama(pocket.sft)
+    with torch.no_grad():
+        base.output.mul_(1.1)
+    native.save(base, tokenizer, tmp_path / "base")
+    seen = []
+    monkeypatch.setattr(
+        phases, "measure", lambda path, engine, reference, *_, **__: seen.append(reference) or {}
+    )
+    settings = recipe(pocket, init=tmp_path / "base", reference=pocket.sft, samples=1, epochs=1)
+    rejection.run(settings, tmp_path / "run")
+    sft, _ = loading.load_llama(pocket.sft)
+    assert torch.equal(seen[0].output, sft.output)
 
 
 @pytest.mark.parametrize(

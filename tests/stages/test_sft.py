@@ -78,6 +78,22 @@ def test_real_dialogues(init, shared_data):
     assert all("####" in d.messages[-1]["content"] for d in training)
 
 
+def test_more_epochs_go_on_to_the_same_bits(init, tmp_path, caplog):
+    def recipe(epochs, **train):
+        options = TrainOptions(lr=1e-2, schedule="constant", checkpoint_every=2, **train)
+        return SftRecipe(**init, batch_size=20, epochs=epochs, held_out=0.1, train=options)
+
+    def weights(folder):
+        return (folder / "model.safetensors").read_bytes()
+
+    whole = sft.run(recipe(3), tmp_path / "whole")
+    shorter = weights(sft.run(recipe(2), tmp_path / "run"))
+    longer = sft.run(recipe(3, log_every=2), tmp_path / "run", resume=True)
+    assert weights(whole) == weights(longer) != shorter
+    assert "resumed with epochs = 3 (was 2), train.log_every = 2 (was 1)" in caplog.text
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
 def test_the_shipped_recipe_is_valid():
     from llama2rt.cli import find_recipe, read_recipe
 

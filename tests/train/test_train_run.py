@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar
 
 import json_lines
 import pytest
 from processes import run_python
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from llama2rt.errors import InputError
 from llama2rt.train import Recipe, Run, TrainOptions
@@ -58,6 +61,96 @@ def test_resume_with_another_recipe_names_the_key(tmp_path):
     Run.open(tmp_path, Tiny())
     with pytest.raises(InputError, match=r"train\.lr = 0\.0003.*0\.5"):
         Run.open(tmp_path, Tiny(train=TrainOptions(lr=0.5)), resume=True)
+
+
+class Staged(Tiny):
+    data: list[Path] = Field(default=[])
+    init: Path | None = None
+    epochs: int = 2
+    settings: dict[str, Any] = Field(default={})
+    durations: ClassVar = ("epochs",)
+
+
+CONSTANT = {"schedule": "constant"}
+
+
+def test_resume_takes_what_changes_no_result_and_says_so(tmp_path, caplog):
+    Run.open(tmp_path, Staged())
+    changed = {"log_every": 5, "checkpoint_every": 1, "validate_every": 3}
+    run = Run.open(tmp_path, Staged(train=changed), resume=True)
+    assert "train.log_every = 5 (was 1)" in caplog.text
+    assert "train.checkpoint_every = 1 (was 200)" in caplog.text
+    assert tomllib.loads((tmp_path / "recipe.toml").read_text())["train"]["log_every"] == 5
+    # Recorded, and from then on the run's recipe.
+    (resumed,) = json.loads((tmp_path / "manifest.json").read_text())["resumed"]
+    assert resumed["changes"]["train.log_every"] == {"from": 1, "to": 5}
+    caplog.clear()
+    Run.open(tmp_path, Staged(train=changed), resume=True)
+    assert not caplog.text
+    # Of a run that is done nothing is left to record otherwise.
+    run.finish()
+    assert Run.open(tmp_path, Staged(), resume=True).complete
+
+
+def test_more_epochs_go_on_under_a_constant_schedule(tmp_path, caplog):
+    Run.open(tmp_path, Staged(train=CONSTANT)).finish(loss=1.0)
+    run = Run.open(tmp_path, Staged(epochs=3, train=CONSTANT), resume=True)
+    assert not run.complete and "summary" not in run.manifest
+    assert "epochs = 3 (was 2)" in caplog.text
+    with pytest.raises(InputError, match="epochs = 3, asked to resume with 1"):
+        Run.open(tmp_path, Staged(epochs=1, train=CONSTANT), resume=True)
+
+
+@pytest.mark.parametrize(
+    "train", [{}, {**CONSTANT, "warmup_ratio": 0.1}], ids=["cosine", "warm-up of a share"]
+)
+def test_more_epochs_are_another_run_where_the_learning_rate_depends_on_them(tmp_path, train):
+    Run.open(tmp_path, Staged(train=train))
+    with pytest.raises(InputError, match="epochs = 2, asked to resume with 3"):
+        Run.open(tmp_path, Staged(epochs=3, train=train), resume=True)
+
+
+def test_a_path_may_be_spelled_otherwise(tmp_path, monkeypatch, caplog):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("data/a.txt", "data/b.txt", "elsewhere/a.txt"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+
+    def recipe(folder, name="a.txt"):
+        first, own = f"{folder}/a.txt", {"dialogues": [f"{folder}/{name}"]}
+        return Staged(data=[first, f"{folder}/{name}"], init=folder, settings=own)
+
+    Run.open("run", recipe("data"))
+    # From another folder, and with the path that a link leads to.
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Run.open(tmp_path / "run", recipe(tmp_path / "data"), resume=True)
+    assert "data.0 = " in caplog.text and "settings.dialogues.0 = " in caplog.text
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    Run.open(tmp_path / "run", recipe("../link"), resume=True)
+    for other in (recipe("../data", "b.txt"), recipe(".")):
+        with pytest.raises(InputError, match="asked to resume with"):
+            Run.open(tmp_path / "run", other, resume=True)
+    with pytest.raises(InputError, match="asked to resume with"):
+        # A list's first entries are not the list.
+        Run.open(tmp_path / "run", recipe("../data").model_copy(update={"data": []}), resume=True)
+
+
+def test_a_parent_that_is_no_run_leaves_no_directory(tmp_path):
+    with pytest.raises(InputError, match=r"manifest\.json: cannot be read"):
+        Run.open(tmp_path / "run", Tiny(), parents=[tmp_path])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{"seed": 2**63}, {"epochs": 2**31}, {"train": {"log_every": 2**40}}]
+)
+def test_numbers_beyond_their_counters_are_named(values):
+    with pytest.raises(
+        ValidationError, match=r"(seed|epochs|log_every): expected at most \d+, got"
+    ):
+        Staged(**values)
+    Staged(seed=2**63 - 1, epochs=2**31 - 1)
 
 
 def test_resume_on_changed_data_names_the_file(tmp_path):

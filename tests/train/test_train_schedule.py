@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from llama2rt.train import Recipe, TrainOptions, learning_rate
+from llama2rt.train.schedule import warn_of_warmup
 
 
 def test_cosine_with_warmup_hits_its_landmarks():
@@ -28,6 +29,20 @@ def test_reward_model_warmup_is_three_percent_but_at_least_five_steps():
     options = TrainOptions(lr=1.0, warmup_ratio=0.03, warmup_minimum=5)
     assert learning_rate(0, 20, options) == pytest.approx(1 / 5)
     assert learning_rate(0, 1000, options) == pytest.approx(1 / 30)
+
+
+def test_a_warmup_longer_than_the_run_is_named(caplog):
+    warn_of_warmup(2000, TrainOptions(lr=3e-4, warmup_steps=2000))
+    warn_of_warmup(2, TrainOptions(lr=3e-4, warmup_ratio=0.9))
+    assert not caplog.text
+    warn_of_warmup(500, TrainOptions(lr=3e-4, warmup_steps=2000))
+    assert (
+        "train.warmup_steps: the warm-up of 2000 steps is longer than the run of 500" in caplog.text
+    )
+    assert "ends at 7.5e-05 and never reaches lr 0.0003" in caplog.text
+    caplog.clear()
+    warn_of_warmup(3, TrainOptions(warmup_ratio=0.03, warmup_minimum=5))
+    assert "train.warmup_minimum: the warm-up of 5 steps is longer than the run of 3" in caplog.text
 
 
 def test_options_refuse_nonsense():

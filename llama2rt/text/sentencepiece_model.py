@@ -1,0 +1,98 @@
+"""What a SentencePiece model file says of itself: its pieces and the settings that change ids.
+
+The library answers neither "which settings" nor "which scores are equal" through its processor, and
+its protobuf module clashes with the copy inside transformers 4 (two different files of one name in
+one descriptor pool), so the few fields needed are read from the wire format here. Field numbers:
+sentencepiece_model.proto of SentencePiece 0.2.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One id's text, its score (for BPE: higher is merged first) and its type."""
+
+    text: str
+    score: float
+    type: int
+
+
+@dataclass
+class Model:
+    """Pieces in id order, and settings with SentencePiece's own defaults."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    type: str = "unigram"
+    byte_fallback: bool = False
+    whitespace_as_suffix: bool = False
+    normalization: str = ""
+    has_normalization_table: bool = False
+    has_denormalization_table: bool = False
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+    escape_whitespaces: bool = True
+
+    def of_type(self, kind: int) -> list[int]:
+        """Ids of the pieces of one type."""
+        return [number for number, piece in enumerate(self.pieces) if piece.type == kind]
+
+
+def read(definition: bytes) -> Model:
+    """The model in a tokenizer.model that SentencePiece itself has accepted."""
+    model = Model()
+    for number, value in _fields(definition):
+        if number == 1:
+            piece = dict(_fields(value))
+            score = struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0]
+            model.pieces.append(Piece(piece.get(1, b"").decode(), score, piece.get(3, NORMAL)))
+        elif number == 2:
+            trainer = dict(_fields(value))
+            model.type = MODEL_TYPES.get(trainer.get(3, 1), "unknown")
+            model.whitespace_as_suffix = bool(trainer.get(24, 0))
+            model.byte_fallback = bool(trainer.get(35, 0))
+        elif number == 3:
+            normalizer = dict(_fields(value))
+            model.normalization = normalizer.get(1, b"").decode()
+            model.has_normalization_table = bool(normalizer.get(2))
+            model.add_dummy_prefix = bool(normalizer.get(3, 1))
+            model.remove_extra_whitespaces = bool(normalizer.get(4, 1))
+            model.escape_whitespaces = bool(normalizer.get(5, 1))
+        elif number == 5:
+            model.has_denormalization_table = bool(dict(_fields(value)).get(2))
+    return model
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message: an int for a varint, else its bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(message, at)
+        else:
+            size = {1: 8, 5: 4}[kind]
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at

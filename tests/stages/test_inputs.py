@@ -1,0 +1,222 @@
+"""Whatever a stage will need is read and checked before any weights are loaded: a bad last input
+costs seconds, not the hours of sampling and training before its turn."""
+
+import json
+import shutil
+
+import pocket as problem
+import pytest
+
+from llama2rt.checkpoint import native
+from llama2rt.data.readers import write
+from llama2rt.data.records import Comparison, Dialogue, Prompt
+from llama2rt.errors import InputError
+from llama2rt.model import Llama, LlamaConfig
+from llama2rt.stages import dpo, iterate, loading, phases, ppo, rejection, reward, sft
+from llama2rt.text import chat
+
+LONG = "may baba visit " * 40
+
+
+@pytest.fixture(autouse=True)
+def nothing_begins(monkeypatch):
+    """A stage that loads weights has begun to spend time; without weights it can neither sample nor
+    train."""
+    load = loading.load
+
+    def refuse(folder, device="cpu", dtype=None):
+        if str(device) != "meta":
+            pytest.fail(f"{folder}: its weights were loaded before all inputs were checked")
+        return load(folder, device)
+
+    monkeypatch.setattr(loading, "load", refuse)
+
+
+@pytest.fixture(scope="module")
+def bad(pocket, strangers, tmp_path_factory):
+    """Inputs by name, each wrong in one way."""
+    folder = tmp_path_factory.mktemp("bad")
+    prompt = Prompt("short", problem.messages("helpfulness", "baba"))
+    long = [{"role": "user", "content": LONG}]
+    write(folder / "malformed.jsonl", [prompt])
+    with open(folder / "malformed.jsonl", "a") as file:
+        file.write('{"id": "x", "messages": []}\n')
+    write(folder / "long.jsonl", [Prompt("long", long)])
+    answer = {"role": "assistant", "content": "yes"}
+    write(folder / "long-dialogues.jsonl", [Dialogue([*long, answer])])
+    # A folder whose configuration and tokenizer are right and whose weights are not there.
+    shutil.copytree(pocket.sft, folder / "unfinished")
+    (folder / "unfinished" / "model.safetensors").unlink()
+    # As the policy's, but for a shorter context.
+    policy, tokenizer = loading.load_llama(pocket.sft)
+    shape = LlamaConfig(**dict(vars(policy.config), context=12))
+    native.save(Llama(shape).initialize(1), tokenizer, folder / "short")
+    earlier = {
+        "nothing": None,
+        "garbled": '{"prompt_id": "x"}\n',
+        "foreign": [problem.response("yes", tokens=(7, 8, 2))],
+        "oversized": [
+            phases.Response(
+                prompt, "yes", chat.encode_prompt(tokenizer, prompt.messages),
+                [9] * 60 + [tokenizer.eos], True, 0.0, {"helpfulness": 0.5}, "p", 1.0, 0,
+            )
+        ],
+    }  # fmt: skip
+    for name, content in earlier.items():
+        samples = folder / name / "samples"
+        samples.mkdir(parents=True)
+        (folder / name / "manifest.json").write_text("{}")
+        if isinstance(content, str):
+            (samples / rejection.BEST).write_text(content)
+        elif content:
+            phases.write_responses(samples / rejection.BEST, content)
+    return {path.name: path for path in folder.iterdir()} | {
+        "missing": folder / "missing.jsonl",
+        "foreign reward": strangers / "reward",
+        "foreign policy": strangers / "policy",
+        "short reward": strangers / "short",
+    }
+
+
+EVERYWHERE = [
+    ({"validation": ["malformed.jsonl"]}, r"malformed\.jsonl:2: "),
+    ({"validation": ["missing"]}, r"missing\.jsonl: cannot be read"),
+    ({"validation": ["long.jsonl"]}, r"long\.jsonl: all 1 prompts fill"),
+    ({"safety": "foreign reward"}, "reward: its tokenizer is not the policy's"),
+    ({"safety": "short reward"}, "safety: its context of 12 tokens is shorter"),
+    ({"safety": "foreign policy"}, "policy: expected a reward model, found a language model"),
+    ({"reference": "foreign policy"}, "policy: its tokenizer is not the policy's"),
+    ({"reference": "short"}, "reference: its context of 12 tokens is shorter"),
+    ({"reference": "unfinished"}, "unfinished: no model.safetensors"),
+]
+REJECTION = [
+    ({"init": "foreign policy"}, "policy: its tokenizer is not the policy's"),
+    ({"init": "short"}, "init: its context of 12 tokens is shorter"),
+    ({"init": "unfinished"}, "unfinished: no model.safetensors"),
+    ({"dialogues": ["malformed.jsonl"]}, r"malformed\.jsonl:1: "),
+    ({"dialogues": ["long-dialogues.jsonl"]}, "all 1 dialogues are longer than 64 tokens"),
+    ({"earlier": ["nothing"]}, r"nothing/samples/best\.jsonl: cannot be read"),
+    ({"earlier": ["garbled"]}, r"best\.jsonl:1: not a sample of this stage"),
+    ({"earlier": ["foreign"]}, r"best\.jsonl:1: sampled with another tokenizer"),
+    ({"earlier": ["oversized"]}, r"best\.jsonl:1: \d+ tokens exceed the context of init, 64"),
+]
+
+
+def resolved(settings, bad):
+    return {
+        key: [bad[name] for name in value] if isinstance(value, list) else bad[value]
+        for key, value in settings.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "said"),
+    [(stage, *case) for stage in ("rejection", "ppo", "dpo") for case in EVERYWHERE]
+    + [("rejection", *case) for case in REJECTION],
+)
+def test_rlhf_stages(pocket, bad, tmp_path, stage, settings, said):
+    given = {
+        "init": pocket.sft,
+        "helpfulness": pocket.helpfulness,
+        "safety": pocket.safety,
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "max_tokens": 8,
+    }
+    module, recipe = {
+        "rejection": (rejection, rejection.RejectionRecipe),
+        "ppo": (ppo, ppo.PpoRecipe),
+        "dpo": (dpo, dpo.DpoRecipe),
+    }[stage]
+    if stage == "rejection":
+        given["policy"] = pocket.sft
+    with pytest.raises(InputError, match=said):
+        module.run(recipe(**(given | resolved(settings, bad))), tmp_path / "run")
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+@pytest.mark.parametrize("stage", [sft, reward])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("malformed.jsonl", r"malformed\.jsonl:1: "), ("missing", r"missing\.jsonl: cannot be read")],
+)
+def test_supervised_stages(pocket, bad, tmp_path, stage, name, said):
+    good = tmp_path / "good.jsonl"
+    messages = problem.messages("helpfulness", "baba")
+    if stage is sft:
+        write(good, [Dialogue([*messages, {"role": "assistant", "content": "yes"}])])
+        recipe = sft.SftRecipe(init=pocket.sft, data=[good], validation=[bad[name]])
+    else:
+        write(good, [Comparison(messages, "yes", "no")])
+        recipe = reward.RewardRecipe(init=pocket.sft, data=[good], validation=[bad[name]])
+    with pytest.raises(InputError, match=said):
+        stage.run(recipe, tmp_path / "run")
+
+
+def test_sft_dialogues_longer_than_the_context(pocket, bad, tmp_path):
+    messages = problem.messages("helpfulness", "baba")
+    write(tmp_path / "a.jsonl", [Dialogue([*messages, {"role": "assistant", "content": "yes"}])])
+    held_out = [bad["long-dialogues.jsonl"]]
+    recipe = sft.SftRecipe(init=pocket.sft, data=[tmp_path / "a.jsonl"], validation=held_out)
+    with pytest.raises(InputError, match="all 1 dialogues are longer than 64 tokens"):
+        sft.run(recipe, tmp_path / "run")
+
+
+V1 = {"name": "V1", "stage": "rejection", "settings": {"samples": 1, "epochs": 1}}
+
+
+def plan(pocket, steps, **settings):
+    given = {
+        "sft": pocket.sft,
+        "helpfulness": pocket.helpfulness,
+        "safety": pocket.safety,
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "max_tokens": 8,
+        "steps": steps,
+    }
+    return iterate.IterateRecipe(**(given | settings))
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "said"),
+    [
+        ("rejection", {"dialogues": ["malformed.jsonl"]}, r"V2: .*malformed\.jsonl:1: "),
+        ("rejection", {"earlier": ["garbled"]}, r"V2: .*best\.jsonl:1: not a sample"),
+        ("ppo", {"validation": ["long.jsonl"]}, r"V2: .*long\.jsonl: all 1 prompts fill"),
+        ("ppo", {"safety": "foreign reward"}, "V2: .*its tokenizer is not the policy's"),
+        ("dpo", {"reference": "unfinished"}, "V2: .*unfinished: no model.safetensors"),
+        ("dpo", {"data": ["missing"]}, r"V2: .*missing\.jsonl: cannot be read"),
+    ],
+)
+def test_iterate_reads_the_last_steps_own_inputs_first(
+    pocket, bad, tmp_path, stage, settings, said
+):
+    last = {"name": "V2", "stage": stage, "settings": json.loads(
+        json.dumps(resolved(settings, bad), default=str))}  # fmt: skip
+    with pytest.raises(InputError, match=f"steps: {said}"):
+        iterate.run(plan(pocket, [V1, last]), tmp_path / "run")
+    assert not (tmp_path / "run" / "V1").exists()
+
+
+def test_iterate_checks_what_only_the_table_needs(pocket, bad, tmp_path):
+    """Each step names a safety model of its own; the one that measures them all is too short."""
+    own = {"safety": str(pocket.safety)}
+    steps = [{**V1, "settings": V1["settings"] | own}]
+    recipe = plan(pocket, steps, safety=bad["short reward"])
+    with pytest.raises(InputError, match="safety: its context of 12 tokens is shorter"):
+        iterate.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "V1").exists()
+
+
+def test_iterate_knows_the_models_that_are_still_to_come(pocket, bad, tmp_path):
+    """V1 is trained from a base of another shape, so V2's policy will have that one's context."""
+    shape = LlamaConfig(**dict(vars(loading.outline(pocket.sft).config), context=128))
+    _, tokenizer = loading.load(pocket.sft, "meta")
+    native.save(Llama(shape).initialize(1), tokenizer, tmp_path / "base")
+    steps = [V1, {"name": "V2", "stage": "dpo", "settings": {"max_tokens": 100}}]
+    with pytest.raises(InputError, match="V2: reference: its context of 64 tokens is shorter"):
+        iterate.run(plan(pocket, steps, base=tmp_path / "base"), tmp_path / "run")
+    # With room for all, everything is checked and V1 begins: it loads weights.
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        iterate.run(plan(pocket, [V1]), tmp_path / "good")
