@@ -32,7 +32,7 @@ from llama2rt.stages.loading import choose_tokenizer, default_device
 from llama2rt.stages.phases import write_report
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.options import Recipe, TrainOptions, check_integers
 from llama2rt.train.run import Run
 
 logger = logging.getLogger("llama2rt.stages.pretrain")
@@ -57,6 +57,11 @@ class ModelShape(BaseModel):
     norm_eps: float | None = None
     rope_theta: float | None = None
     tied: bool | None = None
+
+    @model_validator(mode="after")
+    def _integers(self) -> Self:
+        check_integers(self)
+        return self
 
     def config(self, vocab_size: int, context: int) -> LlamaConfig:
         """InputError for a shape that cannot exist."""

@@ -88,8 +88,8 @@ class Run:
                     "another --out"
                 )
             manifest = _read_manifest(directory / _MANIFEST)
-            _check_inputs(directory, manifest, hashes)
             changes, longer = _changes(directory, manifest, recipe, resolved)
+            _check_inputs(directory, manifest, hashes)
             if longer or not manifest["complete"]:
                 _lock(directory)
                 if changes:
@@ -283,7 +283,7 @@ def _changes(
         longer = longer or change == "longer"
     if changes and (longer or not manifest["complete"]):
         said = ", ".join(f"{key} = {c['to']!r} (was {c['from']!r})" for key, c in changes.items())
-        logger.warning("%s: resumed with %s; the result is the same course's", directory, said)
+        logger.warning("%s: resumed with %s; no step so far would be another", directory, said)
     return changes, longer
 
 
@@ -308,7 +308,7 @@ def _is_path(recipe: BaseModel, key: str) -> bool:
             value, free = value.get(part), True
         else:
             value = getattr(value, part, None)
-    return isinstance(value, Path) or (free and isinstance(value, str))
+    return isinstance(value, os.PathLike) or (free and isinstance(value, str))
 
 
 def _same_file(directory_before: str, before: Any, after: Any) -> bool:

@@ -220,3 +220,17 @@ def test_iterate_knows_the_models_that_are_still_to_come(pocket, bad, tmp_path):
     # With room for all, everything is checked and V1 begins: it loads weights.
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         iterate.run(plan(pocket, [V1]), tmp_path / "good")
+
+
+def test_a_warmup_longer_than_ppo_is_said_before_it_begins(pocket, tmp_path, caplog):
+    recipe = ppo.PpoRecipe(
+        init=pocket.sft,
+        helpfulness=pocket.helpfulness,
+        data=[pocket.prompts],
+        max_tokens=8,
+        iterations=2,
+        train={"warmup_steps": 9},
+    )
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        ppo.run(recipe, tmp_path / "run")
+    assert "the warm-up of 9 steps is longer than the run of 2" in caplog.text
