@@ -76,7 +76,7 @@ def _decoded(schema: Any, batches: Any, before: int = 0) -> Iterator[tuple[int, 
 
 def decoders(schema: Any) -> dict[str, Decode]:
     """For each column of an Arrow schema that holds JSON text anywhere: how to decode a value."""
-    features = {}
+    features: dict[str, Any] = {}
     if described := (schema.metadata or {}).get(b"huggingface"):
         features = json.loads(described).get("info", {}).get("features") or {}
     found = {field.name: _decoder(field, features.get(field.name), field.name) for field in schema}

@@ -89,8 +89,10 @@ class Source(BaseModel):
         said = self.model_dump(mode="json")
         if isinstance(said, str):
             return said
-        # JSON's texts and numbers are TOML's.
-        return "{" + ", ".join(f"{key} = {json.dumps(said[key])}" for key in said) + "}"
+        # JSON's texts and numbers are TOML's, but for escaped surrogates and a bare DEL.
+        texts = {key: json.dumps(value, ensure_ascii=False) for key, value in said.items()}
+        pairs = (f"{key} = {text}".replace("\x7f", "\\u007f") for key, text in texts.items())
+        return "{" + ", ".join(pairs) + "}"
 
     @classmethod
     def parse(cls, text: str) -> Source:

@@ -308,7 +308,7 @@ def _is_path(recipe: BaseModel, key: str) -> bool:
             value, free = value.get(part), True
         else:
             value = getattr(value, part, None)
-    return isinstance(value, Path) or (free and isinstance(value, str))
+    return isinstance(value, os.PathLike) or (free and isinstance(value, str))
 
 
 def _same_file(directory_before: str, before: Any, after: Any) -> bool:

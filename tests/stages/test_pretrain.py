@@ -156,3 +156,57 @@ def test_an_impossible_shape_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="model: heads: expected a divisor of dim 32, got 3"):
         pretrain.run(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_each_sources_end_is_held_out_and_measured(tmp_path, caplog):
+    """Two files, one of which names two sources in turn: three ends, each with its figure."""
+    words = {"a": "pear plum fig", "b": "iron zinc tin", "c": "oak elm ash"}
+    lines = {
+        name: "".join(f"{i} {text} {i % 7} {text[::-1]}.\n" for i in range(300))
+        for name, text in words.items()
+    }
+    (tmp_path / "a.txt").write_text(lines["a"])
+    pieces = {name: lines[name].splitlines(keepends=True) for name in "bc"}
+    documents = [
+        {"text": "".join(pieces[name][i : i + 30]), "source": name}
+        for i in range(0, 300, 30)
+        for name in "bc"
+    ]
+    json_lines.write(tmp_path / "two.jsonl", [*documents, {"text": "x", "source": "tiny"}])
+    changes = {"data": [tmp_path / "a.txt", tmp_path / "two.jsonl"], "epochs": 2}
+    pretrain.run(recipe(tmp_path, **changes), tmp_path / "run")
+    assert "two.jsonl: tiny: nothing held out" in caplog.text
+    names = json.loads((tmp_path / "run" / "tokens" / "held_out.json").read_text())
+    assert list(names) == ["a.txt", "two.jsonl: b", "two.jsonl: c"]
+
+    last = [m for m in json_lines.read(tmp_path / "run" / "metrics.jsonl") if "bits_per_byte" in m]
+    each = {name: last[-1][f"bits_per_byte/{name}"] for name in names}
+    model, tokenizer = llama2rt.load(tmp_path / "run" / "model")
+    sizes = {}
+    for (name, file), label in zip(names.items(), "abc", strict=True):
+        stream = TokenFile(tmp_path / "run" / "tokens" / file)
+        sizes[name] = stream.text_bytes
+        assert stream.text_bytes == pytest.approx(0.1 * len(lines[label]), abs=60)
+        text = tokenizer.decode([int(i) for i in stream.ids() if i > 2])
+        assert lines[label].endswith(text.strip()[-200:] + "\n")
+        alone = pretrain.held_out_losses(model, {name: stream}, 32, 256)
+        assert alone["bits_per_byte"] == pytest.approx(each[name], rel=1e-5)
+    total = sum(each[name] * sizes[name] for name in names) / sum(sizes.values())
+    assert last[-1]["bits_per_byte"] == pytest.approx(total, rel=1e-6)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["bits_per_byte/a.txt"] == each["a.txt"]
+
+
+def test_sources_that_are_pages_count_as_one(tmp_path):
+    path = tmp_path / "pages.jsonl"
+    json_lines.write(path, [{"text": TEXT, "source": f"http://{i}"} for i in range(65)])
+    assert list(pretrain.by_source(recipe(tmp_path, data=[path]))) == ["pages.jsonl"]
+
+
+def test_files_of_one_name_are_two_sources(tmp_path):
+    data = []
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        data.append(tmp_path / folder / "text.txt")
+        data[-1].write_text(TEXT)
+    assert list(pretrain.by_source(recipe(tmp_path, data=data))) == [str(path) for path in data]

@@ -176,15 +176,3 @@ def test_scores_do_not_depend_on_neighbours(pocket):
     together, _ = reward.score(model, pairs, 4096)
     apart = np.concatenate([reward.score(model, [pair], 4096)[0] for pair in pairs])
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
-
-
-def test_a_file_of_both_kinds_gives_its_own(caplog):
-    """PKU-SafeRLHF's rows are judged twice, and may be ranked one way by each."""
-    both = [
-        Comparison([{"role": "user", "content": "q"}], "a", "b", kind="helpfulness"),
-        Comparison([{"role": "user", "content": "q"}], "b", "a", kind="safety"),
-    ]
-    assert reward.of_kind(both, "safety") == both[1:]
-    assert "1 comparisons of the other kind" in caplog.text
-    # A file that does not say is taken at its owner's word.
-    assert reward.of_kind(both[:1], "safety") == both[:1]

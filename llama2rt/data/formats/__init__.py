@@ -10,7 +10,7 @@ what they drop as malformed is an error here, to be tolerated by ``skip_invalid`
 
 # In this order are rows recognised: transcripts before plain text, whose rows have the same keys;
 # formats with more keys before those that any of them might match.
-from llama2rt.data.formats import (  # isort: skip
+from llama2rt.data.formats import (  # noqa: F401  # isort: skip
     anthropic,
     orca,
     ultrainteract,
@@ -25,4 +25,3 @@ from llama2rt.data.formats import (  # isort: skip
 from llama2rt.data.formats.registry import FORMATS, Convert, Format, Selection, recognise
 
 __all__ = ["FORMATS", "Convert", "Format", "Selection", "recognise"]
-_ = (anthropic, orca, ultrainteract, gsm8k, scored, shp, saferlhf, rlhflow, trl, sharegpt)
