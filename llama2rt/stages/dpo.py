@@ -60,7 +60,9 @@ class DpoRecipe(Recipe):
     max_tokens: int = Field(default=2048, gt=0)
     """response length; a response that is cut there is compared as it stands, without an EOS"""
     max_sequences: int = Field(default=256, gt=0)
-    """sampled at once; fewer hold fewer keys and values in memory"""
+    """sampled at once"""
+    cache_bytes: int | None = Field(default=None, gt=0)
+    """most memory for keys and values while sampling; None for half of what is free"""
     length_penalty: float = Field(default=0.0, ge=0)
     """reward taken off per character when ranking"""
     threshold: float = Field(default=0.15, ge=0, le=1)
@@ -157,7 +159,12 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         policy, _ = loading.load_llama(policy_folder, recipe.tokenizer, options.dtype)
         sampled = phases.sample(
             step.samples_directory,
-            Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
+            Engine(
+                policy,
+                tokenizer,
+                max_sequences=recipe.max_sequences,
+                cache_bytes=recipe.cache_bytes,
+            ),
             reward_models,
             phases.draw(prompts, count, recipe.seed, iteration),
             n=recipe.samples,
@@ -205,7 +212,12 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
             if held_out:
                 measured = phases.measure(
                     step.samples_directory / "held_out.jsonl",
-                    Engine(model, tokenizer, max_sequences=recipe.max_sequences),
+                    Engine(
+                        model,
+                        tokenizer,
+                        max_sequences=recipe.max_sequences,
+                        cache_bytes=recipe.cache_bytes,
+                    ),
                     reference,
                     reward_models,
                     held_out,

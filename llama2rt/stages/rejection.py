@@ -59,7 +59,9 @@ class RejectionRecipe(Recipe):
     max_tokens: int = Field(default=256, gt=0)
     """response length; a response that is cut there never becomes a target"""
     max_sequences: int = Field(default=256, gt=0)
-    """sampled at once; fewer hold fewer keys and values in memory"""
+    """sampled at once"""
+    cache_bytes: int | None = Field(default=None, gt=0)
+    """most memory for keys and values while sampling; None for half of what is free"""
     threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt"""
     batch_size: int = Field(default=64, gt=0)
@@ -98,7 +100,9 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     # Sample and score.
     sampled = phases.sample(
         run.samples_directory,
-        Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
+        Engine(
+            policy, tokenizer, max_sequences=recipe.max_sequences, cache_bytes=recipe.cache_bytes
+        ),
         reward_models,
         loading.read_prompts(
             recipe.data, tokenizer, policy, recipe.max_tokens, reward_models.by_key
@@ -146,7 +150,9 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         reference = loading.load_companion(recipe.init, tokenizer)
         report |= phases.measure(
             run.samples_directory / "held_out.jsonl",
-            Engine(model, tokenizer, max_sequences=recipe.max_sequences),
+            Engine(
+                model, tokenizer, max_sequences=recipe.max_sequences, cache_bytes=recipe.cache_bytes
+            ),
             reference,
             reward_models,
             loading.read_prompts(recipe.validation, tokenizer, model),
