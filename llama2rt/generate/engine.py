@@ -91,8 +91,11 @@ class Engine:
         token or leaves no room in the context, and one that needs more than `cache_bytes`;
         FloatingPointError where logits are not finite.
         """
+        check_options(n, temperature, top_p, top_k, max_tokens, seed)
+        if len(prompts) * n > MOST:
+            raise InputError(f"n: expected at most {MOST} samples in all, got {len(prompts)} x {n}")
         encoded = self._encode(prompts)
-        completions: list[Completion | None] = [None] * (len(prompts) * max(n, 0))
+        completions: list[Completion | None] = [None] * (len(prompts) * n)
         for _, finished in self._steps(encoded, n, temperature, top_p, top_k, max_tokens, seed):
             for sequence in finished:
                 i, tokens = sequence.prompt, sequence.tokens.tolist()
@@ -120,6 +123,7 @@ class Engine:
         seed: int = 0,
     ) -> Iterator[str]:
         """One sample of one prompt as pieces of text; a character is held back until complete."""
+        check_options(1, temperature, top_p, top_k, max_tokens, seed)
         encoded = self._encode([prompt])
         tokens: list[int] = []
         shown = ""
@@ -177,9 +181,6 @@ class Engine:
         seed: int,
     ) -> Iterator[tuple[np.ndarray, list[scheduler.Sequence]]]:
         """Yields each forward pass's sampled tokens and the sequences it finished."""
-        check_options(n, temperature, top_p, top_k, max_tokens, seed)
-        if len(prompts) * n > MOST:
-            raise InputError(f"n: expected at most {MOST} samples in all, got {len(prompts)} x {n}")
         model, page_size = self.model, self.page_size
         lengths = np.array([len(tokens) for tokens in prompts], np.int32)
         limits = np.minimum(min(max_tokens, model.config.context), model.config.context - lengths)
@@ -210,8 +211,8 @@ class Engine:
         than there may be."""
         if len(lengths) == 0:
             return 0
+        longest = int((lengths + limits).argmax())
         each = -(-(lengths + limits).astype(np.int64) // self.page_size)
-        longest = int(each.argmax())
         bytes_each = page_bytes(self.model, self.page_size)
         allowed = self.cache_bytes
         if allowed is None:
