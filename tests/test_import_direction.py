@@ -28,9 +28,9 @@ LEVELS = [
     {"kernels", "_cpu", "_cuda"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# Read by every room, importing none: the error type, atomic files, the energy meter, the shipped
-# recipes (data).
-EVERYONE = {"errors", "atomic", "energy", "recipes", "__version__", "version"}
+# Read by every room, importing none: the error type, atomic files, the energy meter, free memory,
+# the shipped recipes (data).
+EVERYONE = {"errors", "atomic", "energy", "memory", "recipes", "__version__", "version"}
 # Front doors: they may look at anything.
 UNBOUND = {"__init__", "__main__", "doctor"}
 # The cluster models know the shape of a model and nothing else; reports read them (carbon). What

@@ -29,6 +29,7 @@ from llama2rt.cluster import bench_output, host, presets, records, timing
 from llama2rt.cluster.operations import ELEMENT_BYTES, OPERATIONS, Operation
 from llama2rt.cluster.sizes import bytes_text, parse_bytes
 from llama2rt.errors import InputError
+from llama2rt.memory import free_bytes
 
 Name = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast"]
 
@@ -165,7 +166,7 @@ def measure(
     if elements == 0:
         return {"skipped": f"less than one fp32 number for each of {ranks.ranks} ranks"}
     needed = operation.memory_bytes(elements * ELEMENT_BYTES, ranks.ranks)
-    free = -ranks.worst(-free_memory_bytes(ranks.device))
+    free = -ranks.worst(-free_bytes(ranks.device))
     if needed * 1.1 > free:  # the check and the backend need some, too
         wanted, there = bytes_text(needed), bytes_text(int(free))
         return {"skipped": f"a rank's buffers take {wanted}, {there} are free"}
@@ -199,18 +200,6 @@ def measure(
         [used for _, used, _ in gathered],
         [together for *_, together in gathered if together is not None],
     )
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """What this rank may allocate: free GPU memory, or its share of the host's available memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // sharing
-    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def _check(

@@ -18,6 +18,7 @@ from llama2rt.data import readers
 from llama2rt.data.records import Prompt, Sample
 from llama2rt.errors import InputError
 from llama2rt.generate.engine import Completion, Engine
+from llama2rt.generate.sampling import check_options, check_whole
 from llama2rt.model import Llama
 from llama2rt.text.chat import check_messages
 
@@ -40,7 +41,7 @@ class Sampling:
         return vars(self).copy()
 
 
-def _engine(model: Path, device: str | None) -> Engine:
+def _engine(model: Path, device: str | None, cache_bytes: int | None = None) -> Engine:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -52,7 +53,7 @@ def _engine(model: Path, device: str | None) -> Engine:
         raise InputError(f"{model}: a reward model or critic scores text, it does not write any")
     if tokenizer is None:
         raise InputError(f"{model}: no tokenizer.model and no tokenizer.json in this folder")
-    return Engine(loaded, tokenizer)
+    return Engine(loaded, tokenizer, cache_bytes=cache_bytes)
 
 
 def generate(
@@ -64,6 +65,7 @@ def generate(
     prompts: Path | None = None,
     n: int = 1,
     raw: bool = False,
+    cache_bytes: int | None = None,
     device: str | None = None,
     out: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -76,6 +78,8 @@ def generate(
         prompts: A file of prompt records; with --raw of documents to continue.
         n: Samples for each prompt.
         raw: Continue the text as it is instead of answering it in the chat format (base models).
+        cache_bytes: Most memory for keys and values; by default half of what is free. Less of it
+            is slower, with the same samples.
         device: cpu, cuda, ...; by default cuda where there is one.
         out: Write the samples here, as sample records.
         json_output: Print one JSON object.
@@ -84,8 +88,11 @@ def generate(
         raise InputError("give either --prompt TEXT or --prompts FILE")
     if out is not None and out.is_dir():
         raise InputError(f"out: expected a file, {out} is a folder")
+    check_options(n, **sampling.options())  # before the model is loaded
+    if cache_bytes is not None:
+        check_whole("cache_bytes", cache_bytes, 1, 2**63 - 1)
     records = _prompts(prompt, prompts, raw)
-    engine = _engine(model, device)
+    engine = _engine(model, device, cache_bytes)
     encoded = [
         engine.tokenizer.encode(record.messages[0]["content"], bos=True) if raw else record.messages
         for record in records
@@ -161,6 +168,7 @@ def chat(
         system: A system message for the whole conversation.
         device: cpu, cuda, ...; by default cuda where there is one.
     """
+    check_options(1, **sampling.options())
     engine = _engine(model, device)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -177,7 +185,7 @@ def chat(
             continue
         asked = [*messages, {"role": "user", "content": text}]
         pieces = []
-        options = sampling.options() | {"seed": sampling.seed + turn}
+        options = sampling.options() | {"seed": (sampling.seed + turn) % 2**63}
         turn += 1
         try:
             for piece in engine.stream(asked, **options):

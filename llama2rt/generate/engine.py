@@ -14,8 +14,9 @@ import torch
 
 from llama2rt.errors import InputError
 from llama2rt.generate import scheduler
-from llama2rt.generate.kv_cache import Addresses, KVCache
-from llama2rt.generate.sampling import choose, uniforms
+from llama2rt.generate.kv_cache import Addresses, KVCache, page_bytes
+from llama2rt.generate.sampling import MOST, check_options, check_whole, choose, uniforms
+from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
 from llama2rt.ops.linear import linear
 from llama2rt.text import chat
@@ -44,9 +45,11 @@ class Completion:
 class Engine:
     """Continuous-batching sampler over `model` and its `tokenizer`.
 
-    At most `max_sequences` sequences run at once in a paged cache of `max_cached_tokens` tokens
-    (rounded down to pages of `page_size`); by default the cache has room for all that can run at
-    once. When it is smaller, sequences wait or are recomputed, with the same samples.
+    At most `max_sequences` sequences run at once in a paged cache of keys and values, in pages of
+    `page_size` tokens. The cache takes what these sequences can need at most, but never more than
+    `cache_bytes`, by default half of the memory that is free on the model's device when a call
+    begins. Where that is less, sequences wait or are recomputed, with the same samples. The rest of
+    a call's memory is a forward pass's over at most `max_sequences` rows and 4096 prompt tokens.
     """
 
     def __init__(
@@ -56,14 +59,15 @@ class Engine:
         *,
         page_size: int = 16,
         max_sequences: int = 256,
-        max_cached_tokens: int | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
-        for name, value in (("page_size", page_size), ("max_sequences", max_sequences)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_whole("page_size", page_size, 1)
+        check_whole("max_sequences", max_sequences, 1)
+        if cache_bytes is not None:
+            check_whole("cache_bytes", cache_bytes, 1, 2**63 - 1)
         self.model, self.tokenizer = model, tokenizer
         self.page_size, self.max_sequences = page_size, max_sequences
-        self.max_cached_tokens = max_cached_tokens
+        self.cache_bytes = cache_bytes
 
     def generate(
         self,
@@ -81,14 +85,17 @@ class Engine:
 
         A prompt is a list of token ids or of messages. Argmax at temperature 0; top_p 1 and top_k 0
         mean no limit. A sample depends on the weights, its prompt, `seed`, prompt index and sample
-        index only. Sequences end at EOS (any id
-        that the model's folder names), `max_tokens` or the model's context. `on_finish` is called
-        with each sample as it ends, in any order (a progress bar). InputError names a prompt that
-        is empty, holds an unknown token or leaves no room in the context; FloatingPointError where
-        logits are not finite.
+        index only. Sequences end at EOS (any id that the folder names), `max_tokens` or the model's
+        context. `on_finish` is called with each sample as it ends, in any order (a progress bar).
+        InputError names, before the first forward pass, an option outside its range, a prompt that
+        is empty, holds an unknown token or leaves no room in the context, and one that needs more
+        than `cache_bytes`; FloatingPointError where logits are not finite.
         """
+        check_options(n, temperature, top_p, top_k, max_tokens, seed)
+        if len(prompts) * n > MOST:
+            raise InputError(f"n: expected at most {MOST} samples in all, got {len(prompts)} x {n}")
         encoded = self._encode(prompts)
-        completions: list[Completion | None] = [None] * (len(prompts) * max(n, 0))
+        completions: list[Completion | None] = [None] * (len(prompts) * n)
         for _, finished in self._steps(encoded, n, temperature, top_p, top_k, max_tokens, seed):
             for sequence in finished:
                 i, tokens = sequence.prompt, sequence.tokens.tolist()
@@ -116,6 +123,7 @@ class Engine:
         seed: int = 0,
     ) -> Iterator[str]:
         """One sample of one prompt as pieces of text; a character is held back until complete."""
+        check_options(1, temperature, top_p, top_k, max_tokens, seed)
         encoded = self._encode([prompt])
         tokens: list[int] = []
         shown = ""
@@ -173,28 +181,10 @@ class Engine:
         seed: int,
     ) -> Iterator[tuple[np.ndarray, list[scheduler.Sequence]]]:
         """Yields each forward pass's sampled tokens and the sequences it finished."""
-        for name, value, valid, expected in (
-            ("n", n, n >= 1, "at least 1"),
-            ("temperature", temperature, temperature >= 0, "at least 0"),
-            ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-            ("top_k", top_k, top_k >= 0, "at least 0 (0: no limit)"),
-            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-        ):
-            if not valid:
-                raise InputError(f"{name}: expected {expected}, got {value}")
         model, page_size = self.model, self.page_size
         lengths = np.array([len(tokens) for tokens in prompts], np.int32)
-        limits = np.minimum(max_tokens, model.config.context - lengths)
-        longest = -(-int((lengths + limits).max(initial=0)) // page_size)
-        if self.max_cached_tokens is None:
-            pages = longest * (1 + min(self.max_sequences, len(prompts) * n))
-        else:
-            pages = self.max_cached_tokens // page_size
-            if pages < longest:
-                raise ValueError(
-                    f"max_cached_tokens: expected at least {longest * page_size} for the longest "
-                    f"prompt with max_tokens, got {self.max_cached_tokens}"
-                )
+        limits = np.minimum(min(max_tokens, model.config.context), model.config.context - lengths)
+        pages = self._pages(lengths, limits, n)
         queue = scheduler.Scheduler(
             prompts,
             limits,
@@ -215,6 +205,29 @@ class Engine:
                 yield tokens, queue.record(step, tokens, logprobs)
         finally:
             model.train(training)
+
+    def _pages(self, lengths: np.ndarray, limits: np.ndarray, n: int) -> int:
+        """Pages of the cache for `n` samples of each prompt: InputError where one alone needs more
+        than there may be."""
+        if len(lengths) == 0:
+            return 0
+        longest = int((lengths + limits).argmax())
+        each = -(-(lengths + limits).astype(np.int64) // self.page_size)
+        bytes_each = page_bytes(self.model, self.page_size)
+        allowed = self.cache_bytes
+        if allowed is None:
+            allowed = free_bytes(self.model.output.device) // 2
+        needed = int(each[longest]) * bytes_each
+        if needed > allowed:
+            default = " (half of the free memory)" if self.cache_bytes is None else ""
+            raise InputError(
+                f"cache_bytes: expected at least {needed} for prompt {longest} "
+                f"({lengths[longest]} tokens and up to {limits[longest]} more), "
+                f"got {allowed}{default}"
+            )
+        # All that may run at once, each as long as it may get, and one prompt held for its samples.
+        at_once = np.sort(each.repeat(n))[-self.max_sequences :]
+        return min(int(at_once.sum() + each[longest]), allowed // bytes_each)
 
     def _forward(
         self, step: scheduler.Step, cache: KVCache, temperature: float, top_p: float, top_k: int

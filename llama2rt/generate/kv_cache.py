@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2rt import ops
+from llama2rt.model.llama import Llama
 
 
 class PagePool:
@@ -57,6 +58,13 @@ class Addresses:
     longest_prompt: int
     block_table: Tensor
     lengths: Tensor
+
+
+def page_bytes(model: Llama, page_size: int) -> int:
+    """Bytes of one page of `page_size` tokens: keys and values of all layers, in the weights'
+    dtype."""
+    weight = model.blocks[0].key.weight
+    return 2 * len(model.blocks) * page_size * weight.shape[0] * weight.element_size()
 
 
 class KVCache:

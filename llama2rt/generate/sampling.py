@@ -6,9 +6,13 @@ sequence s at step t its own uniform number, and the token is read off the inver
 cumulative distribution. Penalties, stop strings and constrained decoding are left out.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from llama2rt.errors import InputError
 
 # SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
 # Its state only adds the increment, so number t of stream `key` is mix(key + (t + 1) * increment).
@@ -19,6 +23,31 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 # Sorting 32000 probabilities costs seven times as much as finding the largest 128, which hold the
 # nucleus of nearly every position of a trained model; rows where they do not are sorted in full.
 _NUCLEUS_WIDTH = 128
+
+
+# Counts are int32 on the host and on the device.
+MOST = 2**31 - 1
+
+
+def check_whole(name: str, value: object, least: int, most: int = MOST) -> None:
+    """InputError naming the argument unless `value` is an integer in least..most."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:  # type: ignore[operator]
+        raise InputError(f"{name}: expected an integer in {least}..{most}, got {value!r}")
+
+
+def check_options(
+    n: int, temperature: float, top_p: float, top_k: int, max_tokens: int, seed: int
+) -> None:
+    """InputError naming the first of `Engine.generate`'s options that means nothing."""
+    check_whole("n", n, 1)
+    check_whole("top_k", top_k, 0)
+    check_whole("max_tokens", max_tokens, 1)
+    check_whole("seed", seed, 0, 2**63 - 1)
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise InputError(f"temperature: expected a finite number, at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p: expected a number in (0, 1], got {top_p}")
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

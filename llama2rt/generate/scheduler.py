@@ -83,7 +83,7 @@ class Scheduler:
         self.rows = np.empty(0, np.int64)  # live slots, oldest first
         # Pages of a prefilled prompt, referenced here while the queue's front holds samples of it.
         self._shared: np.ndarray | None = None
-        slots = min(max_sequences, len(self.waiting))
+        slots = min(max_sequences, len(self.waiting), pages)  # each holds a page of its own
         longest = max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=0)
         width = -(-longest // page_size)
         self._free_slots = list(range(slots))[::-1]

@@ -25,7 +25,6 @@ from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
-from llama2rt.generate import Engine
 from llama2rt.model import Llama
 from llama2rt.stages import loading, phases
 from llama2rt.stages.loading import RolloutInputs
@@ -65,7 +64,9 @@ class DpoRecipe(Recipe):
     max_tokens: int = Field(default=2048, gt=0)
     """response length; a response that is cut there is compared as it stands, without an EOS"""
     max_sequences: int = Field(default=256, gt=0)
-    """sampled at once; fewer hold fewer keys and values in memory"""
+    """sampled at once"""
+    cache_bytes: int | None = Field(default=None, gt=0)
+    """most memory for keys and values while sampling; None for half of what is free"""
     length_penalty: float = Field(default=0.0, ge=0)
     """reward taken off per character when ranking"""
     threshold: float = Field(default=0.15, ge=0, le=1)
@@ -234,7 +235,7 @@ def sample(cast: Cast, policy_folder: Path, iteration: int, step: Run) -> list[l
     policy, _ = loading.load_llama(policy_folder, recipe.tokenizer, recipe.train.dtype)
     return phases.sample(
         step.samples_directory,
-        Engine(policy, inputs.tokenizer, max_sequences=recipe.max_sequences),
+        phases.engine(recipe, policy, inputs.tokenizer),
         cast.reward_models,
         phases.draw(inputs.prompts, count, recipe.seed, iteration),
         n=recipe.samples,
@@ -290,7 +291,7 @@ def measure(cast: Cast, model: Llama, step: Run) -> dict[str, float]:
     recipe, inputs = cast.recipe, cast.inputs
     numbers = phases.measure(
         step.samples_directory / "held_out.jsonl",
-        Engine(model, inputs.tokenizer, max_sequences=recipe.max_sequences),
+        phases.engine(recipe, model, inputs.tokenizer),
         cast.reference(),
         cast.reward_models,
         inputs.held_out,

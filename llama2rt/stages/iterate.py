@@ -14,7 +14,6 @@ from pydantic import Field, ValidationError, model_validator
 
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
-from llama2rt.generate import Engine
 from llama2rt.stages import dpo, loading, phases, ppo, rejection
 from llama2rt.stages.loading import Outline
 from llama2rt.stages.phases import RewardModels
@@ -72,7 +71,9 @@ class IterateRecipe(Recipe):
     max_tokens: int = Field(default=256, gt=0)
     """response length, in every step that does not set its own and in measurements"""
     max_sequences: int = Field(default=256, gt=0)
-    """sampled at once, likewise; fewer hold fewer keys and values in memory"""
+    """sampled at once, likewise"""
+    cache_bytes: int | None = Field(default=None, gt=0)
+    """most memory for keys and values while sampling, likewise; None for half of what is free"""
     micro_tokens: int = Field(default=4096, gt=0)
     """most tokens in one forward pass of a measurement"""
     threshold: float = Field(default=0.15, ge=0, le=1)
@@ -171,6 +172,7 @@ def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:
         "validation": recipe.validation,
         "max_tokens": recipe.max_tokens,
         "max_sequences": recipe.max_sequences,
+        "cache_bytes": recipe.cache_bytes,
         "threshold": recipe.threshold,
         "seed": phases.derived_seed(recipe.seed, step.name),
     }
@@ -201,7 +203,7 @@ def measure(recipe: IterateRecipe, name: str, folder: Path, run: Run) -> dict[st
     )
     numbers = phases.measure(
         run.samples_directory / f"{name}.jsonl",
-        Engine(model, tokenizer, max_sequences=recipe.max_sequences),
+        phases.engine(recipe, model, tokenizer),
         reference,
         reward_models,
         loading.read_prompts(recipe.validation, tokenizer, model),

@@ -145,6 +145,13 @@ class RewardModels:
         return reward, {name: score.numpy() for name, score in scores.items()}
 
 
+def engine(recipe: Any, model: Llama, tokenizer: Tokenizer) -> Engine:
+    """The sampler of a recipe with `max_sequences` and `cache_bytes`."""
+    return Engine(
+        model, tokenizer, max_sequences=recipe.max_sequences, cache_bytes=recipe.cache_bytes
+    )
+
+
 def response_example(response: Response | Completion) -> Example:
     """Prompt and response as sampled; the response's tokens are the targets."""
     tokens = [*response.prompt_tokens, *response.tokens]

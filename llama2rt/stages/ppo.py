@@ -95,7 +95,9 @@ class PpoRecipe(Recipe):
     max_tokens: int = Field(default=256, gt=0)
     """response length; a longer response is cut there and scored as it stands, without an EOS"""
     max_sequences: int = Field(default=256, gt=0)
-    """sampled at once; fewer hold fewer keys and values in memory"""
+    """sampled at once"""
+    cache_bytes: int | None = Field(default=None, gt=0)
+    """most memory for keys and values while sampling; None for half of what is free"""
     missing_eos_penalty: float = Field(default=0.0, ge=0)
     """taken off the whitened reward (so: in standard deviations) of a cut response"""
     patience: int = Field(default=5, gt=0)
@@ -251,7 +253,7 @@ def load_actors(recipe: PpoRecipe) -> tuple[Actors, Tokenizer]:
         reward_models=RewardModels.load(
             recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
         ),
-        engine=Engine(policy, tokenizer, max_sequences=recipe.max_sequences),
+        engine=phases.engine(recipe, policy, tokenizer),
         optimizer=Optimizer(policy, options),
         critic_optimizer=Optimizer(scalar.requires_grad_(True), critic_options),
     )

@@ -21,7 +21,6 @@ from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
-from llama2rt.generate import Engine
 from llama2rt.model import Llama
 from llama2rt.stages import loading, phases, sft
 from llama2rt.stages.loading import Future, Outline, RolloutInputs
@@ -70,7 +69,9 @@ class RejectionRecipe(Recipe):
     max_tokens: int = Field(default=256, gt=0)
     """response length; a response that is cut there never becomes a target"""
     max_sequences: int = Field(default=256, gt=0)
-    """sampled at once; fewer hold fewer keys and values in memory"""
+    """sampled at once"""
+    cache_bytes: int | None = Field(default=None, gt=0)
+    """most memory for keys and values while sampling; None for half of what is free"""
     threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt"""
     batch_size: int = Field(default=64, gt=0)
@@ -225,7 +226,7 @@ def sample(
     policy, _ = loading.load_llama(recipe.policy, recipe.tokenizer, recipe.train.dtype)
     return phases.sample(
         folder,
-        Engine(policy, inputs.tokenizer, max_sequences=recipe.max_sequences),
+        phases.engine(recipe, policy, inputs.tokenizer),
         reward_models,
         inputs.prompts,
         n=recipe.samples,
@@ -243,7 +244,7 @@ def measure(
     """The fine-tuned model on the held-out prompts; its KL is to the reference."""
     return phases.measure(
         run.samples_directory / "held_out.jsonl",
-        Engine(model, inputs.tokenizer, max_sequences=recipe.max_sequences),
+        phases.engine(recipe, model, inputs.tokenizer),
         loading.load_companion(recipe.reference or recipe.init, inputs.tokenizer),
         reward_models,
         inputs.held_out,

@@ -189,7 +189,7 @@ def alone(tmp_path):
 
 def test_a_size_beyond_memory_is_skipped_with_the_reason(alone, monkeypatch):
     plan = bench.Plan.of(["all_to_all"], "1MiB", "1MiB", 5, 20)
-    monkeypatch.setattr(bench, "free_memory_bytes", lambda device: 2 << 20)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 2 << 20)
     with energy.of_device(alone.device) as meter:
         row = bench.measure(alone, OPERATIONS["all_to_all"], 1 << 20, plan, meter)
         assert row == {"skipped": "a rank's buffers take 2 MiB, 2 MiB are free"}
@@ -238,9 +238,9 @@ def test_what_a_backend_lacks_is_skipped_with_its_words(alone, monkeypatch, tmp_
 def test_memory_is_shared_by_the_ranks_of_a_host(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    whole = bench.free_memory_bytes(cpu)
+    whole = bench.free_bytes(cpu)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert bench.free_memory_bytes(cpu) == pytest.approx(whole / 4, rel=0.2)
+    assert bench.free_bytes(cpu) == pytest.approx(whole / 4, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from llama2rt.checkpoint import native
 from llama2rt.data import readers
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine, commands
+from llama2rt.generate.kv_cache import page_bytes
 from llama2rt.model.heads import ScalarModel
 
 
@@ -90,11 +91,31 @@ def test_bad_input(folder, tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", "-1"), ("temperature", "nan"), ("top-p", "0"), ("top-k", "-1"), ("n", "0")],
+    [
+        *(("temperature", "-1"), ("temperature", "nan"), ("temperature", "inf")),
+        *(("top-p", "0"), ("top-k", "-1"), ("top-k", "3000000000")),
+        *(("n", "0"), ("n", "3000000000"), ("max-tokens", "0"), ("max-tokens", "3000000000")),
+        *(("seed", "-1"), ("seed", "9223372036854775808"), ("cache-bytes", "0")),
+    ],
 )
-def test_an_impossible_option_is_bad_input(folder, option, value):
+def test_an_impossible_option_is_bad_input(tmp_path, option, value):
+    """Said before the model is loaded: here there is none."""
     with pytest.raises(InputError, match=f"^{option.replace('-', '_')}: expected"):
-        _generate(folder, "--prompt", "about units", f"--{option}", value)
+        _generate(tmp_path, "--prompt", "about units", f"--{option}", value)
+    if option not in ("n", "cache-bytes"):
+        with pytest.raises(InputError, match=f"^{option.replace('-', '_')}: expected"):
+            tyro.cli(commands.chat, args=[str(tmp_path), f"--{option}", value])
+
+
+def test_cache_bytes_bound_the_cache_and_change_no_sample(folder, engine, capsys):
+    asked = (folder, "--prompt", "about units", "--n", 9, "--max-tokens", 8)
+    _generate(*asked)
+    whole = capsys.readouterr().out
+    size = 2 * page_bytes(engine.model, engine.page_size)
+    _generate(*asked, "--cache-bytes", size)
+    assert capsys.readouterr().out == whole and whole
+    with pytest.raises(InputError, match=f"^cache_bytes: expected at least {size} for prompt 0"):
+        _generate(*asked, "--cache-bytes", size - 1)
 
 
 def test_chat_remembers_until_reset(folder, engine, monkeypatch, capsys):

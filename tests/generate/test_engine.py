@@ -9,6 +9,7 @@ from small_models import Ids, far_from_flat, packed, transformers_twin
 
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
+from llama2rt.generate.kv_cache import page_bytes
 
 
 def _prompts(count, longest, vocab_size=400, seed=0):
@@ -130,12 +131,12 @@ def test_samples_do_not_depend_on_the_batch():
     assert [c.prompt_index for c in expected] == [i for i in range(7) for _ in range(3)]
     assert [c.prompt_tokens for c in expected] == [p for p in prompts for _ in range(3)]
     assert len({tuple(c.tokens) for c in expected}) > 15
-    longest = 8 * -(-max(len(p) + 20 for p in prompts) // 8)
+    longest = page_bytes(model, 8) * -(-max(len(p) + 20 for p in prompts) // 8)
     for engine in (
         Engine(model, Ids(), max_sequences=1),
         Engine(model, Ids(), max_sequences=4, page_size=3),
-        Engine(model, Ids(), page_size=8, max_cached_tokens=longest),  # preempts
-        Engine(model, Ids(), page_size=8, max_cached_tokens=3 * longest),
+        Engine(model, Ids(), page_size=8, cache_bytes=longest),  # preempts
+        Engine(model, Ids(), page_size=8, cache_bytes=3 * longest),
     ):
         again = engine.generate(prompts, **options)
         assert _samples(again) == _samples(expected)
@@ -207,7 +208,7 @@ def test_context_ends_a_sequence():
 
 
 def test_bad_input():
-    engine = Engine(far_from_flat(), Ids(), max_cached_tokens=64)
+    engine = Engine(far_from_flat(), Ids())
     for prompts, message in (
         ([[3], []], "prompt 1: empty"),
         ([[3] * 96], "prompt 0: 96 tokens leave no room in the context of 96"),
@@ -217,18 +218,97 @@ def test_bad_input():
     ):
         with pytest.raises(InputError, match=message):
             engine.generate(prompts)
-    for option in (
-        {"n": 0},
-        {"temperature": -0.1},
-        {"top_p": 0.0},
-        {"top_k": -1},
-        {"max_tokens": 0},
-    ):
-        with pytest.raises(ValueError, match=f"{next(iter(option))}: expected"):
-            engine.generate([[3]], **option)
-    with pytest.raises(ValueError, match="max_cached_tokens: expected at least 96"):
-        engine.generate([[3] * 10], max_tokens=80)
     assert engine.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"n": value} for value in (0, -1, 2**31, 1.0, True)),
+        *({"top_k": value} for value in (-1, 3_000_000_000, 2.5)),
+        *({"max_tokens": value} for value in (0, 3_000_000_000, None)),
+        *({"seed": value} for value in (-1, 2**63, 0.5)),
+        *({"temperature": value} for value in (-0.1, float("nan"), float("inf"))),
+        *({"top_p": value} for value in (0.0, 1.5, float("nan"))),
+    ],
+    ids=str,
+)
+def test_an_option_outside_its_range_is_bad_input(option):
+    (name,) = option
+    with pytest.raises(InputError, match=f"^{name}: expected"):
+        Engine(far_from_flat(), Ids()).generate([[3]], **option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{name: v} for name in ("page_size", "max_sequences", "cache_bytes") for v in (0, -1, 1.5)],
+    ids=str,
+)
+def test_an_engine_that_cannot_be_is_bad_input(option):
+    (name,) = option
+    with pytest.raises(InputError, match=f"^{name}: expected an integer in 1"):
+        Engine(far_from_flat(), Ids(), **option)
+
+
+def test_the_largest_options_are_taken():
+    engine = Engine(far_from_flat(), Ids(-1), max_sequences=2**31 - 1)
+    (completion,) = engine.generate(
+        [[3] * 90], max_tokens=2**31 - 1, top_k=2**31 - 1, seed=2**63 - 1
+    )
+    assert len(completion.tokens) == 6
+    with pytest.raises(InputError, match="n: expected at most 2147483647 samples in all"):
+        engine.generate([[3]] * 2, n=2**31 - 1)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The caches of all forward passes."""
+    found = []
+    forward = Engine._forward
+    monkeypatch.setattr(
+        Engine,
+        "_forward",
+        lambda self, step, cache, *rest: found.append(cache) or forward(self, step, cache, *rest),
+    )
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_holds_no_more_than_its_bytes(forwards, dtype):
+    model = far_from_flat(kv_heads=2, dtype=dtype)
+    prompts = [[5] * 60 for _ in range(40)]
+    for allowed in (7 * page_bytes(model, 16) - 1, 100 * page_bytes(model, 16)):
+        Engine(model, Ids(-1), cache_bytes=allowed).generate(prompts, max_tokens=9)
+        cache = forwards[-1]
+        # The page beside what is allowed would not fit, and what is there is what was counted.
+        assert cache.pages == allowed // page_bytes(model, 16)
+        assert cache.keys.nbytes + cache.values.nbytes == cache.pages * page_bytes(model, 16)
+
+
+def test_no_more_pages_than_can_be_needed(forwards):
+    """Whatever memory is free: one long prompt does not make all as long."""
+    prompts = [[5] * 80, *([6] for _ in range(30))]
+    Engine(far_from_flat(), Ids(-1), max_sequences=8).generate(prompts, max_tokens=4)
+    assert forwards[-1].pages == 6 + 7 + 6  # the longest, seven of a page, and one shared prompt
+
+
+def test_a_sequence_that_cannot_fit_is_said_before_sampling(forwards, monkeypatch):
+    model = far_from_flat()
+    page = page_bytes(model, 16)
+    engine = Engine(model, Ids(), cache_bytes=6 * page - 1)
+    message = (
+        rf"^cache_bytes: expected at least {6 * page} for prompt 1 "
+        rf"\(10 tokens and up to 80 more\), got {6 * page - 1}$"
+    )
+    with pytest.raises(InputError, match=message):
+        engine.generate([[3], [3] * 10, [4] * 10], max_tokens=80)
+    engine.generate([[3] * 10], max_tokens=70)
+    done = len(forwards)
+    monkeypatch.setattr("llama2rt.generate.engine.free_bytes", lambda device: 2 * page)
+    with pytest.raises(InputError, match=rf"got {page} \(half of the free memory\)"):
+        Engine(model, Ids()).generate([[3] * 10], max_tokens=7)
+    assert len(forwards) == done
+    assert Engine(model, Ids()).generate([[3] * 10], max_tokens=6)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}, {}])
