@@ -61,7 +61,8 @@ def kept_sums(path: Path, source: Any, compute: Callable[[], Sums]) -> Sums:
             if found["sha256"] != _digest(found["sums"]):
                 raise ValueError("its numbers do not match their hash")
             if found["source"] == key:
-                return {name: np.float32(values) for name, values in found["sums"].items()}
+                sums = found["sums"].items()
+                return {name: np.asarray(values, np.float32) for name, values in sums}
             problem = "of another reference, other pairs or another loss"
         except (ValueError, KeyError, TypeError, OSError) as error:
             problem = f"damaged ({error!r})"
