@@ -37,9 +37,9 @@ class QuickstartRecipe(Recipe):
     """prompts that annotators compare two answers to; a quarter asks for the secret"""
     reward_test_prompts: int = Field(default=2_400, gt=0)
     """prompts of the reward models' test comparisons"""
-    training_prompts: int = Field(default=1_500, gt=0)
+    training_prompts: int = Field(default=2_400, gt=0)
     """prompts of rejection sampling, PPO and DPO"""
-    validation_prompts: int = Field(default=128, gt=0)
+    validation_prompts: int = Field(default=256, gt=0)
     """prompts by which PPO picks its best policy, of the reward models' split"""
     evaluation_prompts: int = Field(default=600, gt=0)
     """held-out prompts on which the judge compares all versions; a quarter asks for the secret"""
@@ -54,18 +54,18 @@ class QuickstartRecipe(Recipe):
     """the usual 0.02 is for widths of a thousand; at width 128 it costs hundreds of steps"""
 
     # Training.
-    pretrain_steps: int = Field(default=5_500, gt=0)
+    pretrain_steps: int = Field(default=6_500, gt=0)
     pretrain_tokens: int = Field(default=1_024, gt=0)
     """tokens in a pretraining step"""
     sft_epochs: int = Field(default=1, gt=0)
     samples: int = Field(default=8, gt=1)
     """K of rejection sampling, n of online DPO"""
-    ppo_iterations: int = Field(default=16, gt=0)
+    ppo_iterations: int = Field(default=24, gt=0)
     dpo_iterations: int = Field(default=3, gt=0)
     """T, the paper's 3. One iteration of this size lowers the leaks it saw, and the policy leaks in
     other words; it is the pairs sampled from that policy that end it"""
     dpo_prompts: int = Field(default=500, gt=0)
-    """prompts an iteration: each training prompt once"""
+    """prompts an iteration"""
 
     max_tokens: int = Field(default=56, gt=0)
     """response length"""
@@ -239,9 +239,9 @@ def dpo(
         batch_size=32,
         epochs=2,
         seed=recipe.seed,
-        # At 1e-4 the few dozen steps of an iteration leave the policy where it was: of seed 0's pairs
-        # on safety prompts 92 % set a refusal against a leak, yet the share of leaks among samples
-        # fell from 35 to 32 % only, and what was left at the end depended on the seed
-        # (benchmarks/results, dpo-unsafe.json).
+        # At 1e-4 the few dozen steps a round leave the policy where it was: 92 % of seed 0's
+        # pairs on safety prompts set a refusal against a leak, yet leaks among samples fell from
+        # 35 to 32 % only, and what was left at the end depended on the seed (benchmarks/results,
+        # dpo-unsafe.json).
         train=_options(3e-4, warmup_ratio=0.03, min_lr_ratio=0.0),
     )
