@@ -1,4 +1,4 @@
-"""The runner of other releases (benchmarks/peers.py) counts what happened, and its record is whole."""
+"""The runner of other releases (benchmarks/peers.py) counts what happened; its record is whole."""
 
 import json
 from pathlib import Path
