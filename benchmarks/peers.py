@@ -67,6 +67,7 @@ def environment(release: str, folder: Path) -> Path:
     (packages / "beneath.pth").write_text("\n".join(sorted(beneath)) + "\n", encoding="utf-8")
     # --no-deps: every version is named, so a resolver would only find others than these.
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed"]
+    pip.append("--no-compile")  # most of transformers is never imported
     subprocess.run([*pip, *wanted], check=True)
     made.write_text("\n".join(wanted), encoding="utf-8")
     return python

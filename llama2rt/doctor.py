@@ -45,7 +45,7 @@ OPTIONAL = {
 
 # What a peer must have, beside its distribution, to stand beside our kernels.
 PEERS = {
-    "flash-attn": "flash_attn:flash_attn_varlen_func",
+    "flash-attn": "flash_attn.flash_attn_interface:_flash_attn_varlen_forward",
     "apex": "apex.normalization:FusedRMSNorm",
 }
 

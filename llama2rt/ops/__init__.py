@@ -6,6 +6,7 @@ torch calls stand in for kernels. Gradients are of first order. See `contract` f
 definition.
 """
 
+from llama2rt.ops import flops
 from llama2rt.ops.backend import backends, checkpoint_context, use
 from llama2rt.ops.contract import (
     add_rms_norm,
@@ -16,6 +17,8 @@ from llama2rt.ops.contract import (
     swiglu,
     token_logprob,
 )
+
+flops.register()
 
 __all__ = [
     "add_rms_norm",

@@ -6,23 +6,49 @@ tokens. Everything else, the other ops among it, runs on the backend that would 
 Never chosen by itself: `ops.use("flash_attn")` or LLAMA2RT_BACKEND asks for it.
 
 Importing this imports no flash_attn: whether it is there is read from its files, and the first call
-loads it. Its low-level functions are used, which exist in this form since 2.7, because ours is the
-autograd formula. Not yet run on a GPU: tested against a stand-in that checks each argument.
+loads it. What is looked for is the module that is called, by name: flash-attn-4 is another
+distribution, which puts `flash_attn.cute` into a folder of the same name. Its low-level functions
+are used, which exist in this form since 2.7, because ours is the autograd formula. Not yet run on a
+GPU: tested against a stand-in that checks each argument.
 """
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if find_spec("flash_attn") is None:
-    raise ImportError("flash-attn is not installed (see llama2rt doctor)")
+INTERFACE = "flash_attn_interface.py"
+CALLED = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward", "flash_attn_with_kvcache")
+
+
+def _why_not_installed() -> str:
+    """Why the package has not the functions that are called here; "" if its source has them."""
+    found = find_spec("flash_attn")
+    if found is None:
+        return "flash-attn is not installed (see llama2rt doctor)"
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    sources = [folder / INTERFACE for folder in folders if (folder / INTERFACE).is_file()]
+    if not sources:
+        where = ", ".join(map(str, folders)) or found.name
+        return (
+            f"flash-attn is not installed: the package flash_attn in {where} has no {INTERFACE} "
+            "(flash-attn-4 has another interface)"
+        )
+    text = sources[0].read_text(encoding="utf-8", errors="replace")
+    lacking = [name for name in CALLED if not re.search(rf"^def {name}\(", text, re.MULTILINE)]
+    return f"{sources[0]} has no {', '.join(lacking)}" if lacking else ""
+
+
+if _reason := _why_not_installed():
+    raise ImportError(_reason)
 try:
     _VERSION = version("flash-attn")
 except PackageNotFoundError:  # built in place

@@ -26,6 +26,7 @@ from patched_llama import (
 )
 from processes import run_python
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from llama2rt import ops
 
@@ -535,3 +536,23 @@ def test_the_trainer_of_transformers(tmp_path):
         )
     assert len(histories[0]) == 4 and histories[0][-1] < histories[0][0]
     assert histories[0] == pytest.approx(histories[1], rel=1e-3)
+
+
+def test_flops_are_counted_as_over_the_model_as_it_was():
+    """Forward and backward. Ours makes attention's scores again in backward, as torch counts it for
+    its own kernels too, and no logits of the tokens without a label, the last of each row."""
+    ours, theirs = both()
+    theirs.set_attn_implementation("eager")
+    inputs, _ = batch("plain")
+    inputs |= {"labels": inputs["input_ids"], "use_cache": False}
+    counts = []
+    for model in (ours, theirs):
+        with FlopCounterMode(display=False) as counter:
+            gradients(model, **inputs)
+        counts.append(counter.get_total_flops())
+    config = ours.config
+    product = 2 * ROWS * LENGTH**2 * config.num_attention_heads * config.head_dim
+    logits = 2 * ROWS * VOCABULARY * config.hidden_size
+    expected = counts[1] + LAYERS * product - 3 * logits
+    assert counts[0] == pytest.approx(expected, rel=0.01)
+    assert counts[0] == pytest.approx(counts[1], rel=0.1)

@@ -7,6 +7,7 @@ numbers need a GPU. Where it is absent it costs nothing, and is named with the r
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from importlib.util import spec_from_loader
 
@@ -21,14 +22,25 @@ from llama2rt import ops
 from llama2rt.ops import backend, reference
 
 MODULE = "llama2rt.ops.flash_attn"
+INTERFACE = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward", "flash_attn_with_kvcache")
+
+
+def package(folder, functions=INTERFACE) -> None:
+    """A folder flash_attn as the distribution lays it out, whose source has these functions."""
+    (folder / "flash_attn").mkdir()
+    text = "".join(f"@wrapped\ndef {name}(\n    q,\n): ...\n" for name in functions)
+    (folder / "flash_attn/flash_attn_interface.py").write_text(text)
 
 
 @pytest.fixture(autouse=True)
-def calls(monkeypatch: pytest.MonkeyPatch):
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """The backend in use, with the stand-in under it, serving CPU tensors; what it has called."""
     found: list[str] = []
     flash_attn_stand_in.install(monkeypatch, found)
-    sys.modules["flash_attn"].__spec__ = spec_from_loader("flash_attn", None)
+    package(tmp_path)
+    spec = spec_from_loader("flash_attn", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / "flash_attn")]
+    sys.modules["flash_attn"].__spec__ = spec
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     loaded = backend._load("flash_attn")
@@ -179,12 +191,22 @@ def test_under_compile_and_opcheck(calls):
     ("lacking", "reason"),
     [
         ("package", "flash-attn is not installed"),
+        ("interface", r"has no flash_attn_interface\.py \(flash-attn-4 has another interface\)"),
+        ("a function", r"flash_attn_interface\.py has no flash_attn_with_kvcache"),
         ("version", "2.7 or newer is needed, this is 2.6.3"),
         ("cuda", "is a build without CUDA"),
     ],
 )
-def test_it_says_why_it_cannot_be_used(lacking, reason, monkeypatch):
-    if lacking == "package":
+def test_it_says_why_it_cannot_be_used(lacking, reason, monkeypatch, tmp_path):
+    interface = tmp_path / "flash_attn/flash_attn_interface.py"
+    if lacking == "interface":  # flash-attn-4: a namespace flash_attn with cute/ alone
+        interface.unlink()
+        (tmp_path / "flash_attn/cute").mkdir()
+    elif lacking == "a function":
+        interface.unlink()
+        interface.parent.rmdir()
+        package(tmp_path, INTERFACE[:2])
+    elif lacking == "package":
         monkeypatch.delitem(sys.modules, "flash_attn")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     elif lacking == "version":
@@ -194,14 +216,13 @@ def test_it_says_why_it_cannot_be_used(lacking, reason, monkeypatch):
     monkeypatch.delitem(sys.modules, MODULE)
     monkeypatch.setitem(backend._backends, "flash_attn", backend._load("flash_attn"))
     with ops.use(None):
-        assert reason in ops.backends()["attention"]["unusable"]["flash_attn"]
+        assert re.search(reason, ops.backends()["attention"]["unusable"]["flash_attn"])
     with pytest.raises(ValueError, match=f"'flash_attn' cannot be used: .*{reason}"):
         ops.use("flash_attn")
 
 
 def test_ops_import_neither_flash_attn_nor_triton(tmp_path):
     """Not even where they are installed: until a kernel is wanted."""
-    (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise RuntimeError('imported')")
     program = (
         "import sys, torch; torch.version.cuda = '13.0'; before = set(sys.modules)\n"
