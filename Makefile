@@ -26,7 +26,7 @@ OUT ?= build
 # only, name PyTorch's own index of CPU builds: make run TORCH="torch --index-url URL"
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH ?= torch==2.13.0
-# The version that kernels/resources.json was recorded with; a CUDA torch names its own.
+# One that kernels/resources.json has a table for; a CUDA torch names its own.
 TRITON ?= 'triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"'
 else
 TORCH ?= torch
