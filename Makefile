@@ -30,7 +30,7 @@ OUT ?= build
 named = "$(shell grep '^$(1)==' constraints.txt)"
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH ?= $(call named,torch)
-# The version that kernels/resources.json was recorded with; a CUDA torch names its own.
+# One that kernels/resources.json has a table for; a CUDA torch names its own.
 TRITON ?= $(if $(LATEST),,$(call named,triton))
 else
 TORCH ?= torch

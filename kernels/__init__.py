@@ -22,6 +22,8 @@ Arithmetic. In fp32: `.to(tl.float32)` at the load, `.to(pointer.dtype.element_t
 Repeatable. No atomics: a sum over programs goes through fp32 partial sums and a second kernel.
 Device.     Triton launches on the current device: `with torch.cuda.device_of(x):` around launches
             (it does nothing for CPU tensors). Nothing synchronises with the device.
+Options.    Every launch ends in `**launch_options(warps, stages)`, which says what a default of
+            Triton's would leave to the release.
 Empty.      A grid may not be 0: host functions return before it, gradients of weights as zeros.
 
 Under TRITON_INTERPRET=1 (set before the first import of triton) kernels run on the CPU, one
@@ -32,6 +34,7 @@ Not yet run on a GPU.
 
 import functools
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +68,16 @@ def _multiprocessors(device: int) -> int:
 def multiprocessors(x: Tensor) -> int:
     """How many multiprocessors persistent programs are spread over (in the interpreter: 2)."""
     return _multiprocessors(x.get_device()) if x.is_cuda else 2
+
+
+def launch_options(warps: int, stages: int = 1) -> dict[str, Any]:
+    """What every launch passes to Triton, and every compilation ahead of time.
+
+    stages counts only where a loop feeds `tl.dot`. Fusion of multiplications and additions is on by
+    default until Triton 3.9 and off from 3.10; it rounds once where two instructions round twice,
+    and the speed, the registers and the tests' tolerances are those of kernels that have it.
+    """
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -2,11 +2,16 @@
 
 What it proves: that the kernels compile with the settings they ship with, and what they then use:
 registers and stack per thread (a kernel that spills has a stack), shared memory per block. The
-figures of record are in `resources.json`, with the version of Triton that gave them; the tests
-compile again and compare.
+figures of record are in `resources.json`, one table for each release of Triton that is looked
+after: the one `make test` installs and the newest. The tests compile again with the release that is
+installed and compare with its table.
 
     python -P -m llama2rt.kernels.aot                                  prints the table
-    python -P -m llama2rt.kernels.aot --record kernels/resources.json  rewrites it
+    python -P -m llama2rt.kernels.aot --record kernels/resources.json  puts it into the record
+
+For another release than the installed one, before the second command:
+
+    pip install --no-deps --target build/triton triton==3.9.0 && export PYTHONPATH=build/triton
 """
 
 import importlib
@@ -25,6 +30,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from llama2rt.kernels import launch_options
 
 ARCHITECTURES = (80, 90)
 MODULES = ("rms_norm", "swiglu", "rope", "attention", "decode_attention", "token_logprob")
@@ -83,7 +90,7 @@ def compile_case(case: Case, architecture: int) -> Any:
             if hint
         },
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = launch_options(case.num_warps, case.num_stages)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -114,14 +121,23 @@ def table(workers: int = 2) -> dict[str, dict[str, int]]:
         return dict(zip(keys, pool.map(_row, keys, chunksize=4), strict=True))
 
 
+def record_text(tables: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """JSON of release -> table, a line for each kernel, so that a diff of it can be read."""
+    texts = []
+    for release, kernels in tables.items():
+        rows = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in kernels.items()]
+        texts.append(f"{json.dumps(release)}: {{\n" + ",\n".join(rows) + "\n}")
+    return "{" + ",\n".join(texts) + "}\n"
+
+
 def main(arguments: list[str]) -> None:
-    rows = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in table().items()]
-    version = json.dumps(triton.__version__)
-    text = f'{{"triton": {version}, "kernels": {{\n' + ",\n".join(rows) + "\n}}\n"
     if not arguments:
-        print(text, end="")
+        print(record_text({triton.__version__: table()}), end="")
     elif len(arguments) == 2 and arguments[0] == "--record":
-        Path(arguments[1]).write_text(text, encoding="utf-8")
+        path = Path(arguments[1])
+        tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        tables[triton.__version__] = table()
+        path.write_text(record_text(tables), encoding="utf-8")
     else:
         sys.exit(__doc__)
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama2rt.kernels import architecture, empty_like, last_contiguous
+from llama2rt.kernels import architecture, empty_like, last_contiguous, launch_options
 from llama2rt.kernels.aot import Case
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -65,6 +65,21 @@ def _extent(cu, document):
     """(first token, number of tokens) of a document."""
     start = tl.load(cu + document).to(tl.int64)
     return start, (tl.load(cu + document + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def _members(first, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """(token, head of the group) of ROWS rows from row `first` on, relative to the first's token.
+
+    Where the group divides ROWS, `first` begins a token, and both follow from the thread's own
+    index: no register has to hold them through the loop until the rows are stored (Triton 3.9
+    spilled these).
+    """
+    row = tl.arange(0, ROWS)
+    if ROWS % GROUP == 0:
+        return row // GROUP, row % GROUP
+    else:
+        return (first + row) // GROUP - first // GROUP, (first + row) % GROUP
 
 
 @triton.jit
@@ -110,7 +125,7 @@ def _query_tile(
     key_start, keys = _extent(cu_k, document)
     rows = queries * GROUP
     row = first + tl.arange(0, ROWS)
-    query = first // GROUP
+    step, member = _members(first, GROUP, ROWS)
     if CAUSAL:
         shift = keys - queries
         last = row // GROUP + shift
@@ -122,10 +137,10 @@ def _query_tile(
         full = keys // KEYS * KEYS
     return (
         first < rows,
-        query_start + query,
+        query_start + first // GROUP,
         head * GROUP,
-        row // GROUP - query,
-        row % GROUP,
+        step,
+        member,
         row < rows,
         head,
         key_start,
@@ -366,8 +381,8 @@ def attention_dkdv_kernel(
             row = start + tl.arange(0, ROWS)
             inside = row < rows
             query = tl.cast(start // GROUP, tl.int64)
-            ahead = (row // GROUP - query).to(tl.int64)
-            member = (row % GROUP).to(tl.int64)
+            ahead, member = _members(start, GROUP, ROWS)
+            ahead, member = ahead.to(tl.int64), member.to(tl.int64)
             at_q = ahead * q_token + member * q_head
             q_tile = load_rows(q + query * q_token, at_q, inside, DIM, BLOCK_DIM, True)
             # A row past the end gets probabilities exp2(-inf) = 0.
@@ -404,8 +419,8 @@ class Launch:
 
 
 # By architecture and padded head dimension (64 serves smaller ones). Chosen from the compiler's
-# report, not yet by time: the largest tiles that spill nothing, or next to nothing in a backward
-# kernel (resources.json), since a tile's reuse of what it reads grows with it. sm_80 also serves
+# report, not yet by time: the largest tiles that spill nothing with Triton 3.6 and 3.9
+# (resources.json), since a tile's reuse of what it reads grows with it. sm_80 also serves
 # chips with 99 KB of shared memory, so its settings stay below that; sm_90 has 227 KB. Eight warps
 # where a tile has 128 rows: four would hold twice the accumulators each and spill. Two stages at
 # least, so that the next tile arrives while this one is multiplied.
@@ -507,8 +522,7 @@ def attention(
             *k.stride()[:2],
             *v.stride()[:2],
             **_constants(launch, group, dim, causal),
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            **launch_options(launch.warps, launch.stages),
         )
     return out, lse
 
@@ -558,8 +572,7 @@ def attention_backward(
                 _section(k, longest, kv_heads, kv_heads),
                 *strides,
                 **_constants(launch, group, dim, causal),
-                num_warps=launch.warps,
-                num_stages=launch.stages,
+                **launch_options(launch.warps, launch.stages),
             )
         if k.numel():
             launch = _launch(DKDV, q)
@@ -583,8 +596,7 @@ def attention_backward(
                 _section(q, longest, heads, kv_heads),
                 *strides,
                 **_constants(launch, group, dim, causal),
-                num_warps=launch.warps,
-                num_stages=launch.stages,
+                **launch_options(launch.warps, launch.stages),
             )
     return dq, dk, dv
 

@@ -18,7 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama2rt.kernels import architecture, empty_like, last_contiguous, multiprocessors
+from llama2rt.kernels import (
+    architecture,
+    empty_like,
+    last_contiguous,
+    launch_options,
+    multiprocessors,
+)
 from llama2rt.kernels.aot import Case
 from llama2rt.kernels.attention import LOG2E, load_rows
 
@@ -222,8 +228,7 @@ def decode_attention(
             PAGE=page,
             ROWS=max(16, triton.next_power_of_2(group)),
             KEYS=launch.keys(block_dim, q.element_size()),
-            num_warps=launch.warps(q.element_size()),
-            num_stages=launch.stages,
+            **launch_options(launch.warps(q.element_size()), launch.stages),
         )
         if lse is not None:
             decode_attention_combine_kernel[(sequences * heads,)](
@@ -235,7 +240,7 @@ def decode_attention(
                 DIM=dim,
                 BLOCK_DIM=block_dim,
                 SPLITS=COMBINED,
-                num_warps=4,
+                **launch_options(4),
             )
     return out
 

@@ -21,7 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama2rt.kernels import architecture, empty_like, last_contiguous, multiprocessors
+from llama2rt.kernels import (
+    architecture,
+    empty_like,
+    last_contiguous,
+    launch_options,
+    multiprocessors,
+)
 from llama2rt.kernels.aot import Case
 
 
@@ -257,7 +263,7 @@ def _forward(
             ROWS=tile,
             BLOCK=block,
             WHOLE=columns <= block,
-            num_warps=warps,
+            **launch_options(warps),
         )
     return y, summed, rstd
 
@@ -310,10 +316,16 @@ def add_rms_norm_backward(
     with torch.cuda.device_of(x):
         if columns <= block:
             rms_norm_backward_kernel[(programs,)](
-                *arguments, ROWS=tile, BLOCK=block, STAGES=launch.stages, num_warps=warps
+                *arguments,
+                ROWS=tile,
+                BLOCK=block,
+                STAGES=launch.stages,
+                **launch_options(warps),
             )
         else:
-            rms_norm_backward_long_kernel[(programs,)](*arguments, BLOCK=block, num_warps=warps)
+            rms_norm_backward_long_kernel[(programs,)](
+                *arguments, BLOCK=block, **launch_options(warps)
+            )
         rms_norm_dweight_kernel[(triton.cdiv(columns, DWEIGHT_COLUMNS),)](
             partial,
             dweight,
@@ -321,7 +333,7 @@ def add_rms_norm_backward(
             columns,
             ROWS=DWEIGHT_ROWS,
             BLOCK=DWEIGHT_COLUMNS,
-            num_warps=DWEIGHT_WARPS,
+            **launch_options(DWEIGHT_WARPS),
         )
     return dx, dweight
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama2rt.kernels import architecture, empty_like, last_contiguous
+from llama2rt.kernels import architecture, empty_like, last_contiguous, launch_options
 from llama2rt.kernels.aot import Case
 
 
@@ -178,7 +178,7 @@ def _rope(
             ROWS=rows,
             PAIRS=pairs,
             INVERSE=inverse,
-            num_warps=launch.num_warps,
+            **launch_options(launch.num_warps),
         )
     return q_out, k_out
 

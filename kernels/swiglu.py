@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama2rt.kernels import architecture, empty_like, last_contiguous
+from llama2rt.kernels import architecture, empty_like, last_contiguous, launch_options
 from llama2rt.kernels.aot import Case
 
 
@@ -95,7 +95,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             y,
             columns,
             BLOCK=block,
-            num_warps=launch.num_warps,
+            **launch_options(launch.num_warps),
         )
     return y
 
@@ -120,7 +120,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
             dup,
             columns,
             BLOCK=block,
-            num_warps=launch.num_warps,
+            **launch_options(launch.num_warps),
         )
     return dgate, dup
 

@@ -32,13 +32,32 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llama2rt.kernels import architecture, empty_like, last_contiguous, multiprocessors
+from llama2rt.kernels import (
+    architecture,
+    empty_like,
+    last_contiguous,
+    launch_options,
+    multiprocessors,
+)
 from llama2rt.kernels.aot import Case
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 # A logit whose exponential is 0 beside any other; unlike -inf, 0 times it is 0.
 NOTHING = tl.constexpr(-1e20)
+
+
+@triton.jit
+def _walk(tiles, PERSISTENT: tl.constexpr):
+    """(end, step) of a program's tiles, the first of which has its own number.
+
+    Bounds that differ by 1 tell the compiler that there is no loop. Before a loop it would compute
+    addresses of the epilogue, and during the product spill them (Triton 3.9, with entropy).
+    """
+    if PERSISTENT:
+        return tiles, tl.num_programs(0)
+    else:
+        return tl.program_id(0) + 1, 1
 
 
 @triton.jit
@@ -116,10 +135,9 @@ def token_logprob_kernel(
 ):
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(columns, COLUMNS)
+    end, stride = _walk(row_tiles * column_tiles, PERSISTENT)
     # Flattened, the loads of a tile's first steps are on their way during the epilogue before it.
-    for tile in tl.range(
-        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=PERSISTENT
-    ):
+    for tile in tl.range(tl.program_id(0), end, stride, flatten=PERSISTENT):
         row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
         x = _logits(
             hidden,
@@ -250,9 +268,8 @@ def token_logprob_dlogits_kernel(
 ):
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(columns, COLUMNS)
-    for tile in tl.range(
-        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=PERSISTENT
-    ):
+    end, stride = _walk(row_tiles * column_tiles, PERSISTENT)
+    for tile in tl.range(tl.program_id(0), end, stride, flatten=PERSISTENT):
         row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
         x = _logits(
             hidden,
@@ -369,8 +386,7 @@ def _tiles(launch: Launch, hidden: Tensor, columns: int) -> tuple[int, dict]:
         "GROUP": launch.group,
         "TMA": launch.tma,
         "PERSISTENT": launch.persistent,
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
+        **launch_options(launch.warps, launch.stages),
     }
 
 
@@ -430,7 +446,7 @@ def token_logprob(
             ROWS=MERGE_ROWS,
             TILES=MERGE_TILES,
             DEPTH=MERGE_DEPTH,
-            num_warps=MERGE_WARPS,
+            **launch_options(MERGE_WARPS),
         )
     return logprob, uncertainty, lse
 
