@@ -10,7 +10,8 @@ from foreign_rows import PKU, ROWS
 from llama2rt.data.readers import write
 from llama2rt.data.records import Comparison
 from llama2rt.errors import InputError
-from llama2rt.stages import reward
+from llama2rt.stages import loading, reward
+from llama2rt.stages.ppo import PpoRecipe
 from llama2rt.stages.reward import RewardRecipe
 from llama2rt.train.run import Run
 
@@ -182,3 +183,33 @@ def test_ultrafeedback_and_helpsteer_rows_train_a_model(tmp_path):
         recipe(tmp_path, [(ultra, {"minimum_score_difference": 2.0})])
     )
     assert len(training) == 20 and not left_out
+
+
+def test_a_source_spelled_absolutely_is_the_same_source(tmp_path, monkeypatch):
+    """As a path alone and as the path of a table; what else the table says must stay."""
+    monkeypatch.chdir(tmp_path)
+    json_lines.write(tmp_path / "a.jsonl", rows("a", 3))
+    table = {"path": "a.jsonl", "source": "mine"}
+    recipes = [
+        RewardRecipe(init="m", data=["a.jsonl", table]),
+        RewardRecipe(
+            init="m", data=[tmp_path / "a.jsonl", {**table, "path": tmp_path / "a.jsonl"}]
+        ),
+        RewardRecipe(init="m", data=["a.jsonl", {**table, "source": "yours"}]),
+    ]
+    inputs = {"data.0": "a.jsonl"}
+    Run.open(tmp_path / "run", recipes[0], inputs=inputs)
+    Run.open(tmp_path / "run", recipes[1], inputs=inputs, resume=True)
+    with pytest.raises(InputError, match=r"started with data\.1\.source = 'mine'"):
+        Run.open(tmp_path / "run", recipes[2], inputs=inputs, resume=True)
+
+
+def test_prompts_of_a_stage_have_the_kind_their_table_says(pocket, tmp_path):
+    """What PPO's safety branch goes by."""
+    json_lines.write(tmp_path / "adversarial.jsonl", [{"prompt": "baba"}, {"prompt": "lulu"}])
+    model, tokenizer = loading.load_llama(pocket.sft)
+    found = PpoRecipe(
+        init="m", helpfulness="h", data=[{"path": tmp_path / "adversarial.jsonl", "kind": "safety"}]
+    )
+    prompts = loading.read_prompts(found.data, tokenizer, model)
+    assert [prompt.kind for prompt in prompts] == ["safety", "safety"]
