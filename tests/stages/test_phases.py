@@ -106,6 +106,16 @@ def test_samples_longer_than_micro_tokens_pass_alone(pocket, tmp_path, stage):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_segment_sums_have_no_end():
+    lengths = torch.tensor([4096, 0, 1])
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.ones(4097, dtype=dtype, requires_grad=True)
+        sums = phases.segment_sums(values, lengths)
+        assert sums.tolist() == [4096, 0, 1]
+        sums.backward(torch.tensor([2.0, 1.0, 3.0]))
+        assert values.grad.tolist() == [2.0] * 4096 + [3.0]
+
+
 def test_max_sequences_bounds_what_is_sampled_at_once(pocket, tmp_path, monkeypatch):
     """And changes no sample: what does not fit waits."""
     seen = []
