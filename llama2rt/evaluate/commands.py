@@ -44,6 +44,12 @@ def evaluate(
     """
     if not (comparisons or samples):
         raise InputError("evaluate: nothing to do; give --comparisons or --samples")
+    for name, value, least in (
+        ("skip_invalid", skip_invalid, 0),
+        ("micro_tokens", micro_tokens, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name}: expected at least {least}, got {value}")
     # Read everything before the model: bad input should not cost the loading of one.
     pairs = {str(path): read(path, "comparison", skip_invalid) for path in comparisons}
     versions = _by_version({path: read(path, "sample", skip_invalid) for path in samples})
