@@ -49,6 +49,8 @@ def evaluate(
     """
     if not (comparisons or samples):
         raise InputError("evaluate: nothing to do; give --comparisons or --samples")
+    if skip_invalid < 0:
+        raise InputError(f"skip_invalid: expected at least 0, got {skip_invalid}")
     if not 1 <= micro_tokens <= _MOST_TOKENS:
         raise InputError(f"micro_tokens: expected 1 to {_MOST_TOKENS}, got {micro_tokens}")
     # Read and check everything before the weights: bad input should cost no scoring.

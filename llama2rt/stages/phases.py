@@ -202,8 +202,10 @@ def response_values(critic: ScalarModel, examples: Sequence[Example], micro_toke
 
 
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of consecutive segments: [T] and int64 [B] -> [B]; differentiable, deterministic."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0)
+    """Sums of consecutive segments: [T] and int64 [B] -> [B], at least fp32; differentiable,
+    deterministic."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))  # else bf16 stops at 256
+    return torch.segment_reduce(wide, "sum", lengths=lengths, initial=0)
 
 
 def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> list[Prompt]:

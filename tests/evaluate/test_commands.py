@@ -113,6 +113,9 @@ def test_bad_input_says_what_to_do(tmp_path, reward_model, small_tokenizer, shap
     with pytest.raises(InputError, match=r"--comparisons or --samples"):
         evaluate(folder)
     one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for option in ({"micro_tokens": 0}, {"skip_invalid": -1}):
+        with pytest.raises(InputError, match=f"^{next(iter(option))}: expected at least"):
+            evaluate(folder, samples=(one,), **option)
     write(one, [Sample("1", _ask(1), "x")])
     write(other, [Sample("2", _ask(1), "x")])
     with pytest.raises(InputError, match="a and b share no prompt_id"):

@@ -8,6 +8,7 @@ from llama2rt.data.readers import write
 from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
 from llama2rt.generate import scheduler
+from llama2rt.generate.kv_cache import page_bytes
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.stages import dpo, loading, phases, ppo, rejection
 
@@ -89,19 +90,32 @@ def test_samples_longer_than_micro_tokens_pass_alone(pocket, tmp_path, stage):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-def test_max_sequences_bounds_what_is_sampled_at_once(pocket, tmp_path, monkeypatch):
+def test_segment_sums_have_no_end():
+    lengths = torch.tensor([4096, 0, 1])
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.ones(4097, dtype=dtype, requires_grad=True)
+        sums = phases.segment_sums(values, lengths)
+        assert sums.tolist() == [4096, 0, 1]
+        sums.backward(torch.tensor([2.0, 1.0, 3.0]))
+        assert values.grad.tolist() == [2.0] * 4096 + [3.0]
+
+
+def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp_path, monkeypatch):
     """And changes no sample: what does not fit waits."""
     seen = []
 
     class Spy(scheduler.Scheduler):
         def __init__(self, *args, **kwargs):
-            seen.append(kwargs["max_sequences"])
+            seen.append((kwargs["max_sequences"], kwargs["pages"]))
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(scheduler, "Scheduler", Spy)
+    model, _ = loading.load_llama(pocket.sft)
+    page = page_bytes(model, 16)
     texts = []
-    for most in (256, 3):
-        short = {"samples": 2, "epochs": 1, "max_sequences": most, "train": {"lr": 1e-3}}
+    for most, size in ((256, None), (3, None), (256, 10 * page)):
+        short = {"samples": 2, "epochs": 1, "train": {"lr": 1e-3}}
+        folder = tmp_path / f"{most}-{size}"
         recipe = rejection.RejectionRecipe(
             policy=pocket.sft,
             init=pocket.sft,
@@ -109,10 +123,13 @@ def test_max_sequences_bounds_what_is_sampled_at_once(pocket, tmp_path, monkeypa
             data=[pocket.prompts],
             validation=[pocket.validation],
             max_tokens=8,
+            max_sequences=most,
+            cache_bytes=size,
             **short,
         )
-        rejection.run(recipe, tmp_path / str(most))
-        part = tmp_path / str(most) / "samples" / "part-00000.jsonl"
+        rejection.run(recipe, folder)
+        part = folder / "samples" / "part-00000.jsonl"
         texts.append([response.tokens for response in phases.read_responses(part)])
-    assert seen == [256, 256, 3, 3]
-    assert texts[0] == texts[1]
+    assert [most for most, _ in seen] == [256, 256, 3, 3, 256, 256]
+    assert [pages for _, pages in seen[4:]] == [10, 10]
+    assert texts[0] == texts[1] == texts[2]

@@ -71,12 +71,12 @@ def test_masters_keep_the_fp32_values_a_model_comes_with():
 def test_gradients_accumulate_in_fp32():
     model = network(torch.bfloat16)
     optimizer = Optimizer(model, TrainOptions(precision="bf16", clip=math.inf))
-    # In bf16 1 + 0.001 is 1; 64 such gradients would be lost.
-    for value in [1.0] + [0.001] * 64:
+    # In bf16 1 + 0.001 is 1, and 256 + 1 is 256: such gradients would be lost.
+    for value in [1.0] + [0.001] * 64 + [1.0] * 600:
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, value)
         optimizer.accumulate()
-    total = 1 + 64 * float(torch.tensor(0.001).bfloat16())
+    total = 601 + 64 * float(torch.tensor(0.001).bfloat16())
     count = sum(p.numel() for p in model.parameters())
     assert optimizer.step(0.0) == pytest.approx(total * math.sqrt(count), rel=1e-5)
 
