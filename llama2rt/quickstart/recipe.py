@@ -60,7 +60,9 @@ class QuickstartRecipe(Recipe):
     sft_epochs: int = Field(default=1, gt=0)
     samples: int = Field(default=8, gt=1)
     """K of rejection sampling, n of online DPO"""
-    ppo_iterations: int = Field(default=24, gt=0)
+    ppo_iterations: int = Field(default=16, gt=0)
+    """more raise the reward model's score while the judge's falls: of seed 1's answers 54 % are
+    correct after 16, 51 % after 30"""
     dpo_iterations: int = Field(default=3, gt=0)
     """T, the paper's 3. One iteration of this size lowers the leaks it saw, and the policy leaks in
     other words; it is the pairs sampled from that policy that end it"""
