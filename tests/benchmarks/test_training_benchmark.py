@@ -51,3 +51,15 @@ def test_the_optimizer_is_measured(tmp_path):
     (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("adamw-*.json"))
     (row,) = record["rows"]
     assert {"ours", "fused", "foreach"} <= row["rows"].keys() and row["ours"] == ["ours"]
+
+
+def test_the_embedding_is_measured(tmp_path):
+    run_python(
+        *("-m", "pytest", "-q", "--benchmark-disable", "benchmarks/training/test_embedding.py"),
+        cwd=FOLDER.parents[1],
+        env={"BENCH_SMOKE": "1", "BENCH_OUT": str(tmp_path)},
+    )
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("embedding-*.json"))
+    assert len(record["rows"]) == 2  # fp32 and bf16
+    for row in record["rows"]:
+        assert row["rows"].keys() >= {"ours", "embedding", "index_select"}
