@@ -6,13 +6,14 @@ is never written again. Swapping pages to host memory and reuse between calls ar
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.model.llama import Llama
+from llama2rt.model.llama import Block, Llama
 
 
 class PagePool:
@@ -63,7 +64,7 @@ class Addresses:
 def page_bytes(model: Llama, page_size: int) -> int:
     """Bytes of one page of `page_size` tokens: keys and values of all layers, in the weights'
     dtype."""
-    weight = model.blocks[0].key.weight
+    weight = cast(Block, model.blocks[0]).key.weight
     return 2 * len(model.blocks) * page_size * weight.shape[0] * weight.element_size()
 
 
