@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Which of torch's CPU operations add many bf16 values in bf16, and so stop at 256?
 #
-# The same sum, 4096 ones into one place, by every route from a row's use to its gradient. Guess
-# before running: what adds by index does it in bf16 (256), `scatter_add_` too, what reduces an axis
-# does it in fp32 (4096), and the ids' integer type makes no difference. Found: it goes by neither.
+# The same sum, 4096 ones into one place, by every route from a row's use to its gradient. Guessed
+# before running: `scatter_add_` 256, `segment_reduce` 256, `cumsum` 4096; that the integer type of
+# the ids could matter was not thought of. Found: neither "by index" nor "a reduction" tells.
 # `index_select`'s gradient is right with int64 ids and wrong with int32, `scatter_add_` right and
 # `index_add_` of one dimension wrong, `gather` right and `w[i]` wrong, `rms_norm`'s weight right and
 # `layer_norm`'s bias wrong (256 a thread); `embedding_bag` is right forward and wrong backward. No
