@@ -14,7 +14,8 @@ import torch
 
 from llama2rt.errors import InputError
 from llama2rt.generate import scheduler
-from llama2rt.generate.kv_cache import Addresses, KVCache, page_bytes
+from llama2rt.generate.budget import Budget, plan
+from llama2rt.generate.kv_cache import Addresses, KVCache
 from llama2rt.generate.sampling import MOST, check_options, check_whole, choose, uniforms
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
@@ -46,10 +47,10 @@ class Engine:
     """Continuous-batching sampler over `model` and its `tokenizer`.
 
     At most `max_sequences` sequences run at once in a paged cache of keys and values, in pages of
-    `page_size` tokens. The cache takes what these sequences can need at most, but never more than
-    `cache_bytes`, by default half of the memory that is free on the model's device when a call
-    begins. Where that is less, sequences wait or are recomputed, with the same samples. The rest of
-    a call's memory is a forward pass's over at most `max_sequences` rows and 4096 prompt tokens.
+    `page_size` tokens. A call takes, beside the model, at most `cache_bytes` for the cache and its
+    forward passes (`budget`), by default half of the memory that is free on the model's device when
+    the call begins. Where that is less than all sequences can need, they wait or are recomputed,
+    with the same samples.
     """
 
     def __init__(
@@ -184,18 +185,19 @@ class Engine:
         model, page_size = self.model, self.page_size
         lengths = np.array([len(tokens) for tokens in prompts], np.int32)
         limits = np.minimum(min(max_tokens, model.config.context), model.config.context - lengths)
-        pages = self._pages(lengths, limits, n)
+        budget = self._budget(lengths, limits, n, bool(top_k or top_p < 1))
         queue = scheduler.Scheduler(
             prompts,
             limits,
             n,
             seed,
             self.tokenizer.stop_ids,
-            pages=pages,
+            pages=budget.pages,
             page_size=page_size,
-            max_sequences=self.max_sequences,
+            max_sequences=budget.sequences,
+            prefill_tokens=budget.prefill_tokens,
         )
-        cache = KVCache(model.config.layers, pages, page_size)
+        cache = KVCache(model.config.layers, budget.pages, page_size)
         training = model.training
         model.eval()
         try:
@@ -206,28 +208,25 @@ class Engine:
         finally:
             model.train(training)
 
-    def _pages(self, lengths: np.ndarray, limits: np.ndarray, n: int) -> int:
-        """Pages of the cache for `n` samples of each prompt: InputError where one alone needs more
-        than there may be."""
-        if len(lengths) == 0:
-            return 0
-        longest = int((lengths + limits).argmax())
-        each = -(-(lengths + limits).astype(np.int64) // self.page_size)
-        bytes_each = page_bytes(self.model, self.page_size)
+    def _budget(self, lengths: np.ndarray, limits: np.ndarray, n: int, restricted: bool) -> Budget:
+        """What the call may hold at once; InputError where one sample alone needs more."""
         allowed = self.cache_bytes
         if allowed is None:
             allowed = free_bytes(self.model.output.device) // 2
-        needed = int(each[longest]) * bytes_each
-        if needed > allowed:
-            default = " (half of the free memory)" if self.cache_bytes is None else ""
-            raise InputError(
-                f"cache_bytes: expected at least {needed} for prompt {longest} "
-                f"({lengths[longest]} tokens and up to {limits[longest]} more), "
-                f"got {allowed}{default}"
+        try:
+            return plan(
+                self.model,
+                lengths,
+                limits,
+                n,
+                allowed=allowed,
+                page_size=self.page_size,
+                max_sequences=self.max_sequences,
+                restricted=restricted,
             )
-        # All that may run at once, each as long as it may get, and one prompt held for its samples.
-        at_once = np.sort(each.repeat(n))[-self.max_sequences :]
-        return min(int(at_once.sum() + each[longest]), allowed // bytes_each)
+        except InputError as error:
+            default = " (half of the free memory)" if self.cache_bytes is None else ""
+            raise InputError(f"{error}{default}") from None
 
     def _forward(
         self, step: scheduler.Step, cache: KVCache, temperature: float, top_p: float, top_k: int

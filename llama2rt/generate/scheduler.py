@@ -15,12 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llama2rt.generate.budget import PREFILL_TOKENS
 from llama2rt.generate.kv_cache import PagePool
 from llama2rt.generate.sampling import stream_keys
-
-# Prompts of one step; beyond about this many tokens a larger GEMM is not more efficient, and the
-# activations of the widest layer grow.
-_PREFILL_TOKENS = 4096
 
 
 @dataclass(slots=True)
@@ -58,8 +55,9 @@ class Scheduler:
     """Runs `n` samples of each prompt (int32 arrays); `limits[i]` is prompt i's max tokens, and any
     of `stop_ids` ends a sample.
 
-    At most `max_sequences` run at once, in `pages` pages of `page_size` tokens; the caller has
-    made sure that any single sequence fits.
+    At most `max_sequences` run at once, in `pages` pages of `page_size` tokens; a step prefills
+    prompts of at most `prefill_tokens`, or one that is longer. The caller has made sure that any
+    single sequence fits.
     """
 
     def __init__(
@@ -73,7 +71,9 @@ class Scheduler:
         pages: int,
         page_size: int,
         max_sequences: int,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
+        self.prefill_tokens = prefill_tokens
         self.prompts, self.limits, self.stop_ids = prompts, limits, stop_ids
         self.page_size = page_size
         self.pool = PagePool(pages)
@@ -187,7 +187,7 @@ class Scheduler:
             cached = len(tokens) - 1
             full, tail = divmod(cached, self.page_size)
             if self._shared is None:
-                if prefilled and prefilled + cached > _PREFILL_TOKENS:
+                if prefilled and prefilled + cached > self.prefill_tokens:
                     break
                 if not self._room(full + 1, ready + later):
                     break

@@ -11,7 +11,6 @@ from llama2rt.checkpoint import native
 from llama2rt.data import readers
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine, commands
-from llama2rt.generate.kv_cache import page_bytes
 from llama2rt.model.heads import ScalarModel
 
 
@@ -111,7 +110,9 @@ def test_cache_bytes_bound_the_cache_and_change_no_sample(folder, engine, capsys
     asked = (folder, "--prompt", "about units", "--n", 9, "--max-tokens", 8)
     _generate(*asked)
     whole = capsys.readouterr().out
-    size = 2 * page_bytes(engine.model, engine.page_size)
+    with pytest.raises(InputError, match=r"^cache_bytes: expected at least") as refused:
+        _generate(*asked, "--cache-bytes", 1)
+    size = int(str(refused.value).split()[4])
     _generate(*asked, "--cache-bytes", size)
     assert capsys.readouterr().out == whole and whole
     with pytest.raises(InputError, match=f"^cache_bytes: expected at least {size} for prompt 0"):

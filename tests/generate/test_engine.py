@@ -9,6 +9,7 @@ from small_models import Ids, far_from_flat, packed, transformers_twin
 
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
+from llama2rt.generate.budget import forward_bytes
 from llama2rt.generate.kv_cache import page_bytes
 
 
@@ -131,12 +132,13 @@ def test_samples_do_not_depend_on_the_batch():
     assert [c.prompt_index for c in expected] == [i for i in range(7) for _ in range(3)]
     assert [c.prompt_tokens for c in expected] == [p for p in prompts for _ in range(3)]
     assert len({tuple(c.tokens) for c in expected}) > 15
-    longest = page_bytes(model, 8) * -(-max(len(p) + 20 for p in prompts) // 8)
+    longest = max(len(p) for p in prompts) + 20
+    least = page_bytes(model, 8) * -(-longest // 8) + forward_bytes(model, longest, 1, True)
     for engine in (
         Engine(model, Ids(), max_sequences=1),
         Engine(model, Ids(), max_sequences=4, page_size=3),
-        Engine(model, Ids(), page_size=8, cache_bytes=longest),  # preempts
-        Engine(model, Ids(), page_size=8, cache_bytes=3 * longest),
+        Engine(model, Ids(), page_size=8, cache_bytes=least),
+        Engine(model, Ids(), page_size=8, cache_bytes=3 * least),
     ):
         again = engine.generate(prompts, **options)
         assert _samples(again) == _samples(expected)
@@ -262,50 +264,72 @@ def test_the_largest_options_are_taken():
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """The caches of all forward passes."""
+    """(cache, step) of all forward passes."""
     found = []
     forward = Engine._forward
     monkeypatch.setattr(
         Engine,
         "_forward",
-        lambda self, step, cache, *rest: found.append(cache) or forward(self, step, cache, *rest),
+        lambda self, step, cache, *rest: (
+            found.append((cache, step)) or forward(self, step, cache, *rest)
+        ),
     )
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cache_holds_no_more_than_its_bytes(forwards, dtype):
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}])
+def test_cache_and_forward_pass_hold_no_more_than_cache_bytes(forwards, dtype, options):
     model = far_from_flat(kv_heads=2, dtype=dtype)
     prompts = [[5] * 60 for _ in range(40)]
-    for allowed in (7 * page_bytes(model, 16) - 1, 100 * page_bytes(model, 16)):
-        Engine(model, Ids(-1), cache_bytes=allowed).generate(prompts, max_tokens=9)
-        cache = forwards[-1]
-        # The page beside what is allowed would not fit, and what is there is what was counted.
-        assert cache.pages == allowed // page_bytes(model, 16)
-        assert cache.keys.nbytes + cache.values.nbytes == cache.pages * page_bytes(model, 16)
+    page, restricted = page_bytes(model, 16), bool(options)
+    least = 5 * page + forward_bytes(model, 69, 1, restricted)
+    for allowed in (least, 3 * least, 8 * least):
+        Engine(model, Ids(-1), cache_bytes=allowed).generate(prompts, max_tokens=9, **options)
+        cache, steps = forwards[-1][0], [step for _, step in forwards]
+        assert cache.keys.nbytes + cache.values.nbytes == cache.pages * page
+        prefilled = max(int(step.cu_seqlens[-1]) for step in steps)
+        decoded = max(len(step.lengths) for step in steps)
+        widest = forward_bytes(model, prefilled, decoded, restricted)
+        assert cache.pages * page + widest <= allowed
+        forwards.clear()
+    assert decoded > 1
+
+
+def test_a_step_prefills_no_more_than_its_share(forwards):
+    """A long prompt passes alone; short ones together, up to a quarter of the bytes."""
+    model = far_from_flat()
+    share = forward_bytes(model, 50, 8, False)
+    prompts = [[5] * n for n in (20, 20, 20, 80, 3, 4)]
+    Engine(model, Ids(-1), cache_bytes=4 * share, max_sequences=8).generate(prompts, max_tokens=2)
+    sizes = [np.diff(step.cu_seqlens).tolist() for _, step in forwards]
+    assert sorted(n for step in sizes for n in step) == [2, 3, 19, 19, 19, 79]
+    assert all(sum(step) <= 82 for step in sizes) and max(map(len, sizes)) > 1
 
 
 def test_no_more_pages_than_can_be_needed(forwards):
     """Whatever memory is free: one long prompt does not make all as long."""
     prompts = [[5] * 80, *([6] for _ in range(30))]
     Engine(far_from_flat(), Ids(-1), max_sequences=8).generate(prompts, max_tokens=4)
-    assert forwards[-1].pages == 6 + 7 + 6  # the longest, seven of a page, and one shared prompt
+    assert forwards[-1][0].pages == 6 + 7 + 6  # the longest, seven of a page, and one shared prompt
 
 
 def test_a_sequence_that_cannot_fit_is_said_before_sampling(forwards, monkeypatch):
     model = far_from_flat()
     page = page_bytes(model, 16)
-    engine = Engine(model, Ids(), cache_bytes=6 * page - 1)
+    least = 6 * page + forward_bytes(model, 90, 1, False)
+    engine = Engine(model, Ids(), cache_bytes=least - 1)
     message = (
-        rf"^cache_bytes: expected at least {6 * page} for prompt 1 "
-        rf"\(10 tokens and up to 80 more\), got {6 * page - 1}$"
+        rf"^cache_bytes: expected at least {least} for prompt 1 "
+        rf"\(10 tokens and up to 80 more\), got {least - 1}$"
     )
     with pytest.raises(InputError, match=message):
         engine.generate([[3], [3] * 10, [4] * 10], max_tokens=80)
     engine.generate([[3] * 10], max_tokens=70)
     done = len(forwards)
-    monkeypatch.setattr("llama2rt.generate.engine.free_bytes", lambda device: 2 * page)
-    with pytest.raises(InputError, match=rf"got {page} \(half of the free memory\)"):
+    least = page + forward_bytes(model, 16, 1, False)
+    monkeypatch.setattr("llama2rt.generate.engine.free_bytes", lambda device: 2 * least)
+    with pytest.raises(InputError, match=rf"got {least} \(half of the free memory\)"):
         Engine(model, Ids()).generate([[3] * 10], max_tokens=7)
     assert len(forwards) == done
     assert Engine(model, Ids()).generate([[3] * 10], max_tokens=6)

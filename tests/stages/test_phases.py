@@ -8,6 +8,7 @@ from llama2rt.data.readers import write
 from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
 from llama2rt.generate import scheduler
+from llama2rt.generate.budget import forward_bytes
 from llama2rt.generate.kv_cache import page_bytes
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.stages import dpo, loading, phases, ppo, rejection
@@ -112,8 +113,9 @@ def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp
     monkeypatch.setattr(scheduler, "Scheduler", Spy)
     model, _ = loading.load_llama(pocket.sft)
     page = page_bytes(model, 16)
+    few = 10 * page + forward_bytes(model, 100, 1, restricted=False)
     texts = []
-    for most, size in ((256, None), (3, None), (256, 10 * page)):
+    for most, size in ((256, None), (3, None), (256, few)):
         short = {"samples": 2, "epochs": 1, "train": {"lr": 1e-3}}
         folder = tmp_path / f"{most}-{size}"
         recipe = rejection.RejectionRecipe(
@@ -130,6 +132,7 @@ def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp
         rejection.run(recipe, folder)
         part = folder / "samples" / "part-00000.jsonl"
         texts.append([response.tokens for response in phases.read_responses(part)])
-    assert [most for most, _ in seen] == [256, 256, 3, 3, 256, 256]
-    assert [pages for _, pages in seen[4:]] == [10, 10]
+    assert [most for most, _ in seen[2:4]] == [3, 3]
+    assert all(0 < pages * page < few for _, pages in seen[4:])
+    assert seen[4][0] < seen[0][0] and seen[4][1] < seen[0][1]
     assert texts[0] == texts[1] == texts[2]

@@ -1,0 +1,90 @@
+"""What one call of the engine may hold at once, worked out from `cache_bytes` before it begins.
+
+`cache_bytes` bounds all that a call takes beside the model: keys and values, and the activations
+and logits of a forward pass. So a forward pass is kept to a quarter of it where that suffices:
+fewer prompt tokens are prefilled together, fewer sequences decode together; the rest is pages.
+Left out: what the libraries below take for themselves (thread stacks, packed panels of a GEMM).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llama2rt.errors import InputError
+from llama2rt.generate.kv_cache import page_bytes
+from llama2rt.model.llama import Llama
+
+# Beyond about this many prompt tokens in one step a larger GEMM is not more efficient.
+PREFILL_TOKENS = 4096
+_FORWARD_SHARE = 4
+# What an allocator takes for tensors that come and go, against what is alive at once: glibc's heap
+# took 2.0 to 2.4 times as much (134M shape, 500 to 4096 tokens, benchmarks/generation).
+_ALLOCATOR = 2.5
+# Bytes a logit: itself, its log-probability, its probability (fp32) and the running sum (fp64);
+# with top-k or top-p in the worst case, where a row is sorted in full, a dozen more vectors.
+_LOGIT_BYTES, _SORTED_LOGIT_BYTES = 20, 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`pages` of keys and values; most prompt tokens prefilled and most sequences in one step."""
+
+    pages: int
+    prefill_tokens: int
+    sequences: int
+
+
+def forward_bytes(model: Llama, prefill_tokens: int, sequences: int, restricted: bool) -> int:
+    """Bytes of one forward pass without gradients over so many prompt tokens and decoding
+    sequences: its widest moment in a block, or at the logits. `restricted`: by top-k or top-p."""
+    config, element = model.config, model.output.element_size()
+    # In a block: residual, norm, gate, up, product and what comes down; or queries, keys and
+    # values before and after rotation, the residual and the attention's result.
+    widest = max(4 * config.dim + 3 * config.ffn_hidden, 9 * config.dim)
+    logit = element + (_SORTED_LOGIT_BYTES if restricted else _LOGIT_BYTES)
+    alive = max(
+        (prefill_tokens + sequences) * widest * element,
+        sequences * config.vocab_size * logit,
+    )
+    return int(alive * _ALLOCATOR)
+
+
+def plan(
+    model: Llama,
+    lengths: np.ndarray,
+    limits: np.ndarray,
+    n: int,
+    *,
+    allowed: int,
+    page_size: int,
+    max_sequences: int,
+    restricted: bool,
+) -> Budget:
+    """The budget of `n` samples of prompts of `lengths` [P] tokens, each with up to `limits` [P]
+    more, in `allowed` bytes. InputError naming the prompt that fits in no budget."""
+    if len(lengths) == 0:
+        return Budget(0, PREFILL_TOKENS, max_sequences)
+    totals = (lengths + limits).astype(np.int64)
+    needed = -(-totals // page_size)
+    longest, most = int(totals.argmax()), int(totals.max())
+    page = page_bytes(model, page_size)
+
+    def within(share: int) -> Budget:
+        token, row = (forward_bytes(model, *one, restricted) for one in ((1, 0), (0, 1)))
+        sequences = min(max_sequences, len(lengths) * n, max(1, share // row))
+        prefill = max(most, min(PREFILL_TOKENS, share // token - sequences))
+        # All that may run at once, each as long as it may get, and one prompt held for its samples.
+        at_once = np.sort(needed.repeat(n))[-sequences:]
+        room = (allowed - forward_bytes(model, prefill, sequences, restricted)) // page
+        return Budget(min(int(at_once.sum() + needed[longest]), room), prefill, sequences)
+
+    chosen = within(allowed // _FORWARD_SHARE)
+    if chosen.pages < needed[longest]:
+        chosen = within(0)
+    if chosen.pages < needed[longest]:
+        least = int(needed[longest]) * page + forward_bytes(model, most, 1, restricted)
+        raise InputError(
+            f"cache_bytes: expected at least {least} for prompt {longest} ({lengths[longest]} "
+            f"tokens and up to {limits[longest]} more), got {allowed}"
+        )
+    return chosen
