@@ -39,14 +39,14 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, Row | InputError]]:
 def dataset_rows(path: Path) -> Iterator[tuple[int, Row | InputError]]:
     """Likewise of a saved dataset; InputError where the folder is none or holds several splits."""
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text()).get("splits", [])
+        splits = _listed(path / "dataset_dict.json", lambda described: described["splits"])
         raise InputError(f"{path}: holds several splits; name one: {', '.join(splits)}")
     if not (path / "state.json").is_file():
         raise InputError(f"{path}: a folder, but not a saved Hugging Face dataset (no state.json)")
     pyarrow = _pyarrow(path)
-    files = [
-        part["filename"] for part in json.loads((path / "state.json").read_text())["_data_files"]
-    ]
+    files = _listed(
+        path / "state.json", lambda state: [part["filename"] for part in state["_data_files"]]
+    )
     before = 0
     for name in files:
         number = before
@@ -60,18 +60,51 @@ def dataset_rows(path: Path) -> Iterator[tuple[int, Row | InputError]]:
         before = number
 
 
+def _listed(path: Path, names: Callable[[Any], Any]) -> list[str]:
+    """The names of files or folders that a saved dataset's JSON file lists; InputError where it is
+    damaged, or names anything outside its own folder."""
+    try:
+        found = names(json.loads(path.read_bytes()))
+        if all(name not in ("", ".", "..") and Path(name).name == name for name in found):
+            return list(found)
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise InputError(f"{path}: damaged: expected the names of what its folder holds")
+
+
 def _decoded(schema: Any, batches: Any, before: int = 0) -> Iterator[tuple[int, Row | InputError]]:
     columns = decoders(schema)
     number = before
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in _rows(batch):
             number += 1
             try:
+                if isinstance(row, InputError):
+                    raise row
                 row |= {name: decode(row[name]) for name, decode in columns.items()}
             except InputError as error:
                 yield number, error
             else:
                 yield number, row
+
+
+def _rows(batch: Any) -> Iterator[Row | InputError]:
+    """Rows of a record batch; an InputError in the place of one with a value that Python cannot
+    hold, such as a date beyond the year 9999 or in a time zone that it does not know."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError):  # of the whole batch
+        pass
+    for number in range(batch.num_rows):
+        row: Row = {}
+        try:
+            for name in batch.schema.names:
+                row[name] = batch.column(name)[number].as_py()
+        except (ValueError, OverflowError) as error:
+            yield InputError(f"{name}: a value that cannot be read ({error})")
+        else:
+            yield row
 
 
 def decoders(schema: Any) -> dict[str, Decode]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,11 @@ def read(path: Path) -> tuple[bytes, dict[str, bytes]]:
     names, unclear = special_names(parsed)
     for message in unclear:
         logger.warning("%s: %s", folder, message)
+    with _naming(folder):
+        added = added_tokens(parsed)
     if fast is not None:
         with _naming(fast):
-            definition = _with_missing(fast.read_bytes(), added_tokens(parsed))
+            definition = _with_missing(fast.read_bytes(), added)
         if model is None:
             return definition, companions
         with _naming(model):
@@ -180,11 +183,19 @@ def _token_names(config: Mapping[str, Any]) -> dict[str, str]:
 def added_tokens(parsed: Mapping[str, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Added tokens as the companions list them: id -> an entry as tokenizer.json has it."""
     config = parsed.get(CONFIG, {})
-    listed = {
-        int(identifier): {"content": entry["content"]}
-        | {flag: bool(entry.get(flag, flag == "normalized")) for flag in _FLAGS}
-        for identifier, entry in (config.get("added_tokens_decoder") or {}).items()
-    }
+    listed = {}
+    entries = config.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise InputError(f"{CONFIG}: added_tokens_decoder: expected an object, got {entries!r}")
+    for number, entry in entries.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            raise InputError(
+                f"{CONFIG}: added_tokens_decoder: {number}: expected an object with content, got "
+                f"{entry!r}"
+            )
+        listed[_identifier(CONFIG, number)] = {"content": entry["content"]} | {
+            flag: bool(entry.get(flag, flag == "normalized")) for flag in _FLAGS
+        }
     if "added_tokens_decoder" in config:
         return listed
     names, _ = special_names(parsed)
@@ -193,12 +204,20 @@ def added_tokens(parsed: Mapping[str, dict[str, Any]]) -> dict[int, dict[str, An
         for key in ("additional_special_tokens", "extra_special_tokens"):
             value = source.get(key) or []
             if isinstance(value, list):
-                special |= {t["content"] if isinstance(t, dict) else t for t in value}
-    for text, identifier in parsed.get(ADDED, {}).items():
+                texts = (t.get("content") if isinstance(t, dict) else t for t in value)
+                special |= {text for text in texts if isinstance(text, str)}
+    for text, number in parsed.get(ADDED, {}).items():
         flags = dict.fromkeys(_FLAGS, False)
         flags |= {"normalized": text not in special, "special": text in special}
-        listed[int(identifier)] = {"content": text, **flags}
+        listed[_identifier(ADDED, number)] = {"content": text, **flags}
     return listed
+
+
+def _identifier(where: str, value: Any) -> int:
+    """An id, which JSON objects have as a key and so as text."""
+    if isinstance(value, bool) or not re.fullmatch("[0-9]{1,9}", str(value)):
+        raise InputError(f"{where}: expected the id of an added token, got {value!r}")
+    return int(value)
 
 
 def _with_missing(definition: bytes, added: Mapping[int, dict[str, Any]]) -> bytes:

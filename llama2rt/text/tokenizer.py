@@ -283,6 +283,8 @@ class Tokenizer:
     def _own_template(self) -> ChatTemplate | None:
         source: Any = self.config.get("chat_template")
         if isinstance(source, list):  # named ones, as transformers 4 writes them
+            if not all(isinstance(named, dict) for named in source):
+                raise InputError("chat_template: expected text, or a list of objects")
             source = next((t.get("template") for t in source if t.get("name") == "default"), None)
         if folder.TEMPLATE in self._companions:
             source = self._companions[folder.TEMPLATE].decode()

@@ -129,6 +129,23 @@ def test_ids_that_contradict_each_other_are_named(tmp_path, small_tokenizer):
     assert_refused(tmp_path / "n", r"added_tokens\.json:2: not JSON")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "expected an object, got "),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": "x"}}, "400: expected an obj"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "id of an"),
+        ("tokenizer_config.json", {"chat_template": ["x"]}, "chat_template: expected text, or a"),
+        ("added_tokens.json", {"a": "x"}, "added_tokens.json: expected the id of an added token"),
+        ("added_tokens.json", {"a": True}, "added_tokens.json: expected the id of an added token"),
+    ],
+)
+def test_values_of_another_shape_are_named(tmp_path, small_tokenizer, file, content, reason):
+    hf.save(make(vocab_size=400), small_tokenizer, tmp_path / "m")
+    (tmp_path / "m" / file).write_text(json.dumps(content))
+    assert_refused(tmp_path / "m", reason)
+
+
 def test_agreeing_files_keep_the_original(tmp_path, small_tokenizer, caplog):
     hf.save(make(), small_tokenizer, tmp_path / "m")
     (tmp_path / "m" / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')

@@ -266,3 +266,33 @@ def test_a_timestamp_that_nothing_reads_is_a_key_not_used(tmp_path):
     reader = Reader(tmp_path / "x.parquet", "document")
     assert list(reader) == [Document("t")]
     assert reader.ignored_keys == {"crawled": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", "{"),
+        ("state.json", "[]"),
+        ("state.json", '{"_data_files": [{"name": "a.arrow"}]}'),
+        ("state.json", '{"_data_files": [{"filename": "../a.arrow"}]}'),
+        ("dataset_dict.json", "x"),
+        ("dataset_dict.json", "{}"),
+        ("dataset_dict.json", '{"splits": 3}'),
+    ],
+)
+def test_a_damaged_saved_dataset_is_named(tmp_path, name, content):
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"{name}: damaged: expected the names of what"):
+        read(tmp_path, "comparison")
+
+
+def test_a_date_that_python_cannot_hold_is_one_bad_row(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    table = {"prompt": ["p", "q"], "when": pa.array([2**62, 0], pa.timestamp("us"))}
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(InputError, match=r"x\.parquet:1: when: a value that cannot be read"):
+        read(path, "prompt")
+    assert [prompt.id for prompt in read(path, "prompt", skip_invalid=1)] == ["x.parquet:2"]

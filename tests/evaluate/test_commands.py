@@ -113,8 +113,12 @@ def test_bad_input_says_what_to_do(tmp_path, reward_model, small_tokenizer, shap
     with pytest.raises(InputError, match=r"--comparisons or --samples"):
         evaluate(folder)
     one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    for option in ({"micro_tokens": 0}, {"skip_invalid": -1}):
-        with pytest.raises(InputError, match=f"^{next(iter(option))}: expected at least"):
+    for option, expected in (
+        ({"micro_tokens": 0}, "^micro_tokens: expected 1 to 2147483647, got 0"),
+        ({"micro_tokens": 2**31}, "^micro_tokens: expected 1 to 2147483647, got 2147483648"),
+        ({"skip_invalid": -1}, "^skip_invalid: expected at least 0, got -1"),
+    ):
+        with pytest.raises(InputError, match=expected):
             evaluate(folder, samples=(one,), **option)
     write(one, [Sample("1", _ask(1), "x")])
     write(other, [Sample("2", _ask(1), "x")])
