@@ -204,7 +204,7 @@ def fill(
     missing = sorted(wanted.keys() - filled.keys())
     if missing:
         raise InputError(f"{path}: {shown(missing[0])}: missing ({len(missing)} tensors in all)")
-    if output is not None and not _same_values(*ends.values(), dtype):
+    if output is not None and not _same_values(ends["output"], ends["embedding.weight"], dtype):
         logger.warning(
             "%s: the configuration ties the output to the embedding, but %s differs from it: both "
             "are kept, and the model is not tied",
