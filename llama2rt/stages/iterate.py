@@ -157,7 +157,7 @@ def check(recipe: IterateRecipe, plan: list[Any], directory: Path) -> None:
         )
         policy = models.pop("policy")
         # As `measure` samples: in fp32.
-        cache = loading.Cache(recipe.cache_bytes, torch.float32)
+        cache = loading.CacheLimit(recipe.cache_bytes, torch.float32)
         loading.read_prompts(recipe.validation, tokenizer, policy, recipe.max_tokens, models, cache)
 
 

@@ -164,7 +164,7 @@ def rollout_inputs(recipe: Any, future: Future | None = None) -> RolloutInputs:
         recipe.tokenizer, {key: getattr(recipe, key) for key in keys}, future
     )
     policy = models.pop("init")
-    cache = Cache(recipe.cache_bytes, recipe.train.dtype)
+    cache = CacheLimit(recipe.cache_bytes, recipe.train.dtype)
     prompts, held_out = (
         read_prompts(paths, tokenizer, policy, recipe.max_tokens, models, cache) if paths else []
         for paths in (recipe.data, recipe.validation)
@@ -173,7 +173,7 @@ def rollout_inputs(recipe: Any, future: Future | None = None) -> RolloutInputs:
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheLimit:
     """What a policy may keep keys and values in while it samples."""
 
     most_bytes: int | None
@@ -187,7 +187,7 @@ def read_prompts(
     policy: Llama | Outline,
     max_tokens: int = 1,
     readers: Mapping[str, Llama | ScalarModel | Outline] | None = None,
-    cache: Cache | None = None,
+    cache: CacheLimit | None = None,
 ) -> list[Prompt]:
     """The prompts that leave the policy room to answer; the others are left out and counted, as
     too long dialogues are. InputError where none does, and, by its name, where one of the `readers`

@@ -166,7 +166,7 @@ def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
     policy, init = models.pop("policy"), models.pop("init")
     reference = models.pop("reference", init)
     readers = {"init": init, **models}
-    cache = loading.Cache(recipe.cache_bytes, recipe.train.dtype)
+    cache = loading.CacheLimit(recipe.cache_bytes, recipe.train.dtype)
     prompts = loading.read_prompts(
         recipe.data, tokenizer, policy, recipe.max_tokens, readers, cache
     )
