@@ -30,9 +30,7 @@ SHAPES = {
         32,
     ),
 }
-TOKENIZER = SimpleNamespace(
-    bos=1, eos=-1, stop_ids=(-1,), vocab_size=32000, decode=lambda ids: ""
-)
+TOKENIZER = SimpleNamespace(bos=1, eos=-1, stop_ids=(-1,), vocab_size=32000, decode=lambda ids: "")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

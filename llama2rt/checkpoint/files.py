@@ -171,8 +171,13 @@ def fill(
     filled: dict[str, nn.Parameter] = {}
     stored: dict[torch.dtype, str] = {}
     path, output = None, None
+    # Of a tied model, as the files hold them: on the meta device a parameter has no values to tell
+    # one from the other.
+    ends: dict[str, Tensor] = {}
     for path, name, tensor in tensors:
         is_output = tied and name == "output"
+        if is_output or (tied and name == "embedding.weight"):
+            ends[name] = tensor
         like = wanted.get("embedding.weight" if is_output else name)
         if like is None:
             raise InputError(f"{path}: {shown(name)}: not part of a model of this configuration")
@@ -199,7 +204,7 @@ def fill(
     missing = sorted(wanted.keys() - filled.keys())
     if missing:
         raise InputError(f"{path}: {shown(missing[0])}: missing ({len(missing)} tensors in all)")
-    if output is not None and not torch.equal(output, filled["embedding.weight"]):
+    if output is not None and not _same_values(ends["output"], ends["embedding.weight"], dtype):
         logger.warning(
             "%s: the configuration ties the output to the embedding, but %s differs from it: both "
             "are kept, and the model is not tied",
@@ -222,3 +227,10 @@ def fill(
         setattr(model.get_submodule(owner), attribute, parameter)
     if isinstance(model, Llama) and model.config.tied:
         model.output = model.embedding.weight
+
+
+def _same_values(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether two stored tensors become the same weights in `dtype` (None: in the one of the two
+    that holds both)."""
+    dtype = dtype or torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(dtype), b.to(dtype))

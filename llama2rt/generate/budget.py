@@ -9,9 +9,11 @@ Left out: what the libraries below take for themselves (thread stacks, packed pa
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from llama2rt.errors import InputError
-from llama2rt.generate.kv_cache import page_bytes
+from llama2rt.generate.kv_cache import page_bytes, sequence_bytes
+from llama2rt.model.config import LlamaConfig
 from llama2rt.model.llama import Llama
 
 # Beyond about this many prompt tokens in one step a larger GEMM is not more efficient.
@@ -25,6 +27,13 @@ _ALLOCATOR = 2.5
 _LOGIT_BYTES, _SORTED_LOGIT_BYTES = 20, 64
 
 
+def least_bytes(config: LlamaConfig, dtype: torch.dtype, tokens: int) -> int:
+    """The smallest `cache_bytes` in which one sequence of `tokens` can be sampled, before there is
+    a model, without top-k or top-p and in pages of the usual size."""
+    pages = sequence_bytes(config, dtype, tokens)
+    return pages + forward_bytes(config, dtype, tokens, 1, restricted=False)
+
+
 @dataclass(frozen=True)
 class Budget:
     """`pages` of keys and values; most prompt tokens prefilled and most sequences in one step."""
@@ -34,16 +43,17 @@ class Budget:
     sequences: int
 
 
-def forward_bytes(model: Llama, prefill_tokens: int, sequences: int, restricted: bool) -> int:
+def forward_bytes(
+    config: LlamaConfig, dtype: torch.dtype, prefill_tokens: int, sequences: int, restricted: bool
+) -> int:
     """Bytes of one forward pass without gradients over so many prompt tokens and decoding
     sequences: its widest moment in a block, or at the logits. `restricted`: by top-k or top-p."""
-    config, element = model.config, model.output.element_size()
     # In a block: residual, norm, gate, up, product and what comes down; or queries, keys and
     # values before and after rotation, the residual and the attention's result.
     widest = max(4 * config.dim + 3 * config.ffn_hidden, 9 * config.dim)
-    logit = element + (_SORTED_LOGIT_BYTES if restricted else _LOGIT_BYTES)
+    logit = dtype.itemsize + (_SORTED_LOGIT_BYTES if restricted else _LOGIT_BYTES)
     alive = max(
-        (prefill_tokens + sequences) * widest * element,
+        (prefill_tokens + sequences) * widest * dtype.itemsize,
         sequences * config.vocab_size * logit,
     )
     return int(alive * _ALLOCATOR)
@@ -69,20 +79,25 @@ def plan(
     longest, most = int(totals.argmax()), int(totals.max())
     page = page_bytes(model, page_size)
 
+    def forward(prefill: int, sequences: int) -> int:
+        return forward_bytes(
+            model.config, model.output.dtype, prefill, sequences, restricted=restricted
+        )
+
     def within(share: int) -> Budget:
-        token, row = (forward_bytes(model, *one, restricted) for one in ((1, 0), (0, 1)))
+        token, row = forward(1, 0), forward(0, 1)
         sequences = min(max_sequences, len(lengths) * n, max(1, share // row))
         prefill = max(most, min(PREFILL_TOKENS, share // token - sequences))
         # All that may run at once, each as long as it may get, and one prompt held for its samples.
         at_once = np.sort(needed.repeat(n))[-sequences:]
-        room = (allowed - forward_bytes(model, prefill, sequences, restricted)) // page
+        room = (allowed - forward(prefill, sequences)) // page
         return Budget(min(int(at_once.sum() + needed[longest]), room), prefill, sequences)
 
     chosen = within(allowed // _FORWARD_SHARE)
     if chosen.pages < needed[longest]:
         chosen = within(0)
     if chosen.pages < needed[longest]:
-        least = int(needed[longest]) * page + forward_bytes(model, most, 1, restricted)
+        least = int(needed[longest]) * page + forward(most, 1)
         raise InputError(
             f"cache_bytes: expected at least {least} for prompt {longest} ({lengths[longest]} "
             f"tokens and up to {limits[longest]} more), got {allowed}"

@@ -15,7 +15,7 @@ import torch
 from llama2rt.errors import InputError
 from llama2rt.generate import scheduler
 from llama2rt.generate.budget import Budget, plan
-from llama2rt.generate.kv_cache import Addresses, KVCache
+from llama2rt.generate.kv_cache import PAGE_SIZE, Addresses, KVCache
 from llama2rt.generate.sampling import MOST, check_options, check_whole, choose, uniforms
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
@@ -58,7 +58,7 @@ class Engine:
         model: Llama,
         tokenizer: Any,
         *,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         max_sequences: int = 256,
         cache_bytes: int | None = None,
     ) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama2rt import ops
+from llama2rt.model.config import LlamaConfig
 from llama2rt.model.llama import Block, Llama
 
 
@@ -42,6 +43,17 @@ class PagePool:
         unused = pages[self._references[pages] == 0]
         self._stack[self.free : self.free + len(unused)] = unused
         self.free += len(unused)
+
+
+PAGE_SIZE = 16
+"""tokens"""
+
+
+def sequence_bytes(config: LlamaConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the cache that one sequence of `tokens` fills, before there is a model: in pages of
+    the usual size, as `page_bytes` counts them."""
+    width = 2 * config.layers * config.kv_heads * config.head_dim
+    return -(-tokens // PAGE_SIZE) * PAGE_SIZE * width * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, ValidationError, model_validator
 
 from llama2rt.data.sources import Source
@@ -155,7 +156,9 @@ def check(recipe: IterateRecipe, plan: list[Any], directory: Path) -> None:
             future,
         )
         policy = models.pop("policy")
-        loading.read_prompts(recipe.validation, tokenizer, policy, recipe.max_tokens, models)
+        # As `measure` samples: in fp32.
+        cache = loading.CacheLimit(recipe.cache_bytes, torch.float32)
+        loading.read_prompts(recipe.validation, tokenizer, policy, recipe.max_tokens, models, cache)
 
 
 def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:

@@ -17,6 +17,7 @@ from llama2rt.data.readers import read
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
+from llama2rt.generate.budget import least_bytes
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
@@ -115,9 +116,11 @@ def outlines(
 ) -> tuple[Tokenizer, dict[str, Outline]]:
     """The tokenizer of the first of `models`, which samples, and what each of them is, by its key
     in the recipe (None: left out there). InputError unless `helpfulness` and `safety` are reward
-    models, all else language models, and all share the tokenizer."""
+    models, all else language models, all share the tokenizer, and each has an embedding for every
+    id that the first may sample."""
     found: dict[str, Outline] = {}
     shared: Tokenizer | None = None
+    sampled = 0
     for key, folder in models.items():
         if folder is None:
             continue
@@ -128,12 +131,14 @@ def outlines(
             raise InputError(f"{folder}: expected a {expected} model, found a {other} model")
         if shared is None:
             shared = choose_tokenizer(folder, model.config, model.tokenizer, tokenizer)
+            sampled = model.config.vocab_size
         else:
             _require_same_tokens(folder, model.tokenizer, shared)
-            if model.tokenizer is None and model.config.vocab_size < shared.vocab_size:
+            # The policy may sample any id it has a row for, also one that pads its vocabulary.
+            if model.config.vocab_size < sampled:
                 raise InputError(
-                    f"{folder}: has {model.config.vocab_size} embeddings, the policy's tokenizer "
-                    f"{shared.vocab_size} pieces"
+                    f"{folder}: has {model.config.vocab_size} embeddings and could not read what "
+                    f"the policy may sample, {sampled} ids; give both as many"
                 )
         found[key] = model
     assert shared is not None
@@ -159,11 +164,21 @@ def rollout_inputs(recipe: Any, future: Future | None = None) -> RolloutInputs:
         recipe.tokenizer, {key: getattr(recipe, key) for key in keys}, future
     )
     policy = models.pop("init")
+    cache = CacheLimit(recipe.cache_bytes, recipe.train.dtype)
     prompts, held_out = (
-        read_prompts(paths, tokenizer, policy, recipe.max_tokens, models) if paths else []
+        read_prompts(paths, tokenizer, policy, recipe.max_tokens, models, cache) if paths else []
         for paths in (recipe.data, recipe.validation)
     )
     return RolloutInputs(tokenizer, prompts, held_out, Outline(policy.config, tokenizer))
+
+
+@dataclass(frozen=True)
+class CacheLimit:
+    """What a policy may keep keys and values in while it samples."""
+
+    most_bytes: int | None
+    """a recipe's cache_bytes; None for what is free when its turn comes"""
+    dtype: torch.dtype
 
 
 def read_prompts(
@@ -172,10 +187,12 @@ def read_prompts(
     policy: Llama | Outline,
     max_tokens: int = 1,
     readers: Mapping[str, Llama | ScalarModel | Outline] | None = None,
+    cache: CacheLimit | None = None,
 ) -> list[Prompt]:
     """The prompts that leave the policy room to answer; the others are left out and counted, as
     too long dialogues are. InputError where none does, and, by its name, where one of the `readers`
-    could meet a prompt with a response of `max_tokens` that is longer than its context.
+    could meet a prompt with a response of `max_tokens` that is longer than its context, or where
+    such a one needs more than `cache` may take.
     """
     prompts = read(list(paths), "prompt")
     context = policy.config.context
@@ -190,6 +207,14 @@ def read_prompts(
         left_out = len(prompts) - len(fitting)
         logger.warning("%d prompts that fill the context of %d left out", left_out, context)
     longest = min(context, max(n for n in lengths if n < context) + max_tokens)
+    if cache is not None and cache.most_bytes is not None:
+        needed = least_bytes(policy.config, cache.dtype, longest)
+        if needed > cache.most_bytes:
+            raise InputError(
+                f"cache_bytes: expected at least {needed} for the longest prompt in "
+                f"{', '.join(map(str, paths))} with its response, {longest} tokens, got "
+                f"{cache.most_bytes}"
+            )
     for name, model in (readers or {}).items():
         if model.config.context < longest:
             raise InputError(

@@ -166,12 +166,15 @@ def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
     policy, init = models.pop("policy"), models.pop("init")
     reference = models.pop("reference", init)
     readers = {"init": init, **models}
-    prompts = loading.read_prompts(recipe.data, tokenizer, policy, recipe.max_tokens, readers)
+    cache = loading.CacheLimit(recipe.cache_bytes, recipe.train.dtype)
+    prompts = loading.read_prompts(
+        recipe.data, tokenizer, policy, recipe.max_tokens, readers, cache
+    )
     held_out = []
     if recipe.validation:
         measuring = {"reference": reference, **models}
         held_out = loading.read_prompts(
-            recipe.validation, tokenizer, init, recipe.max_tokens, measuring
+            recipe.validation, tokenizer, init, recipe.max_tokens, measuring, cache
         )
     earlier = [
         response
@@ -196,13 +199,15 @@ def read_earlier(
     if not (folder / "manifest.json").is_file():
         raise InputError(f"earlier: {folder}: no run directory (it holds no manifest.json)")
     path = folder / "samples" / BEST
+    embeddings = min(model.config.vocab_size for model in readers.values())
     responses = phases.read_responses(path)
     for number, response in enumerate(responses, start=1):
         try:
             expected = chat.encode_prompt(tokenizer, response.prompt.messages)
         except InputError as error:
             raise InputError(f"{path}:{number}: messages: {error}") from None
-        if response.prompt_tokens != expected or max(response.tokens) >= tokenizer.vocab_size:
+        # Not the tokenizer's pieces: a model may have sampled an id that pads its vocabulary.
+        if response.prompt_tokens != expected or max(response.tokens) >= embeddings:
             raise InputError(
                 f"{path}:{number}: sampled with another tokenizer or chat format than the policy's"
             )

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from llama2rt.checkpoint.native import unrounded
 from llama2rt.train.options import TrainOptions
 
 # Weights updated per call of the inner AdamW: bounds the fp32 copies of bf16 gradients alive at
@@ -28,7 +29,8 @@ _PIECE_ELEMENTS = 1 << 18
 class Optimizer:
     """AdamW over a model's trainable parameters, which are put into ``options.precision``.
 
-    Parameters that come in fp32 keep those values as their masters when precision is bf16.
+    Parameters that come in fp32 keep those values as their masters when precision is bf16; those
+    that come with masters of an optimizer before this one keep these.
     ``master`` names them: {parameter name: fp32 tensor}; in fp32 training these are the parameters.
     """
 
@@ -39,14 +41,15 @@ class Optimizer:
             raise ValueError("model: expected at least one parameter that requires a gradient")
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        masters = [p.detach().to(torch.float32) for p in self.parameters]
+        # Of a model that was trained in bf16 before: what that optimizer held.
+        masters = [unrounded(p).to(torch.float32) for p in self.parameters]
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(options.dtype)
-        if options.dtype == torch.float32:
-            masters = [p.detach() for p in self.parameters]
-        else:
-            for parameter, master in zip(self.parameters, masters, strict=True):
+        for parameter, master in zip(self.parameters, masters, strict=True):
+            if options.dtype == torch.float32:
+                parameter.data = master
+            else:
                 parameter.master = master  # type: ignore[attr-defined]
         self.master = dict(zip(self.names, masters, strict=True))
         self._masters = masters

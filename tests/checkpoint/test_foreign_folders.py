@@ -259,6 +259,19 @@ def test_a_tied_folder_that_repeats_its_embedding_stays_tied(tmp_path, caplog):
     assert loaded.config.tied and loaded.output is loaded.embedding.weight and not caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_tied_folder_with_both_can_be_outlined(tmp_path, differs, dtype):
+    """On the meta device, where no parameter has values: so stages check models beforehand."""
+    model = make(tied=True)
+    hf.save(model, None, tmp_path / "m")
+    head = model.embedding.weight.detach().to(dtype) + differs
+    altered(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": head}))
+    for device in ("meta", "cpu"):
+        loaded, _ = llama2rt.load(tmp_path / "m", device, torch.bfloat16)
+        assert loaded.config.tied != differs and loaded.output.device.type == device
+
+
 def test_a_tied_folder_with_its_head_alone(tmp_path):
     """What safetensors' save_model writes of a tied transformers model."""
     model = make(tied=True)

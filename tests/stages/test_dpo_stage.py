@@ -136,7 +136,7 @@ def test_sampling_leaves_its_memory_and_a_resumed_run_needs_no_reference(
     settings = recipe(pocket, iterations=1, prompts_per_iteration=12, epochs=1, validation=[])
     sampling = []
 
-    class Watched(dpo.Engine):
+    class Watched(phases.Engine):
         def __init__(self, model, *args, **kwargs):
             super().__init__(model, *args, **kwargs)
             sampling.extend([weakref.ref(model), weakref.ref(self)])
@@ -147,7 +147,7 @@ def test_sampling_leaves_its_memory_and_a_resumed_run_needs_no_reference(
         raise problem.Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "Engine", Watched)
+        patch.setattr(phases, "Engine", Watched)
         patch.setattr(dpo, "fit", killed)
         with pytest.raises(problem.Killed):
             dpo.run(settings, tmp_path / "run")

@@ -8,7 +8,7 @@ import pocket as problem
 import pytest
 
 from llama2rt.checkpoint import native
-from llama2rt.data.readers import write
+from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison, Dialogue, Prompt
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
@@ -47,6 +47,10 @@ def bad(pocket, strangers, tmp_path_factory):
     # A folder whose configuration and tokenizer are right and whose weights are not there.
     shutil.copytree(pocket.sft, folder / "unfinished")
     (folder / "unfinished" / "model.safetensors").unlink()
+    # As the policy, but with rows for more ids than the tokenizer has pieces.
+    policy, tokenizer = loading.load_llama(pocket.sft)
+    padded = LlamaConfig(**dict(vars(policy.config), vocab_size=tokenizer.vocab_size + 8))
+    native.save(Llama(padded).initialize(1), tokenizer, folder / "padded")
     # As the policy's, but for a shorter context.
     policy, tokenizer = loading.load_llama(pocket.sft)
     shape = LlamaConfig(**dict(vars(policy.config), context=12))
@@ -220,6 +224,82 @@ def test_iterate_knows_the_models_that_are_still_to_come(pocket, bad, tmp_path):
     # With room for all, everything is checked and V1 begins: it loads weights.
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         iterate.run(plan(pocket, [V1]), tmp_path / "good")
+
+
+STAGES = {
+    "rejection": (rejection.run, rejection.RejectionRecipe, {"policy"}),
+    "ppo": (ppo.run, ppo.PpoRecipe, set()),
+    "dpo": (dpo.run, dpo.DpoRecipe, set()),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_cache_too_small_for_the_last_held_out_prompt(pocket, tmp_path, stage):
+    """By a token: both precisions of the two, because a key takes half as much in bf16."""
+    run, recipe, policy = STAGES[stage]
+    model, tokenizer = loading.load(pocket.sft, "meta")
+    message = {"role": "user", "content": "may baba visit " * 3}
+    write(tmp_path / "longer.jsonl", [Prompt("longer", [message])])
+    tokens = len(chat.encode_prompt(tokenizer, [message])) + 8
+    assert tokens <= model.config.context
+    for precision, element_bytes in (("fp32", 4), ("bf16", 2)):
+        needed = -(-tokens // 16) * 16 * 2 * 2 * 32 * element_bytes
+        given = dict.fromkeys({"init", *policy}, pocket.sft) | {
+            "helpfulness": pocket.helpfulness,
+            "data": [pocket.prompts],
+            "validation": [tmp_path / "longer.jsonl"],
+            "max_tokens": 8,
+            "train": {"precision": precision},
+        }
+        with pytest.raises(InputError, match=f"cache_bytes: expected at least {needed} for the"):
+            run(recipe(**given, cache_bytes=needed - 1), tmp_path / precision)
+        # As much as is needed is enough: the stage begins.
+        with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+            run(recipe(**given, cache_bytes=needed), tmp_path / f"{precision}-enough")
+
+
+def test_iterate_measures_in_fp32_with_the_cache_it_is_given(pocket, tmp_path):
+    """V1 samples in bf16, for which the cache is large enough."""
+    v1 = {**V1, "settings": V1["settings"] | {"train": {"precision": "bf16"}}}
+    _, tokenizer = loading.load(pocket.sft, "meta")
+    texts = [r.messages for r in read(pocket.validation, "prompt")]
+    tokens = max(len(chat.encode_prompt(tokenizer, messages)) for messages in texts) + 8
+    needed = -(-tokens // 16) * 16 * 2 * 2 * 32 * 4
+    with pytest.raises(InputError, match=f"^cache_bytes: expected at least {needed} for the"):
+        iterate.run(plan(pocket, [v1], cache_bytes=needed - 1), tmp_path / "run")
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        iterate.run(plan(pocket, [v1], cache_bytes=needed), tmp_path / "good")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_policy_may_sample_what_no_other_model_has_a_row_for(pocket, bad, tmp_path, stage):
+    run, recipe, policy = STAGES[stage]
+    given = dict.fromkeys({"init", *policy}, bad["padded"]) | {
+        "helpfulness": pocket.helpfulness,
+        "data": [pocket.prompts],
+        "max_tokens": 8,
+    }
+    with pytest.raises(InputError, match=r"has \d+ embeddings and could not read what"):
+        run(recipe(**given), tmp_path / "run")
+
+
+def test_earlier_samples_may_hold_ids_that_pad_the_vocabulary(pocket, bad, tmp_path):
+    """The last of V3's could otherwise end V4, which all its models could have read."""
+    model, tokenizer = loading.load(bad["padded"], "meta")
+    prompt = Prompt("short", problem.messages("helpfulness", "baba"))
+    tokens = [9, tokenizer.vocab_size, tokenizer.eos]
+    kept = phases.Response(
+        prompt, "yes", chat.encode_prompt(tokenizer, prompt.messages), tokens, True, 0.0,
+        {"helpfulness": 0.5}, "p", 1.0, 0,
+    )  # fmt: skip
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "manifest.json").write_text("{}")
+    phases.write_responses(tmp_path / "samples" / rejection.BEST, [kept])
+    padded = loading.Outline(model.config, tokenizer)
+    assert rejection.read_earlier(tmp_path, tokenizer, {"init": padded}) == [kept]
+    short = loading.outline(pocket.sft)
+    with pytest.raises(InputError, match=r"best\.jsonl:1: sampled with another tokenizer"):
+        rejection.read_earlier(tmp_path, tokenizer, {"init": padded, "safety": short})
 
 
 def test_a_warmup_longer_than_ppo_is_said_before_it_begins(pocket, tmp_path, caplog):

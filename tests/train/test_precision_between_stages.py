@@ -50,6 +50,22 @@ def test_two_stages_of_tiny_steps_add_up(tmp_path, kind):
         torch.testing.assert_close(moved, torch.full_like(moved, 40 * LR), rtol=0.02, atol=1e-8)
 
 
+@pytest.mark.parametrize("then", ["bf16", "fp32"])
+def test_an_optimizer_goes_on_from_what_the_one_before_it_held(then):
+    """Of one model, in one process: no file between the two."""
+    model = around(0.05, make())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    steps(model, 20)
+    steps(model, 20)
+    held = Optimizer(model, TrainOptions(precision=then)).master
+    for name, master in held.items():
+        moved = master - before[name]
+        torch.testing.assert_close(moved, torch.full_like(moved, 40 * LR), rtol=0.02, atol=1e-8)
+    if then == "fp32":
+        assert all(torch.equal(held[name], p)
+                   for name, p in model.named_parameters())  # fmt: skip
+
+
 def test_frozen_uses_read_the_rounded_weights_and_exports_may_be_rounded(tmp_path):
     model = around(0.05, make())
     steps(model, 3)
