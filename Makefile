@@ -93,7 +93,7 @@ bench: $(VENV)/.tested
 
 # One environment a release in build/peers, laid over this one.
 peers: $(VENV)/.tested
-	$(BIN)/python -P benchmarks/peers.py --record benchmarks/results/peers.json
+	$(BIN)/python -P benchmarks/peer_releases.py --record benchmarks/results/peers.json
 
 # -P keeps this folder off sys.path, as plain pytest does.
 gpu:

@@ -5,7 +5,7 @@ checkpoints are exported for it and read from it. CI runs the one release of con
 runs the others, before each release of ours and after each of theirs:
 
     make peers                                    all of RELEASES; benchmarks/results/peers.json
-    .venv/bin/python -P benchmarks/peers.py --releases 5.23.0 --record build/peers.json
+    .venv/bin/python -P benchmarks/peer_releases.py --releases 5.23.0 --record build/peers.json
 
 For each release an environment of its own is laid over the one that runs this: a venv that holds
 transformers and the packages whose versions it bounds, exactly as named here, and finds everything
@@ -132,7 +132,7 @@ def run(release: str, folder: Path, tests: list[str]) -> dict[str, Any]:
 def write(record: Path, rows: list[dict[str, Any]], tests: list[str]) -> None:
     """The record, with former rows of releases that were not run this time."""
     begun = {
-        "what": f"pytest {' '.join(tests)}, once a release of transformers (benchmarks/peers.py)",
+        "what": f"pytest {' '.join(tests)}, once a release of transformers (benchmarks/peer_releases.py)",
         "machine": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": versions(())["python"],

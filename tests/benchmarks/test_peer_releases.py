@@ -1,4 +1,4 @@
-"""The runner of other releases (benchmarks/peers.py) counts what happened; its record is whole."""
+"""The runner of other releases (benchmarks/peer_releases.py) counts what happened; its record is whole."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from processes import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/peers.json"
-peers = load_script(ROOT / "benchmarks/peers.py")
+peers = load_script(ROOT / "benchmarks/peer_releases.py")
 
 
 def test_a_report_is_counted(tmp_path):
