@@ -132,7 +132,7 @@ def run(release: str, folder: Path, tests: list[str]) -> dict[str, Any]:
 def write(record: Path, rows: list[dict[str, Any]], tests: list[str]) -> None:
     """The record, with former rows of releases that were not run this time."""
     begun = {
-        "what": f"pytest {' '.join(tests)}, once a release of transformers (benchmarks/peer_releases.py)",
+        "what": f"pytest {' '.join(tests)}, once a release of transformers (make peers)",
         "machine": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": versions(())["python"],

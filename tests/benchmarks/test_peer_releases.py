@@ -1,4 +1,4 @@
-"""The runner of other releases (benchmarks/peer_releases.py) counts what happened; its record is whole."""
+"""The runner of other releases counts what happened; its record is whole."""
 
 import json
 from pathlib import Path
