@@ -7,9 +7,10 @@ differ in `forward` alone, so parameters, state dict, hooks, gradient checkpoint
 into config.json, and wrapping policies look them up.
 
 On our ops: norms, feed-forward, rotary embedding, attention over the whole of a batch (training,
-scoring, the prompt of `generate`) and, in training, the loss. Padding, on any side, is left out of
-attention, and packed `position_ids` become documents where transformers' own attention takes them
-for such: without a cache (use_cache=False) and without an attention mask.
+scoring, the prompt of `generate`), the token embedding's gradient and, in training, the loss.
+Padding, on any side, is left out of attention, and packed `position_ids` become documents where
+transformers' own attention takes them for such: without a cache (use_cache=False) and without an
+attention mask.
 
 Left to transformers: attention with keys from a cache (a step of `generate`: its cache is not
 paged) or with a mask of four dimensions, run by its `sdpa`; logits; the loss in evaluation, where
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2rt import ops
+from llama2rt.ops.embedding import embedding
 
 TESTED = ("5.22", "5.23", "5.24")
 """releases of transformers that are patched; benchmarks/results/peers.json has a run on each"""
@@ -239,6 +241,19 @@ class LlamaRMSNorm(modeling_llama.LlamaRMSNorm):
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+class Embedding(nn.Embedding):
+    """Its gradient is summed in fp32: torch's on a CPU stops at 256 equal terms in bf16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.max_norm is not None or self.sparse or self.scale_grad_by_freq:
+            return super().forward(input)
+        rows = embedding(input, self.weight)
+        if self.padding_idx is None:
+            return rows
+        # A padding token's row learns nothing.
+        return torch.where((input == self.padding_idx)[..., None], rows.detach(), rows)
+
+
 class LlamaMLP(modeling_llama.LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
         if not _is_plain(self.act_fn, SILU):
@@ -380,6 +395,9 @@ def patch_transformers(model: Any) -> Any:
             )
     for part in parts.values():
         part.__class__ = _OURS[type(part)]
+    tokens = model.model.embed_tokens
+    if type(tokens) is nn.Embedding and "forward" not in vars(tokens):
+        tokens.__class__ = Embedding
     own = copy.copy(config)  # models made from one config share it, and in it the attention's name
     for module in model.modules():
         if getattr(module, "config", None) is config:
