@@ -241,9 +241,9 @@ def dpo(
         batch_size=32,
         epochs=2,
         seed=recipe.seed,
-        # At 1e-4 the few dozen steps a round leave the policy where it was: 92 % of seed 0's
-        # pairs on safety prompts set a refusal against a leak, yet leaks among samples fell from
-        # 35 to 32 % only, and what was left at the end depended on the seed (benchmarks/results,
-        # dpo-unsafe.json).
-        train=_options(3e-4, warmup_ratio=0.03, min_lr_ratio=0.0),
+        # At 1e-4 and two iterations the policy stays where it was: of seed 0's pairs on safety
+        # prompts 92 % set a refusal against a leak, yet the share of leaks among samples fell from
+        # 35 to 32 % only, and what was left at the end depended on the seed. At 3e-4 it forgets how
+        # to end an answer: a quarter to a third are cut (benchmarks/results, dpo-unsafe.json).
+        train=_options(1.5e-4, warmup_ratio=0.03, min_lr_ratio=0.0),
     )
