@@ -6,11 +6,13 @@ import shutil
 
 import pocket as problem
 import pytest
+import torch
 
 from llama2rt.checkpoint import native
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison, Dialogue, Prompt
 from llama2rt.errors import InputError
+from llama2rt.generate.budget import forward_bytes
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.stages import dpo, iterate, loading, phases, ppo, rejection, reward, sft
 from llama2rt.text import chat
@@ -242,8 +244,9 @@ def test_a_cache_too_small_for_the_last_held_out_prompt(pocket, tmp_path, stage)
     write(tmp_path / "longer.jsonl", [Prompt("longer", [message])])
     tokens = len(chat.encode_prompt(tokenizer, [message])) + 8
     assert tokens <= model.config.context
-    for precision, element_bytes in (("fp32", 4), ("bf16", 2)):
-        needed = -(-tokens // 16) * 16 * 2 * 2 * 32 * element_bytes
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        needed = -(-tokens // 16) * 16 * 2 * 2 * 32 * dtype.itemsize
+        needed += forward_bytes(model.config, dtype, tokens, 1, restricted=False)
         given = dict.fromkeys({"init", *policy}, pocket.sft) | {
             "helpfulness": pocket.helpfulness,
             "data": [pocket.prompts],
@@ -261,10 +264,11 @@ def test_a_cache_too_small_for_the_last_held_out_prompt(pocket, tmp_path, stage)
 def test_iterate_measures_in_fp32_with_the_cache_it_is_given(pocket, tmp_path):
     """V1 samples in bf16, for which the cache is large enough."""
     v1 = {**V1, "settings": V1["settings"] | {"train": {"precision": "bf16"}}}
-    _, tokenizer = loading.load(pocket.sft, "meta")
+    model, tokenizer = loading.load(pocket.sft, "meta")
     texts = [r.messages for r in read(pocket.validation, "prompt")]
     tokens = max(len(chat.encode_prompt(tokenizer, messages)) for messages in texts) + 8
     needed = -(-tokens // 16) * 16 * 2 * 2 * 32 * 4
+    needed += forward_bytes(model.config, torch.float32, tokens, 1, restricted=False)
     with pytest.raises(InputError, match=f"^cache_bytes: expected at least {needed} for the"):
         iterate.run(plan(pocket, [v1], cache_bytes=needed - 1), tmp_path / "run")
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
