@@ -72,8 +72,9 @@ $(VENV)/.tested: $(VENV)/.torch $(SOURCES)
 
 # A worker for each core, of one thread: most tests are too small to feed two threads. At most 4, as
 # each worker compiles and trains for itself what the tests of one folder share. Tests that need more
-# threads ask for them. Groups of tests start first (loadgroup); a worker that dies is not replaced, as
-# the next one would begin with the test that killed it.
+# threads ask for them. A file is one worker's (loadfile), because its costly fixtures are made once;
+# in the order of the files, because the files of fewest tests, which come last otherwise, are among
+# the longest. A worker that dies is not replaced: the next would begin with the test that killed it.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
 # Plain pytest: `python -m pytest` would put this folder, not the installed package, first.
@@ -81,7 +82,8 @@ test: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadgroup --max-worker-restart 0
+	SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder --max-worker-restart 0
 
 # glibc returns large blocks to the system, and page faults then take half of a CPU training step.
 # Both sides of every comparison keep their memory here; what that hides is measured apart, each

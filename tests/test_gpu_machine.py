@@ -18,8 +18,6 @@ import pytest
 import torch
 from processes import load_script, run_python
 
-pytestmark = pytest.mark.xdist_group("bare")  # `bare_python` is made once
-
 ROOT = Path(__file__).resolve().parents[1]
 LACKING = ("pydantic", "tyro", "rich", "sentencepiece", "tensorboard", "tomli_w", "transformers")
 

@@ -33,7 +33,6 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.xdist_group("smoke")
 def test_every_op_is_measured_against_eager_and_inductor(smoke):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for op in OPS:
@@ -51,7 +50,6 @@ def test_every_op_is_measured_against_eager_and_inductor(smoke):
             assert row["energy_not_measured"]
 
 
-@pytest.mark.xdist_group("smoke")
 def test_a_figure_is_drawn_of_each(smoke):
     figures.main(smoke)
     drawn = sorted(path.stem for path in smoke.glob("*.svg"))

@@ -14,7 +14,6 @@ from processes import run_python
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-pytestmark = pytest.mark.xdist_group("aot")  # `found` compiles every kernel once
 
 RECORD = Path(__file__).resolve().parents[2] / "kernels" / "resources.json"
 TABLES = json.loads(RECORD.read_text(encoding="utf-8"))

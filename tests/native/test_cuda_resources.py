@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from processes import load_script
 
-pytestmark = pytest.mark.xdist_group("resources")  # `found` disassembles the module once
-
 FOLDER = Path(__file__).resolve().parents[2] / "csrc/cuda"
 RECORD = FOLDER / "resources.json"
 SAMPLE = Path(__file__).with_name("sample_kernels.cu")

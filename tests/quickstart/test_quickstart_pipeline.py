@@ -14,8 +14,6 @@ from llama2rt.errors import InputError
 from llama2rt.quickstart import pipeline
 from llama2rt.quickstart.recipe import smoke
 
-pytestmark = pytest.mark.xdist_group("quickstart")  # `finished` is made once
-
 COMMAND = (sys.executable, "-P", "-m", "llama2rt.cli", "quickstart", "--smoke-test", "--seed", "1")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
