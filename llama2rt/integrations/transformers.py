@@ -40,7 +40,7 @@ from llama2rt import ops
 from llama2rt.ops.embedding import embedding
 
 TESTED = ("5.22", "5.23", "5.24")
-"""releases of transformers that are patched; benchmarks/results/peers.json has a run on each"""
+"""releases of transformers that are patched; `make peers` runs the tests on each"""
 
 try:
     import transformers
