@@ -47,6 +47,11 @@ def dataset_rows(path: Path) -> Iterator[tuple[int, Row | InputError]]:
     files = _listed(
         path / "state.json", lambda state: [part["filename"] for part in state["_data_files"]]
     )
+    if json.loads((path / "state.json").read_bytes()).get("_indices_data_files"):
+        raise InputError(
+            f"{path / 'state.json'}: a selection of its rows, as datasets 1 saved one: load it and "
+            "save it again with a newer release"
+        )
     before = 0
     for name in files:
         number = before
