@@ -185,7 +185,9 @@ class FileReader:
                     own[key] = value
             elif key not in found.carries and isinstance(value, str):
                 # Other people's keys are many: only one whose value could be ours is taken for it.
-                meant = misspelt(key, tuple(sorted(self.record.optional)))
+                # An id is too short for more than its case: a uid is somebody else's.
+                folded = key.strip().casefold()
+                meant = folded if folded in ours else misspelt(key, tuple(sorted(ours - {"id"})))
                 if meant and meant not in row:
                     raise InputError(f"unknown key {key!r}: did you mean {meant!r}?")
         return own
@@ -194,7 +196,12 @@ class FileReader:
         """A text ``system`` beside a conversation is its system message, as many ShareGPT files
         have it; without it the model would learn to answer so unasked."""
         where = _CONVERSATION.get(self.kind)
-        if where is None or "system" not in row or "system" in used:
+        if where is None or "system" in used:
+            return
+        if "system" not in row:
+            for key in row:
+                if key.strip().casefold() == "system":
+                    raise InputError(f"unknown key {key!r}: did you mean 'system'?")
             return
         system = row["system"]
         if not isinstance(system, str):

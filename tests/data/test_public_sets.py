@@ -290,3 +290,39 @@ def test_a_saved_dataset_with_an_index_is_refused(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match=r"state\.json: a selection of its rows"):
         read(tmp_path, "comparison")
+
+
+MESSAGES = {"prompt": [user("q")], **PAIR}
+
+
+@pytest.mark.parametrize("key", ["Kind", "KIND", " kind", "SAFETY", "Rating ", "System"])
+@pytest.mark.parametrize("row", [{"prompt": "q", **PAIR}, MESSAGES])
+def test_a_key_in_another_case_is_misspelt(rows_file, row, key):
+    """KIND is too far from kind for a spelling: safety pairs trained the helpfulness model."""
+    meant = key.strip().lower()
+    with pytest.raises(InputError, match=rf":1: unknown key '{key}': did you mean '{meant}'\?"):
+        read(rows_file({**row, key: "both_safe"}), "comparison")
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q"}, {"context_messages": [user("q")]}])
+def test_an_id_in_another_case_is_misspelt(rows_file, row):
+    with pytest.raises(InputError, match=":1: unknown key 'ID': did you mean 'id'"):
+        read(rows_file({**row, "ID": "p-7"}), "prompt")
+
+
+@pytest.mark.parametrize("further", [{"content": "other"}, {"role": "user"}])
+def test_a_turn_in_both_spellings_is_refused(rows_file, further):
+    """What stood under role and content took the place of from and value."""
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", **further}]
+    with pytest.raises(InputError, match=r":1: messages: message 2: expected the keys role and"):
+        read(rows_file({"conversations": turns}), "dialogue")
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table([["q"], ["c"], ["d"], ["e"]], names=["prompt", *PAIR, "chosen"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"x\.parquet: column 'chosen' occurs twice"):
+        read(tmp_path / "x.parquet", "comparison")

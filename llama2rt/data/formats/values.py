@@ -108,6 +108,8 @@ def messages(key: str, value: Any) -> list[Any]:
 def _message(message: Any) -> Any:
     if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
         return message
+    if {"role", "content"} & message.keys():  # which of the two speaks is not ours to say
+        return message
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     role = message["from"]
     role = _ROLES.get(role, role) if isinstance(role, str) else role
