@@ -41,6 +41,9 @@ _BESIDE_TEXT = (
     "choices",
 )
 
+# How TRL and LLaMA-Factory mark the answers of unpaired preferences.
+_WANTED = ("label", "kto_tag")
+
 
 @dataclass
 class FileCounts:
@@ -224,12 +227,13 @@ class FileReader:
         where = _CONVERSATION.get(self.kind)
         if where is None or self.kind == "sample" or (found is None and where not in row):
             return  # the last is said as a missing key
-        if self.kind == "dialogue" and isinstance(row.get("label"), bool):
-            raise InputError(
-                "label: true or false says whether an answer is wanted (TRL's unpaired "
-                "preferences), and all answers of dialogues are learned: keep the wanted ones, "
-                "without the key"
-            )
+        for key in _WANTED if self.kind == "dialogue" else ():
+            if isinstance(row.get(key), bool):
+                raise InputError(
+                    f"{key}: true or false says whether an answer is wanted (unpaired "
+                    "preferences), and all answers of dialogues are learned: keep the wanted "
+                    "ones, without the key"
+                )
         of_messages = any(isinstance(row[key], list) for key in used)
         for key in _BESIDE_MESSAGES if of_messages else _BESIDE_TEXT:
             read = key in used or (found is not None and key in found.carries)
@@ -247,7 +251,7 @@ class FileReader:
     def _count(self, line: int, row: Row, used: set[str], found: Format | None) -> None:
         self.counts.formats["llama2rt" if found is None else found.name] += 1
         carries = frozenset() if found is None else found.carries
-        for key in row.keys() - used:
+        for key in (key for key in row if key not in used):
             if key in carries:
                 self.counts.carried_keys[key] += 1
             else:

@@ -5,6 +5,7 @@ Rows are our own, in the shape that the sets' cards describe.
 
 import json
 import logging
+import time
 
 import json_lines
 import pytest
@@ -88,6 +89,7 @@ def test_helpsteer_rows_of_one_prompt_need_not_follow_each_other(rows_file):
     ]
 
 
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize(
     "row",
@@ -98,10 +100,10 @@ def test_helpsteer_rows_of_one_prompt_need_not_follow_each_other(rows_file):
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "c"}]},
     ],
 )
-def test_unpaired_preferences_are_no_dialogues(rows_file, row, label):
-    """TRL's KTO rows: sft would learn the answers marked as bad."""
-    path = rows_file(row, {**row, "label": label})
-    with pytest.raises(InputError, match=":2: label: true or false says whether an answer is wan"):
+def test_unpaired_preferences_are_no_dialogues(rows_file, row, label, key):
+    """KTO rows as TRL and LLaMA-Factory have them: sft would learn the answers marked as bad."""
+    path = rows_file(row, {**row, key: label})
+    with pytest.raises(InputError, match=f":2: {key}: true or false says whether an answer is"):
         read(path, "dialogue")
 
 
@@ -326,3 +328,40 @@ def test_a_column_that_stands_twice_is_refused(tmp_path):
     parquet.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(InputError, match=r"x\.parquet: column 'chosen' occurs twice"):
         read(tmp_path / "x.parquet", "comparison")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>",
+        "<s><|user|>\nq</s>\n<|assistant|>\n",
+        "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n",
+        "### Human: q\n### Assistant:",
+    ],
+)
+def test_a_prompt_that_a_template_laid_out_is_refused(rows_file, text):
+    """Laid out again as a user's turn, its markers would be learned as text."""
+    for kind, row in (
+        ("prompt", {"prompt": text}),
+        ("comparison", {"prompt": text, **PAIR}),
+        ("dialogue", {"prompt": text, "completion": "c"}),
+    ):
+        with pytest.raises(InputError, match=":1: prompt: laid out by a chat template"):
+            read(rows_file(row), kind)
+    about = {"prompt": f"What does {text!r} mean?", "completion": text}
+    assert len(read(rows_file(about), "dialogue")) == 1
+
+
+def test_what_check_says_is_in_the_order_of_the_row(rows_file):
+    keys = [f"key {i}" for i in range(8)]
+    found = check(rows_file({**MESSAGES, **dict.fromkeys(keys, 1)}), "comparison")
+    assert list(found["ignored_keys"]) == keys
+
+
+def test_long_runs_of_whitespace_are_read_at_once(rows_file):
+    """Patterns that look for the whitespace before a marker take its length squared."""
+    text = " \n" * 200_000 + "q" + "\n " * 200_000
+    begin = time.perf_counter()
+    assert len(read(rows_file({"prompt": text, "completion": text + "c"}), "dialogue")) == 1
+    assert time.perf_counter() - begin < 10

@@ -15,7 +15,12 @@ Row = dict[str, Any]
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-_NVIDIA_TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)(?:\n|\Z)")
+_NVIDIA_TURN = re.compile(r"<extra_id_1>(User|Assistant)(?:\n|\Z)")
+_TEMPLATED = re.compile(
+    r"(?:<s>|<bos>|<\|begin_of_text\|>)?\s*(?:<\|im_start\|>|<\|start_header_id\|>|"
+    r"<start_of_turn>|<\|(?:system|user|prompter|assistant)\|>|### Human:.*### Assistant:)",
+    re.DOTALL,
+)
 _MESSAGES_AS_TEXT = re.compile(
     r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL
 )
@@ -68,11 +73,13 @@ def assistant(content: str) -> Row:
 
 def conversation(row: Row, key: str) -> list[Row]:
     """What the text ``row[key]`` asks: a user's turn, or the turns of a conversation written out in
-    Anthropic's form or in NVIDIA's (HelpSteer2). InputError as ``text``, and for a list of turns
-    written as JSON."""
+    Anthropic's form or in NVIDIA's (HelpSteer2). InputError as ``text``, for a list of turns
+    written as JSON, and for what a chat template laid out, which ours would lay out again."""
     value = text(row, key)
     if _is_json_of_strings(value):
         raise _list_as_text(key)
+    if _TEMPLATED.match(value.lstrip()):
+        raise InputError(f"{key}: laid out by a chat template; write its messages or bare text")
     if is_transcript(value):
         turns = transcript(key, value)
     elif _NVIDIA_TURN.search(value):
