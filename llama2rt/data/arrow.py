@@ -31,6 +31,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, Row | InputError]]:
 
     try:
         with ParquetFile(path) as file:
+            _require_unique(path, file.schema_arrow.names)
             yield from _decoded(file.schema_arrow, file.iter_batches())
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{path}: damaged Parquet file ({error})") from None
@@ -47,12 +48,18 @@ def dataset_rows(path: Path) -> Iterator[tuple[int, Row | InputError]]:
     files = _listed(
         path / "state.json", lambda state: [part["filename"] for part in state["_data_files"]]
     )
+    if json.loads((path / "state.json").read_bytes()).get("_indices_data_files"):
+        raise InputError(
+            f"{path / 'state.json'}: a selection of its rows, as datasets 1 saved one: load it and "
+            "save it again with a newer release"
+        )
     before = 0
     for name in files:
         number = before
         try:
             with pyarrow.memory_map(str(path / name)) as source:
                 stream = pyarrow.ipc.open_stream(source)
+                _require_unique(path / name, stream.schema.names)
                 for number, row in _decoded(stream.schema, stream, before):
                     yield number, row
         except pyarrow.ArrowInvalid as error:
@@ -70,6 +77,12 @@ def _listed(path: Path, names: Callable[[Any], Any]) -> list[str]:
     except (ValueError, LookupError, TypeError):
         pass
     raise InputError(f"{path}: damaged: expected the names of what its folder holds")
+
+
+def _require_unique(path: Path, columns: list[str]) -> None:
+    """InputError for a column that stands twice: of its values a row would hold the last."""
+    if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
+        raise InputError(f"{path}: column {twice[0]!r} occurs twice")
 
 
 def _decoded(schema: Any, batches: Any, before: int = 0) -> Iterator[tuple[int, Row | InputError]]:

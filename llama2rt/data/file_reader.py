@@ -28,6 +28,22 @@ _CONVERSATION = {
     "sample": "messages",
 }
 
+# What an answer may rest on besides its messages, and, where a conversation is made of columns of
+# text, what further columns such files have. An answer learned without it is a guess.
+_BESIDE_MESSAGES = ("system_prompt", "tools", "image", "images")
+_BESIDE_TEXT = (
+    *_BESIDE_MESSAGES,
+    "instruction",
+    "input",
+    "context",
+    "history",
+    "options",
+    "choices",
+)
+
+# How TRL and LLaMA-Factory mark the answers of unpaired preferences.
+_WANTED = ("label", "kto_tag")
+
 
 @dataclass
 class FileCounts:
@@ -58,6 +74,11 @@ class FileCounts:
             found.append(f"{self.path}: keys not used: {keys}")
         for kind, count in self.other_kinds.items():
             found.append(f"{self.path}: {count} records of the other kind, {kind}, left out")
+        if count := self.selection.unsupported:
+            found.append(
+                f"{self.path}: {count} pairs whose chosen answer has no higher score than the "
+                "other kept; minimum_score_difference leaves them out"
+            )
         for reason, count in self.selection.left_out.items():
             found.append(f"{self.path}: {count} {reason} left out")
         return found
@@ -93,6 +114,7 @@ class FileReader:
             foreign = recognise(row, self.kind)
             objects, used = self._own(row) if foreign is None else self._foreign(row, line, foreign)
             self._add_system_message(row, objects, used)
+            self._require_whole(row, used, foreign)
         except InputError as error:
             return [], error
         records, fault = self._records(line, objects)
@@ -166,7 +188,9 @@ class FileReader:
                     own[key] = value
             elif key not in found.carries and isinstance(value, str):
                 # Other people's keys are many: only one whose value could be ours is taken for it.
-                meant = misspelt(key, tuple(sorted(self.record.optional)))
+                # An id is too short for more than its case: a uid is somebody else's.
+                folded = key.strip().casefold()
+                meant = folded if folded in ours else misspelt(key, tuple(sorted(ours - {"id"})))
                 if meant and meant not in row:
                     raise InputError(f"unknown key {key!r}: did you mean {meant!r}?")
         return own
@@ -175,7 +199,12 @@ class FileReader:
         """A text ``system`` beside a conversation is its system message, as many ShareGPT files
         have it; without it the model would learn to answer so unasked."""
         where = _CONVERSATION.get(self.kind)
-        if where is None or "system" not in row or "system" in used:
+        if where is None or "system" in used:
+            return
+        if "system" not in row:
+            for key in row:
+                if key.strip().casefold() == "system":
+                    raise InputError(f"unknown key {key!r}: did you mean 'system'?")
             return
         system = row["system"]
         if not isinstance(system, str):
@@ -192,6 +221,27 @@ class FileReader:
             else:
                 obj[where] = [{"role": "system", "content": system}, *messages]
 
+    def _require_whole(self, row: Row, used: set[str], found: Format | None) -> None:
+        """InputError for a key that nothing reads and whose loss changes what a record teaches: a
+        part of what was asked, or the mark of an answer that is not to be learned."""
+        where = _CONVERSATION.get(self.kind)
+        if where is None or self.kind == "sample" or (found is None and where not in row):
+            return  # the last is said as a missing key
+        for key in _WANTED if self.kind == "dialogue" else ():
+            if isinstance(row.get(key), bool):
+                raise InputError(
+                    f"{key}: true or false says whether an answer is wanted (unpaired "
+                    "preferences), and all answers of dialogues are learned: keep the wanted "
+                    "ones, without the key"
+                )
+        of_messages = any(isinstance(row[key], list) for key in used)
+        for key in _BESIDE_MESSAGES if of_messages else _BESIDE_TEXT:
+            read = key in used or (found is not None and key in found.carries)
+            if not read and _says_something(row.get(key)):
+                raise InputError(
+                    f"{key}: the conversation is read without it; put it there, or remove the key"
+                )
+
     def _require_new(self, identifier: str, line: int) -> None:
         if identifier in self._first_seen:
             first = self._first_seen[identifier]
@@ -201,9 +251,15 @@ class FileReader:
     def _count(self, line: int, row: Row, used: set[str], found: Format | None) -> None:
         self.counts.formats["llama2rt" if found is None else found.name] += 1
         carries = frozenset() if found is None else found.carries
-        for key in row.keys() - used:
+        for key in (key for key in row if key not in used):
             if key in carries:
                 self.counts.carried_keys[key] += 1
             else:
                 self.counts.unknown_keys[key] += 1
                 self.counts.first_line.setdefault(key, line)
+
+
+def _says_something(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}")
+    return isinstance(value, list | dict) and bool(value)

@@ -199,7 +199,9 @@ def _without_nulls(value: Any) -> Any:
 @lru_cache(maxsize=1024)  # the same keys come with every row of a file
 def misspelt(key: str, known: tuple[str, ...]) -> str | None:
     """The one of ``known`` that ``key`` was probably meant to be."""
-    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None)
+    # Folded, because a capital counts as another letter: "Kind" is far from "kind".
+    folded = key.strip().casefold()
+    return next(iter(difflib.get_close_matches(folded, known, n=1, cutoff=0.8)), None)
 
 
 def _check_text(key: str, value: Any, blank: bool = False) -> None:

@@ -5,7 +5,7 @@ here, before any weights are loaded, and not hours later.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from llama2rt.checkpoint import load
 from llama2rt.data.readers import read
-from llama2rt.data.records import Prompt
+from llama2rt.data.records import Messages, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate.budget import least_bytes
@@ -169,6 +169,7 @@ def rollout_inputs(recipe: Any, future: Future | None = None) -> RolloutInputs:
         read_prompts(paths, tokenizer, policy, recipe.max_tokens, models, cache) if paths else []
         for paths in (recipe.data, recipe.validation)
     )
+    warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
     return RolloutInputs(tokenizer, prompts, held_out, Outline(policy.config, tokenizer))
 
 
@@ -222,6 +223,17 @@ def read_prompts(
                 f"longest prompt with its response, {longest}; lower max_tokens or use another"
             )
     return fitting
+
+
+def warn_of_shared(training: Iterable[Messages], held_out: Iterable[Messages]) -> None:
+    """Say how many prompts a stage trains on although they are in its validation too: what is
+    measured there is not what the model does with new ones. They stay, since only their owner knows
+    which file is wrong; the reward stage, which mixes public files, leaves them out."""
+    seen = {repr(messages) for messages in held_out}
+    if shared := sum(repr(messages) in seen for messages in training):
+        logger.warning(
+            "data: %d prompts are in validation too and are trained on all the same", shared
+        )
 
 
 def file_inputs(**paths: Any) -> dict[str, Path]:

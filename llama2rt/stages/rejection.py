@@ -176,6 +176,7 @@ def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
         held_out = loading.read_prompts(
             recipe.validation, tokenizer, init, recipe.max_tokens, measuring, cache
         )
+    loading.warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
     earlier = [
         response
         for folder in recipe.earlier

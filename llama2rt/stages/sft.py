@@ -22,7 +22,7 @@ from llama2rt.data.packing import Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
-from llama2rt.stages.loading import file_inputs, load_llama, outlines
+from llama2rt.stages.loading import file_inputs, load_llama, outlines, warn_of_shared
 from llama2rt.stages.phases import write_report
 from llama2rt.stages.pretrain import next_token
 from llama2rt.text.chat import encode_dialogue
@@ -112,8 +112,10 @@ def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
     dialogues = read(recipe.data, "dialogue", recipe.skip_invalid)
     order = np.random.default_rng(recipe.seed).permutation(len(dialogues))[: recipe.limit]
     if recipe.validation:
+        training = [dialogues[i] for i in np.sort(order)]
         held_out = read(recipe.validation, "dialogue", recipe.skip_invalid)
-        return [dialogues[i] for i in np.sort(order)], held_out
+        warn_of_shared((d.messages[:-1] for d in training), (d.messages[:-1] for d in held_out))
+        return training, held_out
     count = round(recipe.held_out * len(order))
     if count == len(order):
         raise InputError(f"held_out: {count} of {len(order)} dialogues leaves none to train on")

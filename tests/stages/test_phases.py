@@ -62,6 +62,19 @@ def test_prompts_that_fill_the_context_are_left_out_and_counted(pocket, tmp_path
         loading.read_prompts([tmp_path / "long.jsonl"], tokenizer, policy)
 
 
+def test_prompts_trained_on_and_held_out_are_said(pocket, tmp_path, caplog):
+    """PPO keeps the policy that is best on them."""
+    names = ("baba", "lulu", "dodo")
+    prompts = [Prompt(name, [{"role": "user", "content": f"may {name} visit"}]) for name in names]
+    write(tmp_path / "data.jsonl", prompts[:2])
+    write(tmp_path / "validation.jsonl", [Prompt("another id", prompts[0].messages), prompts[2]])
+    given = {"data": [tmp_path / "data.jsonl"], "validation": [tmp_path / "validation.jsonl"]}
+    for module, recipe in stages(pocket, **given):
+        caplog.clear()
+        (rejection.check if module is rejection else loading.rollout_inputs)(recipe)
+        assert "data: 1 prompts are in validation too" in caplog.text
+
+
 def test_a_tokenizer_beyond_the_embeddings_is_refused(pocket, tmp_path):
     policy, tokenizer = loading.load_llama(pocket.sft)
     smaller = LlamaConfig(**dict(vars(policy.config), vocab_size=tokenizer.vocab_size - 1))

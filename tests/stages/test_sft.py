@@ -94,6 +94,16 @@ def test_more_epochs_go_on_to_the_same_bits(init, tmp_path, caplog):
     assert (tmp_path / "run" / "report.json").is_file()
 
 
+def test_prompts_trained_on_and_held_out_are_said(init, tmp_path, caplog):
+    shared = [dialogue(i) for i in (3, 5)]
+    shared[1]["messages"][-1]["content"] = "another answer to the same"
+    json_lines.write(tmp_path / "validation.jsonl", [*shared, dialogue(70)])
+    recipe = SftRecipe(**init, validation=[tmp_path / "validation.jsonl"])
+    training, held_out = sft.split(recipe)
+    assert (len(training), len(held_out)) == (60, 3)
+    assert "data: 2 prompts are in validation too" in caplog.text
+
+
 def test_the_shipped_recipe_is_valid():
     from llama2rt.cli import find_recipe, read_recipe
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from llama2rt.data.formats.registry import Convert, Row, Selection, register, stateless
-from llama2rt.data.formats.values import assistant, text, user
+from llama2rt.data.formats.registry import Row, Selection, register, selecting, stateless
+from llama2rt.data.formats.values import assistant, conversation, text
 from llama2rt.data.records import type_name
 from llama2rt.errors import InputError
 
@@ -11,14 +11,14 @@ from llama2rt.errors import InputError
 @register("GSM8K", "dialogue", "question answer")
 @stateless
 def _gsm8k(row: Row) -> Iterator[Row]:
-    messages = [*user(text(row, "question")), assistant(text(row, "answer"))]
+    messages = [*conversation(row, "question"), assistant(text(row, "answer"))]
     yield {"messages": messages, "source": "gsm8k"}
 
 
 @register("GSM8K questions", "prompt", "question", lambda row: "answer" in row, carries="answer")
 @stateless
 def _gsm8k_prompt(row: Row) -> Iterator[Row]:
-    yield {"messages": user(text(row, "question"))}
+    yield {"messages": conversation(row, "question")}
 
 
 def _solutions(row: Row) -> list[str]:
@@ -34,29 +34,28 @@ def _solutions(row: Row) -> list[str]:
     lambda row: bool(_solutions(row)),
     reads=_solutions,
 )
-def _gsm8k_solutions(selection: Selection) -> Convert:
-    def convert(row: Row) -> Iterator[Row]:
-        """Every correct solution against every incorrect one; none where all are alike."""
-        by_truth: dict[bool, dict[str, str]] = {True: {}, False: {}}  # stripped -> as written
-        for name in _solutions(row):
-            correct, solution = row[name]["is_correct"], row[name].get("solution")
-            if not isinstance(correct, bool) or not isinstance(solution, str):
-                raise InputError(
-                    f"{name}: expected is_correct true or false and a solution as text, got "
-                    f"{type_name(correct)} and {type_name(solution)}"
-                )
-            if selection.says_something(solution):
-                by_truth[correct].setdefault(solution.strip(), solution)
-        question = text(row, "question")
-        for right, chosen in by_truth[True].items():
-            for wrong, rejected in by_truth[False].items():
-                if right == wrong:  # one text, marked both ways
-                    continue
-                yield {
-                    "prompt": user(question),
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "source": "gsm8k_model_solutions",
-                }
-
-    return convert
+@selecting
+def _gsm8k_solutions(row: Row, selection: Selection) -> Iterator[Row]:
+    """Every correct solution against every incorrect one; none where all are alike."""
+    by_truth: dict[bool, dict[str, str]] = {True: {}, False: {}}  # stripped -> as written
+    for name in _solutions(row):
+        correct, solution = row[name]["is_correct"], row[name].get("solution")
+        if not isinstance(correct, bool) or not isinstance(solution, str):
+            raise InputError(
+                f"{name}: expected is_correct true or false and a solution as text, got "
+                f"{type_name(correct)} and {type_name(solution)}"
+            )
+        if selection.says_something(solution):
+            by_truth[correct].setdefault(solution.strip(), solution)
+    prompt = conversation(row, "question")
+    for right, chosen in by_truth[True].items():
+        for wrong, rejected in by_truth[False].items():
+            if right == wrong:
+                selection.left_out["pairs of one text"] += 1
+                continue
+            yield {
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "source": "gsm8k_model_solutions",
+            }

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from llama2rt.data.formats.registry import Convert, Row, Selection, register
-from llama2rt.data.formats.values import text, user
+from llama2rt.data.formats.registry import Row, Selection, Start, register, selecting
+from llama2rt.data.formats.values import conversation, text
 
 _CARRIES = (
     "rating generations order labelling_model labelling_prompt raw_labelling_response rationale "
@@ -11,15 +11,17 @@ _CARRIES = (
 )
 
 
-def _orca(question: str) -> Convert:
-    def convert(row: Row) -> Iterator[Row]:
+def _orca(question: str) -> Start:
+    @selecting
+    def convert(row: Row, selection: Selection) -> Iterator[Row]:
         """Pairs that the labelling model called a tie are left out."""
         if row.get("status") == "tie":
+            selection.left_out["pairs called a tie"] += 1
             return
         system = text(row, "system") if "system" in row else ""
         prompt = [{"role": "system", "content": system}] if system.strip() else []
         sides = {side: text(row, side) for side in ("chosen", "rejected")}
-        yield {"prompt": prompt + user(text(row, question)), **sides, "source": "orca"}
+        yield {"prompt": prompt + conversation(row, question), **sides, "source": "orca"}
 
     return convert
 
@@ -29,14 +31,11 @@ def _no_prompt(row: Row) -> bool:
 
 
 for _name, _question in (("Orca pairs", "question"), ("Distilabel-Orca", "input")):
-
-    @register(
+    register(
         _name,
         "comparison",
         f"{_question} chosen rejected",
         _no_prompt,
         reads="system status",
         carries=_CARRIES,
-    )
-    def _start(_selection: Selection, question: str = _question) -> Convert:
-        return _orca(question)
+    )(_orca(_question))

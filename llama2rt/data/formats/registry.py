@@ -17,6 +17,8 @@ class Selection:
 
     minimum_score_difference: float = 0.0
     left_out: Counter[str] = field(default_factory=Counter)
+    unsupported: int = 0
+    """pairs that are kept and whose own scores are equal or say the opposite"""
 
     def far_enough(self, difference: float) -> bool:
         """Whether a pair whose answers' scores differ by ``difference`` is kept; counts it
@@ -104,6 +106,11 @@ def register(
 def stateless(convert: Convert) -> Start:
     """A converter that needs neither memory nor a selection, as what ``register`` takes."""
     return lambda _selection: convert
+
+
+def selecting(convert: Callable[[Row, Selection], Iterator[Row]]) -> Start:
+    """Likewise one that leaves out some of a row's answers or pairs, and has no memory."""
+    return lambda selection: lambda row: convert(row, selection)
 
 
 def recognise(row: Row, kind: str) -> Format | None:

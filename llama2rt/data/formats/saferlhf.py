@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from llama2rt.data.formats.registry import Row, register, stateless
-from llama2rt.data.formats.values import choice, text, user
+from llama2rt.data.formats.registry import Row, Selection, register, selecting
+from llama2rt.data.formats.values import choice, conversation, text
 from llama2rt.data.records import type_name
 from llama2rt.errors import InputError
 
@@ -18,19 +18,20 @@ from llama2rt.errors import InputError
     "response_0_sha256 response_1_sha256",
     decides="kind safety",
 )
-@stateless
-def _saferlhf(row: Row) -> Iterator[Row]:
+@selecting
+def _saferlhf(row: Row, selection: Selection) -> Iterator[Row]:
     """Two comparisons, one by helpfulness and one by safety; the latter labelled, and left out
     where the chosen answer is unsafe and the other safe (section 3.2.1 of Llama 2)."""
     answers = [text(row, "response_0"), text(row, "response_1")]
     safe = [_safe(row, key) for key in ("is_response_0_safe", "is_response_1_safe")]
-    prompt = user(text(row, "prompt"))
+    prompt = conversation(row, "prompt")
     for kind, key in (("helpfulness", "better_response_id"), ("safety", "safer_response_id")):
         best = choice(row, key)
         record = {"prompt": prompt, "kind": kind, "source": "pku-saferlhf"}
         record |= {"chosen": answers[best], "rejected": answers[1 - best]}
         if kind == "safety" and None not in safe:
             if safe[1 - best] and not safe[best]:
+                selection.left_out["safety pairs that prefer an unsafe answer to a safe one"] += 1
                 continue
             record["safety"] = (
                 "both_unsafe"

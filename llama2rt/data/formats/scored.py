@@ -1,31 +1,29 @@
 """Several answers to a prompt with scores: UltraFeedback and HelpSteer."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
-from llama2rt.data.formats.registry import Convert, Row, Selection, register
-from llama2rt.data.formats.values import score, text, user
+from llama2rt.data.formats.registry import Convert, Row, Selection, register, selecting
+from llama2rt.data.formats.values import conversation, score, text
 from llama2rt.errors import InputError
 
 _Scored = tuple[str, float]
 
 
 def _ranked(
-    prompt: str, answers: list[_Scored], source: str, selection: Selection
+    prompt: list[Row], answers: list[_Scored], source: str, selection: Selection
 ) -> Iterator[Row]:
     """A comparison for each two answers whose scores differ, and differ enough."""
     for (a, score_a), (b, score_b) in combinations(answers, 2):
-        if a.strip() == b.strip() or score_a == score_b:
-            continue
-        if selection.far_enough(abs(score_a - score_b)):
+        if a.strip() == b.strip():
+            selection.left_out["pairs of one text"] += 1
+        elif score_a == score_b:
+            selection.left_out["pairs of equal score"] += 1
+        elif selection.far_enough(abs(score_a - score_b)):
             chosen, rejected = (a, b) if score_a > score_b else (b, a)
-            yield {
-                "prompt": user(prompt),
-                "chosen": chosen,
-                "rejected": rejected,
-                "source": source,
-            }
+            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
 
 
 @register(
@@ -35,40 +33,45 @@ def _ranked(
     carries="models correct_answers incorrect_answers",
     scores="",
 )
-def _ultrafeedback(selection: Selection) -> Convert:
-    def convert(row: Row) -> Iterator[Row]:
-        """All pairs of the four answers, ranked by their mean fine-grained score; an answer that an
-        annotator left unrated ("N/A") is left out, and so is a blank one."""
-        if not isinstance(row["completions"], list):
-            raise InputError("completions: expected a list")
-        answers = []
-        for number, completion in enumerate(row["completions"], start=1):
-            where = f"completions: item {number}"
-            if not isinstance(completion, dict):
-                raise InputError(f"{where} is no object")
-            if not selection.says_something(completion.get("response")):
-                continue
-            value = _mean_rating(where, completion)
-            if value is None:
-                selection.left_out["answers without a rating"] += 1
-            elif "response" not in completion:
-                raise InputError(f"{where} has no response")
-            else:
-                answers.append((text(completion, "response"), value))
-        yield from _ranked(text(row, "instruction"), answers, "ultrafeedback", selection)
+@selecting
+def _ultrafeedback(row: Row, selection: Selection) -> Iterator[Row]:
+    """All pairs of the four answers, ranked by their mean fine-grained score; an answer that an
+    annotator left unrated ("N/A") is left out, and so is a blank one."""
+    completions = row["completions"]
+    if not isinstance(completions, list):
+        raise InputError("completions: expected a list")
+    aspects = {aspect for completion in completions for aspect in _annotations(completion)}
+    answers = []
+    for number, completion in enumerate(completions, start=1):
+        where = f"completions: item {number}"
+        if not isinstance(completion, dict):
+            raise InputError(f"{where} is no object")
+        if not selection.says_something(completion.get("response")):
+            continue
+        value = _mean_rating(where, completion, aspects)
+        if value is None:
+            selection.left_out["answers without a rating"] += 1
+        elif "response" not in completion:
+            raise InputError(f"{where} has no response")
+        else:
+            answers.append((text(completion, "response"), value))
+    yield from _ranked(conversation(row, "instruction"), answers, "ultrafeedback", selection)
 
-    return convert
+
+def _annotations(completion: Any) -> dict[str, Any]:
+    found = completion.get("annotations") if isinstance(completion, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
-def _mean_rating(where: str, completion: dict[str, Any]) -> float | None:
-    """The fine-grained score, or the mean over the aspects; None where one is unrated."""
+def _mean_rating(where: str, completion: dict[str, Any], aspects: set[str]) -> float | None:
+    """The fine-grained score, or the mean over all ``aspects``; None where one is unrated."""
     if "fine-grained_score" in completion:
         return score(f"{where} fine-grained_score", completion["fine-grained_score"])
-    try:
-        ratings = [value["Rating"] for value in completion["annotations"].values()]
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{where} has no scores") from None
-    if "N/A" in ratings or not ratings:
+    annotations = _annotations(completion)
+    if not annotations or not all(isinstance(value, dict) for value in annotations.values()):
+        raise InputError(f"{where} has no scores")
+    ratings = [annotations.get(aspect, {}).get("Rating", "N/A") for aspect in sorted(aspects)]
+    if "N/A" in ratings:
         return None
     return sum(score(f"{where} Rating", rating) for rating in ratings) / len(ratings)
 
@@ -81,22 +84,19 @@ def _mean_rating(where: str, completion: dict[str, Any]) -> float | None:
     scores="",
 )
 def _helpsteer(selection: Selection) -> Convert:
-    """Rows of one prompt follow each other; each is paired with those before it, ranked by
-    helpfulness plus correctness (0-4 each)."""
-    prompt: str | None = None
-    answers: list[_Scored] = []
+    """A row is an answer; it is paired with the earlier ones to its prompt, ranked by helpfulness
+    plus correctness (0-4 each). They follow each other as published, but not in a shuffled file."""
+    earlier: defaultdict[str, list[_Scored]] = defaultdict(list)
 
     def convert(row: Row) -> Iterator[Row]:
-        nonlocal prompt, answers
-        asked = text(row, "prompt")
-        if asked != prompt:
-            prompt, answers = asked, []
+        prompt = conversation(row, "prompt")
         value = sum(score(key, row[key]) for key in ("helpfulness", "correctness"))
         if not selection.says_something(row["response"]):
             return
         new = (text(row, "response"), value)
-        for earlier in answers:
-            yield from _ranked(asked, [earlier, new], "helpsteer", selection)
+        answers = earlier[row["prompt"]]
+        for other in answers:
+            yield from _ranked(prompt, [other, new], "helpsteer", selection)
         answers.append(new)
 
     return convert

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from llama2rt.data.formats.registry import Convert, Row, Selection, register
-from llama2rt.data.formats.values import choice, score, text, user
+from llama2rt.data.formats.values import choice, conversation, score, text
 
 LEAST_RATIO = 2.0
 MOST_PAIRS = 5
@@ -32,7 +32,7 @@ def _shp(selection: Selection) -> Convert:
         taken[post] += 1
         a, b = text(row, "human_ref_A"), text(row, "human_ref_B")
         chosen, rejected = (a, b) if label else (b, a)
-        prompt = user(text(row, "history"))
+        prompt = conversation(row, "history")
         yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": "shp"}
 
     return convert

@@ -4,23 +4,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from llama2rt.data.formats.registry import Convert, Row, Selection, register, stateless
-from llama2rt.data.formats.values import (
-    answer,
-    assistant,
-    is_transcript,
-    messages,
-    score,
-    transcript,
-)
+from llama2rt.data.formats.values import answer, assistant, is_transcript, messages, score
 from llama2rt.errors import InputError
 
 _SIDES = ("chosen", "rejected")
-_SCORES = "score_chosen score_rejected"
+# How a pair's scores are called: by UltraFeedback binarized, RLHFlow, Capybara and Argilla (both).
+_SPELLINGS = [
+    tuple(name.format(side) for side in _SIDES)
+    for name in ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating")
+]
+_SCORES = " ".join(key for keys in _SPELLINGS for key in keys)
 # Of UltraFeedback binarized, Capybara and full HH.
 _CARRIES = (
     f"{_SCORES} prompt_id messages response conversation original_response generation_prompt "
-    "raw_generation_responses new_generations rating_chosen rating_rejected chosen_model "
-    "rejected_model"
+    "raw_generation_responses new_generations chosen_model rejected_model"
 )
 
 
@@ -29,25 +26,26 @@ def _prompt(row: Row, longer: Any) -> list[Any]:
     UltraFeedback binarized) a prompt of plain text repeats one of their turns: what is ``longer``,
     a message list, gives the whole context then."""
     prompt = row["prompt"]
-    if is_transcript(prompt):
-        turns = transcript("prompt", prompt)
-        blank = turns[-1]["role"] == "assistant" and not turns[-1]["content"]
-        return turns[:-1] if blank else turns
-    if isinstance(prompt, str) and isinstance(longer, list) and longer[2:]:
+    plain = isinstance(prompt, str) and not is_transcript(prompt)
+    if plain and isinstance(longer, list) and longer[2:]:
         return messages("prompt", longer)[:-1]
     return messages("prompt", prompt)
 
 
 def _pair(prompt: list[Any], row: Row, selection: Selection) -> Iterator[Row]:
     sides = {side: answer(prompt, side, row[side]) for side in _SIDES}
+    keys = next((keys for keys in _SPELLINGS if row.keys() >= {*keys}), None)
     if selection.minimum_score_difference:
-        keys = [f"score_{side}" for side in _SIDES]
-        for key in keys:
-            if key not in row:
-                raise InputError(f"minimum_score_difference: the row has no {key}")
+        if keys is None:
+            missing = next(key for key in _SPELLINGS[0] if key not in row)
+            raise InputError(f"minimum_score_difference: the row has no {missing}")
         chosen, rejected = (score(key, row[key]) for key in keys)
         if not selection.far_enough(chosen - rejected):
             return
+    elif keys is not None:
+        chosen, rejected = (row[key] for key in keys)
+        if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+            selection.unsupported += chosen <= rejected
     yield {"prompt": prompt, **sides}
 
 
