@@ -60,9 +60,9 @@ class QuickstartRecipe(Recipe):
     sft_epochs: int = Field(default=1, gt=0)
     samples: int = Field(default=8, gt=1)
     """K of rejection sampling, n of online DPO"""
-    ppo_iterations: int = Field(default=16, gt=0)
-    """more raise the reward model's score while the judge's falls: of seed 1's answers 54 % are
-    correct after 16, 51 % after 30"""
+    ppo_iterations: int = Field(default=8, gt=0)
+    """twice as many at twice the rate win the reward model's score nothing and cost the judge's up
+    to 0.02, in correct answers (benchmarks/results, ppo-steps.json)"""
     dpo_iterations: int = Field(default=3, gt=0)
     """T, the paper's 3. One iteration of this size lowers the leaks it saw, and the policy leaks in
     other words; it is the pairs sampled from that policy that end it"""
@@ -215,7 +215,7 @@ def ppo(
         critic_lr=3e-4,
         seed=recipe.seed,
         train=_options(
-            1e-4,
+            5e-5,
             schedule="constant",
             warmup_ratio=0.0,
             log_every=1,
