@@ -1,5 +1,6 @@
 """`llama2rt convert SRC DST --to hf|meta|native`: one model folder into another format."""
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,8 @@ from llama2rt.checkpoint import hf, meta, native
 from llama2rt.checkpoint.load import load
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
+
+logger = logging.getLogger("llama2rt.checkpoint.convert")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,6 +36,13 @@ def convert(
     if shards != 1 and to != "meta":
         raise InputError("shards: only a Meta folder is split into ranks")
     model, tokenizer = load(source, dtype=DTYPES[dtype] if dtype else None)
+    if tokenizer is None:
+        logger.warning(
+            "%s: no tokenizer, with which the ids of BOS, EOS and padding and the generation "
+            "defaults travel: %s has none",
+            source,
+            destination,
+        )
     if to == "meta":
         if isinstance(model, ScalarModel):
             raise InputError(f"{source}: a model with a scalar head has no Meta format; use hf")

@@ -128,7 +128,12 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
                 )
             files.setdefault(folder / file, set()).add(name)
     else:
-        raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
+        pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        hint = "; {} is a pickle, which can run code: save it again as safetensors"
+        raise InputError(
+            f"{folder}: no {SINGLE} and no {INDEX} in this folder"
+            + (hint.format(pickled[0]) if pickled else "")
+        )
     for path, names in files.items():
         if not path.is_file():
             raise InputError(f"{path}: listed in {index.name} but missing")

@@ -87,6 +87,7 @@ def read_config(path: Path) -> LlamaConfig:
     if raw.get("model_type") != "llama":
         raise InputError(f"{path}: model_type: expected 'llama', got {raw.get('model_type')!r}")
     for key, only in (
+        ("is_causal", True),  # False: an encoder made of a Llama
         ("hidden_act", "silu"),
         ("attention_bias", False),
         ("mlp_bias", False),
@@ -104,7 +105,8 @@ def read_config(path: Path) -> LlamaConfig:
         kind = value.get("rope_type", value.get("type", "default"))
         if kind != "default":
             raise InputError(f"{path}: {key}: only unscaled rope is supported, got {kind!r}")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    # As in transformers 5, for which the older key holds, were there both.
+    theta = (raw.get("rope_scaling") or rope).get("rope_theta", raw.get("rope_theta", 10000.0))
     required = {}
     for ours, theirs in (
         ("dim", "hidden_size"),
@@ -164,7 +166,10 @@ def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dic
     }
     if scalar:
         described["id2label"], described["label2id"] = {"0": "score"}, {"score": 0}
-    if tokenizer is not None:
+    if tokenizer is None:
+        # Where they are left out, transformers takes those of LLaMA.
+        described["bos_token_id"] = described["eos_token_id"] = None
+    else:
         described["bos_token_id"] = tokenizer.bos
         # A list where the folder itself said one: most programs expect a number here.
         several = eos_ids(tokenizer.generation, GENERATION)

@@ -24,6 +24,11 @@ def load(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
     config = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and any(folder.glob("adapter_model*")):
+        raise InputError(
+            f"{folder / 'adapter_config.json'}: adapters are not read; merge this one into its "
+            "model (peft's merge_and_unload)"
+        )
     if config.is_file():
         reader = native if files.read_json(config).get("format") == native.FORMAT else hf
         return reader.load(folder, device, dtype)

@@ -93,6 +93,11 @@ def _shards(folder: Path) -> list[tuple[Path, dict[str, Tensor]]]:
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise InputError(f"{path}: damaged or not a checkpoint: {reason}") from None
+        if not isinstance(shard, dict):
+            raise InputError(f"{path}: expected tensors by name, got {type(shard).__name__}")
+        for name, tensor in shard.items():
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"{path}: {name}: expected a tensor, got {type(tensor).__name__}")
         shards.append((path, shard))
     return shards
 
@@ -110,7 +115,7 @@ def _config(path: Path, shards: list, tokenizer: Tokenizer | None) -> LlamaConfi
         if key not in weights:
             raise InputError(f"{first}: {key}: missing")
     vocabulary = raw.get("vocab_size", -1)
-    if vocabulary < 0:  # Llama 2's own params.json leaves it to the tokenizer
+    if vocabulary == -1:  # Llama 2's own params.json leaves it to the tokenizer
         rows = weights["output.weight"].shape[0] * len(shards)
         vocabulary = tokenizer.vocab_size if tokenizer else rows
     config = parse_config(
@@ -191,7 +196,7 @@ def load(
         model = Llama(config)
 
     def merged() -> Iterator[tuple[Path, str, Tensor]]:
-        known = {"rope.freqs"}
+        known = set()
         for name, _ in model.named_parameters():
             theirs, split = _theirs(name)
             known.add(theirs)
@@ -208,7 +213,8 @@ def load(
                 whole = to_halves(whole, heads)
             yield shards[0][0], name, whole
         for path, shard in shards:
-            if extra := sorted(shard.keys() - known):
+            # LLaMA 1's have tables of rotary frequencies, one or one a layer.
+            if extra := sorted(name for name in shard.keys() - known if "rope.freqs" not in name):
                 raise InputError(f"{path}: {extra[0]}: not part of a model of this configuration")
 
     files.fill(model, merged(), device, dtype, lambda name: _theirs(name)[0])
@@ -258,6 +264,16 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path, *, shard
         for shard, part in zip(weights, parts, strict=True):
             # A clone: torch.save would store the whole tensor behind a slice.
             shard[theirs] = part.clone(memory_format=torch.contiguous_format)
+    # As `load` will read it: params.json holds no context.
+    unknown = dataclasses.replace(config, context=4096, tied=False)
+    context = _context(Path(folder), unknown, next(model.parameters()).dtype)
+    if context != config.context:
+        logger.warning(
+            "%s: Meta's params.json holds no context: it will be read as %d, not this model's %d",
+            folder,
+            context,
+            config.context,
+        )
     with files.new_folder(Path(folder)) as fresh:
         files.write_json(fresh / "params.json", params(config))
         for number, shard in enumerate(weights):

@@ -7,6 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llama2rt.errors import InputError
@@ -109,7 +110,8 @@ class JsonBackend:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        # The library's own count is less than that where the numbering has gaps.
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos = self._special(names, "bos_token", _BOS_NAMES)
         self.eos = self._special(names, "eos_token", _EOS_NAMES)
         name = getattr(tokenizer.model, "unk_token", None)
@@ -142,7 +144,9 @@ class JsonBackend:
         return encoding.ids, [begin for begin, _ in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        # Those that the folder calls special, not those protected here: "<think>" is text.
+        shown = [identifier for identifier in ids if identifier not in self.special]
+        return self.tokenizer.decode(shown, skip_special_tokens=False)
 
     def piece(self, identifier: int) -> str:
         # An id that the file leaves out (a gap in its numbering) has no text of its own.
@@ -162,7 +166,6 @@ class JsonBackend:
             if token.content in tokens:
                 token.special = True
                 self.tokenizer.add_special_tokens([token])
-                self.special.add(self.added[token.content])
 
     def parsing(self) -> Any:
         """A copy of the library's tokenizer in which special tokens in the text count."""
@@ -198,18 +201,53 @@ def parse_json(definition: bytes) -> Any:
 
 
 def with_added_tokens(definition: bytes, added: Mapping[int, Mapping[str, Any]]) -> bytes:
-    """A tokenizer.json with further added tokens (id -> its entry in `added_tokens`, without id);
-    InputError where an id is taken by another token or would leave a gap."""
-    size = parse_json(definition).get_vocab_size(with_added_tokens=True)
+    """A tokenizer.json with these added tokens (id -> its entry in `added_tokens`, without id),
+    which replace those of the same id; InputError where one would leave a gap."""
+    known = parse_json(definition)
+    size = known.get_vocab_size(with_added_tokens=True)
     content = json.loads(definition)
+    entries = {entry["id"]: entry for entry in content.get("added_tokens") or []}
     for number in sorted(added):
-        if number != size:
-            raise InputError(
-                f"added token {added[number]['content']!r}: expected id {size}, the first that is "
-                f"free, got {number}"
-            )
-        content["added_tokens"].append({"id": number, **added[number]})
-        size += 1
+        text = added[number]["content"]
+        if known.id_to_token(number) != text:
+            if number != size:
+                raise InputError(
+                    f"added token {text!r}: expected id {size}, the first that is free, got "
+                    f"{number}"
+                )
+            size += 1
+        entries[number] = {"id": number, **added[number]}
+    content["added_tokens"] = [entries[number] for number in sorted(entries)]
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """Where a space is put before text: at its beginning (`first`), and after each special token in
+    it too (`every`), as SentencePiece does with the parts between them."""
+
+    first: bool = True
+    every: bool = True
+
+
+def with_spaces(definition: bytes, spaces: Spaces) -> bytes:
+    """A tokenizer.json made of a SentencePiece model, with spaces put elsewhere. As transformers
+    does it (`legacy`, `add_prefix_space`), where text that begins with a space gets no other."""
+    content = json.loads(definition)
+    before = content["normalizer"]["normalizers"]
+    steps = [step for step in before if step["type"] != "Prepend"]
+    if spaces == Spaces() or steps == before:
+        return definition
+    content["normalizer"]["normalizers"] = steps
+    if not spaces.first:
+        decoders = content["decoder"]["decoders"]
+        content["decoder"]["decoders"] = [step for step in decoders if step.get("start") != 1]
+    else:
+        first = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+        steps = [{**first, "split": False}]
+        if own := content.get("pre_tokenizer"):
+            steps += own["pretokenizers"]
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     return json.dumps(content, ensure_ascii=False).encode()
 
 

@@ -125,6 +125,8 @@ def _llama2_format(template: ChatTemplate | None) -> bool:
     if template is None:
         return True
     tokens = dict(template.tokens)
+    if not {"bos_token", "eos_token"} <= tokens.keys():
+        return False
     system, turns = {"role": "system", "content": " s "}, []
     for role, content in (
         ("user", " u "),

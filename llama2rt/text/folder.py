@@ -11,24 +11,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llama2rt.errors import InputError
-from llama2rt.text import agreement, backends
+from llama2rt.text import added, agreement, backends
+from llama2rt.text.added import ADDED, CONFIG, SPECIAL_MAP
 
 logger = logging.getLogger("llama2rt.text.folder")
 
-CONFIG = "tokenizer_config.json"
-SPECIAL_MAP = "special_tokens_map.json"
-ADDED = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 FURTHER_TEMPLATES = "additional_chat_templates"  # named ones, for tools and documents
-
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def read(path: Path) -> tuple[bytes, dict[str, bytes]]:
@@ -48,14 +43,19 @@ def read(path: Path) -> tuple[bytes, dict[str, bytes]]:
         raise InputError(f"{path}: no such tokenizer file")
     companions = _companions(folder)
     parsed = parse(companions, folder)
-    names, unclear = special_names(parsed)
+    names, unclear = added.special_names(parsed)
     for message in unclear:
         logger.warning("%s: %s", folder, message)
     with _naming(folder):
-        added = added_tokens(parsed)
+        listed = added.listed(parsed)
     if fast is not None:
         with _naming(fast):
-            definition = _with_missing(fast.read_bytes(), added)
+            definition = added.complete(
+                fast.read_bytes(),
+                listed,
+                added.extra(parsed, names),
+                replace="added_tokens_decoder" in parsed.get(CONFIG, {}),
+            )
         if model is None:
             return definition, companions
         with _naming(model):
@@ -152,89 +152,6 @@ def _json(content: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def special_names(parsed: Mapping[str, dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
-    """({"bos_token": its text, ...}, contradictions in words).
-
-    tokenizer_config.json holds where it lists added_tokens_decoder, special_tokens_map.json where
-    it does not, as in transformers.
-    """
-    config = _token_names(parsed.get(CONFIG, {}))
-    mapped = _token_names(parsed.get(SPECIAL_MAP, {}))
-    first = "added_tokens_decoder" in parsed.get(CONFIG, {})
-    unclear = [
-        f"{key} is {config[key]!r} in {CONFIG} and {mapped[key]!r} in {SPECIAL_MAP}; "
-        f"{CONFIG if first else SPECIAL_MAP} holds"
-        for key in config.keys() & mapped.keys()
-        if config[key] != mapped[key]
-    ]
-    return ({**mapped, **config} if first else {**config, **mapped}), unclear
-
-
-def _token_names(config: Mapping[str, Any]) -> dict[str, str]:
-    names = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            value = value.get("content")
-        if key.endswith("_token") and isinstance(value, str):
-            names[key] = value
-    return names
-
-
-def added_tokens(parsed: Mapping[str, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Added tokens as the companions list them: id -> an entry as tokenizer.json has it."""
-    config = parsed.get(CONFIG, {})
-    listed = {}
-    entries = config.get("added_tokens_decoder") or {}
-    if not isinstance(entries, dict):
-        raise InputError(f"{CONFIG}: added_tokens_decoder: expected an object, got {entries!r}")
-    for number, entry in entries.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-            raise InputError(
-                f"{CONFIG}: added_tokens_decoder: {number}: expected an object with content, got "
-                f"{entry!r}"
-            )
-        listed[_identifier(CONFIG, number)] = {"content": entry["content"]} | {
-            flag: bool(entry.get(flag, flag == "normalized")) for flag in _FLAGS
-        }
-    if "added_tokens_decoder" in config:
-        return listed
-    names, _ = special_names(parsed)
-    special = set(names.values())
-    for source in (config, parsed.get(SPECIAL_MAP, {})):
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            value = source.get(key) or []
-            if isinstance(value, list):
-                texts = (t.get("content") if isinstance(t, dict) else t for t in value)
-                special |= {text for text in texts if isinstance(text, str)}
-    for text, number in parsed.get(ADDED, {}).items():
-        flags = dict.fromkeys(_FLAGS, False)
-        flags |= {"normalized": text not in special, "special": text in special}
-        listed[_identifier(ADDED, number)] = {"content": text, **flags}
-    return listed
-
-
-def _identifier(where: str, value: Any) -> int:
-    """An id, which JSON objects have as a key and so as text."""
-    if isinstance(value, bool) or not re.fullmatch("[0-9]{1,9}", str(value)):
-        raise InputError(f"{where}: expected the id of an added token, got {value!r}")
-    return int(value)
-
-
-def _with_missing(definition: bytes, added: Mapping[int, dict[str, Any]]) -> bytes:
-    """A tokenizer.json with the added tokens that only the files beside it list."""
-    known = backends.parse_json(definition)
-    missing = {}
-    for identifier, entry in added.items():
-        found = known.token_to_id(entry["content"])
-        if found is None:
-            missing[identifier] = entry
-        elif found != identifier:
-            raise InputError(
-                f"{entry['content']!r} has id {found} here and {identifier} in the files beside it"
-            )
-    return backends.with_added_tokens(definition, missing) if missing else definition
-
-
 def _contradictions(original: backends.Backend, fast: backends.Backend) -> list[str]:
     """In what a tokenizer.json differs from the tokenizer.model beside it."""
     reasons = []
@@ -258,30 +175,42 @@ def _extended(
     parsed: Mapping[str, dict[str, Any]],
     names: Mapping[str, str],
 ) -> tuple[bytes, dict[str, bytes]]:
-    """A tokenizer.model alone: itself, or the tokenizer.json of itself and the added tokens or the
-    other BOS or EOS that the files beside it name."""
+    """A tokenizer.model alone: itself, or the tokenizer.json of itself and what the files beside it
+    say otherwise: added tokens, another BOS or EOS, other spaces put before text."""
     definition = model.read_bytes()
     backend = backends.of(definition, {})
-    size = backend.vocab_size
-    added = {
-        identifier: entry
-        for identifier, entry in added_tokens(parsed).items()
-        if identifier >= size or backend.piece(identifier) != entry["content"]
+    own = {backend.piece(backend.unk) if backend.unk >= 0 else "", *backend.added}
+    listed = {
+        number: entry
+        for number, entry in added.listed(parsed).items()
+        if entry["content"] not in own or backend.piece(number) != entry["content"]
     }
-    texts = {entry["content"] for entry in added.values()}
+    extra = {text: entry for text, entry in added.extra(parsed, names).items() if text not in own}
+    if all(entry[added.ROLE] == "other" for entry in extra.values()):
+        extra = {}  # a pad token that no model knows
     changed = [
-        f"{key} {names[key]!r} instead of {backend.piece(own)!r}"
-        for key, own in (("bos_token", backend.bos), ("eos_token", backend.eos))
-        if key in names and names[key] != backend.piece(own)
+        f"{key} {names[key]!r} instead of {backend.piece(identifier)!r}"
+        for key, identifier in (("bos_token", backend.bos), ("eos_token", backend.eos))
+        if names.get(key) and names[key] != backend.piece(identifier)
     ]
-    if not added and not changed:
+    config = parsed.get(CONFIG, {})
+    spaces = backends.Spaces(
+        first=config.get("add_prefix_space") is not False,
+        every=config.get("legacy") is not False,
+    )
+    if listed or extra:
+        texts = sorted({*extra, *(entry["content"] for entry in listed.values())})
+        changed.append(f"{len(texts)} added tokens, such as {texts[0]!r}")
+    if spaces != backends.Spaces():
+        changed.append("add_prefix_space or legacy is false")
+    if not changed:
         return definition, companions
-    if added:
-        changed.append(f"{len(added)} added tokens, such as {sorted(texts)[0]!r}")
     logger.warning(
         "%s: the files beside it say otherwise (%s); they hold", model, "; ".join(changed)
     )
     # transformers would build a LLaMA tokenizer of its own from the pieces, with its own spaces.
-    config = {**parsed.get(CONFIG, {}), "tokenizer_class": "PreTrainedTokenizerFast"}
-    extended = backends.with_added_tokens(backend.as_json(), added)
+    # Which pads on the left, unlike the class that takes any file.
+    side = {"padding_side": "left"} if "Llama" in config.get("tokenizer_class", "Llama") else {}
+    config = {**side, **config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    extended = added.complete(backends.with_spaces(backend.as_json(), spaces), listed, extra)
     return extended, {**companions, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}

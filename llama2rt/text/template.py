@@ -47,31 +47,34 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
     ) -> str:
         """The dialogue as text; InputError with the template's own words where it refuses."""
-        text = self._render(messages, add_generation_prompt)
-        return text.replace(_BEGIN, "").replace(_END, "")
+        return self._render(messages, add_generation_prompt, marked=False)
 
     def render_marked(
         self, messages: Sequence[Mapping[str, str]]
     ) -> tuple[str, list[tuple[int, int]]]:
         """The dialogue as text, and (begin, end) of what {% generation %} encloses in it."""
         text, spans, begin = "", [], 0
-        for part in re.split(f"([{_BEGIN}{_END}])", self._render(messages, False)):
+        for part in re.split(f"([{_BEGIN}{_END}])", self._render(messages, False, marked=True)):
             if part == _BEGIN:
                 begin = len(text)
             elif part == _END:
                 spans.append((begin, len(text)))
             else:
                 text += part
+        if text != self.render(messages):
+            raise InputError("the chat template changes what its {% generation %} blocks enclose")
         return text, spans
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, marked: bool
+    ) -> str:
         for message in messages:
             if _BEGIN in message["content"] or _END in message["content"]:
                 raise InputError("a message holds a Unicode noncharacter")
         import jinja2
 
         try:
-            return _compiled(self.source).render(
+            return _compiled(self.source, marked).render(
                 messages=[dict(message) for message in messages],
                 tools=None,
                 documents=None,
@@ -85,7 +88,7 @@ class ChatTemplate:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
+def _compiled(source: str, marked: bool) -> Any:
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
@@ -100,7 +103,7 @@ def _compiled(source: str) -> Any:
             return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
         def _enclose(self, caller: Any) -> str:
-            return f"{_BEGIN}{caller()}{_END}"
+            return f"{_BEGIN}{caller()}{_END}" if marked else caller()
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -21,7 +21,7 @@ from typing import Any
 
 from llama2rt import atomic
 from llama2rt.errors import InputError
-from llama2rt.text import agreement, backends, folder, templated
+from llama2rt.text import added, agreement, backends, folder, templated
 from llama2rt.text.template import LLAMA3_TEMPLATE, ChatTemplate
 
 SPECIAL_AND_BYTE_PIECES = 3 + 256  # unk, bos, eos, then one piece per byte: ids 0-2 and 3-258
@@ -60,7 +60,7 @@ class Tokenizer:
         parsed = folder.parse(self._companions)
         self.config = parsed.get(folder.CONFIG, {})
         self.generation = parsed.get(folder.GENERATION, {})
-        names, _ = folder.special_names(parsed)
+        names, _ = added.special_names(parsed)
         self._backend = backends.of(definition, names)
         self.bos, self.eos, self.unk = self._backend.bos, self._backend.eos, self._backend.unk
         self.special_names = names | {
@@ -282,19 +282,30 @@ class Tokenizer:
 
     def _own_template(self) -> ChatTemplate | None:
         source: Any = self.config.get("chat_template")
+        names = [Path(n).stem for n in self._companions if n.startswith(folder.FURTHER_TEMPLATES)]
         if isinstance(source, list):  # named ones, as transformers 4 writes them
             if not all(isinstance(named, dict) for named in source):
                 raise InputError("chat_template: expected text, or a list of objects")
+            names += [str(named.get("name")) for named in source]
             source = next((t.get("template") for t in source if t.get("name") == "default"), None)
         if folder.TEMPLATE in self._companions:
-            source = self._companions[folder.TEMPLATE].decode()
+            try:
+                source = self._companions[folder.TEMPLATE].decode()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{folder.TEMPLATE}: cannot be read: {error}") from None
+        elif source is None and names:
+            raise InputError(
+                f"chat_template: expected one that is named default, got {', '.join(names)}"
+            )
         elif source is None and isinstance(self._backend, backends.TiktokenBackend):
             source = LLAMA3_TEMPLATE
         if source is None:
             return None
         if not isinstance(source, str):
             raise InputError(f"chat_template: expected text, got {type(source).__name__}")
-        return ChatTemplate(source, tuple(sorted(self.special_names.items())))
+        absent = {key for key, value in self.config.items() if value is None}  # "bos_token": null
+        tokens = {k: text for k, text in self.special_names.items() if k not in absent}
+        return ChatTemplate(source, tuple(sorted(tokens.items())))
 
 
 def _sentences(texts: Iterable[str] | Iterable[Path]) -> Iterator[str]:

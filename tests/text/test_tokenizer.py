@@ -10,26 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2rt.errors import InputError
+from llama2rt.text.agreement import AWKWARD
 from llama2rt.text.tokenizer import Tokenizer
 
-# Spaces in front, behind, in runs and of unusual kinds; what looks like special tokens; digits.
-AWKWARD = [
-    "",
-    " ",
-    "   ",
-    "hello world",
-    " hi",
-    "  two ",
-    "x  y   z    w",
-    "\n\nx\r\n\ty",
-    "</s> ok <s> <unk> <pad>",
-    "<0x0A>",
-    "é中😀e\u0301\u00a0\u3000\ufeff",
-    "a\u2581b",
-    "12345 3.14 1e9",
-    "[INST] <<SYS>>\na\n<</SYS>>\n\nb [/INST] c ",
-    "a\x00b",
-]
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -69,7 +52,8 @@ def test_tokenizer_json_is_identical_to_the_model(llama, exported, shared_data):
     generator = random.Random(0)
     alphabet = "ab  \n1[]é中▁😀<>/s"
     mixed = ["".join(generator.choices(alphabet, k=generator.randrange(14))) for _ in range(3000)]
-    for example in AWKWARD + mixed + shakespeare_pieces(shared_data("tinyshakespeare.txt"), 300):
+    pieces = shakespeare_pieces(shared_data("tinyshakespeare.txt"), 300)
+    for example in [*AWKWARD, *mixed, *pieces]:
         assert other.encode_with_offsets(example) == llama.encode_with_offsets(example), example
         ids = llama.encode(example)
         assert other.decode(ids) == llama.decode(ids), example
@@ -94,7 +78,7 @@ def test_transformers_tokenises_the_export_identically(llama, exported, shared_d
     transformers = pytest.importorskip("transformers")
     (exported / "config.json").write_text('{"model_type": "llama"}')  # as in a model folder
     theirs = transformers.AutoTokenizer.from_pretrained(exported)
-    for example in AWKWARD + shakespeare_pieces(shared_data("tinyshakespeare.txt"), 200):
+    for example in [*AWKWARD, *shakespeare_pieces(shared_data("tinyshakespeare.txt"), 200)]:
         assert theirs.encode(example, split_special_tokens=True) == llama.encode(example, bos=True)
         assert theirs.decode(llama.encode(example)) == llama.decode(llama.encode(example))
 
