@@ -148,7 +148,7 @@ class Engine:
                     prompt = chat.encode_prompt(self.tokenizer, cast(chat.Messages, prompt))
                 except InputError as error:
                     raise InputError(f"prompt {i}: {error}") from None
-            tokens = np.asarray(prompt, dtype=np.int32)
+            tokens = np.asarray(prompt)  # int32 only when all are known to fit it
             if len(tokens) >= config.context:
                 raise InputError(
                     f"prompt {i}: {len(tokens)} tokens leave no room in the context of "
@@ -156,7 +156,7 @@ class Engine:
                 )
             if tokens.min() < 0 or tokens.max() >= config.vocab_size:
                 raise InputError(f"prompt {i}: token id outside 0..{config.vocab_size - 1}")
-            encoded.append(tokens)
+            encoded.append(tokens.astype(np.int32))
         return encoded
 
     def _text(self, prompt: Prompt, prompt_tokens: list[int], tokens: list[int]) -> str:

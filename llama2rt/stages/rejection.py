@@ -21,7 +21,6 @@ from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
-from llama2rt.model import Llama
 from llama2rt.stages import loading, phases, sft
 from llama2rt.stages.loading import Future, Outline, RolloutInputs
 from llama2rt.stages.phases import Response, RewardModels
@@ -119,7 +118,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
 
     # Sample, score and select.
     sampled = sample(recipe, inputs, reward_models, run.samples_directory)
-    best = select(sampled)
+    best = select(sampled, inputs.tokenizer)
     if inputs.earlier:
         best = pool(best, phases.rescore(inputs.earlier, reward_models, options.micro_tokens))
     if not best:
@@ -143,7 +142,10 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     # Measure.
     report = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
     if inputs.held_out:
-        report |= measure(recipe, inputs, model, reward_models, run)
+        reference = loading.load_companion(
+            recipe.reference or recipe.init, inputs.tokenizer, options.dtype
+        )
+        report |= phases.measure_held_out(recipe, inputs, model, reference, reward_models, run)
     phases.write_report(run, report)
     return run.model_directory
 
@@ -218,7 +220,7 @@ def read_earlier(
                     f"{path}:{number}: {length} tokens exceed the context of {name}, "
                     f"{model.config.context}"
                 )
-    kept = [response for response in responses if usable(response)]
+    kept = [response for response in responses if usable(response, tokenizer)]
     if len(kept) < len(responses):
         logger.warning("%s: %d unusable samples left out", path, len(responses) - len(kept))
     return kept
@@ -243,27 +245,12 @@ def sample(
     )
 
 
-def measure(
-    recipe: RejectionRecipe, inputs: Inputs, model: Llama, reward_models: RewardModels, run: Run
-) -> dict[str, float]:
-    """The fine-tuned model on the held-out prompts; its KL is to the reference."""
-    return phases.measure(
-        run.samples_directory / "held_out.jsonl",
-        phases.engine(recipe, model, inputs.tokenizer),
-        loading.load_companion(recipe.reference or recipe.init, inputs.tokenizer),
-        reward_models,
-        inputs.held_out,
-        temperature=1.0,
-        max_tokens=recipe.max_tokens,
-        seed=phases.derived_seed(recipe.seed, "held-out"),
-        policy=str(run.directory),
-        micro_tokens=recipe.train.micro_tokens,
-    )
-
-
-def usable(response: Response) -> bool:
+def usable(response: Response, tokenizer: Tokenizer) -> bool:
     """Can it be a target? Not if it was cut (it would gain an EOS that was never produced), is
-    empty, or holds a tag of the chat format."""
+    empty, or holds a tag of the chat format: as text, or as a special token, which its text does
+    not show."""
+    if {tokenizer.bos, *tokenizer.control_tokens.values()}.intersection(response.tokens[:-1]):
+        return False
     answer = {"role": "assistant", "content": response.text}
     try:
         chat.check_messages([*response.prompt.messages, answer], last="assistant")
@@ -272,10 +259,10 @@ def usable(response: Response) -> bool:
     return response.finished
 
 
-def select(sampled: Sequence[Sequence[Response]]) -> list[Response]:
+def select(sampled: Sequence[Sequence[Response]], tokenizer: Tokenizer) -> list[Response]:
     """The usable response with the highest reward of each prompt, the first of equals; prompts
     without one are left out."""
-    candidates = ([r for r in responses if usable(r)] for responses in sampled)
+    candidates = ([r for r in responses if usable(r, tokenizer)] for responses in sampled)
     return [max(group, key=lambda response: response.reward) for group in candidates if group]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
-from llama2rt.data.packing import Example, micro_batches
+from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError
@@ -82,12 +82,13 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     if context > longest:
         raise InputError(f"context: {context} exceeds the model's {longest}")
     training, held_out = (encode(part, tokenizer, context) for part in split(recipe))
-    model, _ = load_llama(recipe.init, recipe.tokenizer)
     options = recipe.train
     loader = ExampleLoader(training, recipe.batch_size, options.micro_tokens, recipe.seed)
+    held_out_batches = micro_batches(held_out, options.micro_tokens) if held_out else []
+    model, _ = load_llama(recipe.init, recipe.tokenizer)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"held_out_loss": answer_loss(model, held_out, options.micro_tokens)}
+        return {"held_out_loss": answer_loss(model, held_out_batches)}
 
     if held_out and not run.store.steps():
         run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
@@ -133,9 +134,8 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) ->
     return fitting
 
 
-def answer_loss(model: nn.Module, examples: Sequence[Example], micro_tokens: int) -> float:
-    """Nats per answer token over ``examples``."""
+def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Nats per answer token over ``batches``."""
     device = next(model.parameters()).device
-    batches = micro_batches(examples, micro_tokens)
     nats = sum(float(next_token(model, batch.to(device))[0]) for batch in batches)
     return nats / sum(batch.weight for batch in batches)

@@ -7,6 +7,7 @@ import shutil
 import pocket as problem
 import pytest
 import torch
+from pydantic import ValidationError
 
 from llama2rt.checkpoint import native
 from llama2rt.data.readers import read, write
@@ -168,6 +169,42 @@ def test_sft_dialogues_longer_than_the_context(pocket, bad, tmp_path):
         sft.run(recipe, tmp_path / "run")
 
 
+@pytest.mark.parametrize("key", ["data", "validation"])
+@pytest.mark.parametrize("stage", [sft, reward])
+def test_supervised_examples_that_fit_nowhere(pocket, tmp_path, stage, key):
+    """Neither the context nor, for what passes whole, a micro-batch."""
+    messages, longer = problem.messages("helpfulness", "baba"), problem.messages("safety", "baba")
+    if stage is sft:
+        recipe = sft.SftRecipe
+        good, long, large = (
+            [Dialogue([*asked, {"role": "assistant", "content": text}])]
+            for asked, text in ((messages, "yes"), (messages, LONG), (longer, LONG[:45]))
+        )
+    else:
+        recipe = reward.RewardRecipe
+        good, long, large = (
+            [Comparison(asked, *texts)]
+            for asked, texts in (
+                (messages, ("yes", "no")),
+                (longer, (LONG, "no")),
+                (longer, (LONG[:45], LONG[:30])),
+            )
+        )
+    write(tmp_path / "good.jsonl", good)
+    files = {"init": pocket.sft, "data": [tmp_path / "good.jsonl"]}
+    write(tmp_path / "long.jsonl", long)
+    with pytest.raises(InputError, match=r"all 1 \w+ are longer than 64 tokens"):
+        stage.run(
+            recipe(**(files | {key: [tmp_path / "long.jsonl"], "held_out": 0})), tmp_path / "a"
+        )
+    if stage is reward and key == "validation":
+        return  # scored one by one
+    write(tmp_path / "large.jsonl", large)
+    files |= {key: [tmp_path / "large.jsonl"], "held_out": 0, "train": {"micro_tokens": 32}}
+    with pytest.raises(InputError, match="raise micro_tokens"):
+        stage.run(recipe(**files), tmp_path / "b")
+
+
 V1 = {"name": "V1", "stage": "rejection", "settings": {"samples": 1, "epochs": 1}}
 
 
@@ -273,6 +310,23 @@ def test_iterate_measures_in_fp32_with_the_cache_it_is_given(pocket, tmp_path):
         iterate.run(plan(pocket, [v1], cache_bytes=needed - 1), tmp_path / "run")
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         iterate.run(plan(pocket, [v1], cache_bytes=needed), tmp_path / "good")
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "iterate"])
+def test_cache_bytes_are_no_32_bit_number(pocket, tmp_path, stage):
+    """A 7B model's cache of 500-token prompts alone takes more than 2 GiB."""
+    run, recipe, policy = STAGES.get(stage, (iterate.run, iterate.IterateRecipe, set()))
+    models = {"sft"} if stage == "iterate" else {"init", *policy}
+    given = dict.fromkeys(models, pocket.sft) | {
+        "helpfulness": pocket.helpfulness,
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "max_tokens": 8,
+    }
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        run(recipe(**given, cache_bytes=2**63 - 1), tmp_path / "run")
+    with pytest.raises(ValidationError, match=f"cache_bytes: expected at most {2**63 - 1}, got"):
+        recipe(**given, cache_bytes=2**63)
 
 
 @pytest.mark.parametrize("stage", STAGES)
