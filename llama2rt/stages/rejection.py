@@ -20,7 +20,7 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.data.sources import Source
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.stages import loading, phases, sft
 from llama2rt.stages.loading import Future, Outline, RolloutInputs
 from llama2rt.stages.phases import Response, RewardModels
@@ -204,10 +204,8 @@ def read_earlier(
     embeddings = min(model.config.vocab_size for model in readers.values())
     responses = phases.read_responses(path)
     for number, response in enumerate(responses, start=1):
-        try:
+        with naming(f"{path}:{number}: messages"):
             expected = chat.encode_prompt(tokenizer, response.prompt.messages)
-        except InputError as error:
-            raise InputError(f"{path}:{number}: messages: {error}") from None
         # Not the tokenizer's pieces: a model may have sampled an id that pads its vocabulary.
         if response.prompt_tokens != expected or max(response.tokens) >= embeddings:
             raise InputError(

@@ -23,7 +23,7 @@ from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import preference
 from llama2rt.evaluate.scoring import score_tokens
 from llama2rt.model import LlamaConfig, ScalarModel
@@ -284,10 +284,11 @@ def encode(
     than the context is left out, because its score would be read inside a cut answer."""
     pairs, kept = [], []
     for comparison in comparisons:
-        chosen, rejected = (
-            Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
-            for text in (comparison.chosen, comparison.rejected)
-        )
+        with naming(f"comparison whose prompt begins {comparison.prompt[0]['content'][:60]!r}"):
+            chosen, rejected = (
+                Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
+                for text in (comparison.chosen, comparison.rejected)
+            )
         if max(len(chosen.tokens), len(rejected.tokens)) <= context:
             pairs.append((chosen, rejected))
             kept.append(comparison)

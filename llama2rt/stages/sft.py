@@ -21,7 +21,7 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.stages.loading import file_inputs, load_llama, outlines
 from llama2rt.stages.phases import write_report
 from llama2rt.stages.pretrain import next_token
@@ -124,7 +124,10 @@ def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
 
 def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) -> list[Example]:
     """Tokens and loss mask of each dialogue that fits ``context``; InputError if none does."""
-    examples = [Example.of(*encode_dialogue(tokenizer, d.messages)) for d in dialogues]
+    examples = []
+    for dialogue in dialogues:
+        with naming(f"dialogue that begins {dialogue.messages[0]['content'][:60]!r}"):
+            examples.append(Example.of(*encode_dialogue(tokenizer, dialogue.messages)))
     fitting = [example for example in examples if len(example.tokens) <= context]
     if len(fitting) < len(examples):
         left_out = len(examples) - len(fitting)

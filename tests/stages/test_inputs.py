@@ -16,7 +16,9 @@ from llama2rt.errors import InputError
 from llama2rt.generate.budget import forward_bytes
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.stages import dpo, iterate, loading, phases, ppo, rejection, reward, sft
-from llama2rt.text import chat
+from llama2rt.text import backends, chat
+from llama2rt.text.template import LLAMA3_TEMPLATE
+from llama2rt.text.tokenizer import Tokenizer
 
 LONG = "may baba visit " * 40
 
@@ -372,3 +374,28 @@ def test_a_warmup_longer_than_ppo_is_said_before_it_begins(pocket, tmp_path, cap
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         ppo.run(recipe, tmp_path / "run")
     assert "the warm-up of 9 steps is longer than the run of 2" in caplog.text
+
+
+def test_text_that_the_chat_template_forbids_is_named(tmp_path, small_tokenizer):
+    """By the record it is in: readers do not know the template."""
+    from tokenizers import AddedToken
+
+    library = backends.parse_json(small_tokenizer.as_json())
+    library.add_special_tokens([AddedToken("<|eot_id|>", normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": LLAMA3_TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.load(tmp_path)
+    asked = [{"role": "user", "content": "say <|eot_id|>"}]
+    answered = [*asked, {"role": "assistant", "content": "no"}]
+    write(tmp_path / "prompts.jsonl", [Prompt("p17", asked)])
+    config = LlamaConfig(16, 1, 2, 2, 32, vocab_size=tokenizer.vocab_size)
+    said = "message 1: user content holds the control token"
+    with pytest.raises(InputError, match=rf"prompts\.jsonl: prompt 'p17': {said}"):
+        loading.read_prompts(
+            [tmp_path / "prompts.jsonl"], tokenizer, loading.Outline(config, tokenizer)
+        )
+    with pytest.raises(InputError, match=f"dialogue that begins 'say <.*>': {said}"):
+        sft.encode([Dialogue(answered)], tokenizer, 64)
+    with pytest.raises(InputError, match=f"comparison whose prompt begins 'say <.*>': {said}"):
+        reward.encode([Comparison(asked, "a", "b")], tokenizer, 64)
