@@ -94,6 +94,8 @@ class Outline:
     config: LlamaConfig
     tokenizer: Tokenizer | None
     scalar: bool = False
+    longest_sample: int = 0
+    """of a run still to come whose samples may be pooled: tokens of the longest with its prompt"""
 
 
 Future = Mapping[Path, Outline]

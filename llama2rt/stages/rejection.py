@@ -178,17 +178,23 @@ def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
         held_out = loading.read_prompts(
             recipe.validation, tokenizer, init, recipe.max_tokens, measuring, cache
         )
-    earlier = [
-        response
-        for folder in recipe.earlier
-        if not (future and folder / "model" in future)
-        for response in read_earlier(folder, tokenizer, readers)
-    ]
+    earlier: list[Response] = []
+    for folder in recipe.earlier:
+        if future and (left := future.get(folder / "model")):
+            require_room(
+                f"earlier: {folder.name} may leave samples whose", left.longest_sample, readers
+            )
+        else:
+            earlier += read_earlier(folder, tokenizer, readers)
     dialogues = []
     if recipe.dialogues:
         records = read(recipe.dialogues, "dialogue")
         dialogues = sft.encode(records, tokenizer, init.config.context)
-    result = Outline(init.config, tokenizer)
+    longest = 0
+    if future is not None:  # another step may pool what this one samples
+        lengths = [len(chat.encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
+        longest = min(policy.config.context, max(lengths) + recipe.max_tokens)
+    result = Outline(init.config, tokenizer, longest_sample=longest)
     return Inputs(tokenizer, prompts, held_out, result, earlier, dialogues)
 
 
@@ -212,16 +218,20 @@ def read_earlier(
                 f"{path}:{number}: sampled with another tokenizer or chat format than the policy's"
             )
         length = len(response.prompt_tokens) + len(response.tokens)
-        for name, model in readers.items():
-            if length > model.config.context:
-                raise InputError(
-                    f"{path}:{number}: {length} tokens exceed the context of {name}, "
-                    f"{model.config.context}"
-                )
+        require_room(f"{path}:{number}:", length, readers)
     kept = [response for response in responses if usable(response, tokenizer)]
     if len(kept) < len(responses):
         logger.warning("%s: %d unusable samples left out", path, len(responses) - len(kept))
     return kept
+
+
+def require_room(what: str, tokens: int, readers: Mapping[str, Outline]) -> None:
+    """InputError beginning with `what` where one of the readers has no room for so many tokens."""
+    for name, model in readers.items():
+        if tokens > model.config.context:
+            raise InputError(
+                f"{what} {tokens} tokens exceed the context of {name}, {model.config.context}"
+            )
 
 
 def sample(

@@ -14,7 +14,7 @@ from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison, Dialogue, Prompt
 from llama2rt.errors import InputError
 from llama2rt.generate.budget import forward_bytes
-from llama2rt.model import Llama, LlamaConfig
+from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.stages import dpo, iterate, loading, phases, ppo, rejection, reward, sft
 from llama2rt.text import backends, chat
 from llama2rt.text.template import LLAMA3_TEMPLATE
@@ -60,6 +60,8 @@ def bad(pocket, strangers, tmp_path_factory):
     policy, tokenizer = loading.load_llama(pocket.sft)
     shape = LlamaConfig(**dict(vars(policy.config), context=12))
     native.save(Llama(shape).initialize(1), tokenizer, folder / "short")
+    shape = LlamaConfig(**dict(vars(policy.config), context=40))
+    native.save(ScalarModel(shape).initialize(1), tokenizer, folder / "reward of 40")
     earlier = {
         "nothing": None,
         "garbled": '{"prompt_id": "x"}\n',
@@ -265,6 +267,18 @@ def test_iterate_knows_the_models_that_are_still_to_come(pocket, bad, tmp_path):
     # With room for all, everything is checked and V1 begins: it loads weights.
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         iterate.run(plan(pocket, [V1]), tmp_path / "good")
+
+
+def test_iterate_bounds_the_samples_that_are_still_to_be_pooled(pocket, bad, tmp_path):
+    """V1's longest may be longer than what V2's own reward model can read, V2's own are not."""
+    v1 = {**V1, "settings": V1["settings"] | {"max_tokens": 40}}
+    v2 = {**V1, "name": "V2", "settings": V1["settings"] | {
+        "helpfulness": str(bad["reward of 40"]), "max_tokens": 8}}  # fmt: skip
+    with pytest.raises(InputError, match=r"V2: earlier: V1 may leave samples whose \d+ tokens"):
+        iterate.run(plan(pocket, [v1, v2], pool_from=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "V1").exists()
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        iterate.run(plan(pocket, [v1, v2], pool_from=3), tmp_path / "apart")
 
 
 STAGES = {
