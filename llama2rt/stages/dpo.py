@@ -66,7 +66,7 @@ class DpoRecipe(Recipe):
     max_sequences: int = Field(default=256, gt=0)
     """sampled at once"""
     cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory for keys and values while sampling; None for half of what is free"""
+    """most memory that sampling takes beside the model; None for half of what is free"""
     length_penalty: float = Field(default=0.0, ge=0)
     """reward taken off per character when ranking"""
     threshold: float = Field(default=0.15, ge=0, le=1)

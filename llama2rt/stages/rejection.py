@@ -70,7 +70,7 @@ class RejectionRecipe(Recipe):
     max_sequences: int = Field(default=256, gt=0)
     """sampled at once"""
     cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory for keys and values while sampling; None for half of what is free"""
+    """most memory that sampling takes beside the model; None for half of what is free"""
     threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt"""
     batch_size: int = Field(default=64, gt=0)
