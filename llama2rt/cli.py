@@ -447,12 +447,13 @@ def _tokenizer() -> Callable[..., None]:
 def _evaluate() -> Callable[..., None]:
     import tyro
 
+    from llama2rt.data.sources import Source
     from llama2rt.evaluate.commands import describe, evaluate
 
     def command(
         reward_model: tyro.conf.Positional[Path],
         *,
-        comparisons: tuple[Path, ...] = (),
+        comparisons: tuple[Source, ...] = (),
         samples: tuple[Path, ...] = (),
         skip_invalid: int = 0,
         micro_tokens: int = 16384,
@@ -462,7 +463,8 @@ def _evaluate() -> Callable[..., None]:
 
         Args:
             reward_model: Folder of a reward model, with its tokenizer.
-            comparisons: Files of comparisons: accuracy by rating.
+            comparisons: Files of comparisons: accuracy by rating; or tables of a recipe, such as
+                '{path="hh-harmless.jsonl.gz", kind="safety"}'.
             samples: Files of samples, or folders of a run's samples, one a version: mean reward,
                 win rates, reward against N.
             skip_invalid: Bad records to tolerate in each file.

@@ -57,6 +57,8 @@ def whiten(x: Tensor, shift_mean: bool = True) -> Tensor:
     """
     mean = x.mean()
     white = (x - mean) * torch.rsqrt((x - mean).square().mean() + 1e-8)
+    # Of equal values the mean is rounded, and what that leaves would be scaled up to 0.02.
+    white = torch.where((x == x.flatten()[:1]).all(), 0.0, white)
     return white if shift_mean else white + mean
 
 

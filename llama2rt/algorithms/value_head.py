@@ -52,7 +52,8 @@ class RidgeRegression:
         if unit == 0.0 or total == 0.0:
             return torch.zeros_like(cross, dtype=torch.float32), 0.0
         errors = [self._error_left_out(second, cross, unit * penalty) for penalty in PENALTIES]
-        best = min(range(len(PENALTIES)), key=errors.__getitem__)
+        # Of equal errors (all rows in one group: nothing is left to fit) the largest penalty's.
+        best = min(reversed(range(len(PENALTIES))), key=errors.__getitem__)
         weight = _ridge(second, cross, unit * PENALTIES[best])
         return weight.float(), 1.0 - errors[best] / total
 

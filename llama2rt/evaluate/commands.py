@@ -1,5 +1,6 @@
 """`llama2rt evaluate`: what a reward model says about comparison files and sample files."""
 
+import os
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from llama2rt.checkpoint import load
 from llama2rt.data.readers import read
 from llama2rt.data.records import KINDS, Comparison, Sample
-from llama2rt.errors import InputError
+from llama2rt.data.sources import Source
+from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import best_of, length, preference
 from llama2rt.evaluate.intervals import bootstrap
 from llama2rt.evaluate.scoring import score
@@ -25,8 +27,8 @@ _MOST_TOKENS = 2**31 - 1  # of a packed batch, whose offsets are int32
 
 def evaluate(
     reward_model: Path,
-    comparisons: tuple[Path, ...] = (),
-    samples: tuple[Path, ...] = (),
+    comparisons: Sequence[Path | Source] = (),
+    samples: Sequence[Path] = (),
     *,
     skip_invalid: int = 0,
     micro_tokens: int = 16384,
@@ -42,7 +44,7 @@ def evaluate(
 
     Args:
         reward_model: folder of a reward model, with its tokenizer.
-        comparisons: files of comparisons.
+        comparisons: files of comparisons; a Source says what a file itself does not.
         samples: files of samples, or folders whose parts are one version's, one a version.
         skip_invalid: invalid records to tolerate in each file.
         micro_tokens: tokens scored at once.
@@ -54,7 +56,7 @@ def evaluate(
     if not 1 <= micro_tokens <= _MOST_TOKENS:
         raise InputError(f"micro_tokens: expected 1 to {_MOST_TOKENS}, got {micro_tokens}")
     # Read and check everything before the weights: bad input should cost no scoring.
-    pairs = {str(path): read(path, "comparison", skip_invalid) for path in comparisons}
+    pairs = [(str(path), read(path, "comparison", skip_invalid)) for path in comparisons]
     versions = _by_version({path: _read_samples(path, skip_invalid) for path in samples})
     _require_shared_prompts(versions)
     outline, tokenizer = load(reward_model, "meta")
@@ -63,7 +65,7 @@ def evaluate(
     if tokenizer is None:
         raise InputError(f"{reward_model}: holds no tokenizer")
     context = outline.config.context
-    for name, records in pairs.items():
+    for name, records in pairs:
         texts = ((r.prompt, text) for r in records for text in (r.chosen, r.rejected))
         _require_fit(name, tokenizer, texts, context)
     for name, records in versions.items():
@@ -79,7 +81,7 @@ def evaluate(
                 "kind": kind,
                 "accuracy": _accuracy(model, tokenizer, of_kind, micro_tokens),
             }
-            for file, records in pairs.items()
+            for file, records in pairs
             for kind in KINDS
             if (of_kind := [record for record in records if record.kind == kind])
         ]
@@ -175,7 +177,8 @@ def _require_fit(
     name: str, tokenizer: Tokenizer, items: Iterable[tuple[chat.Messages, str]], context: int
 ) -> None:
     for number, (messages, text) in enumerate(items, start=1):
-        length = len(chat.encode_response(tokenizer, messages, text)[0])
+        with naming(f"{name}: answer {number}"):
+            length = len(chat.encode_response(tokenizer, messages, text)[0])
         if length > context:
             raise InputError(
                 f"{name}: answer {number} has {length} tokens with its prompt, the reward model's "
@@ -185,7 +188,8 @@ def _require_fit(
 
 def _by_version(files: dict[Path, list[Sample]]) -> dict[str, list[Sample]]:
     """Versions by file name, a run's samples/ by the run's, or by path where two share a name."""
-    owners = [path.parent if path.name == "samples" and path.is_dir() else path for path in files]
+    folders = [Path(os.path.abspath(path)) for path in files]  # "." has no name
+    owners = [path.parent if path.name == "samples" and path.is_dir() else path for path in folders]
     names = [path.name.split(".")[0] for path in owners]
     return {
         name if names.count(name) == 1 else str(path): records

@@ -78,8 +78,8 @@ def generate(
         prompts: A file of prompt records; with --raw of documents to continue.
         n: Samples for each prompt.
         raw: Continue the text as it is instead of answering it in the chat format (base models).
-        cache_bytes: Most memory for keys and values; by default half of what is free. Less of it
-            is slower, with the same samples.
+        cache_bytes: Most memory that sampling takes beside the model; by default half of what is
+            free. Less of it is slower, with the same samples.
         device: cpu, cuda, ...; by default cuda where there is one.
         out: Write the samples here, as sample records.
         json_output: Print one JSON object.

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.generate import scheduler
 from llama2rt.generate.budget import Budget, plan
 from llama2rt.generate.kv_cache import PAGE_SIZE, Addresses, KVCache
@@ -144,11 +144,9 @@ class Engine:
             if len(prompt) == 0:
                 raise InputError(f"prompt {i}: empty")
             if isinstance(prompt[0], Mapping):
-                try:
+                with naming(f"prompt {i}"):
                     prompt = chat.encode_prompt(self.tokenizer, cast(chat.Messages, prompt))
-                except InputError as error:
-                    raise InputError(f"prompt {i}: {error}") from None
-            tokens = np.asarray(prompt, dtype=np.int32)
+            tokens = np.asarray(prompt)  # int32 only when all are known to fit it
             if len(tokens) >= config.context:
                 raise InputError(
                     f"prompt {i}: {len(tokens)} tokens leave no room in the context of "
@@ -156,7 +154,7 @@ class Engine:
                 )
             if tokens.min() < 0 or tokens.max() >= config.vocab_size:
                 raise InputError(f"prompt {i}: token id outside 0..{config.vocab_size - 1}")
-            encoded.append(tokens)
+            encoded.append(tokens.astype(np.int32))
         return encoded
 
     def _text(self, prompt: Prompt, prompt_tokens: list[int], tokens: list[int]) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2rt.ops.linear import FEW_ROWS
+
 COUNTER = "torch.utils.flop_counter"
 
 
@@ -76,20 +78,16 @@ def _token_logprob_backward(
     return 3 * 2 * hidden.shape[0] * weight.numel()
 
 
-def _token_logprob_parked_backward(
-    dweight: Tensor,
-    tile: Tensor,
-    dlogprob: Tensor,
-    dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    *_: Any,
-    **__: Any,
-) -> int:
+def _token_logprob_parked_backward(dweight: Tensor, tile: Tensor, *rest: Any, **_: Any) -> int:
     """Logits again where the gradient of weight had no room for them, beyond D tokens (the tile
     that backward works in holds a few more, which is not counted off)."""
+    _dlogprob, _dentropy, hidden, weight, *_settings = rest
     tokens, dim = hidden.shape
     return 2 * (2 * tokens + max(0, tokens - dim)) * weight.numel()
+
+
+def _few_rows_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.shape[0] * weight.numel()
 
 
 def _elementwise(*_: Any, **__: Any) -> int:
@@ -107,6 +105,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "token_logprob_backward": _token_logprob_backward,
     "token_logprob_parked": _token_logprob,
     "token_logprob_parked_backward": _token_logprob_parked_backward,
+    FEW_ROWS: _few_rows_linear,
 }
 
 

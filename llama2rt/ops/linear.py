@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from llama2rt.ops import backend
 
+FEW_ROWS = "few_rows_linear"  # the kernel's name as an operator
 MOST_ROWS = 4  # beyond, the library's blocked product is as fast or faster
 _DTYPES = (torch.bfloat16, torch.float16)
 _LIB = torch.library.Library("llama2rt", "FRAGMENT")
@@ -35,11 +36,9 @@ def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_LIB.define(
-    "few_rows_linear(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_LIB.impl("few_rows_linear", _run, "CPU")
-torch.library.register_fake("llama2rt::few_rows_linear", _fake, lib=_LIB)
+_LIB.define(f"{FEW_ROWS}(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.impl(FEW_ROWS, _run, "CPU")
+torch.library.register_fake(f"llama2rt::{FEW_ROWS}", _fake, lib=_LIB)
 _few_rows_linear = torch.ops.llama2rt.few_rows_linear.default
 
 

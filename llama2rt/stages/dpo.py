@@ -66,7 +66,7 @@ class DpoRecipe(Recipe):
     max_sequences: int = Field(default=256, gt=0)
     """sampled at once"""
     cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory for keys and values while sampling; None for half of what is free"""
+    """most memory that sampling takes beside the model; None for half of what is free"""
     length_penalty: float = Field(default=0.0, ge=0)
     """reward taken off per character when ranking"""
     threshold: float = Field(default=0.15, ge=0, le=1)
@@ -197,7 +197,10 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
             }
             numbers |= phases.summary([r for responses in sampled for r in responses])
             if cast.inputs.held_out:
-                numbers |= measure(cast, model, step)
+                held_out = phases.measure_held_out(
+                    recipe, cast.inputs, model, cast.reference(), cast.reward_models, step
+                )
+                numbers |= {f"held_out/{name}": value for name, value in held_out.items()}
             phases.write_report(step, numbers)
             del model
         report = step.manifest["summary"]
@@ -284,24 +287,6 @@ def learn(cast: Cast, policy_folder: Path, history: History, iteration: int, ste
     fit(step, model, loader, objective(recipe), options, steps=steps)
     native.save(model, cast.inputs.tokenizer, step.model_directory)
     return model
-
-
-def measure(cast: Cast, model: Llama, step: Run) -> dict[str, float]:
-    """An iteration's model on the held-out prompts, with the same random numbers every time."""
-    recipe, inputs = cast.recipe, cast.inputs
-    numbers = phases.measure(
-        step.samples_directory / "held_out.jsonl",
-        phases.engine(recipe, model, inputs.tokenizer),
-        cast.reference(),
-        cast.reward_models,
-        inputs.held_out,
-        temperature=1.0,
-        max_tokens=recipe.max_tokens,
-        seed=phases.derived_seed(recipe.seed, "held-out"),
-        policy=str(step.directory),
-        micro_tokens=recipe.train.micro_tokens,
-    )
-    return {f"held_out/{name}": value for name, value in numbers.items()}
 
 
 def best_against_worst(sampled: Sequence[Sequence[Response]], length_penalty: float) -> list[Pair]:

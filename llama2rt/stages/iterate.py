@@ -74,7 +74,7 @@ class IterateRecipe(Recipe):
     max_sequences: int = Field(default=256, gt=0)
     """sampled at once, likewise"""
     cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory for keys and values while sampling, likewise; None for half of what is free"""
+    """most memory that sampling takes beside the model, likewise; None for half of what is free"""
     micro_tokens: int = Field(default=4096, gt=0)
     """most tokens in one forward pass of a measurement"""
     threshold: float = Field(default=0.15, ge=0, le=1)

@@ -16,7 +16,7 @@ from llama2rt.checkpoint import load
 from llama2rt.data.readers import read
 from llama2rt.data.records import Messages, Prompt
 from llama2rt.data.sources import Source
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.generate.budget import least_bytes
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.text import chat
@@ -94,6 +94,8 @@ class Outline:
     config: LlamaConfig
     tokenizer: Tokenizer | None
     scalar: bool = False
+    longest_sample: int = 0
+    """of a run still to come whose samples may be pooled: tokens of the longest with its prompt"""
 
 
 Future = Mapping[Path, Outline]
@@ -197,12 +199,15 @@ def read_prompts(
     """
     prompts = read(list(paths), "prompt")
     context = policy.config.context
-    lengths = [len(chat.encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
+    names = ", ".join(map(str, paths))
+    lengths = []
+    for prompt in prompts:
+        with naming(f"{names}: prompt {prompt.id!r}"):
+            lengths.append(len(chat.encode_prompt(tokenizer, prompt.messages)))
     fitting = [prompt for prompt, n in zip(prompts, lengths, strict=True) if n < context]
     if not fitting:
         raise InputError(
-            f"{', '.join(map(str, paths))}: all {len(prompts)} prompts fill the policy's context "
-            f"of {context} tokens"
+            f"{names}: all {len(prompts)} prompts fill the policy's context of {context} tokens"
         )
     if len(fitting) < len(prompts):
         left_out = len(prompts) - len(fitting)
@@ -212,9 +217,8 @@ def read_prompts(
         needed = least_bytes(policy.config, cache.dtype, longest)
         if needed > cache.most_bytes:
             raise InputError(
-                f"cache_bytes: expected at least {needed} for the longest prompt in "
-                f"{', '.join(map(str, paths))} with its response, {longest} tokens, got "
-                f"{cache.most_bytes}"
+                f"cache_bytes: expected at least {needed} for the longest prompt in {names} with "
+                f"its response, {longest} tokens, got {cache.most_bytes}"
             )
     for name, model in (readers or {}).items():
         if model.config.context < longest:

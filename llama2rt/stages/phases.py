@@ -26,6 +26,7 @@ from llama2rt.evaluate.scoring import score_tokens
 from llama2rt.generate import Completion, Engine
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.stages import loading
+from llama2rt.stages.loading import RolloutInputs
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.run import Run
 
@@ -370,6 +371,30 @@ def measure(
         **kl_per_response(logprob, reference_logprob, len(responses)),
         "entropy": float(entropy.mean()),
     }
+
+
+def measure_held_out(
+    recipe: Any,
+    inputs: RolloutInputs,
+    model: Llama,
+    reference: Llama,
+    reward_models: RewardModels,
+    run: Run,
+) -> dict[str, float]:
+    """`measure` of a model that a run has trained on the recipe's held-out prompts: at temperature
+    1, with the same random numbers every time."""
+    return measure(
+        run.samples_directory / "held_out.jsonl",
+        engine(recipe, model, inputs.tokenizer),
+        reference,
+        reward_models,
+        inputs.held_out,
+        temperature=1.0,
+        max_tokens=recipe.max_tokens,
+        seed=derived_seed(recipe.seed, "held-out"),
+        policy=str(run.directory),
+        micro_tokens=recipe.train.micro_tokens,
+    )
 
 
 def summary(responses: Sequence[Response]) -> dict[str, float]:

@@ -97,7 +97,7 @@ class PpoRecipe(Recipe):
     max_sequences: int = Field(default=256, gt=0)
     """sampled at once"""
     cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory for keys and values while sampling; None for half of what is free"""
+    """most memory that sampling takes beside the model; None for half of what is free"""
     missing_eos_penalty: float = Field(default=0.0, ge=0)
     """taken off the whitened reward (so: in standard deviations) of a cut response"""
     patience: int = Field(default=5, gt=0)

@@ -20,8 +20,7 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.data.sources import Source
-from llama2rt.errors import InputError
-from llama2rt.model import Llama
+from llama2rt.errors import InputError, naming
 from llama2rt.stages import loading, phases, sft
 from llama2rt.stages.loading import Future, Outline, RolloutInputs
 from llama2rt.stages.phases import Response, RewardModels
@@ -71,7 +70,7 @@ class RejectionRecipe(Recipe):
     max_sequences: int = Field(default=256, gt=0)
     """sampled at once"""
     cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory for keys and values while sampling; None for half of what is free"""
+    """most memory that sampling takes beside the model; None for half of what is free"""
     threshold: float = Field(default=0.15, ge=0, le=1)
     """safety score below which the safety reward rules on any prompt"""
     batch_size: int = Field(default=64, gt=0)
@@ -119,7 +118,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
 
     # Sample, score and select.
     sampled = sample(recipe, inputs, reward_models, run.samples_directory)
-    best = select(sampled)
+    best = select(sampled, inputs.tokenizer)
     if inputs.earlier:
         best = pool(best, phases.rescore(inputs.earlier, reward_models, options.micro_tokens))
     if not best:
@@ -143,7 +142,10 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     # Measure.
     report = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
     if inputs.held_out:
-        report |= measure(recipe, inputs, model, reward_models, run)
+        reference = loading.load_companion(
+            recipe.reference or recipe.init, inputs.tokenizer, options.dtype
+        )
+        report |= phases.measure_held_out(recipe, inputs, model, reference, reward_models, run)
     phases.write_report(run, report)
     return run.model_directory
 
@@ -177,17 +179,23 @@ def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
             recipe.validation, tokenizer, init, recipe.max_tokens, measuring, cache
         )
     loading.warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
-    earlier = [
-        response
-        for folder in recipe.earlier
-        if not (future and folder / "model" in future)
-        for response in read_earlier(folder, tokenizer, readers)
-    ]
+    earlier: list[Response] = []
+    for folder in recipe.earlier:
+        if future and (left := future.get(folder / "model")):
+            require_room(
+                f"earlier: {folder.name} may leave samples whose", left.longest_sample, readers
+            )
+        else:
+            earlier += read_earlier(folder, tokenizer, readers)
     dialogues = []
     if recipe.dialogues:
         records = read(recipe.dialogues, "dialogue")
         dialogues = sft.encode(records, tokenizer, init.config.context)
-    result = Outline(init.config, tokenizer)
+    longest = 0
+    if future is not None:  # another step may pool what this one samples
+        lengths = [len(chat.encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
+        longest = min(policy.config.context, max(lengths) + recipe.max_tokens)
+    result = Outline(init.config, tokenizer, longest_sample=longest)
     return Inputs(tokenizer, prompts, held_out, result, earlier, dialogues)
 
 
@@ -203,26 +211,28 @@ def read_earlier(
     embeddings = min(model.config.vocab_size for model in readers.values())
     responses = phases.read_responses(path)
     for number, response in enumerate(responses, start=1):
-        try:
+        with naming(f"{path}:{number}: messages"):
             expected = chat.encode_prompt(tokenizer, response.prompt.messages)
-        except InputError as error:
-            raise InputError(f"{path}:{number}: messages: {error}") from None
         # Not the tokenizer's pieces: a model may have sampled an id that pads its vocabulary.
         if response.prompt_tokens != expected or max(response.tokens) >= embeddings:
             raise InputError(
                 f"{path}:{number}: sampled with another tokenizer or chat format than the policy's"
             )
         length = len(response.prompt_tokens) + len(response.tokens)
-        for name, model in readers.items():
-            if length > model.config.context:
-                raise InputError(
-                    f"{path}:{number}: {length} tokens exceed the context of {name}, "
-                    f"{model.config.context}"
-                )
-    kept = [response for response in responses if usable(response)]
+        require_room(f"{path}:{number}:", length, readers)
+    kept = [response for response in responses if usable(response, tokenizer)]
     if len(kept) < len(responses):
         logger.warning("%s: %d unusable samples left out", path, len(responses) - len(kept))
     return kept
+
+
+def require_room(what: str, tokens: int, readers: Mapping[str, Outline]) -> None:
+    """InputError beginning with `what` where one of the readers has no room for so many tokens."""
+    for name, model in readers.items():
+        if tokens > model.config.context:
+            raise InputError(
+                f"{what} {tokens} tokens exceed the context of {name}, {model.config.context}"
+            )
 
 
 def sample(
@@ -244,27 +254,12 @@ def sample(
     )
 
 
-def measure(
-    recipe: RejectionRecipe, inputs: Inputs, model: Llama, reward_models: RewardModels, run: Run
-) -> dict[str, float]:
-    """The fine-tuned model on the held-out prompts; its KL is to the reference."""
-    return phases.measure(
-        run.samples_directory / "held_out.jsonl",
-        phases.engine(recipe, model, inputs.tokenizer),
-        loading.load_companion(recipe.reference or recipe.init, inputs.tokenizer),
-        reward_models,
-        inputs.held_out,
-        temperature=1.0,
-        max_tokens=recipe.max_tokens,
-        seed=phases.derived_seed(recipe.seed, "held-out"),
-        policy=str(run.directory),
-        micro_tokens=recipe.train.micro_tokens,
-    )
-
-
-def usable(response: Response) -> bool:
+def usable(response: Response, tokenizer: Tokenizer) -> bool:
     """Can it be a target? Not if it was cut (it would gain an EOS that was never produced), is
-    empty, or holds a tag of the chat format."""
+    empty, or holds a tag of the chat format: as text, or as a special token, which its text does
+    not show."""
+    if {tokenizer.bos, *tokenizer.control_tokens.values()}.intersection(response.tokens[:-1]):
+        return False
     answer = {"role": "assistant", "content": response.text}
     try:
         chat.check_messages([*response.prompt.messages, answer], last="assistant")
@@ -273,10 +268,10 @@ def usable(response: Response) -> bool:
     return response.finished
 
 
-def select(sampled: Sequence[Sequence[Response]]) -> list[Response]:
+def select(sampled: Sequence[Sequence[Response]], tokenizer: Tokenizer) -> list[Response]:
     """The usable response with the highest reward of each prompt, the first of equals; prompts
     without one are left out."""
-    candidates = ([r for r in responses if usable(r)] for responses in sampled)
+    candidates = ([r for r in responses if usable(r, tokenizer)] for responses in sampled)
     return [max(group, key=lambda response: response.reward) for group in candidates if group]
 
 

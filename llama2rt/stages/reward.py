@@ -23,12 +23,12 @@ from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import preference
 from llama2rt.evaluate.scoring import score_tokens
-from llama2rt.model import ScalarModel
+from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
-from llama2rt.stages.loading import default_device, file_inputs, load_llama
+from llama2rt.stages.loading import default_device, file_inputs, load_llama, outlines
 from llama2rt.stages.phases import write_report
 from llama2rt.stages.pretrain import ModelShape
 from llama2rt.text import chat
@@ -121,14 +121,16 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     run = Run.open(directory, recipe, inputs=inputs, resume=resume)
     if run.complete:
         return run.model_directory
-    training, held_out, left_out = split(recipe)  # before the model, which may take minutes to load
-    model, tokenizer = initial_model(recipe)
-    pairs, kept = encode(training, tokenizer, model.config.context)
-    held_out_pairs, held_out_kept = encode(held_out, tokenizer, model.config.context)
+    # All of this before the weights, which may take minutes to load.
+    training, held_out, left_out = split(recipe)
+    config, tokenizer = shape(recipe)
+    pairs, kept = encode(training, tokenizer, config.context)
+    held_out_pairs, held_out_kept = encode(held_out, tokenizer, config.context)
     options = recipe.train
     loader = PairLoader(
         pairs, targets(kept, recipe), recipe.batch_size, options.micro_tokens, recipe.seed
     )
+    model = initial_model(recipe, config)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
         chosen, rejected = score(model, held_out_pairs, options.micro_tokens)
@@ -153,16 +155,22 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     return run.model_directory
 
 
-def initial_model(recipe: RewardRecipe) -> tuple[ScalarModel, Tokenizer]:
-    """The chat model with a regression head in place of its output, fp32."""
+def shape(recipe: RewardRecipe) -> tuple[LlamaConfig, Tokenizer]:
+    """What the model will be, without its weights. InputError where `init` cannot be loaded."""
     if recipe.init is not None:
-        llama, tokenizer = load_llama(recipe.init, recipe.tokenizer)
-        return ScalarModel.from_llama(llama, recipe.seed), tokenizer
+        tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
+        return models["init"].config, tokenizer
     assert recipe.tokenizer is not None  # the recipe's own check
     tokenizer = Tokenizer.load(recipe.tokenizer)
-    config = recipe.model.config(tokenizer.vocab_size, recipe.context)
-    model = ScalarModel(config, default_device(), torch.float32)
-    return model.initialize(recipe.seed), tokenizer
+    return recipe.model.config(tokenizer.vocab_size, recipe.context), tokenizer
+
+
+def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
+    """The chat model with a regression head in place of its output, fp32; random without one."""
+    if recipe.init is not None:
+        llama, _ = load_llama(recipe.init, recipe.tokenizer)
+        return ScalarModel.from_llama(llama, recipe.seed)
+    return ScalarModel(config, default_device(), torch.float32).initialize(recipe.seed)
 
 
 class Division(NamedTuple):
@@ -276,10 +284,11 @@ def encode(
     than the context is left out, because its score would be read inside a cut answer."""
     pairs, kept = [], []
     for comparison in comparisons:
-        chosen, rejected = (
-            Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
-            for text in (comparison.chosen, comparison.rejected)
-        )
+        with naming(f"comparison whose prompt begins {comparison.prompt[0]['content'][:60]!r}"):
+            chosen, rejected = (
+                Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
+                for text in (comparison.chosen, comparison.rejected)
+            )
         if max(len(chosen.tokens), len(rejected.tokens)) <= context:
             pairs.append((chosen, rejected))
             kept.append(comparison)

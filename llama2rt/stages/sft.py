@@ -18,10 +18,10 @@ from torch import nn
 
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
-from llama2rt.data.packing import Example, micro_batches
+from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.stages.loading import file_inputs, load_llama, outlines, warn_of_shared
 from llama2rt.stages.phases import write_report
 from llama2rt.stages.pretrain import next_token
@@ -82,12 +82,13 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     if context > longest:
         raise InputError(f"context: {context} exceeds the model's {longest}")
     training, held_out = (encode(part, tokenizer, context) for part in split(recipe))
-    model, _ = load_llama(recipe.init, recipe.tokenizer)
     options = recipe.train
     loader = ExampleLoader(training, recipe.batch_size, options.micro_tokens, recipe.seed)
+    held_out_batches = micro_batches(held_out, options.micro_tokens) if held_out else []
+    model, _ = load_llama(recipe.init, recipe.tokenizer)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"held_out_loss": answer_loss(model, held_out, options.micro_tokens)}
+        return {"held_out_loss": answer_loss(model, held_out_batches)}
 
     if held_out and not run.store.steps():
         run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
@@ -125,7 +126,10 @@ def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
 
 def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) -> list[Example]:
     """Tokens and loss mask of each dialogue that fits ``context``; InputError if none does."""
-    examples = [Example.of(*encode_dialogue(tokenizer, d.messages)) for d in dialogues]
+    examples = []
+    for dialogue in dialogues:
+        with naming(f"dialogue that begins {dialogue.messages[0]['content'][:60]!r}"):
+            examples.append(Example.of(*encode_dialogue(tokenizer, dialogue.messages)))
     fitting = [example for example in examples if len(example.tokens) <= context]
     if len(fitting) < len(examples):
         left_out = len(examples) - len(fitting)
@@ -135,9 +139,8 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) ->
     return fitting
 
 
-def answer_loss(model: nn.Module, examples: Sequence[Example], micro_tokens: int) -> float:
-    """Nats per answer token over ``examples``."""
+def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Nats per answer token over ``batches``."""
     device = next(model.parameters()).device
-    batches = micro_batches(examples, micro_tokens)
     nats = sum(float(next_token(model, batch.to(device))[0]) for batch in batches)
     return nats / sum(batch.weight for batch in batches)

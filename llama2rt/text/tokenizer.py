@@ -25,6 +25,7 @@ from llama2rt.text import added, agreement, backends, folder, templated
 from llama2rt.text.template import LLAMA3_TEMPLATE, ChatTemplate
 
 SPECIAL_AND_BYTE_PIECES = 3 + 256  # unk, bos, eos, then one piece per byte: ids 0-2 and 3-258
+MOST_PIECES = 2**31 - 1  # ids are 32-bit integers
 MAX_SENTENCE_BYTES = 4192  # SentencePiece's own limit; longer sentences would be skipped silently
 
 
@@ -112,6 +113,8 @@ class Tokenizer:
                 f"vocab_size {vocab_size} is too small: specials and bytes alone take "
                 f"{SPECIAL_AND_BYTE_PIECES}; 512 is a sensible least"
             )
+        if vocab_size > MOST_PIECES:
+            raise InputError(f"vocab_size: expected at most {MOST_PIECES}, got {vocab_size}")
         sentences = _sentences(texts)
         first = next(sentences, None)
         if first is None:

@@ -22,10 +22,10 @@ _INT64_MAX = 2**63 - 1
 
 def check_integers(options: BaseModel) -> None:
     """ValueError naming a whole number that is too large: tokens, sequences and steps are counted
-    in 32 bits, generators seeded with 63."""
+    in 32 bits; bytes, and what generators are seeded with, in 64."""
     for name in type(options).model_fields:
         value = getattr(options, name)
-        most = _INT64_MAX if name == "seed" else _INT32_MAX
+        most = _INT64_MAX if name == "seed" or name.endswith("_bytes") else _INT32_MAX
         if isinstance(value, int) and value > most:
             raise ValueError(f"{name}: expected at most {most}, got {value}")
 

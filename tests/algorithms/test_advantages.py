@@ -67,6 +67,10 @@ def test_whiten():
     torch.testing.assert_close(advantages.whiten(x, shift_mean=False).mean(), x.mean())
     assert advantages.whiten(torch.tensor([3.0])).tolist() == [0.0]
     assert advantages.whiten(torch.full((3,), 2.0)).tolist() == [0.0] * 3
+    # A thousand saturated rewards: their mean in fp32 is not quite one of them.
+    assert not advantages.whiten(torch.full((1000,), 27.631021)).any()
+    assert not advantages.whiten(torch.empty(0)).numel()
+    assert advantages.whiten(torch.tensor([1.0, torch.nan])).isnan().all()
 
 
 def test_kl_estimators_agree_with_the_exact_value():

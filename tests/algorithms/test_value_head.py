@@ -49,3 +49,12 @@ def test_nothing_to_explain_gives_zeros(which):
     regression.add(inputs * (not zero), targets * zero, groups)
     solved, explained = regression.solve()
     assert torch.equal(solved, torch.zeros(4)) and explained == 0.0
+
+
+def test_one_group_alone_proves_nothing_and_gives_zeros():
+    """Every penalty is then as good as any other: a fit to one response would be its noise."""
+    inputs, targets, groups, _ = problem(1, 6, 4, noise=0.5)
+    regression = RidgeRegression(4)
+    regression.add(inputs, targets, groups)
+    solved, explained = regression.solve()
+    assert torch.equal(solved, torch.zeros(4)) and explained == 0.0

@@ -1,6 +1,7 @@
 """The evaluate verb on files, against the same numbers computed by hand."""
 
 import dataclasses
+from pathlib import Path
 
 import json_lines
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
 from llama2rt.data.records import Comparison, Sample
+from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import commands
 from llama2rt.evaluate.commands import describe, evaluate
@@ -83,6 +85,26 @@ def test_a_pair_judged_both_ways_counts_for_each_kind_apart(tmp_path, reward_mod
     assert sum(means) == pytest.approx(1.0)
     assert means[0] != 0.5
     assert "safety pairs ranked as annotated" in describe(result)
+
+
+def test_a_source_says_what_a_file_of_comparisons_is(tmp_path, reward_model):
+    """The same file twice, and neither is lost."""
+    _, folder = reward_model
+    path = tmp_path / "pairs.jsonl"
+    rows = ({"prompt": _ask(i), "chosen": f"{i} fox", "rejected": "dogs"} for i in range(3))
+    json_lines.write(path, rows)
+    result = evaluate(folder, comparisons=(path, Source(path=path, kind="safety")))
+    assert [file["kind"] for file in result["comparisons"]] == ["helpfulness", "safety"]
+
+
+def test_a_version_in_the_folder_one_stands_in_has_a_name(tmp_path, reward_model, monkeypatch):
+    _, folder = reward_model
+    samples = tmp_path / "v7" / "samples"
+    write(samples / "part-00000.jsonl", [Sample("1", _ask(1), "fox")])
+    for here, name in ((tmp_path / "v7", "."), (tmp_path / "v7", "samples"), (samples, ".")):
+        monkeypatch.chdir(here)
+        (version,) = evaluate(folder, samples=(Path(name),))["versions"]
+        assert version["name"] == "v7"
 
 
 def test_versions_by_sample_files(tmp_path, reward_model, small_tokenizer):

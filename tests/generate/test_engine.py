@@ -218,6 +218,8 @@ def test_bad_input():
         ([[3] * 96], "prompt 0: 96 tokens leave no room in the context of 96"),
         ([[3, 400]], r"prompt 0: token id outside 0\.\.399"),
         ([[-1]], r"prompt 0: token id outside"),
+        ([[3, 3_000_000_000]], r"prompt 0: token id outside"),
+        ([[3], [2**70]], r"prompt 1: token id outside"),
         ([[3], [{"role": "user", "content": " "}]], "prompt 1: message 1: user content is blank"),
     ):
         with pytest.raises(InputError, match=message):

@@ -37,8 +37,8 @@ def small_tiles(request, monkeypatch):
     monkeypatch.setattr(kernels, "PART", 1)
 
 
-# One tile; a depth TMA cannot read; slices of one, three and an odd number of tiles. Inputs that are
-# hard to add up go to the shape of most terms.
+# One tile; a depth TMA cannot read; slices of one, three and an odd number of tiles. Inputs that
+# are hard to add up go to the shape of most terms.
 SHAPES = [(13, 8, 3), (90, 33, 70), (41, 72, 330)]
 CASES = [(s, "normal") for s in SHAPES] + [(SHAPES[-1], k) for k in ("small", "tail", "offset")]
 

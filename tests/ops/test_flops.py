@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from llama2rt import ops
 from llama2rt.ops import backend, flops
+from llama2rt.ops.linear import linear
 
 
 def counted(function) -> dict[str, int]:
@@ -93,6 +94,15 @@ def test_token_logprob(tokens, which):
         assert backward == 2 * product + again
     else:
         assert backward == 3 * product
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_a_linear_layer_counts_whichever_product_runs(rows):
+    """A few rows of 16 bits have a kernel of their own on a CPU, where it is built."""
+    x, weight = torch.ones(rows, 16).bfloat16(), torch.ones(8, 16).bfloat16()
+    with torch.no_grad():
+        found = counted(lambda: linear(x, weight))
+    assert sum(found.values()) == 2 * rows * 16 * 8
 
 
 def test_elementwise_ops_count_nothing_as_torchs_do():

@@ -7,15 +7,18 @@ import shutil
 import pocket as problem
 import pytest
 import torch
+from pydantic import ValidationError
 
 from llama2rt.checkpoint import native
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison, Dialogue, Prompt
 from llama2rt.errors import InputError
 from llama2rt.generate.budget import forward_bytes
-from llama2rt.model import Llama, LlamaConfig
+from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.stages import dpo, iterate, loading, phases, ppo, rejection, reward, sft
-from llama2rt.text import chat
+from llama2rt.text import backends, chat
+from llama2rt.text.template import LLAMA3_TEMPLATE
+from llama2rt.text.tokenizer import Tokenizer
 
 LONG = "may baba visit " * 40
 
@@ -57,6 +60,8 @@ def bad(pocket, strangers, tmp_path_factory):
     policy, tokenizer = loading.load_llama(pocket.sft)
     shape = LlamaConfig(**dict(vars(policy.config), context=12))
     native.save(Llama(shape).initialize(1), tokenizer, folder / "short")
+    shape = LlamaConfig(**dict(vars(policy.config), context=40))
+    native.save(ScalarModel(shape).initialize(1), tokenizer, folder / "reward of 40")
     earlier = {
         "nothing": None,
         "garbled": '{"prompt_id": "x"}\n',
@@ -168,6 +173,42 @@ def test_sft_dialogues_longer_than_the_context(pocket, bad, tmp_path):
         sft.run(recipe, tmp_path / "run")
 
 
+@pytest.mark.parametrize("key", ["data", "validation"])
+@pytest.mark.parametrize("stage", [sft, reward])
+def test_supervised_examples_that_fit_nowhere(pocket, tmp_path, stage, key):
+    """Neither the context nor, for what passes whole, a micro-batch."""
+    messages, longer = problem.messages("helpfulness", "baba"), problem.messages("safety", "baba")
+    if stage is sft:
+        recipe = sft.SftRecipe
+        good, long, large = (
+            [Dialogue([*asked, {"role": "assistant", "content": text}])]
+            for asked, text in ((messages, "yes"), (messages, LONG), (longer, LONG[:45]))
+        )
+    else:
+        recipe = reward.RewardRecipe
+        good, long, large = (
+            [Comparison(asked, *texts)]
+            for asked, texts in (
+                (messages, ("yes", "no")),
+                (longer, (LONG, "no")),
+                (longer, (LONG[:45], LONG[:30])),
+            )
+        )
+    write(tmp_path / "good.jsonl", good)
+    files = {"init": pocket.sft, "data": [tmp_path / "good.jsonl"]}
+    write(tmp_path / "long.jsonl", long)
+    with pytest.raises(InputError, match=r"all 1 \w+ are longer than 64 tokens"):
+        stage.run(
+            recipe(**(files | {key: [tmp_path / "long.jsonl"], "held_out": 0})), tmp_path / "a"
+        )
+    if stage is reward and key == "validation":
+        return  # scored one by one
+    write(tmp_path / "large.jsonl", large)
+    files |= {key: [tmp_path / "large.jsonl"], "held_out": 0, "train": {"micro_tokens": 32}}
+    with pytest.raises(InputError, match="raise micro_tokens"):
+        stage.run(recipe(**files), tmp_path / "b")
+
+
 V1 = {"name": "V1", "stage": "rejection", "settings": {"samples": 1, "epochs": 1}}
 
 
@@ -228,6 +269,18 @@ def test_iterate_knows_the_models_that_are_still_to_come(pocket, bad, tmp_path):
         iterate.run(plan(pocket, [V1]), tmp_path / "good")
 
 
+def test_iterate_bounds_the_samples_that_are_still_to_be_pooled(pocket, bad, tmp_path):
+    """V1's longest may be longer than what V2's own reward model can read, V2's own are not."""
+    v1 = {**V1, "settings": V1["settings"] | {"max_tokens": 40}}
+    v2 = {**V1, "name": "V2", "settings": V1["settings"] | {
+        "helpfulness": str(bad["reward of 40"]), "max_tokens": 8}}  # fmt: skip
+    with pytest.raises(InputError, match=r"V2: earlier: V1 may leave samples whose \d+ tokens"):
+        iterate.run(plan(pocket, [v1, v2], pool_from=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "V1").exists()
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        iterate.run(plan(pocket, [v1, v2], pool_from=3), tmp_path / "apart")
+
+
 STAGES = {
     "rejection": (rejection.run, rejection.RejectionRecipe, {"policy"}),
     "ppo": (ppo.run, ppo.PpoRecipe, set()),
@@ -275,6 +328,23 @@ def test_iterate_measures_in_fp32_with_the_cache_it_is_given(pocket, tmp_path):
         iterate.run(plan(pocket, [v1], cache_bytes=needed), tmp_path / "good")
 
 
+@pytest.mark.parametrize("stage", [*STAGES, "iterate"])
+def test_cache_bytes_are_no_32_bit_number(pocket, tmp_path, stage):
+    """A 7B model's cache of 500-token prompts alone takes more than 2 GiB."""
+    run, recipe, policy = STAGES.get(stage, (iterate.run, iterate.IterateRecipe, set()))
+    models = {"sft"} if stage == "iterate" else {"init", *policy}
+    given = dict.fromkeys(models, pocket.sft) | {
+        "helpfulness": pocket.helpfulness,
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "max_tokens": 8,
+    }
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        run(recipe(**given, cache_bytes=2**63 - 1), tmp_path / "run")
+    with pytest.raises(ValidationError, match=f"cache_bytes: expected at most {2**63 - 1}, got"):
+        recipe(**given, cache_bytes=2**63)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_policy_may_sample_what_no_other_model_has_a_row_for(pocket, bad, tmp_path, stage):
     run, recipe, policy = STAGES[stage]
@@ -318,3 +388,28 @@ def test_a_warmup_longer_than_ppo_is_said_before_it_begins(pocket, tmp_path, cap
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         ppo.run(recipe, tmp_path / "run")
     assert "the warm-up of 9 steps is longer than the run of 2" in caplog.text
+
+
+def test_text_that_the_chat_template_forbids_is_named(tmp_path, small_tokenizer):
+    """By the record it is in: readers do not know the template."""
+    from tokenizers import AddedToken
+
+    library = backends.parse_json(small_tokenizer.as_json())
+    library.add_special_tokens([AddedToken("<|eot_id|>", normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": LLAMA3_TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.load(tmp_path)
+    asked = [{"role": "user", "content": "say <|eot_id|>"}]
+    answered = [*asked, {"role": "assistant", "content": "no"}]
+    write(tmp_path / "prompts.jsonl", [Prompt("p17", asked)])
+    config = LlamaConfig(16, 1, 2, 2, 32, vocab_size=tokenizer.vocab_size)
+    said = "message 1: user content holds the control token"
+    with pytest.raises(InputError, match=rf"prompts\.jsonl: prompt 'p17': {said}"):
+        loading.read_prompts(
+            [tmp_path / "prompts.jsonl"], tokenizer, loading.Outline(config, tokenizer)
+        )
+    with pytest.raises(InputError, match=f"dialogue that begins 'say <.*>': {said}"):
+        sft.encode([Dialogue(answered)], tokenizer, 64)
+    with pytest.raises(InputError, match=f"comparison whose prompt begins 'say <.*>': {said}"):
+        reward.encode([Comparison(asked, "a", "b")], tokenizer, 64)

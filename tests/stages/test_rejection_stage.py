@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pocket as problem
@@ -15,6 +16,7 @@ from llama2rt.data.records import Dialogue, Prompt
 from llama2rt.errors import InputError
 from llama2rt.stages import loading, phases, rejection
 from llama2rt.text import chat
+from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.run import Run
 
 
@@ -63,13 +65,32 @@ def test_samples_are_records_and_keep_their_tokens(pocket, tmp_path):
         assert len(kept.tokens) <= 8
 
 
-def test_best_usable_response_of_each_prompt_is_kept():
+def test_best_usable_response_of_each_prompt_is_kept(pocket):
+    tokenizer = Tokenizer.load(pocket.sft)
     groups = [
         [response("no", 1.0), response("yes", 2.0), response("maybe", 2.0)],
         [response("cut", 9.0, tokens=(7,)), response("", 8.0), response("yes", -1.0)],
         [response("[INST] me [/INST]", 5.0), response(" \n", 4.0)],
+        # BOS, which opens a turn and does not show in the text.
+        [response("yes", 7.0, tokens=(9, 1, 2)), response("no", 3.0)],
     ]
-    assert [(r.text, r.reward) for r in rejection.select(groups)] == [("yes", 2.0), ("yes", -1.0)]
+    best = [(r.text, r.reward) for r in rejection.select(groups, tokenizer)]
+    assert best == [("yes", 2.0), ("yes", -1.0), ("no", 3.0)]
+
+
+class ControlTokens:
+    """As of a folder with a chat template, Llama 3's for one; its EOS are two."""
+
+    bos, stop_ids = 1, (2, 303)
+    control_tokens: ClassVar = {"<|start_header_id|>": 301, "<|eot_id|>": 303}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "usable"), [((9, 303), True), ((9, 2), True), ((9, 301, 303), False)]
+)
+def test_a_response_that_opens_another_turn_is_no_target(tokens, usable):
+    sampled = replace(response("yes", tokens=tokens), finished=True)
+    assert rejection.usable(sampled, ControlTokens()) == usable
 
 
 def test_pool_keeps_one_answer_a_prompt_the_better():
@@ -91,13 +112,15 @@ def test_earlier_versions_are_pooled_under_todays_reward_models(pocket, tmp_path
     manifest = json.loads((tmp_path / "v2" / "manifest.json").read_text())
     assert manifest["parents"][0]["path"] == str(tmp_path / "v1")
     assert len(pooled) == 100 and max(r.reward for r in pooled) < 100
+    tokenizer = Tokenizer.load(pocket.sft)
     own = {repr(r.prompt.messages): r for r in phases.read_responses(
         tmp_path / "v2" / "samples" / "part-00000.jsonl")}  # fmt: skip
     old = {repr(r.prompt.messages): r for r in responses}
     for kept in pooled:
         key = repr(kept.prompt.messages)
         assert kept.reward == pytest.approx(
-            max(r[key].reward for r in (own, old) if rejection.usable(r[key])), abs=1e-4
+            max(r[key].reward for r in (own, old) if rejection.usable(r[key], tokenizer)),
+            abs=1e-4,
         )
 
 
@@ -179,6 +202,14 @@ def test_held_out_kl_is_to_the_reference(pocket, tmp_path, monkeypatch):
     rejection.run(settings, tmp_path / "run")
     sft, _ = loading.load_llama(pocket.sft)
     assert torch.equal(seen[0].output, sft.output)
+
+
+def test_a_model_that_did_not_move_has_no_kl(pocket, tmp_path):
+    """In bf16 too: the reference is rounded as the model is."""
+    train = {"precision": "bf16", "lr": 1e-30, "weight_decay": 0.0}
+    rejection.run(recipe(pocket, samples=1, epochs=1, train=train), tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["kl_k1"] == report["kl_k3"] == 0.0
 
 
 @pytest.mark.parametrize(

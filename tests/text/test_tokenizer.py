@@ -165,6 +165,7 @@ def test_training_sees_text_beyond_sentencepieces_line_limit(tmp_path):
     ("texts", "vocab_size", "message"),
     [
         (["some text"], 259, "vocab_size 259 is too small: specials and bytes alone take 259"),
+        (["some text"], 3_000_000_000, "vocab_size: expected at most 2147483647, got 3000000000"),
         (
             ["".join(map(chr, range(0x4E00, 0x4F00)))],
             300,
