@@ -7,6 +7,7 @@ refreshing the reward models between versions; name the new ones in a step's set
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -126,7 +127,9 @@ def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path
     for step, resolved in zip(recipe.steps, plan, strict=True):
         models[step.name] = STAGES[step.stage][2](resolved, directory / step.name, resume=True)
     if not run.complete:
-        versions = [measure(recipe, name, folder, run) for name, folder in models.items()]
+        # All on the same prompts: those that leave each version room to answer.
+        context = min(loading.outline(folder).config.context for folder in models.values())
+        versions = [measure(recipe, name, folder, context, run) for name, folder in models.items()]
         phases.write_report(run, {"versions": versions})
     return models[recipe.steps[-1].name]
 
@@ -197,8 +200,10 @@ def stage_recipe(recipe: IterateRecipe, place: int, directory: Path) -> Any:
         raise InputError(f"steps: {step.name}: {problems}") from None
 
 
-def measure(recipe: IterateRecipe, name: str, folder: Path, run: Run) -> dict[str, Any]:
-    """A row of the table: the version on the held-out prompts."""
+def measure(
+    recipe: IterateRecipe, name: str, folder: Path, context: int, run: Run
+) -> dict[str, Any]:
+    """A row of the table: the version on the held-out prompts that do not fill `context`."""
     model, tokenizer = loading.load_llama(folder)
     reference = loading.load_companion(recipe.sft, tokenizer)
     reward_models = RewardModels.load(
@@ -209,7 +214,9 @@ def measure(recipe: IterateRecipe, name: str, folder: Path, run: Run) -> dict[st
         phases.engine(recipe, model, tokenizer),
         reference,
         reward_models,
-        loading.read_prompts(recipe.validation, tokenizer, model),
+        loading.read_prompts(
+            recipe.validation, tokenizer, Outline(replace(model.config, context=context), tokenizer)
+        ),
         temperature=1.0,
         max_tokens=recipe.max_tokens,
         seed=phases.derived_seed(recipe.seed, "versions"),

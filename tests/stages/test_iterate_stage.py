@@ -6,8 +6,13 @@ import pocket as problem
 import pytest
 from pydantic import ValidationError
 
+from llama2rt.checkpoint import native
+from llama2rt.data.readers import write
+from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
-from llama2rt.stages import iterate, rejection
+from llama2rt.model import Llama, LlamaConfig
+from llama2rt.stages import iterate, loading, phases, rejection
+from llama2rt.text import chat
 from llama2rt.train.run import Run
 
 REJECTION = {"samples": 3, "epochs": 1, "batch_size": 16, "train": {"lr": 2e-3}}
@@ -128,3 +133,26 @@ def test_what_a_begun_plan_takes(pocket, tmp_path):
 def test_impossible_plans_are_refused(pocket, steps, said):
     with pytest.raises(ValidationError, match=said):
         recipe(pocket, steps=steps)
+
+
+def test_all_versions_are_measured_on_the_same_prompts(pocket, tmp_path, monkeypatch):
+    """V1 comes from a base of a shorter context, which one of the prompts fills."""
+    sft, tokenizer = loading.load_llama(pocket.sft)
+    shape = LlamaConfig(**dict(vars(sft.config), context=32))
+    native.save(Llama(shape).initialize(1), tokenizer, tmp_path / "base")
+    asked = [{"role": "user", "content": f"may baba visit {again}"} for again in ("", "baba " * 5)]
+    write(tmp_path / "held_out.jsonl", [Prompt(m["content"], [m]) for m in asked])
+    lengths = [len(chat.encode_prompt(tokenizer, [message])) for message in asked]
+    assert lengths[0] < 24 and 32 <= lengths[1] < 56
+    measured = {}
+
+    def measure(path, engine, reference, reward_models, prompts, **_):
+        measured[path] = prompts
+        return {}
+
+    monkeypatch.setattr(phases, "measure", measure)
+    settings = {"base": tmp_path / "base", "validation": [tmp_path / "held_out.jsonl"]}
+    steps = [{"name": "V1", "stage": "rejection", "settings": {"samples": 1, "epochs": 1}}]
+    iterate.run(recipe(pocket, steps=steps, **settings), tmp_path / "run")
+    rows = [measured[tmp_path / "run" / "samples" / f"{name}.jsonl"] for name in ("sft", "V1")]
+    assert [[prompt.id for prompt in row] for row in rows] == [["may baba visit "]] * 2
