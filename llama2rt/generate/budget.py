@@ -20,8 +20,8 @@ from llama2rt.model.llama import Llama
 PREFILL_TOKENS = 4096
 _FORWARD_SHARE = 4
 # What an allocator takes for tensors that come and go, against what is alive at once: glibc's heap
-# took 2.0 to 2.4 times as much (134M shape, 500 to 4096 tokens, benchmarks/generation).
-_ALLOCATOR = 2.5
+# took 2.0 to 2.8 times as much (134M shape, one and two threads, benchmarks/generation).
+_ALLOCATOR = 3.25
 # Bytes a logit: itself, its log-probability, its probability (fp32) and the running sum (fp64);
 # with top-k or top-p in the worst case, where a row is sorted in full, a dozen more vectors.
 _LOGIT_BYTES, _SORTED_LOGIT_BYTES = 20, 64

@@ -122,7 +122,11 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if inputs.earlier:
         best = pool(best, phases.rescore(inputs.earlier, reward_models, options.micro_tokens))
     if not best:
-        raise InputError("no prompt has a finished answer to train on; raise max_tokens")
+        cut = sum(not response.finished for responses in sampled for response in responses)
+        raise InputError(
+            f"no response to train on: {cut} of {sum(map(len, sampled))} were cut (raise "
+            "max_tokens), the others are empty or hold a tag of the chat format"
+        )
     phases.write_responses(run.samples_directory / BEST, best)
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
@@ -257,8 +261,8 @@ def sample(
 def usable(response: Response, tokenizer: Tokenizer) -> bool:
     """Can it be a target? Not if it was cut (it would gain an EOS that was never produced), is
     empty, or holds a tag of the chat format: as text, or as a special token, which its text does
-    not show."""
-    if {tokenizer.bos, *tokenizer.control_tokens.values()}.intersection(response.tokens[:-1]):
+    not show. An added token that is text ("</think>") may stand in it."""
+    if tokenizer.hidden_ids.intersection(response.tokens[:-1]):
         return False
     answer = {"role": "assistant", "content": response.text}
     try:

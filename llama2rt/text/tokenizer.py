@@ -189,6 +189,11 @@ class Tokenizer:
         return tuple(dict.fromkeys(ids if ending is None else [*ids, ending]))
 
     @functools.cached_property
+    def hidden_ids(self) -> frozenset[int]:
+        """BOS, EOS and the folder's special tokens: ids that decoded text does not show."""
+        return frozenset({self.bos, self.eos, *self._backend.special})
+
+    @functools.cached_property
     def control_tokens(self) -> dict[str, int]:
         """Texts, with their ids, that a chat template's output is parsed for: special tokens, and
         other added ones that the template writes. A message must not hold them."""

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 import pocket as problem
@@ -15,7 +14,7 @@ from llama2rt.data.readers import read, write
 from llama2rt.data.records import Dialogue, Prompt
 from llama2rt.errors import InputError
 from llama2rt.stages import loading, phases, rejection
-from llama2rt.text import chat
+from llama2rt.text import backends, chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.run import Run
 
@@ -78,19 +77,34 @@ def test_best_usable_response_of_each_prompt_is_kept(pocket):
     assert best == [("yes", 2.0), ("yes", -1.0), ("no", 3.0)]
 
 
-class ControlTokens:
-    """As of a folder with a chat template, Llama 3's for one; its EOS are two."""
+@pytest.fixture
+def reasoner(small_tokenizer, tmp_path):
+    """A tokenizer whose template writes a special token and, around a thought, tokens of text."""
+    from tokenizers import AddedToken
 
-    bos, stop_ids = 1, (2, 303)
-    control_tokens: ClassVar = {"<|start_header_id|>": 301, "<|eot_id|>": 303}
+    library = backends.parse_json(small_tokenizer.as_json())
+    library.add_special_tokens(["<|user|>", "<|end|>"])
+    library.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    library.save(str(tmp_path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}{{ '<|user|>' + m.content.split('</think>')[-1] + '<|end|>' }}"
+        "{% endfor %}{{ '<think>' }}"
+    )
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "usable"), [((9, 303), True), ((9, 2), True), ((9, 301, 303), False)]
+    ("tags", "usable"),
+    [("<|end|>", True), ("</s>", True), ("</think><|end|>", True), ("<|user|><|end|>", False)],
 )
-def test_a_response_that_opens_another_turn_is_no_target(tokens, usable):
-    sampled = replace(response("yes", tokens=tokens), finished=True)
-    assert rejection.usable(sampled, ControlTokens()) == usable
+def test_a_response_that_opens_another_turn_is_no_target(reasoner, tags, usable):
+    """A thought that ends is text; a special token inside does not show in the text."""
+    tokens = reasoner.encode_rendered(f"yes{tags}")[0]
+    assert len(tokens) > tags.count("<") and reasoner.decode(tokens).startswith("yes")
+    sampled = replace(response(reasoner.decode(tokens), tokens=tuple(tokens)), finished=True)
+    assert rejection.usable(sampled, reasoner) == usable
 
 
 def test_pool_keeps_one_answer_a_prompt_the_better():
