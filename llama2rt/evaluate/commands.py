@@ -55,6 +55,9 @@ def evaluate(
         raise InputError(f"skip_invalid: expected at least 0, got {skip_invalid}")
     if not 1 <= micro_tokens <= _MOST_TOKENS:
         raise InputError(f"micro_tokens: expected 1 to {_MOST_TOKENS}, got {micro_tokens}")
+    for path in comparisons:
+        if Source.of(path).held_out is not None:
+            raise InputError(f"{path}: held_out: means nothing here, where nothing is trained on")
     # Read and check everything before the weights: bad input should cost no scoring.
     pairs = [(str(path), read(path, "comparison", skip_invalid)) for path in comparisons]
     versions = _by_version({path: _read_samples(path, skip_invalid) for path in samples})

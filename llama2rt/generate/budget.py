@@ -3,7 +3,7 @@
 `cache_bytes` bounds all that a call takes beside the model: keys and values, and the activations
 and logits of a forward pass. So a forward pass is kept to a quarter of it where that suffices:
 fewer prompt tokens are prefilled together, fewer sequences decode together; the rest is pages.
-Left out: what the libraries below take for themselves (thread stacks, packed panels of a GEMM).
+Left out: what the libraries below take for themselves beyond copies of a weight (thread stacks).
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,9 @@ def forward_bytes(
         (prefill_tokens + sequences) * widest * dtype.itemsize,
         sequences * config.vocab_size * logit,
     )
-    return int(alive * _ALLOCATOR)
+    # What products take beside their results: packed panels of a weight, for two threads.
+    packed = 2 * config.dim * config.ffn_hidden * dtype.itemsize
+    return int(alive * _ALLOCATOR) + packed
 
 
 def plan(
@@ -85,9 +87,11 @@ def plan(
         )
 
     def within(share: int) -> Budget:
-        token, row = forward(1, 0), forward(0, 1)
-        sequences = min(max_sequences, len(lengths) * n, max(1, share // row))
-        prefill = max(most, min(PREFILL_TOKENS, share // token - sequences))
+        always = forward(0, 0)
+        token, row = forward(1, 0) - always, forward(0, 1) - always
+        left = max(0, share - always)
+        sequences = min(max_sequences, len(lengths) * n, max(1, left // row))
+        prefill = max(most, min(PREFILL_TOKENS, left // token - sequences))
         # All that may run at once, each as long as it may get, and one prompt held for its samples.
         at_once = np.sort(needed.repeat(n))[-sequences:]
         room = (allowed - forward(prefill, sequences)) // page

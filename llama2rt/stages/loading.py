@@ -171,7 +171,8 @@ def rollout_inputs(recipe: Any, future: Future | None = None) -> RolloutInputs:
         read_prompts(paths, tokenizer, policy, recipe.max_tokens, models, cache) if paths else []
         for paths in (recipe.data, recipe.validation)
     )
-    warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
+    if future is None:  # else the step's own run says it
+        warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
     return RolloutInputs(tokenizer, prompts, held_out, Outline(policy.config, tokenizer))
 
 

@@ -182,7 +182,8 @@ def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
         held_out = loading.read_prompts(
             recipe.validation, tokenizer, init, recipe.max_tokens, measuring, cache
         )
-    loading.warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
+    if future is None:  # else the step's own run says it
+        loading.warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
     earlier: list[Response] = []
     for folder in recipe.earlier:
         if future and (left := future.get(folder / "model")):

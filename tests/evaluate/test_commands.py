@@ -95,6 +95,8 @@ def test_a_source_says_what_a_file_of_comparisons_is(tmp_path, reward_model):
     json_lines.write(path, rows)
     result = evaluate(folder, comparisons=(path, Source(path=path, kind="safety")))
     assert [file["kind"] for file in result["comparisons"]] == ["helpfulness", "safety"]
+    with pytest.raises(InputError, match="held_out: means nothing here"):
+        evaluate(folder, comparisons=(Source(path=path, held_out=1),))
 
 
 def test_a_version_in_the_folder_one_stands_in_has_a_name(tmp_path, reward_model, monkeypatch):

@@ -27,7 +27,7 @@ def splits(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "page"), [(4, 4, 16, 16), (4, 2, 80, 7), (8, 1, 64, 32)]
+    ("heads", "kv_heads", "dim", "page"), [(4, 4, 16, 16), (4, 1, 80, 7), (8, 1, 64, 32)]
 )
 def test_numerics(heads, kv_heads, dim, page, splits, dtype, seed):
     arguments = make(heads, kv_heads, dim, page, dtype, "normal", seed, LENGTHS)

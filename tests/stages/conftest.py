@@ -25,7 +25,8 @@ def _one_thread(_same_start) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _pages_without_drawings():
-    """matplotlib takes longer than a run this short. tests/quickstart draws every stage's page."""
+    """matplotlib takes longer than a run this short. tests/quickstart draws the
+    pages of all stages but iterate's, which is a table."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plot, "svg", lambda plot, salt="": "<svg></svg>")
         yield
