@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from llama2rt.data.formats import Convert, Format, Selection, recognise
-from llama2rt.data.records import RECORDS, Prompt, Record, misspelt, type_name, without_nulls
+from llama2rt.data.formats.values import require_no_messages
+from llama2rt.data.records import (
+    RECORDS,
+    Comparison,
+    Dialogue,
+    Prompt,
+    Record,
+    misspelt,
+    type_name,
+    without_nulls,
+)
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 
@@ -30,7 +40,8 @@ _CONVERSATION = {
 
 # What an answer may rest on besides its messages, and, where a conversation is made of columns of
 # text, what further columns such files have. An answer learned without it is a guess.
-_BESIDE_MESSAGES = ("system_prompt", "tools", "image", "images")
+_PICTURES = ("image", "images")
+_BESIDE_MESSAGES = ("system_prompt", "tools", *_PICTURES)
 _BESIDE_TEXT = (
     *_BESIDE_MESSAGES,
     "instruction",
@@ -40,6 +51,22 @@ _BESIDE_TEXT = (
     "options",
     "choices",
 )
+
+# The columns that formats make a prompt of, or a whole conversation.
+_ASKED = (
+    "prompt",
+    "messages",
+    "conversations",
+    "context_messages",
+    "trajectory",
+    "instruction",
+    "question",
+    "history",
+    "input",
+)
+
+# How people write that a column holds nothing in this row.
+_NOTHING = ("", "[]", "{}", "null", "none", "n/a", "nan")
 
 # How TRL and LLaMA-Factory mark the answers of unpaired preferences.
 _WANTED = ("label", "kto_tag")
@@ -114,7 +141,7 @@ class FileReader:
             foreign = recognise(row, self.kind)
             objects, used = self._own(row) if foreign is None else self._foreign(row, line, foreign)
             self._add_system_message(row, objects, used)
-            self._require_whole(row, used, foreign)
+            self._require_whole(row, objects, used, foreign)
         except InputError as error:
             return [], error
         records, fault = self._records(line, objects)
@@ -128,6 +155,7 @@ class FileReader:
         for obj in objects:
             try:
                 record = self.record.from_json(obj)
+                _require_no_messages_as_answer(record)
                 if isinstance(record, Prompt):
                     self._require_new(record.id, line)
             except InputError as error:
@@ -186,11 +214,13 @@ class FileReader:
                     raise InputError(f"{key}: a row of {found.name} decides it itself: remove it")
                 if key not in found.carries or isinstance(value, str):
                     own[key] = value
-            elif key not in found.carries and isinstance(value, str):
+            elif key not in found.carries and isinstance(value, str | int | float):
                 # Other people's keys are many: only one whose value could be ours is taken for it.
                 # An id is too short for more than its case: a uid is somebody else's.
-                folded = key.strip().casefold()
-                meant = folded if folded in ours else misspelt(key, tuple(sorted(ours - {"id"})))
+                meant: str | None = key.strip().casefold()
+                if meant not in ours:
+                    known = tuple(sorted(ours - {"id"}))
+                    meant = misspelt(key, known) if isinstance(value, str) else None
                 if meant and meant not in row:
                     raise InputError(f"unknown key {key!r}: did you mean {meant!r}?")
         return own
@@ -202,8 +232,8 @@ class FileReader:
         if where is None or "system" in used:
             return
         if "system" not in row:
-            for key in row:
-                if key.strip().casefold() == "system":
+            for key, value in row.items():
+                if key.strip().casefold() == "system" and isinstance(value, str):
                     raise InputError(f"unknown key {key!r}: did you mean 'system'?")
             return
         system = row["system"]
@@ -221,7 +251,9 @@ class FileReader:
             else:
                 obj[where] = [{"role": "system", "content": system}, *messages]
 
-    def _require_whole(self, row: Row, used: set[str], found: Format | None) -> None:
+    def _require_whole(
+        self, row: Row, objects: list[Row], used: set[str], found: Format | None
+    ) -> None:
         """InputError for a key that nothing reads and whose loss changes what a record teaches: a
         part of what was asked, or the mark of an answer that is not to be learned."""
         where = _CONVERSATION.get(self.kind)
@@ -234,10 +266,14 @@ class FileReader:
                     "preferences), and all answers of dialogues are learned: keep the wanted "
                     "ones, without the key"
                 )
-        of_messages = any(isinstance(row[key], list) for key in used)
+        columns = [row[key] for key in _ASKED if key in used]
+        # Without any such column the answers hold the conversation (TRL's implicit prompt).
+        of_messages = any(isinstance(value, list) for value in columns or [row.get("chosen")])
         for key in _BESIDE_MESSAGES if of_messages else _BESIDE_TEXT:
             read = key in used or (found is not None and key in found.carries)
-            if not read and _says_something(row.get(key)):
+            if read or not _says_something(row.get(key)):
+                continue
+            if key in _PICTURES or not _stands_in(row[key], columns, objects, where):
                 raise InputError(
                     f"{key}: the conversation is read without it; put it there, or remove the key"
                 )
@@ -261,5 +297,32 @@ class FileReader:
 
 def _says_something(value: Any) -> bool:
     if isinstance(value, str):
-        return value.strip() not in ("", "[]", "{}")
-    return isinstance(value, list | dict) and bool(value)
+        return value.strip().casefold() not in _NOTHING
+    if not isinstance(value, list | dict):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return any(_says_something(item) or isinstance(item, int | float) for item in inner)
+
+
+def _stands_in(value: Any, columns: list[Any], objects: list[Row], where: str) -> bool:
+    """Whether a text stands in what is asked already: in the columns that it is made of, or in the
+    messages made of them."""
+    if not isinstance(value, str):
+        return False
+    asked = [column for column in columns if isinstance(column, str)]
+    said = objects[0].get(where) if objects else None  # all of a row's have one prompt
+    messages = [m for m in said if isinstance(m, Mapping)] if isinstance(said, list) else []
+    if messages and messages[-1].get("role") == "assistant":
+        messages.pop()  # a dialogue's answer asks nothing
+    asked += [m["content"] for m in messages if isinstance(m.get("content"), str)]
+    return any(value.strip() in text for text in asked)
+
+
+def _require_no_messages_as_answer(record: Record) -> None:
+    """InputError for a message list that some program wrote as text, in whatever form a row is; one
+    of several pairs goes without the others. What a policy sampled is its own."""
+    if isinstance(record, Comparison):
+        require_no_messages("chosen", record.chosen)
+        require_no_messages("rejected", record.rejected)
+    elif isinstance(record, Dialogue):
+        require_no_messages("messages: the last message", record.messages[-1]["content"])

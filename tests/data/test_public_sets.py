@@ -73,12 +73,6 @@ def test_stripped_transcripts_are_a_pair(rows_file):
     assert (found.prompt, found.chosen, found.rejected) == ([user("q")], "c", "d")
 
 
-def test_a_conversation_as_text_must_take_turns(rows_file):
-    path = rows_file({"prompt": "q\n<extra_id_1>User\nr"})
-    with pytest.raises(InputError, match=":1: messages: message 2: expected role assistant"):
-        read(path, "prompt")
-
-
 def test_helpsteer_rows_of_one_prompt_need_not_follow_each_other(rows_file):
     """A shuffled file lost nearly all of its pairs, unsaid."""
     rows = [steer("q", "a", 1), steer("r", "x", 3), steer("q", "b", 3), steer("r", "y", 1)]

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any
 
 from llama2rt.data.formats.registry import Convert, Row, Selection, register, selecting
-from llama2rt.data.formats.values import conversation, score, text
+from llama2rt.data.formats.values import bare_text, conversation, score, text
 from llama2rt.errors import InputError
 
 _Scored = tuple[str, float]
@@ -54,7 +54,7 @@ def _ultrafeedback(row: Row, selection: Selection) -> Iterator[Row]:
         elif "response" not in completion:
             raise InputError(f"{where} has no response")
         else:
-            answers.append((text(completion, "response"), value))
+            answers.append((bare_text(completion, "response"), value))
     yield from _ranked(conversation(row, "instruction"), answers, "ultrafeedback", selection)
 
 

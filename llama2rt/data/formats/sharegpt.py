@@ -9,4 +9,4 @@ from llama2rt.data.formats.values import messages
 @register("ShareGPT conversations", "dialogue", "conversations", carries="id")
 @stateless
 def _sharegpt(row: Row) -> Iterator[Row]:
-    yield {"messages": messages("conversations", row["conversations"])}
+    yield {"messages": messages("conversations", row["conversations"], finished=True)}

@@ -43,8 +43,11 @@ def _pair(prompt: list[Any], row: Row, selection: Selection) -> Iterator[Row]:
         if not selection.far_enough(chosen - rejected):
             return
     elif keys is not None:
-        chosen, rejected = (row[key] for key in keys)
-        if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+        try:
+            chosen, rejected = (score(key, row[key]) for key in keys)
+        except InputError:
+            pass  # scores that say nothing contradict nothing
+        else:
             selection.unsupported += chosen <= rejected
     yield {"prompt": prompt, **sides}
 

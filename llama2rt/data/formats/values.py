@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,25 +18,72 @@ Row = dict[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _NVIDIA_TURN = re.compile(r"<extra_id_1>(User|Assistant)(?:\n|\Z)")
+# A tag alone may be what a question is about: what a template writes after it has to follow.
 _TEMPLATED = re.compile(
-    r"(?:<s>|<bos>|<\|begin_of_text\|>)?\s*(?:<\|im_start\|>|<\|start_header_id\|>|"
-    r"<start_of_turn>|<\|(?:system|user|prompter|assistant)\|>|### Human:.*### Assistant:)",
+    r"(?:<s>|<bos>|<\|begin_of_text\|>)?\s*(?:"
+    r"<\|im_start\|>\w+(?:[ \t\r]*\n|<\|im_sep\|>)|"
+    r"<\|start_header_id\|>\w+<\|end_header_id\|>|"
+    r"<start_of_turn>\w+[ \t\r]*\n|"
+    r"<\|(?:system|user|prompter|assistant)\|>"
+    r"(?:[ \t\r]*\n|.*?<\|end(?:oftext)?\|>\s*<\|(?:user|prompter|assistant)\|>)|"
+    r"### Human:.*\n### Assistant:)",
     re.DOTALL,
 )
-_MESSAGES_AS_TEXT = re.compile(
-    r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL
-)
+_MESSAGES_BEGIN = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
+_MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+_LONGEST_PYTHON = 1_000_000
+"""characters that Python's parser is given, which is far slower than JSON's"""
 
 
 def text(row: Row, key: str) -> str:
     """``row[key]``; InputError naming the key unless it is text, and for a message list that some
     program wrote as text, in JSON's or Python's spelling."""
+    value = bare_text(row, key)
+    require_no_messages(key, value)
+    return value
+
+
+def bare_text(row: Row, key: str) -> str:
+    """Likewise where a message list is found later: one of several answers costs its own pairs
+    only."""
     value = row[key]
     if not isinstance(value, str):
         raise InputError(f"{key}: expected text, got {type_name(value)}")
-    if _MESSAGES_AS_TEXT.fullmatch(value):
-        raise _list_as_text(key)
     return value
+
+
+def require_no_messages(key: str, value: str) -> None:
+    """InputError for a message list written as text. Other lists of objects are what an answer in
+    JSON may well be."""
+    if not _MESSAGES_BEGIN.match(value):
+        return
+    items = _parsed(value)
+    if (
+        isinstance(items, list)
+        and items
+        and all(isinstance(item, dict) and item.keys() in _MESSAGE_KEYS for item in items)
+        and all(isinstance(inner, str) for item in items for inner in item.values())
+    ):
+        raise _list_as_text(key)
+
+
+def _parsed(value: str) -> Any:
+    """What JSON or Python reads from ``value``; None for a text that is neither."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    if len(value) > _LONGEST_PYTHON:
+        return None
+    # NumPy's arrays of objects, which pandas makes of a Parquet file's lists, have no commas.
+    for spelling in (value, re.sub(r"\}\s+\{", "}, {", value)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd escapes in somebody's text
+                return ast.literal_eval(spelling.strip())
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
 
 
 def _list_as_text(key: str) -> InputError:
@@ -74,22 +123,51 @@ def assistant(content: str) -> Row:
 def conversation(row: Row, key: str) -> list[Row]:
     """What the text ``row[key]`` asks: a user's turn, or the turns of a conversation written out in
     Anthropic's form or in NVIDIA's (HelpSteer2). InputError as ``text``, for a list of turns
-    written as JSON, and for what a chat template laid out, which ours would lay out again."""
+    written as JSON, for what a chat template laid out, which ours would lay out again, and for a
+    conversation that does not take turns or has its answer already."""
+    what, turns = _written_out(row, key)
+    if turns[-1]["role"] == "assistant":
+        if turns[-1]["content"]:
+            raise InputError(
+                f"{key}: read as {what}, which ends with an answer; expected the user's turn or "
+                "an empty one of the assistant at its end"
+            )
+        turns = turns[:-1]  # the one to be written
+    for number, turn in enumerate(turns, start=1):
+        expected = "user" if number % 2 else "assistant"
+        if turn["role"] != expected:
+            raise InputError(
+                f"{key}: read as {what}, whose turn {number} is the {turn['role']}'s; expected the "
+                f"{expected}'s"
+            )
+    return turns
+
+
+def _written_out(row: Row, key: str) -> tuple[str, list[Row]]:
+    """The turns of the text ``row[key]``, at least one, and what it was read as."""
     value = text(row, key)
     if _is_json_of_strings(value):
         raise _list_as_text(key)
     if _TEMPLATED.match(value.lstrip()):
         raise InputError(f"{key}: laid out by a chat template; write its messages or bare text")
     if is_transcript(value):
-        turns = transcript(key, value)
-    elif _NVIDIA_TURN.search(value):
-        first, *parts = _NVIDIA_TURN.split(value)
-        named = zip(parts[::2], parts[1::2], strict=True)
-        turns = _turns([*([("User", first)] if first.strip() else []), *named])
-    else:
-        return user(value)
-    blank = turns[-1]["role"] == "assistant" and not turns[-1]["content"]  # the one to be written
-    return turns[:-1] if blank else turns
+        return "a transcript (Human:/Assistant:)", transcript(key, value)
+    return "turns after <extra_id_1>", _nvidia_turns(value) or user(value)
+
+
+def _nvidia_turns(value: str) -> list[Row]:
+    """The turns of "...\\n<extra_id_1>Assistant\\n...\\n<extra_id_1>User\\n..."; none of a text
+    whose markers do not take turns: it only speaks of them."""
+    first, *parts = _NVIDIA_TURN.split(value)
+    named = list(zip(parts[::2], parts[1::2], strict=True))
+    if first.strip():
+        named.insert(0, ("User", first))
+    alternate = all(
+        name == ("Assistant" if index % 2 else "User") for index, (name, _) in enumerate(named)
+    )
+    if not parts or not alternate or value.count("<extra_id_1>") > len(parts) // 2:
+        return []
+    return _turns(named)
 
 
 def _is_json_of_strings(value: str) -> bool:
@@ -102,11 +180,13 @@ def _is_json_of_strings(value: str) -> bool:
     return all(isinstance(item, str) for item in items)
 
 
-def messages(key: str, value: Any) -> list[Any]:
+def messages(key: str, value: Any, *, finished: bool = False) -> list[Any]:
     """A message list with ShareGPT's from/value spelt as role/content; of a text, its
-    ``conversation``. Further keys of a message stay, for the record's check to name."""
+    ``conversation``, or all turns of a ``finished`` one. Further keys of a message stay, for the
+    record's check to name."""
     if isinstance(value, str):
-        return conversation({key: value}, key)
+        row = {key: value}
+        return _written_out(row, key)[1] if finished else conversation(row, key)
     if not isinstance(value, list):
         raise InputError(f"{key}: expected text or a list of messages, got {type_name(value)}")
     return [_message(message) for message in value]
