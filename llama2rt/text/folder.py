@@ -210,17 +210,16 @@ def _spaces_off(backend: backends.Backend, config: Mapping[str, Any]) -> list[st
     return [key for key in ("add_prefix_space", "legacy") if config.get(key) is False]
 
 
-def _for_spaces(model: Path, backend: backends.Backend, off: list[str]) -> bytes | None:
-    """The tokenizer.json in which spaces can be put elsewhere, or None, with a warning, where the
-    model allows none: without the setting such a folder can be read, so with it too."""
+def _convertible(model: Path, backend: backends.Backend, wishes: list[str]) -> bytes | None:
+    """The tokenizer.json to which what the files beside it wish can be done, or None, with a
+    warning, where the model allows none: the pieces can be read without it."""
     try:
         return backend.as_json()
     except InputError as error:
         logger.warning(
-            "%s: %s false in %s is not applied (%s); SentencePiece's own spaces hold",
+            "%s: not applied: %s in the files beside it (%s); its own spaces and pieces hold",
             model,
-            " and ".join(off),
-            CONFIG,
+            " and ".join(wishes),
             error,
         )
         return None
@@ -253,8 +252,9 @@ def _extended(
     config = parsed.get(CONFIG, {})
     off = _spaces_off(backend, config)
     converted = None
-    if off and not (listed or extra or changed):
-        converted = _for_spaces(model, backend, off)
+    if (off or extra) and not (listed or changed):
+        wishes = [f"{key} false" for key in off] + [f"the special token {text!r}" for text in extra]
+        converted = _convertible(model, backend, wishes)
         if converted is None:
             return definition, companions
     if listed or extra:

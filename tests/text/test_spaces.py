@@ -67,19 +67,26 @@ def trained(**options) -> bytes:
     return model.getvalue()
 
 
-@pytest.mark.parametrize("setting", ["legacy", "add_prefix_space"])
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"legacy": False}, "legacy false"),
+        ({"add_prefix_space": False}, "add_prefix_space false"),
+        ({"additional_special_tokens": ["<x>"]}, "the special token '<x>'"),
+    ],
+)
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [("bpe", "the normalization rule 'nmt_nfkc'"), ("unigram", "only SentencePiece BPE")],
 )
-def test_a_model_that_allows_no_other_spaces_keeps_its_own(tmp_path, setting, kind, reason, caplog):
+def test_a_model_of_which_there_is_no_json_is_read_as_it_is(
+    tmp_path, setting, named, kind, reason, caplog
+):
     """Neither nmt_nfkc, SentencePiece's default, nor unigram can be written as tokenizer.json."""
     definition = trained(model_type=kind)
     (tmp_path / "tokenizer.model").write_bytes(definition)
-    tokenizer = Tokenizer.load(configure(tmp_path, tokenizer_class=None, **{setting: False}))
-    assert f"tokenizer.model: {setting} false in tokenizer_config.json is not applied" in (
-        caplog.text
-    )
+    tokenizer = Tokenizer.load(configure(tmp_path, tokenizer_class=None, **setting))
+    assert f"tokenizer.model: not applied: {named} in the files beside it" in caplog.text
     assert reason in caplog.text
     assert tokenizer.encode("the fox") == Tokenizer(definition).encode("the fox")
     chat.encode_dialogue(tokenizer, MESSAGES)
