@@ -1,5 +1,6 @@
 """`llama2rt.load`: any model folder, whoever wrote it."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -8,6 +9,10 @@ from llama2rt.checkpoint import files, hf, meta, native
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("llama2rt.checkpoint.load")
+
+_WEIGHTS = ("model*.safetensors", files.INDEX, "pytorch_model*.bin", "consolidated*.pth")
 
 
 def load(
@@ -24,11 +29,13 @@ def load(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
     config = folder / "config.json"
-    if (folder / "adapter_config.json").is_file() and any(folder.glob("adapter_model*")):
-        raise InputError(
-            f"{folder / 'adapter_config.json'}: adapters are not read; merge this one into its "
-            "model (peft's merge_and_unload)"
-        )
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and any(folder.glob("adapter_model*")):
+        merge = "merge it into its model (peft's merge_and_unload)"
+        if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+            raise InputError(f"{adapter}: adapters are not read; {merge}")
+        # transformers applies it where peft is installed, and does as here where it is not.
+        logger.warning("%s: the model beside it is read, without this adapter; %s", adapter, merge)
     if config.is_file():
         reader = native if files.read_json(config).get("format") == native.FORMAT else hf
         return reader.load(folder, device, dtype)

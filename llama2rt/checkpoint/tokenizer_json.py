@@ -50,7 +50,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int, *, pad: bo
         config["pad_token"] = tokenizer.piece(tokenizer.pad_candidate())
     if tokenizer.template is None:
         config["chat_template"] = chat.HUGGING_FACE_TEMPLATE
-    elif "chat_template" not in config and not (folder / "chat_template.jinja").is_file():
+    elif not (
+        tokenizer.template.unusable
+        or "chat_template" in config
+        or (folder / "chat_template.jinja").is_file()
+    ):
         config["chat_template"] = tokenizer.template.source
     if config != tokenizer.config:
         files.write_json(folder / CONFIG, config)

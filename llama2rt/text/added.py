@@ -149,13 +149,23 @@ def _identifier(where: str, value: Any) -> int:
 def _extra_special(parsed: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Text of each additional special token, and what the file says of it."""
     found: dict[str, Any] = {}
-    for source in (parsed.get(CONFIG, {}), parsed.get(SPECIAL_MAP, {})):
+    for name in (CONFIG, SPECIAL_MAP):
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            value = source.get(key) or []
-            for token in value.values() if isinstance(value, dict) else value:
+            value = parsed.get(name, {}).get(key)
+            if value is None:
+                continue
+            if isinstance(value, dict) and key == "extra_special_tokens":
+                value = list(value.values())
+            if not isinstance(value, list):
+                kinds = "a list" if key == "additional_special_tokens" else "a list or an object"
+                raise InputError(f"{name}: {key}: expected {kinds} of tokens, got {value!r}")
+            for token in value:
                 text = token.get("content") if isinstance(token, dict) else token
-                if isinstance(text, str):
-                    found.setdefault(text, token)
+                if not isinstance(text, str):
+                    raise InputError(
+                        f"{name}: {key}: expected text, or objects with content, got {token!r}"
+                    )
+                found.setdefault(text, token)
     return found
 
 

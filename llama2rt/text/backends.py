@@ -127,9 +127,14 @@ class JsonBackend:
             identifier = self.tokenizer.token_to_id(name)
             if identifier is not None:
                 return identifier
+        if named:
+            raise InputError(
+                f"{key}: {named!r} is named in the files beside it, but is neither a piece nor an "
+                "added token of this vocabulary"
+            )
         raise InputError(
             f"no {key}: name it in a tokenizer_config.json beside tokenizer.json"
-            f" (looked for {', '.join([named] if named else usual)})"
+            f" (looked for {', '.join(usual)})"
         )
 
     def encode(self, text: str) -> list[int]:
@@ -232,16 +237,18 @@ class Spaces:
 
 def with_spaces(definition: bytes, spaces: Spaces) -> bytes:
     """A tokenizer.json made of a SentencePiece model, with spaces put elsewhere. As transformers
-    does it (`legacy`, `add_prefix_space`), where text that begins with a space gets no other."""
+    does it (`legacy`, `add_prefix_space`), where text that begins with a space gets no other.
+    Unchanged where its normalizer puts none."""
     content = json.loads(definition)
-    before = content["normalizer"]["normalizers"]
+    before = (content.get("normalizer") or {}).get("normalizers") or []
     steps = [step for step in before if step["type"] != "Prepend"]
     if spaces == Spaces() or steps == before:
         return definition
     content["normalizer"]["normalizers"] = steps
     if not spaces.first:
-        decoders = content["decoder"]["decoders"]
-        content["decoder"]["decoders"] = [step for step in decoders if step.get("start") != 1]
+        decoder = content.get("decoder") or {}
+        if decoders := decoder.get("decoders"):
+            decoder["decoders"] = [step for step in decoders if step.get("start") != 1]
     else:
         first = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
         steps = [{**first, "split": False}]

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from llama2rt.errors import InputError
-from llama2rt.text import added, agreement, backends
+from llama2rt.text import added, agreement, backends, sentencepiece_model
 from llama2rt.text.added import ADDED, CONFIG, SPECIAL_MAP
 
 logger = logging.getLogger("llama2rt.text.folder")
 
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
+_SPACES = ("\u2581", "\u0120")  # as SentencePiece and byte-level vocabularies write one
 FURTHER_TEMPLATES = "additional_chat_templates"  # named ones, for tools and documents
 
 
@@ -48,14 +49,17 @@ def read(path: Path) -> tuple[bytes, dict[str, bytes]]:
         logger.warning("%s: %s", folder, message)
     with _naming(folder):
         listed = added.listed(parsed)
+        extra = added.extra(parsed, names)
+        _tokenizer_class(parsed)
     if fast is not None:
         with _naming(fast):
             definition = added.complete(
                 fast.read_bytes(),
                 listed,
-                added.extra(parsed, names),
+                extra,
                 replace="added_tokens_decoder" in parsed.get(CONFIG, {}),
             )
+            definition = _without_prefix(fast, definition, parsed)
         if model is None:
             return definition, companions
         with _naming(model):
@@ -169,6 +173,58 @@ def _contradictions(original: backends.Backend, fast: backends.Backend) -> list[
     return [] if text is None else [f"other ids for {text!r}"]
 
 
+def _tokenizer_class(parsed: Mapping[str, dict[str, Any]]) -> str | None:
+    """The name in tokenizer_config.json, where null is as good as none; InputError if no text."""
+    name = parsed.get(CONFIG, {}).get("tokenizer_class")
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"{CONFIG}: tokenizer_class: expected text, got {name!r}")
+    return name
+
+
+def _without_prefix(fast: Path, definition: bytes, parsed: Mapping[str, dict[str, Any]]) -> bytes:
+    """A tokenizer.json without the space before text where its folder says so and names LLaMA's
+    class, which is the one of which transformers 5 heeds it."""
+    config = parsed.get(CONFIG, {})
+    if config.get("add_prefix_space") is not False or "Llama" not in (
+        _tokenizer_class(parsed) or ""
+    ):
+        return definition
+    definition = backends.with_spaces(definition, backends.Spaces(first=False))
+    tokens = backends.parse_json(definition).encode("a", add_special_tokens=False).tokens
+    if tokens and tokens[0][:1] in _SPACES:
+        logger.warning(
+            "%s: puts a space before text in a way that add_prefix_space false in %s cannot turn "
+            "off here; the space stays",
+            fast,
+            CONFIG,
+        )
+    return definition
+
+
+def _spaces_off(backend: backends.Backend, config: Mapping[str, Any]) -> list[str]:
+    """The settings that take away spaces which the tokenizer.model puts before text."""
+    if not isinstance(backend, backends.SentencePieceBackend):
+        return []
+    if not sentencepiece_model.read(backend.definition).add_dummy_prefix:
+        return []
+    return [key for key in ("add_prefix_space", "legacy") if config.get(key) is False]
+
+
+def _convertible(model: Path, backend: backends.Backend, wishes: list[str]) -> bytes | None:
+    """The tokenizer.json to which what the files beside it wish can be done, or None, with a
+    warning, where the model allows none: the pieces can be read without it."""
+    try:
+        return backend.as_json()
+    except InputError as error:
+        logger.warning(
+            "%s: not applied: %s in the files beside it (%s); its own spaces and pieces hold",
+            model,
+            " and ".join(wishes),
+            error,
+        )
+        return None
+
+
 def _extended(
     model: Path,
     companions: dict[str, bytes],
@@ -194,15 +250,18 @@ def _extended(
         if names.get(key) and names[key] != backend.piece(identifier)
     ]
     config = parsed.get(CONFIG, {})
-    spaces = backends.Spaces(
-        first=config.get("add_prefix_space") is not False,
-        every=config.get("legacy") is not False,
-    )
+    off = _spaces_off(backend, config)
+    converted = None
+    if (off or extra) and not (listed or changed):
+        wishes = [f"{key} false" for key in off] + [f"the special token {text!r}" for text in extra]
+        converted = _convertible(model, backend, wishes)
+        if converted is None:
+            return definition, companions
     if listed or extra:
         texts = sorted({*extra, *(entry["content"] for entry in listed.values())})
         changed.append(f"{len(texts)} added tokens, such as {texts[0]!r}")
-    if spaces != backends.Spaces():
-        changed.append("add_prefix_space or legacy is false")
+    if off:
+        changed.append(f"{' and '.join(off)} false")
     if not changed:
         return definition, companions
     logger.warning(
@@ -210,7 +269,10 @@ def _extended(
     )
     # transformers would build a LLaMA tokenizer of its own from the pieces, with its own spaces.
     # Which pads on the left, unlike the class that takes any file.
-    side = {"padding_side": "left"} if "Llama" in config.get("tokenizer_class", "Llama") else {}
+    name = _tokenizer_class(parsed)
+    side = {"padding_side": "left"} if name is None or "Llama" in name else {}
     config = {**side, **config, "tokenizer_class": "PreTrainedTokenizerFast"}
-    extended = added.complete(backends.with_spaces(backend.as_json(), spaces), listed, extra)
+    spaces = backends.Spaces(first="add_prefix_space" not in off, every="legacy" not in off)
+    converted = backend.as_json() if converted is None else converted
+    extended = added.complete(backends.with_spaces(converted, spaces), listed, extra)
     return extended, {**companions, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}

@@ -33,10 +33,12 @@ LLAMA3_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's source, and (name, text) of the special tokens it may use."""
+    """A template's source, and (name, text) of the special tokens it may use; ``unusable`` says
+    why there is none to render, where a folder has templates but not the one that is needed."""
 
     source: str
     tokens: tuple[tuple[str, str], ...]
+    unusable: str = ""
 
     @property
     def marks_answers(self) -> bool:
@@ -68,6 +70,8 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, marked: bool
     ) -> str:
+        if self.unusable:
+            raise InputError(self.unusable)
         for message in messages:
             if _BEGIN in message["content"] or _END in message["content"]:
                 raise InputError("a message holds a Unicode noncharacter")

@@ -25,9 +25,11 @@ Messages = Sequence[Mapping[str, str]]
 
 def require_no_control_tokens(tokenizer: Tokenizer, messages: Messages) -> None:
     """InputError where a message holds a special token's text, with which its author could end
-    their turn and speak as somebody else."""
+    their turn and speak as somebody else. Tokens that the template writes but the folder does not
+    call special (``</think>``) are part of an answer, and only there."""
     for index, message in enumerate(messages):
-        for token in tokenizer.control_tokens:
+        answer = message["role"] == "assistant"
+        for token in tokenizer.control_tokens if answer else tokenizer.template_tokens:
             if token in message["content"]:
                 raise InputError(
                     f"message {index + 1}: {message['role']} content holds the control token "
@@ -98,7 +100,8 @@ def encode_answers(
 def answer_end(tokenizer: Tokenizer) -> int | None:
     """The special token with which the chat template ends an answer; None without a template, or
     where it ends one in another way."""
-    if tokenizer.template is None or not tokenizer.control_tokens:
+    known = tokenizer.template_tokens
+    if tokenizer.template is None or not known:
         return None
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zyx"}]
     try:
@@ -106,10 +109,8 @@ def answer_end(tokenizer: Tokenizer) -> int | None:
         following = text[text.rindex("zyx") + 3 :].lstrip()
     except (InputError, ValueError):
         return None
-    ending = max(
-        (t for t in tokenizer.control_tokens if following.startswith(t)), key=len, default=""
-    )
-    return tokenizer.control_tokens.get(ending)
+    ending = max((t for t in known if following.startswith(t)), key=len, default="")
+    return known.get(ending)
 
 
 def _template(tokenizer: Tokenizer) -> ChatTemplate:

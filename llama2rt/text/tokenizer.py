@@ -195,8 +195,16 @@ class Tokenizer:
 
     @functools.cached_property
     def control_tokens(self) -> dict[str, int]:
+        """Texts, with their ids, of the special tokens: those that the folder calls special, and
+        those that begin a text or end one. No message may hold them. Empty without a template."""
+        control = self._backend.special | {self.bos, *self.stop_ids}
+        return {text: i for text, i in self.template_tokens.items() if i in control}
+
+    @functools.cached_property
+    def template_tokens(self) -> dict[str, int]:
         """Texts, with their ids, that a chat template's output is parsed for: special tokens, and
-        other added ones that the template writes. A message must not hold them."""
+        other added ones that the template writes. Of the latter an answer may hold some, such as
+        ``</think>``; whoever asks may not. Empty without a template."""
         if self.template is None:
             return {}
         source, special = self.template.source, self._backend.special
@@ -302,8 +310,11 @@ class Tokenizer:
             except UnicodeDecodeError as error:
                 raise InputError(f"{folder.TEMPLATE}: cannot be read: {error}") from None
         elif source is None and names:
-            raise InputError(
-                f"chat_template: expected one that is named default, got {', '.join(names)}"
+            # Pretraining and conversion need none; whatever renders one says this.
+            return ChatTemplate(
+                "",
+                (),
+                f"chat_template: expected one that is named default, got {', '.join(names)}",
             )
         elif source is None and isinstance(self._backend, backends.TiktokenBackend):
             source = LLAMA3_TEMPLATE

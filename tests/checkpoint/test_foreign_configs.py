@@ -58,13 +58,20 @@ def test_a_folder_without_a_tokenizer_claims_no_ids(tmp_path, caplog):
     assert config.eos_token_id is None and config.bos_token_id is None
 
 
-def test_pickles_and_adapters_are_named(tmp_path):
+def test_pickles_and_adapters_are_named(tmp_path, caplog):
     folder = tmp_path / "m"
-    hf.save(make(), None, folder)
+    model = make()
+    hf.save(model, None, folder)
     (folder / "adapter_config.json").write_text("{}")
-    llama2rt.load(folder)  # without weights there is no adapter
+    llama2rt.load(folder)
+    assert not caplog.records  # without weights there is no adapter
     (folder / "adapter_model.safetensors").write_bytes(b"")
-    assert_refused(folder, r"adapter_config\.json: adapters are not read; merge this one")
+    (folder / "adapter_model.bin").write_bytes(b"")
+    assert (logits(llama2rt.load(folder)[0]) == logits(model)).all()
+    assert "adapter_config.json: the model beside it is read, without this adapter" in caplog.text
+    (folder / files.SINGLE).rename(tmp_path / "weights")
+    assert_refused(folder, r"adapter_config\.json: adapters are not read; merge it into its model")
+    (tmp_path / "weights").rename(folder / files.SINGLE)
     (folder / "adapter_config.json").unlink()
     torch.save(load_file(folder / files.SINGLE), folder / "pytorch_model.bin")
     (folder / files.SINGLE).unlink()

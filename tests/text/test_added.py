@@ -1,10 +1,10 @@
-"""What the files beside a tokenizer say of it: special tokens, flags, templates, spaces."""
+"""What the files beside a tokenizer say of it: special tokens, flags and templates."""
 
 import json
-import shutil
 
 import pytest
 
+from llama2rt.checkpoint.tokenizer_json import write_tokenizer
 from llama2rt.errors import InputError
 from llama2rt.text import Tokenizer, chat
 from llama2rt.text.template import ChatTemplate
@@ -104,7 +104,7 @@ def test_a_pad_token_of_no_model_or_of_ordinary_text_changes_nothing(tmp_path):
         tokenizer = write(tmp_path, library, {**CONFIG, "pad_token": pad})
         assert tokenizer.vocab_size == 260
         chat.encode_prompt(tokenizer, [{"role": "user", "content": "hi!"}])
-    with pytest.raises(InputError, match=r"no eos_token: .* \(looked for <eos>\)"):
+    with pytest.raises(InputError, match=r"eos_token: '<eos>' is named in .* neither a piece nor"):
         write(tmp_path, library, {**CONFIG, "eos_token": "<eos>"})
 
 
@@ -143,50 +143,38 @@ def test_a_template_sees_no_bos_where_the_folder_has_none(tmp_path):
     assert chat.encode_prompt(tokenizer, MESSAGES[:1])[0] == library.token_to_id("<|im_start|>")
 
 
+def refuses_dialogues(tokenizer, reason):
+    assert tokenizer.decode(tokenizer.encode("fox")) == "fox"  # what needs no template works
+    for encode, arguments in (
+        (chat.encode_prompt, [MESSAGES[:1]]),
+        (chat.encode_dialogue, [MESSAGES]),
+        (chat.encode_response, [MESSAGES[:1], "fox"]),
+    ):
+        with pytest.raises(InputError, match=reason):
+            encode(tokenizer, *arguments)
+
+
 def test_templates_of_which_none_is_the_default_are_refused(tmp_path):
     library = byte_level((), map(special, NAMES))
     named = [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}]
-    with pytest.raises(InputError, match="one that is named default, got tool_use, rag"):
-        write(tmp_path, library, {**CONFIG, "chat_template": named})
+    tokenizer = write(tmp_path, library, {**CONFIG, "chat_template": named})
+    refuses_dialogues(tokenizer, "one that is named default, got tool_use, rag")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_tokenizer(tokenizer, tmp_path / "out", 64)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == files[name]
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("x")
-    with pytest.raises(InputError, match="one that is named default, got rag"):
-        write(tmp_path, library, {**CONFIG, "chat_template": None})
+    unnamed = {key: value for key, value in CONFIG.items() if key != "chat_template"}
+    for config in (unnamed, {**CONFIG, "chat_template": None}):
+        tokenizer = write(tmp_path, library, config)
+        refuses_dialogues(tokenizer, "one that is named default, got rag")
+    write_tokenizer(write(tmp_path, library, unnamed), tmp_path / "two", 64)
+    assert "chat_template" not in json.loads((tmp_path / "two/tokenizer_config.json").read_text())
+    assert (tmp_path / "two/additional_chat_templates/rag.jinja").read_text() == "x"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xe9")
     with pytest.raises(InputError, match=r"chat_template\.jinja: cannot be read: 'utf-8' codec"):
         write(tmp_path, library, CONFIG)
-
-
-SPACED = "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token }}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"legacy": False}, {"add_prefix_space": False}, {"legacy": False, "add_prefix_space": False}],
-)
-def test_spaces_before_text_are_the_folders(tmp_path, small_tokenizer, settings, caplog):
-    """A tokenizer.model alone, whose folder puts none after special tokens, or none at all."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path / "m"
-    small_tokenizer.save(folder)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = {"tokenizer_class": "LlamaTokenizer", **names, "chat_template": SPACED, **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    ours = Tokenizer.load(folder)
-    assert "add_prefix_space or legacy is false" in caplog.text
-    if settings == {"add_prefix_space": False}:  # transformers 5 takes `legacy` for false
-        config["legacy"] = False
-        shutil.copytree(folder, tmp_path / "theirs")
-        (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(config))
-        folder = tmp_path / "theirs"
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in ("the fox", " two", "  x  y ", "a</s>b</s> c", "\u00e9\n"):
-        expected = theirs.encode(text, add_special_tokens=False)
-        assert ours.encode_rendered(text)[0] == expected
-        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
-    tokens, _ = chat.encode_dialogue(ours, MESSAGES)
-    assert tokens == theirs.apply_chat_template(MESSAGES, return_dict=False)
 
 
 def test_generation_blocks_inside_a_captured_text():
@@ -199,3 +187,84 @@ def test_generation_blocks_inside_a_captured_text():
     assert template.render(MESSAGES) == "hifox"
     with pytest.raises(InputError, match=r"changes what its \{% generation %\} blocks enclose"):
         template.render_marked(MESSAGES)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("additional_special_tokens", 5, "expected a list of tokens, got 5"),
+        ("additional_special_tokens", True, "expected a list of tokens, got True"),
+        ("additional_special_tokens", "<x>", "expected a list of tokens, got '<x>'"),
+        ("additional_special_tokens", {"a": "<x>"}, "expected a list of tokens, got {"),
+        ("additional_special_tokens", ["<x>", 5], "expected text, or objects with content, got 5"),
+        ("extra_special_tokens", "<x>", "expected a list or an object of tokens, got '<x>'"),
+        ("extra_special_tokens", [{"a": 1}], "expected text, or objects with content, got {"),
+    ],
+)
+def test_special_tokens_that_are_no_list_are_named(tmp_path, name, key, value, reason):
+    library = byte_level((), map(special, NAMES))
+    files = {name: {**CONFIG, key: value}} if name == "special_tokens_map" else {}
+    config = {**CONFIG, key: value} if not files else CONFIG
+    with pytest.raises(InputError, match=f"{name}.json: {key}: {reason}"):
+        write(tmp_path, library, config, **files)
+
+
+def test_special_tokens_by_name_or_none_at_all(tmp_path):
+    library = byte_level((), map(special, NAMES))
+    config = {**CONFIG, "additional_special_tokens": None, "extra_special_tokens": {"x": "<x>"}}
+    tokenizer = write(tmp_path, library, config)
+    assert tokenizer.control_tokens["<x>"] == 260 == tokenizer.vocab_size - 1
+
+
+THINKING = "a<think>b</think> fox"
+
+
+def thinking_folder(folder, template):
+    """<think> and </think> are added, not special, and the template writes them."""
+    thoughts = [special(text, special=False) for text in ("<think>", "</think>")]
+    return write(folder, byte_level((), [*map(special, NAMES), *thoughts]),
+                 {**CONFIG, "chat_template": template})  # fmt: skip
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_answers_may_hold_tokens_that_the_template_writes(tmp_path, opened):
+    transformers = pytest.importorskip("transformers")
+    template = CHATML + "{# <think></think> #}"
+    if opened:  # the template itself opens each answer's thoughts
+        template = (
+            CHATML.replace(
+                "'<|im_start|>' + m.role + '\n'",
+                "'<|im_start|>' + m.role + '\n' + ('<think>' if m.role == 'assistant' else '')",
+            )
+            .replace("assistant\n'", "assistant\n<think>'")
+            .replace("{% endfor", "{# </think> #}{% endfor")
+        )
+    ours = thinking_folder(tmp_path, template)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    content = "b</think> fox" if opened else THINKING
+    messages = [MESSAGES[0], {"role": "assistant", "content": content}]
+    expected = theirs.apply_chat_template(messages, return_dict=False)
+    tokens, learned = chat.encode_dialogue(ours, messages)
+    assert tokens == expected[: len(tokens)] and tokens[-1] == ours.eos
+    assert learned[tokens.index(261)] and learned[-1]
+    prompt = chat.encode_prompt(ours, messages[:1])
+    response, _ = chat.encode_response(ours, messages[:1], content)
+    assert response == tokens and response[: len(prompt)] == prompt
+    assert ours.decode(response[len(prompt) :]) == content
+    longer = [*messages, MESSAGES[0]]
+    assert chat.encode_prompt(ours, longer) == theirs.apply_chat_template(
+        longer, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_only_answers_may_hold_them(tmp_path):
+    ours = thinking_folder(tmp_path, CHATML + "{# <think></think> #}")
+    assert set(ours.control_tokens) == set(NAMES)
+    assert set(ours.template_tokens) == {*NAMES, "<think>", "</think>"}
+    asked = [{"role": "user", "content": THINKING}]
+    with pytest.raises(InputError, match="message 1: user content holds the control token <"):
+        chat.encode_prompt(ours, asked)
+    answered = [MESSAGES[0], {"role": "assistant", "content": "<think>a</think><|im_start|>"}]
+    with pytest.raises(InputError, match=r"assistant content holds the control token <\|im_start"):
+        chat.encode_dialogue(ours, answered)
