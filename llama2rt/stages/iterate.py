@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from llama2rt.data.sources import Source
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.stages import dpo, loading, phases, ppo, rejection
 from llama2rt.stages.loading import Outline
 from llama2rt.stages.phases import RewardModels
@@ -140,10 +140,8 @@ def check(recipe: IterateRecipe, plan: list[Any], directory: Path) -> None:
     future: dict[Path, Outline] = {}
     versions = {"sft": recipe.sft}
     for step, resolved in zip(recipe.steps, plan, strict=True):
-        try:
+        with naming(f"steps: {step.name}"):
             left = STAGES[step.stage][1](resolved, future)
-        except InputError as error:
-            raise InputError(f"steps: {step.name}: {error}") from None
         versions[step.name] = directory / step.name / "model"
         if not versions[step.name].exists():
             future[versions[step.name]] = left.result

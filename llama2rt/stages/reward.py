@@ -193,10 +193,8 @@ def split(recipe: RewardRecipe) -> Division:
         aside = []
         for i, source in enumerate(recipe.data):
             count = recipe.held_out if source.held_out is None else source.held_out
-            try:
+            with naming(f"{source}"):
                 own[i], taken = hold_out(own[i], count, recipe.seed)
-            except InputError as error:
-                raise InputError(f"{source}: {error}") from None
             aside.append(taken)
     held_out = [comparison for source in aside for comparison in source]
     seen = {prompt_key(comparison) for comparison in held_out}

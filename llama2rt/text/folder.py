@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.text import added, agreement, backends, sentencepiece_model
 from llama2rt.text.added import ADDED, CONFIG, SPECIAL_MAP
 
@@ -82,13 +82,14 @@ def read(path: Path) -> tuple[bytes, dict[str, bytes]]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors inside name the file."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as a tokenizer ({error})") from None
+    """Errors inside name the file, those of the libraries below too."""
+    with naming(f"{path}"):
+        try:
+            yield
+        except InputError:
+            raise
+        except (ValueError, OSError) as error:
+            raise InputError(f"cannot be read as a tokenizer ({error})") from None
 
 
 def _companions(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2rt import atomic
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.text import added, agreement, backends, folder, templated
 from llama2rt.text.template import LLAMA3_TEMPLATE, ChatTemplate
 
@@ -88,10 +88,8 @@ class Tokenizer:
         when there is no tokenizer or a file is not what its name says."""
         path = Path(path)
         definition, companions = folder.read(path)
-        try:
+        with naming(f"{path}"):
             return cls(definition, companions=companions)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
 
     @classmethod
     def train(
@@ -197,7 +195,7 @@ class Tokenizer:
     def control_tokens(self) -> dict[str, int]:
         """Texts, with their ids, of the special tokens: those that the folder calls special, and
         those that begin a text or end one. No message may hold them. Empty without a template."""
-        control = self._backend.special | {self.bos, *self.stop_ids}
+        control = self.hidden_ids.union(self.stop_ids)
         return {text: i for text, i in self.template_tokens.items() if i in control}
 
     @functools.cached_property

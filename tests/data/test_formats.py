@@ -4,18 +4,12 @@ from collections import Counter
 
 import json_lines
 import pytest
+from foreign_rows import PKU
+from turns import assistant, user
 
 from llama2rt.data.readers import Reader, read
 from llama2rt.data.records import Comparison, Dialogue, Prompt
 from llama2rt.errors import InputError
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 @pytest.fixture
@@ -328,15 +322,7 @@ def test_saferlhf_gives_one_comparison_of_each_kind(read_rows, safe, label):
 
 
 def test_saferlhf_leaves_out_an_unsafe_answer_chosen_over_a_safe_one(read_rows):
-    row = {
-        "prompt": "u",
-        "response_0": "a",
-        "response_1": "b",
-        "is_response_0_safe": True,
-        "is_response_1_safe": False,
-        "better_response_id": 0,
-        "safer_response_id": 1,
-    }
+    row = {**PKU, "better_response_id": 0, "safer_response_id": 1}
     assert [c.kind for c in read_rows("comparison", row)] == ["helpfulness"]
     with pytest.raises(InputError, match="better_response_id: expected 0 or 1, got -1"):
         read_rows("comparison", {**row, "better_response_id": -1})

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 
-import json_lines
 import pytest
 from foreign_rows import CHOSEN, HELPSTEER, PKU, ROWS, USER
 from good_records import GOOD
@@ -39,15 +38,6 @@ MISSPELT = {
 }
 FOREIGN = [pytest.param(kind, row, id=name) for (name, kind), row in ROWS.items()]
 OWN = [pytest.param(kind, GOOD[kind], id=f"our {kind}") for kind in GOOD]
-
-
-@pytest.fixture
-def rows_file(tmp_path):
-    def rows_file(*rows, name="rows.jsonl"):
-        json_lines.write(tmp_path / name, rows)
-        return tmp_path / name
-
-    return rows_file
 
 
 def test_every_format_has_a_row_here():

@@ -3,30 +3,12 @@
 import json
 import logging
 
-import json_lines
 import pytest
+from turns import assistant, user
 
 from llama2rt.data.readers import Reader, read
 from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-@pytest.fixture
-def rows_file(tmp_path):
-    def rows_file(*rows, name="rows.jsonl"):
-        json_lines.write(tmp_path / name, rows)
-        return tmp_path / name
-
-    return rows_file
-
 
 PAIR = {"chosen": "c", "rejected": "d"}
 

@@ -7,8 +7,9 @@ import json
 import logging
 import time
 
-import json_lines
 import pytest
+from foreign_rows import PKU
+from turns import assistant, user
 
 from llama2rt.data.check import check
 from llama2rt.data.readers import Reader, read
@@ -16,25 +17,7 @@ from llama2rt.data.records import Comparison, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
 CONTEXT = [user("q"), assistant("a"), user("r")]
-
-
-@pytest.fixture
-def rows_file(tmp_path):
-    def rows_file(*rows, name="rows.jsonl"):
-        json_lines.write(tmp_path / name, rows)
-        return tmp_path / name
-
-    return rows_file
 
 
 def steer(prompt, response, helpfulness):
@@ -232,15 +215,7 @@ def test_scores_of_a_pair_in_every_common_spelling(rows_file, caplog, spelling):
 
 def test_what_a_format_leaves_out_is_counted_by_reason(rows_file):
     tie = {"input": "q", **PAIR, "status": "tie"}
-    unsafe = {
-        "prompt": "q",
-        "response_0": "a",
-        "response_1": "b",
-        "is_response_0_safe": True,
-        "is_response_1_safe": False,
-        "better_response_id": 0,
-        "safer_response_id": 1,
-    }
+    unsafe = {**PKU, "better_response_id": 0, "safer_response_id": 1}
     equal = {
         "instruction": "q",
         "completions": [
