@@ -9,6 +9,7 @@ takes microseconds next to the step itself.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -16,17 +17,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llama2rt.data.packing import (
-    Batch,
-    Example,
-    PairBatch,
-    groups,
-    micro_batches,
-    pack_pairs,
-    too_long,
-)
+from llama2rt.data.packing import Batch, Example, PairBatch, groups, micro_batches, pack_pairs
 from llama2rt.data.tokens import TokenFile, pack_windows, shares
 from llama2rt.errors import InputError
+
+logger = logging.getLogger("llama2rt.data.loader")
 
 Step = TypeVar("Step")
 
@@ -101,16 +96,21 @@ def _fingerprint(examples: Sequence[Example]) -> int:
     return value
 
 
-def _require_fit(lengths: Sequence[int], micro_tokens: int) -> None:
-    """Fail when the loader is made, not hours later when the long example's turn comes."""
-    for index, length in enumerate(lengths):
-        if length > micro_tokens:
-            raise too_long(index, length, micro_tokens)
+def _warn_of_long(what: str, lengths: Sequence[int], micro_tokens: int) -> None:
+    """Say what will take more memory than `micro_tokens` promises, before the first step."""
+    if longer := sum(length > micro_tokens for length in lengths):
+        logger.warning(
+            "%d %s longer than micro_tokens, %d, pass alone; the longest has %d tokens",
+            longer,
+            what,
+            micro_tokens,
+            max(lengths),
+        )
 
 
 class ExampleLoader(_Loader[Batch]):
     """Steps of ``batch_size`` examples in micro-batches of at most ``micro_tokens`` tokens, for
-    ``epochs`` epochs (None: for ever). InputError where an example is longer than that."""
+    ``epochs`` epochs (None: for ever). A longer example passes alone, and is said."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class ExampleLoader(_Loader[Batch]):
         super().__init__(len(examples), batch_size, seed, epochs)
         self._examples, self._micro_tokens = examples, micro_tokens
         self._fingerprint = _fingerprint(examples)
-        _require_fit([len(example.tokens) for example in examples], micro_tokens)
+        _warn_of_long("examples", [len(example.tokens) for example in examples], micro_tokens)
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"content": self._fingerprint}
@@ -153,7 +153,7 @@ class PairLoader(_Loader[PairBatch]):
                 raise ValueError(f"extras[{name!r}]: expected {len(pairs)} rows, got {len(value)}")
         self._lengths = np.array([len(a.tokens) + len(b.tokens) for a, b in pairs])
         self._fingerprint = _fingerprint([example for pair in pairs for example in pair])
-        _require_fit(self._lengths.tolist(), micro_tokens)
+        _warn_of_long("pairs", self._lengths.tolist(), micro_tokens)
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"content": self._fingerprint}

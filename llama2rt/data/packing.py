@@ -1,8 +1,9 @@
 """Packed batches: documents end to end in one row of tokens, no padding anywhere.
 
 ``Batch`` is what every training objective receives; ``PairBatch`` is the same with chosen and
-rejected documents side by side. Packing never splits and never truncates an example: one that does
-not fit is an error that says so, because a shortened answer would teach the model to stop short.
+rejected documents side by side. Packing never splits and never truncates an example, because a
+shortened answer would teach the model to stop short; one that is longer than a micro-batch is one
+of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-
-from llama2rt.errors import InputError
 
 
 class Example(NamedTuple):
@@ -125,14 +124,14 @@ def pack_pairs(
 
 
 def groups(lengths: Sequence[int], max_tokens: int) -> list[range]:
-    """Consecutive runs of indices whose ``lengths`` add up to at most ``max_tokens`` each: greedy,
-    order kept. InputError where a single one is longer."""
+    """Consecutive runs of indices whose `lengths` add up to at most `max_tokens` each: greedy,
+    order kept. A single one that is longer is a group of its own, here and so everywhere: what a
+    model can read is bounded by its context, and refusing a response would come after the hours in
+    which it was sampled."""
     result: list[range] = []
     begin = total = 0
     for index, length in enumerate(lengths):
-        if length > max_tokens:
-            raise too_long(index, length, max_tokens)
-        if total + length > max_tokens:
+        if total + length > max_tokens and index > begin:
             result.append(range(begin, index))
             begin, total = index, 0
         total += length
@@ -141,15 +140,7 @@ def groups(lengths: Sequence[int], max_tokens: int) -> list[range]:
     return result
 
 
-def too_long(index: int, length: int, max_tokens: int) -> InputError:
-    return InputError(
-        f"example {index} has {length} tokens, more than a micro-batch of {max_tokens}: "
-        "raise micro_tokens or leave the example out"
-    )
-
-
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
-    """``examples`` packed in order into batches of at most ``max_tokens`` tokens; none is split.
-    InputError for an example that is longer than that."""
+    """`examples` packed in order into batches as `groups` says; none is split."""
     lengths = [len(example.tokens) for example in examples]
     return [pack([examples[i] for i in group]) for group in groups(lengths, max_tokens)]

@@ -16,9 +16,9 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import best_of, length, preference
 from llama2rt.evaluate.intervals import bootstrap
-from llama2rt.evaluate.scoring import score
 from llama2rt.evaluate.win_rates import win_rate
 from llama2rt.model import ScalarModel
+from llama2rt.rollout.scoring import score
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 

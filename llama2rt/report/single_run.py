@@ -14,6 +14,7 @@ from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
 from llama2rt.report import figures, html, training
 from llama2rt.report.files import write_json
+from llama2rt.train.run import Run
 
 
 def of_run(
@@ -150,3 +151,9 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
     for key, item in pairs:
         flat |= _flat(item, f"{prefix}.{key}")
     return flat
+
+
+def finish(run: Run, numbers: Mapping[str, Any]) -> None:
+    """The run complete, with its report.json and report.html."""
+    run.finish(**numbers)
+    of_run(run.directory)

@@ -8,6 +8,7 @@ out: pairwise preference models that read both answers at once (another stage).
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -16,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from llama2rt import report
 from llama2rt.algorithms import losses, rewards
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
@@ -25,15 +27,22 @@ from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import preference
-from llama2rt.evaluate.scoring import score_tokens
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
-from llama2rt.stages.loading import default_device, file_inputs, load_llama, outlines
-from llama2rt.stages.phases import write_report
+from llama2rt.rollout.scoring import score_tokens
+from llama2rt.stages.loading import (
+    Future,
+    Outline,
+    default_device,
+    file_inputs,
+    load_llama,
+    load_scalar,
+    outlines,
+)
 from llama2rt.stages.pretrain import ModelShape
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.loop import fit
+from llama2rt.train.loop import Objective, fit
 from llama2rt.train.options import Recipe, TrainOptions
 from llama2rt.train.run import Run
 
@@ -62,6 +71,10 @@ class RewardRecipe(Recipe):
     held_out: int = Field(default=1000, ge=0)
     """comparisons kept back from each source in data that does not give its own number, whole
     prompts at a time ("1000 examples from each batch", section 3.2.2)"""
+    previous: Path | None = None
+    """the reward model that this one replaces: its accuracy on the held-out comparisons goes into
+    the report beside the new one's, which shows how far the policy has moved away from it (section
+    3.2.1)"""
     tokenizer: Path | None = None
     """None for the one in init"""
     skip_invalid: int = Field(default=0, ge=0)
@@ -111,30 +124,23 @@ class RewardRecipe(Recipe):
 
 def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Train, measure held-out accuracy by rating into report.json; returns the model folder."""
-    inputs = file_inputs(
-        init=recipe.init,
-        data=recipe.data,
-        mixed_in=recipe.mixed_in,
-        validation=recipe.validation,
-        tokenizer=recipe.tokenizer,
-    )
-    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
-    # All of this before the weights, which may take minutes to load.
-    training, held_out, left_out = split(recipe)
-    config, tokenizer = shape(recipe)
-    pairs, kept = encode(training, tokenizer, config.context)
-    held_out_pairs, held_out_kept = encode(held_out, tokenizer, config.context)
+    inputs = open_inputs(recipe)
     options = recipe.train
     loader = PairLoader(
-        pairs, targets(kept, recipe), recipe.batch_size, options.micro_tokens, recipe.seed
+        inputs.pairs,
+        targets(inputs.comparisons, recipe),
+        recipe.batch_size,
+        options.micro_tokens,
+        recipe.seed,
     )
-    model = initial_model(recipe, config)
+    model = initial_model(recipe, inputs.result.config)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
-        chosen, rejected = score(model, held_out_pairs, options.micro_tokens)
-        accuracy = preference.accuracy(chosen, rejected, [c.rating for c in held_out_kept])
+        chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens)
+        accuracy = preference.accuracy(chosen, rejected, [c.rating for c in inputs.held_out])
         return {f"held_out/accuracy/{rating}": value for rating, value in accuracy.items()}
 
     fit(
@@ -144,25 +150,72 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         objective(recipe),
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
-        validate=held_out_accuracy if held_out_pairs and options.validate_every else None,
+        validate=held_out_accuracy if inputs.held_out and options.validate_every else None,
     )
-    report: dict[str, Any] = {"kind": recipe.kind, "trained_on": len(pairs), "left_out": left_out}
-    if held_out_pairs:
-        scores = score(model, held_out_pairs, options.micro_tokens)
-        report |= evaluate(*scores, held_out_kept)
-    native.save(model, tokenizer, run.model_directory)
-    write_report(run, report)
+    numbers: dict[str, Any] = {
+        "kind": recipe.kind,
+        "trained_on": len(inputs.pairs),
+        "left_out": inputs.left_out,
+    }
+    if inputs.held_out:
+        scores = score(model, inputs.held_out_pairs, options.micro_tokens)
+        numbers |= evaluate(*scores, inputs.held_out)
+        if recipe.previous is not None:
+            previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
+            scores = score(previous, inputs.held_out_pairs, options.micro_tokens)
+            numbers["previous"] = evaluate(*scores, inputs.held_out)
+    native.save(model, inputs.tokenizer, run.model_directory)
+    report.finish(run, numbers)
     return run.model_directory
 
 
-def shape(recipe: RewardRecipe) -> tuple[LlamaConfig, Tokenizer]:
-    """What the model will be, without its weights. InputError where `init` cannot be loaded."""
-    if recipe.init is not None:
-        tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
-        return models["init"].config, tokenizer
-    assert recipe.tokenizer is not None  # the recipe's own check
-    tokenizer = Tokenizer.load(recipe.tokenizer)
-    return recipe.model.config(tokenizer.vocab_size, recipe.context), tokenizer
+@dataclass(frozen=True)
+class RewardInputs:
+    """What a run reads besides weights, and what model it will leave."""
+
+    tokenizer: Tokenizer
+    pairs: list[tuple[Example, Example]]
+    comparisons: list[Comparison]
+    """what `pairs` stand for"""
+    held_out_pairs: list[tuple[Example, Example]]
+    held_out: list[Comparison]
+    left_out: Counter[str]
+    result: Outline
+
+
+def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInputs:
+    """All that the recipe names, read and checked before any weights are loaded, which may take
+    minutes. InputError where something does not fit. Of comparisons that an earlier step of a plan
+    is still to collect nothing can be read: only the models are checked then."""
+    config, tokenizer = shape(recipe, future)
+    result = Outline(config, tokenizer, scalar=True)
+    if future is not None and to_come(recipe, future):
+        return RewardInputs(tokenizer, [], [], [], [], Counter(), result)
+    training, held_out, left_out = split(recipe)
+    pairs, kept = encode(training, tokenizer, config.context)
+    held_out_pairs, held_out_kept = encode(held_out, tokenizer, config.context)
+    return RewardInputs(tokenizer, pairs, kept, held_out_pairs, held_out_kept, left_out, result)
+
+
+def to_come(recipe: RewardRecipe, future: Future) -> bool:
+    """Whether some of the comparisons are still to be collected."""
+    sources = [*recipe.data, *recipe.mixed_in, *recipe.validation]
+    return any(source.path in future.files for source in sources)
+
+
+def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConfig, Tokenizer]:
+    """What the model will be, without its weights. InputError where `init` cannot be loaded, or
+    where `previous` is no reward model of the same tokenizer."""
+    if recipe.init is None:
+        assert recipe.tokenizer is not None  # the recipe's own check
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+        config = recipe.model.config(tokenizer.vocab_size, recipe.context)
+        if recipe.previous is not None:
+            outlines(recipe.tokenizer, {"rewards.previous": recipe.previous}, future)
+        return config, tokenizer
+    models = {"init": recipe.init, "rewards.previous": recipe.previous}
+    tokenizer, found = outlines(recipe.tokenizer, models, future)
+    return found["init"].config, tokenizer
 
 
 def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
@@ -311,7 +364,7 @@ def targets(comparisons: Sequence[Comparison], recipe: RewardRecipe) -> dict[str
     }
 
 
-def objective(recipe: RewardRecipe) -> Any:
+def objective(recipe: RewardRecipe) -> Objective:
     """Ranking loss with margin and, for safety, the classification loss: sums over pairs."""
 
     def loss(model: ScalarModel, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -355,13 +408,13 @@ def evaluate(
     0.5 (Table 29)."""
     ratings = [comparison.rating for comparison in comparisons]
     table = preference.accuracy_table(chosen, rejected, ratings)
-    report: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "accuracy": {row["rating"]: row["mean"] for row in table},
         "intervals": table,
     }
     origins = np.array([comparison.source or "none" for comparison in comparisons])
     if len(names := np.unique(origins)) > 1:
-        report["sources"] = {
+        numbers["sources"] = {
             str(name): preference.accuracy_table(
                 chosen[origins == name], rejected[origins == name]
             )[-1]
@@ -375,5 +428,5 @@ def evaluate(
         ]
     )
     if len(unsafe):
-        report["unsafe_recall"] = float((unsafe < 0).mean())
-    return report
+        numbers["unsafe_recall"] = float((unsafe < 0).mean())
+    return numbers

@@ -1,0 +1,188 @@
+"""Versions side by side: the same held-out prompts, the same random numbers, the same reward models.
+
+Each version answers at temperature 1, that is, as it is and not sharpened. A judge, where there is
+one, reads the same answers, which shows where it and the reward models part (section 3.2.1:
+Goodhart's law). Best-of-N and temperature curves (Figures 7 and 8) come from further samples of
+some prompts.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from llama2rt import report
+from llama2rt.data.records import Prompt
+from llama2rt.data.sources import Source
+from llama2rt.errors import InputError
+from llama2rt.model import Llama
+from llama2rt.rollout import metrics, sampling
+from llama2rt.rollout.logprobs import response_logprobs
+from llama2rt.rollout.responses import Response, response_example
+from llama2rt.rollout.reward import RewardModels, RewardOptions
+from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
+from llama2rt.stages import loading
+from llama2rt.stages.loading import Future, Outline
+from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.options import Recipe
+from llama2rt.train.run import Run
+
+Answers = dict[str, list[list[Response]]]
+"""by version, prompt and sample"""
+
+
+class CurveOptions(BaseModel):
+    """Further samples for the curves of reward against the number of samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    versions: list[str] = Field(default=[])
+    """of which versions; none by default"""
+    prompts: int = Field(default=60, gt=0)
+    """the first so many"""
+    samples: int = Field(default=8, gt=1)
+    """N, the most samples"""
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(default=[0.7, 1.0, 1.3], min_length=1)
+
+
+class EvaluateRecipe(Recipe):
+    """Measure versions of a policy on the same held-out prompts."""
+
+    versions: dict[str, Path]
+    """model folders by name, in the order of the table"""
+    reference: Path
+    """the reference policy, pi0, of the KL"""
+    rewards: RewardOptions
+    """the models that score"""
+    data: list[Source]
+    """held-out prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    samples: int = Field(default=1, gt=0)
+    """answers a prompt; their mean is one unit of the intervals"""
+    curves: CurveOptions = CurveOptions()
+    """reward against the number of samples"""
+    sampling: SamplingOptions = SamplingOptions()
+    """length of answers, and what sampling may take"""
+    micro_tokens: int = Field(default=8192, gt=0)
+    """most tokens in one forward pass"""
+    seed: int = Field(default=0, ge=0)
+    """of sampling"""
+
+
+@dataclass(frozen=True)
+class EvaluateInputs:
+    """What a run reads besides weights; it leaves no model."""
+
+    tokenizer: Tokenizer
+    prompts: list[Prompt]
+    result: None = None
+
+
+def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """Sample, score, measure into report.json; returns the directory, which holds the samples."""
+    run = Run.open(directory, recipe, inputs=loading.file_inputs(recipe), resume=resume)
+    if run.complete:
+        return run.directory
+    inputs = open_inputs(recipe)
+    scalar = inputs.tokenizer
+    models = RewardModels(
+        loading.load_scalar(recipe.rewards.helpfulness, tokenizer=scalar),
+        loading.load_scalar(recipe.rewards.safety, tokenizer=scalar)
+        if recipe.rewards.safety is not None
+        else None,
+        recipe.rewards.threshold,
+        recipe.micro_tokens,
+    )
+    reference = loading.load_companion(recipe.reference, inputs.tokenizer).requires_grad_(False)
+    rows = []
+    for name, folder in recipe.versions.items():
+        sampler = version(recipe, inputs, models, name)
+        answers = sample(recipe, sampler, run.samples_directory, inputs.prompts, recipe.samples, 1.0)
+        everything = [response for group in answers for response in group]
+        rows.append(
+            {
+                "name": name,
+                "model": str(folder),
+                **metrics.summary(everything),
+                **divergence(sampler.engine.model, reference, everything, recipe.micro_tokens),
+            }
+        )
+    report.finish(run, {"versions": rows})
+    return run.directory
+
+
+def open_inputs(recipe: EvaluateRecipe, future: Future | None = None) -> EvaluateInputs:
+    """All that the recipe names, read and checked before any weights are loaded; of the prompts
+    those that leave every version room to answer."""
+    outlines: dict[str, Outline] = {}
+    for folder in recipe.versions.values():
+        tokenizer, models = loading.outlines(
+            None,
+            {
+                "version": folder,
+                "reference": recipe.reference,
+                "rewards.helpfulness": recipe.rewards.helpfulness,
+                "rewards.safety": recipe.rewards.safety,
+            },
+            future,
+        )
+        outlines[str(folder)] = models.pop("version")
+    if not outlines:
+        raise InputError("versions: name at least one")
+    if unknown := set(recipe.curves.versions) - set(recipe.versions):
+        raise InputError(f"curves.versions: {min(unknown)!r} is none of the versions")
+    shortest = min(outlines.values(), key=lambda model: model.config.context)
+    prompts = loading.read_prompts(
+        recipe.data,
+        tokenizer,
+        shortest,
+        recipe.sampling.max_tokens,
+        models,
+        loading.CacheLimit(recipe.sampling.cache_bytes, torch.float32),
+    )
+    return EvaluateInputs(tokenizer, prompts)
+
+
+def version(
+    recipe: EvaluateRecipe, inputs: EvaluateInputs, models: RewardModels, name: str
+) -> Sampler:
+    """What samples from a version."""
+    model, tokenizer = loading.load_llama(recipe.versions[name])
+    engine = recipe.sampling.engine(model, tokenizer)
+    return Sampler(engine, models, recipe.sampling.max_tokens, name)
+
+
+def sample(
+    recipe: EvaluateRecipe,
+    sampler: Sampler,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    n: int,
+    temperature: float,
+) -> list[list[Response]]:
+    """n answers to each of `prompts` at `temperature`, kept below `folder`."""
+    name = sampler.policy.lower().replace(" ", "-")
+    return sampling.sample(
+        folder / f"{name}-{n}-at-{temperature}",
+        sampler,
+        prompts,
+        n=n,
+        temperatures=[temperature],
+        seed=derived_seed(recipe.seed, "evaluation"),
+    )
+
+
+def divergence(
+    model: Llama, reference: Llama, responses: Sequence[Response], micro_tokens: int
+) -> dict[str, float]:
+    """KL to the reference policy in nats per response by two estimators, and the mean entropy."""
+    examples = [response_example(response) for response in responses]
+    logprob, entropy = response_logprobs(model, examples, 1.0, micro_tokens)
+    reference_logprob, _ = response_logprobs(reference, examples, 1.0, micro_tokens)
+    return {
+        **metrics.kl_per_response(logprob, reference_logprob, len(responses)),
+        "entropy": float(entropy.mean()),
+    }
