@@ -26,13 +26,13 @@ from llama2rt.data.packing import PairBatch
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
+from llama2rt.run import Change, Recipe, Run
 from llama2rt.stages import loading, phases
 from llama2rt.stages.loading import RolloutInputs
 from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
 from llama2rt.stages.phases import Response, RewardModels
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Change, Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 
 class DpoRecipe(Recipe):

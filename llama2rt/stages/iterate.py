@@ -16,11 +16,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
+from llama2rt.run import Change, Recipe, Run
 from llama2rt.stages import dpo, loading, phases, ppo, rejection
 from llama2rt.stages.loading import Outline
 from llama2rt.stages.phases import RewardModels
-from llama2rt.train.options import Change, Recipe
-from llama2rt.train.run import Run
 
 # Stage -> (recipe, what reads and checks its inputs, what runs it).
 STAGES: dict[str, Any] = {

@@ -25,10 +25,10 @@ from llama2rt.errors import InputError
 from llama2rt.evaluate.scoring import score_tokens
 from llama2rt.generate import Completion, Engine
 from llama2rt.model import Llama, ScalarModel
+from llama2rt.run import Run
 from llama2rt.stages import loading
 from llama2rt.stages.loading import RolloutInputs
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.run import Run
 
 
 def derived_seed(seed: int, *parts: int | str) -> int:

@@ -27,15 +27,15 @@ from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, ScalarModel
+from llama2rt.run import Change, Recipe, Run
 from llama2rt.stages import critic, loading, phases
 from llama2rt.stages.phases import RewardModels
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import diverged, interrupts
 from llama2rt.train.metrics import EnergyUse
 from llama2rt.train.optimizer import Optimizer
-from llama2rt.train.options import Change, Recipe, TrainOptions
+from llama2rt.train.options import TrainOptions
 from llama2rt.train.progress import ProgressLine
-from llama2rt.train.run import Run
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 # What report.json says of the policy that is kept.

@@ -21,6 +21,7 @@ from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
+from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading, phases, sft
 from llama2rt.stages.loading import Future, Outline, RolloutInputs
 from llama2rt.stages.phases import Response, RewardModels
@@ -28,8 +29,7 @@ from llama2rt.stages.pretrain import next_token
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.rejection")
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from llama2rt import energy
+from llama2rt.run import Run
 from llama2rt.train.metrics import EnergyUse, Throughput, gemm_ceiling, training_flops
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.progress import ProgressLine
 from llama2rt.train.recompute import recompute_blocks
-from llama2rt.train.run import Run
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 # (model, micro-batch) -> (loss summed over the micro-batch, other sums to report)
