@@ -31,7 +31,8 @@ from llama2rt.run import Change, Recipe, Run
 from llama2rt.stages import critic, loading, phases
 from llama2rt.stages.phases import RewardModels
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.loop import diverged, interrupts
+from llama2rt.train.driver import divergence as diverged
+from llama2rt.train.driver import interrupts
 from llama2rt.train.metrics import EnergyUse
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import TrainOptions
