@@ -24,7 +24,7 @@ import llama2rt
 from llama2rt.errors import InputError
 
 if TYPE_CHECKING:
-    from llama2rt.train.options import Recipe
+    from llama2rt.run import Recipe
 
 _PACKAGE = Path(llama2rt.__file__).parent
 
@@ -164,7 +164,7 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
         folder = module.run(options.recipe, options.out, resume=options.resume)
     except InputError:
         if fresh:
-            from llama2rt.train.run import abandon
+            from llama2rt.run import abandon
 
             abandon(options.out)
         raise

@@ -86,7 +86,5 @@ def check(plan: Sequence[Resolved]) -> None:
         if inputs.result is not None and not (step.directory / "model").exists():
             future.models[step.directory / "model"] = inputs.result
         future.files |= {
-            path
-            for name in step.stage.files
-            if not (path := step.directory / name).exists()
+            path for name in step.stage.files if not (path := step.directory / name).exists()
         }

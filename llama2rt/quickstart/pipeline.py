@@ -39,9 +39,9 @@ from llama2rt.quickstart import recipe as recipes
 from llama2rt.quickstart.annotator import compare
 from llama2rt.quickstart.judge import Key
 from llama2rt.quickstart.recipe import QuickstartRecipe
+from llama2rt.run import Run, hash_path
 from llama2rt.stages import dpo, loading, phases, ppo, pretrain, rejection, reward, sft
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.run import Run, hash_path
 
 KINDS: tuple[Literal["helpfulness"], Literal["safety"]] = ("helpfulness", "safety")
 # Name, the split its task instances are of, and the share that asks for the secret.

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from llama2rt.model import LlamaConfig
+from llama2rt.run import Recipe
 from llama2rt.stages.dpo import DpoRecipe
 from llama2rt.stages.ppo import PpoRecipe
 from llama2rt.stages.pretrain import PretrainRecipe
 from llama2rt.stages.rejection import RejectionRecipe
 from llama2rt.stages.reward import RewardRecipe
 from llama2rt.stages.sft import SftRecipe
-from llama2rt.train.options import Recipe, TrainOptions
+from llama2rt.train.options import TrainOptions
 
 CONTEXT = 256
 

@@ -14,7 +14,7 @@ from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
 from llama2rt.report import figures, html, training
 from llama2rt.report.files import write_json
-from llama2rt.train.run import Run
+from llama2rt.run import Run
 
 
 def of_run(

@@ -14,8 +14,8 @@ from llama2rt.generate import Completion, Engine
 from llama2rt.model import Llama
 from llama2rt.rollout.responses import Response, read_responses, write_responses
 from llama2rt.rollout.reward import RewardModels
+from llama2rt.run import check_integers
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.options import check_integers
 
 PROMPTS_PER_FILE = 512
 

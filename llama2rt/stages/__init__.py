@@ -1,3 +1,4 @@
+from llama2rt.run import Recipe
 """The papers' training stages, a page each, and the one registry of them.
 
 A stage is a module with a recipe class, `run(recipe, directory, *, resume=False)`, which returns
@@ -16,8 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama2rt.train.options import Recipe
-
+    
 
 @dataclass(frozen=True)
 class Stage:

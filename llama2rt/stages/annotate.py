@@ -27,11 +27,10 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Completion
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed
+from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
 from llama2rt.stages.loading import Future
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.options import Recipe
-from llama2rt.train.run import Run
 
 logger = logging.getLogger("llama2rt.stages.annotate")
 

@@ -29,12 +29,12 @@ from llama2rt.rollout import metrics, sampling
 from llama2rt.rollout.logprobs import response_logprobs, segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
+from llama2rt.run import Change, Run
 from llama2rt.stages import loading
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
 from llama2rt.train.loop import Objective, fit
-from llama2rt.train.options import Change, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 
 class DpoRecipe(RolloutRecipe):

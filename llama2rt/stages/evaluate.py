@@ -6,11 +6,10 @@ Goodhart's law). Best-of-N and temperature curves (Figures 7 and 8) come from fu
 some prompts.
 """
 
-import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,11 +24,10 @@ from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
+from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
 from llama2rt.stages.loading import Future, Outline
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.options import Recipe
-from llama2rt.train.run import Run
 
 Answers = dict[str, list[list[Response]]]
 """by version, prompt and sample"""
@@ -100,7 +98,9 @@ def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Pat
     rows = []
     for name, folder in recipe.versions.items():
         sampler = version(recipe, inputs, models, name)
-        answers = sample(recipe, sampler, run.samples_directory, inputs.prompts, recipe.samples, 1.0)
+        answers = sample(
+            recipe, sampler, run.samples_directory, inputs.prompts, recipe.samples, 1.0
+        )
         everything = [response for group in answers for response in group]
         rows.append(
             {

@@ -18,11 +18,11 @@ from llama2rt.model import Llama
 from llama2rt.rollout import metrics
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
+from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
 from llama2rt.stages.loading import Future, Outline
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.options import Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 
 class RolloutRecipe(Recipe):

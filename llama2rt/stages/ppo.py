@@ -30,14 +30,15 @@ from llama2rt.rollout.logprobs import response_logprobs, response_values
 from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardOptions
 from llama2rt.rollout.sampling import Sampler, derived_seed, draw
+from llama2rt.run import Change, Run
 from llama2rt.stages import critic, loading
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
-from llama2rt.train.loop import diverged, interrupts
+from llama2rt.train.driver import divergence as diverged
+from llama2rt.train.driver import interrupts
 from llama2rt.train.metrics import EnergyUse
 from llama2rt.train.optimizer import Optimizer
-from llama2rt.train.options import Change, TrainOptions
+from llama2rt.train.options import TrainOptions
 from llama2rt.train.progress import ProgressLine
-from llama2rt.train.run import Run
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 # What report.json says of the policy that is kept.

@@ -29,6 +29,7 @@ from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
+from llama2rt.run import Recipe, Run, check_integers
 from llama2rt.stages.loading import (
     Future,
     Outline,
@@ -39,8 +40,7 @@ from llama2rt.stages.loading import (
 )
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions, check_integers
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.pretrain")
 

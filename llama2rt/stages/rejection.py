@@ -29,6 +29,7 @@ from llama2rt.rollout.responses import (
     write_responses,
 )
 from llama2rt.rollout.sampling import SamplingOptions
+from llama2rt.run import Run
 from llama2rt.stages import loading, sft
 from llama2rt.stages.inputs import (
     RolloutInputs,
@@ -43,7 +44,6 @@ from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import TrainOptions
-from llama2rt.train.run import Run
 
 logger = logging.getLogger("llama2rt.stages.rejection")
 

@@ -30,6 +30,7 @@ from llama2rt.evaluate import preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
 from llama2rt.rollout.scoring import score_tokens
+from llama2rt.run import Recipe, Run
 from llama2rt.stages.loading import (
     Future,
     Outline,
@@ -43,8 +44,7 @@ from llama2rt.stages.pretrain import ModelShape
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import Objective, fit
-from llama2rt.train.options import Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.reward")
 

@@ -24,6 +24,7 @@ from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
+from llama2rt.run import Recipe, Run
 from llama2rt.stages.loading import (
     Future,
     Outline,
@@ -36,8 +37,7 @@ from llama2rt.stages.pretrain import next_token
 from llama2rt.text.chat import encode_dialogue
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.sft")
 
