@@ -1,13 +1,15 @@
 """`llama2rt evaluate`: what a reward model says about comparison files and sample files."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 
 from llama2rt.checkpoint import load
 from llama2rt.data.readers import read
@@ -258,3 +260,30 @@ def _win_rate(
 def _percent(estimate: dict[str, Any]) -> str:
     mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
     return f"{mean:5.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def command(
+    reward_model: tyro.conf.Positional[Path],
+    *,
+    comparisons: tuple[Source, ...] = (),
+    samples: tuple[Path, ...] = (),
+    skip_invalid: int = 0,
+    micro_tokens: int = 16384,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Measure a reward model on comparisons, or compare versions by its scores.
+
+    Args:
+        reward_model: Folder of a reward model, with its tokenizer.
+        comparisons: Files of comparisons: accuracy by rating; or tables of a recipe, such as
+            '{path="hh-harmless.jsonl.gz", kind="safety"}'.
+        samples: Files of samples, or folders of a run's samples, one a version: mean reward,
+            win rates, reward against N.
+        skip_invalid: Bad records to tolerate in each file.
+        micro_tokens: Tokens scored at once.
+        as_json: Print one JSON object.
+    """
+    result = evaluate(
+        reward_model, comparisons, samples, skip_invalid=skip_invalid, micro_tokens=micro_tokens
+    )
+    print(json.dumps(result) if as_json else describe(result))

@@ -85,6 +85,6 @@ def check(plan: Sequence[Resolved]) -> None:
             inputs = step.stage.open_inputs(step.recipe, future)
         if inputs.result is not None and not (step.directory / "model").exists():
             future.models[step.directory / "model"] = inputs.result
-        future.files |= {
-            path for name in step.stage.files if not (path := step.directory / name).exists()
-        }
+        future.files.update(
+            path for name in inputs.files if not (path := step.directory / name).exists()
+        )

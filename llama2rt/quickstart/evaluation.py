@@ -15,15 +15,9 @@ import numpy as np
 
 from llama2rt.data.records import Prompt
 from llama2rt.evaluate import best_of, intervals, length, win_rates
-from llama2rt.generate import Engine
 from llama2rt.quickstart.judge import Key, Verdict, judge
-from llama2rt.quickstart.recipe import QuickstartRecipe
-from llama2rt.stages import loading, phases
-from llama2rt.stages.phases import Response, RewardModels
-
-SAMPLES = 2  # answers a prompt and version; their mean is one unit of the intervals
-CURVE_PROMPTS, CURVE_SAMPLES, CURVE_TEMPERATURES = 60, 8, (0.7, 1.0, 1.3)
-MICRO_TOKENS = 8192
+from llama2rt.rollout.responses import Response
+from llama2rt.stages.evaluate import read_answers
 
 
 @dataclass(frozen=True)
@@ -37,59 +31,31 @@ class Measured:
     correlations: dict[str, np.ndarray]  # by version: reward with length, per prompt
 
 
-def measure(
-    recipe: QuickstartRecipe,
-    versions: Mapping[str, Path],
-    reward_models: Mapping[str, Path],
-    prompts: Sequence[Prompt],
-    keys: Mapping[str, Key],
-    directory: Path,
-) -> Measured:
-    """Sample, score and judge; samples are kept below `directory`, and read when they are there."""
-    models = RewardModels.load(reward_models["helpfulness"], reward_models["safety"], 0.15)
-
-    def sample(name: str, asked: Sequence[Prompt], n: int, temperature: float) -> Any:
-        model, tokenizer = loading.load_llama(versions[name])
-        folder = name.lower().replace(" ", "-")
-        return phases.sample(
-            directory / f"{folder}-{n}-at-{temperature}",
-            Engine(model, tokenizer),
-            models,
-            asked,
-            n=n,
-            temperatures=[temperature],
-            max_tokens=recipe.max_tokens,
-            seed=phases.derived_seed(recipe.seed, "evaluation"),
-            policy=name,
-            micro_tokens=MICRO_TOKENS,
-        )
-
-    responses = {name: sample(name, prompts, SAMPLES, 1.0) for name in versions}
+def measure(directory: Path, keys: Mapping[str, Key]) -> Measured:
+    """Judge what the evaluate step in `directory` has sampled and scored."""
+    responses, samples = read_answers(directory)
+    prompts = [group[0].prompt for group in next(iter(responses.values()))]
     verdicts = {
         name: [[judge(keys[r.prompt.id], r.text) for r in group] for group in groups]
         for name, groups in responses.items()
     }
-    rows = [version(name, prompts, responses[name], verdicts[name]) for name in versions]
-
-    some = prompts[:CURVE_PROMPTS]
     curves: dict[str, dict[float, Any]] = {}
     correlations = {}
-    for name in ("SFT", "RLHF-V2"):
+    for name, by_temperature in samples.items():
         curves[name] = {}
-        for temperature in CURVE_TEMPERATURES:
-            groups = sample(name, some, CURVE_SAMPLES, temperature)
+        for temperature, groups in by_temperature.items():
             rewards = [[response.reward for response in group] for group in groups]
             curves[name][temperature] = best_of.curves(rewards)
             if temperature == 1.0:
                 lengths = [[len(response.tokens) for response in group] for group in groups]
                 correlations[name] = length.correlation(rewards, lengths).per_prompt
     numbers = {
-        "versions": rows,
+        "versions": [version(name, prompts, responses[name], verdicts[name]) for name in responses],
         "win_rates": wins(prompts, verdicts),
         "best_of": curves,
         "answers": answers(prompts, responses, verdicts),
     }
-    return Measured(numbers, list(prompts), responses, verdicts, correlations)
+    return Measured(numbers, prompts, responses, verdicts, correlations)
 
 
 def version(

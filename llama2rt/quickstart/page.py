@@ -1,28 +1,17 @@
 """report.html and report.json of the main job."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama2rt import report
+from llama2rt.pipeline.plan import Resolved
 from llama2rt.quickstart.evaluation import Measured
-from llama2rt.quickstart.recipe import QuickstartRecipe
 from llama2rt.report import figures, single_run
-
-STAGES = (
-    "pretrain",
-    "sft",
-    "reward-helpfulness",
-    "reward-safety",
-    "rlhf-v1",
-    "rlhf-v2",
-    "ppo",
-    "dpo",
-)
 
 
 def write(
-    directory: Path, recipe: QuickstartRecipe, numbers: Mapping[str, Any], measured: Measured
+    directory: Path, plan: Sequence[Resolved], numbers: Mapping[str, Any], measured: Measured
 ) -> None:
     """Both files; report.json last, since its presence says that the job is done."""
     versions = numbers["versions"]
@@ -35,7 +24,7 @@ def write(
             _answers(numbers),
             _reward_models(numbers, measured),
             _sampling(numbers),
-            *_training(directory),
+            *_training(plan),
             report.Section(
                 "This run",
                 [
@@ -46,7 +35,7 @@ def write(
         ],
         subtitle=(
             "A pocket assistant, from random weights to RLHF: "
-            f"{recipe.shape.parameters / 1e6:.1f} million parameters, seed {recipe.seed}."
+            f"{numbers['parameters'] / 1e6:.1f} million parameters, seed {numbers['seed']}."
         ),
         headlines=[
             report.Headline(
@@ -152,13 +141,12 @@ def _sampling(numbers: Mapping[str, Any]) -> report.Section:
     )
 
 
-def _training(directory: Path) -> list[report.Section]:
+def _training(plan: Sequence[Resolved]) -> list[report.Section]:
     sections = []
-    for stage in STAGES:
-        folder = directory / stage
-        for run in sorted(folder.glob("iteration-*")) or [folder]:
+    for step in plan:
+        for run in sorted(step.directory.glob("iteration-*")) or [step.directory]:
             metrics = single_run.read_metrics(run / "metrics.jsonl")
             for section in single_run.training_sections(metrics) if metrics else []:
-                title = stage if run == folder else f"{stage}, {run.name}"
+                title = step.name if run == step.directory else f"{step.name}, {run.name}"
                 sections.append(report.Section(f"Training: {title}", section.blocks))
     return sections

@@ -141,9 +141,19 @@ def sample(
             grid = np.arange(len(responses)).reshape(len(temperatures), len(group), each)
             order = grid.transpose(1, 0, 2).ravel()
             write_responses(path, [responses[i] for i in order])
-        responses = read_responses(path)
-        by_prompt += [responses[i : i + n] for i in range(0, len(responses), n)]
+        by_prompt += by_prompts(read_responses(path), n)
     return by_prompt
+
+
+def read_samples(folder: Path, n: int) -> list[list[Response]]:
+    """What `sample` left in `folder`: n responses of each prompt."""
+    parts = sorted(folder.glob("part-*.jsonl"))
+    return [group for part in parts for group in by_prompts(read_responses(part), n)]
+
+
+def by_prompts(responses: Sequence[Response], n: int) -> list[list[Response]]:
+    """Groups of n: those of the first prompt, then the second's ..."""
+    return [list(responses[i : i + n]) for i in range(0, len(responses), n)]
 
 
 def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> list[Prompt]:

@@ -4,7 +4,7 @@ A stage opens a `Run` with its `Recipe`, reads `complete`, logs, and finishes it
 """
 
 from llama2rt.run.directory import Run, abandon
-from llama2rt.run.manifest import hash_path
+from llama2rt.run.manifest import hash_path, is_complete
 from llama2rt.run.recipe import Change, Recipe, check_integers
 
-__all__ = ["Change", "Recipe", "Run", "abandon", "check_integers", "hash_path"]
+__all__ = ["Change", "Recipe", "Run", "abandon", "check_integers", "hash_path", "is_complete"]

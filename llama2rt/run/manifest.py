@@ -50,6 +50,12 @@ def begin(
     }
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether `directory` holds a run that is finished."""
+    path = directory / FILE
+    return path.exists() and bool(read(path)["complete"])
+
+
 def resume(
     directory: Path,
     recipe: BaseModel,

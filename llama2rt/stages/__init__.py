@@ -1,4 +1,3 @@
-from llama2rt.run import Recipe
 """The papers' training stages, a page each, and the one registry of them.
 
 A stage is a module with a recipe class, `run(recipe, directory, *, resume=False)`, which returns
@@ -17,7 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    
+    from llama2rt.run import Recipe
+
 
 @dataclass(frozen=True)
 class Stage:

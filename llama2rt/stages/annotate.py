@@ -11,7 +11,7 @@ and safety, for training, and apart from them, on other prompts, for testing rew
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,10 +26,10 @@ from llama2rt.data.records import KINDS, Comparison, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Completion
-from llama2rt.rollout.sampling import SamplingOptions, derived_seed
+from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
-from llama2rt.stages.loading import Future
+from llama2rt.stages.loading import Future, Opened
 from llama2rt.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama2rt.stages.annotate")
@@ -50,6 +50,10 @@ class AnnotateRecipe(Recipe):
     """prompts whose comparisons reward models are trained on"""
     held_out: list[Source] = Field(default=[])
     """prompts whose comparisons test reward models; none of them should be in data"""
+    prompts: int | None = Field(default=None, gt=0)
+    """how many of data; None for all"""
+    batch: int = Field(default=1, gt=0)
+    """which batch of so many prompts this is: shuffled epochs, continued across batches"""
     annotator: AnnotatorOptions
     """who compares"""
     temperatures: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 0.7)
@@ -64,22 +68,28 @@ class AnnotateRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class AnnotateInputs:
+class AnnotateInputs(Opened):
     """What a run reads besides weights; it leaves no model."""
 
     tokenizer: Tokenizer
     prompts: dict[Part, list[Prompt]]
     result: None = None
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Comparisons of the kinds that there are prompts of."""
+        return tuple(file_name(kind, part) for kind, part in batches(self.prompts))
+
+
+def batches(prompts: Mapping[Part, Sequence[Prompt]]) -> list[tuple[str, Part]]:
+    """(kind, part) of all that is asked."""
+    kinds = {part: {prompt.kind for prompt in found} for part, found in prompts.items()}
+    return [(kind, part) for kind in KINDS for part in PARTS if kind in kinds[part]]
+
 
 def file_name(kind: str, part: Part) -> str:
     """Of the comparisons of one kind and part, in the run's directory."""
     return f"{kind}-{part}.jsonl"
-
-
-def files() -> list[str]:
-    """All of them."""
-    return [file_name(kind, part) for kind in KINDS for part in PARTS]
 
 
 def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Path:
@@ -97,13 +107,13 @@ def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Pat
     annotator = recipe.annotator.annotator(run.directory / PAIRS, device)
     numbers: dict[str, Any] = {}
     said: dict[tuple[str, Part], list[Comparison]] = {
-        (kind, part): [] for kind in KINDS for part in PARTS
+        batch: [] for batch in batches(inputs.prompts)
     }
     left_out: Counter[str] = Counter()
     for part in PARTS:
-        batch = [pair for its_part, pair in pairs if its_part == part]
-        judgements = annotator(batch, f"{recipe.seed}:{part}") if batch else []
-        for pair, judgement in zip(batch, judgements, strict=True):
+        shown = [pair for its_part, pair in pairs if its_part == part]
+        judgements = annotator(shown, f"{recipe.seed}:{part}") if shown else []
+        for pair, judgement in zip(shown, judgements, strict=True):
             if judgement is None:
                 left_out["undecided"] += 1
             elif (comparison := judgement.comparison(pair, run.directory.name)) is None:
@@ -111,6 +121,11 @@ def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Pat
             else:
                 said[pair.prompt.kind, part].append(comparison)
     for (kind, part), comparisons in said.items():
+        if not comparisons:
+            raise InputError(
+                f"{run.directory / PAIRS}: no comparison of {kind} came of the prompts for {part}: "
+                f"of {len(pairs)} pairs in all {sum(left_out.values())} were left out"
+            )
         readers.write(run.directory / file_name(kind, part), comparisons)
         numbers[f"{kind}/{part}"] = len(comparisons)
     report.finish(run, {"pairs": len(pairs), "left_out": left_out, **numbers})
@@ -138,6 +153,10 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
         repeated = [key for key, n in Counter(prompt.id for prompt in found).items() if n > 1]
         if repeated:
             raise InputError(f"{part}: the id {repeated[0]!r} names more than one prompt")
+    if recipe.prompts is not None:
+        count = min(recipe.prompts, len(prompts["training"]))
+        # Not by the recipe's seed, which differs between the batches of a plan.
+        prompts["training"] = draw(prompts["training"], count, 0, recipe.batch - 1)
     return AnnotateInputs(tokenizer, prompts)
 
 

@@ -1,4 +1,4 @@
-"""Versions side by side: the same held-out prompts, the same random numbers, the same reward models.
+"""Versions side by side: the same held-out prompts, random numbers and reward models.
 
 Each version answers at temperature 1, that is, as it is and not sharpened. A judge, where there is
 one, reads the same answers, which shows where it and the reward models part (section 3.2.1:
@@ -6,6 +6,7 @@ Goodhart's law). Best-of-N and temperature curves (Figures 7 and 8) come from fu
 some prompts.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
-from llama2rt.run import Recipe, Run
+from llama2rt.run import Recipe, Run, manifest
 from llama2rt.stages import loading
-from llama2rt.stages.loading import Future, Outline
+from llama2rt.stages.loading import Future, Opened, Outline
 from llama2rt.text.tokenizer import Tokenizer
 
 Answers = dict[str, list[list[Response]]]
@@ -71,7 +72,7 @@ class EvaluateRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class EvaluateInputs:
+class EvaluateInputs(Opened):
     """What a run reads besides weights; it leaves no model."""
 
     tokenizer: Tokenizer
@@ -85,22 +86,18 @@ def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Pat
     if run.complete:
         return run.directory
     inputs = open_inputs(recipe)
-    scalar = inputs.tokenizer
+    scalar = functools.partial(loading.load_scalar, tokenizer=inputs.tokenizer)
     models = RewardModels(
-        loading.load_scalar(recipe.rewards.helpfulness, tokenizer=scalar),
-        loading.load_scalar(recipe.rewards.safety, tokenizer=scalar)
-        if recipe.rewards.safety is not None
-        else None,
+        scalar(recipe.rewards.helpfulness),
+        scalar(recipe.rewards.safety) if recipe.rewards.safety is not None else None,
         recipe.rewards.threshold,
         recipe.micro_tokens,
     )
     reference = loading.load_companion(recipe.reference, inputs.tokenizer).requires_grad_(False)
     rows = []
     for name, folder in recipe.versions.items():
-        sampler = version(recipe, inputs, models, name)
-        answers = sample(
-            recipe, sampler, run.samples_directory, inputs.prompts, recipe.samples, 1.0
-        )
+        sampler = version(recipe, models, name)
+        answers = sample(recipe, sampler, run, inputs.prompts, recipe.samples, 1.0)
         everything = [response for group in answers for response in group]
         rows.append(
             {
@@ -110,8 +107,32 @@ def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Pat
                 **divergence(sampler.engine.model, reference, everything, recipe.micro_tokens),
             }
         )
+        if name in recipe.curves.versions:
+            some = inputs.prompts[: recipe.curves.prompts]
+            for temperature in recipe.curves.temperatures:
+                sample(recipe, sampler, run, some, recipe.curves.samples, temperature)
     report.finish(run, {"versions": rows})
     return run.directory
+
+
+def read_answers(directory: Path) -> tuple[Answers, dict[str, dict[float, list[list[Response]]]]]:
+    """(every version's answers at temperature 1, those of the curves by version and temperature) of
+    the complete run in `directory`."""
+    recipe = EvaluateRecipe.model_validate(manifest.read(directory / manifest.FILE)["recipe"])
+    samples, each = directory / "samples", recipe.samples
+    answers = {
+        name: sampling.read_samples(samples / folder_name(name, each, 1.0), each)
+        for name in recipe.versions
+    }
+    n = recipe.curves.samples
+    curves = {
+        name: {
+            temperature: sampling.read_samples(samples / folder_name(name, n, temperature), n)
+            for temperature in recipe.curves.temperatures
+        }
+        for name in recipe.curves.versions
+    }
+    return answers, curves
 
 
 def open_inputs(recipe: EvaluateRecipe, future: Future | None = None) -> EvaluateInputs:
@@ -146,27 +167,29 @@ def open_inputs(recipe: EvaluateRecipe, future: Future | None = None) -> Evaluat
     return EvaluateInputs(tokenizer, prompts)
 
 
-def version(
-    recipe: EvaluateRecipe, inputs: EvaluateInputs, models: RewardModels, name: str
-) -> Sampler:
+def version(recipe: EvaluateRecipe, models: RewardModels, name: str) -> Sampler:
     """What samples from a version."""
     model, tokenizer = loading.load_llama(recipe.versions[name])
     engine = recipe.sampling.engine(model, tokenizer)
     return Sampler(engine, models, recipe.sampling.max_tokens, name)
 
 
+def folder_name(version: str, n: int, temperature: float) -> str:
+    """Of a version's samples: a name that any file system takes."""
+    return f"{version.lower().replace(' ', '-')}-{n}-at-{temperature}"
+
+
 def sample(
     recipe: EvaluateRecipe,
     sampler: Sampler,
-    folder: Path,
+    run: Run,
     prompts: Sequence[Prompt],
     n: int,
     temperature: float,
 ) -> list[list[Response]]:
-    """n answers to each of `prompts` at `temperature`, kept below `folder`."""
-    name = sampler.policy.lower().replace(" ", "-")
+    """n answers to each of `prompts` at `temperature`, kept among the run's samples."""
     return sampling.sample(
-        folder / f"{name}-{n}-at-{temperature}",
+        run.samples_directory / folder_name(sampler.policy, n, temperature),
         sampler,
         prompts,
         n=n,

@@ -20,7 +20,7 @@ from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
-from llama2rt.stages.loading import Future, Outline
+from llama2rt.stages.loading import Future, Opened, Outline
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.options import TrainOptions
 
@@ -48,7 +48,7 @@ class RolloutRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class RolloutInputs:
+class RolloutInputs(Opened):
     """All that such a recipe names, checked."""
 
     recipe: RolloutRecipe

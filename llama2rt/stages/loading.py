@@ -100,6 +100,18 @@ class Outline:
     """of a run still to come whose samples may be pooled: tokens of the longest with its prompt"""
 
 
+class Opened:
+    """What a stage has read and checked; each has its own below this, with `result`, the model that
+    the run will leave, or None."""
+
+    result: Any
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Records that the run will leave in its directory, by file name."""
+        return ()
+
+
 @dataclass(frozen=True)
 class Future:
     """What earlier steps of a plan will have left by the time a stage begins."""

@@ -32,6 +32,7 @@ from llama2rt.model import Llama, LlamaConfig
 from llama2rt.run import Recipe, Run, check_integers
 from llama2rt.stages.loading import (
     Future,
+    Opened,
     Outline,
     choose_tokenizer,
     default_device,
@@ -177,7 +178,7 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
 
 
 @dataclass(frozen=True)
-class PretrainInputs:
+class PretrainInputs(Opened):
     """What model a run will leave."""
 
     result: Outline

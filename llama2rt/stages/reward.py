@@ -33,6 +33,7 @@ from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
 from llama2rt.stages.loading import (
     Future,
+    Opened,
     Outline,
     default_device,
     file_inputs,
@@ -170,7 +171,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
 
 
 @dataclass(frozen=True)
-class RewardInputs:
+class RewardInputs(Opened):
     """What a run reads besides weights, and what model it will leave."""
 
     tokenizer: Tokenizer
@@ -198,9 +199,13 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
 
 
 def to_come(recipe: RewardRecipe, future: Future) -> bool:
-    """Whether some of the comparisons are still to be collected."""
-    sources = [*recipe.data, *recipe.mixed_in, *recipe.validation]
-    return any(source.path in future.files for source in sources)
+    """Whether some of the comparisons are still to be collected. InputError for a file that is not
+    there and that no earlier step leaves."""
+    paths = {source.path for source in [*recipe.data, *recipe.mixed_in, *recipe.validation]}
+    for path in sorted(paths - future.files):
+        if not path.exists():
+            raise InputError(f"{path}: no such file, and no earlier step leaves it")
+    return bool(paths & future.files)
 
 
 def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConfig, Tokenizer]:

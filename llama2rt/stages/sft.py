@@ -27,6 +27,7 @@ from llama2rt.errors import InputError, naming
 from llama2rt.run import Recipe, Run
 from llama2rt.stages.loading import (
     Future,
+    Opened,
     Outline,
     file_inputs,
     load_llama,
@@ -106,7 +107,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
 
 
 @dataclass(frozen=True)
-class SftInputs:
+class SftInputs(Opened):
     """What a run reads besides weights, and what model it will leave."""
 
     tokenizer: Tokenizer
