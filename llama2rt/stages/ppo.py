@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llama2rt import energy
 from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint import native
 from llama2rt.data.packing import Example, groups, pack
@@ -31,12 +30,10 @@ from llama2rt.run import Change, Recipe, Run
 from llama2rt.stages import critic, loading, phases
 from llama2rt.stages.phases import RewardModels
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.driver import divergence as diverged
-from llama2rt.train.driver import interrupts
-from llama2rt.train.metrics import EnergyUse
+from llama2rt.train import driver
+from llama2rt.train.driver import Step
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import TrainOptions
-from llama2rt.train.progress import ProgressLine
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 # What report.json says of the policy that is kept.
@@ -165,79 +162,86 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     run = Run.open(directory, recipe, inputs=files, resume=resume)
     if run.complete:
         return run.model_directory
-    options = recipe.train
     inputs = loading.rollout_inputs(recipe)
-    warn_of_warmup(recipe.iterations, options)
-    prompts, held_out = inputs.prompts, inputs.held_out
+    warn_of_warmup(recipe.iterations, recipe.train)
     actors, tokenizer = load_actors(recipe)
-
-    done, waited, best, unit = 0, 0, {}, None
-    found = run.store.latest()
-    # Step 0 is measured before the first checkpoint exists, and again if killed before it.
-    run.truncate_metrics(-1 if found is None else found[0])
-    if found is not None:
-        done, tensors, state = found
-        waited, best, unit = state["waited"], state["best"], state["unit"]
-        actors.optimizer.load_state_dict(phases.unprefixed(tensors, "policy."))
-        actors.critic_optimizer.load_state_dict(phases.unprefixed(tensors, "critic."))
-        del tensors, found
-
-    def validate() -> None:
-        nonlocal waited, best, unit
-        path = run.samples_directory / f"{done:05d}.jsonl"
-        numbers = measure(recipe, actors, held_out, path, unit)
-        unit = numbers["unit"]
-        run.log(done, **{f"held_out/{name}": value for name, value in numbers.items()})
-        waited += 1
-        if not best or numbers["objective"] > best["objective"]:
-            waited, best = 0, {"iteration": done, **numbers}
-            native.save(actors.policy, tokenizer, run.model_directory)
-
-    if held_out and not best:
-        validate()
+    work = Iterations(recipe, actors, inputs.prompts, inputs.held_out, tokenizer, run)
+    done = driver.resume(run, work)
     if done == 0:
-        run.log(0, critic_warm_up=start_critic(recipe, actors, prompts))
-    with (
-        ProgressLine(run.directory.resolve().name, recipe.iterations, done) as line,
-        interrupts() as interrupted,
-        energy.of_device(actors.policy.output.device) as meter,
-    ):
-        use = EnergyUse(meter)
-        while done < recipe.iterations and waited < recipe.patience:
-            drawn = phases.draw(prompts, recipe.batch_size, recipe.seed, done)
-            rollout, metrics = collect(recipe, actors, drawn, done)
-            try:
-                metrics |= improve(recipe, actors, rollout, done)
-            except FloatingPointError as error:
-                raise FloatingPointError(diverged(run, done + 1, str(error))) from None
-            # A step is an iteration with its sampling and scoring; tokens are those it sampled.
-            use.add(len(rollout.logprob))
-            use.step()
-            done += 1
-            if done % options.log_every == 0 or done == recipe.iterations:
-                run.log(done, **metrics, **use.read())
-                line.update(done, f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}")
-            due = options.validate_every and done % options.validate_every == 0
-            if held_out and (due or done == recipe.iterations):
-                validate()
-                use.restart()
-            stop = bool(interrupted) and done < recipe.iterations
-            if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
-                tensors = phases.prefixed(actors.optimizer.state_dict(), "policy.")
-                tensors |= phases.prefixed(actors.critic_optimizer.state_dict(), "critic.")
-                state = {"waited": waited, "best": best, "unit": unit}
-                run.store.save(done, tensors, state)
-                use.restart()
-            if stop:
-                raise KeyboardInterrupt(
-                    f"stopped after iteration {done} of {recipe.iterations}; saved "
-                    f"{run.store.path(done)}, continue with --resume"
-                )
-    if not held_out:
+        work.start()
+    done = driver.drive(run, work, recipe.train, done=done, total=recipe.iterations)
+    if not inputs.held_out:
         native.save(actors.policy, tokenizer, run.model_directory)
-    picked = {"picked_by": PICKED_BY} if held_out else {}
-    phases.write_report(run, {"iterations": done, **picked, **best})
+    picked = {"picked_by": PICKED_BY} if inputs.held_out else {}
+    phases.write_report(run, {"iterations": done, **picked, **work.best})
     return run.model_directory
+
+
+class Iterations:
+    """The driver's work: a step is an iteration, with its sampling and scoring. Where prompts are
+    held out, the run's model folder has the best policy so far."""
+
+    noun = "iteration"
+    ceiling: float | None = None  # most of an iteration is sampling: no throughput of training
+
+    def __init__(
+        self,
+        recipe: PpoRecipe,
+        actors: Actors,
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt],
+        tokenizer: Tokenizer,
+        run: Run,
+    ) -> None:
+        self.recipe, self.actors, self.tokenizer, self.run = recipe, actors, tokenizer, run
+        self.prompts, self.held_out = prompts, held_out
+        self.device = actors.policy.output.device
+        self.best: dict[str, float] = {}
+        self.waited = 0
+        self.score_unit: float | None = None
+
+    def start(self) -> None:
+        """Measure the policy as it comes, and fit the critic's head."""
+        # Step 0 is measured before the first checkpoint exists, and again if killed before it.
+        self.run.truncate_metrics(-1)
+        numbers = self.validate(0)
+        if numbers is not None:
+            self.run.log(0, **numbers)
+        self.run.log(0, critic_warm_up=start_critic(self.recipe, self.actors, self.prompts))
+
+    def step(self, index: int) -> Step:
+        drawn = phases.draw(self.prompts, self.recipe.batch_size, self.recipe.seed, index)
+        rollout, metrics = collect(self.recipe, self.actors, drawn, index)
+        metrics |= improve(self.recipe, self.actors, rollout, index)
+        return Step(metrics, tokens=len(rollout.logprob))
+
+    def describe(self, metrics: Mapping[str, Any]) -> str:
+        return f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}"
+
+    def validate(self, done: int) -> dict[str, float] | None:
+        if not self.held_out:
+            return None
+        path = self.run.samples_directory / f"{done:05d}.jsonl"
+        numbers = measure(self.recipe, self.actors, self.held_out, path, self.score_unit)
+        self.score_unit = numbers["unit"]
+        self.waited += 1
+        if not self.best or numbers["objective"] > self.best["objective"]:
+            self.waited, self.best = 0, {"iteration": done, **numbers}
+            native.save(self.actors.policy, self.tokenizer, self.run.model_directory)
+        return {f"held_out/{name}": value for name, value in numbers.items()}
+
+    def finished(self) -> bool:
+        return self.waited >= self.recipe.patience
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = phases.prefixed(self.actors.optimizer.state_dict(), "policy.")
+        tensors |= phases.prefixed(self.actors.critic_optimizer.state_dict(), "critic.")
+        return tensors, {"waited": self.waited, "best": self.best, "unit": self.score_unit}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.waited, self.best, self.score_unit = state["waited"], state["best"], state["unit"]
+        self.actors.optimizer.load_state_dict(phases.unprefixed(tensors, "policy."))
+        self.actors.critic_optimizer.load_state_dict(phases.unprefixed(tensors, "critic."))
 
 
 def load_actors(recipe: PpoRecipe) -> tuple[Actors, Tokenizer]:
