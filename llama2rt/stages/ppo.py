@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llama2rt import energy, report
+from llama2rt import report
 from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint import native
 from llama2rt.data.packing import Example, groups, pack
@@ -33,12 +33,10 @@ from llama2rt.rollout.sampling import Sampler, derived_seed, draw
 from llama2rt.run import Change, Run
 from llama2rt.stages import critic, loading
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
-from llama2rt.train.driver import divergence as diverged
-from llama2rt.train.driver import interrupts
-from llama2rt.train.metrics import EnergyUse
+from llama2rt.train import driver
+from llama2rt.train.driver import Step
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import TrainOptions
-from llama2rt.train.progress import ProgressLine
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 # What report.json says of the policy that is kept.
@@ -135,85 +133,82 @@ class Actors:
 def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Train until the iterations or the patience end; returns the folder of the policy with the
     best held-out objective (of the last one where nothing is held out)."""
-    files = loading.file_inputs(recipe)
-    run = Run.open(directory, recipe, inputs=files, resume=resume)
+    run = Run.open(directory, recipe, inputs=loading.file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
-    options = recipe.train
-    inputs = open_rollout(recipe)
-    warn_of_warmup(recipe.iterations, options)
-    held_out, tokenizer = inputs.held_out, inputs.tokenizer
+    inputs = open_inputs(recipe)
+    warn_of_warmup(recipe.iterations, recipe.train)
     actors = load_actors(recipe, inputs)
-
-    done, waited, best, unit = 0, 0, {}, None
-    found = run.store.latest()
-    # Step 0 is measured before the first checkpoint exists, and again if killed before it.
-    run.truncate_metrics(-1 if found is None else found[0])
-    if found is not None:
-        done, tensors, state = found
-        waited, best, unit = state["waited"], state["best"], state["unit"]
-        actors.optimizer.load_state_dict(unprefixed(tensors, "policy."))
-        actors.critic_optimizer.load_state_dict(unprefixed(tensors, "critic."))
-        del tensors, found
-
-    def validate() -> None:
-        nonlocal waited, best, unit
-        path = run.samples_directory / f"{done:05d}.jsonl"
-        numbers = measure(recipe, inputs, actors, path, unit)
-        unit = numbers["unit"]
-        run.log(done, **{f"held_out/{name}": value for name, value in numbers.items()})
-        waited += 1
-        if not best or numbers["objective"] > best["objective"]:
-            waited, best = 0, {"iteration": done, **numbers}
-            native.save(actors.policy, tokenizer, run.model_directory)
-
-    if held_out and not best:
-        validate()
+    work = Iterations(recipe, inputs, actors, run)
+    done = driver.resume(run, work)
     if done == 0:
-        run.log(0, critic_warm_up=start_critic(recipe, inputs, actors))
-    with (
-        ProgressLine(run.directory.resolve().name, recipe.iterations, done) as line,
-        interrupts() as interrupted,
-        energy.of_device(actors.policy.output.device) as meter,
-    ):
-        use = EnergyUse(meter)
-        while done < recipe.iterations and waited < recipe.patience:
-            rollout, measured = collect(recipe, inputs, actors, done)
-            try:
-                measured |= improve(recipe, actors, rollout, done)
-            except FloatingPointError as error:
-                raise FloatingPointError(diverged(run, done + 1, str(error))) from None
-            # A step is an iteration with its sampling and scoring; tokens are those it sampled.
-            use.add(len(rollout.logprob))
-            use.step()
-            done += 1
-            if done % options.log_every == 0 or done == recipe.iterations:
-                run.log(done, **measured, **use.read())
-                line.update(done, f"reward {measured['reward']:.3f} KL {measured['kl_k1']:.3f}")
-            due = options.validate_every and done % options.validate_every == 0
-            if held_out and (due or done == recipe.iterations):
-                validate()
-                use.restart()
-            stop = bool(interrupted) and done < recipe.iterations
-            if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
-                tensors = prefixed(actors.optimizer.state_dict(), "policy.")
-                tensors |= prefixed(actors.critic_optimizer.state_dict(), "critic.")
-                state = {"waited": waited, "best": best, "unit": unit}
-                run.store.save(done, tensors, state)
-                use.restart()
-            if stop:
-                raise KeyboardInterrupt(
-                    f"stopped after iteration {done} of {recipe.iterations}; saved "
-                    f"{run.store.path(done)}, continue with --resume"
-                )
-    if not held_out:
-        native.save(actors.policy, tokenizer, run.model_directory)
-    picked = {"picked_by": PICKED_BY} if held_out else {}
-    report.finish(run, {"iterations": done, **picked, **best})
+        work.start()
+    done = driver.drive(run, work, recipe.train, done=done, total=recipe.iterations)
+    if not inputs.held_out:
+        native.save(actors.policy, inputs.tokenizer, run.model_directory)
+    picked = {"picked_by": PICKED_BY} if inputs.held_out else {}
+    report.finish(run, {"iterations": done, **picked, **work.best})
     return run.model_directory
 
 
 open_inputs = open_rollout
+
+
+class Iterations:
+    """The driver's work: a step is an iteration, with its sampling and scoring. Where prompts are
+    held out, the run's model folder has the best policy so far."""
+
+    noun = "iteration"
+    ceiling: float | None = None  # most of an iteration is sampling: no throughput of training
+
+    def __init__(self, recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors, run: Run) -> None:
+        self.recipe, self.inputs, self.actors, self.run = recipe, inputs, actors, run
+        self.device = next(actors.policy.parameters()).device
+        self.best: dict[str, float] = {}
+        self.waited = 0
+        self.score_unit: float | None = None
+
+    def start(self) -> None:
+        """Measure the policy as it comes, and fit the critic's head."""
+        # Step 0 is measured before the first checkpoint exists, and again if killed before it.
+        self.run.truncate_metrics(-1)
+        numbers = self.validate(0)
+        if numbers is not None:
+            self.run.log(0, **numbers)
+        self.run.log(0, critic_warm_up=start_critic(self.recipe, self.inputs, self.actors))
+
+    def step(self, index: int) -> Step:
+        rollout, measured = collect(self.recipe, self.inputs, self.actors, index)
+        measured |= improve(self.recipe, self.actors, rollout, index)
+        return Step(measured, tokens=len(rollout.logprob))
+
+    def describe(self, metrics: Mapping[str, Any]) -> str:
+        return f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}"
+
+    def validate(self, done: int) -> dict[str, float] | None:
+        if not self.inputs.held_out:
+            return None
+        path = self.run.samples_directory / f"{done:05d}.jsonl"
+        numbers = measure(self.recipe, self.inputs, self.actors, path, self.score_unit)
+        self.score_unit = numbers["unit"]
+        self.waited += 1
+        if not self.best or numbers["objective"] > self.best["objective"]:
+            self.waited, self.best = 0, {"iteration": done, **numbers}
+            native.save(self.actors.policy, self.inputs.tokenizer, self.run.model_directory)
+        return {f"held_out/{name}": value for name, value in numbers.items()}
+
+    def finished(self) -> bool:
+        return self.waited >= self.recipe.patience
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = prefixed(self.actors.optimizer.state_dict(), "policy.")
+        tensors |= prefixed(self.actors.critic_optimizer.state_dict(), "critic.")
+        return tensors, {"waited": self.waited, "best": self.best, "unit": self.score_unit}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.waited, self.best, self.score_unit = state["waited"], state["best"], state["unit"]
+        self.actors.optimizer.load_state_dict(unprefixed(tensors, "policy."))
+        self.actors.critic_optimizer.load_state_dict(unprefixed(tensors, "critic."))
 
 
 def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:

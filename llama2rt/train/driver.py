@@ -89,7 +89,7 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
     """
     with (
         ProgressLine(run.directory.resolve().name, total, done) as line,
-        interrupts() as interrupted,
+        _interrupts() as interrupted,
         energy.of_device(work.device) as meter,
     ):
         rates = _Rates(work.ceiling, meter)
@@ -97,7 +97,7 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
             try:
                 step = work.step(done)
             except Diverged as error:
-                raise FloatingPointError(divergence(run, done + 1, str(error))) from None
+                raise FloatingPointError(_divergence(run, done + 1, str(error))) from None
             rates.add(step)
             done += 1
             last = done == total
@@ -152,7 +152,7 @@ class _Rates:
         self._energy.restart()
 
 
-def divergence(run: Run, step: int, what: str) -> str:
+def _divergence(run: Run, step: int, what: str) -> str:
     """What to say of a run whose step `step` was not finite: what is left, what to try."""
     kept = run.store.steps()
     where = f"step-{kept[-1]} is the last good checkpoint" if kept else "no checkpoint exists yet"
@@ -163,7 +163,7 @@ def divergence(run: Run, step: int, what: str) -> str:
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
+def _interrupts() -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM appends to; the second has its usual effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -25,8 +25,9 @@ from llama2rt.train.options import TrainOptions
 from llama2rt.train.recompute import recompute_blocks
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
-Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Any]]]
-"""(model, micro-batch) -> (loss summed over the micro-batch, other sums to report)"""
+Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Any]]]
+"""(model, micro-batch) -> (loss summed over the micro-batch, other sums to report); each stage's
+own kind of model and batch"""
 
 
 class Loader(Protocol):
