@@ -22,6 +22,7 @@ from torch import Tensor
 from llama2rt import report
 from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint import native
+from llama2rt.checkpoint.store import prefixed, unprefixed
 from llama2rt.data.packing import Example, groups, pack
 from llama2rt.data.sources import Source
 from llama2rt.model import Llama, ScalarModel
@@ -390,16 +391,3 @@ def measure(
     unit = max(numbers["score_deviation"], 1e-3) if unit is None else unit
     objective = numbers["score"] / unit - recipe.beta * numbers["kl_k1"]
     return {"objective": objective, "unit": unit, **numbers}
-
-
-def prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def unprefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name begins with `prefix`, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
