@@ -10,6 +10,7 @@ of every interval over comparisons.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike
 from llama2rt.data.records import Comparison, Prompt
 from llama2rt.evaluate import best_of, length, preference, win_rates
 from llama2rt.evaluate.calibration import calibration
-from llama2rt.evaluate.intervals import Interval, bootstrap, paired, wilson
+from llama2rt.evaluate.intervals import Interval, bootstrap, bootstrap_columns, paired, wilson
 from llama2rt.evaluate.over_optimisation import reward_against_judge
 
 Estimate = dict[str, float | None]
@@ -84,10 +85,13 @@ def of_versions(
         judged = {name: _worth(name, worth, groups) for name, groups in responses.items()}
     rewards = {name: _table(groups, _reward) for name, groups in responses.items()}
     numbers: dict[str, Any] = {
-        "versions": [
-            _row(name, groups, judged.get(name), (kl or {}).get(name, {}), seed)
-            for name, groups in responses.items()
-        ],
+        "versions": _with_intervals(
+            [
+                _row(name, groups, judged.get(name), (kl or {}).get(name, {}))
+                for name, groups in responses.items()
+            ],
+            seed,
+        ),
         "reward_win_rates": _win_rates(rewards),
         "length_correlation": {
             name: _length_correlation(rewards[name], groups, seed)
@@ -181,11 +185,7 @@ def estimate(by_prompt: ArrayLike, *, share: bool = False, seed: int = 0) -> Est
     interval then keeps its width where all or none do.
     """
     values = np.asarray(by_prompt, dtype=np.float64)
-    found: Interval = (
-        wilson(min(float(values.sum()), len(values)), len(values))
-        if share
-        else bootstrap(values, seed=seed)
-    )
+    found = wilson(float(values.sum()), len(values)) if share else bootstrap(values, seed=seed)
     return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
@@ -194,53 +194,48 @@ def _row(
     groups: Responses,
     worth: np.ndarray | None,
     kl: Mapping[str, float | Sequence[float]],
-    seed: int,
 ) -> dict[str, Any]:
     """One version: `reward`; `scores` by model; `kinds`, for each kind of prompt the combined score
     Rc in (0, 1) and the worth; length in `tokens` and `words`; `cut_share`; `worth` and `kl` where
-    there are any."""
+    there are any. A vector [prompts] stands for the estimate it will become."""
 
-    def mean(what: Callable[[ScoredResponse], float]) -> Estimate:
-        return estimate(_table(groups, what).mean(axis=1), seed=seed)
+    def by_prompt(what: Callable[[ScoredResponse], float]) -> np.ndarray:
+        return _table(groups, what).mean(axis=1)
 
     combined = (1 + np.tanh(_table(groups, _reward) / 2)) / 2  # the sigmoid, without overflow
     kinds = np.array([group[0].prompt.kind for group in groups])
     by_kind: dict[str, Any] = {}
     for kind in map(str, np.unique(kinds)):
         asked = kinds == kind
-        by_kind[kind] = {
-            "prompts": int(asked.sum()),
-            "score": estimate(combined[asked].mean(axis=1), seed=seed),
-        }
+        by_kind[kind] = {"prompts": int(asked.sum()), "score": combined[asked].mean(axis=1)}
         if worth is not None:
-            by_kind[kind]["worth"] = estimate(worth[asked].mean(axis=1), seed=seed)
-    cut = _table(groups, lambda response: not response.finished).mean(axis=1)
+            by_kind[kind]["worth"] = worth[asked].mean(axis=1)
     row: dict[str, Any] = {
         "name": name,
         "prompts": len(groups),
         "samples": len(groups[0]),
         "temperature": groups[0][0].temperature,
-        "reward": mean(_reward),
+        "reward": by_prompt(_reward),
         "scores": {
-            model: mean(lambda response: response.scores[model])  # noqa: B023
+            model: by_prompt(lambda response: response.scores[model])  # noqa: B023
             for model in groups[0][0].scores
         },
         "kinds": by_kind,
-        "tokens": mean(lambda response: len(response.tokens)),
-        "words": mean(lambda response: len(response.text.split())),
-        "cut_share": estimate(cut, share=True),
+        "tokens": by_prompt(lambda response: len(response.tokens)),
+        "words": by_prompt(lambda response: len(response.text.split())),
+        "cut_share": estimate(by_prompt(lambda response: not response.finished), share=True),
     }
     if worth is not None:
-        row["worth"] = estimate(worth.mean(axis=1), seed=seed)
+        row["worth"] = worth.mean(axis=1)
     if kl:
         row["kl"] = {
-            estimator: _kl(f"kl {estimator} of {name}", value, len(groups), seed)
+            estimator: _kl(f"kl {estimator} of {name}", value, len(groups))
             for estimator, value in kl.items()
         }
     return row
 
 
-def _kl(name: str, value: float | Sequence[float], prompts: int, seed: int) -> Estimate:
+def _kl(name: str, value: float | Sequence[float], prompts: int) -> np.ndarray | Estimate:
     values = np.asarray(value, dtype=np.float64)
     if values.shape not in ((), (prompts,)):
         raise ValueError(
@@ -249,23 +244,57 @@ def _kl(name: str, value: float | Sequence[float], prompts: int, seed: int) -> E
         )
     if not np.isfinite(values).all():
         raise ValueError(f"{name}: not finite")
-    if values.shape:
-        return estimate(values, seed=seed)
-    return {"mean": float(values), "low": None, "high": None}
+    return values if values.shape else {"mean": float(values), "low": None, "high": None}
+
+
+def _with_intervals(tree: Any, seed: int) -> Any:
+    """`tree` with every vector in it replaced by its estimate; those of one length share draws."""
+    by_length: dict[int, list[np.ndarray]] = {}
+
+    def collect(node: Any) -> None:
+        if isinstance(node, np.ndarray):
+            by_length.setdefault(len(node), []).append(node)
+        for child in _children(node):
+            collect(child)
+
+    def replace(node: Any) -> Any:
+        if isinstance(node, np.ndarray):
+            return next(found[len(node)])._asdict()
+        if isinstance(node, dict):
+            return {key: replace(child) for key, child in node.items()}
+        return [replace(child) for child in node] if isinstance(node, list) else node
+
+    collect(tree)
+    found = {
+        size: iter(bootstrap_columns(np.stack(vectors, axis=1), seed=seed))
+        for size, vectors in by_length.items()
+    }
+    return replace(tree)
+
+
+def _children(node: Any) -> Sequence[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []
 
 
 def _win_rates(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     names = list(scores)
-    found: dict[str, Any] = {"names": names}
-    intervals = [
-        [None if a == b else win_rates.win_rate([*scores[a]], [*scores[b]]).rate for b in names]
-        for a in names
-    ]
-    for key, field in (("row_over_column", "mean"), ("low", "low"), ("high", "high")):
-        found[key] = [
-            [None if cell is None else getattr(cell, field) for cell in row] for row in intervals
-        ]
-    return found
+    found: dict[tuple[str, str], Interval] = {}
+    for a, b in combinations(names, 2):
+        rate = win_rates.win_rate([*scores[a]], [*scores[b]]).rate
+        found[a, b] = rate
+        found[b, a] = Interval(1 - rate.mean, 1 - rate.high, 1 - rate.low)
+
+    def table(end: str) -> list[list[float | None]]:
+        return [[getattr(found.get((a, b)), end, None) for b in names] for a in names]
+
+    return {
+        "names": names,
+        "row_over_column": table("mean"),
+        "low": table("low"),
+        "high": table("high"),
+    }
 
 
 def _length_correlation(rewards: np.ndarray, groups: Responses, seed: int) -> dict[str, Any]:
