@@ -36,7 +36,7 @@ def accuracy_by_rating(
             kept = [j for j, rating in enumerate(ratings) if rating in by_rating]
             x = positions[kept] + (i - (len(models) - 1) / 2) * width
             mean, low, high = columns([_triple(by_rating[ratings[j]]) for j in kept])
-            axes.bar(x, mean, width * 0.88, color=SERIES[i], alpha=0.85, label=name)
+            axes.bar(x, mean, width * 0.88, color=SERIES[i % len(SERIES)], alpha=0.85, label=name)
             axes.errorbar(x, mean, bars(mean, low, high), fmt="none", ecolor=INK, elinewidth=1.1)
             for middle, value, top in zip(x, mean, high, strict=True):
                 note(axes, f"{100 * value:.0f}", (middle, top), (0, 3), ha="center")
