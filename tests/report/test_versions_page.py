@@ -254,10 +254,15 @@ def test_more_reward_models_than_colours_are_drawn():
     assert len(plot.rows) == 10 and _texts(plot).count("70") == 10
 
 
-def test_numbers_beside_dots_look_alike():
-    values = [0.68, 1.4, 19.0, 312.2, 0.0, -2.25]
-    plot = figures.by_version(
-        [str(i) for i in range(6)], [figures.Panel("x", [(v, v, v) for v in values])]
-    )
-    shown = {"0.680", "1.40", "19.0", "312", "0.000", "\N{MINUS SIGN}2.25"}
-    assert shown <= set(_texts(plot))
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.68, 0.0, -0.25], ["0.680", "0.000", "\N{MINUS SIGN}0.250"]),
+        ([1.4, -0.6, 2.0], ["1.40", "\N{MINUS SIGN}0.60", "2.00"]),
+        ([19.0, 312.2], ["19", "312"]),
+    ],
+)
+def test_numbers_beside_dots_look_alike(values, shown):
+    panel = figures.Panel("x", [(value, value, value) for value in values])
+    plot = figures.by_version([f"V{i}" for i in range(len(values))], [panel])
+    assert [text for text in _texts(plot) if text in shown] == shown

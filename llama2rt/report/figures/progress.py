@@ -59,8 +59,10 @@ def _panel(axes: Axes, names: Sequence[str], panel: Panel, colour: str) -> None:
     left, right = float(low.min()), float(high.max())
     width = (right - left) or max(abs(right), 1.0)
     axes.set_xlim(left - 0.1 * width, right + 0.45 * width)
+    # Three digits of the largest, so that a panel's numbers look alike.
+    decimals = max(0, 3 - len(str(int(np.abs(mean).max())).lstrip("0")))
     for row, value, end in zip(kept, mean, high, strict=True):
-        shown = f"{100 * value:.1f} %" if panel.share else _three_digits(value)
+        shown = f"{100 * value:.1f} %" if panel.share else f"{value:.{decimals}f}"
         note(axes, shown.replace("-", "\N{MINUS SIGN}"), (end, row), (5, 0), va="center")
     if panel.share:
         axes.xaxis.set_major_formatter(percent())
@@ -69,12 +71,6 @@ def _panel(axes: Axes, names: Sequence[str], panel: Panel, colour: str) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(panel.label)
     axes.grid(axis="y", visible=False)
-
-
-def _three_digits(value: float) -> str:
-    """Alike in a column: 0.680, 1.40, 19.0, 312; at most three after the point."""
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    return f"{value:.{max(0, 3 - whole)}f}"
 
 
 def reward_by_kl(
