@@ -281,10 +281,10 @@ def _children(node: Any) -> Sequence[Any]:
 def _win_rates(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     names = list(scores)
     found: dict[tuple[str, str], Interval] = {}
-    for a, b in combinations(names, 2):
-        rate = win_rates.win_rate([*scores[a]], [*scores[b]]).rate
-        found[a, b] = rate
-        found[b, a] = Interval(1 - rate.mean, 1 - rate.high, 1 - rate.low)
+    for early, late in combinations(names, 2):
+        rate = win_rates.win_rate([*scores[late]], [*scores[early]]).rate
+        found[late, early] = rate
+        found[early, late] = Interval(1 - rate.mean, 1 - rate.high, 1 - rate.low)
 
     def table(end: str) -> list[list[float | None]]:
         return [[getattr(found.get((a, b)), end, None) for b in names] for a in names]
