@@ -38,7 +38,7 @@ CLUSTER = {
     "carbon": ("cluster.commands", "carbon", "carbon of training, the paper's table to the digit"),
     "collective": ("cluster.commands", "collective", "time of a collective by NCCL's cost model"),
     "compare": (
-        "cluster.commands",
+        "cluster.training_commands",
         "compare",
         "two clusters on the same work, and why they differ",
     ),
@@ -46,8 +46,12 @@ CLUSTER = {
     "emulate": ("cluster.emulate", "emulate", "gloo between namespaces over links of a set rate"),
     "power": ("cluster.commands", "power", "throughput and energy under a power cap"),
     "power-sweep": ("cluster.power_sweep", "power_sweep", "throughput and energy under power caps"),
-    "search": ("cluster.commands", "search", "the fastest layouts of a model that fit"),
-    "validate": ("cluster.commands", "validate", "predicted against published training runs"),
+    "search": ("cluster.training_commands", "search", "the fastest layouts of a model that fit"),
+    "validate": (
+        "cluster.training_commands",
+        "validate",
+        "predicted against published training runs",
+    ),
 }
 # Verb -> (module in llama2rt, function, what it does). A stage's verb is in `stages.STAGES`.
 COMMANDS = {

@@ -1,4 +1,4 @@
-"""A training run that nobody has started: its speed, size, energy and carbon, each with a range."""
+"""What a training run would take: speed, memory, energy and carbon, each with a range."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _MEMORY_RANGE = 0.10
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `predict` says of one layout; `step` is the time by cause."""
+    """What `predict` says of one layout; `step` is the time of a step by cause."""
 
     layout: Layout
     step: StepTime
@@ -27,8 +27,16 @@ class Prediction:
     memory_bytes: Estimate
     gpu_watts: Estimate
     gpu_hours: Estimate
-    energy_kwh: Estimate
-    tco2eq: Estimate
+
+    @property
+    def energy_kwh(self) -> Estimate:
+        """Of the GPUs alone."""
+        return product((self.gpu_hours, self.gpu_watts), 1e-3)
+
+    @property
+    def tco2eq(self) -> Estimate:
+        """Of that energy, by Llama 2's PUE and carbon intensity."""
+        return self.energy_kwh.times(carbon.KG_PER_KWH * carbon.PUE / 1000)
 
     def as_json(self) -> dict[str, object]:
         names = (
@@ -83,8 +91,6 @@ def predict(
     flops = shape.step_flops(step_tokens, layout.seq, "none")
     used = _inverse(seconds, flops / cluster.gpus / cluster.gpu.peak_flops_per_s)
     hours = seconds.times(tokens / step_tokens * cluster.gpus / 3600)
-    watts = _draw(step, cluster)
-    energy = product((hours, watts), 1e-3)
     return Prediction(
         layout,
         step,
@@ -96,10 +102,8 @@ def predict(
             _MEMORY_RANGE,
             "states and activations counted; fragments and buffers of libraries are not",
         ),
-        watts,
+        _draw(step, cluster),
         hours,
-        energy,
-        energy.times(carbon.KG_PER_KWH * carbon.PUE / 1000),
     )
 
 

@@ -211,9 +211,8 @@ def _row(cells: _Cells, where: str) -> Row:
         _layouts(cells, shape, cluster, context),
         metric,  # type: ignore[arg-type]
         cells.number("value", None),
-        cells.text("split"),
-        cells.text("group", shape.name),
-        cells.text("source"),
+        group=cells.text("group", shape.name),
+        **{name: cells.text(name) for name in ("split", "source")},
     )
 
 

@@ -6,7 +6,7 @@ not fit. Left out: context parallelism above 1 unless a whole batch has too few 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from llama2rt.cluster import calibration
@@ -86,6 +86,7 @@ def layouts(shape: Shape, cluster: Cluster, seq: int, global_batch: int) -> Iter
             continue  # sequences enough for everyone: nothing to gain from dividing them
         sequences = global_batch // ranks
         shardings = SHARDINGS if ranks * cp > 1 else ("none",)
+        whole = Layout(seq, 1, global_batch, tp=tp, pp=pp, dp=ranks, cp=cp, stack=stack)
         for sharding, recompute, size, interleave in product(
             shardings, RECOMPUTES, _MICRO_BATCHES, _INTERLEAVES
         ):
@@ -95,8 +96,12 @@ def layouts(shape: Shape, cluster: Cluster, seq: int, global_batch: int) -> Iter
                 continue
             if pp > 1 and sharding in ("zero3", "hybrid"):
                 continue  # there they are zero1
-            yield Layout(
-                seq, size, global_batch, tp, pp, ranks, cp, sharding, recompute, interleave, stack
+            yield replace(
+                whole,
+                micro_batch=size,
+                sharding=sharding,
+                recompute=recompute,
+                interleave=interleave,
             )
 
 

@@ -7,6 +7,7 @@ stands for, so several samples of one prompt are averaged before they come here:
 independent would make the interval too narrow.
 """
 
+from collections.abc import Iterator
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -59,15 +60,42 @@ def bootstrap(
         raise ValueError(f"values must be a non-empty vector, got shape {data.shape}")
     if not np.isfinite(data).all():
         raise ValueError("values must be finite")
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    rows = max(1, _DRAWS_AT_ONCE // len(data))
-    for start in range(0, resamples, rows):
-        count = min(rows, resamples - start)
-        drawn = generator.integers(0, len(data), (count, len(data)))
-        means[start : start + count] = data[drawn].mean(axis=1)
+    means = np.concatenate(
+        [data[drawn].mean(axis=1) for drawn in _resamples(len(data), resamples, seed)]
+    )
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(data.mean()), float(low), float(high))
+
+
+def bootstrap_columns(
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> list[Interval]:
+    """`bootstrap` of each column of [n, columns], equal to it up to rounding, in little more time
+    than one column takes: all are measured on the same units and share the draws."""
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 2 or not data.size:
+        raise ValueError(f"values must be [n, columns] and not empty, got shape {data.shape}")
+    if not np.isfinite(data).all():
+        raise ValueError("values must be finite")
+    units = len(data)
+    means = []
+    for drawn in _resamples(units, resamples, seed):
+        cells = drawn + units * np.arange(len(drawn))[:, None]
+        times = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        means.append(times @ data / units)
+    ends = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return [
+        Interval(float(mean), float(low), float(high))
+        for mean, low, high in zip(data.mean(axis=0), *ends, strict=True)
+    ]
+
+
+def _resamples(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices of the units drawn, int64 [some resamples, units] at a time."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, _DRAWS_AT_ONCE // units)
+    for start in range(0, resamples, rows):
+        yield generator.integers(0, units, (min(rows, resamples - start), units))
 
 
 def paired(

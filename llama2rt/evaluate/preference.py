@@ -37,15 +37,7 @@ def accuracy_table(
     counts half, as a coin would get it; `ties` says how many there were. ValueError for no pairs,
     unequal lengths, an unknown rating or a score that is not finite.
     """
-    first = np.asarray(chosen, dtype=np.float64)
-    second = np.asarray(rejected, dtype=np.float64)
-    if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise ValueError(
-            "chosen and rejected must be equally long non-empty vectors, "
-            f"got shapes {first.shape} and {second.shape}"
-        )
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("chosen and rejected scores must be finite")
+    first, second = paired_scores(chosen, rejected)
     labels = [UNRATED if rating is None else rating for rating in ratings or [None] * len(first)]
     if len(labels) != len(first):
         raise ValueError(f"ratings must have {len(first)} entries, got {len(labels)}")
@@ -71,3 +63,17 @@ def accuracy_table(
                 }
             )
     return rows
+
+
+def paired_scores(chosen: ArrayLike, rejected: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides as fp64 [n]; ValueError for no pairs, unequal lengths or a score not finite."""
+    first = np.asarray(chosen, dtype=np.float64)
+    second = np.asarray(rejected, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise ValueError(
+            "chosen and rejected must be equally long non-empty vectors, "
+            f"got shapes {first.shape} and {second.shape}"
+        )
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("chosen and rejected scores must be finite")
+    return first, second

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llama2rt.evaluate.intervals import bootstrap, paired, wilson
+from llama2rt.evaluate.intervals import bootstrap, bootstrap_columns, paired, wilson
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 10), (10, 10), (1, 1), (7, 20), (912, 1000)])
@@ -71,3 +71,13 @@ def test_pairing_removes_the_difficulty_prompts_share():
     assert bootstrap(a).high - bootstrap(a).low > 1
     with pytest.raises(ValueError, match="pair up"):
         paired([1.0, 2.0], [1.0])
+
+
+def test_columns_are_bootstraps_of_their_own():
+    values = np.random.default_rng(0).normal(size=(700, 3)) * [1.0, 10.0, 0.0]
+    for column, got in zip(values.T, bootstrap_columns(values, seed=3), strict=True):
+        assert got == pytest.approx(bootstrap(column, seed=3), rel=1e-9, abs=1e-12)
+    with pytest.raises(ValueError, match=r"values must be \[n, columns\]"):
+        bootstrap_columns([1.0, 2.0])
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_columns([[1.0, np.nan]])
