@@ -58,12 +58,12 @@ class AnnotatorOptions(BaseModel):
             if (folder := getattr(self, key)) is not None and folder not in to_come:
                 _load(folder, expected, f"annotator.{key}", "meta")
         if self.python is not None:
-            _function(self.python)
+            named_function(self.python, "annotator.python")
 
     def annotator(self, pairs_file: Path, device: str) -> Annotator:
         """Ready to compare; models in fp32 on `device`. `pairs_file` is what people judge from."""
         if self.python is not None:
-            made: Annotator = _function(self.python)(*self.files)
+            made: Annotator = named_function(self.python, "annotator.python")(*self.files)
             return made
         if self.judge is not None:
             return JudgeAnnotator(*_load(self.judge, Llama, "annotator.judge", device))
@@ -88,9 +88,10 @@ def _load(folder: Path, expected: type, key: str, device: str) -> tuple[Any, Tok
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def _function(name: str) -> Any:
+def named_function(name: str, key: str) -> Any:
+    """What a recipe's `key` names as package.module:function; InputError where it is not there."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"annotator.python: {name}: {error}") from None
+        raise InputError(f"{key}: {name}: {error}") from None

@@ -10,7 +10,7 @@ a file or folder of its run directory; `@sft` and `@base` are the plan's own.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -126,13 +126,21 @@ def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path
     return [step.directory / "model" for step in plan if step.stage.name in POLICIES][-1]
 
 
-def numbers(plan: list[Resolved]) -> dict[str, Any]:
-    """What the table and the figures of versions are made of."""
-    summaries = {
-        step.name: manifest.read(step.directory / manifest.FILE)["summary"] for step in plan
-    }
-    last = [step.name for step in plan if step.stage.name == "evaluate"][-1]
-    return {**summaries[last], "reward_models": {}}
+def numbers(plan: Sequence[Resolved]) -> dict[str, Any]:
+    """What the report shows: the last comparison of versions, the newest reward models, and every
+    refresh of each kind, by batch."""
+    found: dict[str, Any] = {"reward_models": {}, "drift": {}}
+    for step in plan:
+        summary = manifest.read(step.directory / manifest.FILE)["summary"]
+        if step.stage.name == "evaluate":
+            found |= summary
+        elif step.stage.name == "reward":
+            kind = summary["kind"]
+            found["reward_models"][kind] = summary
+            # The newest batch alone: the earlier ones were new to the models of their time.
+            for batch, row in list(summary.get("drift", {}).items())[-1:]:
+                found["drift"].setdefault(kind, {})[batch] = row
+    return found
 
 
 class Plan:

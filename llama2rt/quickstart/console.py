@@ -23,7 +23,7 @@ def summary(directory: Path, numbers: dict[str, Any]) -> None:
             f"{helpful['low']:.3f}\N{EN DASH}{helpful['high']:.3f}",
             f"{unsafe['mean']:.0%}",
             f"{version['correct']['mean']:.0%}",
-            f"{version['words']:.1f}",
+            f"{version['words']['mean']:.1f}",
         )
     _console.print()
     _console.print(table)

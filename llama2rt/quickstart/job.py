@@ -15,6 +15,16 @@ from llama2rt.quickstart import data, evaluation, page
 from llama2rt.quickstart.plan import KINDS, QuickstartPlan
 from llama2rt.quickstart.recipe import QuickstartRecipe
 from llama2rt.run import Run, hash_path
+from llama2rt.stages.evaluate import read_answers
+
+# What the evaluate step measured and the report shows.
+COMPARED = (
+    "win_rates",
+    "reward_win_rates",
+    "best_of",
+    "length_correlation",
+    "reward_against_judge",
+)
 
 
 def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -34,21 +44,26 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
     plan = run_plan(
         QuickstartPlan(recipe, files, directory / "init", keys).steps(), directory, clock
     )
-    with clock.phase("judge", "the judge reads every version's answers"):
-        measured = evaluation.measure(directory / "evaluate", data.read_keys(keys))
-    with clock.phase("report", "figures and tables"):
+    with clock.phase("report", "the judge's verdicts, figures and tables"):
+        found = read_report(directory / "evaluate")
+        answers = read_answers(directory / "evaluate")
+        reward_models = {
+            kind: read_report(directory / f"reward-{kind}-{recipe.batches}") for kind in KINDS
+        }
         numbers = {
             "seconds": clock.total(),
             "peak_memory_bytes": clock.peak_memory_bytes(),
             "seed": recipe.seed,
             "parameters": recipe.shape.parameters,
             "phases": dict(clock.seconds),
-            "reward_models": {
-                kind: read_report(directory / f"reward-{kind}-{recipe.batches}") for kind in KINDS
+            "reward_models": reward_models,
+            "drift": {
+                kind: model["drift"] for kind, model in reward_models.items() if "drift" in model
             },
-            **measured.numbers,
+            **{key: found[key] for key in COMPARED},
+            **evaluation.judged(answers, found["versions"], data.read_keys(keys)),
         }
-        page.write(directory, plan, numbers, measured)
+        page.write(directory, plan, numbers)
     job.finish(
         seconds=numbers["seconds"],
         data={

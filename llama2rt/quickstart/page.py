@@ -6,24 +6,36 @@ from typing import Any
 
 from llama2rt import report
 from llama2rt.pipeline.plan import Resolved
-from llama2rt.quickstart.evaluation import Measured
-from llama2rt.report import figures, single_run
+from llama2rt.report import single_run, versions
+from llama2rt.report.versions import Column
+
+COLUMNS = (
+    Column("helpfulness", "helpfulness"),
+    Column("unsafe", "unsafe", share=True),
+    Column("correct", "correct", share=True),
+)
+NOTES = {
+    versions.VERSIONS: "The judge knows the right answers and read them only here: helpfulness is "
+    "at least half correctness, unsafe is giving away the passcode.",
+    versions.REWARD_MODELS: "Trained on simulated annotators' comparisons of the chat model's and "
+    "of RLHF-V1's answers; measured on prompts whose task instances occur in no training file.",
+    versions.SAMPLING: "What rejection sampling can gain, and at which temperature (Llama 2, "
+    "Figures 7 and 8).",
+}
 
 
-def write(
-    directory: Path, plan: Sequence[Resolved], numbers: Mapping[str, Any], measured: Measured
-) -> None:
+def write(directory: Path, plan: Sequence[Resolved], numbers: Mapping[str, Any]) -> None:
     """Both files; report.json last, since its presence says that the job is done."""
-    versions = numbers["versions"]
-    first, last = versions[0], next(v for v in versions if v["name"] == "RLHF-V2 + PPO")
+    rows = numbers["versions"]
+    first, last = rows[0], next(row for row in rows if row["name"] == "RLHF-V2 + PPO")
+    compared = versions.sections(numbers, columns=COLUMNS, notes=NOTES)
     report.write(
         directory / "report.html",
         "llama2rt quickstart",
         [
-            _versions(numbers),
+            compared[0],
             _answers(numbers),
-            _reward_models(numbers, measured),
-            _sampling(numbers),
+            *compared[1:],
             *_training(plan),
             report.Section(
                 "This run",
@@ -67,77 +79,11 @@ def write(
     report.write_json(directory / "report.json", numbers)
 
 
-def _versions(numbers: Mapping[str, Any]) -> report.Section:
-    rows = numbers["versions"]
-    helpful, unsafe, correct = (
-        [(row[key]["mean"], row[key]["low"], row[key]["high"]) for row in rows]
-        for key in ("helpfulness", "unsafe", "correct")
-    )
-    names = [row["name"] for row in rows]
-    wins = numbers["win_rates"]
-    return report.Section(
-        "Versions",
-        [
-            figures.versions(names, helpful, unsafe),
-            report.Table(
-                ("version", "helpfulness", "correct", "unsafe", "reward", "words", "cut"),
-                [
-                    (
-                        row["name"],
-                        helpful[i],
-                        correct[i],
-                        unsafe[i],
-                        row["reward"],
-                        row["words"],
-                        row["cut_share"],
-                    )
-                    for i, row in enumerate(rows)
-                ],
-                "Mean and 95 % interval over held-out prompts; temperature 1. Reward is the reward "
-                "models' logit; words and the share of answers cut short are means.",
-            ),
-            figures.win_matrix(wins["names"], wins["row_over_column"]),
-        ],
-        "The judge knows the right answers and read them only here: helpfulness is at least half "
-        "correctness, unsafe is giving away the passcode.",
-    )
-
-
 def _answers(numbers: Mapping[str, Any]) -> report.Section:
     samples = [report.Answers(**answer) for answer in numbers["answers"]]
     return report.Section(
         "Answers",
         [report.Dialogues(samples, "The first prompt of each kind, with the judge's verdicts.")],
-    )
-
-
-def _reward_models(numbers: Mapping[str, Any], measured: Measured) -> report.Section:
-    tables = {kind: model["intervals"] for kind, model in numbers["reward_models"].items()}
-    rewards = {
-        name: [response.reward for group in groups for response in group]
-        for name, groups in measured.responses.items()
-    }
-    return report.Section(
-        "Reward models",
-        [
-            figures.accuracy_by_rating(tables),
-            figures.reward_distribution(rewards),
-            figures.length_correlation(measured.correlations),
-        ],
-        "Trained on simulated annotators' comparisons of the chat model's answers; measured on "
-        "prompts whose task instances occur in no training file.",
-    )
-
-
-def _sampling(numbers: Mapping[str, Any]) -> report.Section:
-    curves = numbers["best_of"]
-    return report.Section(
-        "More samples",
-        [
-            figures.best_of_n({name: by[1.0] for name, by in curves.items()}),
-            figures.temperatures(curves),
-        ],
-        "What rejection sampling can gain, and at which temperature (Llama 2, Figures 7 and 8).",
     )
 
 

@@ -26,7 +26,7 @@ from llama2rt.rollout.reward import RewardOptions
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.stages.annotate import AnnotateRecipe, file_name
 from llama2rt.stages.dpo import DpoRecipe
-from llama2rt.stages.evaluate import CurveOptions, EvaluateRecipe
+from llama2rt.stages.evaluate import CurveOptions, EvaluateRecipe, JudgeOptions
 from llama2rt.stages.ppo import PpoRecipe
 from llama2rt.stages.pretrain import PretrainRecipe
 from llama2rt.stages.rejection import RejectionRecipe
@@ -236,6 +236,7 @@ class QuickstartPlan:
             data=[self.data["evaluation"]],
             samples=2,
             curves=CurveOptions(versions=["SFT", "RLHF-V2"]),
+            judge=JudgeOptions(python="llama2rt.quickstart.evaluation:worth", files=[self.keys]),
             sampling=self._sampling,
             seed=self.recipe.seed,
         )

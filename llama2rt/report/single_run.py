@@ -12,7 +12,7 @@ from typing import Any
 
 from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
-from llama2rt.report import figures, html, training
+from llama2rt.report import html, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
 
@@ -27,9 +27,9 @@ def of_run(
     """Write report.html and report.json into a run directory; return the path of the page.
 
     report.json holds the manifest's summary, which is what the stage gave to `Run.finish`, and
-    `numbers`. sections: put before the training curves. A summary with "intervals" (the rows of
-    `preference.accuracy_table`) gets its bars. InputError where the folder holds neither a
-    manifest nor metrics.
+    `numbers`. sections: put before the training curves. A summary of a reward model or of versions
+    (`evaluate.diagnostics`) gets its figures. InputError where the folder holds neither a manifest
+    nor metrics.
     """
     directory = Path(directory)
     manifest, metrics = read_manifest(directory), read_metrics(directory / "metrics.jsonl")
@@ -46,15 +46,22 @@ def of_run(
             **(numbers or {}),
         },
     )
-    if rows := summary.get("intervals"):
-        accuracy = figures.accuracy_by_rating({str(summary.get("kind", "reward model")): rows})
-        sections = [*sections, html.Section("Held-out accuracy", [accuracy])]
+    sections = [*sections, *compared(summary)]
     return html.write(
         directory / "report.html",
         title,
         [*sections, *training_sections(metrics), html.Section("This run", facts(directory))],
         subtitle=_status(manifest, metrics),
     )
+
+
+def compared(summary: Mapping[str, Any]) -> list[html.Section]:
+    """The sections that a summary of versions, or of a reward model, calls for."""
+    if "intervals" in summary:
+        name = str(summary.get("kind", "reward model"))
+        drift = {name: summary["drift"]} if "drift" in summary else {}
+        return versions.sections({"reward_models": {name: summary}, "drift": drift})
+    return versions.sections(summary) if "versions" in summary else []
 
 
 def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section]:

@@ -25,7 +25,7 @@ from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
-from llama2rt.evaluate import preference
+from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
 from llama2rt.rollout.scoring import score_tokens
@@ -163,8 +163,8 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         numbers |= evaluate(*scores, inputs.held_out)
         if recipe.previous is not None:
             previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
-            scores = score(previous, inputs.held_out_pairs, options.micro_tokens)
-            numbers["previous"] = evaluate(*scores, inputs.held_out)
+            before = score(previous, inputs.held_out_pairs, options.micro_tokens)
+            numbers["drift"] = drift(before, scores, inputs.held_out)
     native.save(model, inputs.tokenizer, run.model_directory)
     report.finish(run, numbers)
     return run.model_directory
@@ -306,23 +306,9 @@ def score(
 def evaluate(
     chosen: np.ndarray, rejected: np.ndarray, comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
-    """Accuracy by rating and on average with intervals (Table 8), the average of each source where
-    there are several and, where safety is labelled, the share of unsafe responses that score below
-    0.5 (Table 29)."""
-    ratings = [comparison.rating for comparison in comparisons]
-    table = preference.accuracy_table(chosen, rejected, ratings)
-    numbers: dict[str, Any] = {
-        "accuracy": {row["rating"]: row["mean"] for row in table},
-        "intervals": table,
-    }
-    origins = np.array([comparison.source or "none" for comparison in comparisons])
-    if len(names := np.unique(origins)) > 1:
-        numbers["sources"] = {
-            str(name): preference.accuracy_table(
-                chosen[origins == name], rejected[origins == name]
-            )[-1]
-            for name in names
-        }
+    """`diagnostics.of_reward_model` (Table 8) and, where safety is labelled, the share of unsafe
+    responses that score below 0.5 (Table 29)."""
+    numbers = diagnostics.of_reward_model(chosen, rejected, comparisons)
     labels = [comparison.safety for comparison in comparisons]
     unsafe = np.concatenate(
         [
@@ -333,3 +319,21 @@ def evaluate(
     if len(unsafe):
         numbers["unsafe_recall"] = float((unsafe < 0).mean())
     return numbers
+
+
+def drift(
+    before: tuple[np.ndarray, np.ndarray],
+    after: tuple[np.ndarray, np.ndarray],
+    comparisons: Sequence[Comparison],
+) -> dict[str, Any]:
+    """`diagnostics.drift` of the scores of the replaced model and of the new one, by the source of
+    the comparisons, which is the batch where a plan has collected them."""
+    sources = np.array([comparison.source or "none" for comparison in comparisons])
+    scores = {}
+    for source in dict.fromkeys(sources.tolist()):
+        of_source = sources == source
+        scores[source] = {
+            when: (chosen[of_source], rejected[of_source])
+            for when, (chosen, rejected) in (("before", before), ("after", after))
+        }
+    return diagnostics.drift(scores)
