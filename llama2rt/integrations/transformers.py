@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2rt import ops
+from llama2rt.integrations.transformers_loss import loss
 from llama2rt.ops.embedding import embedding
 
 TESTED = ("5.22", "5.23", "5.24")
@@ -305,7 +306,7 @@ class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
         inputs = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")}
         outputs = self.model(**inputs)
         return CausalLMOutputWithPast(
-            loss=_loss(outputs.last_hidden_state, self.lm_head.weight, **kwargs),
+            loss=loss(outputs.last_hidden_state, self.lm_head.weight, **kwargs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},
@@ -318,35 +319,6 @@ class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
             and _is_plain(self.lm_head, nn.Linear)
             and self.lm_head.bias is None
         )
-
-
-def _loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """Cross-entropy (nats) of the labels [B, S], each predicted by the token before it, or of
-    shift_labels [B, S] at their own places; averaged over those that are not ignore_index, or
-    summed and divided by num_items_in_batch."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, targets = hidden.flatten(0, 1), shift_labels.flatten().to(hidden.device)
-    if len(targets) != len(hidden):
-        raise ValueError(f"labels: expected {len(hidden)}, one a token, got {len(targets)}")
-    rows = (targets != ignore_index).nonzero()[:, 0]
-    targets = targets.index_select(0, rows)
-    # Another negative one is a mistake, and to token_logprob one more token not to predict.
-    targets = targets.masked_fill(targets < 0, weight.shape[0])
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    hidden = hidden.index_select(0, rows)
-    logprob = ops.token_logprob(hidden.to(dtype), weight.to(dtype), targets)
-    assert isinstance(logprob, Tensor)
-    return -logprob.sum() / (len(rows) if num_items_in_batch is None else num_items_in_batch)
 
 
 _OURS: dict[type, type] = {
