@@ -39,8 +39,9 @@ def combine(helpful: Tensor, safe: Tensor, is_safety: Tensor, threshold: float =
     """Llama 2's piecewise reward Rc (section 3.2.3) on scores in (0, 1), all [n].
 
     On a safety prompt (`is_safety`, bool), and where the safety score is below `threshold`, the
-    reward is the safety score; elsewhere it is the helpfulness score. 0.15 has precision 0.89 and recall 0.55 on Meta
-    Safety. Scores are sigmoids of the reward models' outputs; raw outputs are refused.
+    reward is the safety score; elsewhere it is the helpfulness score. 0.15 has precision 0.89 and
+    recall 0.55 on Meta Safety. Scores are sigmoids of the reward models' outputs: ValueError for
+    raw ones.
     """
     for name, score in (("helpful", helpful), ("safe", safe)):
         if score.numel() and not (score.min() >= 0 and score.max() <= 1):
