@@ -35,7 +35,7 @@ _POLL_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Energy:
-    """What was drawn in ``seconds``: joules by device, and for what has none, why."""
+    """What was drawn in `seconds`: joules by device, and for what has none, why."""
 
     seconds: float
     joules: Mapping[str, float] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Energy:
         return sum(self.joules.values()) if self.joules else None
 
     def joules_per(self, count: float) -> float | None:
-        """Joules a token, a step, a call; None where nothing was measured or ``count`` is 0."""
+        """Joules a token, a step, a call; None where nothing was measured or `count` is 0."""
         total = self.total_joules
         return None if total is None or not count else total / count
 
@@ -178,10 +178,10 @@ class SampledPower:
 
 
 class EnergyMeter:
-    """Counts joules from ``with`` to its end, or from one `lap` to the next.
+    """Counts joules from `with` to its end, or from one `lap` to the next.
 
     gpus: their UUIDs ("GPU-..."), as `gpu_uuid` gives them. host: also CPUs and DRAM. After the
-    block, ``energy`` holds the whole of it. Costs a few file reads or driver calls a lap (not
+    block, `energy` holds the whole of it. Costs a few file reads or driver calls a lap (not
     timed: well under a millisecond each). Errors never stop the work: they end up as reasons.
     """
 
@@ -279,7 +279,7 @@ class EnergyMeter:
 
 
 def of_device(device: Any, *, host: bool = True) -> EnergyMeter:
-    """A meter of the GPU behind a torch ``device`` (none for a CPU) and of the host."""
+    """A meter of the GPU behind a torch `device` (none for a CPU) and of the host."""
     return EnergyMeter([gpu_uuid(device)] if device.type == "cuda" else [], host=host)
 
 
@@ -293,7 +293,7 @@ def gpu_uuid(device: Any) -> str:
 def nvml_counters(
     gpus: Iterable[str], clock: Callable[[], float] = time.monotonic
 ) -> tuple[list[Counter], dict[str, str]]:
-    """Counters of ``gpus`` (UUIDs), and for each GPU without one the reason."""
+    """Counters of `gpus` (UUIDs), and for each GPU without one the reason."""
     try:
         nvml = nvml_module()
     except OSError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 class InputError(ValueError):
     """Bad input from a user: a file, a record, a recipe key.
 
-    The message says where (``FILE:LINE`` or the key), what was found and what was expected. The
+    The message says where (`FILE:LINE` or the key), what was found and what was expected. The
     command line prints it without a traceback and exits with status 2.
     """
 

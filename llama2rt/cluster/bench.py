@@ -1,4 +1,4 @@
-"""``llama2rt cluster bench``: collectives measured under torchrun, size by size.
+"""`llama2rt cluster bench`: collectives measured under torchrun, size by size.
 
 Each size is checked against what the collective must yield, before and after it is timed, and is on
 disk before the next one starts: Ctrl-C, a rank that dies or a kill leave every finished row.
@@ -134,7 +134,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others; ``control`` is a gloo group for everything untimed."""
+    """This process among the others; `control` is a gloo group for everything untimed."""
 
     rank: int
     ranks: int
@@ -142,13 +142,13 @@ class Ranks:
     control: Any
 
     def worst(self, value: float) -> float:
-        """The largest ``value`` of all ranks."""
+        """The largest `value` of all ranks."""
         tensor = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.item()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, on rank 0; the others get an empty list."""
+        """Every rank's `value`, on rank 0; the others get an empty list."""
         values: list[Any] | None = [None] * self.ranks if self.rank == 0 else None
         dist.gather_object(value, values, 0, group=self.control)
         return values or []
@@ -157,7 +157,7 @@ class Ranks:
 def measure(
     ranks: Ranks, operation: Operation, total_bytes: int, plan: Plan, meter: energy.EnergyMeter
 ) -> dict[str, Any]:
-    """One row of the record: ``operation`` over ``total_bytes``, checked and timed.
+    """One row of the record: `operation` over `total_bytes`, checked and timed.
 
     Every rank must call it; rank 0 gets the row, the others an empty one. {"skipped": reason} where
     the size does not divide or fit. OSError where a rank got a wrong result.

@@ -51,7 +51,7 @@ class Link:
     def start(
         self, end: int, command: Sequence[str], environment: Mapping[str, str]
     ) -> "subprocess.Popen[str]":
-        """``command`` in the namespace of ``end`` (0 or 1); it dies with this process."""
+        """`command` in the namespace of `end` (0 or 1); it dies with this process."""
         return subprocess.Popen(
             [*_inside(self.holders[end]), *command],
             env=dict(environment),

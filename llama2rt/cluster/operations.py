@@ -27,7 +27,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass(frozen=True)
 class Piece:
-    """``length`` elements of a result from ``start`` on, repeating ``pattern`` [period]."""
+    """`length` elements of a result from `start` on, repeating `pattern` [period]."""
 
     start: int
     length: int
@@ -36,11 +36,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Operation:
-    """One collective over n ranks and a total buffer of ``elements`` fp32 numbers.
+    """One collective over n ranks and a total buffer of `elements` fp32 numbers.
 
     factor(n): bus bandwidth over algorithm bandwidth. input_shards, output_shards: whether that
     buffer is 1/n of the total; output None: the call works in place. call(output, input) runs it
-    on the default group. expected(rank, n, elements): the pieces of ``rank``'s output.
+    on the default group. expected(rank, n, elements): the pieces of `rank`'s output.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Operation:
     def buffers(
         self, rank: int, ranks: int, elements: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """(output, input), the input filled with ``rank``'s pattern, the output with NaN."""
+        """(output, input), the input filled with `rank`'s pattern, the output with NaN."""
         source = torch.empty(elements // ranks if self.input_sharded else elements, device=device)
         if self.in_place:
             self.refill(source, source, rank)
@@ -76,7 +76,7 @@ class Operation:
         _repeat(source, pattern(rank))
 
     def first_error(self, output: Tensor, rank: int, ranks: int, elements: int) -> str | None:
-        """Where ``output`` first differs from what the collective must yield; None if nowhere."""
+        """Where `output` first differs from what the collective must yield; None if nowhere."""
         for piece in self.expected(rank, ranks, elements):
             found = output[piece.start : piece.start + piece.length]
             index = _first_difference(found, piece.pattern.to(output.device))
@@ -87,7 +87,7 @@ class Operation:
 
 
 def pattern(rank: int, offset: int = 0) -> Tensor:
-    """What ``rank`` puts at positions offset, offset + 1, ...: integers in [0, 251), one period."""
+    """What `rank` puts at positions offset, offset + 1, ...: integers in [0, 251), one period."""
     return ((torch.arange(_PERIOD) + offset) * 7 + rank * 31).remainder(_PERIOD).float()
 
 
@@ -178,13 +178,13 @@ OPERATIONS = {
 def bandwidths_bytes_per_s(
     operation: str, total_bytes: int, ranks: int, seconds: float
 ) -> tuple[float, float]:
-    """(algorithm, bus) bandwidth of moving S = ``total_bytes`` in ``seconds``, in bytes/s."""
+    """(algorithm, bus) bandwidth of moving S = `total_bytes` in `seconds`, in bytes/s."""
     algorithm = total_bytes / seconds
     return algorithm, algorithm * OPERATIONS[operation].factor(ranks)
 
 
 def gloo_excess(operation: str, ranks: int) -> float:
-    """Bytes that one of two or more ranks sends through gloo, over those that ``factor`` counts.
+    """Bytes that one of two or more ranks sends through gloo, over those that `factor` counts.
 
     torch's gloo has no reduce-scatter: it sums everything everywhere, as an all-reduce, of which
     each rank keeps its share. So its bus bandwidth is half of a link's rate where the link is full.

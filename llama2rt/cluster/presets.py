@@ -52,7 +52,7 @@ class Port:
 
 
 def settings(fabric: Fabric, infiniband: Path = INFINIBAND) -> list[Setting]:
-    """The variables of ``fabric`` on this host, whose adapters lie below ``infiniband``."""
+    """The variables of `fabric` on this host, whose adapters lie below `infiniband`."""
     if fabric == "tcp":
         return [
             Setting("NCCL_IB_DISABLE", "1", "no RDMA: the control of the comparison", True),
@@ -99,7 +99,7 @@ def settings(fabric: Fabric, infiniband: Path = INFINIBAND) -> list[Setting]:
 
 
 def apply(chosen: list[Setting], environment: MutableMapping[str, str]) -> list[str]:
-    """Set what ``environment`` does not hold yet; one line to print for each variable.
+    """Set what `environment` does not hold yet; one line to print for each variable.
 
     InputError where it already holds the opposite of a variable that decides on the fabric.
     """

@@ -1,11 +1,9 @@
-"""``llama2rt check FILE --as KIND``: is the file good, and what is in it.
+"""`llama2rt check FILE --as KIND`: is the file good, and what is in it.
 
 Numbers that tell whether a file is what its owner thinks it is: counts, lengths in characters and
 in turns, labels, exact duplicates, and what was skipped, left out or not used. Lengths in tokens
 would need a tokenizer, which a file of records does not have.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,12 +21,12 @@ OF_ROWS = ("ignored_keys", "known_keys_not_used")
 
 
 def check(path: Paths, kind: str, skip_invalid: int = 0) -> dict[str, Any]:
-    """Read ``path`` as records of ``kind`` and describe them, JSON-able. InputError with FILE:LINE
-    on the first bad record beyond ``skip_invalid`` tolerated ones.
+    """Read `path` as records of `kind` and describe them, JSON-able. InputError with FILE:LINE
+    on the first bad record beyond `skip_invalid` tolerated ones.
 
-    ``ignored_keys`` are those that nothing reads, by their rows; ``known_keys_not_used`` likewise,
-    where the rows' format is known to carry them; ``left_out`` what a rule leaves out, by reason;
-    ``warnings`` what a stage would say of each file.
+    `ignored_keys` are those that nothing reads, by their rows; `known_keys_not_used` likewise,
+    where the rows' format is known to carry them; `left_out` what a rule leaves out, by reason;
+    `warnings` what a stage would say of each file.
     """
     reader = Reader(path, kind, skip_invalid)
     records = list(reader)
@@ -49,7 +47,7 @@ def check(path: Paths, kind: str, skip_invalid: int = 0) -> dict[str, Any]:
 
 
 def print_check(result: dict[str, Any], console: Console | None = None) -> None:
-    """``check``'s result as tables for a reader."""
+    """`check`'s result as tables for a reader."""
     console = console or Console()
     title = f"{result['records']} {result['kind']}s in {', '.join(result['files'])}"
     console.print(title, style="bold", soft_wrap=True, highlight=False, markup=False)
@@ -147,7 +145,7 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def _counts(values: Iterable[str | None], order: Sequence[str] = ()) -> dict[str, int]:
-    """Counts by value, in ``order`` where one is given, else most frequent first; empty where no
+    """Counts by value, in `order` where one is given, else most frequent first; empty where no
     record says anything."""
     counter = Counter(value or "none" for value in values)
     names = [*order, "none"] if order else [name for name, _ in counter.most_common()]

@@ -1,11 +1,9 @@
 """One file's rows, made records: which format, which keys count, what is left out and counted.
 
-A row's own keys (``kind``, ``rating``, ``safety``, ``source``, a prompt's ``id``) count whatever
+A row's own keys (`kind`, `rating`, `safety`, `source`, a prompt's `id`) count whatever
 format it is in, and are validated as in our own form; a recipe's word on the whole file
-(``Source``) stands behind them, and behind that what the format says.
+(`Source`) stands behind them, and behind that what the format says.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
@@ -117,8 +115,8 @@ class FileCounts:
 
 
 class FileReader:
-    """Makes records of the rows of ``source``; ``counts`` grows as it does. ``first_seen`` holds
-    the ids of prompts met so far, in all files, with their FILE:LINE; ``name`` stands in the ids of
+    """Makes records of the rows of `source`; `counts` grows as it does. `first_seen` holds
+    the ids of prompts met so far, in all files, with their FILE:LINE; `name` stands in the ids of
     prompts that have none."""
 
     def __init__(
@@ -226,7 +224,7 @@ class FileReader:
         return own
 
     def _add_system_message(self, row: Row, objects: list[Row], used: set[str]) -> None:
-        """A text ``system`` beside a conversation is its system message, as many ShareGPT files
+        """A text `system` beside a conversation is its system message, as many ShareGPT files
         have it; without it the model would learn to answer so unasked."""
         where = _CONVERSATION.get(self.kind)
         if where is None or "system" in used:

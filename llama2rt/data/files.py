@@ -5,8 +5,6 @@ Parquet files and folders of a saved Hugging Face dataset. Read as a stream, an 
 is not read here: nested folders, CSV, compressed Parquet inside archives.
 """
 
-from __future__ import annotations
-
 import gzip
 import zlib
 from collections.abc import Iterator

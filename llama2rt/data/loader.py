@@ -3,11 +3,9 @@
 A loader's whole state is (epoch, position in the epoch); the order of an epoch is a permutation
 drawn from (seed, epoch) alone and is computed again on resume, never stored. Every epoch hands out
 every example once: the last step of an epoch may be smaller, and nothing is carried into the next.
-``next()`` returns the micro-batches of one optimizer step. No worker processes: packing a step
+`next()` returns the micro-batches of one optimizer step. No worker processes: packing a step
 takes microseconds next to the step itself.
 """
-
-from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +30,7 @@ Step = TypeVar("Step")
 
 
 class _Loader(Generic[Step]):
-    """Order, epochs and resumption of ``size`` items, ``batch_size`` a step."""
+    """Order, epochs and resumption of `size` items, `batch_size` a step."""
 
     def __init__(self, size: int, batch_size: int, seed: int, epochs: int | None) -> None:
         if size < 1:
@@ -51,7 +49,7 @@ class _Loader(Generic[Step]):
         return -(-self._size // self._batch_size)
 
     def _assemble(self, indices: np.ndarray) -> list[Step]:
-        """Micro-batches of the items ``indices``."""
+        """Micro-batches of the items `indices`."""
         raise NotImplementedError
 
     def _start_epoch(self) -> np.ndarray:
@@ -81,7 +79,7 @@ class _Loader(Generic[Step]):
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken. InputError when the data, seed or batch size are
+        """Continue where `state_dict` was taken. InputError when the data, seed or batch size are
         not those of the saved run, because the sequence would silently differ."""
         for key, value in self._identity().items():
             if state.get(key) != value:
@@ -109,8 +107,8 @@ def _require_fit(lengths: Sequence[int], micro_tokens: int) -> None:
 
 
 class ExampleLoader(_Loader[Batch]):
-    """Steps of ``batch_size`` examples in micro-batches of at most ``micro_tokens`` tokens, for
-    ``epochs`` epochs (None: for ever). InputError where an example is longer than that."""
+    """Steps of `batch_size` examples in micro-batches of at most `micro_tokens` tokens, for
+    `epochs` epochs (None: for ever). InputError where an example is longer than that."""
 
     def __init__(
         self,
@@ -133,8 +131,8 @@ class ExampleLoader(_Loader[Batch]):
 
 
 class PairLoader(_Loader[PairBatch]):
-    """Steps of ``batch_size`` (chosen, rejected) pairs in micro-batches of at most ``micro_tokens``
-    tokens, both sides counted; each of ``extras`` holds one number a pair and travels with it."""
+    """Steps of `batch_size` (chosen, rejected) pairs in micro-batches of at most `micro_tokens`
+    tokens, both sides counted; each of `extras` holds one number a pair and travels with it."""
 
     def __init__(
         self,
@@ -168,15 +166,15 @@ class PairLoader(_Loader[PairBatch]):
 
 
 class TokenLoader(_Loader[Batch]):
-    """Windows of ``context`` tokens over one or more token files, about ``batch_tokens`` tokens a
-    step (a whole number of windows) in micro-batches of at most ``micro_tokens``.
+    """Windows of `context` tokens over one or more token files, about `batch_tokens` tokens a
+    step (a whole number of windows) in micro-batches of at most `micro_tokens`.
 
     A file is read as a ring, cut into windows from a random place that differs each time through
     it, and the windows come in random order; going through it once predicts every token once.
     Documents inside a window begin at BOS and do not see each other; a window that begins inside a
     document starts at position 0 there, and nothing predicts a BOS.
 
-    ``weights`` (one a file, any scale; section 2.1 up-samples the most factual sources) sets the
+    `weights` (one a file, any scale; section 2.1 up-samples the most factual sources) sets the
     shares of the windows handed out; without them every file is gone through once an epoch. With
     them an epoch still hands out as many windows as the files hold, each file continuing where it
     stood: an up-sampled one is gone through more often, never with replacement.

@@ -1,14 +1,12 @@
 """The five records that files hold and stages pass to each other, and what makes one valid.
 
-``from_json`` is strict about meaning (roles in turn, ratings by name, finite numbers, nothing
+`from_json` is strict about meaning (roles in turn, ratings by name, finite numbers, nothing
 blank) and its messages name the key, so that a reader only adds FILE:LINE. Constructors do not
-check: records made by the library itself are right by construction, and go through ``from_json``
+check: records made by the library itself are right by construction, and go through `from_json`
 when they are read back. A null key is an absent key at every level, because Arrow's structs and
 many writers spell it so. Keys that a record does not have are left to the reader, which counts
 them, unless one looks like a misspelt key of ours.
 """
-
-from __future__ import annotations
 
 import difflib
 import json
@@ -37,7 +35,7 @@ class _Record:
     """keys that our own files hold beside the record's, for other readers than these"""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able object that ``from_json`` reads back; None and empty fields are left out."""
+        """A JSON-able object that `from_json` reads back; None and empty fields are left out."""
         return {
             key: value
             for key, value in asdict(self).items()  # type: ignore[call-overload]
@@ -94,7 +92,7 @@ class Dialogue(_Record):
 
 @dataclass(frozen=True)
 class Prompt(_Record):
-    """A conversation to be answered. ``kind`` decides which reward model rules in RLHF."""
+    """A conversation to be answered. `kind` decides which reward model rules in RLHF."""
 
     id: str
     messages: Messages
@@ -183,7 +181,7 @@ RECORDS: dict[str, type[Record]] = {
 
 
 def without_nulls(value: Any) -> Any:
-    """``value`` without the keys of objects, at any depth, whose value is null."""
+    """`value` without the keys of objects, at any depth, whose value is null."""
     try:
         return _without_nulls(value)
     except RecursionError:
@@ -198,7 +196,7 @@ def _without_nulls(value: Any) -> Any:
 
 @lru_cache(maxsize=1024)  # the same keys come with every row of a file
 def misspelt(key: str, known: tuple[str, ...]) -> str | None:
-    """The one of ``known`` that ``key`` was probably meant to be."""
+    """The one of `known` that `key` was probably meant to be."""
     # Folded, because a capital counts as another letter: "Kind" is far from "kind".
     folded = key.strip().casefold()
     return next(iter(difflib.get_close_matches(folded, known, n=1, cutoff=0.8)), None)

@@ -1,11 +1,9 @@
 """Tokens that a folder adds to its vocabulary, and the parts that some of them play.
 
-Four files speak of them: tokenizer.json (``added_tokens``), tokenizer_config.json
-(``added_tokens_decoder``, ``eos_token`` and the like), special_tokens_map.json and
-added_tokens.json. Who wins is transformers' order (5.24, ``TokenizersBackend.__init__``).
+Four files speak of them: tokenizer.json (`added_tokens`), tokenizer_config.json
+(`added_tokens_decoder`, `eos_token` and the like), special_tokens_map.json and
+added_tokens.json. Who wins is transformers' order (5.24, `TokenizersBackend.__init__`).
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Mapping
@@ -103,7 +101,7 @@ def complete(
     *,
     replace: bool = True,
 ) -> bytes:
-    """A tokenizer.json with what the files beside it list (``listed``) and name (``extra``).
+    """A tokenizer.json with what the files beside it list (`listed`) and name (`extra`).
 
     `replace`: whether listed flags hold where tokenizer.json has others, as those of
     added_tokens_decoder do and those of added_tokens.json do not. InputError where two files give

@@ -5,8 +5,6 @@ Nobody can compare all texts. Those here are made of what tokenizers are known t
 looks like special tokens) and of the tokenizer's own pieces, alone and joined at random.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol

@@ -1,7 +1,5 @@
-"""The libraries under ``Tokenizer``: SentencePiece, and `tokenizers` for what comes as JSON or as
+"""The libraries under `Tokenizer`: SentencePiece, and `tokenizers` for what comes as JSON or as
 tiktoken's ranks. Each offers the same few methods; nothing here knows of folders."""
-
-from __future__ import annotations
 
 import functools
 import json
@@ -19,7 +17,7 @@ _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 _RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
 
 
-def of(definition: bytes, names: Mapping[str, str]) -> Backend:
+def of(definition: bytes, names: Mapping[str, str]) -> "Backend":
     """The backend of a tokenizer.json, of tiktoken's ranks or of a SentencePiece model; `names`
     are those of bos_token and eos_token, where the folder says them."""
     if definition.lstrip()[:1] == b"{":

@@ -1,12 +1,10 @@
 """The several files in which a folder says what its tokenizer is, and what holds when they differ.
 
-``tokenizer.model`` is the original of LLaMA's models, ``tokenizer.json`` what transformers reads.
+`tokenizer.model` is the original of LLaMA's models, `tokenizer.json` what transformers reads.
 Whoever adds tokens to a model, or gives it another EOS, changes the JSON files and leaves
 tokenizer.model as it was; so where they contradict each other the JSON files hold, as they do for
 transformers, and a warning says so. Where they agree, tokenizer.model is what ids come from.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -124,7 +122,7 @@ def _generation(folder: Path, companions: Mapping[str, bytes]) -> bytes | None:
 
 
 def eos_ids(config: Mapping[str, Any], where: object) -> list[int]:
-    """The ids under ``eos_token_id``: one, a list or none; InputError for anything else."""
+    """The ids under `eos_token_id`: one, a list or none; InputError for anything else."""
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for identifier in ids:

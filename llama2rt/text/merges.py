@@ -7,8 +7,6 @@ have one score, a list can follow "leftmost" only if each pair can stand before 
 overlap its right end, and if no merge makes another one as urgent.
 """
 
-from __future__ import annotations
-
 import graphlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

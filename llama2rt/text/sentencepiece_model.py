@@ -6,8 +6,6 @@ one descriptor pool), so the few fields needed are read from the wire format her
 sentencepiece_model.proto of SentencePiece 0.2.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ that the text is the one its apply_chat_template makes. A template comes with so
 runs in Jinja's immutable sandbox and sees the messages and the special tokens' names only.
 """
 
-from __future__ import annotations
-
 import datetime
 import functools
 import json
@@ -33,7 +31,7 @@ LLAMA3_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's source, and (name, text) of the special tokens it may use; ``unusable`` says
+    """A template's source, and (name, text) of the special tokens it may use; `unusable` says
     why there is none to render, where a folder has templates but not the one that is needed."""
 
     source: str

@@ -4,8 +4,6 @@ Those are the merges alone. How text is cut into words before merging, and the 2
 that follow the ranks, stand in Meta's code (llama3 repository, llama/tokenizer.py) and so here.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What a format is, and the list of them that the modules beside this one fill."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ class Selection:
     """pairs that are kept and whose own scores are equal or say the opposite"""
 
     def far_enough(self, difference: float) -> bool:
-        """Whether a pair whose answers' scores differ by ``difference`` is kept; counts it
+        """Whether a pair whose answers' scores differ by `difference` is kept; counts it
         otherwise."""
         if difference >= self.minimum_score_difference:
             return True
@@ -41,7 +39,7 @@ Start = Callable[[Selection], Convert]
 
 @dataclass(frozen=True)
 class Format:
-    """``kind`` of record it gives; ``keys`` that a row must have, and what else must hold of it."""
+    """`kind` of record it gives; `keys` that a row must have, and what else must hold of it."""
 
     name: str
     kind: str
@@ -56,11 +54,11 @@ class Format:
     decides: frozenset[str]
     """our own keys that only the format itself can give: a row that sets one contradicts it"""
     scores: frozenset[str] | None
-    """None where ``Selection.minimum_score_difference`` means nothing to it; else the keys that it
+    """None where `Selection.minimum_score_difference` means nothing to it; else the keys that it
     looks at for that alone"""
 
     def used(self, row: Row, selection: Selection) -> set[str]:
-        """The keys of ``row`` that the converter looks at."""
+        """The keys of `row` that the converter looks at."""
         used = {*self.keys, *self.reads(row)}
         if selection.minimum_score_difference:
             used |= self.scores or frozenset()
@@ -81,7 +79,7 @@ def register(
     decides: str = "",
     scores: str | None = None,
 ) -> Callable[[Start], Start]:
-    """Adds a format to ``FORMATS``; lists of keys are texts with spaces between."""
+    """Adds a format to `FORMATS`; lists of keys are texts with spaces between."""
 
     def add(start: Start) -> Start:
         further = (lambda _row: reads.split()) if isinstance(reads, str) else reads
@@ -104,7 +102,7 @@ def register(
 
 
 def stateless(convert: Convert) -> Start:
-    """A converter that needs neither memory nor a selection, as what ``register`` takes."""
+    """A converter that needs neither memory nor a selection, as what `register` takes."""
     return lambda _selection: convert
 
 
@@ -114,7 +112,7 @@ def selecting(convert: Callable[[Row, Selection], Iterator[Row]]) -> Start:
 
 
 def recognise(row: Row, kind: str) -> Format | None:
-    """The first foreign format of ``kind`` that ``row`` is in."""
+    """The first foreign format of `kind` that `row` is in."""
     for candidate in FORMATS:
         if candidate.kind == kind and candidate.keys <= row.keys() and candidate.matches(row):
             return candidate

@@ -1,7 +1,5 @@
 """Values that many formats share: text, scores, message lists in either spelling, transcripts."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math
@@ -36,7 +34,7 @@ _LONGEST_PYTHON = 1_000_000
 
 
 def text(row: Row, key: str) -> str:
-    """``row[key]``; InputError naming the key unless it is text, and for a message list that some
+    """`row[key]`; InputError naming the key unless it is text, and for a message list that some
     program wrote as text, in JSON's or Python's spelling."""
     value = bare_text(row, key)
     require_no_messages(key, value)
@@ -68,7 +66,7 @@ def require_no_messages(key: str, value: str) -> None:
 
 
 def _parsed(value: str) -> Any:
-    """What JSON or Python reads from ``value``; None for a text that is neither."""
+    """What JSON or Python reads from `value`; None for a text that is neither."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
@@ -91,7 +89,7 @@ def _list_as_text(key: str) -> InputError:
 
 
 def choice(row: Row, key: str) -> int:
-    """``row[key]``, 0 or 1."""
+    """`row[key]`, 0 or 1."""
     value = row[key]
     if isinstance(value, bool) or value not in (0, 1):
         raise InputError(f"{key}: expected 0 or 1, got {shown(value)}")
@@ -121,8 +119,8 @@ def assistant(content: str) -> Row:
 
 
 def conversation(row: Row, key: str) -> list[Row]:
-    """What the text ``row[key]`` asks: a user's turn, or the turns of a conversation written out in
-    Anthropic's form or in NVIDIA's (HelpSteer2). InputError as ``text``, for a list of turns
+    """What the text `row[key]` asks: a user's turn, or the turns of a conversation written out in
+    Anthropic's form or in NVIDIA's (HelpSteer2). InputError as `text`, for a list of turns
     written as JSON, for what a chat template laid out, which ours would lay out again, and for a
     conversation that does not take turns or has its answer already."""
     what, turns = _written_out(row, key)
@@ -144,7 +142,7 @@ def conversation(row: Row, key: str) -> list[Row]:
 
 
 def _written_out(row: Row, key: str) -> tuple[str, list[Row]]:
-    """The turns of the text ``row[key]``, at least one, and what it was read as."""
+    """The turns of the text `row[key]`, at least one, and what it was read as."""
     value = text(row, key)
     if _is_json_of_strings(value):
         raise _list_as_text(key)
@@ -182,7 +180,7 @@ def _is_json_of_strings(value: str) -> bool:
 
 def messages(key: str, value: Any, *, finished: bool = False) -> list[Any]:
     """A message list with ShareGPT's from/value spelt as role/content; of a text, its
-    ``conversation``, or all turns of a ``finished`` one. Further keys of a message stay, for the
+    `conversation`, or all turns of a `finished` one. Further keys of a message stay, for the
     record's check to name."""
     if isinstance(value, str):
         row = {key: value}
