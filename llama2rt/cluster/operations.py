@@ -5,9 +5,10 @@ reduce-scatter, the output of an all-gather, either buffer of an all-to-all. The
 S / t times a factor that makes it comparable with the rate of a link whatever the number of ranks
 (nccl-tests, doc/PERFORMANCE.md).
 
-Buffers hold a pattern that is a function of rank and position, so that a chunk that goes to the
-wrong place shows; its period is prime, small enough for exact sums in fp32. Left out: reduce,
-gather and scatter, which training does not use, and other dtypes, which move no other bytes.
+Buffers hold a pattern that is a function of rank and index, so that a chunk that arrives at the
+wrong offset is found; its period is prime, and small enough for exact sums in fp32. Left out:
+reduce, gather and scatter, which training does not use, and other dtypes, of which a byte costs the
+same.
 """
 
 from collections.abc import Callable
@@ -36,20 +37,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class Operation:
-    """One collective over n ranks and a total buffer of `elements` fp32 numbers.
-
-    factor(n): bus bandwidth over algorithm bandwidth. input_shards, output_shards: whether that
-    buffer is 1/n of the total; output None: the call works in place. call(output, input) runs it
-    on the default group. expected(rank, n, elements): the pieces of `rank`'s output.
-    """
+    """One collective over n ranks and a total buffer of `elements` fp32 numbers."""
 
     name: str
     factor: Callable[[int], float]
+    """of n: bus bandwidth over algorithm bandwidth"""
     input_sharded: bool
+    """whether a rank's input is 1/n of the total buffer"""
     output_sharded: bool
     in_place: bool
+    """whether the output is the input"""
     call: Callable[[Tensor, Tensor], object]
+    """runs it on (output, input), over the default group"""
     expected: Callable[[int, int, int], list[Piece]]
+    """of (rank, n, elements): the pieces of that rank's output"""
 
     def memory_bytes(self, total_bytes: int, ranks: int) -> int:
         """Device memory that one rank's buffers take."""
@@ -71,7 +72,7 @@ class Operation:
         return output, source
 
     def refill(self, output: Tensor, source: Tensor, rank: int) -> None:
-        """Put buffers back to where `buffers` left them."""
+        """Fill the buffers as `buffers` did."""
         output.fill_(torch.nan)
         _repeat(source, pattern(rank))
 

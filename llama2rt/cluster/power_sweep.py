@@ -1,10 +1,9 @@
 """`llama2rt cluster power-sweep`: throughput and energy of two workloads against the power cap.
 
-A matrix product stands for work that arithmetic bounds, a copy for work that memory bounds: these
-are the two ends between which training lies. Caps are touched only when they are given, only after
-all of them were found legal, and every GPU gets its old cap back however the sweep ends (except by
-SIGKILL, after which `nvidia-smi -pl` must). What the sweep cannot do here, the curve model of
-`cluster power` estimates. Left out: clocks, which the driver chooses under a cap.
+A matrix product stands for work that arithmetic bounds, a copy for work that memory bounds;
+training lies between the two. Caps are changed only when some are given, after all of them were
+found legal. The GPU gets its old cap back however the sweep ends, except by SIGKILL, after which
+`nvidia-smi -pl` must restore it. Where no sweep can run, `cluster power` estimates its result.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 A row keeps every timed call, so that a comparison can say how sure it is: the ratio of medians at
 each size with a bootstrap interval over the recorded calls (Efron and Tibshirani, chapter 16).
-Calls of one run share its day and its placement, so the interval speaks of these two runs and not
-of all runs on these fabrics: repeat runs for that.
+Calls of one run share its day and its placement on the cluster, so the interval is about these two
+runs, not about all runs on these fabrics: repeat runs for that.
 """
 
 import datetime

@@ -1,9 +1,9 @@
 """When each rank enters and leaves a collective, on one clock, and what follows from it.
 
 A collective's time is that of its slowest rank (what nccl-tests prints with `-a 3`). Ranks on
-other hosts have other clocks, so each rank's is set against rank 0's by the round trip of smallest
-delay; half of that delay is the uncertainty, and a rank is called slow only beyond it. Left out:
-what inside the collective a rank waits for, which only a profiler of the transport can tell.
+other hosts have other clocks, so each rank's is compared with rank 0's by the round trip of
+smallest delay. Half of that delay is the uncertainty; a rank is called slow only if it is later
+than that. What a rank waits for inside the collective, only a profiler of the transport can tell.
 """
 
 import threading
@@ -54,10 +54,12 @@ def call_stamps(call: Callable[[], object], count: int, device: torch.device) ->
 
 @dataclass(frozen=True)
 class Clocks:
-    """What to subtract from each rank's clock to get rank 0's, and how far off that may be."""
+    """Every rank's clock against rank 0's; both fields [ranks]."""
 
     offset_seconds: NDArray[np.float64]
+    """what to subtract from a rank's clock to get rank 0's"""
     uncertainty_seconds: NDArray[np.float64]
+    """how far off that may be"""
 
 
 def compare_clocks(control: Any) -> Clocks | None:
@@ -101,7 +103,7 @@ class Straggler:
 def stragglers(stamps: NDArray[np.float64], clocks: Clocks) -> tuple[list[Straggler], int | None]:
     """Each rank's lateness, and the rank that is late most, from `stamps` [ranks, calls, 2].
 
-    The second is None where no rank's median lateness exceeds what the clocks leave open.
+    The second is None where no rank's median lateness exceeds the uncertainty of the clocks.
     """
     aligned = stamps - clocks.offset_seconds[:, None, None]
     late = aligned - aligned.min(axis=0)
@@ -112,8 +114,8 @@ def stragglers(stamps: NDArray[np.float64], clocks: Clocks) -> tuple[list[Stragg
     ]
     slowest = int(medians[:, 0].argmax())
     # The first rank's clock counts too: lateness is a difference of two readings.
-    open_seconds = clocks.uncertainty_seconds[slowest] + clocks.uncertainty_seconds.max()
-    return rows, slowest if medians[slowest, 0] > open_seconds else None
+    uncertain_seconds = clocks.uncertainty_seconds[slowest] + clocks.uncertainty_seconds.max()
+    return rows, slowest if medians[slowest, 0] > uncertain_seconds else None
 
 
 @dataclass(frozen=True)
