@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
-    """An InputError from inside says first which of many records it is about."""
+    """An InputError from inside begins with `what`, such as the record that it is about."""
     try:
         yield
     except InputError as error:

@@ -1,10 +1,10 @@
 """A Llama of Hugging Face transformers on our ops, with one call: `patch_transformers(model)`.
 
-For those who train or sample with transformers and want the kernels without leaving it. One
-instance is patched, never transformers' own classes: its modules get subclasses of theirs that
-differ in `forward` alone, so parameters, state dict, hooks, gradient checkpointing and
-`save_pretrained` stay what they were. The subclasses keep the names: `save_pretrained` writes them
-into config.json, and wrapping policies look them up.
+For those who train or sample with transformers and want our kernels there. One instance is patched,
+never transformers' own classes: its modules get subclasses of their classes that differ only in
+`forward`, so parameters, state dict, hooks, gradient checkpointing and `save_pretrained` stay as
+they were. The subclasses keep the names, since `save_pretrained` writes them into config.json and
+wrapping policies look them up.
 
 On our ops: norms, feed-forward, rotary embedding, attention over the whole of a batch (training,
 scoring, the prompt of `generate`), the token embedding's gradient and, in training, the loss.
@@ -104,7 +104,7 @@ SIGNATURES = {
 def _why_not() -> str:
     """Why this release of transformers is not patched; "" if it is."""
     known = f"patch_transformers is tested with {', '.join(TESTED)}"
-    # Importing one of its models makes transformers put another module in its place.
+    # Importing one of its models makes transformers replace its module by another.
     for loaded in (transformers, sys.modules["transformers"]):
         if _minor(loaded.__version__) not in TESTED:
             return (
@@ -121,7 +121,7 @@ def _why_not() -> str:
 
 
 class Documents(NamedTuple):
-    """What our attention gets for a mask: where the documents of a batch [B, S] lie."""
+    """The documents of a batch [B, S], which our attention takes in place of a mask."""
 
     cu_seqlens: Tensor
     """int32, offsets among the tokens that count"""
@@ -331,7 +331,7 @@ def patch_transformers(model: Any) -> Any:
     """Make `model`, a transformers.LlamaForCausalLM, run on our ops; returns it.
 
     Logits, losses, gradients and samples stay what transformers gives, up to rounding, at all
-    tokens that are not padding; what padding itself gives is left open. In training mode with
+    tokens that are not padding; at padding they may differ. In training mode with
     labels, `loss` is computed by `ops.token_logprob`, which never holds the [B, S, V] logits, and
     `logits` is None; in evaluation mode both are there. A second call changes nothing.
     `model.set_attn_implementation("sdpa")` returns attention alone to transformers ("eager" where
