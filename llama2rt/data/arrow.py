@@ -2,10 +2,10 @@
 
 A library that guesses types writes what it cannot type as JSON text: `datasets` 5 makes such
 columns of rows of mixed shapes, and any part of a nested column may be one. They are decoded here,
-so that a file reads as the JSON lines did that it was made of. Such a column is known by Arrow's
-extension type `arrow.json` (by its name in the field's metadata where pyarrow is too old to have
-it) and by the `huggingface` entry of the schema's metadata. Left out: dictionaries of maps and
-unions, which no writer of records makes.
+so that a file gives the same rows as the JSON lines that it was made of. Such a column is known by
+Arrow's extension type `arrow.json` (by its name in the field's metadata where pyarrow is too old to
+have it) and by the `huggingface` entry of the schema's metadata. JSON text inside maps and unions
+stays text.
 """
 
 import json

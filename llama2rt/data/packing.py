@@ -2,7 +2,7 @@
 
 `Batch` is what every training objective receives; `PairBatch` is the same with chosen and
 rejected documents side by side. Packing never splits and never truncates an example: one that does
-not fit is an error that says so, because a shortened answer would teach the model to stop short.
+not fit is an InputError, because a shortened answer would teach the model to stop too early.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,12 @@ from llama2rt.errors import InputError
 
 
 class Example(NamedTuple):
-    """One document: `tokens` int32 [n], and `trainable` bool [n], True where the model should
-    learn to predict that token."""
+    """One document of n tokens."""
 
     tokens: np.ndarray
+    """int32 [n]"""
     trainable: np.ndarray
+    """bool [n], True where the model should learn to predict that token"""
 
     @classmethod
     def of(cls, tokens: ArrayLike, trainable: ArrayLike | None = None) -> "Example":
@@ -38,16 +39,18 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` int64 [T], `positions` int32 [T] from 0 in each document, `cu_seqlens` int32
-    [B+1], `targets` int64 [T]: the document's next token where that is trainable, else -1.
-    `weight` is the number of targets >= 0, counted on the CPU so that nobody waits for a device.
-    """
+    """B documents of T tokens together, end to end."""
 
     tokens: torch.Tensor
+    """int64 [T]"""
     positions: torch.Tensor
+    """int32 [T], from 0 in each document"""
     cu_seqlens: torch.Tensor
+    """int32 [B+1], where the documents begin and end"""
     targets: torch.Tensor
+    """int64 [T]: the document's next token where that is trainable, else -1"""
     weight: int
+    """number of targets >= 0, counted on the CPU, so that nothing waits for the device"""
 
     def to(self, device: torch.device | str) -> "Batch":
         return replace(
@@ -65,14 +68,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """`batch` holds 2n documents: chosen 0, rejected 0, chosen 1, ... `extras` are [n] tensors,
-    one value a pair (margins, ratings, reference log-probabilities). `weight` is n."""
+    """n pairs."""
 
     batch: Batch
+    """2n documents: chosen 0, rejected 0, chosen 1, ..."""
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """[n] each, one value a pair (margins, ratings, reference log-probabilities)"""
 
     @property
     def weight(self) -> int:
+        """n"""
         return self.batch.documents // 2
 
     def to(self, device: torch.device | str) -> "PairBatch":

@@ -1,7 +1,7 @@
-"""A file of records, and what a recipe says of it that the file itself does not.
+"""A file of records, with what a recipe says about it.
 
-Public files seldom say what they are: Anthropic's harmlessness pairs carry no kind, a mix names no
-origin. Wherever a path is read, a `Source` may stand in its place.
+Public files seldom say what they are: Anthropic's harmlessness pairs have no kind, and a mixture
+names no origin. Wherever a path to records is expected, a `Source` is accepted too.
 """
 
 import json
@@ -21,7 +21,8 @@ from pydantic import (
 
 from llama2rt.errors import InputError
 
-_MEANS_SOMETHING = {
+# The kinds of record that each key applies to.
+_APPLIES_TO = {
     "kind": ("prompt", "comparison"),
     "source": ("document", "dialogue", "comparison"),
     "minimum_score_difference": ("comparison",),
@@ -31,7 +32,7 @@ _MEANS_SOMETHING = {
 
 class Source(BaseModel):
     """A path, or a table `{path = "hh.jsonl.gz", kind = "safety"}` in a recipe; an option takes
-    the same text. It is written back as it came: as a path where the table says nothing else."""
+    the same text. Written back, it is a path where the table says nothing else."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -72,8 +73,8 @@ class Source(BaseModel):
         return os.fspath(self.path)
 
     def require_meaning(self, kind: str) -> None:
-        """InputError for a key that says nothing about records of `kind`."""
-        for key, kinds in _MEANS_SOMETHING.items():
+        """InputError for a key that does not apply to records of `kind`."""
+        for key, kinds in _APPLIES_TO.items():
             if key in self._said() and kind not in kinds:
                 raise InputError(f"{self.path}: {key}: means nothing to a file of {kind}s")
 

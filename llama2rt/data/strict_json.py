@@ -1,7 +1,7 @@
-"""JSON as records may hold it: no NaN, no key twice, and every complaint an InputError.
+"""JSON without NaN and without a key twice, whose errors are InputErrors.
 
-`json` itself takes the last of two equal keys and reads NaN; both would lose or bend a value in
-silence.
+Python's `json` takes the last of two equal keys and reads NaN, so that a value would be lost or
+wrong without a message.
 """
 
 import json
@@ -51,7 +51,7 @@ def items(text: str) -> Iterator[Any]:
 
 
 class _Fault:
-    """Stands in an array's item for what must not be in it: raising would lose the item's end."""
+    """Replaces a value that an array's item must not hold: an error would lose the item's end."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

@@ -1,10 +1,9 @@
 """A tokenised corpus on disk: one memory-mapped stream of ids, each document BOS text EOS.
 
 One file: a fixed-size JSON header, then the ids as uint16 (uint32 above 65,536 pieces). The header
-says which tokenizer made it, so that a stream is never read with another one, how many bytes of
-text it holds, so that a loss can be given in bits per byte, and the ids' hash. Nothing of the
-corpus is held in memory. Dividing a corpus over several files is the caller's: the loader takes a
-list of them.
+has the digest of the tokenizer, so that a stream is never read with another one, the number of
+bytes of text, so that a loss can be given in bits per byte, and the ids' hash. Nothing of the
+corpus is held in memory. A corpus may be several files: the loader takes a list of them.
 """
 
 import hashlib

@@ -22,8 +22,8 @@ class LengthCorrelation:
     mean: Interval | None
     """over the defined ones, with its 95 % bootstrap interval; None where all are undefined"""
     undefined: int
-    """prompts whose rewards or lengths are all equal: they have no correlation, and to count it as 0
-    would make the mean smaller"""
+    """prompts whose rewards or lengths are all equal: they have no correlation, and counting it as
+    0 would make the mean smaller"""
 
 
 def correlation(rewards: ArrayLike, lengths: ArrayLike, *, seed: int = 0) -> LengthCorrelation:

@@ -1,12 +1,12 @@
 """Dialogues as tokens, and which of them a model should learn.
 
 A folder's own chat template decides the format (`templated`). Without one, and where the template
-is the same format, it is Llama-2-Chat's.
+writes the same text, it is Llama-2-Chat's.
 
-Each finished pair of turns is `BOS [INST] user [/INST] answer EOS` and is tokenised on its own,
-in one go: the boundary between prompt and answer is read off the pieces' offsets, because a prompt
-tokenised alone need not be how the tokenizer sees it in context. There is no default system prompt.
-Formula: Meta's reference `chat_completion` (Llama 2 repository, generation.py).
+There each finished pair of turns is `BOS [INST] user [/INST] answer EOS`, tokenised as one text.
+The boundary between prompt and answer is found by the pieces' offsets, because a prompt tokenised
+alone may have other tokens than in context. There is no default system prompt. Source: Meta's
+`chat_completion` (Llama 2 repository, generation.py).
 """
 
 import functools
@@ -119,7 +119,7 @@ def encode_response(
 @functools.lru_cache(maxsize=16)
 def _llama2_format(template: ChatTemplate | None) -> bool:
     """Whether dialogues are encoded pair by pair in Llama-2-Chat's format: without a template, and
-    with one that writes that same text, whatever its own wording."""
+    with a template that writes the same text."""
     if template is None:
         return True
     tokens = dict(template.tokens)

@@ -1,11 +1,11 @@
 """Dialogues in a folder's own chat template: tokens, and which of them a model should learn.
 
-The text is the template's, and its special tokens are parsed out of it. Which part a model is to
-write is read off the template itself: the {% generation %} blocks where it has them, otherwise what
-follows the prompt that the template makes of the messages before an answer, up to the first token
-that ends a sequence. A template that does not allow this (it drops parts of an answer, or shows an
-answer otherwise once more messages follow) is refused by name, because training would learn
-something that generation never asks for.
+The text is the template's, and its special tokens are parsed out of it. The template itself says
+which part a model is to write: its {% generation %} blocks where it has them; otherwise what
+follows the prompt that it makes of the messages before an answer, up to the first token that ends a
+sequence. A template for which this does not work (it drops parts of an answer, or changes an answer
+once more messages follow) is an InputError, because the model would learn text that generation
+never asks for.
 """
 
 import itertools
@@ -45,9 +45,9 @@ def encode_answers(
 ) -> tuple[list[int], list[bool]]:
     """(tokens, whether each is to be learned) of messages that end with an answer.
 
-    The tokens end with the one that ends the last answer: what a template writes after it (a
-    newline) nobody generates. Where the last answer is `sampled` it may hold anything, and the
-    tokens begin with those of `encode_prompt`.
+    The last token is the one that ends the last answer: what a template writes after it (a newline)
+    is never generated. A last answer that is `sampled` may hold anything, and the tokens begin with
+    those of `encode_prompt`.
     """
     template = _template(tokenizer)
     text, spans = _answers(template, messages)

@@ -1,10 +1,10 @@
-"""A model's tokenizer: SentencePiece BPE, trained or loaded, or what a folder has instead of it.
+"""A model's tokenizer: SentencePiece BPE, trained or loaded, or a tokenizer.json or tiktoken ranks.
 
-One class over two libraries, so that the rest of the package sees text, ids and offsets only.
-Special tokens never come out of text: a document that contains the characters `</s>` gets
-ordinary pieces, whichever library is underneath; BOS and EOS enter through arguments. What else a
-folder says of its text side (chat template, EOS ids, generation defaults) travels along, unchanged.
-There is no padding and no truncation here; `text.chat` owns the dialogue formats.
+One class over two libraries, so that the rest of the package sees text, ids and offsets only. Text
+never gives special tokens: a document that contains the characters `</s>` gets ordinary pieces with
+either library, and BOS and EOS are added by arguments. The folder's other settings (chat template,
+EOS ids, generation defaults) are kept unchanged. There is no padding and no truncation here;
+dialogue formats are in `text.chat`.
 """
 
 import functools
@@ -24,7 +24,7 @@ from llama2rt.text.template import LLAMA3_TEMPLATE, ChatTemplate
 
 SPECIAL_AND_BYTE_PIECES = 3 + 256  # unk, bos, eos, then one piece per byte: ids 0-2 and 3-258
 MOST_PIECES = 2**31 - 1  # ids are 32-bit integers
-MAX_SENTENCE_BYTES = 4192  # SentencePiece's own limit; longer sentences would be skipped silently
+MAX_SENTENCE_BYTES = 4192  # SentencePiece's own limit: it skips longer sentences in silence
 
 
 class Tokenizer:
@@ -82,7 +82,7 @@ class Tokenizer:
         """Read a tokenizer from a folder, or from its `tokenizer.model` or `tokenizer.json`.
 
         A folder may hold both, and further files that add to them; where tokenizer.model and the
-        JSON files contradict each other the JSON files hold, and a warning says so. InputError
+        JSON files contradict each other the JSON files are used, and a warning says so. InputError
         when there is no tokenizer or a file is not what its name says."""
         path = Path(path)
         definition, companions = folder.read(path)
@@ -149,8 +149,8 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`. Note that encode(a + b) is not encode(a) + encode(b): SentencePiece puts
-        a space before the text, and merges reach across the seam."""
+        """Ids of `text`. encode(a + b) is not encode(a) + encode(b): SentencePiece puts a space
+        before the text, and merges reach across the boundary."""
         ids = self._backend.encode(text)
         return [self.bos] * bos + ids + [self.eos] * eos
 
@@ -198,9 +198,9 @@ class Tokenizer:
 
     @functools.cached_property
     def template_tokens(self) -> dict[str, int]:
-        """Texts, with their ids, that a chat template's output is parsed for: special tokens, and
-        other added ones that the template writes. Of the latter an answer may hold some, such as
-        `</think>`; whoever asks may not. Empty without a template."""
+        """Texts, with their ids, that are parsed in a chat template's output: special tokens, and
+        other added ones that the template writes. An answer may hold some of the latter, such as
+        `</think>`; a user's message may not. Empty without a template."""
         if self.template is None:
             return {}
         source, special = self.template.source, self._backend.special
@@ -238,9 +238,9 @@ class Tokenizer:
         return self._backend.as_json() if own is None else own
 
     def pad_candidate(self) -> int:
-        """An id to pad with that is never a text's last token: the folder's own pad token unless
-        it ends sequences too, the unknown piece where bytes stand for unknown characters, a
-        reserved special token, or BOS."""
+        """An id to pad with that is never a text's last token. In this order: the folder's own pad
+        token unless it also ends sequences, the unknown piece where unknown characters become
+        bytes, a special token with "pad" or "reserved" in its name, BOS."""
         backend = self._backend
         named = backend.added.get(self.special_names.get("pad_token", ""))
         if named is not None and named not in self.stop_ids:
@@ -257,7 +257,7 @@ class Tokenizer:
         return self.bos
 
     def agrees_with(self, other: "Tokenizer") -> bool:
-        """Whether a model that knows this one reads the other's ids as they were meant.
+        """Whether the other's ids mean the same to a model that was trained with this one.
 
         True for the same file, and for two files of one vocabulary (a tokenizer.model and the
         tokenizer.json made from it): BOS and EOS must be equal, every id of the other must be the
@@ -306,7 +306,7 @@ class Tokenizer:
             except UnicodeDecodeError as error:
                 raise InputError(f"{folder.TEMPLATE}: cannot be read: {error}") from None
         elif source is None and names:
-            # Pretraining and conversion need none; whatever renders one says this.
+            # Pretraining and conversion need none; the message comes where one is rendered.
             return ChatTemplate(
                 "",
                 (),
