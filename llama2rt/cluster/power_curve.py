@@ -25,9 +25,9 @@ class Curve:
     """Power against throughput of one kind of work."""
 
     floor_watts: float
-    """P0"""
+    """P0: the power at a throughput of 0"""
     steepness: float
-    """s"""
+    """s: how fast power falls with throughput"""
     draw_watts: float
     """P1: what the work draws when nothing caps it"""
     source: str
