@@ -37,12 +37,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a reward model on comparisons, or compare versions by its scores.
 
-    Comparison files give accuracy by rating, and by kind: of a pair judged by helpfulness and by
-    safety, ranked one way by each, any model would rank one right and one wrong. Sample files, or
-    folders of a run's samples, one a version, give each version's mean reward and every pair's win
-    rate on the prompts both answered; where all prompts of a version have the same number of
-    samples (two or more), also the reward-length correlation and the expected max and median reward
-    among N samples. All with 95 % intervals over prompts.
+    Comparison files give accuracy by kind and rating. The kinds stand apart because helpfulness and
+    safety may rank the same two answers the other way round. Sample files, or folders of a run's
+    samples, one a version, give each version's mean reward and, for every two versions, the win
+    rate on the prompts that both answered. Where all prompts of a version have the same number of
+    samples (two or more), they also give the reward-length correlation and the expected max and
+    median reward among N samples. Intervals are of 95 %, over prompts.
 
     Args:
         reward_model: folder of a reward model, with its tokenizer.
@@ -64,17 +64,7 @@ def evaluate(
     pairs = [(str(path), read(path, "comparison", skip_invalid)) for path in comparisons]
     versions = _by_version({path: _read_samples(path, skip_invalid) for path in samples})
     _require_shared_prompts(versions)
-    outline, tokenizer = load(reward_model, "meta")
-    if not isinstance(outline, ScalarModel):
-        raise InputError(f"{reward_model}: expected a reward model, found a language model")
-    if tokenizer is None:
-        raise InputError(f"{reward_model}: holds no tokenizer")
-    context = outline.config.context
-    for name, records in pairs:
-        texts = ((r.prompt, text) for r in records for text in (r.chosen, r.rejected))
-        _require_fit(name, tokenizer, texts, context)
-    for name, records in versions.items():
-        _require_fit(name, tokenizer, ((r.messages, r.response) for r in records), context)
+    tokenizer = _tokenizer(reward_model, pairs, versions)
     model, _ = load(reward_model, "cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(model, ScalarModel)
 
@@ -84,11 +74,11 @@ def evaluate(
             {
                 "file": file,
                 "kind": kind,
-                "accuracy": _accuracy(model, tokenizer, of_kind, micro_tokens),
+                "accuracy": _accuracy(model, tokenizer, same, micro_tokens),
             }
             for file, records in pairs
             for kind in KINDS
-            if (of_kind := [record for record in records if record.kind == kind])
+            if (same := [record for record in records if record.kind == kind])
         ]
     if versions:
         rewards = {
@@ -102,6 +92,27 @@ def evaluate(
             _win_rate(a, b, rewards[a], rewards[b]) for a, b in combinations(versions, 2)
         ]
     return result
+
+
+def _tokenizer(
+    reward_model: Path,
+    pairs: Sequence[tuple[str, list[Comparison]]],
+    versions: dict[str, list[Sample]],
+) -> Tokenizer:
+    """The reward model's; InputError for another kind of model and for an answer beyond its
+    context."""
+    outline, tokenizer = load(reward_model, "meta")
+    if not isinstance(outline, ScalarModel):
+        raise InputError(f"{reward_model}: expected a reward model, found a language model")
+    if tokenizer is None:
+        raise InputError(f"{reward_model}: holds no tokenizer")
+    context = outline.config.context
+    for name, comparisons in pairs:
+        texts = ((r.prompt, text) for r in comparisons for text in (r.chosen, r.rejected))
+        _require_fit(name, tokenizer, texts, context)
+    for name, samples in versions.items():
+        _require_fit(name, tokenizer, ((r.messages, r.response) for r in samples), context)
+    return tokenizer
 
 
 def describe(result: dict[str, Any]) -> str:

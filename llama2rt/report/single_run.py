@@ -150,7 +150,7 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
         pairs = list(value.items())
     elif isinstance(value, list):
         if prefix.startswith("summary"):
-            return {}  # a table has no place among facts; it is in report.json
+            return {}  # a table is no fact; it is in report.json
         pairs = [(str(i), item) for i, item in enumerate(value)]
     else:
         return {prefix: value}
