@@ -53,7 +53,11 @@ class AnnotatorOptions(BaseModel):
     def check(self, to_come: Container[Path] = ()) -> None:
         """InputError for a model that could not be loaded, unless its folder is one `to_come`, and
         for a function that is not there."""
-        models = {"helpfulness": ScalarModel, "safety": ScalarModel, "judge": Llama}
+        models: dict[str, type[ScalarModel] | type[Llama]] = {
+            "helpfulness": ScalarModel,
+            "safety": ScalarModel,
+            "judge": Llama,
+        }
         for key, expected in models.items():
             if (folder := getattr(self, key)) is not None and folder not in to_come:
                 _load(folder, expected, f"annotator.{key}", "meta")
@@ -77,11 +81,13 @@ class AnnotatorOptions(BaseModel):
         return FileAnnotator(self.files, pairs_file)
 
 
-def _load(folder: Path, expected: type, key: str, device: str) -> tuple[Any, Tokenizer]:
+def _load(
+    folder: Path, expected: type[ScalarModel] | type[Llama], key: str, device: str
+) -> tuple[Any, Tokenizer]:
     model, tokenizer = load(folder, device)
     if not isinstance(model, expected):
-        kinds = {ScalarModel: "reward", Llama: "language"}
-        wanted, found = kinds[expected], kinds[type(model)]
+        names = "reward", "language"
+        wanted, found = names if expected is ScalarModel else reversed(names)
         raise InputError(f"{key}: {folder}: expected a {wanted} model, found a {found} model")
     if tokenizer is None:
         raise InputError(f"{key}: {folder}: holds no tokenizer")

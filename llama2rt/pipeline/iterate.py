@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tyro
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llama2rt import report
 from llama2rt.data.sources import Source
@@ -24,7 +24,6 @@ from llama2rt.pipeline.keys import AnyStep, PlanStep, Tables, step_type
 from llama2rt.pipeline.plan import Outputs, Resolved, Step, resolve
 from llama2rt.pipeline.run import Clock
 from llama2rt.pipeline.run import run as run_plan
-from llama2rt.rollout.reward import RewardOptions
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed
 from llama2rt.run import Change, Recipe, Run, manifest
 from llama2rt.stages import STAGES, loading
@@ -34,15 +33,28 @@ from llama2rt.stages.annotate import file_name
 POLICIES = ("rejection", "ppo", "dpo")
 
 
+class FirstRewards(BaseModel):
+    """The models that rank responses until a step has trained newer ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    helpfulness: Path | None = None
+    """a helpfulness reward model"""
+    safety: Path | None = None
+    """a safety reward model"""
+    threshold: float = Field(default=0.15, ge=0, le=1)
+    """below this safety score the safety reward replaces helpfulness (section 3.2.3)"""
+
+
 class IterateRecipe(Recipe):
     """Run several versions of RLHF one after another."""
 
     sft: Path
-    """the first policy, and pi0: the reference policy of every KL and every DPO loss"""
+    """the first policy, and the reference policy of every KL and every DPO loss"""
     base: Path | None = None
     """what each rejection-sampled version is fine-tuned from; None for sft"""
-    rewards: RewardOptions | None = None
-    """the first reward models; None where steps train them"""
+    rewards: FirstRewards = FirstRewards()
+    """the first reward models, where no step trains them"""
     data: list[Source]
     """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
     validation: list[Source]
@@ -184,7 +196,7 @@ class Plan:
             "init": newest,
             "policy": newest,
             "reference": recipe.sft,
-            "rewards": self._rewards(before, outputs),
+            "rewards": self._newest_rewards(before, outputs) or None,
             "data": recipe.data,
             "validation": recipe.validation,
             "sampling": recipe.sampling.model_dump(exclude_unset=True),
@@ -204,14 +216,13 @@ class Plan:
             given["data"] = recipe.validation
         return {key: value for key, value in given.items() if value is not None}
 
-    def _rewards(self, before: list[PlanStep], outputs: Outputs) -> dict[str, Any] | None:
-        """The newest reward model of each kind."""
-        options = self._recipe.rewards
-        found: dict[str, Any] = {} if options is None else options.model_dump(exclude_unset=True)
+    def _newest_rewards(self, before: list[PlanStep], outputs: Outputs) -> dict[str, Any]:
+        """The newest reward model of each kind, and the threshold."""
+        found = self._recipe.rewards.model_dump(exclude_unset=True)
         for step in before:
             if step.stage == "reward":
                 found[self._kind(step)] = outputs.model(step.name)
-        return found or None
+        return found
 
     def _kind(self, step: PlanStep) -> str:
         """Which of the two reward models a step trains."""
@@ -226,7 +237,7 @@ class Plan:
         kind = self._kind(step)
         batches = [outputs.directory(s.name) for s in before if s.stage == "annotate"]
         others = [other for other in self._recipe.kinds if other != kind]
-        previous = self._rewards(before, outputs) or {}
+        previous = self._newest_rewards(before, outputs)
         return {
             "init": self._recipe.sft,
             "data": [batch / file_name(kind, "training") for batch in batches],
