@@ -38,6 +38,7 @@ class Comparison:
 
     @property
     def gap(self) -> float:
+        """Share of `first`'s throughput that `second` does not reach."""
         return 1 - self.ratio.value
 
     def as_json(self) -> dict[str, object]:

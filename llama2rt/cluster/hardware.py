@@ -147,7 +147,7 @@ ALIASES = {"infiniband": "ib", "hdr": "ib", "ndr": "ib", "nvswitch": "nvlink", "
 
 @dataclass(frozen=True)
 class Cluster:
-    """`gpus` GPUs of one kind in nodes of `gpus_per_node`, one NIC a GPU, under one power cap."""
+    """GPUs of one kind in nodes, one NIC a GPU, all under one power cap."""
 
     gpu: Gpu
     gpus: int

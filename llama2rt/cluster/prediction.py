@@ -17,10 +17,11 @@ _MEMORY_RANGE = 0.10
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `predict` says of one layout; `step` is the time of a step by cause."""
+    """What `predict` says of one layout."""
 
     layout: Layout
     step: StepTime
+    """the time of a step by cause"""
     step_seconds: Estimate
     tokens_per_s_per_gpu: Estimate
     model_flops_utilisation: Estimate
@@ -108,6 +109,7 @@ def predict(
 
 
 def around(value: float, share: float, provenance: str) -> Estimate:
+    """A value that may be off by a share of itself either way."""
     return Estimate(value, value * (1 - share), value * (1 + share), provenance)
 
 

@@ -14,11 +14,13 @@ from llama2rt.cluster.workload import Layout, fits
 
 @dataclass(frozen=True)
 class Checked:
-    """A published run and what the model predicts for it under `layout`."""
+    """A published run and what the model predicts for it."""
 
     row: Row
     layout: Layout
+    """the fastest of those that the row's cells allow"""
     predicted: float
+    """in the unit of the row's metric"""
 
     @property
     def error(self) -> float:

@@ -15,10 +15,12 @@ from numpy.typing import ArrayLike
 
 
 class Curves(TypedDict):
-    """Expected maximum and median reward for each number of samples `n`, mean over prompts."""
+    """Expected reward against the number of samples, mean over prompts."""
 
     n: list[int]
+    """numbers of samples"""
     max: list[float]
+    """expected largest reward among as many samples"""
     median: list[float]
 
 

@@ -33,7 +33,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Text:
-    """Preformatted text, such as a recipe, folded away under `title`."""
+    """Preformatted text, such as a recipe, shown when its title is clicked."""
 
     title: str
     content: str

@@ -28,6 +28,8 @@ def of(definition: bytes, names: Mapping[str, str]) -> "Backend":
 
 
 class SentencePieceBackend:
+    """A SentencePiece model, BPE or another."""
+
     file_name = "tokenizer.model"
 
     def __init__(self, definition: bytes) -> None:
@@ -97,6 +99,8 @@ class SentencePieceBackend:
 
 
 class JsonBackend:
+    """A tokenizer.json in the `tokenizers` library."""
+
     file_name = "tokenizer.json"
 
     def __init__(self, definition: bytes, names: Mapping[str, str]) -> None:
