@@ -1,11 +1,12 @@
 """Figures and the one-file HTML report.
 
 `html.write(path, title, sections)` writes a page from sections of blocks; `figures` draws what is
-known about models and versions, `training` what metrics.jsonl says of a run; `of_run(directory)`
-makes the report of a single stage. Numbers come in as arguments: nothing here computes one.
+known about models and versions, `training` what metrics.jsonl says of a run;
+`versions.sections(numbers)` compares versions and reward models, `of_run(directory)` makes the
+report of a single stage. Numbers come in as arguments: nothing here computes one.
 """
 
-from llama2rt.report import figures, training
+from llama2rt.report import figures, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.report.html import (
     Answers,
@@ -32,6 +33,7 @@ __all__ = [
     "figures",
     "of_run",
     "training",
+    "versions",
     "write",
     "write_json",
 ]

@@ -39,8 +39,9 @@ def sections(
     numbers: any of `versions`, `win_rates`, `reward_win_rates`, `length_correlation`,
     `reward_against_judge` (`diagnostics.of_versions`), `best_of` (`diagnostics.sampling`),
     `reward_models` (name -> `diagnostics.of_reward_model`) and `drift` (name ->
-    `diagnostics.drift`); other keys are left alone. columns: drawn and listed before the others.
-    notes: a sentence or two under the heading of a section, by its title.
+    `diagnostics.drift`); other keys are left alone. columns: drawn and listed first, in place of
+    the judge's worth, which they spell out. notes: a sentence or two under the heading of a
+    section, by its title.
     """
     found = {
         VERSIONS: _versions(numbers, columns),
@@ -65,7 +66,7 @@ def _versions(numbers: Mapping[str, Any], columns: Sequence[Column]) -> list[Blo
                 _panel(column.label, [row.get(column.key) for row in rows], column.share)
                 for column in columns
             ),
-            *_worth(rows),
+            *(() if columns else _worth(rows)),
             _panel("reward", [row["reward"] for row in rows]),
             _panel("response length (tokens)", [row["tokens"] for row in rows]),
         ]

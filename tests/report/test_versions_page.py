@@ -170,7 +170,7 @@ def test_without_a_judge_a_safety_model_or_kl():
 
 
 def test_a_plans_own_columns_and_notes_come_first():
-    rows = [_row("SFT", 0, unsafe=_estimate(0.3)), _row("V1", 1)]
+    rows = [_row("SFT", 0, worth=0.4, unsafe=_estimate(0.3)), _row("V1", 1, worth=0.5)]
     (section,) = versions.sections(
         {"versions": rows},
         columns=[versions.Column("unsafe", "unsafe answers", share=True)],
@@ -178,7 +178,8 @@ def test_a_plans_own_columns_and_notes_come_first():
     )
     assert section.text == "Six prompts."
     plot, table, _ = section.blocks
-    assert list(table.header)[:2] == ["version", "unsafe answers"]
+    # In place of the worth, which they spell out.
+    assert list(table.header)[:3] == ["version", "unsafe answers", "reward"]
     assert [row[1] for row in table.rows] == [pytest.approx((0.3, 0.2, 0.4)), None]
     assert "30.0 %" in _texts(plot) and "unsafe answers" in _texts(plot)
 

@@ -135,6 +135,8 @@ def reward_against_judge(
                 mean, low, high = columns([(row["mean"], row["low"], row["high"]) for row in rows])
                 axes.plot(x, mean, color=colour, marker=MARKERS[i % len(MARKERS)], label=name)
                 axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+                if len(rows) == 1:  # a band of one point has no area
+                    axes.errorbar(x, mean, bars(mean, low, high), fmt="none", ecolor=colour)
             axes.margins(x=0.03)
             axes.set_xlabel("reward (mean of the bin)")
             axes.set_title(f"{kind} prompts")
