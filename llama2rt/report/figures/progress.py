@@ -88,17 +88,14 @@ def reward_by_kl(
             (x, *x_ends), (y, *y_ends) = columns(kl), columns(reward)
             across, up = bars(x, *x_ends), bars(y, *y_ends)
             for i, name in enumerate(names):
-                axes.errorbar(
-                    x[i],
-                    y[i],
-                    xerr=across[:, i : i + 1],
-                    yerr=up[:, i : i + 1],
-                    fmt=MARKERS[i % len(MARKERS)],
-                    color=SERIES[i % len(SERIES)],
-                    markersize=6.5,
-                    elinewidth=1.4,
-                    label=name,
-                )
+                style: dict[str, Any] = {
+                    "fmt": MARKERS[i % len(MARKERS)],
+                    "color": SERIES[i % len(SERIES)],
+                    "markersize": 6.5,
+                    "elinewidth": 1.4,
+                }
+                ends = {"xerr": across[:, i : i + 1], "yerr": up[:, i : i + 1]}
+                axes.errorbar(x[i], y[i], **ends, label=name, **style)
             axes.margins(0.08)
             axes.set_xlabel("KL to the reference policy (nats a response)")
             axes.set_ylabel("mean reward")
