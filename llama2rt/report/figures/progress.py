@@ -94,7 +94,7 @@ def reward_by_kl(
                     "markersize": 6.5,
                     "elinewidth": 1.4,
                 }
-                ends = {"xerr": across[:, i : i + 1], "yerr": up[:, i : i + 1]}
+                ends: dict[str, Any] = {"xerr": across[:, i : i + 1], "yerr": up[:, i : i + 1]}
                 axes.errorbar(x[i], y[i], **ends, label=name, **style)
             axes.margins(0.08)
             axes.set_xlabel("KL to the reference policy (nats a response)")
