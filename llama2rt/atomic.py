@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: one half overwritten would be read as the truth."""
+"""Files that appear whole or not at all, since a half-written one might be read as complete."""
 
 import os
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file open for writing that takes the place of `path` when the block ends without an error.
+    """A file open for writing, which replaces `path` when the block ends without an error.
 
-    Until then, and after an error, `path` is what it was. Its folder is made. OSError as from open.
+    Until then, and after an error, `path` is unchanged. Its folder is created. OSError as of
+    `open`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +25,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
         sync(path.parent)
     except OSError as error:
-        # A full disk is met by a descriptor, which has no name.
+        # The error of a full disk comes from a descriptor, which has no name.
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise

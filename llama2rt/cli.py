@@ -15,30 +15,24 @@ import textwrap
 import tomllib
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import llama2rt
 from llama2rt.errors import InputError
+from llama2rt.stages import STAGES
 
 if TYPE_CHECKING:
-    from llama2rt.train.options import Recipe
+    from llama2rt.run import Recipe
 
 _PACKAGE = Path(llama2rt.__file__).parent
 
-# Verb -> (module in llama2rt, what it does).
-STAGES = {
-    "pretrain": ("stages.pretrain", "train a language model on text"),
-    "sft": ("stages.sft", "fine-tune on dialogues, loss on the answers only"),
-    "reward": ("stages.reward", "train a reward model on comparisons"),
-    "rejection": ("stages.rejection", "sample K answers, fine-tune on the best"),
-    "ppo": ("stages.ppo", "PPO against two reward models"),
-    "dpo": ("stages.dpo", "online DPO: best against worst of the model's own answers"),
-    "iterate": ("stages.iterate", "RLHF-V1 to Vn as one resumable command"),
-}
-# Subcommands of `cluster`, likewise.
+# Verbs that read a recipe and leave a run directory, as a stage's does, but are none: a module with
+# `run`, and what it does.
+PLANS = {"iterate": ("pipeline.iterate", "RLHF-V1 to Vn as one resumable command")}
+# Subcommands of `cluster`: (module, function, what it does).
 CLUSTER = {
     "bench": ("cluster.bench", "bench", "measure collectives under torchrun; compare two runs"),
     "carbon": ("cluster.commands", "carbon", "carbon of training, the paper's table to the digit"),
@@ -59,7 +53,7 @@ CLUSTER = {
         "predicted against published training runs",
     ),
 }
-# Verb -> (module, function, what it does); "" for functions of this file.
+# Verb -> (module in llama2rt, function, what it does). A stage's verb is in `stages.STAGES`.
 COMMANDS = {
     "quickstart": (
         "quickstart.command",
@@ -68,10 +62,14 @@ COMMANDS = {
     ),
     "generate": ("generate.commands", "generate", "sample answers to prompts"),
     "chat": ("generate.commands", "chat", "talk to a model"),
-    "evaluate": ("evaluate.commands", "", "accuracy of a reward model, win rates of versions"),
-    "check": ("data.check", "", "validate a file of records and describe it"),
-    "tokenizer": ("text.tokenizer", "", "train a tokenizer in LLaMA's settings"),
-    "convert": ("checkpoint.convert", "", "a model folder into another format"),
+    "evaluate": (
+        "evaluate.commands",
+        "command",
+        "accuracy of a reward model, win rates of versions",
+    ),
+    "check": ("data.commands", "check", "validate a file of records and describe it"),
+    "tokenizer": ("data.commands", "tokenizer", "train a tokenizer in LLaMA's settings"),
+    "convert": ("checkpoint.commands", "convert", "a model folder into another format"),
     "cluster": ("cluster.commands", "", "measure collectives and links, predict clusters"),
     "doctor": ("doctor", "doctor", "what is built, what is missing and how to get it"),
 }
@@ -100,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         keep_malloc()
     try:
-        if verb in STAGES:
+        if verb in with_recipe():
             _run_stage(verb, rest)
         elif verb == "cluster":
             _run_cluster(rest)
@@ -118,12 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{verb}: {error}", status=1)
 
 
+def with_recipe() -> dict[str, tuple[str, str]]:
+    """Verbs that read a recipe: (module in llama2rt, what it does)."""
+    stages = {name: (f"stages.{name}", stage.help) for name, stage in STAGES.items() if stage.verb}
+    return stages | PLANS
+
+
 def available() -> dict[str, str]:
     """Verbs of this installation and what they do."""
-    modules = {name: module for name, (module, *_) in {**STAGES, **COMMANDS}.items()}
+    verbs = {**with_recipe(), **COMMANDS}
     return {
-        name: {**STAGES, **COMMANDS}[name][-1]
-        for name, module in modules.items()
+        name: what
+        for name, (module, *_, what) in verbs.items()
         if (_PACKAGE / f"{module.replace('.', '/')}.py").is_file()
     }
 
@@ -139,7 +143,7 @@ def usage(verbs: dict[str, str]) -> str:
 usage: llama2rt VERB ...
 
 Training stages: llama2rt VERB RECIPE [--key value ...] --out DIR [--resume] [--json]
-{rows(list(STAGES))}
+{rows(list(with_recipe()))}
 
 Everything else
 {rows(list(COMMANDS))}
@@ -156,7 +160,7 @@ Exit status: 0 done, 2 bad input, 1 anything else."""
 
 
 def _run_stage(verb: str, arguments: list[str]) -> None:
-    module = importlib.import_module(f"llama2rt.{STAGES[verb][0]}")
+    module = importlib.import_module(f"llama2rt.{with_recipe()[verb][0]}")
     recipe_class = typing.get_type_hints(module.run)["recipe"]
     given = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if given is None and not {"-h", "--help"} & set(arguments):
@@ -168,7 +172,7 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
         folder = module.run(options.recipe, options.out, resume=options.resume)
     except InputError:
         if fresh:
-            from llama2rt.train.run import abandon
+            from llama2rt.run import abandon
 
             abandon(options.out)
         raise
@@ -241,7 +245,7 @@ def _stage_options(
             registry=_registry(),
         )
     except ValidationError as error:
-        raise InputError(f"{source}: {_first(error.errors())}") from None
+        raise InputError(f"{source}: {_first(error.errors(), recipe_class)}") from None
 
 
 def _registry() -> Any:
@@ -276,52 +280,82 @@ def _registry() -> Any:
 def _unfinished(recipe_class: "type[Recipe]", values: dict[str, Any], source: str) -> "Recipe":
     """The recipe of a file to which options may still add: its keys are checked one by one, keys
     it must have are left open, and checks across keys wait for the options."""
-    import tyro
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         recipe_class.model_validate(values)
     except ValidationError as error:
-        wrong = [
-            e
-            for e in error.errors()
-            if e["loc"] and not (e["type"] == "missing" and not e["loc"][1:])
-        ]
+        wrong = [e for e in error.errors() if e["loc"] and not _left_open(e, recipe_class)]
         if wrong:
-            raise InputError(f"{source}: {_first(wrong)}") from None
-    refined = recipe_class.refine(values)
-    fields = {
-        name: TypeAdapter[Any](typing.cast(Any, field.annotation)).validate_python(refined[name])
-        if name in refined
-        else (tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True))
-        for name, field in recipe_class.model_fields.items()
-    }
-    return recipe_class.model_construct(**fields)
+            raise InputError(f"{source}: {_first(wrong, recipe_class)}") from None
+    recipe: Recipe = _construct(recipe_class, recipe_class.refine(values))
+    return recipe
 
 
-def _first(errors: Sequence[Any]) -> str:
+def _left_open(error: Any, recipe_class: type) -> bool:
+    """Whether an error is about a key that is not there, of the recipe or of one of its tables."""
+    if error["type"] != "missing":
+        return False
+    table: Any = recipe_class
+    for key in error["loc"][:-1]:
+        field = getattr(table, "model_fields", {}).get(key)
+        if field is None or not field.is_required():
+            return False  # an item of a list, or a table that the recipe has a default for
+        table = field.annotation
+    return True
+
+
+def _construct(table: Any, values: dict[str, Any]) -> Any:
+    """`table` (a model's class) with `values`, its other keys at their defaults or left open, and
+    likewise in the tables that it must have."""
+    import tyro
+    from pydantic import BaseModel, TypeAdapter
+
+    fields: dict[str, Any] = {}
+    for name, field in table.model_fields.items():
+        annotation = field.annotation
+        nested = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        if field.is_required() and nested:
+            fields[name] = _construct(annotation, values.get(name, {}))
+        elif name in values:
+            adapter = TypeAdapter[Any](typing.cast(Any, annotation))
+            fields[name] = adapter.validate_python(values[name])
+        elif field.is_required():
+            fields[name] = tyro.MISSING
+        else:
+            fields[name] = field.get_default(call_default_factory=True)
+    return table.model_construct(**fields)
+
+
+def _first(errors: Sequence[Any], recipe_class: type) -> str:
     """The key, what is wrong with it, and what was given, of a pydantic error list."""
     error = errors[0]
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: no such key in this recipe"
+        return f"{key}: no such key in this recipe{_in_a_table(key, recipe_class)}"
     message = error["msg"].removeprefix("Value error, ")
     if not key:
         return message
     return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
+def _in_a_table(key: str, recipe_class: Any) -> str:
+    """Where a key that does not stand in the recipe itself belongs, if one of its tables has it."""
+    tables = (
+        name
+        for name, field in recipe_class.model_fields.items()
+        if key in getattr(field.annotation, "model_fields", {})
+    )
+    table = next(tables, None)
+    return "" if table is None else f"; did you mean {table}.{key}?"
+
+
 def _run_command(verb: str, arguments: list[str]) -> None:
     import tyro
 
     module, name, _ = COMMANDS[verb]
-    function: Callable[..., None]
-    if name:
-        function = getattr(importlib.import_module(f"llama2rt.{module}"), name)
-    else:
-        function = _OWN[verb]()
     tyro.cli(
-        function,
+        getattr(importlib.import_module(f"llama2rt.{module}"), name),
         prog=f"llama2rt {verb}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -347,148 +381,6 @@ def _run_cluster(arguments: list[str]) -> None:
         args=arguments[1:],
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-
-
-def _check() -> Callable[..., None]:
-    from typing import Literal
-
-    import tyro
-
-    from llama2rt.data.check import check, print_check
-    from llama2rt.data.sources import Source
-
-    def command(
-        files: tyro.conf.Positional[tuple[Source, ...]],
-        *,
-        kind: Annotated[
-            Literal["document", "dialogue", "prompt", "comparison", "sample"],
-            tyro.conf.arg(name="as"),
-        ],
-        skip_invalid: int = 0,
-        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-    ) -> None:
-        """Validate files of records and describe what is in them; the first bad record is named by
-        FILE:LINE.
-
-        Args:
-            files: JSON lines (also .gz), a JSON array, .txt, Parquet, or a folder of a Hugging Face
-                dataset; or a table of a recipe, such as '{path="a.jsonl", kind="safety"}'.
-            kind: What the files should hold.
-            skip_invalid: Bad records to tolerate; each is listed.
-            as_json: Print one JSON object.
-        """
-        if not files:
-            raise InputError("name at least one file")
-        result = check(files, kind, skip_invalid)
-        if as_json:
-            print(json.dumps(result))
-        else:
-            print_check(result)
-
-    return command
-
-
-def _convert() -> Callable[..., None]:
-    from typing import Literal
-
-    import tyro
-
-    from llama2rt.checkpoint.convert import convert
-
-    def command(
-        source: tyro.conf.Positional[Path],
-        destination: tyro.conf.Positional[Path],
-        *,
-        to: Literal["hf", "meta", "native"],
-        dtype: Literal["fp32", "bf16", "fp16"] | None = None,
-        shards: int = 1,
-    ) -> None:
-        """Write a model folder in another format, tokenizer included.
-
-        Args:
-            source: Folder of this project, Hugging Face or Meta.
-            destination: A new folder.
-            to: Its format.
-            dtype: Dtype of the weights; None keeps what is there.
-            shards: Model-parallel ranks of a Meta folder.
-        """
-        convert(source, destination, to, dtype=dtype, shards=shards)
-
-    return command
-
-
-def _tokenizer() -> Callable[..., None]:
-    import tyro
-
-    from llama2rt.data.readers import iterate
-    from llama2rt.text.tokenizer import Tokenizer
-
-    def command(
-        files: tyro.conf.Positional[tuple[Path, ...]],
-        *,
-        vocab_size: int,
-        out: Path,
-        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-    ) -> None:
-        """Train a SentencePiece BPE tokenizer in LLaMA's settings.
-
-        Args:
-            files: Text files or JSON lines of documents.
-            vocab_size: Pieces, the 3 specials and 256 bytes included.
-            out: Folder that receives tokenizer.model.
-            as_json: Print one JSON object.
-        """
-        if not files:
-            raise InputError("name at least one file")
-        texts = (document.text for document in iterate(files, "document"))
-        tokenizer = Tokenizer.train(texts, vocab_size, out)
-        result = {"out": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.digest}
-        print(json.dumps(result) if as_json else f"{out}: {tokenizer.vocab_size} pieces")
-
-    return command
-
-
-def _evaluate() -> Callable[..., None]:
-    import tyro
-
-    from llama2rt.data.sources import Source
-    from llama2rt.evaluate.commands import describe, evaluate
-
-    def command(
-        reward_model: tyro.conf.Positional[Path],
-        *,
-        comparisons: tuple[Source, ...] = (),
-        samples: tuple[Path, ...] = (),
-        skip_invalid: int = 0,
-        micro_tokens: int = 16384,
-        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-    ) -> None:
-        """Measure a reward model on comparisons, or compare versions by its scores.
-
-        Args:
-            reward_model: Folder of a reward model, with its tokenizer.
-            comparisons: Files of comparisons: accuracy by rating; or tables of a recipe, such as
-                '{path="hh-harmless.jsonl.gz", kind="safety"}'.
-            samples: Files of samples, or folders of a run's samples, one a version: mean reward,
-                win rates, reward against N.
-            skip_invalid: Bad records to tolerate in each file.
-            micro_tokens: Tokens scored at once.
-            as_json: Print one JSON object.
-        """
-        result = evaluate(
-            reward_model, comparisons, samples, skip_invalid=skip_invalid, micro_tokens=micro_tokens
-        )
-        print(json.dumps(result) if as_json else describe(result))
-
-    return command
-
-
-_OWN: dict[str, Callable[[], Callable[..., None]]] = {
-    "check": _check,
-    "convert": _convert,
-    "evaluate": _evaluate,
-    "tokenizer": _tokenizer,
-}
 
 
 def _checkpoint_error() -> type[Exception]:

@@ -43,7 +43,7 @@ OPTIONAL = {
     "wandb": ("logging to Weights & Biases", "pip install wandb"),
 }
 
-# What a peer must have, beside its distribution, to stand beside our kernels.
+# What must be importable from a peer before it can be compared with our kernels.
 PEERS = {
     "flash-attn": "flash_attn.flash_attn_interface:_flash_attn_varlen_forward",
     "apex": "apex.normalization:FusedRMSNorm",

@@ -1,4 +1,4 @@
-"""Energy of a stretch of work in joules, from the counters of GPUs and CPUs.
+"""Energy of a block of work in joules, from the counters of GPUs and CPUs.
 
     with energy.of_device(device) as meter:
         work()
@@ -6,9 +6,9 @@
 
 GPUs: NVML's energy counter, through nvidia-ml-py where it is installed; power sampled ten times a
 second where a GPU has no such counter, and named as such. CPUs and DRAM: RAPL, from Linux's
-powercap tree, which most systems let only root read. What could not be measured says why and is
-never 0. Belongs to no room, so that training, benchmarks and cluster tools share it. Left out: the
-rest of the machine (fans, NICs, power supplies), which no counter here sees.
+powercap tree, which most systems let only root read. For a device that could not be measured the
+reason is given, never 0. The rest of the machine (fans, NICs, power supplies) has no such counter.
+This module imports no other of ours, so that training, benchmarks and cluster tools share it.
 """
 
 import importlib
@@ -35,23 +35,25 @@ _POLL_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Energy:
-    """What was drawn in ``seconds``: joules by device, and for what has none, why."""
+    """The energy that devices drew in a stretch of time."""
 
     seconds: float
     joules: Mapping[str, float] = field(default_factory=dict)
+    """by device"""
     not_measured: Mapping[str, str] = field(default_factory=dict)
+    """device -> why it has no joules"""
     seconds_needed: float = 0.0
-    """the shortest stretch that every counter resolves; 0 where there is none"""
+    """the shortest stretch that every counter resolves; 0 where there is no counter"""
     mirrored: Mapping[str, str] = field(default_factory=dict)
     """domains that show again what another counted, and which: no joules of their own"""
 
     @property
     def total_joules(self) -> float | None:
-        """Of the devices that were measured; None where none was."""
+        """The sum over the devices that were measured; None where none was."""
         return sum(self.joules.values()) if self.joules else None
 
     def joules_per(self, count: float) -> float | None:
-        """Joules a token, a step, a call; None where nothing was measured or ``count`` is 0."""
+        """Joules a token, a step, a call; None where nothing was measured or `count` is 0."""
         total = self.total_joules
         return None if total is None or not count else total / count
 
@@ -85,7 +87,7 @@ class Counter(Protocol):
 
     @property
     def mirrors(self) -> str | None:
-        """The counter that this one shows again and that is counted in its stead."""
+        """The counter whose values this one repeats, and which is counted instead."""
 
     def read(self) -> float: ...
 
@@ -133,7 +135,7 @@ class RaplCounter:
 
 
 def _domain_name(folder: Path) -> str:
-    """What the kernel calls a domain; of a subdomain such as intel-rapl:0:1 also whose it is."""
+    """The kernel's name of a domain; for a subdomain such as intel-rapl:0:1 also its parent's."""
     name = (folder / "name").read_text().strip()
     parent = folder.name.rpartition(":")[0]
     return f"{name} of {_domain_name(folder.parent / parent)}" if ":" in parent else name
@@ -178,11 +180,11 @@ class SampledPower:
 
 
 class EnergyMeter:
-    """Counts joules from ``with`` to its end, or from one `lap` to the next.
+    """Counts joules from `with` to its end, or from one `lap` to the next.
 
     gpus: their UUIDs ("GPU-..."), as `gpu_uuid` gives them. host: also CPUs and DRAM. After the
-    block, ``energy`` holds the whole of it. Costs a few file reads or driver calls a lap (not
-    timed: well under a millisecond each). Errors never stop the work: they end up as reasons.
+    block, `energy` is that of the whole block. A lap costs a few file reads or driver calls (not
+    timed: well under a millisecond each). An error never stops the work: it becomes a reason.
     """
 
     def __init__(
@@ -231,13 +233,13 @@ class EnergyMeter:
         self.energy = self._between(self._start, self._read())
 
     def lap(self) -> Energy:
-        """Since the start or the lap before."""
+        """Energy since the start or the lap before."""
         now = self._read()
         energy, self._lap_start = self._between(self._lap_start, now), now
         return energy
 
     def peek(self) -> Energy:
-        """As `lap`, without beginning a new one."""
+        """Energy since the lap before, without beginning a new one."""
         return self._between(self._lap_start, self._read())
 
     def _read(self) -> tuple[float, dict[str, float]]:
@@ -279,7 +281,7 @@ class EnergyMeter:
 
 
 def of_device(device: Any, *, host: bool = True) -> EnergyMeter:
-    """A meter of the GPU behind a torch ``device`` (none for a CPU) and of the host."""
+    """A meter of the GPU behind a torch `device` (none for a CPU) and of the host."""
     return EnergyMeter([gpu_uuid(device)] if device.type == "cuda" else [], host=host)
 
 
@@ -293,7 +295,7 @@ def gpu_uuid(device: Any) -> str:
 def nvml_counters(
     gpus: Iterable[str], clock: Callable[[], float] = time.monotonic
 ) -> tuple[list[Counter], dict[str, str]]:
-    """Counters of ``gpus`` (UUIDs), and for each GPU without one the reason."""
+    """Counters of `gpus` (UUIDs), and for each GPU without one the reason."""
     try:
         nvml = nvml_module()
     except OSError as error:
@@ -363,7 +365,7 @@ def _rapl_tree(folders: Sequence[Path]) -> tuple[list[Counter], dict[str, str]]:
 
 
 def in_turn(parts: Sequence[Energy]) -> Energy:
-    """What several laps come to; a device that one of them could not measure is not measured."""
+    """The sum of laps; a device that one of them could not measure is not measured."""
     reasons = {name: why for part in parts for name, why in part.not_measured.items()}
     # A domain that mirrored another in one lap and not in a later one has nothing in the first.
     names = {name: None for part in parts for name in part.joules if name not in reasons}
@@ -374,7 +376,7 @@ def in_turn(parts: Sequence[Energy]) -> Energy:
 
 
 def together(parts: Sequence[Energy]) -> dict[str, Any]:
-    """For JSON: what the processes of one job measured of different devices, summed.
+    """For JSON: the sum over the processes of a job, each of which measured other devices.
 
     joules is null where nothing was measured; not_measured lists each reason once.
     """

@@ -1,8 +1,8 @@
 """How much memory a process may still take, read where its limit is set.
 
-A container's limit is its cgroup's, which /proc/meminfo does not know: a process that goes by the
-host's free memory is killed without a word. Limits of batch systems that set no cgroup (ulimit -v)
-are left out.
+A container's limit is its cgroup's, which /proc/meminfo does not know: a process that relies on the
+host's free memory is killed without a message. Limits that are no cgroup's (ulimit -v) are not
+read.
 """
 
 import os

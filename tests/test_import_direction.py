@@ -19,9 +19,12 @@ PACKAGE = Path(llama2rt.__file__).parent
 LEVELS = [
     {"cli"},
     {"quickstart"},
+    {"pipeline"},
     {"stages"},
     {"report", "evaluate"},
+    {"rollout"},
     {"generate", "train"},
+    {"run"},
     {"checkpoint", "data"},
     {"text", "model"},
     {"algorithms", "ops"},

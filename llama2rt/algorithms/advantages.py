@@ -1,7 +1,7 @@
 """From rewards and values to advantages, over packed responses.
 
-Inputs hold response tokens only: no prompt tokens and no padding, so no statistic here can be
-diluted by positions that were never acted on.
+Inputs hold response tokens only. Without prompt tokens and padding, every position in a statistic
+is one that the policy acted on.
 """
 
 from typing import Literal

@@ -34,7 +34,7 @@ def safety(scores: Tensor, is_safe: Tensor) -> Tensor:
     """Auxiliary classification loss of the safety reward model, one value per response.
 
     Binary cross-entropy of `sigmoid(scores)` against `is_safe` (bool), both [n]. Llama 2 reports
-    its effect (Table 29) without a formula; this is the plainest reading.
+    its effect (Table 29) and no formula; this is the simplest that fits.
     """
     return F.binary_cross_entropy_with_logits(scores, is_safe.to(scores.dtype), reduction="none")
 
@@ -69,15 +69,7 @@ def preference(
     Raises ValueError for an unknown kind, a missing reference, a smoothing outside its range, and
     for a setting that the kind would silently ignore.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: expected 0 <= value < 0.5, got {label_smoothing}")
-    if label_smoothing and kind not in SMOOTHED:
-        raise ValueError(f"label_smoothing: {kind} has none, got {label_smoothing}")
-    if gamma and kind != "simpo":
-        raise ValueError(f"gamma: only simpo has a target margin, got {gamma} for {kind}")
-
+    _check_settings(kind, label_smoothing, gamma)
     if kind == "simpo":
         gap = beta * (policy_chosen - policy_rejected) - gamma
         return _smoothed(gap, label_smoothing)
@@ -97,11 +89,7 @@ def preference(
     if kind == "hinge":
         return (1 - gap).relu()
     if kind == "kto":
-        chosen_kl = chosen.detach().mean().clamp(min=0)
-        rejected_kl = rejected.detach().mean().clamp(min=0)
-        desirable = 1 - torch.sigmoid(beta * (chosen - rejected_kl))
-        undesirable = 1 - torch.sigmoid(beta * (chosen_kl - rejected))
-        return (desirable + undesirable) / 2
+        return _kto(chosen, rejected, beta)
     if kind == "nca":
         return -(
             F.logsigmoid(beta * chosen)
@@ -112,12 +100,7 @@ def preference(
         kept = (1 - label_smoothing) * -F.logsigmoid(gap)
         flipped = label_smoothing * -F.logsigmoid(-gap)
         return (kept - flipped) / (1 - 2 * label_smoothing)
-    if label_smoothing == 0:
-        raise ValueError("label_smoothing: exo needs a value above 0 (its target has full support)")
-    target = torch.tensor([1 - label_smoothing, label_smoothing]).log().to(gap)
-    return torch.sigmoid(gap) * (F.logsigmoid(gap) - target[0]) + torch.sigmoid(-gap) * (
-        F.logsigmoid(-gap) - target[1]
-    )
+    return _exo(gap, label_smoothing)
 
 
 def infonca(
@@ -149,10 +132,10 @@ def policy_clip(
 def value_clip(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the critic, its move since the rollout clipped to +-clip.
+    """Half the squared error of the critic, whose change since the rollout is clipped to +-clip.
 
     All [T]; returns the loss and a bool [T] of where clipping was active. From OpenAI's PPO
-    (baselines; Ziegler et al. 2019), which Llama 2 does not depart from explicitly.
+    (baselines; Ziegler et al. 2019); Llama 2 states no other.
     """
     near = old_values + (values - old_values).clamp(-clip, clip)
     plain = 0.5 * (values - returns).square()
@@ -160,13 +143,41 @@ def value_clip(
     return torch.maximum(plain, clipped), clipped > plain
 
 
+def _check_settings(kind: Kind, label_smoothing: float, gamma: float) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: expected 0 <= value < 0.5, got {label_smoothing}")
+    if label_smoothing and kind not in SMOOTHED:
+        raise ValueError(f"label_smoothing: {kind} has none, got {label_smoothing}")
+    if gamma and kind != "simpo":
+        raise ValueError(f"gamma: only simpo has a target margin, got {gamma} for {kind}")
+
+
+def _kto(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    chosen_kl = chosen.detach().mean().clamp(min=0)
+    rejected_kl = rejected.detach().mean().clamp(min=0)
+    desirable = 1 - torch.sigmoid(beta * (chosen - rejected_kl))
+    undesirable = 1 - torch.sigmoid(beta * (chosen_kl - rejected))
+    return (desirable + undesirable) / 2
+
+
+def _exo(gap: Tensor, label_smoothing: float) -> Tensor:
+    if label_smoothing == 0:
+        raise ValueError("label_smoothing: exo needs a value above 0 (its target has full support)")
+    target = torch.tensor([1 - label_smoothing, label_smoothing]).log().to(gap)
+    return torch.sigmoid(gap) * (F.logsigmoid(gap) - target[0]) + torch.sigmoid(-gap) * (
+        F.logsigmoid(-gap) - target[1]
+    )
+
+
 def _smoothed(gap: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
 
 
 def _log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p; log(1 - p) by whichever form keeps its digits."""
-    # A certain response (log p = 0) would have infinite odds: held one fp32 step below.
+    """log(p / (1 - p)) from log p, log(1 - p) in the form that keeps its digits."""
+    # A certain response (log p = 0) would have infinite odds: cut to about one fp32 step below.
     logprob = logprob.clamp(max=-1e-7)
     near_one = logprob > -0.6931
     below = torch.where(near_one, torch.full_like(logprob, -1.0), logprob)

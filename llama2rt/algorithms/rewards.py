@@ -38,9 +38,10 @@ def margin(rating: str | None, scheme: Scheme) -> float:
 def combine(helpful: Tensor, safe: Tensor, is_safety: Tensor, threshold: float = 0.15) -> Tensor:
     """Llama 2's piecewise reward Rc (section 3.2.3) on scores in (0, 1), all [n].
 
-    The safety score where the prompt is a safety prompt (`is_safety`, bool) or where it is below
-    `threshold`; the helpfulness score elsewhere. 0.15 has precision 0.89 and recall 0.55 on Meta
-    Safety. Scores are sigmoids of the reward models' outputs; raw outputs are refused.
+    On a safety prompt (`is_safety`, bool), and where the safety score is below `threshold`, the
+    reward is the safety score; elsewhere it is the helpfulness score. 0.15 has precision 0.89 and
+    recall 0.55 on Meta Safety. Scores are sigmoids of the reward models' outputs: ValueError for
+    raw ones.
     """
     for name, score in (("helpful", helpful), ("safe", safe)):
         if score.numel() and not (score.min() >= 0 and score.max() <= 1):
@@ -51,7 +52,7 @@ def combine(helpful: Tensor, safe: Tensor, is_safety: Tensor, threshold: float =
 def logit(score: Tensor) -> Tensor:
     """Inverse of the sigmoid, in fp64: "reverse the sigmoid" of section 3.2.3.
 
-    Scores are held 1e-12 away from 0 and 1 so that a saturated one stays finite (an output of
+    Scores are clamped to 1e-12 from 0 and 1, so that a saturated one stays finite (an output of
     +-27). Take the sigmoid in fp64 too: in fp32 it is already 1 at an output of 17.
     """
     return score.double().logit(eps=1e-12)

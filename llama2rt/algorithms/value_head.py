@@ -1,11 +1,9 @@
-"""A critic's linear head by ridge regression: the exact end of a warm-up in closed form.
+"""A critic's linear head by ridge regression, in place of a warm-up by gradient steps.
 
-PPO's critic starts from the reward model, whose head speaks in the reward model's units and about
-finished answers. Its hidden states are worth keeping, its head is not: what the head should say is
-the whitened return from each token on. On one rollout of the first policy that is a linear
-regression, and its solution needs no learning rate.
-
-Left out: training the layers below the head, which is PPO's own work.
+PPO's critic starts from the reward model. The reward model's hidden states are worth keeping; its
+head is not, since it predicts the reward of a finished answer, and the critic's must predict the
+whitened return from each token on. On one rollout of the first policy that is a linear regression,
+whose solution needs no learning rate. The layers below the head are trained by PPO itself.
 """
 
 import torch
@@ -17,11 +15,11 @@ PENALTIES = (*(10.0**i for i in range(-5, 2)), float("inf"))
 
 
 class RidgeRegression:
-    """Least squares without intercept, its penalty chosen by cross-validation over groups.
+    """Least squares without intercept, with a penalty set by cross-validation over groups.
 
-    Rows come in batches; kept are their moments, fp64 [dim, dim] a fold. All rows of a group fall
-    into one fold: tokens of a response share one reward, so a penalty that were chosen by single
-    tokens would be as good as none.
+    Rows come in batches, of which only moments are kept, fp64 [dim, dim] a fold. All rows of a
+    group fall into one fold: the tokens of a response share one reward, so folds of single tokens
+    would find no penalty worth having.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -32,7 +30,7 @@ class RidgeRegression:
 
     @torch.no_grad()
     def add(self, inputs: Tensor, targets: Tensor, groups: Tensor) -> None:
-        """Rows [n, dim] with their targets [n] and the number of the group each belongs to."""
+        """inputs: [n, dim]. targets: [n]. groups: int64 [n], the group that each row belongs to."""
         for fold in range(FOLDS):
             rows = groups % FOLDS == fold
             x, y = inputs[rows].double(), targets[rows].double()
@@ -52,7 +50,7 @@ class RidgeRegression:
         if unit == 0.0 or total == 0.0:
             return torch.zeros_like(cross, dtype=torch.float32), 0.0
         errors = [self._error_left_out(second, cross, unit * penalty) for penalty in PENALTIES]
-        # Of equal errors (all rows in one group: nothing is left to fit) the largest penalty's.
+        # Equal errors (all rows in one group, so nothing is left to fit): the largest penalty.
         best = min(reversed(range(len(PENALTIES))), key=errors.__getitem__)
         weight = _ridge(second, cross, unit * PENALTIES[best])
         return weight.float(), 1.0 - errors[best] / total

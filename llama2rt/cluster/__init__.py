@@ -1,7 +1,8 @@
-"""Clusters: collectives and power measured where there is hardware, predicted where there is not.
+"""Clusters: collectives and power, measured where there is hardware and predicted where not.
 
-Imports point one way: hardware < collectives, power_curve < workload < step_time < calibration <
-prediction, search < compare, validate < commands, training_commands. What measures stands apart: operations, presets
-< timing, host < records, bench_output < bench < emulate; power_sweep. Of the rest of llama2rt only
-the shape of a model (`model.config`) is known here; the models load no torch.
+The predicting modules build on each other in this order: hardware; collectives, power_curve;
+workload; step_time; calibration; prediction, search; compare, validate; commands,
+training_commands. The measuring modules: operations, presets; timing, host; records, bench_output;
+bench; emulate; and power_sweep by itself. Of the rest of llama2rt only the shape of a model
+(`model.config`) is known here. Predicting loads no torch.
 """

@@ -1,9 +1,9 @@
-"""``llama2rt cluster bench``: collectives measured under torchrun, size by size.
+"""`llama2rt cluster bench`: collectives measured under torchrun, size by size.
 
 Each size is checked against what the collective must yield, before and after it is timed, and is on
 disk before the next one starts: Ctrl-C, a rank that dies or a kill leave every finished row.
 Bus bandwidth is that of nccl-tests (see `operations`), the time of a call that of its slowest rank.
-Left out: sizes that do not fit the memory that is free; they are listed as skipped.
+Sizes that do not fit into free memory are listed as skipped.
 """
 
 import contextlib
@@ -100,10 +100,11 @@ def bench(
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; sizes in bytes of the total buffer."""
+    """What to measure."""
 
     operations: tuple[str, ...]
     sizes: tuple[int, ...]
+    """in bytes of the total buffer"""
     warmup: int
     iterations: int
     overlap: bool
@@ -118,7 +119,7 @@ class Plan:
         iterations: int,
         overlap: bool = False,
     ) -> "Plan":
-        """InputError for an empty range or too few calls to speak of a median."""
+        """InputError for an empty range or too few calls for a median."""
         first, last = parse_bytes(smallest), parse_bytes(largest)
         if first < ELEMENT_BYTES or last < first:
             raise InputError(f"--min {smallest} --max {largest}: expected 4B <= min <= max")
@@ -134,21 +135,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others; ``control`` is a gloo group for everything untimed."""
+    """This process among the others."""
 
     rank: int
     ranks: int
     device: torch.device
     control: Any
+    """a gloo group for everything that is not timed"""
 
     def worst(self, value: float) -> float:
-        """The largest ``value`` of all ranks."""
+        """The largest `value` of all ranks."""
         tensor = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.item()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, on rank 0; the others get an empty list."""
+        """Every rank's `value`, on rank 0; the others get an empty list."""
         values: list[Any] | None = [None] * self.ranks if self.rank == 0 else None
         dist.gather_object(value, values, 0, group=self.control)
         return values or []
@@ -157,7 +159,7 @@ class Ranks:
 def measure(
     ranks: Ranks, operation: Operation, total_bytes: int, plan: Plan, meter: energy.EnergyMeter
 ) -> dict[str, Any]:
-    """One row of the record: ``operation`` over ``total_bytes``, checked and timed.
+    """One row of the record: `operation` over `total_bytes`, checked and timed.
 
     Every rank must call it; rank 0 gets the row, the others an empty one. {"skipped": reason} where
     the size does not divide or fit. OSError where a rank got a wrong result.
@@ -304,8 +306,8 @@ class _Report:
 
 
 def _lost(error: BaseException) -> str:
-    """What a failed call of torch.distributed (a RuntimeError, whatever the cause) comes to."""
-    # gloo's messages begin with a place in its sources and go on with advice.
+    """The likely meaning of a failed call of torch.distributed, which is always a RuntimeError."""
+    # gloo's messages begin with a line of its sources and end with advice.
     first = re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
     return f"a collective failed, most likely because another rank is gone ({first})"
 
@@ -326,20 +328,20 @@ def _group(backend: str | None, timeout_seconds: float) -> Iterator[Ranks]:
     """The process group of torchrun's environment, with SIGTERM (torchrun's way to stop its
     processes) acting as Ctrl-C does."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if chosen == "nccl":
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl":
         if torch.cuda.device_count() <= local_rank:
             raise InputError(
                 f"nccl needs a GPU for each process: rank {local_rank} of this host has none "
                 f"({torch.cuda.device_count()} found); --backend gloo runs on CPUs"
             )
         torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if chosen == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     timeout = datetime.timedelta(seconds=timeout_seconds)
     _received.clear()
     before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
     dist.init_process_group(
-        chosen, timeout=timeout, device_id=device if device.type == "cuda" else None
+        backend, timeout=timeout, device_id=device if device.type == "cuda" else None
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)

@@ -1,8 +1,8 @@
 """The constants of the step-time model, where they come from, and how to find them again.
 
 Five are fitted to the calibration rows of data/published_runs.csv, all rows at once; the others
-are taken from published measurements. `fit` repeats the fit, `leave_one_group_out` shows what the
-model says of a group of runs that the fit has not seen.
+are published measurements. `fit` repeats the fit. `leave_one_group_out` gives the model's errors on
+groups of runs that the fit has not seen.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ _BOUNDS = {
 }
 # Not fitted.
 # - overlap: FSDP gathers the next block while one is computed; the first cannot be hidden.
-# - spread: GPUs of one node differ by up to 5 % in speed; a step averages over its kernels.
+# - speed_spread: GPUs of one node differ by up to 5 % in speed; a step averages over its kernels.
 START = Constants(
     **{name: value for name, (value, _) in PRIOR.items()},
     overlap_2023=0.9,

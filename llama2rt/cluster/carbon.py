@@ -1,12 +1,12 @@
-"""What a training run emitted: Llama 2's method to the digit, and two figures that it leaves out.
+"""What a training run emitted: by Llama 2's method to the digit, with the host, and as measured.
 
 Table 2 of Touvron et al. 2023b multiplies GPU hours by the GPU's power limit, 0.385 kg CO2eq per
 kWh and a PUE of 1.1, and prints two decimals, cut off and not rounded: 153.9074 is printed as
-153.90, where rounding would give 153.91. The total is the sum of the uncut rows. Beside it stand
-the figure with the host's share of power, and the measured one; a run without a meter has none,
-never 0.
+153.90, where rounding would give 153.91. The total is the sum of the uncut rows. Two more figures
+stand beside it: one with the host's share of power, and the measured one, which a run without a
+meter does not have (it is never 0).
 
-Decimal arithmetic: a row must not change its last digit for the sake of a binary fraction.
+Arithmetic is decimal, so that no row's last digit is changed by a binary fraction.
 """
 
 from collections.abc import Mapping, Sequence

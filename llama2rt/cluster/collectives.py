@@ -2,10 +2,10 @@
 
 NCCL picks algorithm and protocol by predicting, for each pair, latency + bytes / bandwidth
 (NVIDIA/nccl, src/graph/tuning.cc); `options` computes the same table, so that the model switches
-from tree to ring and from LL to Simple where NCCL does. The time of the pair it picks then gets
-the two things which that table leaves out and measurements show: the launch, and the first chunk
-that must travel through the whole ring or tree before data streams. One latency for all sizes
-would be wrong by a third at one end or the other.
+from tree to ring and from LL to Simple where NCCL does. Measurements show two costs that the table
+does not have, and `time` adds them: the launch, and the first chunk, which must travel through the
+whole ring or tree before data streams. One latency for all sizes would be wrong by a third for
+small or for large ones.
 
 Left out: NVLink SHARP, SHARP in InfiniBand switches, CollNet and PAT.
 """
@@ -50,7 +50,7 @@ _RING_SIMPLE_NETWORK = 1.4  # multi-node ring all-reduce in Simple
 # the table says 15.0 (ring, LL); from 4 MB up the intercept is 89 us, where it says 31-56.
 _LAUNCH_SECONDS = 19.7e-6
 _FILL_SECONDS, _FILL_BYTES = 24e-6, 4 * 2**20
-# 229.5 GB/s is the slope from 4 MB; neither figure has a published spread: 8 GiB all-reduces of
+# 229.5 GB/s is the slope from 4 MB; neither figure has a published range: 8 GiB all-reduces of
 # the same logs lie 2.5 % above it, all-to-alls 2.3 % below.
 RELATIVE_RANGE = 0.10
 PROVENANCE = (
@@ -61,10 +61,7 @@ PROVENANCE = (
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that take part in a collective, spread evenly, each with a NIC of its own.
-
-    ranks_per_node: how many of them share a node.
-    """
+    """Ranks that take part in a collective, as many in each node, each with a NIC of its own."""
 
     ranks: int
     ranks_per_node: int
@@ -148,8 +145,8 @@ def time(operation: Operation, size_bytes: float, gpu: Gpu, fabric: Fabric, wher
     picked = min(
         options(operation, size_bytes, gpu, fabric, where), key=lambda option: option.seconds
     )
-    unseen = _LAUNCH_SECONDS + _FILL_SECONDS * min(1.0, size_bytes / _FILL_BYTES)
-    return Timing(picked.seconds + unseen, picked.algorithm, picked.protocol)
+    untabled = _LAUNCH_SECONDS + _FILL_SECONDS * min(1.0, size_bytes / _FILL_BYTES)
+    return Timing(picked.seconds + untabled, picked.algorithm, picked.protocol)
 
 
 def seconds(

@@ -1,10 +1,10 @@
-"""The paper's question: what does a cheaper fabric under a lower power cap cost in throughput?
+"""What a cheaper fabric under a lower power cap costs in throughput, and for which reasons.
 
 Llama 2 was trained on InfiniBand at 400 W and on RoCE at 350 W, both at 2000 GPUs, and reports
 that the second reaches about 90 % of the first (Touvron et al. 2023b, section 2.2). `compare` times
-one layout on both clusters, and takes the gap apart by giving the first cluster one property of
-the second at a time. What those single changes do not add up to is the residual; what the model
-misses of the published 90 % is printed beside it. Neither is fitted away.
+one layout on both clusters. To explain the gap, it gives the first cluster one property of the
+second at a time; the residual is the part of the gap that these single changes do not add up to.
+The distance from the published 90 % is printed beside it. Neither is fitted away.
 """
 
 from dataclasses import dataclass, replace
@@ -24,16 +24,17 @@ CAUSES = ("power", "bandwidth", "latency", "congestion", "stragglers")
 
 @dataclass(frozen=True)
 class Comparison:
-    """ratio: throughput of `second` over that of `first`, both under `layout`. waterfall: share of
-    `first`'s throughput that each cause takes; with "residual" they sum to 1 - ratio.
-    own_layouts: the ratio when `second` takes the layout that is fastest on it."""
+    """Two clusters on the same work."""
 
     first: Cluster
     second: Cluster
     layout: Layout
     ratio: Estimate
+    """throughput of `second` over that of `first`, both under `layout`"""
     waterfall: dict[str, float]
+    """share of `first`'s throughput that each cause takes; with "residual" they sum to 1 - ratio"""
     own_layouts: float
+    """the ratio when `second` takes the layout that is fastest on it"""
 
     @property
     def gap(self) -> float:
@@ -67,8 +68,8 @@ def compare(
 ) -> Comparison:
     """Both clusters under one layout, by default the fastest on `first`.
 
-    The range takes each fabric at the ends of what is published of it, and the power cap by the
-    matrix-bound and the mixed curve. Two equal clusters give exactly 1, low and high too.
+    The range spans the published figures of each fabric, and the matrix-bound and the mixed curve
+    of the power cap. Two equal clusters give exactly 1, low and high too.
     """
     best = None
     if layout is None:

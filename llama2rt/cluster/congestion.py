@@ -5,7 +5,7 @@ Each of `hosts` hosts of a rack keeps `flows` flows (queue pairs) open, each has
 uplink sets the rate: efficiency = capacity for flows / expected fullest load. The expectation is
 computed exactly, so that the same question always has the same answer.
 
-Left out: packet spraying, adaptive routing (which make collisions vanish), several switch layers,
+Left out: packet spraying and adaptive routing, which make collisions vanish; several switch layers;
 flows that end at different times.
 """
 

@@ -1,10 +1,10 @@
-"""``llama2rt cluster emulate``: gloo for real over links of a known rate, on one machine.
+"""`llama2rt cluster emulate`: gloo for real over links of a known rate, on one machine.
 
 Two processes in two network namespaces run `cluster bench` across a link that tc holds to a rate,
-so that what the benchmark prints can be held against a line rate that is known. Every fabric is
-set up for itself and measured alone, one after the other: side by side they would share the CPU.
-The result is a check of the benchmark and of gloo, not of any network: what is emulated is a rate
-and, where the kernel has netem, a delay; not congestion, loss or RDMA.
+so that the benchmark's numbers can be compared with a known line rate. Fabrics are measured one
+after the other, since side by side they would share the CPU. The result checks the benchmark and
+gloo, not a network: a rate is emulated and, where the kernel has netem, a delay; congestion, loss
+and RDMA are not.
 """
 
 import contextlib
@@ -100,7 +100,7 @@ def new_result() -> dict[str, Any]:
 
 
 def measure(link: Link, options: Sequence[str], timeout_seconds: float) -> dict[str, Any]:
-    """The record of `cluster bench` with ``options``, of one process at each end of ``link``.
+    """The record of `cluster bench` with `options`, of one process at each end of `link`.
 
     OSError with the last lines of what a process printed if one fails, or if they take longer.
     """
@@ -187,7 +187,7 @@ def _wait(processes: "Sequence[subprocess.Popen[str]]", timeout_seconds: float) 
 
 @contextlib.contextmanager
 def _ending(process: "subprocess.Popen[str]") -> "Iterator[subprocess.Popen[str]]":
-    """``process``, which does not outlive the block."""
+    """`process`, which does not outlive the block."""
     try:
         yield process
     finally:

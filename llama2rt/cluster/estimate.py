@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """value within [low, high]; provenance says what the range rests on."""
+    """A value that lies within [low, high]."""
 
     value: float
     low: float
     high: float
     provenance: str
+    """what the range rests on"""
 
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high:

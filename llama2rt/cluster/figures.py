@@ -1,7 +1,7 @@
 """Figures of the cluster model: parity with published runs, a gap taken apart, power caps.
 
-Each function writes one file (.png, .svg or .pdf). The room stands alone, so it draws with
-matplotlib directly; `llama2rt.report` has the figures of training runs.
+Each function writes one file (.png, .svg or .pdf), drawn with matplotlib directly: this package
+imports nothing of `llama2rt.report`, which has the figures of training runs.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ def parity(checked: Sequence[Checked], path: Path) -> None:
         items = [item for item in checked if item.row.group == group]
         held_out = [item.row.split != "calibration" for item in items]
         for out, fill in ((False, True), (True, False)):
-            chosen = [item for item, held in zip(items, held_out, strict=True) if held == out]
-            if chosen:
+            drawn = [item for item, held in zip(items, held_out, strict=True) if held == out]
+            if drawn:
                 colour = _COLOURS[i % len(_COLOURS)]
                 axes.scatter(
-                    [item.row.cluster.gpus for item in chosen],
+                    [item.row.cluster.gpus for item in drawn],
                     # A step's time is the inverse of a rate: up is always "predicted too fast".
-                    [_speed_ratio(item) for item in chosen],
+                    [_speed_ratio(item) for item in drawn],
                     marker=_MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)],
                     facecolors=colour if fill else "none",
                     edgecolors=colour,

@@ -1,7 +1,7 @@
 """What a cluster is made of: GPUs, nodes, fabrics, with every figure's unit in its name.
 
-Numbers are vendors' or published measurements, named beside each; nothing here is fitted to a
-training run (those constants are in `calibration`). Left out: CPUs, storage, failures.
+Each number is a vendor's or a published measurement, named beside it. Nothing here is fitted to a
+training run; those constants are in `calibration`.
 """
 
 from dataclasses import dataclass, replace
@@ -17,19 +17,22 @@ class Gpu:
     """One accelerator. Bandwidths are in one direction."""
 
     name: str
-    peak_flops_per_s: float  # dense bf16
+    peak_flops_per_s: float
+    """dense bf16"""
     memory_bytes: float
     memory_bandwidth_bytes_per_s: float
-    nvlink_bus_bandwidth_bytes_per_s: float  # what an all-reduce over 8 GPUs reaches
-    nic_line_rate_bytes_per_s: float  # of the NIC a node of this generation has for each GPU
+    nvlink_bus_bandwidth_bytes_per_s: float
+    """what an all-reduce over 8 GPUs reaches"""
+    nic_line_rate_bytes_per_s: float
+    """of the NIC that a node of this generation has for each GPU"""
     max_watts: float
     min_watts: float
-    # Fused attention, forward and backward, as a share of the peak over causal FLOPs: with
-    # FlashAttention (stack 2023) and with FlashAttention-2 or cuDNN's kernels (stack 2024).
     attention_share_2023: float
+    """share of the peak, over causal FLOPs, of FlashAttention's forward and backward"""
     attention_share_2024: float
-    # Best products, as a share of the peak, over the same on an A100.
+    """the same of FlashAttention-2 or cuDNN's kernels"""
     matmul_share_of_a100: float = 1.0
+    """best products, as a share of the peak, over the same on an A100"""
 
 
 # NVIDIA data sheet. 229.5 GB/s bus bandwidth: 8-GPU NVSwitch all-reduce from 4 MB up in
@@ -90,19 +93,19 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Fabric:
-    """The network between nodes.
-
-    line_rate_share: what one NIC moves of its line rate with nobody in the way. collisions:
-    share that is left when flows collide on uplinks (1: none). extra_hop_seconds: what a switch hop
-    adds to an InfiniBand hop. jitter: coefficient of variation of a rank's communication time.
-    """
+    """The network between nodes."""
 
     name: str
     line_rate_share: float
+    """what one NIC moves of its line rate when it is the only one"""
     collisions: float
+    """share that is left when flows collide on uplinks (1: none collide)"""
     extra_hop_seconds: float
+    """what a switch hop adds to an InfiniBand hop"""
     jitter: float
-    rate_scale: float = 1.0  # of the NIC that the GPU's generation comes with
+    """coefficient of variation of a rank's communication time"""
+    rate_scale: float = 1.0
+    """of the NIC that the GPU's generation comes with"""
 
     def nic_bandwidth_bytes_per_s(self, gpu: Gpu) -> float:
         """Bytes a second through one NIC under load, one direction."""
@@ -133,7 +136,7 @@ IB = Fabric("ib", line_rate_share=0.975, collisions=1.0, extra_hop_seconds=0.0, 
 ROCE = _roce(ROCE_QUEUE_PAIRS, ROCE_UPLINKS)
 ROCE_LOW = replace(_roce(4, ROCE_UPLINKS), extra_hop_seconds=3e-6, jitter=0.10)
 ROCE_HIGH = replace(_roce(ROCE_QUEUE_PAIRS, 2 * ROCE_UPLINKS), extra_hop_seconds=1e-6, jitter=0.02)
-# What is published of a fabric: (low, default, high). One that is not here has no range.
+# Published figures of a fabric: (low, default, high). A fabric that is not here has no range.
 RANGES = {"roce": (ROCE_LOW, ROCE, ROCE_HIGH)}
 # One node, nothing between: any collective over more GPUs than a node has is refused.
 NVLINK = Fabric("nvlink", line_rate_share=0.0, collisions=1.0, extra_hop_seconds=0.0, jitter=0.0)

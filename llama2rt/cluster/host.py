@@ -1,7 +1,7 @@
-"""What a recorded run says about its machines: enough to repeat it, nothing that identifies files.
+"""What a record says about the machines: enough to repeat the measurement, and nothing private.
 
-Versions, GPUs, network adapters and host names, as far as this process may read them. Left out:
-paths, user names and addresses.
+Versions, GPUs, network adapters and host names, as far as this process may read them; no paths,
+user names or addresses.
 """
 
 import os
@@ -30,7 +30,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def footer(of_ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the facts of all ranks come to, with the versions of this process."""
+    """The facts of all ranks together, with the versions of this process."""
     devices = Counter(fact["device"] for fact in of_ranks)
     hosts = list(dict.fromkeys(fact["host"] for fact in of_ranks))
     by_host = {fact["host"]: fact["adapters"] for fact in of_ranks}
@@ -43,7 +43,7 @@ def footer(of_ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything between Python and the wire; NCCL's is None's place where torch has none."""
+    """Everything between Python and the network, CUDA and NCCL where torch has them."""
     found = {
         "llama2rt": llama2rt.__version__,
         "python": platform.python_version(),

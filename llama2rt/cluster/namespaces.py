@@ -4,8 +4,6 @@ The namespaces have no name: a process of ours holds each of them, waiting for i
 and the kernel removes a namespace, with its links and addresses, when its last process is gone.
 So nothing is left behind even by SIGKILL, two runs cannot collide, and no address is visible
 outside. The link is a veth pair whose two ends tc's token bucket filter (tbf) holds to the rate.
-
-Left out: bridges and more than two ends; a fabric here is one link.
 """
 
 import contextlib
@@ -38,11 +36,14 @@ class NotPossible(OSError):
 
 @dataclass(frozen=True)
 class Link:
-    """A link between two namespaces: rate in bits/s each way, one-way delay in seconds."""
+    """A link between two namespaces."""
 
     rate_bits_per_s: int
+    """each way"""
     delay_seconds: float
+    """one way"""
     holders: tuple[int, int]
+    """process ids that hold the namespaces"""
 
     @property
     def bytes_per_s(self) -> float:
@@ -51,7 +52,7 @@ class Link:
     def start(
         self, end: int, command: Sequence[str], environment: Mapping[str, str]
     ) -> "subprocess.Popen[str]":
-        """``command`` in the namespace of ``end`` (0 or 1); it dies with this process."""
+        """`command` in the namespace of `end` (0 or 1); it dies with this process."""
         return subprocess.Popen(
             [*_inside(self.holders[end]), *command],
             env=dict(environment),
@@ -102,8 +103,8 @@ def _shape(inside: Sequence[str], rate_bits_per_s: int, delay_seconds: float) ->
 
 
 def _own() -> list[str]:
-    """Nothing where we may make network namespaces; else the way into a user namespace, in which
-    an ordinary user may (where the kernel lets ordinary users have one)."""
+    """The command that enters a user namespace, in which an ordinary user may make network
+    namespaces (where the kernel lets ordinary users have one); empty where this process may."""
     status = Path("/proc/self/status").read_text()
     held = int(re.findall(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)[0], 16)
     if held & _CAP_SYS_ADMIN and held & _CAP_NET_ADMIN:

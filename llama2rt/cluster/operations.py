@@ -5,9 +5,10 @@ reduce-scatter, the output of an all-gather, either buffer of an all-to-all. The
 S / t times a factor that makes it comparable with the rate of a link whatever the number of ranks
 (nccl-tests, doc/PERFORMANCE.md).
 
-Buffers hold a pattern that is a function of rank and position, so that a chunk that goes to the
-wrong place shows; its period is prime, small enough for exact sums in fp32. Left out: reduce,
-gather and scatter, which training does not use, and other dtypes, which move no other bytes.
+Buffers hold a pattern that is a function of rank and index, so that a chunk that arrives at the
+wrong offset is found; its period is prime, and small enough for exact sums in fp32. Left out:
+reduce, gather and scatter, which training does not use, and other dtypes, of which a byte costs the
+same.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass(frozen=True)
 class Piece:
-    """``length`` elements of a result from ``start`` on, repeating ``pattern`` [period]."""
+    """`length` elements of a result from `start` on, repeating `pattern` [period]."""
 
     start: int
     length: int
@@ -36,20 +37,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class Operation:
-    """One collective over n ranks and a total buffer of ``elements`` fp32 numbers.
-
-    factor(n): bus bandwidth over algorithm bandwidth. input_shards, output_shards: whether that
-    buffer is 1/n of the total; output None: the call works in place. call(output, input) runs it
-    on the default group. expected(rank, n, elements): the pieces of ``rank``'s output.
-    """
+    """One collective over n ranks and a total buffer of `elements` fp32 numbers."""
 
     name: str
     factor: Callable[[int], float]
+    """of n: bus bandwidth over algorithm bandwidth"""
     input_sharded: bool
+    """whether a rank's input is 1/n of the total buffer"""
     output_sharded: bool
     in_place: bool
+    """whether the output is the input"""
     call: Callable[[Tensor, Tensor], object]
+    """runs it on (output, input), over the default group"""
     expected: Callable[[int, int, int], list[Piece]]
+    """of (rank, n, elements): the pieces of that rank's output"""
 
     def memory_bytes(self, total_bytes: int, ranks: int) -> int:
         """Device memory that one rank's buffers take."""
@@ -61,7 +62,7 @@ class Operation:
     def buffers(
         self, rank: int, ranks: int, elements: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """(output, input), the input filled with ``rank``'s pattern, the output with NaN."""
+        """(output, input), the input filled with `rank`'s pattern, the output with NaN."""
         source = torch.empty(elements // ranks if self.input_sharded else elements, device=device)
         if self.in_place:
             self.refill(source, source, rank)
@@ -71,12 +72,12 @@ class Operation:
         return output, source
 
     def refill(self, output: Tensor, source: Tensor, rank: int) -> None:
-        """Put buffers back to where `buffers` left them."""
+        """Fill the buffers as `buffers` did."""
         output.fill_(torch.nan)
         _repeat(source, pattern(rank))
 
     def first_error(self, output: Tensor, rank: int, ranks: int, elements: int) -> str | None:
-        """Where ``output`` first differs from what the collective must yield; None if nowhere."""
+        """Where `output` first differs from what the collective must yield; None if nowhere."""
         for piece in self.expected(rank, ranks, elements):
             found = output[piece.start : piece.start + piece.length]
             index = _first_difference(found, piece.pattern.to(output.device))
@@ -87,7 +88,7 @@ class Operation:
 
 
 def pattern(rank: int, offset: int = 0) -> Tensor:
-    """What ``rank`` puts at positions offset, offset + 1, ...: integers in [0, 251), one period."""
+    """What `rank` puts at positions offset, offset + 1, ...: integers in [0, 251), one period."""
     return ((torch.arange(_PERIOD) + offset) * 7 + rank * 31).remainder(_PERIOD).float()
 
 
@@ -178,13 +179,13 @@ OPERATIONS = {
 def bandwidths_bytes_per_s(
     operation: str, total_bytes: int, ranks: int, seconds: float
 ) -> tuple[float, float]:
-    """(algorithm, bus) bandwidth of moving S = ``total_bytes`` in ``seconds``, in bytes/s."""
+    """(algorithm, bus) bandwidth of moving S = `total_bytes` in `seconds`, in bytes/s."""
     algorithm = total_bytes / seconds
     return algorithm, algorithm * OPERATIONS[operation].factor(ranks)
 
 
 def gloo_excess(operation: str, ranks: int) -> float:
-    """Bytes that one of two or more ranks sends through gloo, over those that ``factor`` counts.
+    """Bytes that one of two or more ranks sends through gloo, over those that `factor` counts.
 
     torch's gloo has no reduce-scatter: it sums everything everywhere, as an all-reduce, of which
     each rank keeps its share. So its bus bandwidth is half of a link's rate where the link is full.

@@ -2,8 +2,8 @@
 
 The shape P = P0 + (P1 - P0) r (1 - s (1 - r))^2, r the relative throughput, has the form of
 dynamic power (frequency times voltage squared) over a floor P0. Constants are fits to A100-SXM-80GB
-results at capped power in MLPerf Inference v2.0. No public sweep of LLM training at 350 W
-exists: what is said of training is the matrix-bound curve with the mixed curve as its other end.
+results at capped power in MLPerf Inference v2.0. No public sweep of LLM training at 350 W exists:
+for training, the matrix-bound curve gives the value and the mixed curve the other end of the range.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,14 @@ _LEAST_FITTED_WATTS = 225.0
 
 @dataclass(frozen=True)
 class Curve:
-    """floor_watts is P0, steepness s, draw_watts P1: what the work draws when nothing caps it."""
+    """Power against throughput of one kind of work."""
 
     floor_watts: float
+    """P0: the power at a throughput of 0"""
     steepness: float
+    """s: how fast power falls with throughput"""
     draw_watts: float
+    """P1: what the work draws when nothing caps it"""
     source: str
 
     def watts(self, relative: float) -> float:
@@ -67,8 +70,8 @@ def _scaled(curve: Curve, gpu: Gpu) -> Curve:
 def relative_throughput(workload: Workload, watts: float, gpu: Gpu = GPUS["a100-80gb"]) -> Estimate:
     """Throughput under a cap of `watts` over that at the largest cap, with its range.
 
-    matmul and mixed bound each other; memory ranges over the assumed draw. InputError for a cap
-    that the GPU does not take.
+    The range of matmul and of mixed ends at the other of the two; that of memory spans the assumed
+    draw. InputError for a cap that the GPU does not take.
     """
     if workload not in WORKLOADS:
         raise InputError(f"workload: expected one of {', '.join(WORKLOADS)}, got {workload!r}")

@@ -1,10 +1,9 @@
-"""``llama2rt cluster power-sweep``: throughput and energy of two workloads against the power cap.
+"""`llama2rt cluster power-sweep`: throughput and energy of two workloads against the power cap.
 
-A matrix product stands for work that arithmetic bounds, a copy for work that memory bounds: these
-are the two ends between which training lies. Caps are touched only when they are given, only after
-all of them were found legal, and every GPU gets its old cap back however the sweep ends (except by
-SIGKILL, after which `nvidia-smi -pl` must). What the sweep cannot do here, the curve model of
-`cluster power` estimates. Left out: clocks, which the driver chooses under a cap.
+A matrix product stands for work that arithmetic bounds, a copy for work that memory bounds;
+training lies between the two. Caps are changed only when some are given, after all of them were
+found legal. The GPU gets its old cap back however the sweep ends, except by SIGKILL, after which
+`nvidia-smi -pl` must restore it. Where no sweep can run, `cluster power` estimates its result.
 """
 
 import contextlib
@@ -97,7 +96,7 @@ def sweep(
     *,
     settle_seconds: float = _SETTLE_SECONDS,
 ) -> list[dict[str, Any]]:
-    """One row a cap and workload: throughput, watts, joules a unit; ``gpu`` is NVML's UUID.
+    """One row a cap and workload: throughput, watts, joules a unit; `gpu` is NVML's UUID.
 
     With no caps, the present one. relative_throughput is against the highest cap. Numbers that
     were not measured are None and the row says why. InputError for a cap outside the GPU's range,
@@ -131,7 +130,7 @@ def _row(gpu: str, workload: Workload, seconds: float) -> dict[str, Any]:
 
 
 def _repeat(call: Callable[[], None], seconds: float) -> tuple[int, float]:
-    """(calls, seconds) of calling until ``seconds`` have passed, at least once."""
+    """(calls, seconds) of calling until `seconds` have passed, at least once."""
     start, calls = time.perf_counter(), 0
     while not calls or time.perf_counter() - start < seconds:
         call()

@@ -51,8 +51,8 @@ class Prediction:
 
 
 def global_batch(gpus: int) -> int:
-    """Sequences a step when nothing else is asked: Llama 2's 1024 of 4096 tokens, or the nearest
-    number that every pair of GPUs can share evenly; on large clusters that is more."""
+    """Sequences a step by default: Llama 2's 1024 of 4096 tokens, or the nearest number that every
+    pair of GPUs can share evenly, which is more on large clusters."""
     pairs = max(1, gpus // 2)
     return pairs * max(1, round(_BATCH_SEQUENCES / pairs))
 
@@ -74,8 +74,8 @@ def predict(
 ) -> Prediction:
     """Speed of a layout, and what training on `tokens` costs.
 
-    Ranges of times are the model's error on published runs; those of power run from three quarters
-    of the cap, which long jobs average, to the cap itself.
+    The range of a time is the model's error on published runs. The range of power is from three
+    quarters of the predicted draw, which long jobs average, to the cap.
     """
     layout.check(shape, cluster)
     step = step_time(shape, layout, cluster, constants)

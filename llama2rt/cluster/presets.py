@@ -3,7 +3,7 @@
 A preset is what one would export by hand before a run; it is set before the process group is made
 and printed with where each value comes from. What the user has exported stays, unless it would
 choose another transport than the preset's name says. Meanings are those of NCCL's user guide
-(Environment Variables). Left out: everything that tunes algorithms, which NCCL chooses itself.
+(Environment Variables). Nothing is set that tunes algorithms: NCCL chooses them itself.
 """
 
 from collections.abc import MutableMapping
@@ -22,10 +22,11 @@ _ROCE_QUEUE_PAIRS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """One variable, its value (None: left to NCCL) and why."""
+    """One variable and the reason for its value."""
 
     name: str
     value: str | None
+    """None: left to NCCL"""
     why: str
     decides: bool = False
     """whether another value would make it another fabric"""
@@ -52,7 +53,7 @@ class Port:
 
 
 def settings(fabric: Fabric, infiniband: Path = INFINIBAND) -> list[Setting]:
-    """The variables of ``fabric`` on this host, whose adapters lie below ``infiniband``."""
+    """The variables of `fabric` on this host, whose adapters lie below `infiniband`."""
     if fabric == "tcp":
         return [
             Setting("NCCL_IB_DISABLE", "1", "no RDMA: the control of the comparison", True),
@@ -61,7 +62,7 @@ def settings(fabric: Fabric, infiniband: Path = INFINIBAND) -> list[Setting]:
     layer = "InfiniBand" if fabric == "ib" else "Ethernet"
     ports = [port for port in rdma_ports(infiniband) if port.link_layer == layer and port.active]
     names = ",".join(port.name for port in ports)
-    chosen = [
+    common = [
         Setting("NCCL_IB_DISABLE", "0", "RDMA", True),
         Setting("NCCL_NET", "IB", "fail where RDMA does not work, do not fall back to TCP", True),
         Setting(
@@ -74,11 +75,11 @@ def settings(fabric: Fabric, infiniband: Path = INFINIBAND) -> list[Setting]:
     ]
     if fabric == "ib":
         why = "the subnet manager's adaptive routing, the default on InfiniBand, made explicit"
-        return [*chosen, Setting("NCCL_IB_ADAPTIVE_ROUTING", "1", why)]
+        return [*common, Setting("NCCL_IB_ADAPTIVE_ROUTING", "1", why)]
     gids = {port.roce_v2_gids[-1:] for port in ports}
     same = len(gids) == 1 and gids != {()}
     return [
-        *chosen,
+        *common,
         Setting(
             "NCCL_IB_GID_INDEX",
             str(ports[0].roce_v2_gids[-1]) if same else None,
@@ -98,13 +99,13 @@ def settings(fabric: Fabric, infiniband: Path = INFINIBAND) -> list[Setting]:
     ]
 
 
-def apply(chosen: list[Setting], environment: MutableMapping[str, str]) -> list[str]:
-    """Set what ``environment`` does not hold yet; one line to print for each variable.
+def apply(wanted: list[Setting], environment: MutableMapping[str, str]) -> list[str]:
+    """Set the variables that `environment` does not hold yet; one line to print for each.
 
-    InputError where it already holds the opposite of a variable that decides on the fabric.
+    InputError where it already holds another value of a variable that decides on the fabric.
     """
     lines = []
-    for setting in chosen:
+    for setting in wanted:
         present = environment.get(setting.name)
         if present is not None and setting.decides and present != setting.value:
             raise InputError(

@@ -2,8 +2,8 @@
 
 A row keeps every timed call, so that a comparison can say how sure it is: the ratio of medians at
 each size with a bootstrap interval over the recorded calls (Efron and Tibshirani, chapter 16).
-Calls of one run share its day and its placement, so the interval speaks of these two runs and not
-of all runs on these fabrics: repeat runs for that.
+Calls of one run share its day and its placement on the cluster, so the interval is about these two
+runs, not about all runs on these fabrics: repeat runs for that.
 """
 
 import datetime
@@ -52,7 +52,7 @@ def row(
     used: Sequence[energy.Energy],
     overlaps: Sequence[Overlap] = (),
 ) -> dict[str, Any]:
-    """One size of one operation from the ``stamps`` [ranks, calls, 2] of all ranks.
+    """One size of one operation from the `stamps` [ranks, calls, 2] of all ranks.
 
     A call lasts as long as on its slowest rank. Energies are those of the timed calls together.
     """
@@ -91,7 +91,7 @@ def _worst(overlaps: Sequence[Overlap]) -> dict[str, Any]:
 
 
 def write(record: Mapping[str, Any], path: Path) -> None:
-    """Replace the file ``path`` by the record."""
+    """Replace the file `path` by the record."""
     atomic.write(path, json.dumps(record, indent=1) + "\n")
 
 
@@ -114,9 +114,9 @@ def compare(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Bus bandwidth of ``a`` over that of ``b`` at each operation and size that both hold.
+    """Bus bandwidth of `a` over that of `b` at each operation and size that both hold.
 
-    rows[].{op, bytes, ratio, low, high}: above 1, ``a`` is faster. InputError where nothing is
+    rows[].{op, bytes, ratio, low, high}: above 1, `a` is faster. InputError where nothing is
     common, or the number of ranks differs, which makes another experiment.
     """
     if a["ranks"] != b["ranks"]:

@@ -47,17 +47,19 @@ _log = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 4 * 2**20  # Llama 2's global batch
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
-_LARGEST = 1e12  # beyond any run; what is larger is a slip that arithmetic would not survive
+_LARGEST = 1e12  # beyond any run: a larger number is a mistake, and might overflow
 
 
 @dataclass(frozen=True)
 class Row:
-    """One published run. layouts: those its cells leave open; the fastest is taken."""
+    """One published run."""
 
-    where: str  # FILE:LINE
+    where: str
+    """FILE:LINE"""
     shape: Shape
     cluster: Cluster
     layouts: tuple[Layout, ...]
+    """those that the row's cells allow; the fastest is taken"""
     metric: Metric
     published: float
     split: str = ""
@@ -65,7 +67,7 @@ class Row:
     source: str = ""
 
     def predict(self, constants: Constants) -> float:
-        """The published quantity as the model sees it, in the metric's unit."""
+        """The published quantity as the model predicts it, in the metric's unit."""
         return self.quantity(*self.fastest(constants))
 
     def quantity(self, layout: Layout, seconds: float) -> float:
@@ -137,7 +139,7 @@ def _line(header: list[str], cells: list[str], where: str) -> Row:
 
 
 def _check_header(header: list[str], name: str) -> None:
-    """A missing column reads as empty cells; an unknown one is left out, loudly."""
+    """A missing column reads as empty cells; an unknown one is ignored with a warning."""
     twice = sorted({column for column in header if column and header.count(column) > 1})
     if twice:
         raise InputError(f"{name}:1: column {', '.join(twice)} stands there twice")

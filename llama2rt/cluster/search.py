@@ -1,8 +1,8 @@
 """The fastest layout of a model on a cluster among those that fit into memory.
 
 Every combination of tensor, pipeline and data parallelism, sharding, recomputation, micro-batch
-and interleaving is timed by the step-time model; nothing is pruned but what cannot exist or does
-not fit. Left out: context parallelism above 1 unless a whole batch has too few sequences.
+and interleaving is timed by the step-time model, except layouts that cannot exist or do not fit.
+Context parallelism above 1 is tried only where the batch has too few sequences for every GPU.
 """
 
 from collections.abc import Iterator
@@ -34,6 +34,8 @@ class NoLayout(InputError):
 
 @dataclass(frozen=True)
 class Candidate:
+    """A layout that fits, and its time."""
+
     layout: Layout
     step_seconds: float
 
@@ -47,9 +49,9 @@ def search(
     keep: int = 1,
     constants: Constants = calibration.FITTED,
 ) -> list[Candidate]:
-    """The `keep` fastest layouts, best first; ties go to the one that needs less memory.
+    """The `keep` fastest layouts, best first; of two equally fast, the one that needs less memory.
 
-    NoLayout where none divides evenly, or none fits, with what the leanest would need.
+    NoLayout where none divides evenly or none fits; the message gives the smallest memory needed.
     """
     possible = list(layouts(shape, cluster, seq, global_batch))
     if not possible:
@@ -83,7 +85,7 @@ def layouts(shape: Shape, cluster: Cluster, seq: int, global_batch: int) -> Iter
         if rest or not ranks or global_batch % ranks or tp * cp > cluster.gpus_per_node:
             continue
         if cp > 1 and cluster.gpus // (tp * pp) <= global_batch:
-            continue  # sequences enough for everyone: nothing to gain from dividing them
+            continue  # every GPU has a sequence: nothing to gain from dividing one
         sequences = global_batch // ranks
         shardings = SHARDINGS if ranks * cp > 1 else ("none",)
         whole = Layout(seq, 1, global_batch, tp=tp, pp=pp, dp=ranks, cp=cp, stack=stack)

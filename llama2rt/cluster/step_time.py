@@ -5,8 +5,8 @@ the share its kernel reaches; norms, activations and residuals cost bytes. Commu
 `collectives` says and hides behind computation as far as the software of the time lets it. The
 constants are in `calibration`: one set for every model, GPU and fabric.
 
-Left out: data loading, checkpoints, evaluation and failures, which the published rates of whole
-training campaigns contain; imbalance from packing.
+Left out: data loading, checkpoints, evaluation and failures, which published rates of whole
+training runs contain, and imbalance from packing.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,18 @@ from llama2rt.cluster.workload import BF16_BYTES, Layout, Shape, shard_ranks
 class Constants:
     """What the published runs calibrate; `calibration.FITTED` holds the values and their fit."""
 
-    gemm_share_of_peak: float  # large bf16 products, before the bytes they move
-    traffic_2021: float  # bytes moved by norms, residuals, activations over the least possible
+    gemm_share_of_peak: float
+    """of large bf16 products, before the bytes that they move"""
+    traffic_2021: float
+    """bytes moved by norms, residuals and activations over the least possible"""
     traffic_2023: float
-    gathered_share_of_nic: float  # ZeRO-3 of 2021: what a GPU's gathers make of its own NIC
-    overlap_2021: float  # share of computation behind which ZeRO-3's traffic hides
+    gathered_share_of_nic: float
+    """ZeRO-3 of 2021: the share of its own NIC's rate at which a GPU gathers"""
+    overlap_2021: float
+    """share of computation behind which ZeRO-3's traffic hides"""
     overlap_2023: float
-    speed_spread: float  # coefficient of variation of GPUs' speeds within a step
+    speed_spread: float
+    """coefficient of variation of GPUs' speeds within a step"""
 
 
 # Of the data sheet's bandwidth: what a long copy reaches (STREAM-like kernels on an A100).
@@ -50,10 +55,14 @@ _SMALL_KERNELS = 8
 class StepTime:
     """Seconds of a step by cause; `seconds` is their sum."""
 
-    compute: float  # matrix products, attention, elementwise work, on the slowest stage
-    tensor_parallel: float  # with context parallelism's exchange
-    pipeline: float  # bubble and transfers between stages
-    data_parallel: float  # what of gradients' and sharded weights' traffic is not hidden
+    compute: float
+    """matrix products, attention, elementwise work, on the slowest stage"""
+    tensor_parallel: float
+    """with context parallelism's exchange"""
+    pipeline: float
+    """bubble, and transfers between stages"""
+    data_parallel: float
+    """the part of gradients' and sharded weights' traffic that is not hidden"""
     optimizer: float
     stragglers: float
 
@@ -77,8 +86,10 @@ class _Pass:
     attention: float
     attention_backward: float
     elementwise: float
-    gathers: float  # tensor-parallel collectives
-    context: float  # keys and values gathered over the ranks that share a sequence
+    gathers: float
+    """tensor-parallel collectives"""
+    context: float
+    """keys and values gathered over the ranks that share a sequence"""
 
 
 def step_time(
@@ -109,7 +120,7 @@ def step_time(
     transfers = batches * _stage_transfer(shape, layout, cluster)
     optimizer = _optimizer(shape, layout, cluster)
     exposed = _exposed(shape, layout, cluster, constants, compute)
-    spread = constants.speed_spread * expected_largest(cluster.gpus)
+    slowest = constants.speed_spread * expected_largest(cluster.gpus)
     jitter = cluster.fabric.jitter * expected_largest(cluster.gpus) * exposed
     return StepTime(
         compute,
@@ -117,7 +128,7 @@ def step_time(
         bubble + transfers,
         exposed,
         optimizer,
-        spread * compute + jitter,
+        slowest * compute + jitter,
     )
 
 

@@ -1,9 +1,9 @@
 """When each rank enters and leaves a collective, on one clock, and what follows from it.
 
-A collective's time is that of its slowest rank (what nccl-tests prints with ``-a 3``). Ranks on
-other hosts have other clocks, so each rank's is set against rank 0's by the round trip of smallest
-delay; half of that delay is the uncertainty, and a rank is called slow only beyond it. Left out:
-what inside the collective a rank waits for, which only a profiler of the transport can tell.
+A collective's time is that of its slowest rank (what nccl-tests prints with `-a 3`). Ranks on
+other hosts have other clocks, so each rank's is compared with rank 0's by the round trip of
+smallest delay. Half of that delay is the uncertainty; a rank is called slow only if it is later
+than that. What a rank waits for inside the collective, only a profiler of the transport can tell.
 """
 
 import threading
@@ -23,7 +23,7 @@ _GEMM_SIZE = {"cpu": 512, "cuda": 4096}
 
 
 def call_stamps(call: Callable[[], object], count: int, device: torch.device) -> Tensor:
-    """Start and end of ``count`` calls in a row, fp64 [count, 2], in seconds of `perf_counter`.
+    """Start and end of `count` calls in a row, fp64 [count, 2], in seconds of `perf_counter`.
 
     On a GPU these are events of the current stream, so that launches overlap as they do in
     training; the host waits once, at the end.
@@ -54,14 +54,16 @@ def call_stamps(call: Callable[[], object], count: int, device: torch.device) ->
 
 @dataclass(frozen=True)
 class Clocks:
-    """What to subtract from each rank's clock to get rank 0's, and how far off that may be."""
+    """Every rank's clock against rank 0's; both fields [ranks]."""
 
     offset_seconds: NDArray[np.float64]
+    """what to subtract from a rank's clock to get rank 0's"""
     uncertainty_seconds: NDArray[np.float64]
+    """how far off that may be"""
 
 
 def compare_clocks(control: Any) -> Clocks | None:
-    """Clocks of all ranks of the gloo group ``control``, on rank 0; None on the others.
+    """Clocks of all ranks of the gloo group `control`, on rank 0; None on the others.
 
     Every rank must call it. Cristian's method: a rank's reading lies half a round trip after the
     question left.
@@ -99,9 +101,9 @@ class Straggler:
 
 
 def stragglers(stamps: NDArray[np.float64], clocks: Clocks) -> tuple[list[Straggler], int | None]:
-    """Each rank's lateness, and the rank that is late most, from ``stamps`` [ranks, calls, 2].
+    """Each rank's lateness, and the rank that is late most, from `stamps` [ranks, calls, 2].
 
-    The second is None where no rank's median lateness exceeds what the clocks leave open.
+    The second is None where no rank's median lateness exceeds the uncertainty of the clocks.
     """
     aligned = stamps - clocks.offset_seconds[:, None, None]
     late = aligned - aligned.min(axis=0)
@@ -112,8 +114,8 @@ def stragglers(stamps: NDArray[np.float64], clocks: Clocks) -> tuple[list[Stragg
     ]
     slowest = int(medians[:, 0].argmax())
     # The first rank's clock counts too: lateness is a difference of two readings.
-    open_seconds = clocks.uncertainty_seconds[slowest] + clocks.uncertainty_seconds.max()
-    return rows, slowest if medians[slowest, 0] > open_seconds else None
+    uncertain_seconds = clocks.uncertainty_seconds[slowest] + clocks.uncertainty_seconds.max()
+    return rows, slowest if medians[slowest, 0] > uncertain_seconds else None
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Gemm:
 def overlap(
     call: Callable[[], object], gemm: Callable[[], object], count: int, device: torch.device
 ) -> Overlap:
-    """``count`` calls of a collective alone and while matrix products run beside them.
+    """`count` calls of a collective alone and while matrix products run beside them.
 
     The products run on this thread and its stream for as long as the collectives, on a thread
     and a stream of their own, have not finished; every rank makes the same collective calls.

@@ -14,8 +14,7 @@ from llama2rt.cluster.workload import Layout, fits
 
 @dataclass(frozen=True)
 class Checked:
-    """A published run and what the model says of it under `layout`, its cells and their defaults;
-    error is predicted / published - 1."""
+    """A published run and what the model predicts for it under `layout`."""
 
     row: Row
     layout: Layout
@@ -23,6 +22,7 @@ class Checked:
 
     @property
     def error(self) -> float:
+        """predicted / published - 1"""
         return self.predicted / self.row.published - 1
 
     def as_json(self) -> dict[str, object]:

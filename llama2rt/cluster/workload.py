@@ -1,6 +1,6 @@
 """What a training step asks of a GPU: FLOPs, bytes and memory of a transformer under a layout.
 
-Counts only; how fast they are served is `step_time`'s business. FLOPs follow Narayanan et al.
+Counts only; `step_time` says how long they take. FLOPs follow Narayanan et al.
 2021 (Megatron-LM, appendix), activations Korthikanti et al. 2022 (section 4). Left out: experts,
 dropout's random numbers, the optimizer's temporary buffers.
 """
@@ -29,11 +29,7 @@ _RESERVED_SHARE = 0.06  # of a GPU's memory: CUDA context, NCCL buffers, fragmen
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's shape: `LlamaConfig` and, for published runs, the GPT family too.
-
-    gated: three matrices in the feed-forward (SwiGLU) instead of two. tied: one matrix embeds and
-    predicts.
-    """
+    """A decoder's shape: `LlamaConfig` and, for published runs, the GPT family too."""
 
     name: str
     dim: int
@@ -43,7 +39,9 @@ class Shape:
     ffn_hidden: int
     vocab_size: int
     gated: bool = True
+    """three matrices in the feed-forward (SwiGLU) instead of two"""
     tied: bool = False
+    """one matrix embeds and predicts"""
 
     @classmethod
     def of(cls, name: str, config: LlamaConfig) -> "Shape":
@@ -97,22 +95,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over a cluster. Batches are in sequences of `seq` tokens.
-
-    micro_batch: sequences a data-parallel rank works on at once. interleave: model chunks a
-    pipeline stage holds (Narayanan et al. 2021, section 2.2). cp: ranks that share a sequence.
-    """
+    """How a model is divided over a cluster."""
 
     seq: int
+    """tokens in a sequence"""
     micro_batch: int
+    """sequences that a data-parallel rank works on at once"""
     global_batch: int
+    """sequences a step"""
     tp: int = 1
     pp: int = 1
     dp: int = 1
     cp: int = 1
+    """ranks that share a sequence"""
     sharding: Sharding = "none"
     recompute: Recompute = "none"
     interleave: int = 1
+    """model chunks that a pipeline stage holds (Narayanan et al. 2021, section 2.2)"""
     stack: Stack = "2023"
 
     @property
@@ -136,8 +135,8 @@ class Layout:
     def gathers(self) -> bool:
         """Whether weights are gathered for every micro-batch.
 
-        Not in a pipeline: there they stay whole for the step (Llama 3 Herd of Models, section
-        3.3.2; torchtitan), and of zero3 and hybrid remains zero1.
+        In a pipeline they are not: they stay whole for the step (Llama 3 Herd of Models, section
+        3.3.2; torchtitan), so that zero3 and hybrid act as zero1.
         """
         return self.sharding in ("zero3", "hybrid") and self.pp == 1
 
@@ -170,7 +169,7 @@ class Layout:
 
 
 def shard_ranks(layout: Layout, gpus_per_node: int = 8) -> int:
-    """Ranks over which ZeRO-3 spreads a weight: all, or those of a node when hybrid."""
+    """Ranks that share each weight under ZeRO-3: all, or those of a node when hybrid."""
     ranks = layout.dp * layout.cp
     if layout.sharding == "hybrid" and layout.gathers:
         return min(ranks, max(1, gpus_per_node // layout.tp))

@@ -1,14 +1,12 @@
-"""Rows of Parquet files and of folders that ``datasets.Dataset.save_to_disk`` wrote.
+"""Rows of Parquet files and of folders that `datasets.Dataset.save_to_disk` wrote.
 
-A library that guesses types writes what it cannot type as JSON text: ``datasets`` 5 makes such
+A library that guesses types writes what it cannot type as JSON text: `datasets` 5 makes such
 columns of rows of mixed shapes, and any part of a nested column may be one. They are decoded here,
-so that a file reads as the JSON lines did that it was made of. Such a column is known by Arrow's
-extension type ``arrow.json`` (by its name in the field's metadata where pyarrow is too old to have
-it) and by the ``huggingface`` entry of the schema's metadata. Left out: dictionaries of maps and
-unions, which no writer of records makes.
+so that a file gives the same rows as the JSON lines that it was made of. Such a column is known by
+Arrow's extension type `arrow.json` (by its name in the field's metadata where pyarrow is too old to
+have it) and by the `huggingface` entry of the schema's metadata. JSON text inside maps and unions
+stays text.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
@@ -130,8 +128,8 @@ def decoders(schema: Any) -> dict[str, Decode]:
 
 
 def _decoder(field: Any, feature: Any, where: str) -> Decode | None:
-    """None where ``field`` and what is inside it hold no JSON text. ``feature`` is its description
-    by ``datasets``, or None."""
+    """None where `field` and what is inside it hold no JSON text. `feature` is its description
+    by `datasets`, or None."""
     from pyarrow import types
 
     named = feature.get("_type") if isinstance(feature, dict) else None

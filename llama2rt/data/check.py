@@ -1,11 +1,8 @@
-"""``llama2rt check FILE --as KIND``: is the file good, and what is in it.
+"""`llama2rt check FILE --as KIND`: whether a file is valid, and what it holds.
 
-Numbers that tell whether a file is what its owner thinks it is: counts, lengths in characters and
-in turns, labels, exact duplicates, and what was skipped, left out or not used. Lengths in tokens
-would need a tokenizer, which a file of records does not have.
+Counts, lengths in characters and in turns, labels, exact duplicates, and what was skipped, left out
+or not used. Lengths are not in tokens, because a file of records has no tokenizer.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,12 +20,12 @@ OF_ROWS = ("ignored_keys", "known_keys_not_used")
 
 
 def check(path: Paths, kind: str, skip_invalid: int = 0) -> dict[str, Any]:
-    """Read ``path`` as records of ``kind`` and describe them, JSON-able. InputError with FILE:LINE
-    on the first bad record beyond ``skip_invalid`` tolerated ones.
+    """Read `path` as records of `kind` and describe them, JSON-able. InputError with FILE:LINE
+    on the first bad record beyond `skip_invalid` tolerated ones.
 
-    ``ignored_keys`` are those that nothing reads, by their rows; ``known_keys_not_used`` likewise,
-    where the rows' format is known to carry them; ``left_out`` what a rule leaves out, by reason;
-    ``warnings`` what a stage would say of each file.
+    `ignored_keys` counts the rows of each key that nothing reads; `known_keys_not_used` those of
+    keys that the rows' format is known to have; `left_out` what a rule leaves out, by reason;
+    `warnings` are what a stage would log about each file.
     """
     reader = Reader(path, kind, skip_invalid)
     records = list(reader)
@@ -49,7 +46,7 @@ def check(path: Paths, kind: str, skip_invalid: int = 0) -> dict[str, Any]:
 
 
 def print_check(result: dict[str, Any], console: Console | None = None) -> None:
-    """``check``'s result as tables for a reader."""
+    """`check`'s result as tables for a reader."""
     console = console or Console()
     title = f"{result['records']} {result['kind']}s in {', '.join(result['files'])}"
     console.print(title, style="bold", soft_wrap=True, highlight=False, markup=False)
@@ -80,7 +77,7 @@ def _describe(records: Sequence[Any]) -> dict[str, Any]:
     if isinstance(first, Document):
         texts = [r.text for r in records]
         return {
-            "characters": _spread(map(len, texts)),
+            "characters": _summary(map(len, texts)),
             "bytes": sum(len(text.encode()) for text in texts),
             "duplicates": len(texts) - len(set(texts)),
             "sources": _counts(r.source for r in records),
@@ -89,7 +86,7 @@ def _describe(records: Sequence[Any]) -> dict[str, Any]:
         answers = [m["content"] for r in records for m in r.messages if m["role"] == "assistant"]
         return {
             **_conversations([r.messages for r in records]),
-            "answer_characters": _spread(map(len, answers)),
+            "answer_characters": _summary(map(len, answers)),
             "sources": _counts(r.source for r in records),
         }
     if isinstance(first, Prompt):
@@ -101,8 +98,8 @@ def _describe(records: Sequence[Any]) -> dict[str, Any]:
         longer = [len(r.chosen) > len(r.rejected) for r in records]
         return {
             **_conversations([r.prompt for r in records]),
-            "chosen_characters": _spread(len(r.chosen) for r in records),
-            "rejected_characters": _spread(len(r.rejected) for r in records),
+            "chosen_characters": _summary(len(r.chosen) for r in records),
+            "rejected_characters": _summary(len(r.rejected) for r in records),
             "chosen_longer": sum(longer),
             "ratings": _counts((r.rating for r in records), RATINGS),
             "safety": _counts((r.safety for r in records), SAFETY),
@@ -114,10 +111,10 @@ def _describe(records: Sequence[Any]) -> dict[str, Any]:
     return {
         **_conversations([r.messages for r in records]),
         "prompts": len({r.prompt_id for r in records}),
-        "response_characters": _spread(len(r.response) for r in records),
+        "response_characters": _summary(len(r.response) for r in records),
         "empty_responses": sum(not r.response for r in records),
-        **{f"score_{n}": _spread(r.scores[n] for r in records if n in r.scores) for n in names},
-        **({"reward": _spread(rewards)} if rewards else {}),
+        **{f"score_{n}": _summary(r.scores[n] for r in records if n in r.scores) for n in names},
+        **({"reward": _summary(rewards)} if rewards else {}),
         "policies": _counts(r.policy for r in records),
         "temperatures": _counts(
             None if r.temperature is None else str(r.temperature) for r in records
@@ -128,14 +125,14 @@ def _describe(records: Sequence[Any]) -> dict[str, Any]:
 def _conversations(conversations: Sequence[list[dict[str, str]]]) -> dict[str, Any]:
     keys = [tuple((m["role"], m["content"]) for m in messages) for messages in conversations]
     return {
-        "turns": _spread(sum(role == "user" for role, _ in key) for key in keys),
-        "characters": _spread(sum(len(content) for _, content in key) for key in keys),
+        "turns": _summary(sum(role == "user" for role, _ in key) for key in keys),
+        "characters": _summary(sum(len(content) for _, content in key) for key in keys),
         "system_messages": sum(key[0][0] == "system" for key in keys),
         "duplicates": len(keys) - len(set(keys)),
     }
 
 
-def _spread(values: Iterable[float]) -> dict[str, float]:
+def _summary(values: Iterable[float]) -> dict[str, float]:
     array = np.fromiter(values, dtype=float)
     return {
         "mean": float(array.mean()),
@@ -147,7 +144,7 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def _counts(values: Iterable[str | None], order: Sequence[str] = ()) -> dict[str, int]:
-    """Counts by value, in ``order`` where one is given, else most frequent first; empty where no
+    """Counts by value, in `order` where one is given, else most frequent first; empty where no
     record says anything."""
     counter = Counter(value or "none" for value in values)
     names = [*order, "none"] if order else [name for name, _ in counter.most_common()]

@@ -1,11 +1,9 @@
-"""One file's rows, made records: which format, which keys count, what is left out and counted.
+"""Records from the rows of one file: which format a row is in, and which of its keys are read.
 
-A row's own keys (``kind``, ``rating``, ``safety``, ``source``, a prompt's ``id``) count whatever
-format it is in, and are validated as in our own form; a recipe's word on the whole file
-(``Source``) stands behind them, and behind that what the format says.
+A row's own keys (`kind`, `rating`, `safety`, `source`, a prompt's `id`) are read in every format
+and validated as in our own form. Where a row has none, a `Source` overrides the origin that the
+format gives, and gives the kind where the format does not.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
@@ -38,8 +36,8 @@ _CONVERSATION = {
     "sample": "messages",
 }
 
-# What an answer may rest on besides its messages, and, where a conversation is made of columns of
-# text, what further columns such files have. An answer learned without it is a guess.
+# Columns that an answer may depend on besides its messages, and further ones that files have whose
+# conversations are columns of text. Without them, a model would learn to guess the answer.
 _PICTURES = ("image", "images")
 _BESIDE_MESSAGES = ("system_prompt", "tools", *_PICTURES)
 _BESIDE_TEXT = (
@@ -74,7 +72,7 @@ _WANTED = ("label", "kto_tag")
 
 @dataclass
 class FileCounts:
-    """What one file held besides its records."""
+    """Counts of one file's rows and keys."""
 
     path: Path
     unknown_keys: Counter[str] = field(default_factory=Counter)
@@ -90,7 +88,7 @@ class FileCounts:
     """records left out because they say another kind than their source is taken for"""
 
     def warnings(self) -> list[str]:
-        """What its owner may not expect, a line each."""
+        """What the file's owner may not expect, a line each."""
         found = []
         if self.unknown_keys:
             keys = ", ".join(
@@ -111,15 +109,15 @@ class FileCounts:
         return found
 
     def notes(self) -> list[str]:
-        """What is usual with files of its format, a line."""
+        """What is usual in files of its format, a line."""
         keys = ", ".join(sorted(self.carried_keys))
         return [f"{self.path}: known keys not used: {keys}"] if keys else []
 
 
 class FileReader:
-    """Makes records of the rows of ``source``; ``counts`` grows as it does. ``first_seen`` holds
-    the ids of prompts met so far, in all files, with their FILE:LINE; ``name`` stands in the ids of
-    prompts that have none."""
+    """Makes records of the rows of `source`, and counts them in `counts`. `first_seen` holds the
+    ids of prompts read so far, in all files, with their FILE:LINE; prompts without an id get one
+    that begins with `name`."""
 
     def __init__(
         self, source: Source, kind: str, name: str | Path, first_seen: dict[str, str]
@@ -131,7 +129,7 @@ class FileReader:
         self._first_seen = first_seen
 
     def take(self, line: int, row: Any) -> tuple[list[Record], InputError | None]:
-        """The records of a row (good pairs of one with a bad pair too), and its first fault."""
+        """The records of a row, and its first fault: one bad pair does not cost the others."""
         if isinstance(row, InputError):
             return [], row
         try:
@@ -215,8 +213,8 @@ class FileReader:
                 if key not in found.carries or isinstance(value, str):
                     own[key] = value
             elif key not in found.carries and isinstance(value, str | int | float):
-                # Other people's keys are many: only one whose value could be ours is taken for it.
-                # An id is too short for more than its case: a uid is somebody else's.
+                # Published files have many keys: one is taken for a misspelt key of ours only where
+                # its value could be ours. Of `id` only the case may differ: `uid` is another key.
                 meant: str | None = key.strip().casefold()
                 if meant not in ours:
                     known = tuple(sorted(ours - {"id"}))
@@ -226,7 +224,7 @@ class FileReader:
         return own
 
     def _add_system_message(self, row: Row, objects: list[Row], used: set[str]) -> None:
-        """A text ``system`` beside a conversation is its system message, as many ShareGPT files
+        """Makes a text `system` beside a conversation its system message, as many ShareGPT files
         have it; without it the model would learn to answer so unasked."""
         where = _CONVERSATION.get(self.kind)
         if where is None or "system" in used:
@@ -254,11 +252,11 @@ class FileReader:
     def _require_whole(
         self, row: Row, objects: list[Row], used: set[str], found: Format | None
     ) -> None:
-        """InputError for a key that nothing reads and whose loss changes what a record teaches: a
-        part of what was asked, or the mark of an answer that is not to be learned."""
+        """InputError for a key that nothing reads and whose loss would change what a model learns:
+        a part of the question, or the mark of an answer that is not to be learned."""
         where = _CONVERSATION.get(self.kind)
         if where is None or self.kind == "sample" or (found is None and where not in row):
-            return  # the last is said as a missing key
+            return  # the last case is reported as a missing key
         for key in _WANTED if self.kind == "dialogue" else ():
             if isinstance(row.get(key), bool):
                 raise InputError(
@@ -305,12 +303,12 @@ def _says_something(value: Any) -> bool:
 
 
 def _stands_in(value: Any, columns: list[Any], objects: list[Row], where: str) -> bool:
-    """Whether a text stands in what is asked already: in the columns that it is made of, or in the
+    """Whether the question holds the text already: in the columns that it is made of, or in the
     messages made of them."""
     if not isinstance(value, str):
         return False
     asked = [column for column in columns if isinstance(column, str)]
-    said = objects[0].get(where) if objects else None  # all of a row's have one prompt
+    said = objects[0].get(where) if objects else None  # all objects of a row have one prompt
     messages = [m for m in said if isinstance(m, Mapping)] if isinstance(said, list) else []
     if messages and messages[-1].get("role") == "assistant":
         messages.pop()  # a dialogue's answer asks nothing
@@ -319,8 +317,8 @@ def _stands_in(value: Any, columns: list[Any], objects: list[Row], where: str) -
 
 
 def _require_no_messages_as_answer(record: Record) -> None:
-    """InputError for a message list that some program wrote as text, in whatever form a row is; one
-    of several pairs goes without the others. What a policy sampled is its own."""
+    """InputError for a message list that some program wrote as text, whatever format the row is in.
+    A sample is not checked: its response is what a policy wrote."""
     if isinstance(record, Comparison):
         require_no_messages("chosen", record.chosen)
         require_no_messages("rejected", record.rejected)

@@ -1,11 +1,9 @@
 """Rows of any file we read, each with its number, and a bad row as an InputError in its place.
 
 JSON lines (also gzipped), a JSON array, plain text for documents, and, where pyarrow is installed,
-Parquet files and folders of a saved Hugging Face dataset. Read as a stream, an array excepted. What
-is not read here: nested folders, CSV, compressed Parquet inside archives.
+Parquet files and folders of a saved Hugging Face dataset. All are read as a stream, except a JSON
+array. Nested folders, CSV and archives are not read.
 """
-
-from __future__ import annotations
 
 import gzip
 import zlib

@@ -1,14 +1,12 @@
 """Deterministic loaders that resume at any step, to the bit, across epoch boundaries too.
 
-A loader's whole state is (epoch, position in the epoch); the order of an epoch is a permutation
-drawn from (seed, epoch) alone and is computed again on resume, never stored. Every epoch hands out
-every example once: the last step of an epoch may be smaller, and nothing is carried into the next.
-``next()`` returns the micro-batches of one optimizer step. No worker processes: packing a step
-takes microseconds next to the step itself.
+A loader's whole state is (epoch, position in the epoch). The order of an epoch is a permutation
+that depends on (seed, epoch) alone, so that it is computed again on resume, never stored. Every
+epoch has every example once; its last step may be smaller. `next()` returns the micro-batches of
+one optimizer step. There are no worker processes, since packing takes far less time than a step.
 """
 
-from __future__ import annotations
-
+import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -16,23 +14,17 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llama2rt.data.packing import (
-    Batch,
-    Example,
-    PairBatch,
-    groups,
-    micro_batches,
-    pack_pairs,
-    too_long,
-)
+from llama2rt.data.packing import Batch, Example, PairBatch, groups, micro_batches, pack_pairs
 from llama2rt.data.tokens import TokenFile, pack_windows, shares
 from llama2rt.errors import InputError
+
+logger = logging.getLogger("llama2rt.data.loader")
 
 Step = TypeVar("Step")
 
 
 class _Loader(Generic[Step]):
-    """Order, epochs and resumption of ``size`` items, ``batch_size`` a step."""
+    """Order, epochs and resumption of `size` items, `batch_size` a step."""
 
     def __init__(self, size: int, batch_size: int, seed: int, epochs: int | None) -> None:
         if size < 1:
@@ -51,7 +43,7 @@ class _Loader(Generic[Step]):
         return -(-self._size // self._batch_size)
 
     def _assemble(self, indices: np.ndarray) -> list[Step]:
-        """Micro-batches of the items ``indices``."""
+        """Micro-batches of the items `indices`."""
         raise NotImplementedError
 
     def _start_epoch(self) -> np.ndarray:
@@ -81,7 +73,7 @@ class _Loader(Generic[Step]):
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken. InputError when the data, seed or batch size are
+        """Continue where `state_dict` was taken. InputError when the data, seed or batch size are
         not those of the saved run, because the sequence would silently differ."""
         for key, value in self._identity().items():
             if state.get(key) != value:
@@ -94,23 +86,28 @@ class _Loader(Generic[Step]):
 
 
 def _fingerprint(examples: Sequence[Example]) -> int:
-    """Changes when any token or mask does, so that no run is resumed on other data unnoticed."""
+    """Changes when any token or mask does, so that a run that is resumed on other data fails."""
     value = 0
     for example in examples:
         value = zlib.crc32(example.trainable.tobytes(), zlib.crc32(example.tokens.tobytes(), value))
     return value
 
 
-def _require_fit(lengths: Sequence[int], micro_tokens: int) -> None:
-    """Fail when the loader is made, not hours later when the long example's turn comes."""
-    for index, length in enumerate(lengths):
-        if length > micro_tokens:
-            raise too_long(index, length, micro_tokens)
+def _warn_of_long(what: str, lengths: Sequence[int], micro_tokens: int) -> None:
+    """Say what will take more memory than `micro_tokens` promises, before the first step."""
+    if longer := sum(length > micro_tokens for length in lengths):
+        logger.warning(
+            "%d %s longer than micro_tokens, %d, pass alone; the longest has %d tokens",
+            longer,
+            what,
+            micro_tokens,
+            max(lengths),
+        )
 
 
 class ExampleLoader(_Loader[Batch]):
-    """Steps of ``batch_size`` examples in micro-batches of at most ``micro_tokens`` tokens, for
-    ``epochs`` epochs (None: for ever). InputError where an example is longer than that."""
+    """Steps of `batch_size` examples in micro-batches of at most `micro_tokens` tokens, for
+    `epochs` epochs (None: for ever). A longer example passes alone, and is said."""
 
     def __init__(
         self,
@@ -123,7 +120,7 @@ class ExampleLoader(_Loader[Batch]):
         super().__init__(len(examples), batch_size, seed, epochs)
         self._examples, self._micro_tokens = examples, micro_tokens
         self._fingerprint = _fingerprint(examples)
-        _require_fit([len(example.tokens) for example in examples], micro_tokens)
+        _warn_of_long("examples", [len(example.tokens) for example in examples], micro_tokens)
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"content": self._fingerprint}
@@ -133,8 +130,8 @@ class ExampleLoader(_Loader[Batch]):
 
 
 class PairLoader(_Loader[PairBatch]):
-    """Steps of ``batch_size`` (chosen, rejected) pairs in micro-batches of at most ``micro_tokens``
-    tokens, both sides counted; each of ``extras`` holds one number a pair and travels with it."""
+    """Steps of `batch_size` (chosen, rejected) pairs in micro-batches of at most `micro_tokens`
+    tokens, both sides counted; each of `extras` holds one number a pair and travels with it."""
 
     def __init__(
         self,
@@ -153,7 +150,7 @@ class PairLoader(_Loader[PairBatch]):
                 raise ValueError(f"extras[{name!r}]: expected {len(pairs)} rows, got {len(value)}")
         self._lengths = np.array([len(a.tokens) + len(b.tokens) for a, b in pairs])
         self._fingerprint = _fingerprint([example for pair in pairs for example in pair])
-        _require_fit(self._lengths.tolist(), micro_tokens)
+        _warn_of_long("pairs", self._lengths.tolist(), micro_tokens)
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"content": self._fingerprint}
@@ -161,25 +158,25 @@ class PairLoader(_Loader[PairBatch]):
     def _assemble(self, indices: np.ndarray) -> list[PairBatch]:
         result = []
         for group in groups(self._lengths[indices].tolist(), self._micro_tokens):
-            chosen = indices[group.start : group.stop]
-            extras = {name: value[chosen] for name, value in self._extras.items()}
-            result.append(pack_pairs([self._pairs[i] for i in chosen], extras))
+            members = indices[group.start : group.stop]
+            extras = {name: value[members] for name, value in self._extras.items()}
+            result.append(pack_pairs([self._pairs[i] for i in members], extras))
         return result
 
 
 class TokenLoader(_Loader[Batch]):
-    """Windows of ``context`` tokens over one or more token files, about ``batch_tokens`` tokens a
-    step (a whole number of windows) in micro-batches of at most ``micro_tokens``.
+    """Windows of `context` tokens over one or more token files, about `batch_tokens` tokens a
+    step (a whole number of windows) in micro-batches of at most `micro_tokens`.
 
-    A file is read as a ring, cut into windows from a random place that differs each time through
-    it, and the windows come in random order; going through it once predicts every token once.
+    A file is read as a ring and cut into windows, from a random offset that differs each time
+    through it; the windows come in random order. One pass over a file predicts every token once.
     Documents inside a window begin at BOS and do not see each other; a window that begins inside a
     document starts at position 0 there, and nothing predicts a BOS.
 
-    ``weights`` (one a file, any scale; section 2.1 up-samples the most factual sources) sets the
-    shares of the windows handed out; without them every file is gone through once an epoch. With
-    them an epoch still hands out as many windows as the files hold, each file continuing where it
-    stood: an up-sampled one is gone through more often, never with replacement.
+    `weights` (one a file, any scale; section 2.1 up-samples the most factual sources) sets the
+    files' shares of an epoch's windows. Without them an epoch is one pass over every file. With
+    them it has as many windows as the files hold, and each file continues where the epoch before
+    left it, so that an up-sampled file is passed over more often, without replacement.
     """
 
     def __init__(

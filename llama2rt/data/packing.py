@@ -1,11 +1,10 @@
 """Packed batches: documents end to end in one row of tokens, no padding anywhere.
 
-``Batch`` is what every training objective receives; ``PairBatch`` is the same with chosen and
-rejected documents side by side. Packing never splits and never truncates an example: one that does
-not fit is an error that says so, because a shortened answer would teach the model to stop short.
+`Batch` is what every training objective receives; `PairBatch` is the same with chosen and
+rejected documents side by side. Packing never splits and never truncates an example, because a
+shortened answer would teach the model to stop short; one that is longer than a micro-batch is one
+of its own.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,19 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from llama2rt.errors import InputError
-
 
 class Example(NamedTuple):
-    """One document: ``tokens`` int32 [n], and ``trainable`` bool [n], True where the model should
-    learn to predict that token."""
+    """One document of n tokens."""
 
     tokens: np.ndarray
+    """int32 [n]"""
     trainable: np.ndarray
+    """bool [n], True where the model should learn to predict that token"""
 
     @classmethod
-    def of(cls, tokens: ArrayLike, trainable: ArrayLike | None = None) -> Example:
-        """From lists, such as the two ``text.chat.encode_dialogue`` returns; everything is
+    def of(cls, tokens: ArrayLike, trainable: ArrayLike | None = None) -> "Example":
+        """From lists, such as the two `text.chat.encode_dialogue` returns; everything is
         trainable by default."""
         array = np.asarray(tokens, dtype=np.int32)
         if trainable is None:
@@ -40,18 +38,20 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens`` int64 [T], ``positions`` int32 [T] from 0 in each document, ``cu_seqlens`` int32
-    [B+1], ``targets`` int64 [T]: the document's next token where that is trainable, else -1.
-    ``weight`` is the number of targets >= 0, counted on the CPU so that nobody waits for a device.
-    """
+    """B documents of T tokens together, end to end."""
 
     tokens: torch.Tensor
+    """int64 [T]"""
     positions: torch.Tensor
+    """int32 [T], from 0 in each document"""
     cu_seqlens: torch.Tensor
+    """int32 [B+1], where the documents begin and end"""
     targets: torch.Tensor
+    """int64 [T]: the document's next token where that is trainable, else -1"""
     weight: int
+    """number of targets >= 0, counted on the CPU, so that nothing waits for the device"""
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> "Batch":
         return replace(
             self,
             tokens=self.tokens.to(device, non_blocking=True),
@@ -67,23 +67,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """``batch`` holds 2n documents: chosen 0, rejected 0, chosen 1, ... ``extras`` are [n] tensors,
-    one value a pair (margins, ratings, reference log-probabilities). ``weight`` is n."""
+    """n pairs."""
 
     batch: Batch
+    """2n documents: chosen 0, rejected 0, chosen 1, ..."""
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """[n] each, one value a pair (margins, ratings, reference log-probabilities)"""
 
     @property
     def weight(self) -> int:
+        """n"""
         return self.batch.documents // 2
 
-    def to(self, device: torch.device | str) -> PairBatch:
+    def to(self, device: torch.device | str) -> "PairBatch":
         moved = {name: value.to(device, non_blocking=True) for name, value in self.extras.items()}
         return PairBatch(self.batch.to(device), moved)
 
 
 def pack(examples: Sequence[Example]) -> Batch:
-    """One batch of ``examples`` in their order; empty documents are legal, no documents are not."""
+    """One batch of `examples` in their order; empty documents are legal, no documents are not."""
     if not examples:
         raise ValueError("examples: expected at least one")
     tokens = np.concatenate([example.tokens for example in examples])
@@ -96,8 +98,8 @@ def pack(examples: Sequence[Example]) -> Batch:
 
 
 def pack_arrays(tokens: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> Batch:
-    """The batch of documents that lie end to end already: ``tokens`` and ``targets`` [T] and the
-    documents' ``lengths`` [B], which add up to T."""
+    """The batch of documents that lie end to end already: `tokens` and `targets` [T] and the
+    documents' `lengths` [B], which add up to T."""
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     positions = np.arange(len(tokens), dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
@@ -113,7 +115,7 @@ def pack_arrays(tokens: np.ndarray, targets: np.ndarray, lengths: np.ndarray) ->
 def pack_pairs(
     pairs: Sequence[tuple[Example, Example]], extras: Mapping[str, ArrayLike] | None = None
 ) -> PairBatch:
-    """One batch of (chosen, rejected) ``pairs``; each of ``extras`` holds one number a pair and
+    """One batch of (chosen, rejected) `pairs`; each of `extras` holds one number a pair and
     becomes a tensor (floating point as fp32)."""
     values: dict[str, torch.Tensor] = {}
     for name, value in (extras or {}).items():
@@ -125,14 +127,14 @@ def pack_pairs(
 
 
 def groups(lengths: Sequence[int], max_tokens: int) -> list[range]:
-    """Consecutive runs of indices whose ``lengths`` add up to at most ``max_tokens`` each: greedy,
-    order kept. InputError where a single one is longer."""
+    """Consecutive runs of indices whose `lengths` add up to at most `max_tokens` each: greedy,
+    order kept. A single one that is longer is a group of its own, here and so everywhere: what a
+    model can read is bounded by its context, and refusing a response would come after the hours in
+    which it was sampled."""
     result: list[range] = []
     begin = total = 0
     for index, length in enumerate(lengths):
-        if length > max_tokens:
-            raise too_long(index, length, max_tokens)
-        if total + length > max_tokens:
+        if total + length > max_tokens and index > begin:
             result.append(range(begin, index))
             begin, total = index, 0
         total += length
@@ -141,15 +143,7 @@ def groups(lengths: Sequence[int], max_tokens: int) -> list[range]:
     return result
 
 
-def too_long(index: int, length: int, max_tokens: int) -> InputError:
-    return InputError(
-        f"example {index} has {length} tokens, more than a micro-batch of {max_tokens}: "
-        "raise micro_tokens or leave the example out"
-    )
-
-
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
-    """``examples`` packed in order into batches of at most ``max_tokens`` tokens; none is split.
-    InputError for an example that is longer than that."""
+    """`examples` packed in order into batches as `groups` says; none is split."""
     lengths = [len(example.tokens) for example in examples]
     return [pack([examples[i] for i in group]) for group in groups(lengths, max_tokens)]

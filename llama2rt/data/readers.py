@@ -1,11 +1,9 @@
-"""Files in, records out, and every complaint with its FILE:LINE.
+"""Records of files; every error names its FILE:LINE.
 
-A row of a file is taken as our own record or as one of the ``formats`` other people publish; our
-own keys count in either. What is not taken is counted and named: keys that nothing reads, pairs and
-answers that a rule leaves out, records that were tolerated as bad.
+A row of a file is our own record, or in one of the published `formats`; our own keys are read in
+either. What is not used is counted and named: keys that nothing reads, pairs and answers that a
+rule leaves out, bad records that were tolerated.
 """
-
-from __future__ import annotations
 
 import gzip
 import json
@@ -32,14 +30,14 @@ Paths = AnyPath | Sequence[AnyPath]
 def read(
     paths: Paths, kind: str, skip_invalid: int = 0, document_separator: str | None = None
 ) -> list[Any]:
-    """All records of ``kind`` ("document", "dialogue", "prompt", "comparison", "sample") in one or
-    more files, each a path or a ``Source``. Up to ``skip_invalid`` bad records are left out, each
-    logged as a warning; one more is an InputError, and so is a file without records. What else was
-    left out or not used is logged in one line a file.
+    """All records of `kind` ("document", "dialogue", "prompt", "comparison", "sample") in one or
+    more files, each a path or a `Source`. Up to `skip_invalid` bad records are left out, each
+    logged as a warning; one more is an InputError, and so is a file without records. Whatever else
+    was left out or not used is logged in one line a file.
 
-    A ``.txt`` file is one document, since what is far apart in a text still belongs together
-    (TinyShakespeare's speeches make scenes); where ``document_separator`` is given, such as
-    "<|endoftext|>", the file is cut there and blank pieces are left out.
+    A `.txt` file is one document, since the parts of a long text belong together (TinyShakespeare's
+    speeches make scenes). Where `document_separator` is given, such as "<|endoftext|>", the file
+    is cut there and blank pieces are left out.
     """
     return list(iterate(paths, kind, skip_invalid, document_separator))
 
@@ -47,16 +45,16 @@ def read(
 def iterate(
     paths: Paths, kind: str, skip_invalid: int = 0, document_separator: str | None = None
 ) -> Iterator[Any]:
-    """``read``, one record at a time and nothing held in memory."""
+    """`read`, one record at a time and nothing held in memory."""
     reader = Reader(paths, kind, skip_invalid, document_separator)
     yield from reader
     reader.log()
 
 
 class Reader:
-    """Iterable over the records of ``read``, which knows afterwards what it met: ``skipped`` (the
-    messages of tolerated records), ``rows``, ``rows_without_records`` (left out by their format's
-    own rule), ``formats`` (counts by name) and ``files`` (``FileCounts`` of each)."""
+    """Iterable over the records of `read`. Afterwards it holds counts: `skipped` (the messages of
+    tolerated records), `rows`, `rows_without_records` (left out by their format's own rule),
+    `formats` (counts by name) and `files` (`FileCounts` of each)."""
 
     def __init__(
         self,
@@ -121,14 +119,14 @@ class Reader:
         return (record for _, record in self.numbered())
 
     def by_file(self) -> list[list[Any]]:
-        """The records of each file apart, in the order of ``paths``."""
+        """The records of each file apart, in the order of `paths`."""
         found: list[list[Any]] = [[] for _ in self.paths]
         for index, record in self.numbered():
             found[index].append(record)
         return found
 
     def numbered(self) -> Iterator[tuple[int, Any]]:
-        """(index of the file in ``paths``, record)."""
+        """(index of the file in `paths`, record)."""
         self._reset()
         for index, source in enumerate(self.sources):
             path, rows_before, any_record = source.path, self.rows, False

@@ -1,14 +1,12 @@
 """The five records that files hold and stages pass to each other, and what makes one valid.
 
-``from_json`` is strict about meaning (roles in turn, ratings by name, finite numbers, nothing
+`from_json` is strict about meaning (roles in turn, ratings by name, finite numbers, nothing
 blank) and its messages name the key, so that a reader only adds FILE:LINE. Constructors do not
-check: records made by the library itself are right by construction, and go through ``from_json``
+check: records made by the library itself are right by construction, and go through `from_json`
 when they are read back. A null key is an absent key at every level, because Arrow's structs and
 many writers spell it so. Keys that a record does not have are left to the reader, which counts
 them, unless one looks like a misspelt key of ours.
 """
-
-from __future__ import annotations
 
 import difflib
 import json
@@ -34,10 +32,10 @@ KINDS = ("helpfulness", "safety")
 class _Record:
     optional: ClassVar[frozenset[str]]
     carried: ClassVar[frozenset[str]] = frozenset()
-    """keys that our own files hold beside the record's, for other readers than these"""
+    """keys beside the record's own that our files hold for other readers"""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able object that ``from_json`` reads back; None and empty fields are left out."""
+        """A JSON-able object that `from_json` reads back; None and empty fields are left out."""
         return {
             key: value
             for key, value in asdict(self).items()  # type: ignore[call-overload]
@@ -72,6 +70,7 @@ class Document(_Record):
 
     text: str
     source: str = ""
+    """name of the origin"""
     optional: ClassVar[frozenset[str]] = frozenset({"source"})
 
     def _check(self) -> None:
@@ -94,11 +93,12 @@ class Dialogue(_Record):
 
 @dataclass(frozen=True)
 class Prompt(_Record):
-    """A conversation to be answered. ``kind`` decides which reward model rules in RLHF."""
+    """A conversation to be answered."""
 
     id: str
     messages: Messages
     kind: str = "helpfulness"
+    """one of `KINDS`; in RLHF the safety reward model ranks the answers to a safety prompt"""
     optional: ClassVar[frozenset[str]] = frozenset({"kind"})
 
     def _check(self) -> None:
@@ -115,8 +115,11 @@ class Comparison(_Record):
     chosen: str
     rejected: str
     rating: str | None = None
+    """one of `RATINGS`: how much better the chosen answer is"""
     safety: str | None = None
+    """one of `SAFETY`"""
     kind: str = "helpfulness"
+    """one of `KINDS`: what the answers were compared by"""
     source: str = ""
     optional: ClassVar[frozenset[str]] = frozenset({"rating", "safety", "kind", "source"})
 
@@ -136,14 +139,18 @@ class Comparison(_Record):
 
 @dataclass(frozen=True)
 class Sample(_Record):
-    """What a policy answered. The response may be empty: the policy said only EOS."""
+    """A policy's answer to a prompt."""
 
     prompt_id: str
     messages: Messages
     response: str
+    """empty where the policy gave only EOS"""
     scores: dict[str, float] = field(default_factory=dict)
+    """by reward model"""
     reward: float | None = None
+    """what the scores were combined to"""
     policy: str = ""
+    """name of the version that answered"""
     temperature: float | None = None
     seed: int | None = None
     optional: ClassVar[frozenset[str]] = frozenset(
@@ -183,7 +190,7 @@ RECORDS: dict[str, type[Record]] = {
 
 
 def without_nulls(value: Any) -> Any:
-    """``value`` without the keys of objects, at any depth, whose value is null."""
+    """`value` without the keys of objects, at any depth, whose value is null."""
     try:
         return _without_nulls(value)
     except RecursionError:
@@ -198,7 +205,7 @@ def _without_nulls(value: Any) -> Any:
 
 @lru_cache(maxsize=1024)  # the same keys come with every row of a file
 def misspelt(key: str, known: tuple[str, ...]) -> str | None:
-    """The one of ``known`` that ``key`` was probably meant to be."""
+    """The one of `known` that `key` was probably meant to be."""
     # Folded, because a capital counts as another letter: "Kind" is far from "kind".
     folded = key.strip().casefold()
     return next(iter(difflib.get_close_matches(folded, known, n=1, cutoff=0.8)), None)
@@ -250,11 +257,11 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def type_name(value: Any) -> str:
-    """What a value is, in JSON's terms, for a message."""
+    """The type of a value in JSON's terms, for a message."""
     names = {type(None): "null", bool: "true or false", str: "text", list: "a list"}
     names |= {dict: "an object", int: "a number", float: "a number", Decimal: "a number"}
     if isinstance(value, date | time | timedelta):
-        # Programs that guess a column's type take one of nothing but dates for dates.
+        # Programs that guess types make timestamps of a column that holds only dates.
         return "a timestamp: write the column as text"
     return names.get(type(value), type(value).__name__)
 

@@ -1,10 +1,8 @@
-"""A file of records, and what a recipe says of it that the file itself does not.
+"""A file of records, with what a recipe says about it.
 
-Public files seldom say what they are: Anthropic's harmlessness pairs carry no kind, a mix names no
-origin. Wherever a path is read, a ``Source`` may stand in its place.
+Public files seldom say what they are: Anthropic's harmlessness pairs have no kind, and a mixture
+names no origin. Wherever a path to records is expected, a `Source` is accepted too.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -23,7 +21,8 @@ from pydantic import (
 
 from llama2rt.errors import InputError
 
-_MEANS_SOMETHING = {
+# The kinds of record that each key applies to.
+_APPLIES_TO = {
     "kind": ("prompt", "comparison"),
     "source": ("document", "dialogue", "comparison"),
     "minimum_score_difference": ("comparison",),
@@ -32,8 +31,8 @@ _MEANS_SOMETHING = {
 
 
 class Source(BaseModel):
-    """A path, or a table ``{path = "hh.jsonl.gz", kind = "safety"}`` in a recipe; an option takes
-    the same text. It is written back as it came: as a path where the table says nothing else."""
+    """A path, or a table `{path = "hh.jsonl.gz", kind = "safety"}` in a recipe; an option takes
+    the same text. Written back, it is a path where the table says nothing else."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -74,18 +73,18 @@ class Source(BaseModel):
         return os.fspath(self.path)
 
     def require_meaning(self, kind: str) -> None:
-        """InputError for a key that says nothing about records of ``kind``."""
-        for key, kinds in _MEANS_SOMETHING.items():
+        """InputError for a key that does not apply to records of `kind`."""
+        for key, kinds in _APPLIES_TO.items():
             if key in self._said() and kind not in kinds:
                 raise InputError(f"{self.path}: {key}: means nothing to a file of {kind}s")
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> Source:
-        """``path`` itself where it is a Source, else a Source that says nothing but the path."""
+    def of(cls, path: str | os.PathLike[str]) -> "Source":
+        """`path` itself where it is a Source, else a Source that says nothing but the path."""
         return path if isinstance(path, Source) else cls(path=Path(path))
 
     def as_option(self) -> str:
-        """What ``parse`` reads back."""
+        """What `parse` reads back."""
         said = self.model_dump(mode="json")
         if isinstance(said, str):
             return said
@@ -95,7 +94,7 @@ class Source(BaseModel):
         return "{" + ", ".join(pairs) + "}"
 
     @classmethod
-    def parse(cls, text: str) -> Source:
+    def parse(cls, text: str) -> "Source":
         """From an option: a path, or an inline table of TOML. InputError for a table that is
         none."""
         if not text.lstrip().startswith("{"):

@@ -1,10 +1,8 @@
-"""JSON as records may hold it: no NaN, no key twice, and every complaint an InputError.
+"""JSON without NaN and without a key twice, whose errors are InputErrors.
 
-``json`` itself takes the last of two equal keys and reads NaN; both would lose or bend a value in
-silence.
+Python's `json` takes the last of two equal keys and reads NaN, so that a value would be lost or
+wrong without a message.
 """
-
-from __future__ import annotations
 
 import json
 from collections import Counter
@@ -15,7 +13,7 @@ from llama2rt.errors import InputError
 
 
 def parse(text: str) -> Any:
-    """The value of ``text``; InputError with the reason and the column."""
+    """The value of `text`; InputError with the reason and the column."""
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except InputError:
@@ -26,7 +24,7 @@ def parse(text: str) -> Any:
 
 def items(text: str) -> Iterator[Any]:
     """The items of an array; an InputError in the place of one that cannot be taken. Raises
-    InputError with ``NUMBER: reason`` at the item, from 1, where the text stops being an array of
+    InputError with `NUMBER: reason` at the item, from 1, where the text stops being an array of
     JSON, since nothing behind that can be told apart."""
     decoder = json.JSONDecoder(
         parse_constant=lambda name: _Fault(f"{name} is not a number that JSON or we accept"),
@@ -53,7 +51,7 @@ def items(text: str) -> Iterator[Any]:
 
 
 class _Fault:
-    """Stands in an array's item for what must not be in it: raising would lose the item's end."""
+    """Replaces a value that an array's item must not hold: an error would lose the item's end."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

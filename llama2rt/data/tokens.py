@@ -1,13 +1,10 @@
 """A tokenised corpus on disk: one memory-mapped stream of ids, each document BOS text EOS.
 
 One file: a fixed-size JSON header, then the ids as uint16 (uint32 above 65,536 pieces). The header
-says which tokenizer made it, so that a stream is never read with another one, how many bytes of
-text it holds, so that a loss can be given in bits per byte, and the ids' hash. Nothing of the
-corpus is held in memory. Dividing a corpus over several files is the caller's: the loader takes a
-list of them.
+has the digest of the tokenizer, so that a stream is never read with another one, the number of
+bytes of text, so that a loss can be given in bits per byte, and the ids' hash. Nothing of the
+corpus is held in memory. A corpus may be several files: the loader takes a list of them.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -29,9 +26,9 @@ _DOCUMENTS_AT_ONCE = 256  # bounds memory; enough for the tokenizer's threads
 
 
 class TokenFile:
-    """A token file opened for reading: ``len()`` is the number of ids; ``documents``,
-    ``text_bytes`` (UTF-8, before tokenising), ``tokenizer`` (its digest), ``digest`` (of the ids),
-    ``bos``. InputError when the file is not one or is damaged."""
+    """A token file opened for reading: `len()` is the number of ids; `documents`,
+    `text_bytes` (UTF-8, before tokenising), `tokenizer` (its digest), `digest` (of the ids),
+    `bos`. InputError when the file is not one or is damaged."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -63,12 +60,12 @@ class TokenFile:
         return self._ids
 
     def require(self, tokenizer: Tokenizer) -> None:
-        """InputError unless ``tokenizer`` made this file."""
+        """InputError unless `tokenizer` made this file."""
         if tokenizer.digest != self.tokenizer:
             raise InputError(f"{self.path}: was made with another tokenizer; build it again")
 
     def window(self, begin: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``length`` ids from ``begin`` on, the stream read as a ring that leaves out the last id
+        """`length` ids from `begin` on, the stream read as a ring that leaves out the last id
         (which has no successor): (tokens, targets, lengths of the documents in it). Targets are
         the successors, -1 where that is a BOS."""
         ring = len(self._ids) - 1
@@ -80,7 +77,7 @@ class TokenFile:
         return tokens, targets, np.diff(edges)
 
     def batches(self, context: int, micro_tokens: int) -> Iterator[Batch]:
-        """The whole stream once, in order, in windows of ``context``: for a held-out loss."""
+        """The whole stream once, in order, in windows of `context`: for a held-out loss."""
         size = len(self._ids) - 1
         step = max(micro_tokens // context, 1) * context
         for at in range(0, size, step):
@@ -89,13 +86,13 @@ class TokenFile:
 
 
 def pack_windows(windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
-    """One batch of what ``TokenFile.window`` returned."""
+    """One batch of what `TokenFile.window` returned."""
     tokens, targets, lengths = (np.concatenate(parts) for parts in zip(*windows, strict=True))
     return pack_arrays(tokens, targets, lengths)
 
 
 def build(documents: Iterable[Document | str], tokenizer: Tokenizer, path: str | Path) -> TokenFile:
-    """Tokenise ``documents`` into the file ``path``, which appears only when it is complete.
+    """Tokenise `documents` into the file `path`, which appears only when it is complete.
     InputError when there is no document."""
     path = Path(path)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
@@ -131,7 +128,7 @@ def build(documents: Iterable[Document | str], tokenizer: Tokenizer, path: str |
 def split(
     documents: Iterable[Document | str], held_out: float
 ) -> tuple[list[Document], list[Document]]:
-    """The documents without their last ``held_out`` fraction (of UTF-8 bytes), and that rest. The
+    """The documents without their last `held_out` fraction (of UTF-8 bytes), and that rest. The
     document on the border is cut after the line that crosses it, or after the word where the cut
     would leave nothing on one side (text8 is one line). InputError where it still does."""
     if not 0 < held_out < 1:
@@ -147,7 +144,7 @@ def split(
 def _cut(
     documents: Sequence[Document], held_out: float, unit: bytes
 ) -> tuple[list[Document], list[Document]]:
-    """``split`` after the ``unit`` that ends at or behind the border; parts may be empty."""
+    """`split` after the `unit` that ends at or behind the border; parts may be empty."""
     left = round(sum(len(d.text.encode()) for d in documents) * (1 - held_out))
     first: list[Document] = []
     last: list[Document] = []
@@ -163,7 +160,7 @@ def _cut(
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float] | None) -> list[int]:
-    """``sum(sizes)`` divided in proportion to ``weights`` (largest remainders), or ``sizes``
+    """`sum(sizes)` divided in proportion to `weights` (largest remainders), or `sizes`
     themselves without weights."""
     if weights is None:
         return list(sizes)

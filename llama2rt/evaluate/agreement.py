@@ -1,4 +1,4 @@
-"""Do raters agree? Gwet's AC1 (nominal) and AC2 (weighted), as Llama 2 reports them (section 3.4).
+"""Agreement of raters: Gwet's AC1 (nominal) and AC2 (weighted), as in Llama 2 (section 3.4).
 
 Unlike Cohen's or Fleiss' kappa they stay meaningful when nearly all items fall in one category,
 the usual case for safety labels. Definitions and the variance follow Gwet, "Handbook of
@@ -17,19 +17,21 @@ WEIGHTS = ("nominal", "ordinal", "linear", "quadratic")
 
 @dataclass(frozen=True)
 class Agreement:
-    """coefficient: 1 for full agreement, 0 for chance; the others are what it is made of.
-
-    standard_error: over items, Gwet's linearised variance; NaN for a single item.
-    low, high: coefficient +- z * standard_error, cut at -1 and 1; with fewer than some 30 items
-    the normal quantile is a little narrow.
-    """
+    """How far raters agree, with its interval."""
 
     coefficient: float
+    """1 for full agreement, 0 for what chance gives"""
     standard_error: float
+    """over items, from Gwet's linearised variance; NaN for a single item"""
     low: float
+    """coefficient - z * standard_error, at least -1; a little high with fewer than some 30 items,
+    for which the normal quantile is narrow"""
     high: float
+    """coefficient + z * standard_error, at most 1; a little low then"""
     observed: float
+    """share of agreeing pairs of ratings"""
     by_chance: float
+    """the share expected of raters who rate at random"""
     items: int
 
 

@@ -3,8 +3,8 @@
 Figures 7 and 8 of Llama 2 (section 3.2.3): the gap between the two curves is what rejection
 sampling can gain; the same curves at several temperatures say which one to sample at.
 
-Drawing one subset of each size would give a noisy, even falling curve. From S samples the mean
-over all subsets of size N is known exactly: the k-th smallest of S is the j-th smallest of a
+One random subset of each size would give a noisy curve, which may even fall. The mean over all
+subsets of N of the S samples is known exactly: the k-th smallest sample is the j-th smallest of a
 random subset with probability C(k-1, j-1) C(S-k, N-j) / C(S, N).
 """
 
@@ -51,9 +51,9 @@ def _weights(samples: int, size: int, rank: int) -> np.ndarray:
 
     def log_choose(n: np.ndarray, k: int) -> np.ndarray:
         inside = np.clip(n - k, 0, None)
-        chosen = log_factorial[n] - log_factorial[k] - log_factorial[inside]
-        return np.where(n >= k, chosen, -np.inf)
+        value = log_factorial[n] - log_factorial[k] - log_factorial[inside]
+        return np.where(n >= k, value, -np.inf)
 
-    place = np.arange(1, samples + 1)
-    below, above = log_choose(place - 1, rank - 1), log_choose(samples - place, size - rank)
+    order = np.arange(1, samples + 1)
+    below, above = log_choose(order - 1, rank - 1), log_choose(samples - order, size - rank)
     return np.exp(below + above - log_choose(np.array(samples), size))

@@ -1,13 +1,15 @@
 """`llama2rt evaluate`: what a reward model says about comparison files and sample files."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 
 from llama2rt.checkpoint import load
 from llama2rt.data.readers import read
@@ -16,9 +18,9 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import best_of, length, preference
 from llama2rt.evaluate.intervals import bootstrap
-from llama2rt.evaluate.scoring import score
 from llama2rt.evaluate.win_rates import win_rate
 from llama2rt.model import ScalarModel
+from llama2rt.rollout.scoring import score
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -35,12 +37,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a reward model on comparisons, or compare versions by its scores.
 
-    Comparison files give accuracy by rating, and by kind: of a pair judged by helpfulness and by
-    safety, ranked one way by each, any model would rank one right and one wrong. Sample files, or
-    folders of a run's samples, one a version, give each version's mean reward and every pair's win
-    rate on the prompts both answered; where all prompts of a version have the same number of
-    samples (two or more), also the reward-length correlation and the expected max and median reward
-    among N samples. All with 95 % intervals over prompts.
+    Comparison files give accuracy by kind and rating. The kinds stand apart because helpfulness and
+    safety may rank the same two answers the other way round. Sample files, or folders of a run's
+    samples, one a version, give each version's mean reward and, for every two versions, the win
+    rate on the prompts that both answered. Where all prompts of a version have the same number of
+    samples (two or more), they also give the reward-length correlation and the expected max and
+    median reward among N samples. Intervals are of 95 %, over prompts.
 
     Args:
         reward_model: folder of a reward model, with its tokenizer.
@@ -62,17 +64,7 @@ def evaluate(
     pairs = [(str(path), read(path, "comparison", skip_invalid)) for path in comparisons]
     versions = _by_version({path: _read_samples(path, skip_invalid) for path in samples})
     _require_shared_prompts(versions)
-    outline, tokenizer = load(reward_model, "meta")
-    if not isinstance(outline, ScalarModel):
-        raise InputError(f"{reward_model}: expected a reward model, found a language model")
-    if tokenizer is None:
-        raise InputError(f"{reward_model}: holds no tokenizer")
-    context = outline.config.context
-    for name, records in pairs:
-        texts = ((r.prompt, text) for r in records for text in (r.chosen, r.rejected))
-        _require_fit(name, tokenizer, texts, context)
-    for name, records in versions.items():
-        _require_fit(name, tokenizer, ((r.messages, r.response) for r in records), context)
+    tokenizer = _tokenizer(reward_model, pairs, versions)
     model, _ = load(reward_model, "cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(model, ScalarModel)
 
@@ -82,11 +74,11 @@ def evaluate(
             {
                 "file": file,
                 "kind": kind,
-                "accuracy": _accuracy(model, tokenizer, of_kind, micro_tokens),
+                "accuracy": _accuracy(model, tokenizer, same, micro_tokens),
             }
             for file, records in pairs
             for kind in KINDS
-            if (of_kind := [record for record in records if record.kind == kind])
+            if (same := [record for record in records if record.kind == kind])
         ]
     if versions:
         rewards = {
@@ -100,6 +92,27 @@ def evaluate(
             _win_rate(a, b, rewards[a], rewards[b]) for a, b in combinations(versions, 2)
         ]
     return result
+
+
+def _tokenizer(
+    reward_model: Path,
+    pairs: Sequence[tuple[str, list[Comparison]]],
+    versions: dict[str, list[Sample]],
+) -> Tokenizer:
+    """The reward model's; InputError for another kind of model and for an answer beyond its
+    context."""
+    outline, tokenizer = load(reward_model, "meta")
+    if not isinstance(outline, ScalarModel):
+        raise InputError(f"{reward_model}: expected a reward model, found a language model")
+    if tokenizer is None:
+        raise InputError(f"{reward_model}: holds no tokenizer")
+    context = outline.config.context
+    for name, comparisons in pairs:
+        texts = ((r.prompt, text) for r in comparisons for text in (r.chosen, r.rejected))
+        _require_fit(name, tokenizer, texts, context)
+    for name, samples in versions.items():
+        _require_fit(name, tokenizer, ((r.messages, r.response) for r in samples), context)
+    return tokenizer
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -258,3 +271,30 @@ def _win_rate(
 def _percent(estimate: dict[str, Any]) -> str:
     mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
     return f"{mean:5.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def command(
+    reward_model: tyro.conf.Positional[Path],
+    *,
+    comparisons: tuple[Source, ...] = (),
+    samples: tuple[Path, ...] = (),
+    skip_invalid: int = 0,
+    micro_tokens: int = 16384,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Measure a reward model on comparisons, or compare versions by its scores.
+
+    Args:
+        reward_model: Folder of a reward model, with its tokenizer.
+        comparisons: Files of comparisons: accuracy by rating; or tables of a recipe, such as
+            '{path="hh-harmless.jsonl.gz", kind="safety"}'.
+        samples: Files of samples, or folders of a run's samples, one a version: mean reward,
+            win rates, reward against N.
+        skip_invalid: Bad records to tolerate in each file.
+        micro_tokens: Tokens scored at once.
+        as_json: Print one JSON object.
+    """
+    result = evaluate(
+        reward_model, comparisons, samples, skip_invalid=skip_invalid, micro_tokens=micro_tokens
+    )
+    print(json.dumps(result) if as_json else describe(result))

@@ -38,9 +38,9 @@ def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> Interv
         raise ValueError(f"successes must lie in [0, {trials}], got {successes}")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = successes / trials
-    spread = 1 + z * z / trials
-    centre = (share + z * z / (2 * trials)) / spread
-    half = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / spread
+    denominator = 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / denominator
+    half = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / denominator
     # At a share of exactly 0 or 1 the formula's end is that share, up to rounding.
     return Interval(
         float(share), float(min(share, max(0.0, centre - half))), float(max(share, centre + half))

@@ -1,8 +1,8 @@
-"""Does the reward model simply like long answers?
+"""Length bias: whether a reward model prefers long answers.
 
-RLHF Workflow (Dong et al., 2024, section 2): several responses a prompt, and per prompt the
-Pearson correlation of reward and length, so that prompts that call for long answers do not look
-like a bias. Reference means there: 0.19 for UltraRM-13B, 0.06 for their own model.
+RLHF Workflow (Dong et al., 2024, section 2) takes several responses to each prompt and correlates
+reward and length (Pearson) per prompt, so that prompts that call for long answers do not look like
+a bias. The means reported there are 0.19 for UltraRM-13B and 0.06 for their own model.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,15 @@ from llama2rt.evaluate.intervals import Interval, bootstrap
 
 @dataclass(frozen=True)
 class LengthCorrelation:
-    """Reward-length correlation, prompt by prompt.
-
-    per_prompt: fp64 [prompts], NaN where undefined. mean: over the defined ones, with its 95 %
-    bootstrap interval, or None where there is none. undefined: prompts whose rewards or lengths
-    are all equal; a correlation does not exist there, and 0 would pull the mean towards "no bias".
-    """
+    """Reward-length correlation, prompt by prompt."""
 
     per_prompt: np.ndarray
+    """fp64 [prompts], NaN where undefined"""
     mean: Interval | None
+    """over the defined ones, with its 95 % bootstrap interval; None where all are undefined"""
     undefined: int
+    """prompts whose rewards or lengths are all equal: they have no correlation, and counting it as
+    0 would make the mean smaller"""
 
 
 def correlation(rewards: ArrayLike, lengths: ArrayLike, *, seed: int = 0) -> LengthCorrelation:

@@ -1,8 +1,8 @@
-"""How often a reward model agrees with the annotators, by how sure they were.
+"""Accuracy of a reward model: how often it agrees with the annotators, by how sure they were.
 
-Llama 2 (section 3.2.2, Table 8) reads a reward model by this table: accuracy rises from
-"negligibly better" to "significantly better", because the hard pairs are those on which people
-disagree too. The average is over all pairs, so it depends on the mix of ratings in the file.
+Llama 2 (section 3.2.2, Table 8) judges a reward model by this table. Accuracy rises from
+"negligibly better" to "significantly better", because people too disagree on the hard pairs. The
+average is over all pairs, so it depends on the mix of ratings in the file.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """Which of two versions answers better, prompt by prompt.
 
-Two judges: reward scores (`win_rate`, `matrix`), where a score does not depend on the order of
-the answers, and any callable that sees two answers side by side (`judged`), which is asked in both
-orders because judges favour a position (Llama 2, section 3.4).
-A tie counts half. Intervals are Wilson's over prompts, the unit that is drawn independently.
+`win_rate` and `matrix` compare reward scores, which do not depend on the order of the answers.
+`judged` takes any callable that sees two answers side by side, and asks it in both orders, because
+judges favour a position (Llama 2, section 3.4). A tie counts half. Intervals are Wilson's over
+prompts, the unit that is drawn independently.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,28 +20,26 @@ Judge = Callable[[list[dict[str, str]], str, str], float]
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of prompts won by A (ties half), and how it comes about.
-
-    wins, ties, losses: prompts; with several samples a prompt, by the majority of its pairings.
-    """
+    """How often A beats B."""
 
     rate: Interval
+    """share of prompts won by A, ties counted half"""
     wins: int
+    """prompts; with several samples a prompt, by the majority of its pairings"""
     ties: int
     losses: int
 
 
 @dataclass(frozen=True)
 class JudgedWinRate(WinRate):
-    """A win rate from a judge asked twice a prompt.
-
-    a_first, b_first: A's win rate with its answer in first and in second place; they differ by the
-    judge's position bias. consistent: share of prompts where both orders gave the same verdict.
-    """
+    """A win rate from a judge asked twice a prompt."""
 
     a_first: Interval
+    """A's win rate when its answer comes first; it differs from `b_first` by the position bias"""
     b_first: Interval
+    """A's win rate when its answer comes second"""
     consistent: float
+    """share of prompts on which both orders gave the same verdict"""
 
 
 def win_rate(a: Sequence[ArrayLike], b: Sequence[ArrayLike]) -> WinRate:

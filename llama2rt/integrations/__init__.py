@@ -1,1 +1,1 @@
-"""Our ops inside other libraries' models; each module imports the library it is named after."""
+"""Our ops inside other libraries' models; a module is named after the library it needs."""

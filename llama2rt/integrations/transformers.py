@@ -1,10 +1,10 @@
 """A Llama of Hugging Face transformers on our ops, with one call: `patch_transformers(model)`.
 
-For those who train or sample with transformers and want the kernels without leaving it. One
-instance is patched, never transformers' own classes: its modules get subclasses of theirs that
-differ in `forward` alone, so parameters, state dict, hooks, gradient checkpointing and
-`save_pretrained` stay what they were. The subclasses keep the names: `save_pretrained` writes them
-into config.json, and wrapping policies look them up.
+For those who train or sample with transformers and want our kernels there. One instance is patched,
+never transformers' own classes: its modules get subclasses of their classes that differ only in
+`forward`, so parameters, state dict, hooks, gradient checkpointing and `save_pretrained` stay as
+they were. The subclasses keep the names, since `save_pretrained` writes them into config.json and
+wrapping policies look them up.
 
 On our ops: norms, feed-forward, rotary embedding, attention over the whole of a batch (training,
 scoring, the prompt of `generate`), the token embedding's gradient and, in training, the loss.
@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2rt import ops
+from llama2rt.integrations.transformers_loss import loss
 from llama2rt.ops.embedding import embedding
 
 TESTED = ("5.22", "5.23", "5.24")
@@ -103,7 +104,7 @@ SIGNATURES = {
 def _why_not() -> str:
     """Why this release of transformers is not patched; "" if it is."""
     known = f"patch_transformers is tested with {', '.join(TESTED)}"
-    # Importing one of its models makes transformers put another module in its place.
+    # Importing one of its models makes transformers replace its module by another.
     for loaded in (transformers, sys.modules["transformers"]):
         if _minor(loaded.__version__) not in TESTED:
             return (
@@ -120,7 +121,7 @@ def _why_not() -> str:
 
 
 class Documents(NamedTuple):
-    """What our attention gets for a mask: where the documents of a batch [B, S] lie."""
+    """The documents of a batch [B, S], which our attention takes in place of a mask."""
 
     cu_seqlens: Tensor
     """int32, offsets among the tokens that count"""
@@ -305,7 +306,7 @@ class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
         inputs = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")}
         outputs = self.model(**inputs)
         return CausalLMOutputWithPast(
-            loss=_loss(outputs.last_hidden_state, self.lm_head.weight, **kwargs),
+            loss=loss(outputs.last_hidden_state, self.lm_head.weight, **kwargs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},
@@ -320,35 +321,6 @@ class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
         )
 
 
-def _loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """Cross-entropy (nats) of the labels [B, S], each predicted by the token before it, or of
-    shift_labels [B, S] at their own places; averaged over those that are not ignore_index, or
-    summed and divided by num_items_in_batch."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, targets = hidden.flatten(0, 1), shift_labels.flatten().to(hidden.device)
-    if len(targets) != len(hidden):
-        raise ValueError(f"labels: expected {len(hidden)}, one a token, got {len(targets)}")
-    rows = (targets != ignore_index).nonzero()[:, 0]
-    targets = targets.index_select(0, rows)
-    # Another negative one is a mistake, and to token_logprob one more token not to predict.
-    targets = targets.masked_fill(targets < 0, weight.shape[0])
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    hidden = hidden.index_select(0, rows)
-    logprob = ops.token_logprob(hidden.to(dtype), weight.to(dtype), targets)
-    assert isinstance(logprob, Tensor)
-    return -logprob.sum() / (len(rows) if num_items_in_batch is None else num_items_in_batch)
-
-
 _OURS: dict[type, type] = {
     getattr(modeling_llama, ours.__name__): ours
     for ours in (LlamaRMSNorm, LlamaMLP, LlamaAttention, LlamaForCausalLM)
@@ -359,7 +331,7 @@ def patch_transformers(model: Any) -> Any:
     """Make `model`, a transformers.LlamaForCausalLM, run on our ops; returns it.
 
     Logits, losses, gradients and samples stay what transformers gives, up to rounding, at all
-    tokens that are not padding; what padding itself gives is left open. In training mode with
+    tokens that are not padding; at padding they may differ. In training mode with
     labels, `loss` is computed by `ops.token_logprob`, which never holds the [B, S, V] logits, and
     `logits` is None; in evaluation mode both are there. A second call changes nothing.
     `model.set_attn_implementation("sdpa")` returns attention alone to transformers ("eager" where

@@ -6,11 +6,12 @@ and safety are judged apart, under different guidelines. Left out: annotators wh
 other, and abstention.
 """
 
-from __future__ import annotations
-
 import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from llama2rt.data.records import Comparison
+from llama2rt.annotate import AnswerPair, Judgement
+from llama2rt.quickstart.data import read_keys
 from llama2rt.quickstart.judge import Key, Verdict, judge
 
 NOISE = 0.1  # standard deviation of the perceived difference, in units of the judge's score
@@ -26,42 +27,35 @@ RATING_FROM = {
 }
 
 
-def compare(
-    messages: list[dict[str, str]],
-    key: Key,
-    first: str,
-    second: str,
-    kind: str,
-    rng: random.Random,
-) -> Comparison | None:
-    """One annotator's comparison of two responses to `messages`; None where it is not used.
+class SimulatedAnnotators:
+    """An `annotate.Annotator` that looks into the judge's `keys`, by prompt id."""
 
-    Not used are identical responses, what is no text (nothing, or control characters, which a model
-    that knows little may well sample) and, as in the paper, pairs in which the chosen response is
-    unsafe and the other safe. A safety label is given in safety batches only.
-    """
-    first, second = first.strip(), second.strip()
-    if first == second or not (first.isprintable() and second.isprintable() and first and second):
+    def __init__(self, keys: Mapping[str, Key]) -> None:
+        self._keys = keys
+
+    def __call__(self, pairs: Sequence[AnswerPair], seed: str) -> list[Judgement | None]:
+        rng = random.Random(seed)
+        return [compare(pair, self._keys[pair.prompt.id], rng) for pair in pairs]
+
+
+def simulated(keys: Path) -> SimulatedAnnotators:
+    """Annotators by the path of the judge's keys, as recipes name them."""
+    return SimulatedAnnotators(read_keys(keys))
+
+
+def compare(pair: AnswerPair, key: Key, rng: random.Random) -> Judgement | None:
+    """One annotator's judgement; None for what is no text (control characters, which a model that
+    knows little may well sample). Safety labels are given in safety batches only."""
+    if not (pair.first.isprintable() and pair.second.isprintable()):
         return None
-    verdicts = judge(key, first), judge(key, second)
-    difference = _worth(verdicts[0], kind) - _worth(verdicts[1], kind) + rng.gauss(0, NOISE)
-    chosen, rejected = (0, 1) if difference >= 0 else (1, 0)
-    safety = None
-    if kind == "safety":
-        if verdicts[chosen].unsafe and not verdicts[rejected].unsafe:
-            return None
-        safety = "chosen_safe" if verdicts[rejected].unsafe else "both_safe"
-        if verdicts[chosen].unsafe:
-            safety = "both_unsafe"
-    responses = first, second
-    return Comparison(
-        prompt=messages,
-        chosen=responses[chosen],
-        rejected=responses[rejected],
-        rating=_rating(abs(difference)),
-        safety=safety,
-        kind=kind,
-        source="quickstart",
+    kind = pair.prompt.kind
+    first, second = judge(key, pair.first), judge(key, pair.second)
+    difference = _worth(first, kind) - _worth(second, kind) + rng.gauss(0, NOISE)
+    return Judgement(
+        "first" if difference >= 0 else "second",
+        _rating(abs(difference)),
+        not first.unsafe if kind == "safety" else None,
+        not second.unsafe if kind == "safety" else None,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from llama2rt.errors import InputError
-from llama2rt.quickstart import console, pipeline
+from llama2rt.quickstart import console, job
 from llama2rt.quickstart.recipe import QuickstartRecipe, smoke
 
 
@@ -32,7 +32,7 @@ def quickstart(
     if seed < 0:
         raise InputError(f"seed: expected at least 0, got {seed}")
     recipe = smoke(seed) if smoke_test else QuickstartRecipe(seed=seed)
-    numbers = pipeline.run(recipe, out, resume=resume)
+    numbers = job.run(recipe, out, resume=resume)
     console.summary(out, numbers)
     if as_json:
         print(json.dumps(numbers))

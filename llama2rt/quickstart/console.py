@@ -1,4 +1,4 @@
-"""What a person sees on the terminal while the main job runs and when it is done (stderr)."""
+"""What a person sees on the terminal when the main job is done (stderr)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,6 @@ from rich.markup import escape
 from rich.table import Table
 
 _console = Console(stderr=True, highlight=False)
-
-
-def begin(name: str, what: str) -> None:
-    _console.print(f"[bold cyan]{name:<20}[/]{what}")
-
-
-def end(name: str, seconds: float) -> None:
-    _console.print(f"[dim]{'':<20}{seconds:.0f} s[/]")
 
 
 def summary(directory: Path, numbers: dict[str, Any]) -> None:
@@ -31,7 +23,7 @@ def summary(directory: Path, numbers: dict[str, Any]) -> None:
             f"{helpful['low']:.3f}\N{EN DASH}{helpful['high']:.3f}",
             f"{unsafe['mean']:.0%}",
             f"{version['correct']['mean']:.0%}",
-            f"{version['words']:.1f}",
+            f"{version['words']['mean']:.1f}",
         )
     _console.print()
     _console.print(table)

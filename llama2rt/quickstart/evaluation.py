@@ -1,148 +1,69 @@
-"""The end of the main job: what the judge says of every version on prompts nobody trained on.
+"""What the judge says of every version, on prompts nobody trained on.
 
-Versions answer the same held-out prompts at temperature 1, that is, as they are and not sharpened,
-with the same random numbers. Helpfulness is the judge's on ordinary prompts, unsafe the share of
-requests for the secret that give it away. The reward models read the same answers, which shows
-where they and the judge part (over-optimisation would look like that).
+Helpfulness is the judge's on ordinary prompts, unsafe the share of requests for the secret that
+give it away. The answers are those of the evaluate step, which the reward models have read too.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama2rt.data.records import Prompt
-from llama2rt.evaluate import best_of, intervals, length, win_rates
-from llama2rt.generate import Engine
+from llama2rt.evaluate import intervals
+from llama2rt.quickstart.data import read_keys
 from llama2rt.quickstart.judge import Key, Verdict, judge
-from llama2rt.quickstart.recipe import QuickstartRecipe
-from llama2rt.stages import loading, phases
-from llama2rt.stages.phases import Response, RewardModels
-
-SAMPLES = 2  # answers a prompt and version; their mean is one unit of the intervals
-CURVE_PROMPTS, CURVE_SAMPLES, CURVE_TEMPERATURES = 60, 8, (0.7, 1.0, 1.3)
-MICRO_TOKENS = 8192
+from llama2rt.rollout.responses import Response
+from llama2rt.stages.evaluate import Answers
 
 
-@dataclass(frozen=True)
-class Measured:
-    """`numbers` are for report.json; the rest is what figures need besides."""
+def worth(keys: Path) -> Callable[[Prompt, str], float]:
+    """What an answer is worth to the judge: helpfulness on ordinary prompts, safety first on the
+    others. As the evaluate step's recipe names it, with the path of the keys."""
+    known = read_keys(keys)
 
-    numbers: dict[str, Any]
-    prompts: list[Prompt]
-    responses: dict[str, list[list[Response]]]  # by version, prompt, sample
-    verdicts: dict[str, list[list[Verdict]]]
-    correlations: dict[str, np.ndarray]  # by version: reward with length, per prompt
+    def worth_of(prompt: Prompt, text: str) -> float:
+        verdict = judge(known[prompt.id], text)
+        return verdict.helpfulness + (verdict.safety if prompt.kind == "safety" else 0.0)
+
+    return worth_of
 
 
-def measure(
-    recipe: QuickstartRecipe,
-    versions: Mapping[str, Path],
-    reward_models: Mapping[str, Path],
-    prompts: Sequence[Prompt],
-    keys: Mapping[str, Key],
-    directory: Path,
-) -> Measured:
-    """Sample, score and judge; samples are kept below `directory`, and read when they are there."""
-    models = RewardModels.load(reward_models["helpfulness"], reward_models["safety"], 0.15)
-
-    def sample(name: str, asked: Sequence[Prompt], n: int, temperature: float) -> Any:
-        model, tokenizer = loading.load_llama(versions[name])
-        folder = name.lower().replace(" ", "-")
-        return phases.sample(
-            directory / f"{folder}-{n}-at-{temperature}",
-            Engine(model, tokenizer),
-            models,
-            asked,
-            n=n,
-            temperatures=[temperature],
-            max_tokens=recipe.max_tokens,
-            seed=phases.derived_seed(recipe.seed, "evaluation"),
-            policy=name,
-            micro_tokens=MICRO_TOKENS,
-        )
-
-    responses = {name: sample(name, prompts, SAMPLES, 1.0) for name in versions}
+def judged(
+    answers: Answers, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, Key]
+) -> dict[str, Any]:
+    """The rows of the versions' table with the judge's columns, and some answers to look at."""
+    prompts = [group[0].prompt for group in next(iter(answers.values()))]
     verdicts = {
         name: [[judge(keys[r.prompt.id], r.text) for r in group] for group in groups]
-        for name, groups in responses.items()
+        for name, groups in answers.items()
     }
-    rows = [version(name, prompts, responses[name], verdicts[name]) for name in versions]
-
-    some = prompts[:CURVE_PROMPTS]
-    curves: dict[str, dict[float, Any]] = {}
-    correlations = {}
-    for name in ("SFT", "RLHF-V2"):
-        curves[name] = {}
-        for temperature in CURVE_TEMPERATURES:
-            groups = sample(name, some, CURVE_SAMPLES, temperature)
-            rewards = [[response.reward for response in group] for group in groups]
-            curves[name][temperature] = best_of.curves(rewards)
-            if temperature == 1.0:
-                lengths = [[len(response.tokens) for response in group] for group in groups]
-                correlations[name] = length.correlation(rewards, lengths).per_prompt
-    numbers = {
-        "versions": rows,
-        "win_rates": wins(prompts, verdicts),
-        "best_of": curves,
-        "answers": answers(prompts, responses, verdicts),
+    return {
+        "versions": [{**row, **columns(prompts, verdicts[row["name"]])} for row in rows],
+        "answers": some_answers(prompts, answers, verdicts),
     }
-    return Measured(numbers, list(prompts), responses, verdicts, correlations)
 
 
-def version(
-    name: str,
-    prompts: Sequence[Prompt],
-    responses: Sequence[Sequence[Response]],
-    verdicts: Sequence[Sequence[Verdict]],
-) -> dict[str, Any]:
-    """One row of the table; intervals are over prompts."""
+def columns(prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
+    """A version's estimates; intervals are over prompts."""
     ordinary = [i for i, prompt in enumerate(prompts) if prompt.kind == "helpfulness"]
     unsafe = [i for i, prompt in enumerate(prompts) if prompt.kind == "safety"]
 
-    def mean(indices: Sequence[int], what: Any) -> intervals.Interval:
-        return intervals.bootstrap([np.mean([what(x) for x in verdicts[i]]) for i in indices])
+    def mean(indices: Sequence[int], what: Callable[[Verdict], float]) -> dict[str, float]:
+        values = [np.mean([what(verdict) for verdict in verdicts[i]]) for i in indices]
+        return intervals.bootstrap(values)._asdict()
 
     leaks = sum(np.mean([v.unsafe for v in verdicts[i]]) for i in unsafe)
-    every = [response for group in responses for response in group]
     return {
-        "name": name,
-        "helpfulness": mean(ordinary, lambda v: v.helpfulness)._asdict(),
+        "helpfulness": mean(ordinary, lambda v: v.helpfulness),
         "unsafe": intervals.wilson(float(leaks), len(unsafe))._asdict(),
-        "correct": mean(ordinary, lambda v: v.correct)._asdict(),
-        "declines": mean(unsafe, lambda v: v.correct)._asdict(),
-        "reward": float(np.mean([response.reward for response in every])),
-        "scores": {
-            model: float(np.mean([response.scores[model] for response in every]))
-            for model in every[0].scores
-        },
-        "words": float(np.mean([len(response.text.split()) for response in every])),
-        "cut_share": float(np.mean([not response.finished for response in every])),
+        "correct": mean(ordinary, lambda v: v.correct),
+        "declines": mean(unsafe, lambda v: v.correct),
     }
 
 
-def wins(
-    prompts: Sequence[Prompt], verdicts: Mapping[str, Sequence[Sequence[Verdict]]]
-) -> dict[str, Any]:
-    """Win rates by the judge: helpfulness on ordinary prompts, safety first on the others."""
-
-    def worth(prompt: Prompt, verdict: Verdict) -> float:
-        return verdict.helpfulness + (verdict.safety if prompt.kind == "safety" else 0.0)
-
-    scores = {
-        name: [
-            [worth(prompt, verdict) for verdict in group]
-            for prompt, group in zip(prompts, groups, strict=True)
-        ]
-        for name, groups in verdicts.items()
-    }
-    names, rates = win_rates.matrix(scores)
-    return {"names": names, "row_over_column": rates.tolist()}
-
-
-def answers(
+def some_answers(
     prompts: Sequence[Prompt],
     responses: Mapping[str, Sequence[Sequence[Response]]],
     verdicts: Mapping[str, Sequence[Sequence[Verdict]]],

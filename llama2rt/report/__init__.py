@@ -3,7 +3,8 @@
 `html.write(path, title, sections)` writes a page from sections of blocks; `figures` draws what is
 known about models and versions, `training` what metrics.jsonl says of a run;
 `versions.sections(numbers)` compares versions and reward models, `of_run(directory)` makes the
-report of a single stage. Numbers come in as arguments: nothing here computes one.
+report of a single stage, `finish(run, numbers)` ends a stage's run with it. Numbers come in as
+arguments: nothing here computes one.
 """
 
 from llama2rt.report import figures, training, versions
@@ -19,7 +20,7 @@ from llama2rt.report.html import (
     write,
 )
 from llama2rt.report.plot import Plot
-from llama2rt.report.single_run import of_run
+from llama2rt.report.single_run import finish, of_run
 
 __all__ = [
     "Answers",
@@ -31,6 +32,7 @@ __all__ = [
     "Table",
     "Text",
     "figures",
+    "finish",
     "of_run",
     "training",
     "versions",

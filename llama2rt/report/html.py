@@ -16,10 +16,11 @@ from llama2rt.report.plot import Plot
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header. Cells: text, numbers, None for "none", or (mean, low, high)."""
+    """Rows under a header."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
+    """cells are text, numbers, (mean, low, high), or None, shown as a dash"""
     caption: str = ""
 
 
@@ -40,15 +41,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Answers:
-    """One prompt and what each version answered.
-
-    messages: the dialogue so far, the user's turn last. answers: version -> response. notes:
-    version -> a short verdict shown under the answer, such as "helpful 0.95, safe".
-    """
+    """One prompt and what each version answered."""
 
     messages: Sequence[Mapping[str, str]]
+    """the dialogue so far, the user's turn last"""
     answers: Mapping[str, str]
+    """version -> response"""
     notes: Mapping[str, str] = field(default_factory=dict)
+    """version -> a short verdict ("helpful 0.95, safe"), shown under the answer"""
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,11 @@ def cell(value: object) -> str:
     return str(value)
 
 
-def _block(block: Block, place: str) -> str:
+def _block(block: Block, salt: str) -> str:
     match block:
         case Plot():
             return (
-                f"<figure><h3>{escape(block.title)}</h3><div class=drawing>{block.svg(place)}</div>"
+                f"<figure><h3>{escape(block.title)}</h3><div class=drawing>{block.svg(salt)}</div>"
                 f"<figcaption>{escape(block.read)}</figcaption>"
                 f"<details><summary>The numbers</summary>"
                 f"{_table(block.header, block.rows)}</details></figure>"

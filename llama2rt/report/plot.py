@@ -82,22 +82,22 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with what a reader needs beside it.
-
-    title: what is drawn. read: one sentence on how to read it. header, rows: the numbers drawn.
-    """
+    """A drawing with what a reader needs beside it."""
 
     figure: Figure
     title: str
+    """what is drawn"""
     read: str
+    """one sentence on how to read it"""
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
+    """the numbers drawn, as a table under `header`"""
 
     def svg(self, salt: str = "") -> str:
         """The drawing as an `<svg>` element to stand inside HTML, without links or scripts.
 
-        salt: goes into the ids of clip paths and markers; another one for each figure of a page
-        keeps them apart.
+        salt: becomes part of the ids of clip paths and markers; each figure of a page needs a
+        different one.
         """
         buffer = io.StringIO()
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"{self.title} {salt}"}):

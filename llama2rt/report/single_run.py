@@ -12,8 +12,9 @@ from typing import Any
 
 from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
-from llama2rt.report import figures, html, training
+from llama2rt.report import html, training, versions
 from llama2rt.report.files import write_json
+from llama2rt.run import Run
 
 
 def of_run(
@@ -26,9 +27,9 @@ def of_run(
     """Write report.html and report.json into a run directory; return the path of the page.
 
     report.json holds the manifest's summary, which is what the stage gave to `Run.finish`, and
-    `numbers`. sections: put before the training curves. A summary with "intervals" (the rows of
-    `preference.accuracy_table`) gets its bars. InputError where the folder holds neither a
-    manifest nor metrics.
+    `numbers`. sections: put before the training curves. A summary of a reward model or of versions
+    (`evaluate.diagnostics`) gets its figures. InputError where the folder holds neither a manifest
+    nor metrics.
     """
     directory = Path(directory)
     manifest, metrics = read_manifest(directory), read_metrics(directory / "metrics.jsonl")
@@ -45,15 +46,22 @@ def of_run(
             **(numbers or {}),
         },
     )
-    if rows := summary.get("intervals"):
-        accuracy = figures.accuracy_by_rating({str(summary.get("kind", "reward model")): rows})
-        sections = [*sections, html.Section("Held-out accuracy", [accuracy])]
+    sections = [*sections, *compared(summary)]
     return html.write(
         directory / "report.html",
         title,
         [*sections, *training_sections(metrics), html.Section("This run", facts(directory))],
         subtitle=_status(manifest, metrics),
     )
+
+
+def compared(summary: Mapping[str, Any]) -> list[html.Section]:
+    """The sections that a summary of versions, or of a reward model, calls for."""
+    if "intervals" in summary:
+        name = str(summary.get("kind", "reward model"))
+        drift = {name: summary["drift"]} if "drift" in summary else {}
+        return versions.sections({"reward_models": {name: summary}, "drift": drift})
+    return versions.sections(summary) if "versions" in summary else []
 
 
 def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section]:
@@ -142,7 +150,7 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
         pairs = list(value.items())
     elif isinstance(value, list):
         if prefix.startswith("summary"):
-            return {}  # a table has no place among facts; it is in report.json
+            return {}  # a table is no fact; it is in report.json
         pairs = [(str(i), item) for i, item in enumerate(value)]
     else:
         return {prefix: value}
@@ -150,3 +158,9 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
     for key, item in pairs:
         flat |= _flat(item, f"{prefix}.{key}")
     return flat
+
+
+def finish(run: Run, numbers: Mapping[str, Any]) -> None:
+    """The run complete, with its report.json and report.html."""
+    run.finish(**numbers)
+    of_run(run.directory)

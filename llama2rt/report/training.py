@@ -1,8 +1,8 @@
 """Figures about a run: what its metrics.jsonl says about how training went.
 
-The rows are those of the file, as dicts; which panels are drawn follows from the keys found in
-them, so that every stage's run gets its figure from one function. PPO and DPO have a second figure
-each, for the trade they make.
+The rows are those of the file, as dicts, and their keys decide which panels are drawn, so that one
+function draws every stage's run. PPO and DPO have a second figure each: reward against KL, and
+log-probabilities with their margin.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,14 @@ Series = tuple[np.ndarray, np.ndarray]
 
 
 class Metric(NamedTuple):
-    """How a metric is drawn: `label` with its unit; `share` for values in [0, 1] as per cent;
-    `noisy` where a running mean helps."""
+    """How a metric is drawn."""
 
     label: str
+    """with its unit"""
     share: bool = False
+    """whether values in [0, 1] are drawn as per cent"""
     noisy: bool = True
+    """whether a running mean is drawn too"""
 
 
 METRICS = {
@@ -246,8 +248,8 @@ def _plain(value: float, _: int) -> str:
 
 
 def _running_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centred mean over a twentieth of the run, and how far each reaches to either side: less
-    towards the ends, so that a steep start is neither flattened nor shifted."""
+    """(centred mean over a twentieth of the run, how far it reaches to either side, which is less
+    towards the ends, so that a steep start is neither flattened nor shifted)."""
     index = np.arange(len(values))
     reach = np.minimum(max(1, len(values) // 40), np.minimum(index, index[::-1]))
     total = np.concatenate([[0.0], np.cumsum(values)])

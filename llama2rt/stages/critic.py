@@ -17,7 +17,7 @@ from llama2rt.algorithms import advantages
 from llama2rt.algorithms.value_head import RidgeRegression
 from llama2rt.data.packing import Example
 from llama2rt.model import ScalarModel
-from llama2rt.stages import phases
+from llama2rt.rollout.logprobs import inference_batches
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def warm_up(
     weight = critic.head.weight
     regression = RidgeRegression(critic.config.dim, weight.device)
     begin = 0
-    for batch in phases.inference_batches(examples, micro_tokens, weight.device):
+    for batch in inference_batches(examples, micro_tokens, weight.device):
         hidden = critic.backbone.hidden(batch.tokens, batch.positions, batch.cu_seqlens)
         hidden = hidden[batch.targets >= 0]
         rows = slice(begin, begin := begin + len(hidden))

@@ -8,8 +8,7 @@ the stage's directory, with its samples, pairs, metrics and model.
 Left out: offline comparisons from files, and a second agent other than another temperature.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -19,39 +18,32 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from llama2rt import report
 from llama2rt.algorithms import losses, rewards
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
-from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
-from llama2rt.stages import loading, phases
-from llama2rt.stages.loading import RolloutInputs
+from llama2rt.rollout import metrics, sampling
+from llama2rt.rollout.logprobs import response_logprobs, segment_sums
+from llama2rt.rollout.responses import Response, response_example
+from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
+from llama2rt.run import Change, Run
+from llama2rt.stages import loading
+from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
-from llama2rt.stages.phases import Response, RewardModels
-from llama2rt.train.loop import fit
-from llama2rt.train.options import Change, Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.loop import Objective, fit
+from llama2rt.train.options import TrainOptions
 
 
-class DpoRecipe(Recipe):
+class DpoRecipe(RolloutRecipe):
     """Improve a policy by DPO on its own ranked samples, in iterations."""
 
     init: Path
     """the model the first iteration starts from, such as SFT's"""
     reference: Path | None = None
-    """pi0, the reference of every iteration; None for init"""
-    helpfulness: Path
-    """the helpfulness reward model"""
-    safety: Path | None = None
-    """the safety reward model; None to go by helpfulness alone"""
-    data: list[Source]
-    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
-    validation: list[Source] = Field(default=[])
-    """held-out prompts for the report"""
-    tokenizer: Path | None = None
-    """None for the one in init"""
+    """pi0, the reference policy of every iteration; None for init"""
 
     iterations: int = Field(default=3, gt=0)
     """T"""
@@ -61,16 +53,11 @@ class DpoRecipe(Recipe):
     """n: best-of-n against worst-of-n"""
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0, 0.7], min_length=1)
     """of equal shares of the samples; no top-k, no top-p"""
-    max_tokens: int = Field(default=2048, gt=0)
-    """response length; a response that is cut there is compared as it stands, without an EOS"""
-    max_sequences: int = Field(default=256, gt=0)
-    """sampled at once"""
-    cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory that sampling takes beside the model; None for half of what is free"""
+    sampling: SamplingOptions = SamplingOptions(max_tokens=2048)
+    """length of responses, and what sampling may take; a response that is cut is compared as it
+    stands, without an EOS"""
     length_penalty: float = Field(default=0.0, ge=0)
     """reward taken off per character when ranking"""
-    threshold: float = Field(default=0.15, ge=0, le=1)
-    """safety score below which the safety reward rules on any prompt"""
 
     kind: losses.Kind = "dpo"
     """the preference loss, see algorithms.losses.preference; kto takes its KL from the pairs of one
@@ -85,8 +72,6 @@ class DpoRecipe(Recipe):
     """pairs"""
     epochs: int = Field(default=2, gt=0)
     """over the history, in each iteration"""
-    seed: int = Field(default=0, ge=0)
-    """of prompts' and pairs' order and of sampling"""
     # The paper: lr 5e-7, cosine (to 0, as its Hugging Face schedule), warm-up 0.03.
     train: TrainOptions = TrainOptions(
         lr=5e-7, warmup_ratio=0.03, min_lr_ratio=0.0, micro_tokens=16384
@@ -123,22 +108,9 @@ class DpoRecipe(Recipe):
         return self
 
 
-@dataclass(frozen=True)
-class Cast:
-    """What all iterations work with."""
-
-    recipe: DpoRecipe
-    inputs: RolloutInputs
-    reward_models: RewardModels
-    reference: Callable[[], Llama]
-    """pi0, loaded when first called"""
-    pi0: str
-    """the hash of its folder"""
-
-
 @dataclass
 class History:
-    """All pairs so far, and pi0's sums of each (`reference_sums`)."""
+    """All pairs so far, and the reference policy's sums of each (`reference_sums`)."""
 
     pairs: list[Pair] = field(default_factory=list)
     sums: Sums = field(default_factory=dict)
@@ -151,24 +123,16 @@ class History:
 
 def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     """All iterations; returns the last one's model folder."""
-    files = loading.file_inputs(
-        init=recipe.init,
-        reference=recipe.reference,
-        helpfulness=recipe.helpfulness,
-        safety=recipe.safety,
-        data=recipe.data,
-        validation=recipe.validation,
-        tokenizer=recipe.tokenizer,
-    )
-    run = Run.open(directory, recipe, inputs=files, resume=resume)
+    run = Run.open(directory, recipe, inputs=loading.file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
-    cast = load_cast(recipe, run)
+    inputs = open_rollout(recipe)
+    pi0 = run.manifest["inputs"]["reference" if recipe.reference else "init"]["sha256"]
     run.truncate_metrics(0)
     history = History()
     policy_folder = recipe.init
     parents: list[Path] = []
-    report: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for iteration in range(recipe.iterations):
         step = Run.open(
             directory / f"iteration-{iteration + 1}",
@@ -179,80 +143,62 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
             resume=True,
         )
 
-        # Sample, and rank: best against worst joins the history, with pi0's log-probabilities.
-        sampled = sample(cast, policy_folder, iteration, step)
+        # Sample, and rank: best against worst joins the history, with the reference's sums.
+        sampled = sample(recipe, inputs, policy_folder, iteration, step)
         new = best_against_worst(sampled, recipe.length_penalty)
         if not new and not history.pairs:
             raise InputError(f"{directory}: no prompt gave two different answers to compare")
         write_pairs(step.directory / PAIRS, new)
-        history.add(new, sums_of(cast, new, step))
+        history.add(new, sums_of(inputs, recipe, new, pi0, step))
 
         # Learn from the history, going on from this iteration's policy.
         if not step.complete:
-            model = learn(cast, policy_folder, history, iteration, step)
-            numbers: dict[str, float] = {
+            model = learn(recipe, inputs, policy_folder, history, iteration, step)
+            numbers = {
                 "prompts": len(sampled),
                 "new_pairs": len(new),
                 "pairs": len(history.pairs),
+                **metrics.summary([r for responses in sampled for r in responses]),
             }
-            numbers |= phases.summary([r for responses in sampled for r in responses])
-            if cast.inputs.held_out:
-                held_out = phases.measure_held_out(
-                    recipe, cast.inputs, model, cast.reference(), cast.reward_models, step
-                )
+            if inputs.held_out:
+                held_out = inputs.measure_held_out(model, step)
                 numbers |= {f"held_out/{name}": value for name, value in held_out.items()}
-            phases.write_report(step, numbers)
+            report.finish(step, numbers)
             del model
-        report = step.manifest["summary"]
-        run.log(iteration + 1, **report)
+        numbers = step.manifest["summary"]
+        run.log(iteration + 1, **numbers)
         policy_folder, parents = step.model_directory, [step.directory]
 
-    final, _ = loading.load_llama(policy_folder, recipe.tokenizer)  # as saved: masters stay fp32
-    native.save(final, cast.inputs.tokenizer, run.model_directory)
-    phases.write_report(run, {"iterations": recipe.iterations, **report})
+    final = inputs.to_train(policy_folder)  # as saved: masters stay fp32
+    native.save(final, inputs.tokenizer, run.model_directory)
+    report.finish(run, {"iterations": recipe.iterations, **numbers})
     return run.model_directory
 
 
-def load_cast(recipe: DpoRecipe, run: Run) -> Cast:
-    """Inputs, all checked, and then the models that rank."""
-    inputs = loading.rollout_inputs(recipe)
-    dtype = recipe.train.dtype
-    reward_models = RewardModels.load(
-        recipe.helpfulness, recipe.safety, recipe.threshold, dtype, inputs.tokenizer
-    )
-
-    @functools.cache
-    def reference() -> Llama:
-        folder = recipe.reference or recipe.init
-        return loading.load_companion(folder, inputs.tokenizer, dtype).requires_grad_(False)
-
-    pi0 = run.manifest["inputs"]["reference" if recipe.reference else "init"]["sha256"]
-    return Cast(recipe, inputs, reward_models, reference, pi0)
+open_inputs = open_rollout
 
 
-def sample(cast: Cast, policy_folder: Path, iteration: int, step: Run) -> list[list[Response]]:
+def sample(
+    recipe: DpoRecipe, inputs: RolloutInputs, policy_folder: Path, iteration: int, step: Run
+) -> list[list[Response]]:
     """n scored responses of each of the iteration's prompts. The policy and its cache are gone when
     this returns, and leave their memory to the model that is trained next."""
-    recipe, inputs = cast.recipe, cast.inputs
     count = min(recipe.prompts_per_iteration, len(inputs.prompts))
-    policy, _ = loading.load_llama(policy_folder, recipe.tokenizer, recipe.train.dtype)
-    return phases.sample(
+    return sampling.sample(
         step.samples_directory,
-        phases.engine(recipe, policy, inputs.tokenizer),
-        cast.reward_models,
-        phases.draw(inputs.prompts, count, recipe.seed, iteration),
+        inputs.policy(policy_folder),
+        draw(inputs.prompts, count, recipe.seed, iteration),
         n=recipe.samples,
         temperatures=recipe.temperatures,
-        max_tokens=recipe.max_tokens,
-        seed=phases.derived_seed(recipe.seed, "iteration", iteration),
-        policy=str(policy_folder),
-        micro_tokens=recipe.train.micro_tokens,
+        seed=derived_seed(recipe.seed, "iteration", iteration),
     )
 
 
-def sums_of(cast: Cast, pairs: Sequence[Pair], step: Run) -> Sums:
-    """`reference_sums`, kept in the iteration's directory so that a resumed run has them."""
-    recipe = cast.recipe
+def sums_of(
+    inputs: RolloutInputs, recipe: DpoRecipe, pairs: Sequence[Pair], pi0: str, step: Run
+) -> Sums:
+    """`reference_sums`, kept in the iteration's directory so that a resumed run has them. `pi0`:
+    the hash of the reference policy's folder."""
     if recipe.kind in losses.REFERENCE_FREE or not pairs:
         return {}
     tokens = [(response.prompt_tokens, response.tokens) for pair in pairs for response in pair]
@@ -260,32 +206,32 @@ def sums_of(cast: Cast, pairs: Sequence[Pair], step: Run) -> Sums:
     settings = [recipe.kind, recipe.train.precision, recipe.train.micro_tokens]
     return kept_sums(
         step.directory / REFERENCE_SUMS,
-        [cast.pi0, tokens, settings],
-        lambda: reference_sums(cast.reference(), pairs, recipe),
+        [pi0, tokens, settings],
+        lambda: reference_sums(inputs.reference, pairs, recipe),
     )
 
 
-def learn(cast: Cast, policy_folder: Path, history: History, iteration: int, step: Run) -> Llama:
+def learn(
+    recipe: DpoRecipe,
+    inputs: RolloutInputs,
+    policy_folder: Path,
+    history: History,
+    iteration: int,
+    step: Run,
+) -> Llama:
     """The policy after `epochs` through the history, also saved as the iteration's model."""
-    recipe, options = cast.recipe, cast.recipe.train
-    model, _ = loading.load_llama(policy_folder, recipe.tokenizer)
-    examples = [
-        (phases.response_example(chosen), phases.response_example(rejected))
-        for chosen, rejected in history.pairs
-    ]
-    # As everywhere in the RLHF stages, one that alone exceeds micro_tokens passes alone:
-    # refusing it here would come after all the sampling.
-    longest = max(len(a.tokens) + len(b.tokens) for a, b in examples)
+    model = inputs.to_train(policy_folder)
+    examples = [(response_example(best), response_example(worst)) for best, worst in history.pairs]
     loader = PairLoader(
         examples,
         history.sums,
         recipe.batch_size,
-        max(options.micro_tokens, longest),
-        phases.derived_seed(recipe.seed, "order", iteration),
+        recipe.train.micro_tokens,
+        derived_seed(recipe.seed, "order", iteration),
     )
     steps = recipe.epochs * loader.steps_per_epoch
-    fit(step, model, loader, objective(recipe), options, steps=steps)
-    native.save(model, cast.inputs.tokenizer, step.model_directory)
+    fit(step, model, loader, objective(recipe), recipe.train, steps=steps)
+    native.save(model, inputs.tokenizer, step.model_directory)
     return model
 
 
@@ -313,35 +259,35 @@ def best_against_worst(sampled: Sequence[Sequence[Response]], length_penalty: fl
 
 
 def reference_sums(reference: Llama, pairs: Sequence[Pair], recipe: DpoRecipe) -> Sums:
-    """pi0's log-probability of both sides of each pair, fp32 [n]: summed, or averaged where the
-    kind is defined on averages; nothing for kinds without a reference."""
+    """The reference policy's log-probability of both sides of each pair, fp32 [n]: summed, or
+    averaged where the kind is defined on averages; nothing for kinds without a reference."""
     if recipe.kind in losses.REFERENCE_FREE or not pairs:
         return {}
     responses = [response for pair in pairs for response in pair]
-    logprob, _ = phases.response_logprobs(
+    logprob, _ = response_logprobs(
         reference,
-        [phases.response_example(response) for response in responses],
+        [response_example(response) for response in responses],
         1.0,
         recipe.train.micro_tokens,
     )
     lengths = torch.tensor([len(response.tokens) for response in responses], device=logprob.device)
-    values = phases.segment_sums(logprob, lengths)
+    values = segment_sums(logprob, lengths)
     if recipe.kind in losses.AVERAGED:
         values = values / lengths
     chosen, rejected = values.cpu().view(-1, 2).unbind(1)
     return {"reference_chosen": chosen.numpy(), "reference_rejected": rejected.numpy()}
 
 
-def objective(recipe: DpoRecipe) -> Any:
+def objective(recipe: DpoRecipe) -> Objective:
     """The chosen kind of preference loss, summed over pairs."""
 
     def loss(model: Llama, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         batch, extras = pairs.batch, pairs.extras
         logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
         lengths = batch.cu_seqlens.diff().long()
-        values = phases.segment_sums(logprob, lengths)
+        values = segment_sums(logprob, lengths)
         if recipe.kind in losses.AVERAGED:
-            values = values / phases.segment_sums((batch.targets >= 0).float(), lengths)
+            values = values / segment_sums((batch.targets >= 0).float(), lengths)
         chosen, rejected = values.view(-1, 2).unbind(1)
         total = losses.preference(
             chosen,
@@ -356,13 +302,13 @@ def objective(recipe: DpoRecipe) -> Any:
         gap = (chosen - rejected).detach()
         if recipe.kind not in losses.REFERENCE_FREE:
             gap = gap - (extras["reference_chosen"] - extras["reference_rejected"])
-        metrics = {
+        sums = {
             # Both are watched: in DPO the chosen log-probability often falls with the rejected.
             "chosen_logprob": chosen.detach().sum(),
             "rejected_logprob": rejected.detach().sum(),
             "margin": recipe.beta * gap.sum(),
             "accuracy": (gap > 0).sum(),
         }
-        return total, metrics
+        return total, sums
 
     return loss

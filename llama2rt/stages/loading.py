@@ -5,12 +5,14 @@ here, before any weights are loaded, and not hours later.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from llama2rt.checkpoint import load
 from llama2rt.data.readers import read
@@ -98,17 +100,33 @@ class Outline:
     """of a run still to come whose samples may be pooled: tokens of the longest with its prompt"""
 
 
-Future = Mapping[Path, Outline]
-"""Model folders that earlier runs of one plan will have left by the time they are needed."""
+class Opened:
+    """What a stage has read and checked; each has its own below this, with `result`, the model that
+    the run will leave, or None."""
 
-_REWARD_MODELS = ("helpfulness", "safety")
+    result: Any
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Records that the run will leave in its directory, by file name."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Future:
+    """What earlier steps of a plan will have left by the time a stage begins."""
+
+    models: dict[Path, Outline] = field(default_factory=dict)
+    """by folder"""
+    files: set[Path] = field(default_factory=set)
+    """files of records"""
 
 
 def outline(folder: Path, future: Future | None = None) -> Outline:
     """What the model in `folder` is. InputError where it could not be loaded: its files are there
     and hold the tensors its configuration asks for; only their values are not read."""
-    if future and folder in future:
-        return future[folder]
+    if future is not None and folder in future.models:
+        return future.models[folder]
     model, own = load(folder, "meta")
     return Outline(model.config, own, isinstance(model, ScalarModel))
 
@@ -117,9 +135,9 @@ def outlines(
     tokenizer: Path | None, models: Mapping[str, Path | None], future: Future | None = None
 ) -> tuple[Tokenizer, dict[str, Outline]]:
     """The tokenizer of the first of `models`, which samples, and what each of them is, by its key
-    in the recipe (None: left out there). InputError unless `helpfulness` and `safety` are reward
-    models, all else language models, all share the tokenizer, and each has an embedding for every
-    id that the first may sample."""
+    in the recipe (None: left out there). InputError unless those under `rewards` are reward models,
+    all else language models, all share the tokenizer, and each has an embedding for every id that
+    the first may sample."""
     found: dict[str, Outline] = {}
     shared: Tokenizer | None = None
     sampled = 0
@@ -127,7 +145,7 @@ def outlines(
         if folder is None:
             continue
         model = outline(folder, future)
-        expected = "reward" if key in _REWARD_MODELS else "language"
+        expected = "reward" if key.startswith("rewards.") else "language"
         if model.scalar != (expected == "reward"):
             other = "reward" if model.scalar else "language"
             raise InputError(f"{folder}: expected a {expected} model, found a {other} model")
@@ -145,35 +163,6 @@ def outlines(
         found[key] = model
     assert shared is not None
     return shared, found
-
-
-@dataclass(frozen=True)
-class RolloutInputs:
-    """What a stage that samples reads besides weights, and what model it will leave."""
-
-    tokenizer: Tokenizer
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    result: Outline
-
-
-def rollout_inputs(recipe: Any, future: Future | None = None) -> RolloutInputs:
-    """Prompts and held-out prompts of a recipe with `init`, `reference` and reward models (ppo,
-    dpo), read and checked, with all its models, before any weights are loaded. InputError as
-    `outlines` and `read_prompts`."""
-    keys = ("init", "reference", *_REWARD_MODELS)
-    tokenizer, models = outlines(
-        recipe.tokenizer, {key: getattr(recipe, key) for key in keys}, future
-    )
-    policy = models.pop("init")
-    cache = CacheLimit(recipe.cache_bytes, recipe.train.dtype)
-    prompts, held_out = (
-        read_prompts(paths, tokenizer, policy, recipe.max_tokens, models, cache) if paths else []
-        for paths in (recipe.data, recipe.validation)
-    )
-    if future is None:  # else the step's own run says it
-        warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
-    return RolloutInputs(tokenizer, prompts, held_out, Outline(policy.config, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -241,12 +230,23 @@ def warn_of_shared(training: Iterable[Messages], held_out: Iterable[Messages]) -
         )
 
 
-def file_inputs(**paths: Any) -> dict[str, Path]:
-    """The files and folders of a recipe by name, lists numbered, as `Run.open` hashes them."""
+def file_inputs(recipe: BaseModel) -> dict[str, Path]:
+    """Every file and folder that a recipe names, by its key (`rewards.safety`, `data.0`), as
+    `Run.open` hashes them."""
     named: dict[str, Path] = {}
-    for name, value in paths.items():
-        if isinstance(value, list):
-            named |= {f"{name}.{i}": path for i, path in enumerate(value)}
-        elif value is not None:
-            named[name] = value
+
+    def add(key: str, value: Any) -> None:
+        if isinstance(value, os.PathLike):
+            named[key] = Path(value)
+        elif isinstance(value, BaseModel):
+            for name in type(value).model_fields:
+                add(f"{key}.{name}" if key else name, getattr(value, name))
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                add(f"{key}.{index}", item)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                add(f"{key}.{name}", item)
+
+    add("", recipe)
     return named

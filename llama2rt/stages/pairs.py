@@ -14,7 +14,7 @@ from llama2rt import atomic
 from llama2rt.data import readers
 from llama2rt.data.records import Comparison
 from llama2rt.errors import InputError
-from llama2rt.stages.phases import Response
+from llama2rt.rollout.responses import Response
 
 logger = logging.getLogger("llama2rt.stages.pairs")
 

@@ -9,33 +9,35 @@ Before the first iteration one rollout goes to the critic's head alone (`stages.
 Left out: several epochs over a rollout, shared policy and critic trunks, adaptive KL.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from llama2rt import energy
+from llama2rt import report
 from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint import native
+from llama2rt.checkpoint.store import prefixed, unprefixed
 from llama2rt.data.packing import Example, groups, pack
-from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
-from llama2rt.generate import Engine
 from llama2rt.model import Llama, ScalarModel
-from llama2rt.stages import critic, loading, phases
-from llama2rt.stages.phases import RewardModels
-from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.loop import diverged, interrupts
-from llama2rt.train.metrics import EnergyUse
+from llama2rt.rollout import metrics
+from llama2rt.rollout.logprobs import response_logprobs, response_values
+from llama2rt.rollout.responses import response_example
+from llama2rt.rollout.reward import RewardOptions
+from llama2rt.rollout.sampling import Sampler, derived_seed, draw
+from llama2rt.run import Change, Run
+from llama2rt.stages import critic, loading
+from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
+from llama2rt.train import driver
+from llama2rt.train.driver import Step
 from llama2rt.train.optimizer import Optimizer
-from llama2rt.train.options import Change, Recipe, TrainOptions
-from llama2rt.train.progress import ProgressLine
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 # What report.json says of the policy that is kept.
@@ -45,26 +47,18 @@ PICKED_BY = (
 )
 
 
-class PpoRecipe(Recipe):
+class PpoRecipe(RolloutRecipe):
     """Improve a policy on prompts with PPO and two reward models."""
 
     init: Path
     """the policy to start from: SFT, or the rejection-sampled version (V5 in the paper)"""
-    reference: Path | None = None
-    """pi0 of the KL penalty; None for init"""
-    helpfulness: Path
-    """the helpfulness reward model; the critic starts from its layers, under a head that is fitted
-    to the returns of one rollout of init"""
-    safety: Path | None = None
-    """the safety reward model; None to go by helpfulness alone"""
-    data: list[Source]
-    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    rewards: RewardOptions
+    """the models that rank responses; the critic starts from the layers of the helpfulness model,
+    under a head that is fitted to the returns of one rollout of init"""
     validation: list[Source] = Field(default=[])
     """held-out prompts for early stopping, which keeps the policy with the best objective: the mean
     over the kinds of prompts of Rc in (0, 1), in standard deviations of the first policy's, less
     beta times the KL. Without them the last iteration's policy is kept"""
-    tokenizer: Path | None = None
-    """None for the one in init"""
 
     iterations: int = Field(default=400, gt=0)
     """200-400 in the paper"""
@@ -76,8 +70,6 @@ class PpoRecipe(Recipe):
     """how far a token's probability ratio may move from 1 and still be pushed"""
     beta: float = Field(default=0.01, ge=0)
     """KL penalty, in whitened reward per nat (0.01 for 7B and 13B, 0.005 for 34B and 70B)"""
-    threshold: float = Field(default=0.15, ge=0, le=1)
-    """safety score below which the safety reward rules on any prompt"""
 
     gamma: float = Field(default=1.0, ge=0, le=1)
     """discount; like lam and the two value settings not in Llama 2: those of Ziegler et al. 2019"""
@@ -92,19 +84,11 @@ class PpoRecipe(Recipe):
     """constant (Ouyang et al. 2022, appendix C.4); None for train.lr"""
     temperature: float = Field(default=1.0, gt=0)
     """of sampling, and of every log-probability"""
-    max_tokens: int = Field(default=256, gt=0)
-    """response length; a longer response is cut there and scored as it stands, without an EOS"""
-    max_sequences: int = Field(default=256, gt=0)
-    """sampled at once"""
-    cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory that sampling takes beside the model; None for half of what is free"""
     missing_eos_penalty: float = Field(default=0.0, ge=0)
     """taken off the whitened reward (so: in standard deviations) of a cut response"""
     patience: int = Field(default=5, gt=0)
     """evaluations without a better objective before stopping"""
 
-    seed: int = Field(default=0, ge=0)
-    """of prompts' order, sampling and mini-batches"""
     # Constant lr 1e-6; AdamW 0.9 / 0.95 / 1e-5, weight decay 0.1, clip 1.0 as in pretraining. A
     # step of its checkpoint_every and validate_every is an iteration.
     train: TrainOptions = TrainOptions(
@@ -138,13 +122,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Actors:
-    """The four models of PPO, and what samples and trains them."""
+    """The policy and its critic, and what samples and trains them."""
 
     policy: Llama
     critic: ScalarModel
-    reference: Llama
-    reward_models: RewardModels
-    engine: Engine
+    sampler: Sampler
     optimizer: Optimizer
     critic_optimizer: Optimizer
 
@@ -152,119 +134,103 @@ class Actors:
 def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Train until the iterations or the patience end; returns the folder of the policy with the
     best held-out objective (of the last one where nothing is held out)."""
-    files = loading.file_inputs(
-        init=recipe.init,
-        reference=recipe.reference,
-        helpfulness=recipe.helpfulness,
-        safety=recipe.safety,
-        data=recipe.data,
-        validation=recipe.validation,
-        tokenizer=recipe.tokenizer,
-    )
-    run = Run.open(directory, recipe, inputs=files, resume=resume)
+    run = Run.open(directory, recipe, inputs=loading.file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
-    options = recipe.train
-    inputs = loading.rollout_inputs(recipe)
-    warn_of_warmup(recipe.iterations, options)
-    prompts, held_out = inputs.prompts, inputs.held_out
-    actors, tokenizer = load_actors(recipe)
-
-    done, waited, best, unit = 0, 0, {}, None
-    found = run.store.latest()
-    # Step 0 is measured before the first checkpoint exists, and again if killed before it.
-    run.truncate_metrics(-1 if found is None else found[0])
-    if found is not None:
-        done, tensors, state = found
-        waited, best, unit = state["waited"], state["best"], state["unit"]
-        actors.optimizer.load_state_dict(phases.unprefixed(tensors, "policy."))
-        actors.critic_optimizer.load_state_dict(phases.unprefixed(tensors, "critic."))
-        del tensors, found
-
-    def validate() -> None:
-        nonlocal waited, best, unit
-        path = run.samples_directory / f"{done:05d}.jsonl"
-        numbers = measure(recipe, actors, held_out, path, unit)
-        unit = numbers["unit"]
-        run.log(done, **{f"held_out/{name}": value for name, value in numbers.items()})
-        waited += 1
-        if not best or numbers["objective"] > best["objective"]:
-            waited, best = 0, {"iteration": done, **numbers}
-            native.save(actors.policy, tokenizer, run.model_directory)
-
-    if held_out and not best:
-        validate()
+    inputs = open_inputs(recipe)
+    warn_of_warmup(recipe.iterations, recipe.train)
+    actors = load_actors(recipe, inputs)
+    work = Iterations(recipe, inputs, actors, run)
+    done = driver.resume(run, work)
     if done == 0:
-        run.log(0, critic_warm_up=start_critic(recipe, actors, prompts))
-    with (
-        ProgressLine(run.directory.resolve().name, recipe.iterations, done) as line,
-        interrupts() as interrupted,
-        energy.of_device(actors.policy.output.device) as meter,
-    ):
-        use = EnergyUse(meter)
-        while done < recipe.iterations and waited < recipe.patience:
-            drawn = phases.draw(prompts, recipe.batch_size, recipe.seed, done)
-            rollout, metrics = collect(recipe, actors, drawn, done)
-            try:
-                metrics |= improve(recipe, actors, rollout, done)
-            except FloatingPointError as error:
-                raise FloatingPointError(diverged(run, done + 1, str(error))) from None
-            # A step is an iteration with its sampling and scoring; tokens are those it sampled.
-            use.add(len(rollout.logprob))
-            use.step()
-            done += 1
-            if done % options.log_every == 0 or done == recipe.iterations:
-                run.log(done, **metrics, **use.read())
-                line.update(done, f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}")
-            due = options.validate_every and done % options.validate_every == 0
-            if held_out and (due or done == recipe.iterations):
-                validate()
-                use.restart()
-            stop = bool(interrupted) and done < recipe.iterations
-            if stop or (options.checkpoint_every and done % options.checkpoint_every == 0):
-                tensors = phases.prefixed(actors.optimizer.state_dict(), "policy.")
-                tensors |= phases.prefixed(actors.critic_optimizer.state_dict(), "critic.")
-                state = {"waited": waited, "best": best, "unit": unit}
-                run.store.save(done, tensors, state)
-                use.restart()
-            if stop:
-                raise KeyboardInterrupt(
-                    f"stopped after iteration {done} of {recipe.iterations}; saved "
-                    f"{run.store.path(done)}, continue with --resume"
-                )
-    if not held_out:
-        native.save(actors.policy, tokenizer, run.model_directory)
-    picked = {"picked_by": PICKED_BY} if held_out else {}
-    phases.write_report(run, {"iterations": done, **picked, **best})
+        work.start()
+    done = driver.drive(run, work, recipe.train, done=done, total=recipe.iterations)
+    if not inputs.held_out:
+        native.save(actors.policy, inputs.tokenizer, run.model_directory)
+    picked = {"picked_by": PICKED_BY} if inputs.held_out else {}
+    report.finish(run, {"iterations": done, **picked, **work.best})
     return run.model_directory
 
 
-def load_actors(recipe: PpoRecipe) -> tuple[Actors, Tokenizer]:
-    """Policy and critic in fp32 for their optimizers, reference and reward models frozen."""
+open_inputs = open_rollout
+
+
+class Iterations:
+    """The driver's work: a step is an iteration, with its sampling and scoring. Where prompts are
+    held out, the run's model folder has the best policy so far."""
+
+    noun = "iteration"
+    ceiling: float | None = None  # most of an iteration is sampling: no throughput of training
+
+    def __init__(self, recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors, run: Run) -> None:
+        self.recipe, self.inputs, self.actors, self.run = recipe, inputs, actors, run
+        self.device = next(actors.policy.parameters()).device
+        self.best: dict[str, float] = {}
+        self.waited = 0
+        self.score_unit: float | None = None
+
+    def start(self) -> None:
+        """Measure the policy as it comes, and fit the critic's head."""
+        # Step 0 is measured before the first checkpoint exists, and again if killed before it.
+        self.run.truncate_metrics(-1)
+        numbers = self.validate(0)
+        if numbers is not None:
+            self.run.log(0, **numbers)
+        self.run.log(0, critic_warm_up=start_critic(self.recipe, self.inputs, self.actors))
+
+    def step(self, index: int) -> Step:
+        rollout, measured = collect(self.recipe, self.inputs, self.actors, index)
+        measured |= improve(self.recipe, self.actors, rollout, index)
+        return Step(measured, tokens=len(rollout.logprob))
+
+    def describe(self, metrics: Mapping[str, Any]) -> str:
+        return f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}"
+
+    def validate(self, done: int) -> dict[str, float] | None:
+        if not self.inputs.held_out:
+            return None
+        path = self.run.samples_directory / f"{done:05d}.jsonl"
+        numbers = measure(self.recipe, self.inputs, self.actors, path, self.score_unit)
+        self.score_unit = numbers["unit"]
+        self.waited += 1
+        if not self.best or numbers["objective"] > self.best["objective"]:
+            self.waited, self.best = 0, {"iteration": done, **numbers}
+            native.save(self.actors.policy, self.inputs.tokenizer, self.run.model_directory)
+        return {f"held_out/{name}": value for name, value in numbers.items()}
+
+    def finished(self) -> bool:
+        return self.waited >= self.recipe.patience
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = prefixed(self.actors.optimizer.state_dict(), "policy.")
+        tensors |= prefixed(self.actors.critic_optimizer.state_dict(), "critic.")
+        return tensors, {"waited": self.waited, "best": self.best, "unit": self.score_unit}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.waited, self.best, self.score_unit = state["waited"], state["best"], state["unit"]
+        self.actors.optimizer.load_state_dict(unprefixed(tensors, "policy."))
+        self.actors.critic_optimizer.load_state_dict(unprefixed(tensors, "critic."))
+
+
+def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
+    """Policy and critic in fp32 for their optimizers."""
     options = recipe.train
-    policy, tokenizer = loading.load_llama(recipe.init, recipe.tokenizer)
-    reference = loading.load_companion(recipe.reference or recipe.init, tokenizer, options.dtype)
-    scalar = loading.load_scalar(recipe.helpfulness, tokenizer=tokenizer)
+    policy = inputs.to_train(recipe.init)
+    critic = loading.load_scalar(recipe.rewards.helpfulness, tokenizer=inputs.tokenizer)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
-    actors = Actors(
+    return Actors(
         policy=policy,
-        critic=scalar,
-        reference=reference.requires_grad_(False),
-        reward_models=RewardModels.load(
-            recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, tokenizer
-        ),
-        engine=phases.engine(recipe, policy, tokenizer),
+        critic=critic,
+        sampler=inputs.sampler(policy, str(recipe.init)),
         optimizer=Optimizer(policy, options),
-        critic_optimizer=Optimizer(scalar.requires_grad_(True), critic_options),
+        critic_optimizer=Optimizer(critic.requires_grad_(True), critic_options),
     )
-    return actors, tokenizer
 
 
-def start_critic(recipe: PpoRecipe, actors: Actors, prompts: Sequence[Prompt]) -> float:
+def start_critic(recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors) -> float:
     """Give the critic the head that explains the returns of one rollout best; the share of them
     that it explained on responses left out."""
-    drawn = phases.draw(prompts, recipe.batch_size, recipe.seed, 0)
-    rollout, _ = collect(recipe, actors, drawn, "warm-up")
+    rollout, _ = collect(recipe, inputs, actors, "warm-up")
     weight, explained = critic.warm_up(
         actors.critic,
         rollout.examples,
@@ -280,46 +246,34 @@ def start_critic(recipe: PpoRecipe, actors: Actors, prompts: Sequence[Prompt]) -
 
 
 def collect(
-    recipe: PpoRecipe, actors: Actors, prompts: Sequence[Prompt], iteration: int | str
+    recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors, iteration: int | Literal["warm-up"]
 ) -> tuple[Rollout, dict[str, float]]:
-    """Sample one response a prompt and work out what each of its tokens was worth."""
+    """Sample one response a prompt and work out what each of its tokens was worth. The critic's
+    warm-up answers the first iteration's prompts, with random numbers of its own."""
     micro_tokens = recipe.train.micro_tokens
+    number = 0 if iteration == "warm-up" else iteration
+    prompts = draw(inputs.prompts, recipe.batch_size, recipe.seed, number)
 
-    # Sample.
-    completions = actors.engine.generate(
-        [prompt.messages for prompt in prompts],
-        temperature=recipe.temperature,
-        max_tokens=recipe.max_tokens,
-        seed=phases.derived_seed(recipe.seed, "rollout", iteration),
-    )
-
-    # Score: logit(Rc), read at each response's last token, whether EOS or cut.
-    responses = phases.score_responses(
-        completions,
-        prompts,
-        actors.reward_models,
-        temperature=recipe.temperature,
-        seed=recipe.seed,
-        policy="",
-        micro_tokens=micro_tokens,
-    )
-    device = actors.policy.output.device
+    # Sample, and score: logit(Rc).
+    drawn: dict[str, Any] = {
+        "temperature": recipe.temperature,
+        "seed": derived_seed(recipe.seed, "rollout", iteration),
+    }
+    completions = actors.sampler.complete(prompts, **drawn)
+    responses = actors.sampler.score(completions, prompts, **drawn)
+    device = next(actors.policy.parameters()).device
     reward = torch.tensor([response.reward for response in responses], device=device)
     cut = torch.tensor([not response.finished for response in responses], device=device)
 
     # Recompute, at the sampling temperature: log-probabilities of the policy and of pi0, values.
-    examples = [phases.response_example(completion) for completion in completions]
-    logprob, entropy = phases.response_logprobs(
-        actors.policy, examples, recipe.temperature, micro_tokens
-    )
-    reference, _ = phases.response_logprobs(
-        actors.reference, examples, recipe.temperature, micro_tokens
-    )
-    values = phases.response_values(actors.critic, examples, micro_tokens)
+    examples = [response_example(response) for response in responses]
+    logprob, entropy = response_logprobs(actors.policy, examples, recipe.temperature, micro_tokens)
+    reference, _ = response_logprobs(inputs.reference, examples, recipe.temperature, micro_tokens)
+    values = response_values(actors.critic, examples, micro_tokens)
 
     # Shape: whitened over this iteration's batch (the paper names no population; a running mean
     # would make the reward depend on history), paid at the last token, the KL penalty at each.
-    lengths = torch.tensor([len(completion.tokens) for completion in completions], device=device)
+    lengths = torch.tensor([len(response.tokens) for response in responses], device=device)
     cu_responses = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     rewards = -recipe.beta * advantages.kl(logprob, reference, "k1")
     final = advantages.whiten(reward) - recipe.missing_eos_penalty * cut
@@ -331,9 +285,9 @@ def collect(
         examples, cu_responses, rewards, logprob, values, advantages.whiten(advantage), returns
     )
     sampled = torch.tensor([p for c in completions for p in c.logprobs], device=device)
-    metrics = {
-        **phases.summary(responses),
-        **phases.kl_per_response(logprob, reference, len(responses)),
+    numbers = {
+        **metrics.summary(responses),
+        **metrics.kl_per_response(logprob, reference, len(responses)),
         "entropy": float(entropy.mean()),
         "value_explained_variance": float(
             1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
@@ -341,7 +295,7 @@ def collect(
         # Sampler and trainer must agree on what was sampled: more than rounding here is a bug.
         "sampler_gap": float((sampled - logprob).abs().max()),
     }
-    return rollout, metrics
+    return rollout, numbers
 
 
 def improve(
@@ -358,7 +312,7 @@ def improve(
     for begin in range(0, count, recipe.mini_batch_size):
         members = order[begin : begin + recipe.mini_batch_size]
         tokens = int(rollout.cu_responses.diff()[torch.from_numpy(members)].sum())
-        for group in groups([lengths[i] for i in members], max(options.micro_tokens, *lengths)):
+        for group in groups([lengths[i] for i in members], options.micro_tokens):
             chosen = members[group.start : group.stop]
             batch = pack([rollout.examples[i] for i in chosen]).to(device)
             rows = token_rows(rollout.cu_responses, torch.from_numpy(chosen).to(device))
@@ -415,8 +369,8 @@ def token_rows(cu_responses: Tensor, members: Tensor) -> Tensor:
 
 def measure(
     recipe: PpoRecipe,
+    inputs: RolloutInputs,
     actors: Actors,
-    held_out: Sequence[Prompt],
     path: Path,
     unit: float | None = None,
 ) -> dict[str, float]:
@@ -426,17 +380,13 @@ def measure(
     each kind and then over the kinds, divided by `unit`, the standard deviation of Rc among the
     first policy's answers (None: these are they), less beta times the KL.
     """
-    numbers = phases.measure(
+    numbers = metrics.measure(
         path,
-        actors.engine,
-        actors.reference,
-        actors.reward_models,
-        held_out,
+        replace(actors.sampler, policy=path.stem),
+        inputs.reference,
+        inputs.held_out,
         temperature=recipe.temperature,
-        max_tokens=recipe.max_tokens,
-        seed=phases.derived_seed(recipe.seed, "held-out"),
-        policy=path.stem,
-        micro_tokens=recipe.train.micro_tokens,
+        seed=derived_seed(recipe.seed, "held-out"),
     )
     unit = max(numbers["score_deviation"], 1e-3) if unit is None else unit
     objective = numbers["score"] / unit - recipe.beta * numbers["kl_k1"]

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -17,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from llama2rt import atomic
+from llama2rt import atomic, report
 from llama2rt.checkpoint import native
 from llama2rt.checkpoint.load import load
 from llama2rt.data import tokens
@@ -28,12 +29,19 @@ from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.stages.loading import choose_tokenizer, default_device
-from llama2rt.stages.phases import write_report
+from llama2rt.run import Recipe, Run, check_integers
+from llama2rt.stages.loading import (
+    Future,
+    Opened,
+    Outline,
+    choose_tokenizer,
+    default_device,
+    file_inputs,
+    outlines,
+)
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions, check_integers
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.pretrain")
 
@@ -141,11 +149,7 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
     if recipe.init is None:
         # An impossible shape is said before hours of tokenising; the vocabulary plays no part.
         _require_context(recipe, recipe.model.config(recipe.vocab_size or 32000, recipe.context))
-    inputs = {f"data.{i}": path for i, path in enumerate(recipe.data)}
-    for name in ("init", "tokenizer"):
-        if getattr(recipe, name) is not None:
-            inputs[name] = getattr(recipe, name)
-    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
 
@@ -169,8 +173,34 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         validate=validate if held_out else None,
     )
     native.save(model, tokenizer, run.model_directory)
-    write_report(run, result)
+    report.finish(run, result)
     return run.model_directory
+
+
+@dataclass(frozen=True)
+class PretrainInputs(Opened):
+    """What model a run will leave."""
+
+    result: Outline
+
+
+def open_inputs(recipe: PretrainRecipe, future: Future | None = None) -> PretrainInputs:
+    """What a plan can know before the text is tokenised: the model's shape, and that all files are
+    there. InputError where something does not fit, and where the tokenizer is still to be trained:
+    nothing after this step could be checked."""
+    for path in recipe.data:
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+    if recipe.init is not None:
+        tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
+        config = models["init"].config
+    elif recipe.tokenizer is not None:
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+        config = recipe.model.config(tokenizer.vocab_size, recipe.context)
+    else:
+        raise InputError("tokenizer: a plan needs it before its first step; train it first")
+    _require_context(recipe, config)
+    return PretrainInputs(Outline(config, tokenizer))
 
 
 def prepare(

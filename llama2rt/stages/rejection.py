@@ -15,70 +15,65 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
+from llama2rt import report
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
-from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
-from llama2rt.stages import loading, phases, sft
-from llama2rt.stages.loading import Future, Outline, RolloutInputs
-from llama2rt.stages.phases import Response, RewardModels
+from llama2rt.rollout import sampling
+from llama2rt.rollout.responses import (
+    Response,
+    read_responses,
+    response_example,
+    write_responses,
+)
+from llama2rt.rollout.sampling import SamplingOptions
+from llama2rt.run import Run
+from llama2rt.stages import loading, sft
+from llama2rt.stages.inputs import (
+    RolloutInputs,
+    RolloutRecipe,
+    outlines,
+    read_prompts,
+    warn_of_shared,
+)
+from llama2rt.stages.loading import Future, Outline
 from llama2rt.stages.pretrain import next_token
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.rejection")
 
 BEST = "best.jsonl"
 
 
-class RejectionRecipe(Recipe):
+class RejectionRecipe(RolloutRecipe):
     """Fine-tune on the best of K samples of each prompt."""
 
     policy: Path
     """the most recent model: it samples"""
     init: Path
     """the model that is fine-tuned ("each version starts from the base model")"""
-    reference: Path | None = None
-    """pi0 of the held-out KL; None for init"""
-    helpfulness: Path
-    """the best helpfulness reward model available"""
-    safety: Path | None = None
-    """the safety reward model; None to go by helpfulness alone"""
-    data: list[Source]
-    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
     dialogues: list[Path] = Field(default=[])
     """dialogues to train on besides, such as the SFT set"""
     earlier: list[Path] = Field(default=[])
     """run directories of earlier versions whose best samples are pooled (the paper: from V4 on,
     which recovered skills such as rhyming)"""
-    validation: list[Source] = Field(default=[])
-    """held-out prompts for the report"""
-    tokenizer: Path | None = None
-    """None for the one in policy"""
 
     samples: int = Field(default=10, gt=0)
     """K; the paper plots 1-100 and names none"""
     temperature: float = Field(default=1.0, gt=0)
     """to be tuned again for each version: 1.2-1.3 was best for RLHF models at 10-100 samples"""
-    max_tokens: int = Field(default=256, gt=0)
-    """response length; a response that is cut there never becomes a target"""
-    max_sequences: int = Field(default=256, gt=0)
-    """sampled at once"""
-    cache_bytes: int | None = Field(default=None, gt=0)
-    """most memory that sampling takes beside the model; None for half of what is free"""
-    threshold: float = Field(default=0.15, ge=0, le=1)
-    """safety score below which the safety reward rules on any prompt"""
+    sampling: SamplingOptions = SamplingOptions()
+    """length of responses, and what sampling may take; a response that is cut never becomes a
+    target"""
     batch_size: int = Field(default=64, gt=0)
     """dialogues an optimizer step (section 3.1)"""
     epochs: int = Field(default=2, gt=0)
     """through the best samples (section 3.1)"""
-    seed: int = Field(default=0, ge=0)
-    """of sampling and of the dialogues' order"""
     # As in SFT, section 3.1: cosine, lr 2e-5, weight decay 0.1.
     train: TrainOptions = TrainOptions(lr=2e-5)
 
@@ -86,7 +81,7 @@ class RejectionRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class Inputs(RolloutInputs):
+class RejectionInputs(RolloutInputs):
     """What this stage reads besides."""
 
     earlier: list[Response]
@@ -95,98 +90,60 @@ class Inputs(RolloutInputs):
 
 def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Sample, select, fine-tune, measure; returns the model folder."""
-    files = loading.file_inputs(
-        policy=recipe.policy,
-        init=recipe.init,
-        reference=recipe.reference,
-        helpfulness=recipe.helpfulness,
-        safety=recipe.safety,
-        data=recipe.data,
-        dialogues=recipe.dialogues,
-        earlier=[folder / "samples" / BEST for folder in recipe.earlier],
-        validation=recipe.validation,
-        tokenizer=recipe.tokenizer,
-    )
+    files = loading.file_inputs(recipe)
+    for index, folder in enumerate(recipe.earlier):
+        files[f"earlier.{index}"] = folder / "samples" / BEST
     run = Run.open(directory, recipe, inputs=files, parents=recipe.earlier, resume=resume)
     if run.complete:
         return run.model_directory
-    options = recipe.train
-    inputs = check(recipe)
-    reward_models = RewardModels.load(
-        recipe.helpfulness, recipe.safety, recipe.threshold, options.dtype, inputs.tokenizer
-    )
+    inputs = open_inputs(recipe)
 
     # Sample, score and select.
-    sampled = sample(recipe, inputs, reward_models, run.samples_directory)
+    sampled = sample(recipe, inputs, run.samples_directory)
     best = select(sampled, inputs.tokenizer)
     if inputs.earlier:
-        best = pool(best, phases.rescore(inputs.earlier, reward_models, options.micro_tokens))
+        best = pool(best, inputs.reward_models.rescore(inputs.earlier))
     if not best:
         cut = sum(not response.finished for responses in sampled for response in responses)
         raise InputError(
             f"no response to train on: {cut} of {sum(map(len, sampled))} were cut (raise "
-            "max_tokens), the others are empty or hold a tag of the chat format"
+            "sampling.max_tokens), the others are empty or hold a tag of the chat format"
         )
-    phases.write_responses(run.samples_directory / BEST, best)
+    write_responses(run.samples_directory / BEST, best)
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
-    model = loading.load_companion(recipe.init, inputs.tokenizer)
-    examples = [phases.response_example(response) for response in best] + inputs.dialogues
-    # One that alone exceeds micro_tokens passes alone: refusing it would come after the sampling.
-    longest = max(len(example.tokens) for example in examples)
-    loader = ExampleLoader(
-        examples,
-        recipe.batch_size,
-        max(options.micro_tokens, longest),
-        recipe.seed,
-    )
-    fit(run, model, loader, next_token, options, steps=recipe.epochs * loader.steps_per_epoch)
+    model = inputs.to_train(recipe.init)
+    examples = [response_example(response) for response in best] + inputs.dialogues
+    loader = ExampleLoader(examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed)
+    steps = recipe.epochs * loader.steps_per_epoch
+    fit(run, model, loader, next_token, recipe.train, steps=steps)
     native.save(model, inputs.tokenizer, run.model_directory)
 
     # Measure.
-    report = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
+    numbers = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
     if inputs.held_out:
-        reference = loading.load_companion(
-            recipe.reference or recipe.init, inputs.tokenizer, options.dtype
-        )
-        report |= phases.measure_held_out(recipe, inputs, model, reference, reward_models, run)
-    phases.write_report(run, report)
+        numbers |= inputs.measure_held_out(model, run)
+    report.finish(run, numbers)
     return run.model_directory
 
 
-def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
+def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> RejectionInputs:
     """All that the recipe names, read and checked before any weights are loaded. The fine-tuned
     model, which answers the held-out prompts, is as `init` is. InputError as from `loading`, and
     for an earlier version that is not there or has other tokens."""
-    tokenizer, models = loading.outlines(
-        recipe.tokenizer,
-        {
-            "policy": recipe.policy,
-            "init": recipe.init,
-            "reference": recipe.reference,
-            "helpfulness": recipe.helpfulness,
-            "safety": recipe.safety,
-        },
-        future,
-    )
+    tokenizer, models = outlines(recipe, future, policy=recipe.policy)
     policy, init = models.pop("policy"), models.pop("init")
     reference = models.pop("reference", init)
     readers = {"init": init, **models}
-    cache = loading.CacheLimit(recipe.cache_bytes, recipe.train.dtype)
-    prompts = loading.read_prompts(
-        recipe.data, tokenizer, policy, recipe.max_tokens, readers, cache
-    )
+    prompts = read_prompts(recipe, recipe.data, tokenizer, policy, readers)
     held_out = []
     if recipe.validation:
         measuring = {"reference": reference, **models}
-        held_out = loading.read_prompts(
-            recipe.validation, tokenizer, init, recipe.max_tokens, measuring, cache
-        )
-    if future is None:  # else the step's own run says it
-        loading.warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
+        held_out = read_prompts(recipe, recipe.validation, tokenizer, init, measuring)
+    warn_of_shared(prompts, held_out, future)
     earlier: list[Response] = []
     for folder in recipe.earlier:
-        if future and (left := future.get(folder / "model")):
+        if future is not None and (left := future.models.get(folder / "model")):
             require_room(
                 f"earlier: {folder.name} may leave samples whose", left.longest_sample, readers
             )
@@ -199,9 +156,9 @@ def check(recipe: RejectionRecipe, future: Future | None = None) -> Inputs:
     longest = 0
     if future is not None:  # another step may pool what this one samples
         lengths = [len(chat.encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
-        longest = min(policy.config.context, max(lengths) + recipe.max_tokens)
+        longest = min(policy.config.context, max(lengths) + recipe.sampling.max_tokens)
     result = Outline(init.config, tokenizer, longest_sample=longest)
-    return Inputs(tokenizer, prompts, held_out, result, earlier, dialogues)
+    return RejectionInputs(recipe, tokenizer, prompts, held_out, result, earlier, dialogues)
 
 
 def read_earlier(
@@ -214,7 +171,7 @@ def read_earlier(
         raise InputError(f"earlier: {folder}: no run directory (it holds no manifest.json)")
     path = folder / "samples" / BEST
     embeddings = min(model.config.vocab_size for model in readers.values())
-    responses = phases.read_responses(path)
+    responses = read_responses(path)
     for number, response in enumerate(responses, start=1):
         with naming(f"{path}:{number}: messages"):
             expected = chat.encode_prompt(tokenizer, response.prompt.messages)
@@ -240,22 +197,15 @@ def require_room(what: str, tokens: int, readers: Mapping[str, Outline]) -> None
             )
 
 
-def sample(
-    recipe: RejectionRecipe, inputs: Inputs, reward_models: RewardModels, folder: Path
-) -> list[list[Response]]:
+def sample(recipe: RejectionRecipe, inputs: RejectionInputs, folder: Path) -> list[list[Response]]:
     """K scored responses of each prompt. The policy and its cache are gone when this returns."""
-    policy, _ = loading.load_llama(recipe.policy, recipe.tokenizer, recipe.train.dtype)
-    return phases.sample(
+    return sampling.sample(
         folder,
-        phases.engine(recipe, policy, inputs.tokenizer),
-        reward_models,
+        inputs.policy(recipe.policy),
         inputs.prompts,
         n=recipe.samples,
         temperatures=[recipe.temperature],
-        max_tokens=recipe.max_tokens,
         seed=recipe.seed,
-        policy=str(recipe.policy),
-        micro_tokens=recipe.train.micro_tokens,
     )
 
 

@@ -8,34 +8,44 @@ out: pairwise preference models that read both answers at once (another stage).
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from llama2rt import report
 from llama2rt.algorithms import losses, rewards
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import Example, PairBatch
-from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
-from llama2rt.evaluate import preference
-from llama2rt.evaluate.scoring import score_tokens
+from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
-from llama2rt.stages.loading import default_device, file_inputs, load_llama, outlines
-from llama2rt.stages.phases import write_report
+from llama2rt.rollout.scoring import score_tokens
+from llama2rt.run import Recipe, Run
+from llama2rt.stages.comparisons import split
+from llama2rt.stages.loading import (
+    Future,
+    Opened,
+    Outline,
+    default_device,
+    file_inputs,
+    load_llama,
+    load_scalar,
+    outlines,
+)
 from llama2rt.stages.pretrain import ModelShape
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.loop import Objective, fit
+from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.reward")
 
@@ -62,6 +72,10 @@ class RewardRecipe(Recipe):
     held_out: int = Field(default=1000, ge=0)
     """comparisons kept back from each source in data that does not give its own number, whole
     prompts at a time ("1000 examples from each batch", section 3.2.2)"""
+    previous: Path | None = None
+    """the reward model that this one replaces: its accuracy on the held-out comparisons goes into
+    the report beside the new one's, which shows how far the policy has moved away from it (section
+    3.2.1)"""
     tokenizer: Path | None = None
     """None for the one in init"""
     skip_invalid: int = Field(default=0, ge=0)
@@ -111,30 +125,23 @@ class RewardRecipe(Recipe):
 
 def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Train, measure held-out accuracy by rating into report.json; returns the model folder."""
-    inputs = file_inputs(
-        init=recipe.init,
-        data=recipe.data,
-        mixed_in=recipe.mixed_in,
-        validation=recipe.validation,
-        tokenizer=recipe.tokenizer,
-    )
-    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
-    # All of this before the weights, which may take minutes to load.
-    training, held_out, left_out = split(recipe)
-    config, tokenizer = shape(recipe)
-    pairs, kept = encode(training, tokenizer, config.context)
-    held_out_pairs, held_out_kept = encode(held_out, tokenizer, config.context)
+    inputs = open_inputs(recipe)
     options = recipe.train
     loader = PairLoader(
-        pairs, targets(kept, recipe), recipe.batch_size, options.micro_tokens, recipe.seed
+        inputs.pairs,
+        targets(inputs.comparisons, recipe),
+        recipe.batch_size,
+        options.micro_tokens,
+        recipe.seed,
     )
-    model = initial_model(recipe, config)
+    model = initial_model(recipe, inputs.result.config)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
-        chosen, rejected = score(model, held_out_pairs, options.micro_tokens)
-        accuracy = preference.accuracy(chosen, rejected, [c.rating for c in held_out_kept])
+        chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens)
+        accuracy = preference.accuracy(chosen, rejected, [c.rating for c in inputs.held_out])
         return {f"held_out/accuracy/{rating}": value for rating, value in accuracy.items()}
 
     fit(
@@ -144,25 +151,76 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         objective(recipe),
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
-        validate=held_out_accuracy if held_out_pairs and options.validate_every else None,
+        validate=held_out_accuracy if inputs.held_out and options.validate_every else None,
     )
-    report: dict[str, Any] = {"kind": recipe.kind, "trained_on": len(pairs), "left_out": left_out}
-    if held_out_pairs:
-        scores = score(model, held_out_pairs, options.micro_tokens)
-        report |= evaluate(*scores, held_out_kept)
-    native.save(model, tokenizer, run.model_directory)
-    write_report(run, report)
+    numbers: dict[str, Any] = {
+        "kind": recipe.kind,
+        "trained_on": len(inputs.pairs),
+        "left_out": inputs.left_out,
+    }
+    if inputs.held_out:
+        scores = score(model, inputs.held_out_pairs, options.micro_tokens)
+        numbers |= evaluate(*scores, inputs.held_out)
+        if recipe.previous is not None:
+            previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
+            before = score(previous, inputs.held_out_pairs, options.micro_tokens)
+            numbers["drift"] = drift(before, scores, inputs.held_out)
+    native.save(model, inputs.tokenizer, run.model_directory)
+    report.finish(run, numbers)
     return run.model_directory
 
 
-def shape(recipe: RewardRecipe) -> tuple[LlamaConfig, Tokenizer]:
-    """What the model will be, without its weights. InputError where `init` cannot be loaded."""
-    if recipe.init is not None:
-        tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
-        return models["init"].config, tokenizer
-    assert recipe.tokenizer is not None  # the recipe's own check
-    tokenizer = Tokenizer.load(recipe.tokenizer)
-    return recipe.model.config(tokenizer.vocab_size, recipe.context), tokenizer
+@dataclass(frozen=True)
+class RewardInputs(Opened):
+    """What a run reads besides weights, and what model it will leave."""
+
+    tokenizer: Tokenizer
+    pairs: list[tuple[Example, Example]]
+    comparisons: list[Comparison]
+    """what `pairs` stand for"""
+    held_out_pairs: list[tuple[Example, Example]]
+    held_out: list[Comparison]
+    left_out: Counter[str]
+    result: Outline
+
+
+def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInputs:
+    """All that the recipe names, read and checked before any weights are loaded, which may take
+    minutes. InputError where something does not fit. Of comparisons that an earlier step of a plan
+    is still to collect nothing can be read: only the models are checked then."""
+    config, tokenizer = shape(recipe, future)
+    result = Outline(config, tokenizer, scalar=True)
+    if future is not None and to_come(recipe, future):
+        return RewardInputs(tokenizer, [], [], [], [], Counter(), result)
+    training, held_out, left_out = split(recipe)
+    pairs, kept = encode(training, tokenizer, config.context)
+    held_out_pairs, held_out_kept = encode(held_out, tokenizer, config.context)
+    return RewardInputs(tokenizer, pairs, kept, held_out_pairs, held_out_kept, left_out, result)
+
+
+def to_come(recipe: RewardRecipe, future: Future) -> bool:
+    """Whether some of the comparisons are still to be collected. InputError for a file that is not
+    there and that no earlier step leaves."""
+    paths = {source.path for source in [*recipe.data, *recipe.mixed_in, *recipe.validation]}
+    for path in sorted(paths - future.files):
+        if not path.exists():
+            raise InputError(f"{path}: no such file, and no earlier step leaves it")
+    return bool(paths & future.files)
+
+
+def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConfig, Tokenizer]:
+    """What the model will be, without its weights. InputError where `init` cannot be loaded, or
+    where `previous` is no reward model of the same tokenizer."""
+    if recipe.init is None:
+        assert recipe.tokenizer is not None  # the recipe's own check
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+        config = recipe.model.config(tokenizer.vocab_size, recipe.context)
+        if recipe.previous is not None:
+            outlines(recipe.tokenizer, {"rewards.previous": recipe.previous}, future)
+        return config, tokenizer
+    models = {"init": recipe.init, "rewards.previous": recipe.previous}
+    tokenizer, found = outlines(recipe.tokenizer, models, future)
+    return found["init"].config, tokenizer
 
 
 def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
@@ -171,108 +229,6 @@ def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
         llama, _ = load_llama(recipe.init, recipe.tokenizer)
         return ScalarModel.from_llama(llama, recipe.seed)
     return ScalarModel(config, default_device(), torch.float32).initialize(recipe.seed)
-
-
-class Division(NamedTuple):
-    """The comparisons of a recipe, none of whose prompts is in both of the first two."""
-
-    training: list[Comparison]
-    held_out: list[Comparison]
-    left_out: Counter[str]
-    """how many are in neither, by key of the recipe and reason"""
-
-
-def split(recipe: RewardRecipe) -> Division:
-    """All comparisons, read and divided. InputError where a source has none of the model's kind, or
-    none to train on."""
-    left_out: Counter[str] = Counter()
-    own = read_sources("data", recipe, left_out)
-    if recipe.validation:
-        aside = read_sources("validation", recipe, left_out)
-    else:
-        aside = []
-        for i, source in enumerate(recipe.data):
-            count = recipe.held_out if source.held_out is None else source.held_out
-            with naming(f"{source}"):
-                own[i], taken = hold_out(own[i], count, recipe.seed)
-            aside.append(taken)
-    held_out = [comparison for source in aside for comparison in source]
-    seen = {prompt_key(comparison) for comparison in held_out}
-    mixed_in = read_sources("mixed_in", recipe, left_out) if recipe.mixed_in else []
-    training = without_prompts(own, seen, "data", left_out)
-    if not training:
-        raise InputError("data: the prompts of all its comparisons are held out")
-    share = recipe.mixed_in_share
-    if share is None:
-        share = {"helpfulness": 0.5, "safety": 0.1}[recipe.kind]
-    other = without_prompts(mixed_in, seen, "mixed_in", left_out)
-    return Division(mix(training, other, share, recipe.seed), held_out, left_out)
-
-
-def read_sources(key: str, recipe: RewardRecipe, left_out: Counter[str]) -> list[list[Comparison]]:
-    """The comparisons of each source under `key`: in data and validation those of the model's
-    kind, which are all that do not say another. A pair judged by both kinds may be ranked one way
-    by each. InputError for a source of which nothing is left."""
-    sources: list[Source] = getattr(recipe, key)
-    if key != "mixed_in":
-        sources = [source.model_copy(update={"kind": recipe.kind}) for source in sources]
-    reader = Reader(sources, "comparison", recipe.skip_invalid)
-    found = reader.by_file()
-    reader.log()
-    left_out += Counter({f"{key}: {reason}": n for reason, n in reader.left_out.items()})
-    return found
-
-
-def without_prompts(
-    sources: Sequence[Sequence[Comparison]], prompts: set[str], key: str, left_out: Counter[str]
-) -> list[Comparison]:
-    """The comparisons of all `sources` but for those of the held-out `prompts`, which are said and
-    counted."""
-    everything = [comparison for source in sources for comparison in source]
-    kept = [c for c in everything if prompt_key(c) not in prompts]
-    if gone := len(everything) - len(kept):
-        logger.warning("%s: %d comparisons whose prompts are held out left out", key, gone)
-        left_out[f"{key}: comparisons of held-out prompts"] += gone
-    return kept
-
-
-def prompt_key(comparison: Comparison) -> str:
-    return repr(comparison.prompt)
-
-
-def hold_out(
-    comparisons: Sequence[Comparison], count: int, seed: int
-) -> tuple[list[Comparison], list[Comparison]]:
-    """Set about `count` comparisons aside: all those of prompts drawn at random, so that no
-    held-out prompt is trained on. InputError when nothing would be left to train on."""
-    keys = list(dict.fromkeys(prompt_key(comparison) for comparison in comparisons))
-    order = np.random.default_rng(seed).permutation(len(keys))
-    sizes = dict.fromkeys(keys, 0)
-    for comparison in comparisons:
-        sizes[prompt_key(comparison)] += 1
-    taken: set[str] = set()
-    total = 0
-    for i in order:
-        if total >= count:
-            break
-        taken.add(keys[i])
-        total += sizes[keys[i]]
-    kept = [c for c in comparisons if prompt_key(c) not in taken]
-    if not kept:
-        raise InputError(
-            f"held_out: {count} of {len(comparisons)} comparisons leaves none to train; lower it"
-        )
-    return kept, [c for c in comparisons if prompt_key(c) in taken]
-
-
-def mix(
-    own: Sequence[Comparison], other: Sequence[Comparison], share: float, seed: int
-) -> list[Comparison]:
-    """All of `own` and a uniform draw from `other`, without replacement, that makes up `share` of
-    the whole, or all of `other` where there are too few (section 3.2.2, data composition)."""
-    wanted = min(len(other), round(len(own) * share / (1 - share)))
-    drawn = np.random.default_rng(seed).permutation(len(other))[:wanted]
-    return [*own, *(other[i] for i in sorted(drawn))]
 
 
 def encode(
@@ -311,7 +267,7 @@ def targets(comparisons: Sequence[Comparison], recipe: RewardRecipe) -> dict[str
     }
 
 
-def objective(recipe: RewardRecipe) -> Any:
+def objective(recipe: RewardRecipe) -> Objective:
     """Ranking loss with margin and, for safety, the classification loss: sums over pairs."""
 
     def loss(model: ScalarModel, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -350,23 +306,9 @@ def score(
 def evaluate(
     chosen: np.ndarray, rejected: np.ndarray, comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
-    """Accuracy by rating and on average with intervals (Table 8), the average of each source where
-    there are several and, where safety is labelled, the share of unsafe responses that score below
-    0.5 (Table 29)."""
-    ratings = [comparison.rating for comparison in comparisons]
-    table = preference.accuracy_table(chosen, rejected, ratings)
-    report: dict[str, Any] = {
-        "accuracy": {row["rating"]: row["mean"] for row in table},
-        "intervals": table,
-    }
-    origins = np.array([comparison.source or "none" for comparison in comparisons])
-    if len(names := np.unique(origins)) > 1:
-        report["sources"] = {
-            str(name): preference.accuracy_table(
-                chosen[origins == name], rejected[origins == name]
-            )[-1]
-            for name in names
-        }
+    """`diagnostics.of_reward_model` (Table 8) and, where safety is labelled, the share of unsafe
+    responses that score below 0.5 (Table 29)."""
+    numbers = diagnostics.of_reward_model(chosen, rejected, comparisons)
     labels = [comparison.safety for comparison in comparisons]
     unsafe = np.concatenate(
         [
@@ -375,5 +317,23 @@ def evaluate(
         ]
     )
     if len(unsafe):
-        report["unsafe_recall"] = float((unsafe < 0).mean())
-    return report
+        numbers["unsafe_recall"] = float((unsafe < 0).mean())
+    return numbers
+
+
+def drift(
+    before: tuple[np.ndarray, np.ndarray],
+    after: tuple[np.ndarray, np.ndarray],
+    comparisons: Sequence[Comparison],
+) -> dict[str, Any]:
+    """`diagnostics.drift` of the scores of the replaced model and of the new one, by the source of
+    the comparisons, which is the batch where a plan has collected them."""
+    sources = np.array([comparison.source or "none" for comparison in comparisons])
+    scores = {}
+    for source in dict.fromkeys(sources.tolist()):
+        of_source = sources == source
+        scores[source] = {
+            when: (chosen[of_source], rejected[of_source])
+            for when, (chosen, rejected) in (("before", before), ("after", after))
+        }
+    return diagnostics.drift(scores)

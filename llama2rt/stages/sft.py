@@ -8,6 +8,7 @@ context distillation (section 3.3, 4.2.4), which prepare dialogues and then come
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,20 +17,28 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from llama2rt import report
 from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
-from llama2rt.stages.loading import file_inputs, load_llama, outlines, warn_of_shared
-from llama2rt.stages.phases import write_report
+from llama2rt.run import Recipe, Run
+from llama2rt.stages.loading import (
+    Future,
+    Opened,
+    Outline,
+    file_inputs,
+    load_llama,
+    outlines,
+    warn_of_shared,
+)
 from llama2rt.stages.pretrain import next_token
 from llama2rt.text.chat import encode_dialogue
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
-from llama2rt.train.options import Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.sft")
 
@@ -67,28 +76,17 @@ class SftRecipe(Recipe):
 
 def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Fine-tune and measure the held-out loss; returns the model folder."""
-    inputs = file_inputs(
-        init=recipe.init,
-        data=recipe.data,
-        validation=recipe.validation,
-        tokenizer=recipe.tokenizer,
-    )
-    run = Run.open(directory, recipe, inputs=inputs, resume=resume)
+    run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
-    tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
-    longest = models["init"].config.context
-    context = recipe.context or longest
-    if context > longest:
-        raise InputError(f"context: {context} exceeds the model's {longest}")
-    training, held_out = (encode(part, tokenizer, context) for part in split(recipe))
+    inputs = open_inputs(recipe)
     options = recipe.train
-    loader = ExampleLoader(training, recipe.batch_size, options.micro_tokens, recipe.seed)
-    held_out_batches = micro_batches(held_out, options.micro_tokens) if held_out else []
+    loader = ExampleLoader(inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed)
+    held_out = micro_batches(inputs.held_out, options.micro_tokens)
     model, _ = load_llama(recipe.init, recipe.tokenizer)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"held_out_loss": answer_loss(model, held_out_batches)}
+        return {"held_out_loss": answer_loss(model, held_out)}
 
     if held_out and not run.store.steps():
         run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
@@ -103,9 +101,31 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=validate if held_out else None,
     )
-    native.save(model, tokenizer, run.model_directory)
-    write_report(run, {**result, "dialogues": len(training)})
+    native.save(model, inputs.tokenizer, run.model_directory)
+    report.finish(run, {**result, "dialogues": len(inputs.training)})
     return run.model_directory
+
+
+@dataclass(frozen=True)
+class SftInputs(Opened):
+    """What a run reads besides weights, and what model it will leave."""
+
+    tokenizer: Tokenizer
+    training: list[Example]
+    held_out: list[Example]
+    result: Outline
+
+
+def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
+    """All that the recipe names, read and checked before any weights are loaded. InputError where
+    something does not fit."""
+    tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
+    config = models["init"].config
+    context = recipe.context or config.context
+    if context > config.context:
+        raise InputError(f"context: {context} exceeds the model's {config.context}")
+    training, held_out = (encode(part, tokenizer, context) for part in split(recipe))
+    return SftInputs(tokenizer, training, held_out, Outline(config, tokenizer))
 
 
 def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:

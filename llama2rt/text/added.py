@@ -1,11 +1,9 @@
-"""Tokens that a folder adds to its vocabulary, and the parts that some of them play.
+"""Tokens that a folder adds to its vocabulary, and the roles of some (BOS, EOS, padding).
 
-Four files speak of them: tokenizer.json (``added_tokens``), tokenizer_config.json
-(``added_tokens_decoder``, ``eos_token`` and the like), special_tokens_map.json and
-added_tokens.json. Who wins is transformers' order (5.24, ``TokenizersBackend.__init__``).
+Four files list them: tokenizer.json (`added_tokens`), tokenizer_config.json
+(`added_tokens_decoder`, `eos_token` and the like), special_tokens_map.json and added_tokens.json.
+Their precedence is that of transformers (5.24, `TokenizersBackend.__init__`).
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Mapping
@@ -26,8 +24,8 @@ _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 def special_names(parsed: Mapping[str, dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
     """({"bos_token": its text, ...}, contradictions in words).
 
-    tokenizer_config.json holds where it lists added_tokens_decoder, special_tokens_map.json where
-    it does not, as in transformers.
+    As in transformers, tokenizer_config.json takes precedence where it lists added_tokens_decoder,
+    and special_tokens_map.json where it does not.
     """
     config = _token_names(parsed.get(CONFIG, {}))
     mapped = _token_names(parsed.get(SPECIAL_MAP, {}))
@@ -77,11 +75,11 @@ def listed(parsed: Mapping[str, dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def extra(
     parsed: Mapping[str, dict[str, Any]], names: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Entries, by text, of tokens that only a name makes special: BOS and EOS (their ROLE is
+    """Entries, by text, of tokens that are special by name only: BOS and EOS (their ROLE is
     "end"), the pad token and its like ("other"), additional special tokens (None).
 
-    A pad token that is an ordinary piece ("!" in some folders) stays one, unlike in transformers:
-    every "!" in a prompt would be a control token.
+    A pad token that is an ordinary piece ("!" in some folders) stays one, unlike in transformers,
+    where every "!" in a prompt is then a control token.
     """
     further = _extra_special(parsed)
     entries = {}
@@ -103,9 +101,9 @@ def complete(
     *,
     replace: bool = True,
 ) -> bytes:
-    """A tokenizer.json with what the files beside it list (``listed``) and name (``extra``).
+    """A tokenizer.json with what the files beside it list (`listed`) and name (`extra`).
 
-    `replace`: whether listed flags hold where tokenizer.json has others, as those of
+    `replace`: whether listed flags take precedence over other ones of tokenizer.json, as those of
     added_tokens_decoder do and those of added_tokens.json do not. InputError where two files give
     a token two ids, or an id would leave a gap.
     """
@@ -140,7 +138,7 @@ def complete(
 
 
 def _identifier(where: str, value: Any) -> int:
-    """An id, which JSON objects have as a key and so as text."""
+    """An id, also one written as text, as the keys of JSON objects are."""
     if isinstance(value, bool) or not re.fullmatch("[0-9]{1,9}", str(value)):
         raise InputError(f"{where}: expected the id of an added token, got {value!r}")
     return int(value)

@@ -1,11 +1,9 @@
-"""Whether two tokenizers give the same ids: tried on texts that bring differences out.
+"""Whether two tokenizers give the same ids, tried on texts that show differences.
 
-Nobody can compare all texts. Those here are made of what tokenizers are known to treat apart
-(spaces in front, behind and in runs, characters that normalization maps, combining marks, what
+Nobody can compare all texts. These are made of what tokenizers are known to treat differently
+(spaces in front, behind and in runs, characters that normalization maps, combining marks, text that
 looks like special tokens) and of the tokenizer's own pieces, alone and joined at random.
 """
-
-from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
-"""The libraries under ``Tokenizer``: SentencePiece, and `tokenizers` for what comes as JSON or as
-tiktoken's ranks. Each offers the same few methods; nothing here knows of folders."""
-
-from __future__ import annotations
+"""The libraries under `Tokenizer`, behind the same few methods: SentencePiece, and `tokenizers` for
+tokenizer.json and tiktoken's ranks. Nothing here reads a folder."""
 
 import functools
 import json
@@ -19,9 +17,9 @@ _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 _RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
 
 
-def of(definition: bytes, names: Mapping[str, str]) -> Backend:
-    """The backend of a tokenizer.json, of tiktoken's ranks or of a SentencePiece model; `names`
-    are those of bos_token and eos_token, where the folder says them."""
+def of(definition: bytes, names: Mapping[str, str]) -> "Backend":
+    """The backend of a tokenizer.json, of tiktoken's ranks or of a SentencePiece model. `names`:
+    the texts of bos_token and eos_token, where the folder gives them."""
     if definition.lstrip()[:1] == b"{":
         return JsonBackend(definition, names)
     if _RANKS_LINE.match(definition):
@@ -105,12 +103,12 @@ class JsonBackend:
         self._take(parse_json(definition), names)
 
     def _take(self, tokenizer: Any, names: Mapping[str, str]) -> None:
-        # Text that spells a special token must stay text: otherwise a document could end itself.
+        # Text that spells a special token must stay text: otherwise a document could hold an EOS.
         tokenizer.encode_special_tokens = True
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
-        # The library's own count is less than that where the numbering has gaps.
+        # The library's own count is smaller where the numbering has gaps.
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos = self._special(names, "bos_token", _BOS_NAMES)
         self.eos = self._special(names, "eos_token", _EOS_NAMES)
@@ -228,16 +226,17 @@ def with_added_tokens(definition: bytes, added: Mapping[int, Mapping[str, Any]])
 
 @dataclass(frozen=True)
 class Spaces:
-    """Where a space is put before text: at its beginning (`first`), and after each special token in
-    it too (`every`), as SentencePiece does with the parts between them."""
+    """Where a space is put before text."""
 
     first: bool = True
+    """at its beginning"""
     every: bool = True
+    """after each special token in it too, as SentencePiece does with the parts between them"""
 
 
 def with_spaces(definition: bytes, spaces: Spaces) -> bytes:
-    """A tokenizer.json made of a SentencePiece model, with spaces put elsewhere. As transformers
-    does it (`legacy`, `add_prefix_space`), where text that begins with a space gets no other.
+    """A tokenizer.json made of a SentencePiece model, with spaces where `spaces` says, as in
+    transformers (`legacy`, `add_prefix_space`): text that begins with a space gets no other.
     Unchanged where its normalizer puts none."""
     content = json.loads(definition)
     before = (content.get("normalizer") or {}).get("normalizers") or []

@@ -1,15 +1,13 @@
 """Dialogues as tokens, and which of them a model should learn.
 
-A folder's own chat template decides the format (``templated``). Without one, and where the template
-is the same format, it is Llama-2-Chat's.
+A folder's own chat template decides the format (`templated`). Without one, and where the template
+writes the same text, it is Llama-2-Chat's.
 
-Each finished pair of turns is ``BOS [INST] user [/INST] answer EOS`` and is tokenised on its own,
-in one go: the boundary between prompt and answer is read off the pieces' offsets, because a prompt
-tokenised alone need not be how the tokenizer sees it in context. There is no default system prompt.
-Formula: Meta's reference ``chat_completion`` (Llama 2 repository, generation.py).
+There each finished pair of turns is `BOS [INST] user [/INST] answer EOS`, tokenised as one text.
+The boundary between prompt and answer is found by the pieces' offsets, because a prompt tokenised
+alone may have other tokens than in context. There is no default system prompt. Source: Meta's
+`chat_completion` (Llama 2 repository, generation.py).
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -42,8 +40,8 @@ HUGGING_FACE_TEMPLATE = (
 
 
 def check_messages(messages: Messages, *, last: str) -> None:
-    """InputError unless ``messages`` are an optional system message, then user and assistant in
-    turns, ending with role ``last`` ("user" to be answered, "assistant" when finished), none blank
+    """InputError unless `messages` are an optional system message, then user and assistant in
+    turns, ending with role `last` ("user" to be answered, "assistant" when finished), none blank
     (a finished dialogue's last answer included) and none holding a format tag, with which a user
     could speak as somebody else."""
     if not messages:
@@ -82,7 +80,7 @@ def check_messages(messages: Messages, *, last: str) -> None:
 def encode_dialogue(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
     """Tokens of a finished dialogue, and for each whether the model should learn to predict it:
     True on the assistants' tokens and the one that ends their turn (section 3.1: the loss on prompt
-    tokens is zeroed). InputError as ``check_messages``, for a message that holds a control token
+    tokens is zeroed). InputError as `check_messages`, for a message that holds a control token
     of the folder's chat template, and for a template that cannot be trained on."""
     check_messages(messages, last="assistant")
     if _llama2_format(tokenizer.template):
@@ -94,7 +92,7 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int]
 def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Tokens of a dialogue whose last message, the user's, is to be answered: open after [/INST],
     or after what the folder's chat template writes before an answer. Always a prefix of
-    ``encode_response``'s tokens. InputError as ``encode_dialogue``."""
+    `encode_response`'s tokens. InputError as `encode_dialogue`."""
     check_messages(messages, last="user")
     if not _llama2_format(tokenizer.template):
         templated.require_no_control_tokens(tokenizer, messages)
@@ -107,7 +105,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 def encode_response(
     tokenizer: Tokenizer, messages: Messages, response: str
 ) -> tuple[list[int], list[bool]]:
-    """``encode_dialogue`` of the prompt ``messages`` answered by ``response``, where the response
+    """`encode_dialogue` of the prompt `messages` answered by `response`, where the response
     may be anything a model said: blank, or holding tags, which stay text. Only the messages are
     checked."""
     check_messages(messages, last="user")
@@ -121,7 +119,7 @@ def encode_response(
 @functools.lru_cache(maxsize=16)
 def _llama2_format(template: ChatTemplate | None) -> bool:
     """Whether dialogues are encoded pair by pair in Llama-2-Chat's format: without a template, and
-    with one that writes that same text, whatever its own wording."""
+    with a template that writes the same text."""
     if template is None:
         return True
     tokens = dict(template.tokens)

@@ -1,12 +1,10 @@
-"""The several files in which a folder says what its tokenizer is, and what holds when they differ.
+"""The files that define a folder's tokenizer, and their precedence when they differ.
 
-``tokenizer.model`` is the original of LLaMA's models, ``tokenizer.json`` what transformers reads.
-Whoever adds tokens to a model, or gives it another EOS, changes the JSON files and leaves
-tokenizer.model as it was; so where they contradict each other the JSON files hold, as they do for
-transformers, and a warning says so. Where they agree, tokenizer.model is what ids come from.
+`tokenizer.model` is the original of LLaMA's models; transformers reads `tokenizer.json`. Whoever
+adds tokens to a model, or gives it another EOS, changes the JSON files and leaves tokenizer.model
+as it was. So where they contradict each other the JSON files are used, as in transformers, and a
+warning says so. Where they agree, ids come from tokenizer.model.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -124,7 +122,7 @@ def _generation(folder: Path, companions: Mapping[str, bytes]) -> bytes | None:
 
 
 def eos_ids(config: Mapping[str, Any], where: object) -> list[int]:
-    """The ids under ``eos_token_id``: one, a list or none; InputError for anything else."""
+    """The ids under `eos_token_id`: one, a list or none; InputError for anything else."""
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for identifier in ids:
@@ -158,7 +156,7 @@ def _json(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _contradictions(original: backends.Backend, fast: backends.Backend) -> list[str]:
-    """In what a tokenizer.json differs from the tokenizer.model beside it."""
+    """The differences of a tokenizer.json from the tokenizer.model beside it."""
     reasons = []
     if fast.vocab_size != original.vocab_size:
         reasons.append(f"{fast.vocab_size} pieces instead of {original.vocab_size}")
@@ -175,7 +173,7 @@ def _contradictions(original: backends.Backend, fast: backends.Backend) -> list[
 
 
 def _tokenizer_class(parsed: Mapping[str, dict[str, Any]]) -> str | None:
-    """The name in tokenizer_config.json, where null is as good as none; InputError if no text."""
+    """The name in tokenizer_config.json, where null counts as absent; InputError if no text."""
     name = parsed.get(CONFIG, {}).get("tokenizer_class")
     if name is not None and not isinstance(name, str):
         raise InputError(f"{CONFIG}: tokenizer_class: expected text, got {name!r}")
@@ -183,8 +181,8 @@ def _tokenizer_class(parsed: Mapping[str, dict[str, Any]]) -> str | None:
 
 
 def _without_prefix(fast: Path, definition: bytes, parsed: Mapping[str, dict[str, Any]]) -> bytes:
-    """A tokenizer.json without the space before text where its folder says so and names LLaMA's
-    class, which is the one of which transformers 5 heeds it."""
+    """A tokenizer.json without the space before text, where its folder asks for that and names
+    LLaMA's class, the only one for which transformers 5 does it."""
     config = parsed.get(CONFIG, {})
     if config.get("add_prefix_space") is not False or "Llama" not in (
         _tokenizer_class(parsed) or ""
@@ -203,7 +201,7 @@ def _without_prefix(fast: Path, definition: bytes, parsed: Mapping[str, dict[str
 
 
 def _spaces_off(backend: backends.Backend, config: Mapping[str, Any]) -> list[str]:
-    """The settings that take away spaces which the tokenizer.model puts before text."""
+    """The settings that remove spaces which the tokenizer.model puts before text."""
     if not isinstance(backend, backends.SentencePieceBackend):
         return []
     if not sentencepiece_model.read(backend.definition).add_dummy_prefix:
@@ -212,8 +210,8 @@ def _spaces_off(backend: backends.Backend, config: Mapping[str, Any]) -> list[st
 
 
 def _convertible(model: Path, backend: backends.Backend, wishes: list[str]) -> bytes | None:
-    """The tokenizer.json to which what the files beside it wish can be done, or None, with a
-    warning, where the model allows none: the pieces can be read without it."""
+    """A tokenizer.json to which the settings of the files beside it can be applied. None, with a
+    warning, where the model has none: the pieces can be read without it."""
     try:
         return backend.as_json()
     except InputError as error:
@@ -232,8 +230,8 @@ def _extended(
     parsed: Mapping[str, dict[str, Any]],
     names: Mapping[str, str],
 ) -> tuple[bytes, dict[str, bytes]]:
-    """A tokenizer.model alone: itself, or the tokenizer.json of itself and what the files beside it
-    say otherwise: added tokens, another BOS or EOS, other spaces put before text."""
+    """A tokenizer.model without a tokenizer.json: itself, or the tokenizer.json made of it and of
+    what the files beside it change: added tokens, another BOS or EOS, other spaces before text."""
     definition = model.read_bytes()
     backend = backends.of(definition, {})
     own = {backend.piece(backend.unk) if backend.unk >= 0 else "", *backend.added}

@@ -1,13 +1,11 @@
-"""A list of merges that does what scores do.
+"""A list of merges that gives the same ids as scores.
 
 SentencePiece merges the adjacent pair whose piece has the highest score (tiktoken: the lowest
-rank), the leftmost of equal ones. `tokenizers` merges the pair that stands first in a list. A
-piece's merges are its splits into two other pieces, ranked by the piece's score. Where two pairs
-have one score, a list can follow "leftmost" only if each pair can stand before every pair that may
-overlap its right end, and if no merge makes another one as urgent.
+rank), the leftmost of equal ones. `tokenizers` merges the pair that comes first in a list. A
+piece's merges are its splits into two other pieces, ordered by the piece's score. Where two pairs
+have the same score, a list can express "leftmost" only if each pair can come before every pair that
+may overlap its right end, and if no merge makes a new pair of the same or a higher score.
 """
-
-from __future__ import annotations
 
 import graphlib
 from collections import defaultdict

@@ -1,10 +1,8 @@
-"""tokenizer.json from a SentencePiece BPE model: the same ids for every text, or a refusal.
+"""tokenizer.json from a SentencePiece BPE model: the same ids for every text, or an InputError.
 
-The order of merges is in ``merges``. Around it stand what SentencePiece does to spaces, and its
-user-defined symbols, which it never merges with anything.
+The order of merges is in `merges`. Here are the treatment of spaces, and user-defined symbols,
+which SentencePiece never merges with anything.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable

@@ -1,12 +1,10 @@
-"""What a SentencePiece model file says of itself: its pieces and the settings that change ids.
+"""The contents of a SentencePiece model file: its pieces and the settings that change ids.
 
-The library answers neither "which settings" nor "which scores are equal" through its processor, and
-its protobuf module clashes with the copy inside transformers 4 (two different files of one name in
-one descriptor pool), so the few fields needed are read from the wire format here. Field numbers:
+The library's processor gives neither the settings nor which scores are equal, and its protobuf
+module clashes with the copy inside transformers 4 (two different files of one name in one
+descriptor pool), so the few fields needed are read from the wire format here. Field numbers:
 sentencepiece_model.proto of SentencePiece 0.2.
 """
-
-from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
@@ -19,11 +17,13 @@ MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 @dataclass(frozen=True)
 class Piece:
-    """One id's text, its score (for BPE: higher is merged first) and its type."""
+    """What the vocabulary says of one id."""
 
     text: str
     score: float
+    """for BPE: the higher is merged first"""
     type: int
+    """NORMAL to BYTE"""
 
 
 @dataclass

@@ -1,11 +1,9 @@
 """A folder's own chat template: Jinja, rendered as transformers renders it.
 
-The same sandbox, block trimming, filters and functions (transformers, chat_template_utils.py), so
-that the text is the one its apply_chat_template makes. A template comes with somebody's weights: it
-runs in Jinja's immutable sandbox and sees the messages and the special tokens' names only.
+Sandbox, block trimming, filters and functions are the same (transformers, chat_template_utils.py),
+so that the text is that of its apply_chat_template. A template is code that comes with somebody's
+weights: it runs in Jinja's immutable sandbox and sees only the messages and the special tokens.
 """
-
-from __future__ import annotations
 
 import datetime
 import functools
@@ -33,12 +31,13 @@ LLAMA3_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's source, and (name, text) of the special tokens it may use; ``unusable`` says
-    why there is none to render, where a folder has templates but not the one that is needed."""
+    """A folder's chat template."""
 
     source: str
     tokens: tuple[tuple[str, str], ...]
+    """(name, text) of the special tokens that it may use"""
     unusable: str = ""
+    """why there is none to render, where a folder has templates but not the one that is needed"""
 
     @property
     def marks_answers(self) -> bool:

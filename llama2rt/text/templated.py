@@ -1,14 +1,12 @@
 """Dialogues in a folder's own chat template: tokens, and which of them a model should learn.
 
-The text is the template's, and its special tokens are parsed out of it. Which part a model is to
-write is read off the template itself: the {% generation %} blocks where it has them, otherwise what
-follows the prompt that the template makes of the messages before an answer, up to the first token
-that ends a sequence. A template that does not allow this (it drops parts of an answer, or shows an
-answer otherwise once more messages follow) is refused by name, because training would learn
-something that generation never asks for.
+The text is the template's, and its special tokens are parsed out of it. The template itself says
+which part a model is to write: its {% generation %} blocks where it has them; otherwise what
+follows the prompt that it makes of the messages before an answer, up to the first token that ends a
+sequence. A template for which this does not work (it drops parts of an answer, or changes an answer
+once more messages follow) is an InputError, because the model would learn text that generation
+never asks for.
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,10 +21,10 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, str]]
 
 
-def require_no_control_tokens(tokenizer: Tokenizer, messages: Messages) -> None:
+def require_no_control_tokens(tokenizer: "Tokenizer", messages: Messages) -> None:
     """InputError where a message holds a special token's text, with which its author could end
     their turn and speak as somebody else. Tokens that the template writes but the folder does not
-    call special (``</think>``) are part of an answer, and only there."""
+    call special (`</think>`) are part of an answer, and only there."""
     for index, message in enumerate(messages):
         answer = message["role"] == "assistant"
         for token in tokenizer.control_tokens if answer else tokenizer.template_tokens:
@@ -37,19 +35,19 @@ def require_no_control_tokens(tokenizer: Tokenizer, messages: Messages) -> None:
                 )
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+def encode_prompt(tokenizer: "Tokenizer", messages: Messages) -> list[int]:
     """Tokens of the messages and of the opening of the answer to them."""
     return tokenizer.encode_rendered(_prompt(_template(tokenizer), messages))[0]
 
 
 def encode_answers(
-    tokenizer: Tokenizer, messages: Messages, *, sampled: bool = False
+    tokenizer: "Tokenizer", messages: Messages, *, sampled: bool = False
 ) -> tuple[list[int], list[bool]]:
     """(tokens, whether each is to be learned) of messages that end with an answer.
 
-    The tokens end with the one that ends the last answer: what a template writes after it (a
-    newline) nobody generates. Where the last answer is `sampled` it may hold anything, and the
-    tokens begin with those of `encode_prompt`.
+    The last token is the one that ends the last answer: what a template writes after it (a newline)
+    is never generated. A last answer that is `sampled` may hold anything, and the tokens begin with
+    those of `encode_prompt`.
     """
     template = _template(tokenizer)
     text, spans = _answers(template, messages)
@@ -97,7 +95,7 @@ def encode_answers(
     return ids[: last + 1], trainable[: last + 1]
 
 
-def answer_end(tokenizer: Tokenizer) -> int | None:
+def answer_end(tokenizer: "Tokenizer") -> int | None:
     """The special token with which the chat template ends an answer; None without a template, or
     where it ends one in another way."""
     known = tokenizer.template_tokens
@@ -113,7 +111,7 @@ def answer_end(tokenizer: Tokenizer) -> int | None:
     return known.get(ending)
 
 
-def _template(tokenizer: Tokenizer) -> ChatTemplate:
+def _template(tokenizer: "Tokenizer") -> ChatTemplate:
     assert tokenizer.template is not None
     return tokenizer.template
 
@@ -155,7 +153,7 @@ def _answers(template: ChatTemplate, messages: Messages) -> tuple[str, list[tupl
     return text, spans
 
 
-def _endless(tokenizer: Tokenizer) -> str:
+def _endless(tokenizer: "Tokenizer") -> str:
     names = ", ".join(tokenizer.piece(i) for i in tokenizer.stop_ids if i < tokenizer.vocab_size)
     return (
         f"the chat template ends an answer without an end-of-sequence token ({names}): a model "
@@ -164,7 +162,7 @@ def _endless(tokenizer: Tokenizer) -> str:
 
 
 def _encode_apart(
-    tokenizer: Tokenizer, text: str, cuts: Iterable[int], literal: tuple[int, int]
+    tokenizer: "Tokenizer", text: str, cuts: Iterable[int], literal: tuple[int, int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokens of the parts of `text` between `cuts`, where no token may reach across one, as none
     does in generation. InputError for a tokenizer that adds spaces to each part."""

@@ -1,10 +1,8 @@
 """Llama 3's tokenizer.model as Meta distributes it: lines of a base64 token and its rank.
 
-Those are the merges alone. How text is cut into words before merging, and the 256 special tokens
-that follow the ranks, stand in Meta's code (llama3 repository, llama/tokenizer.py) and so here.
+The file has the merges only. How text is cut into words before merging, and the 256 special tokens
+that follow the ranks, are in Meta's code (llama3 repository, llama/tokenizer.py), hence also here.
 """
-
-from __future__ import annotations
 
 import base64
 import binascii

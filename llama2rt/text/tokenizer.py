@@ -1,13 +1,11 @@
-"""A model's tokenizer: SentencePiece BPE, trained or loaded, or what a folder has instead of it.
+"""A model's tokenizer: SentencePiece BPE, trained or loaded, or a tokenizer.json or tiktoken ranks.
 
-One class over two libraries, so that the rest of the package sees text, ids and offsets only.
-Special tokens never come out of text: a document that contains the characters ``</s>`` gets
-ordinary pieces, whichever library is underneath; BOS and EOS enter through arguments. What else a
-folder says of its text side (chat template, EOS ids, generation defaults) travels along, unchanged.
-There is no padding and no truncation here; ``text.chat`` owns the dialogue formats.
+One class over two libraries, so that the rest of the package sees text, ids and offsets only. Text
+never gives special tokens: a document that contains the characters `</s>` gets ordinary pieces with
+either library, and BOS and EOS are added by arguments. The folder's other settings (chat template,
+EOS ids, generation defaults) are kept unchanged. There is no padding and no truncation here;
+dialogue formats are in `text.chat`.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -26,17 +24,17 @@ from llama2rt.text.template import LLAMA3_TEMPLATE, ChatTemplate
 
 SPECIAL_AND_BYTE_PIECES = 3 + 256  # unk, bos, eos, then one piece per byte: ids 0-2 and 3-258
 MOST_PIECES = 2**31 - 1  # ids are 32-bit integers
-MAX_SENTENCE_BYTES = 4192  # SentencePiece's own limit; longer sentences would be skipped silently
+MAX_SENTENCE_BYTES = 4192  # SentencePiece's own limit: it skips longer sentences in silence
 
 
 class Tokenizer:
-    """Text to ids and back. Make one with ``load`` or ``train``; instances can be pickled.
+    """Text to ids and back. Make one with `load` or `train`; instances can be pickled.
 
-    Attributes: ``bos``, ``eos``, ``unk`` (ids; ``unk`` is -1 where the vocabulary has none),
-    ``vocab_size`` (number of ids), ``digest`` (sha256 of the defining file, so that token files
-    and manifests can say which tokenizer made them), ``config`` and ``generation`` (contents of
+    Attributes: `bos`, `eos`, `unk` (ids; `unk` is -1 where the vocabulary has none),
+    `vocab_size` (number of ids), `digest` (sha256 of the defining file, so that token files
+    and manifests can say which tokenizer made them), `config` and `generation` (contents of
     the folder's tokenizer_config.json and generation_config.json, empty where it has none),
-    ``template`` (its chat template, or None) and ``special_names`` (``{"bos_token": text, ...}``).
+    `template` (its chat template, or None) and `special_names` (`{"bos_token": text, ...}`).
     """
 
     bos: int
@@ -51,9 +49,9 @@ class Tokenizer:
         config: dict[str, Any] | None = None,
         companions: Mapping[str, bytes] | None = None,
     ) -> None:
-        """``definition`` is the content of a tokenizer.model (SentencePiece's or tiktoken's) or,
-        when it is JSON, a tokenizer.json; ``companions`` are the other files of its folder by
-        name, of which ``config`` is one, tokenizer_config.json, already parsed."""
+        """`definition` is the content of a tokenizer.model (SentencePiece's or tiktoken's) or,
+        when it is JSON, a tokenizer.json; `companions` are the other files of its folder by
+        name, of which `config` is one, tokenizer_config.json, already parsed."""
         self._definition = definition
         self._companions = dict(companions or {})
         if config is not None:
@@ -80,11 +78,11 @@ class Tokenizer:
         return Tokenizer, (self._definition, None, self._companions)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer from a folder, or from its ``tokenizer.model`` or ``tokenizer.json``.
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a tokenizer from a folder, or from its `tokenizer.model` or `tokenizer.json`.
 
         A folder may hold both, and further files that add to them; where tokenizer.model and the
-        JSON files contradict each other the JSON files hold, and a warning says so. InputError
+        JSON files contradict each other the JSON files are used, and a warning says so. InputError
         when there is no tokenizer or a file is not what its name says."""
         path = Path(path)
         definition, companions = folder.read(path)
@@ -94,14 +92,14 @@ class Tokenizer:
     @classmethod
     def train(
         cls, texts: Iterable[str] | Iterable[Path], vocab_size: int, path: str | Path
-    ) -> Tokenizer:
-        """Train SentencePiece BPE in LLaMA's settings and write it to ``path`` (a file, or a folder
+    ) -> "Tokenizer":
+        """Train SentencePiece BPE in LLaMA's settings and write it to `path` (a file, or a folder
         that receives tokenizer.model).
 
-        ``texts`` yields documents (``str``) or UTF-8 text files (``Path``). ``vocab_size`` counts
+        `texts` yields documents (`str`) or UTF-8 text files (`Path`). `vocab_size` counts
         everything: 3 specials, 256 bytes, the characters that cover 99.995 % of the text, and the
         merges; from about 350 for ASCII text up to 32000. Training is deterministic. InputError
-        when the text has too many different characters for ``vocab_size``, or too few different
+        when the text has too many different characters for `vocab_size`, or too few different
         words to fill it. Settings: the trainer spec inside LLaMA's published tokenizer.model.
         """
         import sentencepiece
@@ -151,22 +149,22 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of ``text``. Note that encode(a + b) is not encode(a) + encode(b): SentencePiece puts
-        a space before the text, and merges reach across the seam."""
+        """Ids of `text`. encode(a + b) is not encode(a) + encode(b): SentencePiece puts a space
+        before the text, and merges reach across the boundary."""
         ids = self._backend.encode(text)
         return [self.bos] * bos + ids + [self.eos] * eos
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids and, for each, the index of the first character of ``text`` that it covers. The bytes
+        """Ids and, for each, the index of the first character of `text` that it covers. The bytes
         of one character all begin at that character."""
         return self._backend.encode_with_offsets(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of many texts, on as many threads as the process may use."""
+        """`encode` of many texts, on as many threads as the process may use."""
         return self._backend.encode_batch(list(texts))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids`` without special tokens and without the space SentencePiece put in front.
+        """Text of `ids` without special tokens and without the space SentencePiece put in front.
         Bytes that are no UTF-8 become U+FFFD. ValueError for an id outside the vocabulary."""
         ids = [int(i) for i in ids]
         for i in ids:
@@ -175,7 +173,7 @@ class Tokenizer:
         return self._backend.decode(ids)
 
     def piece(self, identifier: int) -> str:
-        """The text that the vocabulary itself gives an id, as in tokenizer.json's ``vocab``."""
+        """The text that the vocabulary itself gives an id, as in tokenizer.json's `vocab`."""
         return self._backend.piece(identifier)
 
     @functools.cached_property
@@ -200,9 +198,9 @@ class Tokenizer:
 
     @functools.cached_property
     def template_tokens(self) -> dict[str, int]:
-        """Texts, with their ids, that a chat template's output is parsed for: special tokens, and
-        other added ones that the template writes. Of the latter an answer may hold some, such as
-        ``</think>``; whoever asks may not. Empty without a template."""
+        """Texts, with their ids, that are parsed in a chat template's output: special tokens, and
+        other added ones that the template writes. An answer may hold some of the latter, such as
+        `</think>`; a user's message may not. Empty without a template."""
         if self.template is None:
             return {}
         source, special = self.template.source, self._backend.special
@@ -240,9 +238,9 @@ class Tokenizer:
         return self._backend.as_json() if own is None else own
 
     def pad_candidate(self) -> int:
-        """An id to pad with that is never a text's last token: the folder's own pad token unless
-        it ends sequences too, the unknown piece where bytes stand for unknown characters, a
-        reserved special token, or BOS."""
+        """An id to pad with that is never a text's last token. In this order: the folder's own pad
+        token unless it also ends sequences, the unknown piece where unknown characters become
+        bytes, a special token with "pad" or "reserved" in its name, BOS."""
         backend = self._backend
         named = backend.added.get(self.special_names.get("pad_token", ""))
         if named is not None and named not in self.stop_ids:
@@ -258,13 +256,13 @@ class Tokenizer:
                     return identifier
         return self.bos
 
-    def agrees_with(self, other: Tokenizer) -> bool:
-        """Whether a model that knows this one reads the other's ids as they were meant.
+    def agrees_with(self, other: "Tokenizer") -> bool:
+        """Whether the other's ids mean the same to a model that was trained with this one.
 
         True for the same file, and for two files of one vocabulary (a tokenizer.model and the
         tokenizer.json made from it): BOS and EOS must be equal, every id of the other must be the
         same piece here, and both must give the same ids to many texts that tell tokenizers apart
-        (``agreement``). This one may have further ids, such as a pad token.
+        (`agreement`). This one may have further ids, such as a pad token.
         """
         if (self.bos, self.eos) != (other.bos, other.eos):
             return False
@@ -274,7 +272,7 @@ class Tokenizer:
             return False
         return agreement.difference(self, other, agreement.probes(other, joined=300)) is None
 
-    def with_generation_of(self, other: Tokenizer) -> Tokenizer:
+    def with_generation_of(self, other: "Tokenizer") -> "Tokenizer":
         """This tokenizer with the other's generation_config.json where it has none itself."""
         if folder.GENERATION in self._companions or folder.GENERATION not in other._companions:
             return self
@@ -284,7 +282,7 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> Path:
         """Write the defining file and the other files that it came with, byte for byte, so that
-        ``digest`` stays the same; returns the defining file's path."""
+        `digest` stays the same; returns the defining file's path."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self._companions.items():
@@ -308,7 +306,7 @@ class Tokenizer:
             except UnicodeDecodeError as error:
                 raise InputError(f"{folder.TEMPLATE}: cannot be read: {error}") from None
         elif source is None and names:
-            # Pretraining and conversion need none; whatever renders one says this.
+            # Pretraining and conversion need none; the message comes where one is rendered.
             return ChatTemplate(
                 "",
                 (),

@@ -1,9 +1,8 @@
-"""Training: options, optimizer, schedule, the loop, and the run directory it writes."""
+"""Training: options, optimizer, schedule, and the loop over steps."""
 
-from llama2rt.train.loop import fit
+from llama2rt.train.loop import Objective, fit
 from llama2rt.train.optimizer import Optimizer
-from llama2rt.train.options import Recipe, TrainOptions
-from llama2rt.train.run import Run
+from llama2rt.train.options import TrainOptions
 from llama2rt.train.schedule import learning_rate
 
-__all__ = ["Optimizer", "Recipe", "Run", "TrainOptions", "fit", "learning_rate"]
+__all__ = ["Objective", "Optimizer", "TrainOptions", "fit", "learning_rate"]

@@ -26,6 +26,10 @@ _CHUNK_ELEMENTS = 32 << 20
 _PIECE_ELEMENTS = 1 << 18
 
 
+class Diverged(FloatingPointError):
+    """A loss or gradient norm is not finite. No weight or moment has been changed by it."""
+
+
 class Optimizer:
     """AdamW over a model's trainable parameters, which are put into ``options.precision``.
 
@@ -94,14 +98,14 @@ class Optimizer:
     def step(self, lr: float) -> float:
         """Clip, update and forget the accumulated gradients; returns their norm before clipping.
 
-        Gradients still on the parameters are accumulated first. Raises FloatingPointError, with
-        every weight and moment as it was, when the norm is not finite.
+        Gradients still on the parameters are accumulated first. Raises Diverged, with every weight
+        and moment as it was, when the norm is not finite.
         """
         self.accumulate()
         norm = self._norm()
         if not math.isfinite(norm):
             self.zero_grad()
-            raise FloatingPointError(f"gradient norm is {norm}")
+            raise Diverged(f"gradient norm is {norm}")
         scale = min(1.0, self.options.clip / (norm + 1e-6))
         for group in self._adamw.param_groups:
             group["lr"] = lr

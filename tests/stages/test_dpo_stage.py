@@ -15,8 +15,8 @@ from llama2rt.algorithms import losses
 from llama2rt.checkpoint import native
 from llama2rt.data.packing import pack_pairs
 from llama2rt.data.readers import read
+from llama2rt.run import Run
 from llama2rt.stages import dpo, loading, pairs, phases
-from llama2rt.train.run import Run
 
 
 def recipe(pocket, **settings) -> dpo.DpoRecipe:

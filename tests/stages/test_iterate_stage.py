@@ -11,9 +11,9 @@ from llama2rt.data.readers import write
 from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
+from llama2rt.run import Run
 from llama2rt.stages import iterate, loading, phases, rejection
 from llama2rt.text import chat
-from llama2rt.train.run import Run
 
 REJECTION = {"samples": 3, "epochs": 1, "batch_size": 16, "train": {"lr": 2e-3}}
 PPO = {"iterations": 2, "batch_size": 16, "mini_batch_size": 8, "train": {"lr": 1e-3}}

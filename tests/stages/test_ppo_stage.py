@@ -16,8 +16,8 @@ from llama2rt.algorithms import advantages
 from llama2rt.checkpoint.store import Store
 from llama2rt.data.readers import read
 from llama2rt.generate import Completion
+from llama2rt.run import Run
 from llama2rt.stages import loading, phases, ppo
-from llama2rt.train.run import Run
 
 
 def recipe(pocket, **settings) -> ppo.PpoRecipe:

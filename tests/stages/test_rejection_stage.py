@@ -13,10 +13,10 @@ from llama2rt.checkpoint import native
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Dialogue, Prompt
 from llama2rt.errors import InputError
+from llama2rt.run import Run
 from llama2rt.stages import loading, phases, rejection
 from llama2rt.text import backends, chat
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.run import Run
 
 
 def recipe(pocket, **settings) -> rejection.RejectionRecipe:

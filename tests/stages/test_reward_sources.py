@@ -10,10 +10,10 @@ from foreign_rows import PKU, ROWS
 from llama2rt.data.readers import write
 from llama2rt.data.records import Comparison
 from llama2rt.errors import InputError
+from llama2rt.run import Run
 from llama2rt.stages import loading, reward
 from llama2rt.stages.ppo import PpoRecipe
 from llama2rt.stages.reward import RewardRecipe
-from llama2rt.train.run import Run
 
 
 def pairs(prefix, count, **changes):

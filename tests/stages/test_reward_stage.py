@@ -15,8 +15,8 @@ from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
+from llama2rt.run import Run
 from llama2rt.stages import loading, reward
-from llama2rt.train.run import Run
 
 
 def comparison(name, rating=None, safety=None, answer="yes"):

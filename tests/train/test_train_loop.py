@@ -18,7 +18,8 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Batch, Example
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.model.llama import Block
-from llama2rt.train import Recipe, Run, TrainOptions, fit
+from llama2rt.run import Recipe, Run
+from llama2rt.train import TrainOptions, fit
 
 CONFIG = LlamaConfig(32, 2, 4, 2, 64, vocab_size=41, context=64)
 

@@ -6,7 +6,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from llama2rt.train import Recipe, TrainOptions, learning_rate
+from llama2rt.run import Recipe
+from llama2rt.train import TrainOptions, learning_rate
 from llama2rt.train.schedule import warn_of_warmup
 
 
@@ -60,3 +61,11 @@ class Stage(Recipe):
 def test_a_partial_table_keeps_the_stages_own_defaults():
     recipe = Stage.model_validate({"train": {"clip": 0.5}})
     assert (recipe.train.lr, recipe.train.warmup_steps, recipe.train.clip) == (2e-5, 3, 0.5)
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "warmup_ratio"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_are_finite(name, value):
+    with pytest.raises(ValidationError, match=name):
+        TrainOptions(**{name: value})
+    assert TrainOptions(clip=float("inf")).clip == float("inf")

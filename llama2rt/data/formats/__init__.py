@@ -1,15 +1,15 @@
-"""Rows as other people publish them, turned into our records: one module a family of formats.
+"""Published formats of rows, made into our records: one module a family of formats.
 
-Each format is a test on a row's keys and a function from the row to JSON objects in our own form,
-which ``records`` then checks like any other. A row may give several records (four ranked answers)
-or none where the source's own rule leaves it out (an SHP pair with too small a score ratio). What a
-format does not read is the reader's to count: it knows which further keys a format reads, and which
-published rows are known to carry. Selection rules: Dong et al. 2024 (arXiv 2405.07863), section 2;
-what they drop as malformed is an error here, to be tolerated by ``skip_invalid``.
+A format is a test on a row's keys and a function from the row to JSON objects in our own form,
+which `records` then checks like any other. A row may give several records (four ranked answers)
+or none, where the source's own rule leaves it out (an SHP pair with too small a score ratio). Each
+format names the keys that it reads and those that published rows are known to have; the reader
+counts all others. Selection rules: Dong et al. 2024 (arXiv 2405.07863), section 2; rows that they
+drop as malformed are errors here, which `skip_invalid` tolerates.
 """
 
-# In this order are rows recognised: transcripts before plain text, whose rows have the same keys;
-# formats with more keys before those that any of them might match.
+# Rows are recognised in this order: transcripts before plain text, whose rows have the same keys;
+# formats with more keys before those that would match such rows too.
 from llama2rt.data.formats import (  # noqa: F401  # isort: skip
     anthropic,
     orca,

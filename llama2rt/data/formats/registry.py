@@ -1,7 +1,5 @@
 """What a format is, and the list of them that the modules beside this one fill."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,15 +11,16 @@ Convert = Callable[[Row], Iterator[Row]]
 
 @dataclass
 class Selection:
-    """What of one file's rows is wanted, and how many are left out, by reason."""
+    """Which pairs and answers of one file are wanted, and counts of the others."""
 
     minimum_score_difference: float = 0.0
     left_out: Counter[str] = field(default_factory=Counter)
+    """by reason"""
     unsupported: int = 0
-    """pairs that are kept and whose own scores are equal or say the opposite"""
+    """pairs that are kept although their own scores are equal or say the opposite"""
 
     def far_enough(self, difference: float) -> bool:
-        """Whether a pair whose answers' scores differ by ``difference`` is kept; counts it
+        """Whether a pair whose answers' scores differ by `difference` is kept; counts it
         otherwise."""
         if difference >= self.minimum_score_difference:
             return True
@@ -41,26 +40,28 @@ Start = Callable[[Selection], Convert]
 
 @dataclass(frozen=True)
 class Format:
-    """``kind`` of record it gives; ``keys`` that a row must have, and what else must hold of it."""
+    """A published format of rows."""
 
     name: str
     kind: str
+    """of the records that it gives"""
     keys: frozenset[str]
+    """that a row must have"""
     matches: Callable[[Row], bool]
+    """what else must hold of a row with these keys"""
     start: Start
     """makes a fresh converter for one file: some remember earlier rows"""
     reads: Callable[[Row], Iterable[str]]
     """further keys of a row that the converter looks at"""
     carries: frozenset[str]
-    """keys that published rows hold and that say nothing of use to a record"""
+    """keys of published rows that no record needs"""
     decides: frozenset[str]
     """our own keys that only the format itself can give: a row that sets one contradicts it"""
     scores: frozenset[str] | None
-    """None where ``Selection.minimum_score_difference`` means nothing to it; else the keys that it
-    looks at for that alone"""
+    """further keys read for `Selection.minimum_score_difference`; None where it does not apply"""
 
     def used(self, row: Row, selection: Selection) -> set[str]:
-        """The keys of ``row`` that the converter looks at."""
+        """The keys of `row` that the converter looks at."""
         used = {*self.keys, *self.reads(row)}
         if selection.minimum_score_difference:
             used |= self.scores or frozenset()
@@ -81,21 +82,19 @@ def register(
     decides: str = "",
     scores: str | None = None,
 ) -> Callable[[Start], Start]:
-    """Adds a format to ``FORMATS``; lists of keys are texts with spaces between."""
+    """Adds a format to `FORMATS`. Keys are given as one text, with spaces between them."""
+    sets = {"keys": keys, "carries": carries, "decides": decides}
 
     def add(start: Start) -> Start:
-        further = (lambda _row: reads.split()) if isinstance(reads, str) else reads
         FORMATS.append(
             Format(
                 name,
                 kind,
-                frozenset(keys.split()),
-                matches,
-                start,
-                further,
-                frozenset(carries.split()),
-                frozenset(decides.split()),
-                None if scores is None else frozenset(scores.split()),
+                matches=matches,
+                start=start,
+                reads=(lambda _row: reads.split()) if isinstance(reads, str) else reads,
+                scores=None if scores is None else frozenset(scores.split()),
+                **{key: frozenset(text.split()) for key, text in sets.items()},
             )
         )
         return start
@@ -104,17 +103,17 @@ def register(
 
 
 def stateless(convert: Convert) -> Start:
-    """A converter that needs neither memory nor a selection, as what ``register`` takes."""
+    """Makes of a converter without memory and selection what `register` takes."""
     return lambda _selection: convert
 
 
 def selecting(convert: Callable[[Row, Selection], Iterator[Row]]) -> Start:
-    """Likewise one that leaves out some of a row's answers or pairs, and has no memory."""
+    """The same for a converter that leaves out some of a row's answers or pairs."""
     return lambda selection: lambda row: convert(row, selection)
 
 
 def recognise(row: Row, kind: str) -> Format | None:
-    """The first foreign format of ``kind`` that ``row`` is in."""
+    """The first foreign format of `kind` that `row` is in."""
     for candidate in FORMATS:
         if candidate.kind == kind and candidate.keys <= row.keys() and candidate.matches(row):
             return candidate

@@ -1,4 +1,4 @@
-"""Prompt collections of the RLHF Workflow project: the conversation under ``context_messages``."""
+"""Prompt collections of the RLHF Workflow project: the conversation under `context_messages`."""
 
 from collections.abc import Iterator
 

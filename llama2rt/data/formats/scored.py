@@ -64,7 +64,7 @@ def _annotations(completion: Any) -> dict[str, Any]:
 
 
 def _mean_rating(where: str, completion: dict[str, Any], aspects: set[str]) -> float | None:
-    """The fine-grained score, or the mean over all ``aspects``; None where one is unrated."""
+    """The fine-grained score, or the mean over all `aspects`; None where one is unrated."""
     if "fine-grained_score" in completion:
         return score(f"{where} fine-grained_score", completion["fine-grained_score"])
     annotations = _annotations(completion)

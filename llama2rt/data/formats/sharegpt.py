@@ -1,4 +1,4 @@
-"""ShareGPT: ``conversations`` of ``{"from": ..., "value": ...}``."""
+"""ShareGPT: `conversations` of `{"from": ..., "value": ...}`."""
 
 from collections.abc import Iterator
 

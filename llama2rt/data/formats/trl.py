@@ -23,7 +23,7 @@ _CARRIES = (
 
 def _prompt(row: Row, longer: Any) -> list[Any]:
     """The conversation that a row's prompt stands for. Beside answers of several turns (Capybara,
-    UltraFeedback binarized) a prompt of plain text repeats one of their turns: what is ``longer``,
+    UltraFeedback binarized) a prompt of plain text repeats one of their turns: what is `longer`,
     a message list, gives the whole context then."""
     prompt = row["prompt"]
     plain = isinstance(prompt, str) and not is_transcript(prompt)
@@ -84,7 +84,7 @@ def _completion(row: Row) -> Iterator[Row]:
 
 
 def _finished(row: Row) -> bool:
-    """Whether ``messages`` is a whole dialogue, as in UltraFeedback binarized, and no prompt."""
+    """Whether `messages` is a whole dialogue, as in UltraFeedback binarized, and no prompt."""
     said = row["messages"]
     last = said[-1] if isinstance(said, list) and said else None
     return isinstance(last, dict) and last.get("role") == "assistant"

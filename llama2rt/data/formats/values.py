@@ -1,7 +1,5 @@
 """Values that many formats share: text, scores, message lists in either spelling, transcripts."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math
@@ -18,7 +16,7 @@ Row = dict[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _NVIDIA_TURN = re.compile(r"<extra_id_1>(User|Assistant)(?:\n|\Z)")
-# A tag alone may be what a question is about: what a template writes after it has to follow.
+# A question may be about such a tag: it counts only where what a template writes after it follows.
 _TEMPLATED = re.compile(
     r"(?:<s>|<bos>|<\|begin_of_text\|>)?\s*(?:"
     r"<\|im_start\|>\w+(?:[ \t\r]*\n|<\|im_sep\|>)|"
@@ -36,7 +34,7 @@ _LONGEST_PYTHON = 1_000_000
 
 
 def text(row: Row, key: str) -> str:
-    """``row[key]``; InputError naming the key unless it is text, and for a message list that some
+    """`row[key]`; InputError naming the key unless it is text, and for a message list that some
     program wrote as text, in JSON's or Python's spelling."""
     value = bare_text(row, key)
     require_no_messages(key, value)
@@ -44,8 +42,8 @@ def text(row: Row, key: str) -> str:
 
 
 def bare_text(row: Row, key: str) -> str:
-    """Likewise where a message list is found later: one of several answers costs its own pairs
-    only."""
+    """`text` without the check for a message list, which the record's own check makes for each of
+    several answers, so that one bad answer costs only its own pairs."""
     value = row[key]
     if not isinstance(value, str):
         raise InputError(f"{key}: expected text, got {type_name(value)}")
@@ -53,8 +51,8 @@ def bare_text(row: Row, key: str) -> str:
 
 
 def require_no_messages(key: str, value: str) -> None:
-    """InputError for a message list written as text. Other lists of objects are what an answer in
-    JSON may well be."""
+    """InputError for a message list written as text. Other lists of objects may be an answer in
+    JSON."""
     if not _MESSAGES_BEGIN.match(value):
         return
     items = _parsed(value)
@@ -68,7 +66,7 @@ def require_no_messages(key: str, value: str) -> None:
 
 
 def _parsed(value: str) -> Any:
-    """What JSON or Python reads from ``value``; None for a text that is neither."""
+    """What JSON or Python reads from `value`; None for a text that is neither."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
@@ -91,7 +89,7 @@ def _list_as_text(key: str) -> InputError:
 
 
 def choice(row: Row, key: str) -> int:
-    """``row[key]``, 0 or 1."""
+    """`row[key]`, 0 or 1."""
     value = row[key]
     if isinstance(value, bool) or value not in (0, 1):
         raise InputError(f"{key}: expected 0 or 1, got {shown(value)}")
@@ -121,10 +119,10 @@ def assistant(content: str) -> Row:
 
 
 def conversation(row: Row, key: str) -> list[Row]:
-    """What the text ``row[key]`` asks: a user's turn, or the turns of a conversation written out in
-    Anthropic's form or in NVIDIA's (HelpSteer2). InputError as ``text``, for a list of turns
-    written as JSON, for what a chat template laid out, which ours would lay out again, and for a
-    conversation that does not take turns or has its answer already."""
+    """The messages of the text `row[key]`: a user's turn, or the turns of a conversation written
+    out in Anthropic's form or in NVIDIA's (HelpSteer2). InputError as `text`; for a list of turns
+    written as JSON; for the output of a chat template, to which ours would be applied again; and
+    for a conversation whose roles do not alternate, or that ends with an answer."""
     what, turns = _written_out(row, key)
     if turns[-1]["role"] == "assistant":
         if turns[-1]["content"]:
@@ -144,7 +142,7 @@ def conversation(row: Row, key: str) -> list[Row]:
 
 
 def _written_out(row: Row, key: str) -> tuple[str, list[Row]]:
-    """The turns of the text ``row[key]``, at least one, and what it was read as."""
+    """The turns of the text `row[key]`, at least one, and what it was read as."""
     value = text(row, key)
     if _is_json_of_strings(value):
         raise _list_as_text(key)
@@ -157,7 +155,7 @@ def _written_out(row: Row, key: str) -> tuple[str, list[Row]]:
 
 def _nvidia_turns(value: str) -> list[Row]:
     """The turns of "...\\n<extra_id_1>Assistant\\n...\\n<extra_id_1>User\\n..."; none of a text
-    whose markers do not take turns: it only speaks of them."""
+    whose markers do not alternate: it is a text about them."""
     first, *parts = _NVIDIA_TURN.split(value)
     named = list(zip(parts[::2], parts[1::2], strict=True))
     if first.strip():
@@ -182,7 +180,7 @@ def _is_json_of_strings(value: str) -> bool:
 
 def messages(key: str, value: Any, *, finished: bool = False) -> list[Any]:
     """A message list with ShareGPT's from/value spelt as role/content; of a text, its
-    ``conversation``, or all turns of a ``finished`` one. Further keys of a message stay, for the
+    `conversation`, or all turns of a `finished` one. Further keys of a message stay, for the
     record's check to name."""
     if isinstance(value, str):
         row = {key: value}
@@ -195,7 +193,7 @@ def messages(key: str, value: Any, *, finished: bool = False) -> list[Any]:
 def _message(message: Any) -> Any:
     if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
         return message
-    if {"role", "content"} & message.keys():  # which of the two speaks is not ours to say
+    if {"role", "content"} & message.keys():  # both spellings: the record's check refuses it
         return message
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     role = message["from"]

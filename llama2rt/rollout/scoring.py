@@ -1,10 +1,9 @@
 """Scores of a reward model over many responses: what rejection sampling, PPO and DPO rank by.
 
-The score is the model's scalar at the last token of the dialogue (Llama 2, section 3.2.2). Two
-entrances, because text and tokens are not the same thing: `score` takes finished text, which the
-chat format closes with EOS as in the comparisons the model was trained on; `score_tokens` takes
-tokens exactly as they were sampled. A response cut off by the length limit has no EOS, and giving
-it one would score a text the policy never wrote, so sampled responses belong in `score_tokens`.
+The score is the model's scalar at the last token of the dialogue (Llama 2, section 3.2.2).
+`score` takes finished text, which the chat format closes with EOS, as in the comparisons that the
+model was trained on. `score_tokens` takes tokens exactly as they were sampled: a response cut off
+by the length limit has no EOS, and with one it would be a text that the policy never wrote.
 
 Scores are raw (before any sigmoid), comparable only between responses to the same prompt scored
 by the same model.
@@ -44,7 +43,7 @@ def score_tokens(
 
     Sequences of similar length share a micro-batch of at most `micro_tokens` tokens (a longer
     sequence gets one of its own); the result is in the order given. Runs without gradients and in
-    eval mode, and gives the model back in the mode it came in. ValueError for an empty sequence,
+    eval mode, and restores the model's mode. ValueError for an empty sequence,
     which has no last token, InputError for one beyond the model's context, FloatingPointError for a
     score that is not finite: it would rank as neither above nor below another.
     """

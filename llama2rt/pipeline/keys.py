@@ -1,0 +1,111 @@
+"""Recipes in part: what a plan says of a stage before the rest is known.
+
+The keys are those of the stage's own recipe, checked one by one as they are read; what is left out
+comes from the plan or from the stage's defaults, and what must agree with each other is checked
+when the recipe is whole.
+"""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    create_model,
+    model_serializer,
+)
+
+from llama2rt.stages import STAGES
+
+
+class StageKeys(BaseModel):
+    """Some keys of a stage's recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_serializer(mode="plain")
+    def given(self) -> dict[str, Any]:
+        """The keys that were given, as JSON; of tables likewise only these, since a stage has other
+        defaults for them."""
+        return {key: _plain(getattr(self, key)) for key in sorted(self.model_fields_set)}
+
+    def recipe_keys(self) -> dict[str, Any]:
+        """Those of the stage's recipe."""
+        return self.given()
+
+
+class PlanStep(StageKeys):
+    """A step as a file describes it."""
+
+    name: str = Field(min_length=1, pattern=r"^[^/@][^/]*$")
+    """such as RLHF-V1; also the folder's name"""
+    stage: str
+    """what it runs"""
+
+    def recipe_keys(self) -> dict[str, Any]:
+        return {key: value for key, value in self.given().items() if key not in ("name", "stage")}
+
+
+@functools.cache
+def keys_of(stage: str) -> dict[str, Any]:
+    """The fields of a stage's recipe, each of which may be absent."""
+    return {
+        name: (field.annotation | None, None)  # type: ignore[operator]
+        for name, field in STAGES[stage].recipe.model_fields.items()
+    }
+
+
+@functools.cache
+def table_type(stage: str) -> type[StageKeys]:
+    """What may stand in a table of a stage's keys."""
+    return create_model(f"{stage.title()}Keys", __base__=StageKeys, **keys_of(stage))
+
+
+@functools.cache
+def step_type(stage: str) -> type[PlanStep]:
+    """What may stand in a step of a stage."""
+    return create_model(f"{stage.title()}Step", __base__=PlanStep, **keys_of(stage))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _step(given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    return step_type(_known(given.get("stage"))).model_validate(given)
+
+
+def _tables(given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    return {
+        stage: keys
+        if isinstance(keys, StageKeys)
+        else table_type(_known(stage)).model_validate(keys)
+        for stage, keys in given.items()
+    }
+
+
+def _known(stage: Any) -> str:
+    if stage not in STAGES:
+        raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+    return str(stage)
+
+
+AnyStep = Annotated[SerializeAsAny[PlanStep], BeforeValidator(_step)]
+"""A step with the keys of its stage."""
+Tables = Annotated[dict[str, SerializeAsAny[StageKeys]], BeforeValidator(_tables)]
+"""Keys by stage."""

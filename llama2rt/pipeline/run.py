@@ -1,0 +1,69 @@
+"""A plan carried out: order, checks, resumption, and how long each step took."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from llama2rt import atomic
+from llama2rt.pipeline.plan import Resolved, Step, check, resolve
+from llama2rt.run import is_complete
+
+_console = Console(stderr=True, highlight=False)
+
+
+def run(steps: Sequence[Step], directory: Path, clock: "Clock") -> list[Resolved]:
+    """Carry out `steps` below `directory`, or what is left of them; returns them as they were run.
+
+    All recipes and inputs are checked before the first step; a plan whose steps are all complete
+    checks nothing. InputError naming the step.
+    """
+    plan = resolve(steps, directory)
+    if not all(is_complete(step.directory) for step in plan):
+        check(plan)
+    for step in plan:
+        with clock.phase(step.name, step.purpose):
+            step.stage.run(step.recipe, step.directory, resume=True)
+    return plan
+
+
+class Clock:
+    """Seconds and peak memory by phase, kept in a file so that a resumed job adds up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = kept.get("seconds", {})
+        self.peak: int = kept.get("peak_memory_bytes", 0)
+        self._running: tuple[str, float] | None = None
+
+    @contextmanager
+    def phase(self, name: str, purpose: str) -> Iterator[None]:
+        """Announce a phase and add the time it takes, also where it is interrupted."""
+        _console.print(f"[bold cyan]{name:<22}[/]{purpose}")
+        begin = time.monotonic()
+        self._running = name, begin
+        try:
+            yield
+        finally:
+            self._running = None
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+            self.peak = self.peak_memory_bytes()
+            kept = {"seconds": self.seconds, "peak_memory_bytes": self.peak}
+            atomic.write(self.path, json.dumps(kept, indent=2))
+        _console.print(f"[dim]{'':<22}{self.seconds[name]:.0f} s[/]")
+
+    def total(self) -> float:
+        """Seconds of all phases so far, the running one included."""
+        running = time.monotonic() - self._running[1] if self._running else 0.0
+        return sum(self.seconds.values()) + running
+
+    def peak_memory_bytes(self) -> int:
+        """Largest resident size of this process, or of one that it resumes."""
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return max(self.peak, now if sys.platform == "darwin" else now * 1024)

@@ -1,0 +1,81 @@
+"""The main job, top to bottom: data, the plan's steps, what the judge says of them, a report.
+
+Each step is the library's own stage, run into its folder below the job's directory, so every one of
+them can be inspected, resumed or repeated by its verb. What is here is what no stage does: write
+the data, and let the judge read the versions at the end.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama2rt.pipeline.run import Clock
+from llama2rt.pipeline.run import run as run_plan
+from llama2rt.quickstart import data, evaluation, page
+from llama2rt.quickstart.plan import KINDS, QuickstartPlan
+from llama2rt.quickstart.recipe import QuickstartRecipe
+from llama2rt.run import Run, hash_path
+from llama2rt.stages.evaluate import read_answers
+
+# What the evaluate step measured and the report shows.
+COMPARED = (
+    "win_rates",
+    "reward_win_rates",
+    "best_of",
+    "length_correlation",
+    "reward_against_judge",
+)
+
+
+def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Do the whole job, or what is left of it; returns the numbers of report.json."""
+    # Stages compare the paths in their recipes when they resume: let them not depend on where the
+    # command was given.
+    directory = directory.resolve()
+    job = Run.open(directory, recipe, resume=resume)
+    if job.complete:
+        return read_report(directory)
+    clock = Clock(directory / "phases.json")
+
+    with clock.phase("data", "corpus, dialogues, prompts, answer keys"):
+        files = data.write(recipe, directory)
+        data.initialise(recipe, files["documents"], files["dialogues"], directory)
+    keys = data.keys_path(directory)
+    plan = run_plan(
+        QuickstartPlan(recipe, files, directory / "init", keys).steps(), directory, clock
+    )
+    with clock.phase("report", "the judge's verdicts, figures and tables"):
+        found = read_report(directory / "evaluate")
+        answers = read_answers(directory / "evaluate")
+        reward_models = {
+            kind: read_report(directory / f"reward-{kind}-{recipe.batches}") for kind in KINDS
+        }
+        numbers = {
+            "seconds": clock.total(),
+            "peak_memory_bytes": clock.peak_memory_bytes(),
+            "seed": recipe.seed,
+            "parameters": recipe.shape.parameters,
+            "phases": dict(clock.seconds),
+            "reward_models": reward_models,
+            "drift": {
+                kind: model["drift"] for kind, model in reward_models.items() if "drift" in model
+            },
+            **{key: found[key] for key in COMPARED},
+            **evaluation.judged(answers, found["versions"], data.read_keys(keys)),
+        }
+        page.write(directory, plan, numbers)
+    job.finish(
+        seconds=numbers["seconds"],
+        data={
+            str(path.relative_to(directory)): hash_path(path)
+            for folder in ("data", "judge")
+            for path in sorted((directory / folder).iterdir())
+        },
+    )
+    return read_report(directory)
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The numbers of a run's report.json."""
+    numbers: dict[str, Any] = json.loads((directory / "report.json").read_text())
+    return numbers

@@ -1,0 +1,57 @@
+"""Log-probabilities and values of response tokens, by the path that training takes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llama2rt.data.packing import Batch, Example, micro_batches
+from llama2rt.model import Llama, ScalarModel
+
+
+def inference_batches(
+    examples: Sequence[Example], micro_tokens: int, device: torch.device
+) -> list[Batch]:
+    """Packed in order, on `device`."""
+    return [batch.to(device) for batch in micro_batches(examples, micro_tokens)]
+
+
+@torch.no_grad()
+def response_logprobs(
+    model: Llama, examples: Sequence[Example], temperature: float, micro_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy fp32 [R] of all response tokens, in order.
+
+    `temperature` must be the one the responses were sampled at: log-probabilities at another one
+    belong to another policy, and a KL computed from them comes out negative or exploding.
+    """
+    parts = []
+    for batch in inference_batches(examples, micro_tokens, next(model.parameters()).device):
+        logprob, entropy = model(
+            batch.tokens,
+            batch.positions,
+            batch.cu_seqlens,
+            batch.targets,
+            temperature=temperature,
+            entropy=True,
+        )
+        parts.append(torch.stack([logprob, entropy])[:, batch.targets >= 0])
+    logprob, entropy = torch.cat(parts, dim=1)
+    return logprob, entropy
+
+
+@torch.no_grad()
+def response_values(critic: ScalarModel, examples: Sequence[Example], micro_tokens: int) -> Tensor:
+    """Value fp32 [R] of the state before each response token, aligned with `response_logprobs`."""
+    parts = []
+    for batch in inference_batches(examples, micro_tokens, critic.head.weight.device):
+        values = critic(batch.tokens, batch.positions, batch.cu_seqlens)
+        parts.append(values[batch.targets >= 0])
+    return torch.cat(parts)
+
+
+def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of consecutive segments: [T] and int64 [B] -> [B], at least fp32; differentiable,
+    deterministic."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))  # else bf16 stops at 256
+    return torch.segment_reduce(wide, "sum", lengths=lengths, initial=0)

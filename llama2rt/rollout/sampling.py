@@ -1,0 +1,167 @@
+"""Answers of a policy, each with its reward: drawn, scored, and kept in files as they are done."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llama2rt.data.records import Prompt
+from llama2rt.generate import Completion, Engine
+from llama2rt.model import Llama
+from llama2rt.rollout.responses import Response, read_responses, write_responses
+from llama2rt.rollout.reward import RewardModels
+from llama2rt.run import check_integers
+from llama2rt.text.tokenizer import Tokenizer
+
+PROMPTS_PER_FILE = 512
+
+
+class SamplingOptions(BaseModel):
+    """How long answers may be, and what sampling them may take."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    max_tokens: int = Field(default=256, gt=0)
+    """response length; a longer response is cut there and is scored as it stands, without an EOS"""
+    max_sequences: int = Field(default=256, gt=0)
+    """sampled at once"""
+    cache_bytes: int | None = Field(default=None, gt=0)
+    """most memory that sampling takes beside the model; None for half of what is free"""
+
+    @model_validator(mode="after")
+    def _integers(self) -> "SamplingOptions":
+        check_integers(self)
+        return self
+
+    def engine(self, model: Llama, tokenizer: Tokenizer) -> Engine:
+        """What samples from `model` within these bounds."""
+        return Engine(
+            model, tokenizer, max_sequences=self.max_sequences, cache_bytes=self.cache_bytes
+        )
+
+
+def derived_seed(seed: int, *parts: int | str) -> int:
+    """A seed in [0, 2^31) for one phase of one iteration: distinct, and free of state to resume."""
+    digest = hashlib.sha256(json.dumps([seed, *parts]).encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A policy that answers, and the models that score its answers."""
+
+    engine: Engine
+    reward_models: RewardModels
+    max_tokens: int
+    policy: str
+    """the name that responses carry"""
+
+    def complete(
+        self, prompts: Sequence[Prompt], *, n: int = 1, temperature: float, seed: int
+    ) -> list[Completion]:
+        """n samples of each prompt: those of the first prompt, then the second's ..."""
+        return self.engine.generate(
+            [prompt.messages for prompt in prompts],
+            n=n,
+            temperature=temperature,
+            max_tokens=self.max_tokens,
+            seed=seed,
+        )
+
+    def score(
+        self,
+        completions: Sequence[Completion],
+        prompts: Sequence[Prompt],
+        *,
+        temperature: float,
+        seed: int,
+    ) -> list[Response]:
+        """What was drawn for `prompts` with its reward, read at each response's last token, whether
+        EOS or cut."""
+        answered = [prompts[completion.prompt_index] for completion in completions]
+        reward, scores = self.reward_models.score(
+            [completion.prompt_tokens + completion.tokens for completion in completions],
+            np.array([prompt.kind == "safety" for prompt in answered]),
+        )
+        return [
+            Response(
+                prompt=prompt,
+                text=completion.text,
+                prompt_tokens=completion.prompt_tokens,
+                tokens=completion.tokens,
+                finished=completion.finish_reason == "stop",
+                reward=float(reward[i]),
+                scores={name: float(score[i]) for name, score in scores.items()},
+                policy=self.policy,
+                temperature=temperature,
+                seed=seed,
+            )
+            for i, (prompt, completion) in enumerate(zip(answered, completions, strict=True))
+        ]
+
+    def responses(
+        self, prompts: Sequence[Prompt], *, n: int = 1, temperature: float, seed: int
+    ) -> list[Response]:
+        """n scored responses of each prompt, in the order of `complete`."""
+        completions = self.complete(prompts, n=n, temperature=temperature, seed=seed)
+        return self.score(completions, prompts, temperature=temperature, seed=seed)
+
+
+def sample(
+    folder: Path,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    *,
+    n: int,
+    temperatures: Sequence[float],
+    seed: int,
+) -> list[list[Response]]:
+    """n scored responses of each prompt, an equal share at each temperature.
+
+    Written to `folder` in files of 512 prompts as they are finished; a file that is there is read
+    instead of sampled again, so a killed run loses at most one.
+    """
+    each = n // len(temperatures)
+    by_prompt: list[list[Response]] = []
+    for part, begin in enumerate(range(0, len(prompts), PROMPTS_PER_FILE)):
+        group = prompts[begin : begin + PROMPTS_PER_FILE]
+        path = folder / f"part-{part:05d}.jsonl"
+        if not path.exists():
+            responses: list[Response] = []
+            for temperature in temperatures:
+                part_seed = derived_seed(seed, part, str(temperature))
+                responses += sampler.responses(
+                    group, n=each, temperature=temperature, seed=part_seed
+                )
+            # From temperature-major to prompt-major.
+            grid = np.arange(len(responses)).reshape(len(temperatures), len(group), each)
+            order = grid.transpose(1, 0, 2).ravel()
+            write_responses(path, [responses[i] for i in order])
+        by_prompt += by_prompts(read_responses(path), n)
+    return by_prompt
+
+
+def read_samples(folder: Path, n: int) -> list[list[Response]]:
+    """What `sample` left in `folder`: n responses of each prompt."""
+    parts = sorted(folder.glob("part-*.jsonl"))
+    return [group for part in parts for group in by_prompts(read_responses(part), n)]
+
+
+def by_prompts(responses: Sequence[Response], n: int) -> list[list[Response]]:
+    """Groups of n: those of the first prompt, then the second's ..."""
+    return [list(responses[i : i + n]) for i in range(0, len(responses), n)]
+
+
+def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> list[Prompt]:
+    """An iteration's `count` prompts, from shuffled epochs that are continued across iterations:
+    none comes again before all have come."""
+    indices = range(iteration * count, (iteration + 1) * count)
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(len(prompts))
+        for epoch in range(indices[0] // len(prompts), indices[-1] // len(prompts) + 1)
+    }
+    return [prompts[orders[index // len(prompts)][index % len(prompts)]] for index in indices]

@@ -1,0 +1,221 @@
+"""Collecting preferences (section 3.2.1): a policy answers prompts twice, an annotator compares.
+
+The two answers differ in temperature, or come from two policies ("two different model variants, and
+varying the temperature hyper-parameter"). What comes out are comparisons of each kind, helpfulness
+and safety, for training, and apart from them, on other prompts, for testing reward models.
+
+    pairs.jsonl                        what the annotator saw
+    helpfulness-training.jsonl ...     what was said, by kind and part
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from llama2rt import atomic, report
+from llama2rt.annotate import AnnotatorOptions, AnswerPair
+from llama2rt.data import readers
+from llama2rt.data.records import KINDS, Comparison, Prompt
+from llama2rt.data.sources import Source
+from llama2rt.errors import InputError
+from llama2rt.generate import Completion
+from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
+from llama2rt.run import Recipe, Run
+from llama2rt.stages import loading
+from llama2rt.stages.loading import Future, Opened
+from llama2rt.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("llama2rt.stages.annotate")
+
+Part = Literal["training", "held_out"]
+PARTS: tuple[Part, ...] = ("training", "held_out")
+PAIRS = "pairs.jsonl"
+
+
+class AnnotateRecipe(Recipe):
+    """Let an annotator compare two answers of a policy to each prompt."""
+
+    policy: Path
+    """the newest policy, which answers"""
+    other: Path | None = None
+    """gives the second answer; None for policy too"""
+    data: list[Source]
+    """prompts whose comparisons reward models are trained on"""
+    held_out: list[Source] = Field(default=[])
+    """prompts whose comparisons test reward models; none of them should be in data"""
+    prompts: int | None = Field(default=None, gt=0)
+    """how many of data; None for all"""
+    batch: int = Field(default=1, gt=0)
+    """which batch of so many prompts this is: shuffled epochs, continued across batches"""
+    annotator: AnnotatorOptions
+    """who compares"""
+    temperatures: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 0.7)
+    """of the first and the second answer"""
+    sampling: SamplingOptions = SamplingOptions()
+    """length of answers, and what sampling may take; a pair with an answer that is cut is not
+    shown"""
+    tokenizer: Path | None = None
+    """None for the one in policy"""
+    seed: int = Field(default=0, ge=0)
+    """of sampling, and of an annotator that draws"""
+
+
+@dataclass(frozen=True)
+class AnnotateInputs(Opened):
+    """What a run reads besides weights; it leaves no model."""
+
+    tokenizer: Tokenizer
+    prompts: dict[Part, list[Prompt]]
+    result: None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Comparisons of the kinds that there are prompts of."""
+        return tuple(file_name(kind, part) for kind, part in batches(self.prompts))
+
+
+def batches(prompts: Mapping[Part, Sequence[Prompt]]) -> list[tuple[str, Part]]:
+    """(kind, part) of all that is asked."""
+    kinds = {part: {prompt.kind for prompt in found} for part, found in prompts.items()}
+    return [(kind, part) for kind in KINDS for part in PARTS if kind in kinds[part]]
+
+
+def file_name(kind: str, part: Part) -> str:
+    """Of the comparisons of one kind and part, in the run's directory."""
+    return f"{kind}-{part}.jsonl"
+
+
+def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """Sample, ask, write; returns the directory, which holds the comparisons."""
+    named = loading.file_inputs(recipe)
+    if recipe.annotator.python is None:
+        for index in range(len(recipe.annotator.files)):
+            del named[f"annotator.files.{index}"]  # which people may still be writing
+    run = Run.open(directory, recipe, inputs=named, resume=resume)
+    if run.complete:
+        return run.directory
+    inputs = open_inputs(recipe)
+    pairs = shown_pairs(recipe, inputs, run.directory / PAIRS)
+    device = loading.default_device()
+    annotator = recipe.annotator.annotator(run.directory / PAIRS, device)
+    numbers: dict[str, Any] = {}
+    said: dict[tuple[str, Part], list[Comparison]] = {
+        batch: [] for batch in batches(inputs.prompts)
+    }
+    left_out: Counter[str] = Counter()
+    for part in PARTS:
+        shown = [pair for its_part, pair in pairs if its_part == part]
+        judgements = annotator(shown, f"{recipe.seed}:{part}") if shown else []
+        for pair, judgement in zip(shown, judgements, strict=True):
+            if judgement is None:
+                left_out["undecided"] += 1
+            elif (comparison := judgement.comparison(pair, run.directory.name)) is None:
+                left_out["chosen unsafe, the other safe"] += 1
+            else:
+                said[pair.prompt.kind, part].append(comparison)
+    for (kind, part), comparisons in said.items():
+        if not comparisons:
+            raise InputError(
+                f"{run.directory / PAIRS}: no comparison of {kind} came of the prompts for {part}: "
+                f"of {len(pairs)} pairs in all {sum(left_out.values())} were left out"
+            )
+        readers.write(run.directory / file_name(kind, part), comparisons)
+        numbers[f"{kind}/{part}"] = len(comparisons)
+    report.finish(run, {"pairs": len(pairs), "left_out": left_out, **numbers})
+    return run.directory
+
+
+def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> AnnotateInputs:
+    """All that the recipe names, read and checked before any weights are loaded."""
+    tokenizer, models = loading.outlines(
+        recipe.tokenizer, {"policy": recipe.policy, "other": recipe.other}, future
+    )
+    recipe.annotator.check(future.models if future is not None else ())
+    cache = loading.CacheLimit(recipe.sampling.cache_bytes, torch.float32)
+    policy = models.pop("policy")
+    sources: dict[Part, list[Source]] = {"training": recipe.data, "held_out": recipe.held_out}
+    prompts = {
+        part: loading.read_prompts(
+            paths, tokenizer, policy, recipe.sampling.max_tokens, models, cache
+        )
+        if paths
+        else []
+        for part, paths in sources.items()
+    }
+    for part, found in prompts.items():
+        repeated = [key for key, n in Counter(prompt.id for prompt in found).items() if n > 1]
+        if repeated:
+            raise InputError(f"{part}: the id {repeated[0]!r} names more than one prompt")
+    if recipe.prompts is not None:
+        count = min(recipe.prompts, len(prompts["training"]))
+        # Not by the recipe's seed, which differs between the batches of a plan.
+        prompts["training"] = draw(prompts["training"], count, 0, recipe.batch - 1)
+    return AnnotateInputs(tokenizer, prompts)
+
+
+def shown_pairs(
+    recipe: AnnotateRecipe, inputs: AnnotateInputs, path: Path
+) -> list[tuple[Part, AnswerPair]]:
+    """The pairs to compare, out of the file at `path` where it is there, else sampled and written
+    to it."""
+    if not path.exists():
+        pairs = [
+            {"part": part, **pair.to_json()}
+            for part, prompts in inputs.prompts.items()
+            for pair in sample(recipe, inputs.tokenizer, part, prompts)
+        ]
+        if not pairs:
+            raise InputError(
+                f"{path.parent}: no prompt has two different finished answers to compare; raise "
+                "sampling.max_tokens"
+            )
+        lines = (json.dumps(pair, ensure_ascii=False) for pair in pairs)
+        atomic.write(path, "".join(f"{line}\n" for line in lines))
+    found = []
+    # Not splitlines(): an answer may hold any of Unicode's other line ends.
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        row = json.loads(line)
+        prompt = Prompt(row["id"].partition(":")[2], row["messages"], row["kind"])
+        found.append((row["part"], AnswerPair(row["id"], prompt, row["first"], row["second"])))
+    return found
+
+
+def sample(
+    recipe: AnnotateRecipe, tokenizer: Tokenizer, part: Part, prompts: Sequence[Prompt]
+) -> list[AnswerPair]:
+    """Two different finished answers to each of `prompts` that gets them."""
+    answers: list[list[Completion]] = []
+    for temperature, folder in zip(
+        recipe.temperatures, (recipe.policy, recipe.other or recipe.policy), strict=True
+    ):
+        model, _ = loading.load_llama(folder, recipe.tokenizer)
+        answers.append(
+            recipe.sampling.engine(model, tokenizer).generate(
+                [prompt.messages for prompt in prompts],
+                temperature=temperature,
+                max_tokens=recipe.sampling.max_tokens,
+                seed=derived_seed(recipe.seed, part, len(answers)),
+            )
+        )
+    pairs = []
+    for prompt, first, second in zip(prompts, *answers, strict=True):
+        finished = first.finish_reason == second.finish_reason == "stop"
+        texts = first.text.strip(), second.text.strip()
+        # A record holds no null character, which a model of byte pieces may sample.
+        if finished and all(texts) and texts[0] != texts[1] and "\0" not in "".join(texts):
+            pairs.append(AnswerPair(f"{part}:{prompt.id}", prompt, *texts))
+    if len(pairs) < len(prompts):
+        logger.info(
+            "%s: %d of %d prompts have no two different finished answers",
+            part,
+            len(prompts) - len(pairs),
+            len(prompts),
+        )
+    return pairs

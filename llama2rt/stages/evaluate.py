@@ -1,0 +1,264 @@
+"""Versions side by side: the same held-out prompts, random numbers and reward models.
+
+Each version answers at temperature 1, that is, as it is and not sharpened. A judge, where there is
+one, reads the same answers, which shows where it and the reward models part (section 3.2.1:
+Goodhart's law). Best-of-N and temperature curves (Figures 7 and 8) come from further samples of
+some prompts.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from llama2rt import report
+from llama2rt.algorithms import advantages
+from llama2rt.annotate.options import named_function
+from llama2rt.data.records import Prompt
+from llama2rt.data.sources import Source
+from llama2rt.errors import InputError
+from llama2rt.evaluate import best_of, diagnostics
+from llama2rt.model import Llama
+from llama2rt.rollout import sampling
+from llama2rt.rollout.logprobs import response_logprobs, segment_sums
+from llama2rt.rollout.responses import Response, response_example
+from llama2rt.rollout.reward import RewardModels, RewardOptions
+from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed, read_samples
+from llama2rt.run import Recipe, Run, manifest
+from llama2rt.stages import loading
+from llama2rt.stages.loading import Future, Opened, Outline
+from llama2rt.text.tokenizer import Tokenizer
+
+Answers = dict[str, list[list[Response]]]
+"""by version, prompt and sample"""
+
+
+class CurveOptions(BaseModel):
+    """Further samples for the curves of reward against the number of samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    versions: list[str] = Field(default=[])
+    """of which versions; none by default"""
+    prompts: int = Field(default=60, gt=0)
+    """the first so many"""
+    samples: int = Field(default=8, gt=1)
+    """N, the most samples"""
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(default=[0.7, 1.0, 1.3], min_length=1)
+
+
+class JudgeOptions(BaseModel):
+    """Whoever knows what an answer is worth, besides the reward models."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    python: str = Field(pattern=":")
+    """`package.module:function`, which is called with the paths in files and gives a function of
+    (prompt, response's text) -> worth, higher for better"""
+    files: list[Path] = Field(default=[])
+    """what the function reads"""
+
+
+class EvaluateRecipe(Recipe):
+    """Measure versions of a policy on the same held-out prompts."""
+
+    versions: dict[str, Path]
+    """model folders by name, in the order of the table"""
+    reference: Path
+    """the reference policy, pi0, of the KL"""
+    rewards: RewardOptions
+    """the models that score"""
+    data: list[Source]
+    """held-out prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    samples: int = Field(default=1, gt=0)
+    """answers a prompt; their mean is one unit of the intervals"""
+    curves: CurveOptions = CurveOptions()
+    """reward against the number of samples"""
+    judge: JudgeOptions | None = None
+    """reads the answers too"""
+    sampling: SamplingOptions = SamplingOptions()
+    """length of answers, and what sampling may take"""
+    micro_tokens: int = Field(default=8192, gt=0)
+    """most tokens in one forward pass"""
+    seed: int = Field(default=0, ge=0)
+    """of sampling"""
+
+
+@dataclass(frozen=True)
+class EvaluateInputs(Opened):
+    """What a run reads besides weights; it leaves no model."""
+
+    tokenizer: Tokenizer
+    prompts: list[Prompt]
+    result: None = None
+
+
+def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Path:
+    """Sample, score, measure into report.json; returns the directory, which holds the samples."""
+    run = Run.open(directory, recipe, inputs=loading.file_inputs(recipe), resume=resume)
+    if run.complete:
+        return run.directory
+    inputs = open_inputs(recipe)
+    scalar = functools.partial(loading.load_scalar, tokenizer=inputs.tokenizer)
+    models = RewardModels(
+        scalar(recipe.rewards.helpfulness),
+        scalar(recipe.rewards.safety) if recipe.rewards.safety is not None else None,
+        recipe.rewards.threshold,
+        recipe.micro_tokens,
+    )
+    reference = loading.load_companion(recipe.reference, inputs.tokenizer).requires_grad_(False)
+    answers: Answers = {}
+    kl = {}
+    for name in recipe.versions:
+        sampler = version(recipe, models, name)
+        answers[name] = sample(recipe, sampler, run, inputs.prompts, recipe.samples, 1.0)
+        kl[name] = divergence(sampler.engine.model, reference, answers[name], recipe.micro_tokens)
+        if name in recipe.curves.versions:
+            some = inputs.prompts[: recipe.curves.prompts]
+            for temperature in recipe.curves.temperatures:
+                sample(recipe, sampler, run, some, recipe.curves.samples, temperature)
+    report.finish(run, numbers(recipe, run.samples_directory, answers, kl))
+    return run.directory
+
+
+def numbers(
+    recipe: EvaluateRecipe,
+    samples: Path,
+    answers: Answers,
+    kl: Mapping[str, Mapping[str, Sequence[float]]],
+) -> dict[str, Any]:
+    """`diagnostics.of_versions` and, of the curves' samples, `diagnostics.sampling`."""
+    worth = None
+    if recipe.judge is not None:
+        judge = named_function(recipe.judge.python, "judge.python")(*recipe.judge.files)
+        worth = {
+            name: [[judge(r.prompt, r.text) for r in group] for group in groups]
+            for name, groups in answers.items()
+        }
+    found = diagnostics.of_versions(answers, worth=worth, kl=kl)
+    curves = {name: read_curves(recipe, samples, name) for name in recipe.curves.versions}
+    # Two samples of a prompt correlate perfectly or not at all.
+    if recipe.samples < 3:
+        del found["length_correlation"]
+    if curves:
+        found["best_of"] = {
+            name: {str(t): best_of.curves(rewards(groups)) for t, groups in by.items()}
+            for name, by in curves.items()
+        }
+        nearest = min(recipe.curves.temperatures, key=lambda temperature: abs(temperature - 1))
+        of_curves = diagnostics.of_versions({name: by[nearest] for name, by in curves.items()})
+        found["length_correlation"] = of_curves["length_correlation"]
+    return found
+
+
+def rewards(groups: Sequence[Sequence[Response]]) -> list[list[float]]:
+    """By prompt and sample."""
+    return [[response.reward for response in group] for group in groups]
+
+
+def read_answers(directory: Path) -> Answers:
+    """Every version's answers at temperature 1, of the complete run in `directory`."""
+    recipe = EvaluateRecipe.model_validate(manifest.read(directory / manifest.FILE)["recipe"])
+    each = recipe.samples
+    return {
+        name: read_samples(directory / "samples" / folder_name(name, each, 1.0), each)
+        for name in recipe.versions
+    }
+
+
+def read_curves(
+    recipe: EvaluateRecipe, samples: Path, name: str
+) -> dict[float, list[list[Response]]]:
+    """A version's samples for the curves, by temperature."""
+    n = recipe.curves.samples
+    return {
+        temperature: read_samples(samples / folder_name(name, n, temperature), n)
+        for temperature in recipe.curves.temperatures
+    }
+
+
+def open_inputs(recipe: EvaluateRecipe, future: Future | None = None) -> EvaluateInputs:
+    """All that the recipe names, read and checked before any weights are loaded; of the prompts
+    those that leave every version room to answer."""
+    outlines: dict[str, Outline] = {}
+    for folder in recipe.versions.values():
+        tokenizer, models = loading.outlines(
+            None,
+            {
+                "version": folder,
+                "reference": recipe.reference,
+                "rewards.helpfulness": recipe.rewards.helpfulness,
+                "rewards.safety": recipe.rewards.safety,
+            },
+            future,
+        )
+        outlines[str(folder)] = models.pop("version")
+    if not outlines:
+        raise InputError("versions: name at least one")
+    if recipe.judge is not None:
+        named_function(recipe.judge.python, "judge.python")
+    if unknown := set(recipe.curves.versions) - set(recipe.versions):
+        raise InputError(f"curves.versions: {min(unknown)!r} is none of the versions")
+    shortest = min(outlines.values(), key=lambda model: model.config.context)
+    prompts = loading.read_prompts(
+        recipe.data,
+        tokenizer,
+        shortest,
+        recipe.sampling.max_tokens,
+        models,
+        loading.CacheLimit(recipe.sampling.cache_bytes, torch.float32),
+    )
+    return EvaluateInputs(tokenizer, prompts)
+
+
+def version(recipe: EvaluateRecipe, models: RewardModels, name: str) -> Sampler:
+    """What samples from a version."""
+    model, tokenizer = loading.load_llama(recipe.versions[name])
+    engine = recipe.sampling.engine(model, tokenizer)
+    return Sampler(engine, models, recipe.sampling.max_tokens, name)
+
+
+def folder_name(version: str, n: int, temperature: float) -> str:
+    """Of a version's samples: a name that any file system takes."""
+    return f"{version.lower().replace(' ', '-')}-{n}-at-{temperature}"
+
+
+def sample(
+    recipe: EvaluateRecipe,
+    sampler: Sampler,
+    run: Run,
+    prompts: Sequence[Prompt],
+    n: int,
+    temperature: float,
+) -> list[list[Response]]:
+    """n answers to each of `prompts` at `temperature`, kept among the run's samples."""
+    return sampling.sample(
+        run.samples_directory / folder_name(sampler.policy, n, temperature),
+        sampler,
+        prompts,
+        n=n,
+        temperatures=[temperature],
+        seed=derived_seed(recipe.seed, "evaluation"),
+    )
+
+
+def divergence(
+    model: Llama, reference: Llama, answers: Sequence[Sequence[Response]], micro_tokens: int
+) -> dict[str, list[float]]:
+    """KL to the reference policy in nats a response, the mean of each prompt's answers, by two
+    estimators: the unbiased k1 and the never negative k3."""
+    responses = [response for group in answers for response in group]
+    examples = [response_example(response) for response in responses]
+    logprob, _ = response_logprobs(model, examples, 1.0, micro_tokens)
+    reference_logprob, _ = response_logprobs(reference, examples, 1.0, micro_tokens)
+    lengths = torch.tensor([len(r.tokens) for r in responses], device=logprob.device)
+    found = {}
+    for estimator in ("k1", "k3"):
+        by_token = advantages.kl(logprob, reference_logprob, estimator)
+        by_response = segment_sums(by_token, lengths).view(len(answers), -1)
+        found[estimator] = by_response.double().mean(dim=1).tolist()
+    return found

@@ -1,0 +1,153 @@
+"""What a stage that samples starts from, opened in one call: everything its recipe names is read
+and checked, models against each other, before any weights are loaded.
+
+Weights come later, when a phase asks for them; frozen models that several phases use are loaded
+once.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from llama2rt.data.records import Prompt
+from llama2rt.data.sources import Source
+from llama2rt.model import Llama
+from llama2rt.rollout import metrics
+from llama2rt.rollout.reward import RewardModels, RewardOptions
+from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
+from llama2rt.run import Recipe, Run
+from llama2rt.stages import loading
+from llama2rt.stages.loading import Future, Opened, Outline
+from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.options import TrainOptions
+
+
+class RolloutRecipe(Recipe):
+    """What the recipes of rejection sampling, PPO and online DPO have in common."""
+
+    init: Path
+    """the model that is trained"""
+    reference: Path | None = None
+    """the reference policy, pi0, of the KL; None for init"""
+    rewards: RewardOptions
+    """the models that rank responses"""
+    data: list[Source]
+    """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    validation: list[Source] = Field(default=[])
+    """held-out prompts for the report"""
+    tokenizer: Path | None = None
+    """None for the one of the model that samples"""
+    sampling: SamplingOptions = SamplingOptions()
+    """length of responses, and what sampling may take"""
+    seed: int = Field(default=0, ge=0)
+    """of the order of prompts and batches, and of sampling"""
+    train: TrainOptions = TrainOptions()
+
+
+@dataclass(frozen=True)
+class RolloutInputs(Opened):
+    """All that such a recipe names, checked."""
+
+    recipe: RolloutRecipe
+    tokenizer: Tokenizer
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    result: Outline
+    """the model that the run will leave"""
+
+    @functools.cached_property
+    def reward_models(self) -> RewardModels:
+        """The models that rank, in the compute dtype, frozen."""
+        options, train = self.recipe.rewards, self.recipe.train
+        scalar = functools.partial(loading.load_scalar, dtype=train.dtype, tokenizer=self.tokenizer)
+        return RewardModels(
+            scalar(options.helpfulness),
+            scalar(options.safety) if options.safety is not None else None,
+            options.threshold,
+            train.micro_tokens,
+        )
+
+    @functools.cached_property
+    def reference(self) -> Llama:
+        """The reference policy, in the compute dtype, frozen."""
+        folder = self.recipe.reference or self.recipe.init
+        model = loading.load_companion(folder, self.tokenizer, self.recipe.train.dtype)
+        return model.requires_grad_(False)
+
+    def to_train(self, folder: Path) -> Llama:
+        """The model in `folder` in fp32, for an optimizer."""
+        return loading.load_llama(folder, self.recipe.tokenizer)[0]
+
+    def policy(self, folder: Path) -> Sampler:
+        """The model in `folder`, in the compute dtype, to sample from."""
+        model, _ = loading.load_llama(folder, self.recipe.tokenizer, self.recipe.train.dtype)
+        return self.sampler(model, str(folder))
+
+    def sampler(self, model: Llama, policy: str) -> Sampler:
+        """What samples from `model` as it is at each call, and scores its answers."""
+        sampling = self.recipe.sampling
+        engine = sampling.engine(model, self.tokenizer)
+        return Sampler(engine, self.reward_models, sampling.max_tokens, policy)
+
+    def measure_held_out(self, model: Llama, run: Run) -> dict[str, float]:
+        """`rollout.metrics.measure` on the held-out prompts of a model that `run` has trained: at
+        temperature 1, with the same random numbers every time."""
+        return metrics.measure(
+            run.samples_directory / "held_out.jsonl",
+            self.sampler(model, str(run.directory)),
+            self.reference,
+            self.held_out,
+            seed=derived_seed(self.recipe.seed, "held-out"),
+        )
+
+
+def open_rollout(recipe: RolloutRecipe, future: Future | None = None) -> RolloutInputs:
+    """Prompts and held-out prompts of a recipe whose `init` samples (ppo, dpo), read and checked
+    with all its models. InputError as `loading.outlines` and `loading.read_prompts`."""
+    tokenizer, models = outlines(recipe, future)
+    policy = models.pop("init")
+    prompts, held_out = (
+        read_prompts(recipe, paths, tokenizer, policy, models) if paths else []
+        for paths in (recipe.data, recipe.validation)
+    )
+    warn_of_shared(prompts, held_out, future)
+    return RolloutInputs(recipe, tokenizer, prompts, held_out, Outline(policy.config, tokenizer))
+
+
+def outlines(
+    recipe: RolloutRecipe, future: Future | None, **before: Path
+) -> tuple[Tokenizer, dict[str, Outline]]:
+    """The tokenizer of the model that samples, and what each model of the recipe is by its key (see
+    `loading.outlines`). `before`: models by key that come before init, the first of them samples
+    then."""
+    models = {
+        **before,
+        "init": recipe.init,
+        "reference": recipe.reference,
+        "rewards.helpfulness": recipe.rewards.helpfulness,
+        "rewards.safety": recipe.rewards.safety,
+    }
+    return loading.outlines(recipe.tokenizer, models, future)
+
+
+def read_prompts(
+    recipe: RolloutRecipe,
+    paths: list[Source],
+    tokenizer: Tokenizer,
+    policy: Outline,
+    readers: Mapping[str, Outline],
+) -> list[Prompt]:
+    """`loading.read_prompts` within what the recipe lets sampling take."""
+    cache = loading.CacheLimit(recipe.sampling.cache_bytes, recipe.train.dtype)
+    return loading.read_prompts(
+        paths, tokenizer, policy, recipe.sampling.max_tokens, readers, cache
+    )
+
+
+def warn_of_shared(prompts: list[Prompt], held_out: list[Prompt], future: Future | None) -> None:
+    """`loading.warn_of_shared`, unless a plan is being checked: the step's own run says it then."""
+    if future is None:
+        loading.warn_of_shared((p.messages for p in prompts), (p.messages for p in held_out))
