@@ -72,9 +72,10 @@ def of_versions(
     Gives `versions` (a row each, see `_row`), `reward_win_rates` and, with a judge, `win_rates`
     (win rates of the row over the column on the prompts, ties half, with their intervals; None on
     the diagonal), `length_correlation` (reward with length in tokens: per prompt, None where
-    undefined, and their mean) and, with a judge, `reward_against_judge`. ValueError where versions
-    differ in their prompts or temperature, a prompt lacks samples that others have, or a number is
-    not finite.
+    undefined, and their mean) and, with a judge, `reward_against_judge` by kind of prompt and
+    version (Rc comes from another model on each kind, and a judge may rate them on another scale).
+    ValueError where versions differ in their prompts or temperature, a prompt lacks samples that
+    others have, or a number is not finite.
     """
     _require_comparable(responses)
     for what, given in (("worth", worth), ("kl", kl)):
@@ -100,8 +101,15 @@ def of_versions(
     }
     if judged:
         numbers["win_rates"] = _win_rates(judged)
+        kinds = _kinds(next(iter(responses.values())))
         numbers["reward_against_judge"] = {
-            name: reward_against_judge(rewards[name], judged[name], seed=seed) for name in responses
+            str(kind): {
+                name: reward_against_judge(
+                    rewards[name][kinds == kind], judged[name][kinds == kind], seed=seed
+                )
+                for name in responses
+            }
+            for kind in np.unique(kinds)
         }
     return numbers
 
@@ -203,7 +211,7 @@ def _row(
         return _table(groups, what).mean(axis=1)
 
     combined = (1 + np.tanh(_table(groups, _reward) / 2)) / 2  # the sigmoid, without overflow
-    kinds = np.array([group[0].prompt.kind for group in groups])
+    kinds = _kinds(groups)
     by_kind: dict[str, Any] = {}
     for kind in map(str, np.unique(kinds)):
         asked = kinds == kind
@@ -312,6 +320,10 @@ def _accuracy(scores: tuple[ArrayLike, ArrayLike]) -> dict[str, Any]:
 def _correct(scores: tuple[ArrayLike, ArrayLike]) -> np.ndarray:
     chosen, rejected = preference.paired_scores(*scores)
     return np.where(chosen == rejected, 0.5, chosen > rejected)
+
+
+def _kinds(groups: Responses) -> np.ndarray:
+    return np.array([group[0].prompt.kind for group in groups])
 
 
 def _reward(response: ScoredResponse) -> float:

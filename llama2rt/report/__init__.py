@@ -1,12 +1,13 @@
 """Figures and the one-file HTML report.
 
 `html.write(path, title, sections)` writes a page from sections of blocks; `figures` draws what is
-known about models and versions, `training` what metrics.jsonl says of a run; `of_run(directory)`
-makes the report of a single stage, `finish(run, numbers)` ends a stage's run with it. Numbers come
-in as arguments: nothing here computes one.
+known about models and versions, `training` what metrics.jsonl says of a run;
+`versions.sections(numbers)` compares versions and reward models, `of_run(directory)` makes the
+report of a single stage, `finish(run, numbers)` ends a stage's run with it. Numbers come in as
+arguments: nothing here computes one.
 """
 
-from llama2rt.report import figures, training
+from llama2rt.report import figures, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.report.html import (
     Answers,
@@ -34,6 +35,7 @@ __all__ = [
     "finish",
     "of_run",
     "training",
+    "versions",
     "write",
     "write_json",
 ]

@@ -39,8 +39,9 @@ def sections(
     numbers: any of `versions`, `win_rates`, `reward_win_rates`, `length_correlation`,
     `reward_against_judge` (`diagnostics.of_versions`), `best_of` (`diagnostics.sampling`),
     `reward_models` (name -> `diagnostics.of_reward_model`) and `drift` (name ->
-    `diagnostics.drift`); other keys are left alone. columns: drawn and listed before the others.
-    notes: a sentence or two under the heading of a section, by its title.
+    `diagnostics.drift`); other keys are left alone. columns: drawn and listed first, in place of
+    the judge's worth, which they spell out. notes: a sentence or two under the heading of a
+    section, by its title.
     """
     found = {
         VERSIONS: _versions(numbers, columns),
@@ -60,18 +61,20 @@ def _versions(numbers: Mapping[str, Any], columns: Sequence[Column]) -> list[Blo
     blocks: list[Block] = []
     if rows:
         names = [row["name"] for row in rows]
-        shown = [*columns, *(column for column in _OWN if any(column.key in row for row in rows))]
         panels = [
-            figures.Panel(
-                column.label, [_estimate(row.get(column.key)) for row in rows], column.share
-            )
-            for column in shown
+            *(
+                _panel(column.label, [row.get(column.key) for row in rows], column.share)
+                for column in columns
+            ),
+            *(() if columns else _worth(rows)),
+            _panel("reward", [row["reward"] for row in rows]),
+            _panel("response length (tokens)", [row["tokens"] for row in rows]),
         ]
         blocks += [
             figures.by_version(names, panels),
             Table(
-                ("version", *(column.label for column in shown)),
-                [(row["name"], *(_cell(row.get(column.key)) for column in shown)) for row in rows],
+                ("version", *(panel.label for panel in panels)),
+                [(name, *(panel.estimates[i] for panel in panels)) for i, name in enumerate(names)],
                 "Means over held-out prompts with 95 % intervals. Reward is logit(Rc).",
             ),
             _details(rows),
@@ -91,15 +94,28 @@ def _versions(numbers: Mapping[str, Any], columns: Sequence[Column]) -> list[Blo
     return blocks
 
 
-_OWN = (
-    Column("worth", "worth by the judge"),
-    Column("reward", "reward"),
-    Column("tokens", "response length (tokens)"),
-)
 _WIN_RATES = (
     ("win_rates", "Win rates between versions, by the judge"),
     ("reward_win_rates", "Win rates between versions, by reward"),
 )
+
+
+def _worth(rows: Sequence[Mapping[str, Any]]) -> list[figures.Panel]:
+    """The judge's, by kind of prompt: a judge may rate another kind on another scale."""
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
+    panels = []
+    for kind in kinds:
+        worth = [row["kinds"].get(kind, {}).get("worth") for row in rows]
+        label = f"worth by the judge, {kind} prompts" if len(kinds) > 1 else "worth by the judge"
+        if any(worth):
+            panels.append(_panel(label, worth))
+    return panels
+
+
+def _panel(
+    label: str, estimates: Sequence[Mapping[str, Any] | None], share: bool = False
+) -> figures.Panel:
+    return figures.Panel(label, [_estimate(value) for value in estimates], share)
 
 
 def _details(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -134,20 +150,27 @@ def _details(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def _judge(versions: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    if not versions:
+def _judge(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Block]:
+    if not kinds:
         return []
     return [
-        figures.reward_against_judge({name: found["bins"] for name, found in versions.items()}),
+        figures.reward_against_judge(
+            {
+                kind: {name: found["bins"] for name, found in versions.items()}
+                for kind, versions in kinds.items()
+            }
+        ),
         Table(
-            ("version", "all responses", "within a prompt", "prompts without"),
+            ("prompts", "version", "all responses", "within a prompt", "prompts without"),
             [
                 (
+                    kind,
                     name,
                     _cell(found["pooled"]),
                     _cell(found["per_prompt"]),
                     found["per_prompt"]["undefined"],
                 )
+                for kind, versions in kinds.items()
                 for name, found in versions.items()
             ],
             "Spearman's rank correlation of reward and worth, 1 for the same order. Best-of-N "

@@ -126,10 +126,24 @@ def test_one_sample_one_kind_and_no_safety_model():
     assert numbers["reward_win_rates"]["row_over_column"] == [[None]]
     assert numbers["length_correlation"]["only"]["mean"] is None
     assert numbers["length_correlation"]["only"]["undefined"] == 3
-    against = numbers["reward_against_judge"]["only"]
+    against = numbers["reward_against_judge"]["helpfulness"]["only"]
     nothing = {"mean": None, "low": None, "high": None, "undefined": 3}
     assert against["pooled"] == nothing and against["per_prompt"] == nothing
     assert [found["responses"] for found in against["bins"]] == [3]
+
+
+def test_reward_against_judge_keeps_kinds_of_prompts_apart():
+    # On each kind the judge's order is the reward's; the safety prompts have all the low rewards
+    # and all the high worths, which together would look like the opposite.
+    groups = [_group(i, [5.0, 6.0]) for i in range(5)]
+    groups += [_group(i, [-6.0, -5.0], "safety") for i in range(5, 10)]
+    worth = {"V1": [[0.0, 1.0]] * 5 + [[10.0, 11.0]] * 5}
+    found = diagnostics.of_versions({"V1": groups}, worth=worth)["reward_against_judge"]
+    assert list(found) == ["helpfulness", "safety"]
+    for kind, at in (("helpfulness", 5.5), ("safety", -5.5)):
+        assert found[kind]["V1"]["pooled"]["mean"] == found[kind]["V1"]["per_prompt"]["mean"] == 1
+        (only,) = found[kind]["V1"]["bins"]
+        assert (only["reward"], only["responses"]) == (at, 10)
 
 
 def test_equal_rewards_tie_everywhere():

@@ -47,6 +47,10 @@ def test_bins_by_hand():
     low, high = reward_against_judge(rewards, worth)["bins"]
     assert low == {"reward": 4.5, "mean": 1.0, "low": 1.0, "high": 1.0, "responses": 10}
     assert high == {"reward": 14.5, "mean": 0.5, "low": 0.5, "high": 0.5, "responses": 10}
+    # The median itself, of an odd number, belongs to the upper one.
+    rewards = np.arange(21.0).reshape(3, 7)
+    bins = reward_against_judge(rewards, rewards)["bins"]
+    assert [row["responses"] for row in bins] == [10, 11]
 
 
 def test_a_bin_averages_a_prompts_responses_first():

@@ -14,7 +14,11 @@ def _estimate(mean, half=0.1):
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _row(name, i, **more):
+def _row(name, i, worth=None, **more):
+    """A version of prompts of one kind, with the judge's worth where there is one."""
+    kind = {"prompts": 4, "score": _estimate(0.65)}
+    if worth is not None:
+        kind["worth"] = more["worth"] = _estimate(worth)
     return {
         "name": name,
         "prompts": 4,
@@ -22,7 +26,7 @@ def _row(name, i, **more):
         "temperature": 1.0,
         "reward": _estimate(0.5 + i),
         "scores": {"helpfulness": _estimate(0.6)},
-        "kinds": {"helpfulness": {"prompts": 4, "score": _estimate(0.65)}},
+        "kinds": {"helpfulness": kind},
         "tokens": _estimate(19.0),
         "words": _estimate(12.0),
         "cut_share": _estimate(0.2),
@@ -43,11 +47,11 @@ CURVE = {"n": [1, 2, 4], "max": [0.0, 0.5, 0.9], "median": [0.0, 0.1, 0.2]}
 POINT = {"n": [1], "max": [0.0], "median": [0.0]}
 NUMBERS = {
     "versions": [
-        _row("SFT", 0, worth=_estimate(0.4)),
+        _row("SFT", 0, worth=0.4),
         _row(
             "V1",
             1,
-            worth=_estimate(0.7),
+            worth=0.7,
             kl={"k1": _estimate(2.0), "k3": {"mean": 2.1, "low": None, "high": None}},
         ),
     ],
@@ -58,10 +62,12 @@ NUMBERS = {
         "V1": {"mean": None, "low": None, "high": None, "undefined": 2, "per_prompt": [None, None]},
     },
     "reward_against_judge": {
-        "SFT": {
-            "bins": [_bin(0.3, reward=-1.0, responses=9), _bin(0.6, reward=1.0, responses=11)],
-            "pooled": {**_estimate(0.55), "undefined": 0},
-            "per_prompt": {"mean": None, "low": None, "high": None, "undefined": 3},
+        "helpfulness": {
+            "SFT": {
+                "bins": [_bin(0.3, reward=-1.0, responses=9), _bin(0.6, reward=1.0, responses=11)],
+                "pooled": {**_estimate(0.55), "undefined": 0},
+                "per_prompt": {"mean": None, "low": None, "high": None, "undefined": 3},
+            }
         }
     },
     "best_of": {"SFT": {"0.7": CURVE, "1.0": CURVE}, "V1": {"1.0": CURVE}},
@@ -164,7 +170,7 @@ def test_without_a_judge_a_safety_model_or_kl():
 
 
 def test_a_plans_own_columns_and_notes_come_first():
-    rows = [_row("SFT", 0, unsafe=_estimate(0.3)), _row("V1", 1)]
+    rows = [_row("SFT", 0, worth=0.4, unsafe=_estimate(0.3)), _row("V1", 1, worth=0.5)]
     (section,) = versions.sections(
         {"versions": rows},
         columns=[versions.Column("unsafe", "unsafe answers", share=True)],
@@ -172,9 +178,23 @@ def test_a_plans_own_columns_and_notes_come_first():
     )
     assert section.text == "Six prompts."
     plot, table, _ = section.blocks
-    assert list(table.header)[:2] == ["version", "unsafe answers"]
+    # In place of the worth, which they spell out.
+    assert list(table.header)[:3] == ["version", "unsafe answers", "reward"]
     assert [row[1] for row in table.rows] == [pytest.approx((0.3, 0.2, 0.4)), None]
     assert "30.0 %" in _texts(plot) and "unsafe answers" in _texts(plot)
+
+
+def test_worth_is_shown_by_kind_where_there_are_several():
+    (section,) = versions.sections({"versions": [_row("V1", 0, worth=0.4)]})
+    assert list(section.blocks[1].header)[1] == "worth by the judge"
+    row = _row("V1", 0, worth=0.4)
+    row["kinds"]["safety"] = {"prompts": 2, "score": _estimate(0.1), "worth": _estimate(1.8)}
+    (section,) = versions.sections({"versions": [row]})
+    assert list(section.blocks[1].header)[1:3] == [
+        "worth by the judge, helpfulness prompts",
+        "worth by the judge, safety prompts",
+    ]
+    assert section.blocks[1].rows[0][2] == pytest.approx((1.8, 1.7, 1.9))
 
 
 def test_numbers_are_those_given():
@@ -184,7 +204,7 @@ def test_numbers_are_those_given():
     kl = found["Versions"][-1]
     assert [tuple(row) for row in kl.rows] == [("V1", (2.0, 1.9, 2.1), (1.5, 1.4, 1.6))]
     correlations = found["Reward against the judge"][1]
-    assert correlations.rows == [("SFT", pytest.approx((0.55, 0.45, 0.65)), None, 3)]
+    assert correlations.rows == [("helpfulness", "SFT", pytest.approx((0.55, 0.45, 0.65)), None, 3)]
     drift = found["Reward models"][3]
     assert [tuple(row[:2]) for row in drift.rows] == [("helpfulness", "SFT"), ("helpfulness", "V1")]
     assert drift.rows[0][2] is None and drift.rows[1][2] == pytest.approx((0.6, 0.5, 0.7))
@@ -217,8 +237,11 @@ DRAW = {
     ),
     "reward_against_judge": lambda n: figures.reward_against_judge(
         {
-            f"V{i}": [_bin(0.1 * j, reward=j, responses=5) for j in range(n - i)]
-            for i in range(min(n, 9))
+            kind: {
+                f"V{i}": [_bin(0.1 * j, reward=j, responses=5) for j in range(n - i)]
+                for i in range(min(n, 9))
+            }
+            for kind in ("helpfulness", "safety")
         }
     ),
     "accuracy_by_source": lambda n: figures.accuracy_by_source(

@@ -57,7 +57,7 @@ def _panel(axes: Axes, names: Sequence[str], panel: Panel, colour: str) -> None:
     )
     # Space for the number right of the interval.
     left, right = float(low.min()), float(high.max())
-    width = (right - left) or max(abs(right), 1.0)
+    width = (right - left) or (0.1 if panel.share else max(abs(right), 1.0))
     axes.set_xlim(left - 0.1 * width, right + 0.45 * width)
     # Three digits of the largest, so that a panel's numbers look alike.
     decimals = max(0, 3 - len(str(int(np.abs(mean).max())).lstrip("0")))
@@ -88,17 +88,14 @@ def reward_by_kl(
             (x, *x_ends), (y, *y_ends) = columns(kl), columns(reward)
             across, up = bars(x, *x_ends), bars(y, *y_ends)
             for i, name in enumerate(names):
-                axes.errorbar(
-                    x[i],
-                    y[i],
-                    xerr=across[:, i : i + 1],
-                    yerr=up[:, i : i + 1],
-                    fmt=MARKERS[i % len(MARKERS)],
-                    color=SERIES[i % len(SERIES)],
-                    markersize=6.5,
-                    elinewidth=1.4,
-                    label=name,
-                )
+                style: dict[str, Any] = {
+                    "fmt": MARKERS[i % len(MARKERS)],
+                    "color": SERIES[i % len(SERIES)],
+                    "markersize": 6.5,
+                    "elinewidth": 1.4,
+                }
+                ends: dict[str, Any] = {"xerr": across[:, i : i + 1], "yerr": up[:, i : i + 1]}
+                axes.errorbar(x[i], y[i], **ends, label=name, **style)
             axes.margins(0.08)
             axes.set_xlabel("KL to the reference policy (nats a response)")
             axes.set_ylabel("mean reward")
@@ -114,41 +111,46 @@ def reward_by_kl(
 
 
 def reward_against_judge(
-    versions: Mapping[str, Sequence[Mapping[str, Any]]],
+    kinds: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
     *,
     label: str = "judge's worth",
     title: str = "Reward against the judge",
 ) -> Plot:
-    """The judge's worth by quantiles of reward, one line a version.
+    """The judge's worth by quantiles of reward: one panel a kind of prompt, one line a version.
 
-    versions: name -> bins {reward, mean, low, high, responses} as
+    kinds: kind -> version -> bins {reward, mean, low, high, responses} as
     `over_optimisation.reward_against_judge` gives them, by rising reward.
     """
-    drawn = {name: rows for name, rows in versions.items() if rows}
-    with canvas(height=3.6) as (figure, (axes,)):
+    drawn = {kind: versions for kind, versions in kinds.items() if any(versions.values())}
+    with canvas(1, max(1, len(drawn)), height=3.6) as (figure, panels):
         if not drawn:
-            nothing(axes)
-        for i, (name, rows) in enumerate(drawn.items()):
-            colour = SERIES[i % len(SERIES)]
-            x = np.array([row["reward"] for row in rows])
-            mean, low, high = columns([(row["mean"], row["low"], row["high"]) for row in rows])
-            axes.plot(x, mean, color=colour, marker=MARKERS[i % len(MARKERS)], label=name)
-            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        if drawn:
+            nothing(panels[0])
+        for axes, (kind, versions) in zip(panels, drawn.items(), strict=False):
+            for i, (name, rows) in enumerate(versions.items()):
+                colour = SERIES[i % len(SERIES)]
+                x = [row["reward"] for row in rows]
+                mean, low, high = columns([(row["mean"], row["low"], row["high"]) for row in rows])
+                axes.plot(x, mean, color=colour, marker=MARKERS[i % len(MARKERS)], label=name)
+                axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+                if len(rows) == 1:  # a band of one point has no area
+                    axes.errorbar(x, mean, bars(mean, low, high), fmt="none", ecolor=colour)
             axes.margins(x=0.03)
             axes.set_xlabel("reward (mean of the bin)")
-            axes.set_ylabel(label)
-            legend(figure, axes)
+            axes.set_title(f"{kind} prompts")
+        if drawn:
+            panels[0].set_ylabel(label)
+            legend(figure, panels[0])
     return Plot(
         figure,
         title,
         "Each point holds about a tenth of a version's responses, by rising reward, the band is "
         "the 95 % interval. A line should rise to its right end; where it falls there, the highest "
         "rewards are no longer the best responses: the policy has over-optimised its reward.",
-        ("version", "reward", label, "responses"),
+        ("prompts", "version", "reward", label, "responses"),
         [
-            (name, row["reward"], (row["mean"], row["low"], row["high"]), row["responses"])
-            for name, rows in drawn.items()
+            (kind, name, row["reward"], (row["mean"], row["low"], row["high"]), row["responses"])
+            for kind, versions in drawn.items()
+            for name, rows in versions.items()
             for row in rows
         ],
     )
