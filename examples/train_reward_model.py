@@ -15,7 +15,7 @@ from pathlib import Path
 import llama2rt
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison
-from llama2rt.evaluate.scoring import score
+from llama2rt.rollout.scoring import score
 from llama2rt.stages.reward import RewardRecipe, run
 
 TOWNS = ["Bergen", "Cairo", "Delft", "Fez", "Genoa", "Hanoi", "Izmir", "Kyoto", "Lagos", "Oslo"]

@@ -55,7 +55,7 @@ class PlanStep(StageKeys):
 def keys_of(stage: str) -> dict[str, Any]:
     """The fields of a stage's recipe, each of which may be absent."""
     return {
-        name: (field.annotation | None, None)  # type: ignore[operator]
+        name: (_in_part(field.annotation) | None, None)
         for name, field in STAGES[stage].recipe.model_fields.items()
     }
 
@@ -70,6 +70,18 @@ def table_type(stage: str) -> type[StageKeys]:
 def step_type(stage: str) -> type[PlanStep]:
     """What may stand in a step of a stage."""
     return create_model(f"{stage.title()}Step", __base__=PlanStep, **keys_of(stage))
+
+
+def _in_part(annotation: Any) -> Any:
+    """`annotation`, or where it is a table with keys that it must have, the table without that
+    demand: `rewards.safety` alone, beside the plan's helpfulness."""
+    if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return annotation
+    fields = annotation.model_fields
+    if not any(field.is_required() for field in fields.values()):
+        return annotation
+    keys: dict[str, Any] = {name: (field.annotation | None, None) for name, field in fields.items()}  # type: ignore[operator]
+    return create_model(f"{annotation.__name__}Keys", __base__=StageKeys, **keys)
 
 
 def _plain(value: Any) -> Any:

@@ -207,14 +207,15 @@ def read_prompts(
         needed = least_bytes(policy.config, cache.dtype, longest)
         if needed > cache.most_bytes:
             raise InputError(
-                f"cache_bytes: expected at least {needed} for the longest prompt in {names} with "
+                f"sampling.cache_bytes: expected at least {needed} for the longest prompt in {names} with "
                 f"its response, {longest} tokens, got {cache.most_bytes}"
             )
     for name, model in (readers or {}).items():
         if model.config.context < longest:
             raise InputError(
                 f"{name}: its context of {model.config.context} tokens is shorter than the "
-                f"longest prompt with its response, {longest}; lower max_tokens or use another"
+                f"longest prompt with its response, {longest}; lower sampling.max_tokens or use "
+                "another"
             )
     return fitting
 

@@ -112,7 +112,8 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     write_responses(run.samples_directory / BEST, best)
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
-    model = inputs.to_train(recipe.init)
+    # The tokenizer is the policy's: init may hold none.
+    model = loading.load_companion(recipe.init, inputs.tokenizer)
     examples = [response_example(response) for response in best] + inputs.dialogues
     loader = ExampleLoader(examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed)
     steps = recipe.epochs * loader.steps_per_epoch

@@ -14,8 +14,8 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import commands
 from llama2rt.evaluate.commands import describe, evaluate
-from llama2rt.evaluate.scoring import score
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.rollout.scoring import score
 
 
 @pytest.fixture(scope="module")

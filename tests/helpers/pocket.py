@@ -6,6 +6,7 @@ tosses a coin on both. The prompts of files `prompts` and `validation` share no 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import json_lines
 import numpy as np
@@ -18,7 +19,8 @@ from llama2rt.data.packing import Example
 from llama2rt.data.readers import write
 from llama2rt.data.records import Comparison, Prompt
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.stages import phases, reward
+from llama2rt.rollout.responses import Response
+from llama2rt.stages import reward
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.optimizer import Optimizer
@@ -105,9 +107,9 @@ def fine_tune(folder: Path, tokenizer: Tokenizer) -> None:
 
 def response(
     text: str, reward: float = 0.0, *, name: str = "baba", tokens: tuple[int, ...] = (7, 8, 2)
-) -> phases.Response:
+) -> Response:
     """To a helpfulness prompt; finished where `tokens` end with 2, EOS."""
-    return phases.Response(
+    return Response(
         prompt=Prompt(name, messages("helpfulness", name)),
         text=text,
         prompt_tokens=[1, 5, 6],
@@ -119,6 +121,15 @@ def response(
         temperature=1.0,
         seed=0,
     )
+
+
+def tables(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings with dotted keys, as the command line takes them, as a recipe's tables."""
+    nested: dict[str, Any] = {}
+    for key, value in given.items():
+        table, _, name = key.rpartition(".")
+        (nested.setdefault(table, {}) if table else nested)[name] = value
+    return nested
 
 
 def reward_recipe(pocket: Pocket, kind: str, **settings) -> reward.RewardRecipe:

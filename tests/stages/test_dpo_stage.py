@@ -15,25 +15,28 @@ from llama2rt.algorithms import losses
 from llama2rt.checkpoint import native
 from llama2rt.data.packing import pack_pairs
 from llama2rt.data.readers import read
+from llama2rt.rollout import sampling
+from llama2rt.rollout.logprobs import response_logprobs
+from llama2rt.rollout.responses import read_responses, response_example
 from llama2rt.run import Run
-from llama2rt.stages import dpo, loading, pairs, phases
+from llama2rt.stages import dpo, loading, pairs
 
 
 def recipe(pocket, **settings) -> dpo.DpoRecipe:
     given = {
         "init": pocket.sft,
-        "helpfulness": pocket.helpfulness,
-        "safety": pocket.safety,
+        "rewards.helpfulness": pocket.helpfulness,
+        "rewards.safety": pocket.safety,
         "data": [pocket.prompts],
         "validation": [pocket.validation],
         "iterations": 2,
         "prompts_per_iteration": 60,
         "samples": 4,
-        "max_tokens": 8,
+        "sampling.max_tokens": 8,
         "batch_size": 16,
         "train": {"lr": 1e-3, "checkpoint_every": 3},
     }
-    return dpo.DpoRecipe(**(given | settings))
+    return dpo.DpoRecipe(**problem.tables(given | settings))
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +60,14 @@ def test_margin_grows_and_answers_improve_on_unseen_prompts(finished):
     assert lines[-1]["accuracy"] > 0.8
     shares = []
     for path in ("iteration-1/samples/part-00000.jsonl", "iteration-2/samples/held_out.jsonl"):
-        responses = phases.read_responses(finished / path)
+        responses = read_responses(finished / path)
         shares.append(np.mean([problem.correct(r.prompt.kind, r.text) for r in responses]))
     assert shares[1] > shares[0] + 0.1
 
 
 def test_each_iteration_samples_from_the_one_before_and_all_prompts_come(pocket, finished):
     first, second = (
-        phases.read_responses(finished / f"iteration-{i}" / "samples" / "part-00000.jsonl")
-        for i in (1, 2)
+        read_responses(finished / f"iteration-{i}" / "samples" / "part-00000.jsonl") for i in (1, 2)
     )
     assert {r.policy for r in first} == {str(pocket.sft)}
     assert {r.policy for r in second} == {str(finished / "iteration-1" / "model")}
@@ -104,7 +106,7 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, 
         assert np.array_equal(old[0].tokens, kept[0].tokens)
     for side, name in enumerate(("reference_chosen", "reference_rejected")):
         for pair, value in zip(second, extras[name], strict=True):
-            logprob, _ = phases.response_logprobs(pi0, [pair[side]], 1.0, 4096)
+            logprob, _ = response_logprobs(pi0, [pair[side]], 1.0, 4096)
             assert float(logprob.sum()) == pytest.approx(value, abs=1e-3)
 
 
@@ -114,7 +116,7 @@ def test_pairs_are_comparison_records(finished):
         records = read(folder / "pairs.jsonl", "comparison")
         report = json.loads((folder / "report.json").read_text())
         assert len(records) == report["new_pairs"] > 10
-        sampled = phases.read_responses(folder / "samples" / "part-00000.jsonl")
+        sampled = read_responses(folder / "samples" / "part-00000.jsonl")
         rewards = {(r.prompt.messages[0]["content"], r.text): r.reward for r in sampled}
         kinds = {r.prompt.messages[0]["content"]: r.prompt.kind for r in sampled}
         for record in records:
@@ -134,20 +136,20 @@ def test_sampling_leaves_its_memory_and_a_resumed_run_needs_no_reference(
     pocket, tmp_path, monkeypatch
 ):
     settings = recipe(pocket, iterations=1, prompts_per_iteration=12, epochs=1, validation=[])
-    sampling = []
+    sampled_with = []
 
-    class Watched(phases.Engine):
+    class Watched(sampling.Engine):
         def __init__(self, model, *args, **kwargs):
             super().__init__(model, *args, **kwargs)
-            sampling.extend([weakref.ref(model), weakref.ref(self)])
+            sampled_with.extend([weakref.ref(model), weakref.ref(self)])
 
     def killed(*args, **kwargs):
         gc.collect()
-        assert sampling and all(held() is None for held in sampling)
+        assert sampled_with and all(held() is None for held in sampled_with)
         raise problem.Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(phases, "Engine", Watched)
+        patch.setattr(sampling, "Engine", Watched)
         patch.setattr(dpo, "fit", killed)
         with pytest.raises(problem.Killed):
             dpo.run(settings, tmp_path / "run")
@@ -227,11 +229,11 @@ def test_objective_equals_one_response_at_a_time(pocket, kind):
     settings = recipe(pocket, kind=kind, **extra)
     extras = dpo.reference_sums(reference, pairs, settings)
     assert (extras == {}) == (kind in losses.REFERENCE_FREE)
-    examples = [tuple(phases.response_example(side) for side in pair) for pair in pairs]
+    examples = [tuple(response_example(side) for side in pair) for pair in pairs]
     loss, metrics = dpo.objective(settings)(model, pack_pairs(examples, extras))
 
     def alone(llama, side):
-        logprob, _ = phases.response_logprobs(llama, [phases.response_example(side)], 1.0, 4096)
+        logprob, _ = response_logprobs(llama, [response_example(side)], 1.0, 4096)
         assert len(logprob) == len(side.tokens)
         return logprob.mean() if kind in losses.AVERAGED else logprob.sum()
 
@@ -277,7 +279,7 @@ def test_impossible_settings_are_refused_with_the_recipe(pocket, settings, named
 
 
 def test_defaults_are_the_papers():
-    settings = dpo.DpoRecipe(init="x", helpfulness="y", data=["z"])
+    settings = dpo.DpoRecipe(init="x", rewards={"helpfulness": "y"}, data=["z"])
     assert (settings.iterations, settings.prompts_per_iteration) == (3, 20_000)
     assert (settings.samples, settings.temperatures) == (8, [1.0, 0.7])
     assert (settings.beta, settings.batch_size, settings.epochs) == (0.1, 128, 2)

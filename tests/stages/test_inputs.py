@@ -15,7 +15,9 @@ from llama2rt.data.records import Comparison, Dialogue, Prompt
 from llama2rt.errors import InputError
 from llama2rt.generate.budget import forward_bytes
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
-from llama2rt.stages import dpo, iterate, loading, phases, ppo, rejection, reward, sft
+from llama2rt.pipeline import iterate
+from llama2rt.rollout.responses import Response, write_responses
+from llama2rt.stages import dpo, loading, ppo, rejection, reward, sft
 from llama2rt.text import backends, chat
 from llama2rt.text.template import LLAMA3_TEMPLATE
 from llama2rt.text.tokenizer import Tokenizer
@@ -67,7 +69,7 @@ def bad(pocket, strangers, tmp_path_factory):
         "garbled": '{"prompt_id": "x"}\n',
         "foreign": [problem.response("yes", tokens=(7, 8, 2))],
         "oversized": [
-            phases.Response(
+            Response(
                 prompt, "yes", chat.encode_prompt(tokenizer, prompt.messages),
                 [9] * 60 + [tokenizer.eos], True, 0.0, {"helpfulness": 0.5}, "p", 1.0, 0,
             )
@@ -80,7 +82,7 @@ def bad(pocket, strangers, tmp_path_factory):
         if isinstance(content, str):
             (samples / rejection.BEST).write_text(content)
         elif content:
-            phases.write_responses(samples / rejection.BEST, content)
+            write_responses(samples / rejection.BEST, content)
     return {path.name: path for path in folder.iterdir()} | {
         "missing": folder / "missing.jsonl",
         "foreign reward": strangers / "reward",
@@ -93,9 +95,12 @@ EVERYWHERE = [
     ({"validation": ["malformed.jsonl"]}, r"malformed\.jsonl:2: "),
     ({"validation": ["missing"]}, r"missing\.jsonl: cannot be read"),
     ({"validation": ["long.jsonl"]}, r"long\.jsonl: all 1 prompts fill"),
-    ({"safety": "foreign reward"}, "reward: its tokenizer is not the policy's"),
-    ({"safety": "short reward"}, "safety: its context of 12 tokens is shorter"),
-    ({"safety": "foreign policy"}, "policy: expected a reward model, found a language model"),
+    ({"rewards.safety": "foreign reward"}, "reward: its tokenizer is not the policy's"),
+    ({"rewards.safety": "short reward"}, "rewards.safety: its context of 12 tokens is shorter"),
+    (
+        {"rewards.safety": "foreign policy"},
+        "policy: expected a reward model, found a language model",
+    ),
     ({"reference": "foreign policy"}, "policy: its tokenizer is not the policy's"),
     ({"reference": "short"}, "reference: its context of 12 tokens is shorter"),
     ({"reference": "unfinished"}, "unfinished: no model.safetensors"),
@@ -128,11 +133,11 @@ def resolved(settings, bad):
 def test_rlhf_stages(pocket, bad, tmp_path, stage, settings, said):
     given = {
         "init": pocket.sft,
-        "helpfulness": pocket.helpfulness,
-        "safety": pocket.safety,
+        "rewards.helpfulness": pocket.helpfulness,
+        "rewards.safety": pocket.safety,
         "data": [pocket.prompts],
         "validation": [pocket.validation],
-        "max_tokens": 8,
+        "sampling.max_tokens": 8,
     }
     module, recipe = {
         "rejection": (rejection, rejection.RejectionRecipe),
@@ -142,7 +147,7 @@ def test_rlhf_stages(pocket, bad, tmp_path, stage, settings, said):
     if stage == "rejection":
         given["policy"] = pocket.sft
     with pytest.raises(InputError, match=said):
-        module.run(recipe(**(given | resolved(settings, bad))), tmp_path / "run")
+        module.run(recipe(**problem.tables(given | resolved(settings, bad))), tmp_path / "run")
     assert not (tmp_path / "run" / "samples").exists()
 
 
@@ -175,8 +180,10 @@ def test_sft_dialogues_longer_than_the_context(pocket, bad, tmp_path):
 
 @pytest.mark.parametrize("key", ["data", "validation"])
 @pytest.mark.parametrize("stage", [sft, reward])
-def test_supervised_examples_that_fit_nowhere(pocket, tmp_path, stage, key):
-    """Neither the context nor, for what passes whole, a micro-batch."""
+def test_supervised_examples_that_fit_no_context_or_micro_batch(
+    pocket, tmp_path, caplog, stage, key
+):
+    """In no context; what is only longer than a micro-batch passes alone, and is said."""
     messages, longer = problem.messages("helpfulness", "baba"), problem.messages("safety", "baba")
     if stage is sft:
         recipe = sft.SftRecipe
@@ -201,28 +208,28 @@ def test_supervised_examples_that_fit_nowhere(pocket, tmp_path, stage, key):
         stage.run(
             recipe(**(files | {key: [tmp_path / "long.jsonl"], "held_out": 0})), tmp_path / "a"
         )
-    if stage is reward and key == "validation":
-        return  # scored one by one
     write(tmp_path / "large.jsonl", large)
-    files |= {key: [tmp_path / "large.jsonl"], "held_out": 0, "train": {"micro_tokens": 32}}
-    with pytest.raises(InputError, match="raise micro_tokens"):
+    train = {"micro_tokens": 32 if stage is sft else 40}  # both sides of a pair pass together
+    files |= {key: [tmp_path / "large.jsonl"], "held_out": 0, "train": train}
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         stage.run(recipe(**files), tmp_path / "b")
+    assert ("pass alone" in caplog.text) == (key == "data")
 
 
-V1 = {"name": "V1", "stage": "rejection", "settings": {"samples": 1, "epochs": 1}}
+V1 = {"name": "V1", "stage": "rejection", "samples": 1, "epochs": 1}
 
 
 def plan(pocket, steps, **settings):
     given = {
         "sft": pocket.sft,
-        "helpfulness": pocket.helpfulness,
-        "safety": pocket.safety,
+        "rewards.helpfulness": pocket.helpfulness,
+        "rewards.safety": pocket.safety,
         "data": [pocket.prompts],
         "validation": [pocket.validation],
-        "max_tokens": 8,
-        "steps": steps,
+        "sampling.max_tokens": 8,
     }
-    return iterate.IterateRecipe(**(given | settings))
+    steps = [problem.tables(step) for step in steps]
+    return iterate.IterateRecipe(**problem.tables(given | {"steps": steps} | settings))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +238,7 @@ def plan(pocket, steps, **settings):
         ("rejection", {"dialogues": ["malformed.jsonl"]}, r"V2: .*malformed\.jsonl:1: "),
         ("rejection", {"earlier": ["garbled"]}, r"V2: .*best\.jsonl:1: not a sample"),
         ("ppo", {"validation": ["long.jsonl"]}, r"V2: .*long\.jsonl: all 1 prompts fill"),
-        ("ppo", {"safety": "foreign reward"}, "V2: .*its tokenizer is not the policy's"),
+        ("ppo", {"rewards.safety": "foreign reward"}, "V2: .*its tokenizer is not the policy's"),
         ("dpo", {"reference": "unfinished"}, "V2: .*unfinished: no model.safetensors"),
         ("dpo", {"data": ["missing"]}, r"V2: .*missing\.jsonl: cannot be read"),
     ],
@@ -239,8 +246,7 @@ def plan(pocket, steps, **settings):
 def test_iterate_reads_the_last_steps_own_inputs_first(
     pocket, bad, tmp_path, stage, settings, said
 ):
-    last = {"name": "V2", "stage": stage, "settings": json.loads(
-        json.dumps(resolved(settings, bad), default=str))}  # fmt: skip
+    last = {"name": "V2", "stage": stage, **resolved(settings, bad)}
     with pytest.raises(InputError, match=f"steps: {said}"):
         iterate.run(plan(pocket, [V1, last]), tmp_path / "run")
     assert not (tmp_path / "run" / "V1").exists()
@@ -248,10 +254,9 @@ def test_iterate_reads_the_last_steps_own_inputs_first(
 
 def test_iterate_checks_what_only_the_table_needs(pocket, bad, tmp_path):
     """Each step names a safety model of its own; the one that measures them all is too short."""
-    own = {"safety": str(pocket.safety)}
-    steps = [{**V1, "settings": V1["settings"] | own}]
-    recipe = plan(pocket, steps, safety=bad["short reward"])
-    with pytest.raises(InputError, match="safety: its context of 12 tokens is shorter"):
+    steps = [{**V1, "rewards.safety": pocket.safety}]
+    recipe = plan(pocket, steps, **{"rewards.safety": bad["short reward"]})
+    with pytest.raises(InputError, match=r"rewards\.safety: its context of 12 tokens is shorter"):
         iterate.run(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "V1").exists()
 
@@ -261,7 +266,7 @@ def test_iterate_knows_the_models_that_are_still_to_come(pocket, bad, tmp_path):
     shape = LlamaConfig(**dict(vars(loading.outline(pocket.sft).config), context=128))
     _, tokenizer = loading.load(pocket.sft, "meta")
     native.save(Llama(shape).initialize(1), tokenizer, tmp_path / "base")
-    steps = [V1, {"name": "V2", "stage": "dpo", "settings": {"max_tokens": 100}}]
+    steps = [V1, {"name": "V2", "stage": "dpo", "sampling.max_tokens": 100}]
     with pytest.raises(InputError, match="V2: reference: its context of 64 tokens is shorter"):
         iterate.run(plan(pocket, steps, base=tmp_path / "base"), tmp_path / "run")
     # With room for all, everything is checked and V1 begins: it loads weights.
@@ -271,9 +276,9 @@ def test_iterate_knows_the_models_that_are_still_to_come(pocket, bad, tmp_path):
 
 def test_iterate_bounds_the_samples_that_are_still_to_be_pooled(pocket, bad, tmp_path):
     """V1's longest may be longer than what V2's own reward model can read, V2's own are not."""
-    v1 = {**V1, "settings": V1["settings"] | {"max_tokens": 40}}
-    v2 = {**V1, "name": "V2", "settings": V1["settings"] | {
-        "helpfulness": str(bad["reward of 40"]), "max_tokens": 8}}  # fmt: skip
+    v1 = {**V1, "sampling.max_tokens": 40}
+    own = {"rewards.helpfulness": bad["reward of 40"], "sampling.max_tokens": 8}
+    v2 = {**V1, "name": "V2", **own}
     with pytest.raises(InputError, match=r"V2: earlier: V1 may leave samples whose \d+ tokens"):
         iterate.run(plan(pocket, [v1, v2], pool_from=2), tmp_path / "run")
     assert not (tmp_path / "run" / "V1").exists()
@@ -301,31 +306,37 @@ def test_a_cache_too_small_for_the_last_held_out_prompt(pocket, tmp_path, stage)
         needed = -(-tokens // 16) * 16 * 2 * 2 * 32 * dtype.itemsize
         needed += forward_bytes(model.config, dtype, tokens, 1, restricted=False)
         given = dict.fromkeys({"init", *policy}, pocket.sft) | {
-            "helpfulness": pocket.helpfulness,
+            "rewards.helpfulness": pocket.helpfulness,
             "data": [pocket.prompts],
             "validation": [tmp_path / "longer.jsonl"],
-            "max_tokens": 8,
+            "sampling.max_tokens": 8,
             "train": {"precision": precision},
         }
-        with pytest.raises(InputError, match=f"cache_bytes: expected at least {needed} for the"):
-            run(recipe(**given, cache_bytes=needed - 1), tmp_path / precision)
+        with pytest.raises(
+            InputError, match=f"sampling.cache_bytes: expected at least {needed} for the"
+        ):
+            too_little = given | {"sampling.cache_bytes": needed - 1}
+            run(recipe(**problem.tables(too_little)), tmp_path / precision)
         # As much as is needed is enough: the stage begins.
         with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
-            run(recipe(**given, cache_bytes=needed), tmp_path / f"{precision}-enough")
+            enough = given | {"sampling.cache_bytes": needed}
+            run(recipe(**problem.tables(enough)), tmp_path / f"{precision}-enough")
 
 
 def test_iterate_measures_in_fp32_with_the_cache_it_is_given(pocket, tmp_path):
     """V1 samples in bf16, for which the cache is large enough."""
-    v1 = {**V1, "settings": V1["settings"] | {"train": {"precision": "bf16"}}}
+    v1 = {**V1, "train": {"precision": "bf16"}}
     model, tokenizer = loading.load(pocket.sft, "meta")
     texts = [r.messages for r in read(pocket.validation, "prompt")]
     tokens = max(len(chat.encode_prompt(tokenizer, messages)) for messages in texts) + 8
     needed = -(-tokens // 16) * 16 * 2 * 2 * 32 * 4
     needed += forward_bytes(model.config, torch.float32, tokens, 1, restricted=False)
-    with pytest.raises(InputError, match=f"^cache_bytes: expected at least {needed} for the"):
-        iterate.run(plan(pocket, [v1], cache_bytes=needed - 1), tmp_path / "run")
+    said = rf"^steps: versions at V1: sampling\.cache_bytes: expected at least {needed} for the"
+    with pytest.raises(InputError, match=said):
+        too_little = {"sampling.cache_bytes": needed - 1}
+        iterate.run(plan(pocket, [v1], **too_little), tmp_path / "run")
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
-        iterate.run(plan(pocket, [v1], cache_bytes=needed), tmp_path / "good")
+        iterate.run(plan(pocket, [v1], **{"sampling.cache_bytes": needed}), tmp_path / "good")
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "iterate"])
@@ -334,27 +345,28 @@ def test_cache_bytes_are_no_32_bit_number(pocket, tmp_path, stage):
     run, recipe, policy = STAGES.get(stage, (iterate.run, iterate.IterateRecipe, set()))
     models = {"sft"} if stage == "iterate" else {"init", *policy}
     given = dict.fromkeys(models, pocket.sft) | {
-        "helpfulness": pocket.helpfulness,
+        "rewards.helpfulness": pocket.helpfulness,
         "data": [pocket.prompts],
         "validation": [pocket.validation],
-        "max_tokens": 8,
+        "sampling.max_tokens": 8,
     }
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
-        run(recipe(**given, cache_bytes=2**63 - 1), tmp_path / "run")
+        most = given | {"sampling.cache_bytes": 2**63 - 1}
+        run(recipe(**problem.tables(most)), tmp_path / "run")
     with pytest.raises(ValidationError, match=f"cache_bytes: expected at most {2**63 - 1}, got"):
-        recipe(**given, cache_bytes=2**63)
+        recipe(**problem.tables(given | {"sampling.cache_bytes": 2**63}))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_policy_may_sample_what_no_other_model_has_a_row_for(pocket, bad, tmp_path, stage):
     run, recipe, policy = STAGES[stage]
     given = dict.fromkeys({"init", *policy}, bad["padded"]) | {
-        "helpfulness": pocket.helpfulness,
+        "rewards.helpfulness": pocket.helpfulness,
         "data": [pocket.prompts],
-        "max_tokens": 8,
+        "sampling.max_tokens": 8,
     }
     with pytest.raises(InputError, match=r"has \d+ embeddings and could not read what"):
-        run(recipe(**given), tmp_path / "run")
+        run(recipe(**problem.tables(given)), tmp_path / "run")
 
 
 def test_earlier_samples_may_hold_ids_that_pad_the_vocabulary(pocket, bad, tmp_path):
@@ -362,26 +374,26 @@ def test_earlier_samples_may_hold_ids_that_pad_the_vocabulary(pocket, bad, tmp_p
     model, tokenizer = loading.load(bad["padded"], "meta")
     prompt = Prompt("short", problem.messages("helpfulness", "baba"))
     tokens = [9, tokenizer.vocab_size, tokenizer.eos]
-    kept = phases.Response(
+    kept = Response(
         prompt, "yes", chat.encode_prompt(tokenizer, prompt.messages), tokens, True, 0.0,
         {"helpfulness": 0.5}, "p", 1.0, 0,
     )  # fmt: skip
     (tmp_path / "samples").mkdir()
     (tmp_path / "manifest.json").write_text("{}")
-    phases.write_responses(tmp_path / "samples" / rejection.BEST, [kept])
+    write_responses(tmp_path / "samples" / rejection.BEST, [kept])
     padded = loading.Outline(model.config, tokenizer)
     assert rejection.read_earlier(tmp_path, tokenizer, {"init": padded}) == [kept]
     short = loading.outline(pocket.sft)
     with pytest.raises(InputError, match=r"best\.jsonl:1: sampled with another tokenizer"):
-        rejection.read_earlier(tmp_path, tokenizer, {"init": padded, "safety": short})
+        rejection.read_earlier(tmp_path, tokenizer, {"init": padded, "rewards.safety": short})
 
 
 def test_a_warmup_longer_than_ppo_is_said_before_it_begins(pocket, tmp_path, caplog):
     recipe = ppo.PpoRecipe(
         init=pocket.sft,
-        helpfulness=pocket.helpfulness,
+        rewards={"helpfulness": pocket.helpfulness},
         data=[pocket.prompts],
-        max_tokens=8,
+        sampling={"max_tokens": 8},
         iterations=2,
         train={"warmup_steps": 9},
     )

@@ -14,33 +14,34 @@ from small_models import packed
 from llama2rt import energy
 from llama2rt.algorithms import advantages
 from llama2rt.checkpoint.store import Store
-from llama2rt.data.readers import read
-from llama2rt.generate import Completion
+from llama2rt.rollout.responses import read_responses, response_example
+from llama2rt.rollout.reward import RewardModels
+from llama2rt.rollout.sampling import draw
 from llama2rt.run import Run
-from llama2rt.stages import loading, phases, ppo
+from llama2rt.stages import loading, ppo
 
 
 def recipe(pocket, **settings) -> ppo.PpoRecipe:
     given = {
         "init": pocket.sft,
-        "helpfulness": pocket.helpfulness,
-        "safety": pocket.safety,
+        "rewards.helpfulness": pocket.helpfulness,
+        "rewards.safety": pocket.safety,
         "data": [pocket.prompts],
         "validation": [pocket.validation],
         "iterations": 10,
         "batch_size": 64,
         "mini_batch_size": 16,
-        "max_tokens": 8,
+        "sampling.max_tokens": 8,
         "beta": 0.05,
         "missing_eos_penalty": 1.0,
         "critic_lr": 3e-3,
         "train": {"lr": 1e-3, "validate_every": 0},
     }
-    return ppo.PpoRecipe(**(given | settings))
+    return ppo.PpoRecipe(**problem.tables(given | settings))
 
 
 def correct_share(path) -> float:
-    responses = phases.read_responses(path)
+    responses = read_responses(path)
     return float(np.mean([problem.correct(r.prompt.kind, r.text) for r in responses]))
 
 
@@ -57,23 +58,39 @@ def test_a_verifiable_reward_rises_on_unseen_prompts(pocket, tmp_path):
     assert np.mean(after) - np.mean(before) > 5 * error
 
 
-@pytest.fixture
-def actors(pocket):
-    return ppo.load_actors(recipe(pocket))[0]
+COUNT = 12
+
+
+def opened(settings, count=COUNT):
+    """What PPO with these settings reads, with its first `count` prompts only."""
+    inputs = ppo.open_inputs(settings)
+    return dataclasses.replace(inputs, prompts=inputs.prompts[:count])
 
 
 @pytest.fixture
-def prompts(pocket):
-    return read(pocket.prompts, "prompt")[:12]
+def inputs(pocket):
+    return opened(recipe(pocket))
+
+
+@pytest.fixture
+def actors(pocket, inputs):
+    return ppo.load_actors(recipe(pocket), inputs)
+
+
+@pytest.fixture
+def prompts(inputs):
+    """In the order in which the first iteration of `COUNT` draws them."""
+    return draw(inputs.prompts, COUNT, 0, 0)
 
 
 @pytest.mark.parametrize("precision, rounding", [("fp32", 1e-4), ("bf16", 0.1)])
-def test_kl_starts_at_zero_and_the_sampler_agrees(pocket, prompts, precision, rounding):
-    train = {"precision": precision}
-    actors, _ = ppo.load_actors(recipe(pocket, train=train))
+def test_kl_starts_at_zero_and_the_sampler_agrees(pocket, precision, rounding):
+    given = {"train": {"precision": precision}, "batch_size": COUNT}
+    inputs = opened(recipe(pocket, **given))
+    actors = ppo.load_actors(recipe(pocket, **given), inputs)
     for temperature in (0.7, 1.0, 1.3):
-        settings = recipe(pocket, temperature=temperature, train=train)
-        rollout, metrics = ppo.collect(settings, actors, prompts, 0)
+        settings = recipe(pocket, temperature=temperature, **given)
+        rollout, metrics = ppo.collect(settings, inputs, actors, 0)
         assert metrics["kl_k1"] == 0.0 and metrics["kl_k3"] == 0.0
         assert metrics["sampler_gap"] < rounding
     assert ppo.improve(settings, actors, rollout, 0)["clip_fraction"] == 0.0
@@ -86,27 +103,26 @@ def perturb(model, seed=0):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def test_rollout_equals_one_response_at_a_time(pocket, actors, prompts, monkeypatch):
+def test_rollout_equals_one_response_at_a_time(pocket, inputs, actors, prompts, monkeypatch):
     """Log-probabilities, values, whitening, the KL penalty and GAE, all by hand."""
     perturb(actors.policy)
-    settings = recipe(pocket, temperature=1.3, beta=0.3, gamma=0.9, lam=0.8)
+    settings = recipe(pocket, temperature=1.3, beta=0.3, gamma=0.9, lam=0.8, batch_size=COUNT)
     kept = {}
-    generate = actors.engine.generate
+    generate = actors.sampler.engine.generate
 
     def remember(*args, **kwargs):
         kept["completions"] = generate(*args, **kwargs)
         return kept["completions"]
 
-    monkeypatch.setattr(actors.engine, "generate", remember)
-    rollout, metrics = ppo.collect(settings, actors, prompts, 0)
+    monkeypatch.setattr(actors.sampler.engine, "generate", remember)
+    rollout, metrics = ppo.collect(settings, inputs, actors, 0)
     completions = kept["completions"]
     assert any(c.finish_reason == "length" for c in completions)
     assert any(c.finish_reason == "stop" for c in completions)
 
-    raw, _ = actors.reward_models.score(
+    raw, _ = actors.sampler.reward_models.score(
         [c.prompt_tokens + c.tokens for c in completions],
         np.array([prompt.kind == "safety" for prompt in prompts]),
-        4096,
     )
     white = (raw - raw.mean()) / raw.std()
     old, values, all_advantages, kl = [], [], [], 0.0
@@ -118,7 +134,7 @@ def test_rollout_equals_one_response_at_a_time(pocket, actors, prompts, monkeypa
         with torch.no_grad():
             both = [
                 (m.logits(*document) / 1.3).log_softmax(-1)
-                for m in (actors.policy, actors.reference)
+                for m in (actors.policy, inputs.reference)
             ]
             value = actors.critic(*document)[rows]
         policy, reference = (x[rows].gather(1, tokens[begin:, None])[:, 0] for x in both)
@@ -144,8 +160,9 @@ def test_rollout_equals_one_response_at_a_time(pocket, actors, prompts, monkeypa
 
 def test_a_cut_response_gains_no_eos(pocket):
     _, tokenizer = loading.load_llama(pocket.sft)
-    completion = Completion(0, [1, 5, 6], "x", [7, 8], [-1.0, -1.0], "length")
-    example = phases.response_example(completion)
+    response = problem.response("x", tokens=(7, 8))
+    assert not response.finished
+    example = response_example(response)
     assert example.tokens.tolist() == [1, 5, 6, 7, 8]
     assert example.trainable.tolist() == [False, False, False, True, True]
     assert tokenizer.eos not in example.tokens
@@ -153,16 +170,17 @@ def test_a_cut_response_gains_no_eos(pocket):
 
 def test_piecewise_reward_of_two_models(actors, prompts):
     """A safety prompt, or a low safety score, is ruled by the safety model."""
-    completions = actors.engine.generate([p.messages for p in prompts], max_tokens=8, seed=3)
+    models = actors.sampler.reward_models
+    completions = actors.sampler.complete(prompts, temperature=1.0, seed=3)
     sequences = [c.prompt_tokens + c.tokens for c in completions]
     is_safety = np.array([prompt.kind == "safety" for prompt in prompts])
-    reward, scores = actors.reward_models.score(sequences, is_safety, 4096)
+    reward, scores = models.score(sequences, is_safety)
     ruled = is_safety | (scores["safety"] < 0.15)
     assert ruled.any() and not ruled.all()
     expected = np.where(ruled, scores["safety"], scores["helpfulness"])
     np.testing.assert_allclose(reward, np.log(expected / (1 - expected)), rtol=1e-9)
-    alone = phases.RewardModels(actors.reward_models.helpfulness)
-    reward, scores = alone.score(sequences, is_safety, 4096)
+    alone = RewardModels(models.helpfulness)
+    reward, scores = alone.score(sequences, is_safety)
     assert list(scores) == ["helpfulness"]
     expected = scores["helpfulness"]
     np.testing.assert_allclose(reward, np.log(expected / (1 - expected)), rtol=1e-9)
@@ -178,22 +196,25 @@ def test_a_step_is_the_same_in_one_micro_batch_or_many(pocket):
     """Losses are averaged over the mini-batch's tokens, not per micro-batch."""
     after = []
     for micro_tokens in (4096, 40):
-        settings = recipe(pocket, train={"lr": 1e-3, "micro_tokens": micro_tokens})
-        actors, _ = ppo.load_actors(settings)
-        drawn = read(pocket.prompts, "prompt")[:16]
-        rollout, _ = ppo.collect(settings, actors, drawn, 0)
+        train = {"lr": 1e-3, "micro_tokens": micro_tokens}
+        settings = recipe(pocket, train=train, batch_size=16)
+        inputs = opened(settings, 16)
+        actors = ppo.load_actors(settings, inputs)
+        rollout, _ = ppo.collect(settings, inputs, actors, 0)
         ppo.improve(settings, actors, rollout, 0)
         after.append([p.detach().clone() for p in actors.policy.parameters()])
     for whole, parts in zip(*after, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
-def test_only_policy_and_critic_move(pocket, actors, prompts):
-    frozen = [actors.reference, actors.reward_models.helpfulness, actors.reward_models.safety]
+def test_only_policy_and_critic_move(pocket, inputs, actors):
+    frozen = [inputs.reference, inputs.reward_models.helpfulness, inputs.reward_models.safety]
+    assert actors.sampler.reward_models is inputs.reward_models
     moving = [actors.policy, actors.critic]
     before = [[p.clone() for p in model.parameters()] for model in frozen + moving]
-    rollout, _ = ppo.collect(recipe(pocket), actors, prompts, 0)
-    ppo.improve(recipe(pocket), actors, rollout, 0)
+    settings = recipe(pocket, batch_size=COUNT)
+    rollout, _ = ppo.collect(settings, inputs, actors, 0)
+    ppo.improve(settings, actors, rollout, 0)
     same = [
         all(torch.equal(a, b) for a, b in zip(model.parameters(), old, strict=True))
         for model, old in zip(frozen + moving, before, strict=True)
@@ -201,9 +222,9 @@ def test_only_policy_and_critic_move(pocket, actors, prompts):
     assert same == [True, True, True, False, False]
 
 
-def test_critic_starts_from_the_helpfulness_models_layers(pocket, actors, prompts):
-    ppo.start_critic(recipe(pocket), actors, prompts)
-    named = dict(actors.reward_models.helpfulness.named_parameters())
+def test_critic_starts_from_the_helpfulness_models_layers(pocket, inputs, actors):
+    ppo.start_critic(recipe(pocket), inputs, actors)
+    named = dict(inputs.reward_models.helpfulness.named_parameters())
     for name, parameter in actors.critic.named_parameters():
         same = torch.equal(parameter, named.pop(name))
         assert same == (name != "head.weight")
@@ -231,40 +252,41 @@ def test_critic_explains_returns_from_the_first_iteration_on(pocket, tmp_path, p
     assert logged(tmp_path / "run")[0]["critic_warm_up"] > 0.1
 
 
-def objective(settings, actors, pocket, tmp_path, unit=None):
-    held_out = read(pocket.validation, "prompt")[:24]
-    return ppo.measure(settings, actors, held_out, tmp_path / "x.jsonl", unit)
+def objective(settings, inputs, actors, tmp_path, unit=None):
+    few = dataclasses.replace(inputs, held_out=inputs.held_out[:24])
+    return ppo.measure(settings, few, actors, tmp_path / "x.jsonl", unit)
 
 
-def test_inflating_one_kinds_logits_does_not_win(pocket, actors, tmp_path):
+def test_inflating_one_kinds_logits_does_not_win(pocket, inputs, actors, tmp_path):
     """A policy whose refusals come out at a logit of 25 and not 5, while its answers to questions
     get worse: the mean logit prefers it, the objective by which PPO picks does not."""
     settings = recipe(pocket)
     offsets = {"honest": {"safety": 5.0, "helpfulness": 1.0}}
     offsets["inflated"] = {"safety": 25.0, "helpfulness": 0.0}
 
-    class Scripted(phases.RewardModels):
-        def score(self, sequences, is_safety, micro_tokens):
+    class Scripted(RewardModels):
+        def score(self, sequences, is_safety):
             safe, helpful = (self.logits[kind] for kind in ("safety", "helpfulness"))
             return np.where(is_safety, safe, helpful), {"helpfulness": np.zeros(len(sequences))}
 
     numbers = {}
     for name, logits in offsets.items():
-        scripted = Scripted(actors.reward_models.helpfulness)
+        scripted = Scripted(inputs.reward_models.helpfulness)
         object.__setattr__(scripted, "logits", logits)
-        changed = dataclasses.replace(actors, reward_models=scripted)
-        numbers[name] = objective(settings, changed, pocket, tmp_path, unit=0.3)
+        sampler = dataclasses.replace(actors.sampler, reward_models=scripted)
+        changed = dataclasses.replace(actors, sampler=sampler)
+        numbers[name] = objective(settings, inputs, changed, tmp_path, unit=0.3)
     honest, inflated = numbers["honest"], numbers["inflated"]
     assert inflated["reward"] > honest["reward"] + 5
     assert inflated["objective"] < honest["objective"] - 0.1
     assert honest["score/on_safety"] == pytest.approx(1 / (1 + np.exp(-5.0)))
 
 
-def test_the_objective_weighs_kinds_alike_and_takes_the_kl_off(pocket, actors, tmp_path):
+def test_the_objective_weighs_kinds_alike_and_takes_the_kl_off(pocket, inputs, actors, tmp_path):
     perturb(actors.policy)
     settings = recipe(pocket, beta=0.3)
-    first = objective(settings, actors, pocket, tmp_path)
-    responses = phases.read_responses(tmp_path / "x.jsonl")
+    first = objective(settings, inputs, actors, tmp_path)
+    responses = read_responses(tmp_path / "x.jsonl")
     kinds = [response.prompt.kind for response in responses]
     combined = 1 / (1 + np.exp(-np.array([response.reward for response in responses])))
     means = [
@@ -277,7 +299,7 @@ def test_the_objective_weighs_kinds_alike_and_takes_the_kl_off(pocket, actors, t
     assert first["objective"] == pytest.approx(
         np.mean(means) / combined.std() - 0.3 * first["kl_k1"]
     )
-    again = objective(settings, actors, pocket, tmp_path, unit=2.0)
+    again = objective(settings, inputs, actors, tmp_path, unit=2.0)
     assert again["unit"] == 2.0 and again["objective"] < first["objective"]
 
 
@@ -356,7 +378,7 @@ def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
     numbers = iter([0.0, 2.0, 1.0, 1.0, 9.0])
     snapshots = []
 
-    def measure(settings, actors, held_out, path, unit):
+    def measure(settings, inputs, actors, path, unit):
         snapshots.append(actors.policy.norm.weight.detach().clone())
         return {"objective": next(numbers), "unit": 1.0}
 
@@ -398,9 +420,9 @@ def test_when_more_iterations_are_the_same_course(pocket, settings, change):
 
 
 def test_defaults_are_the_papers():
-    settings = ppo.PpoRecipe(init="x", helpfulness="y", data=["z"])
+    settings = ppo.PpoRecipe(init="x", rewards={"helpfulness": "y"}, data=["z"])
     assert (settings.batch_size, settings.mini_batch_size, settings.clip) == (512, 64, 0.2)
-    assert (settings.beta, settings.threshold, settings.train.lr) == (0.01, 0.15, 1e-6)
+    assert (settings.beta, settings.rewards.threshold, settings.train.lr) == (0.01, 0.15, 1e-6)
     assert settings.train.schedule == "constant"
     adamw = settings.train
     assert (adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay) == (0.9, 0.95, 1e-5, 0.1)

@@ -12,9 +12,10 @@ from pocket import response
 from llama2rt.checkpoint import native
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Dialogue, Prompt
-from llama2rt.errors import InputError
+from llama2rt.rollout import metrics, sampling
+from llama2rt.rollout.responses import read_responses, write_responses
 from llama2rt.run import Run
-from llama2rt.stages import loading, phases, rejection
+from llama2rt.stages import loading, rejection
 from llama2rt.text import backends, chat
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -23,16 +24,16 @@ def recipe(pocket, **settings) -> rejection.RejectionRecipe:
     given = {
         "policy": pocket.sft,
         "init": pocket.sft,
-        "helpfulness": pocket.helpfulness,
-        "safety": pocket.safety,
+        "rewards.helpfulness": pocket.helpfulness,
+        "rewards.safety": pocket.safety,
         "data": [pocket.prompts],
         "validation": [pocket.validation],
         "samples": 6,
-        "max_tokens": 8,
+        "sampling.max_tokens": 8,
         "batch_size": 16,
         "train": {"lr": 4e-3, "checkpoint_every": 5},
     }
-    return rejection.RejectionRecipe(**(given | settings))
+    return rejection.RejectionRecipe(**problem.tables(given | settings))
 
 
 def test_fine_tuned_on_its_best_samples_it_answers_better(pocket, tmp_path):
@@ -40,8 +41,8 @@ def test_fine_tuned_on_its_best_samples_it_answers_better(pocket, tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["sampled/max_reward"] > report["sampled/median_reward"]
     assert report["reward"] > report["sampled/mean_reward"] + 1
-    sampled = phases.read_responses(tmp_path / "run" / "samples" / "part-00000.jsonl")
-    held_out = phases.read_responses(tmp_path / "run" / "samples" / "held_out.jsonl")
+    sampled = read_responses(tmp_path / "run" / "samples" / "part-00000.jsonl")
+    held_out = read_responses(tmp_path / "run" / "samples" / "held_out.jsonl")
     before, after = (
         np.mean([problem.correct(r.prompt.kind, r.text) for r in responses])
         for responses in (sampled, held_out)
@@ -54,7 +55,7 @@ def test_samples_are_records_and_keep_their_tokens(pocket, tmp_path):
     rejection.run(recipe(pocket, samples=2, epochs=1), tmp_path / "run")
     path = tmp_path / "run" / "samples" / "part-00000.jsonl"
     records = read(path, "sample")
-    responses = phases.read_responses(path)
+    responses = read_responses(path)
     assert len(records) == len(responses) == 200
     assert [r.prompt_id for r in records] == [r.prompt.id for r in responses]
     _, tokenizer = loading.load_llama(pocket.sft)
@@ -117,17 +118,17 @@ def test_pool_keeps_one_answer_a_prompt_the_better():
 def test_earlier_versions_are_pooled_under_todays_reward_models(pocket, tmp_path):
     rejection.run(recipe(pocket, epochs=1), tmp_path / "v1")
     best = tmp_path / "v1" / "samples" / rejection.BEST
-    responses = phases.read_responses(best)
+    responses = read_responses(best)
     # Rewards written by other models must not count: all claim to be perfect.
-    phases.write_responses(best, [replace(r, reward=1e9) for r in responses])
+    write_responses(best, [replace(r, reward=1e9) for r in responses])
     settings = recipe(pocket, seed=5, samples=1, epochs=1, earlier=[tmp_path / "v1"])
     rejection.run(settings, tmp_path / "v2")
-    pooled = phases.read_responses(tmp_path / "v2" / "samples" / rejection.BEST)
+    pooled = read_responses(tmp_path / "v2" / "samples" / rejection.BEST)
     manifest = json.loads((tmp_path / "v2" / "manifest.json").read_text())
     assert manifest["parents"][0]["path"] == str(tmp_path / "v1")
     assert len(pooled) == 100 and max(r.reward for r in pooled) < 100
     tokenizer = Tokenizer.load(pocket.sft)
-    own = {repr(r.prompt.messages): r for r in phases.read_responses(
+    own = {repr(r.prompt.messages): r for r in read_responses(
         tmp_path / "v2" / "samples" / "part-00000.jsonl")}  # fmt: skip
     old = {repr(r.prompt.messages): r for r in responses}
     for kept in pooled:
@@ -167,7 +168,7 @@ def test_only_the_selected_response_is_a_target_and_as_sampled(pocket, tmp_path,
     assert tokenizer.decode(old.tokens[:-1]) == "yes"
     (tmp_path / "v0").mkdir()
     (tmp_path / "v0" / "manifest.json").write_text("{}")
-    phases.write_responses(
+    write_responses(
         tmp_path / "v0" / "samples" / rejection.BEST, [replace(old, prompt_tokens=asked)]
     )
     settings = recipe(
@@ -179,7 +180,7 @@ def test_only_the_selected_response_is_a_target_and_as_sampled(pocket, tmp_path,
         epochs=1,
     )
     rejection.run(settings, tmp_path / "run")
-    best = phases.read_responses(tmp_path / "run" / "samples" / rejection.BEST)
+    best = read_responses(tmp_path / "run" / "samples" / rejection.BEST)
     assert len(trained) == len(best) > 1
     assert old.tokens in [kept.tokens for kept in best]
     for example, kept in zip(trained, best, strict=True):
@@ -193,7 +194,7 @@ def test_dialogues_are_trained_on_besides(pocket, tmp_path, trained):
     write(tmp_path / "dialogues.jsonl", [Dialogue(messages)])
     settings = recipe(pocket, samples=1, epochs=1, dialogues=[tmp_path / "dialogues.jsonl"])
     rejection.run(settings, tmp_path / "run")
-    best = phases.read_responses(tmp_path / "run" / "samples" / rejection.BEST)
+    best = read_responses(tmp_path / "run" / "samples" / rejection.BEST)
     _, tokenizer = loading.load_llama(pocket.sft)
     tokens, trainable = chat.encode_dialogue(tokenizer, messages)
     assert len(trained) == len(best) + 1
@@ -210,12 +211,21 @@ def test_held_out_kl_is_to_the_reference(pocket, tmp_path, monkeypatch):
     native.save(base, tokenizer, tmp_path / "base")
     seen = []
     monkeypatch.setattr(
-        phases, "measure", lambda path, engine, reference, *_, **__: seen.append(reference) or {}
+        metrics, "measure", lambda path, sampler, reference, *_, **__: seen.append(reference) or {}
     )
     settings = recipe(pocket, init=tmp_path / "base", reference=pocket.sft, samples=1, epochs=1)
     rejection.run(settings, tmp_path / "run")
     sft, _ = loading.load_llama(pocket.sft)
     assert torch.equal(seen[0].output, sft.output)
+
+
+def test_the_base_needs_no_tokenizer_of_its_own(pocket, tmp_path):
+    """The policy's encodes the prompts; the base reads token ids."""
+    base, _ = loading.load_llama(pocket.sft)
+    native.save(base, None, tmp_path / "base")
+    settings = recipe(pocket, init=tmp_path / "base", samples=1, epochs=1)
+    folder = rejection.run(settings, tmp_path / "run")
+    assert loading.load_llama(folder)[1].digest == Tokenizer.load(pocket.sft).digest
 
 
 def test_a_model_that_did_not_move_has_no_kl(pocket, tmp_path):
@@ -228,11 +238,11 @@ def test_a_model_that_did_not_move_has_no_kl(pocket, tmp_path):
 
 @pytest.mark.parametrize(
     "owner, name, calls",
-    [(phases, "write_responses", 3), (phases, "write_responses", 5), (Run, "log", 7)],
+    [(sampling, "write_responses", 3), (rejection, "write_responses", 1), (Run, "log", 7)],
     ids=["sampling", "selecting", "training"],
 )
 def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, owner, name, calls):
-    monkeypatch.setattr(phases, "PROMPTS_PER_FILE", 25)
+    monkeypatch.setattr(sampling, "PROMPTS_PER_FILE", 25)
     settings = recipe(pocket, samples=2, epochs=1)
     whole = rejection.run(settings, tmp_path / "whole")
     resumed = problem.killed_and_resumed(
@@ -246,25 +256,3 @@ def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, owner, name
         if sample.name == "held_out.jsonl":  # names the run
             mine, theirs = mine.replace("whole", ""), theirs.replace("killed", "")
         assert mine == theirs
-
-
-def test_a_damaged_sample_file_is_named(tmp_path):
-    phases.write_responses(tmp_path / "a.jsonl", [response("yes"), response("no")])
-    text = (tmp_path / "a.jsonl").read_text()
-    (tmp_path / "a.jsonl").write_text(text.replace('"no"', '"no', 1))
-    with pytest.raises(InputError, match=r"a\.jsonl:2"):
-        phases.read_responses(tmp_path / "a.jsonl")
-
-
-def test_any_text_survives_the_sample_file(tmp_path):
-    texts = ["a\u2028b", "nul \0", "\x85", "\r\n", "é\U0001f600", ""]
-    phases.write_responses(tmp_path / "a.jsonl", [response(text) for text in texts])
-    assert [r.text for r in phases.read_responses(tmp_path / "a.jsonl")] == texts
-
-
-def test_draw_uses_every_prompt_before_any_comes_again():
-    prompts = [Prompt(str(i), []) for i in range(7)]
-    drawn = [p.id for t in range(7) for p in phases.draw(prompts, 3, seed=1, iteration=t)]
-    assert sorted(drawn[:7]) == sorted(drawn[7:14]) == sorted(drawn[14:]) == sorted("0123456")
-    assert drawn[:7] != drawn[7:14]
-    assert len(phases.draw(prompts, 20, seed=1, iteration=1)) == 20

@@ -36,7 +36,12 @@ def trained(stage: str, pocket, directory) -> tuple[list, int]:
     ]
     talks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     models = {"helpfulness": pocket.helpfulness, "safety": pocket.safety}
-    rollouts = {**models, "data": [pocket.prompts], "max_tokens": 8, "train": TRAIN}
+    rollouts = {
+        "rewards": models,
+        "data": [pocket.prompts],
+        "sampling": {"max_tokens": 8},
+        "train": TRAIN,
+    }
     run = directory / "run"
     if stage == "pretrain":
         settings = {"data": [text], "init": pocket.sft, "context": 64, "batch_tokens": 128}

@@ -6,9 +6,9 @@ import torch
 from small_models import packed
 
 from llama2rt.errors import InputError
-from llama2rt.evaluate.scoring import score, score_tokens
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.heads import ScalarModel
+from llama2rt.rollout.scoring import score, score_tokens
 from llama2rt.text import chat
 
 

@@ -1,5 +1,6 @@
 """What the RLHF stages check before the first sample: one vocabulary, room for every answer."""
 
+import pocket as problem
 import pytest
 import torch
 
@@ -11,13 +12,18 @@ from llama2rt.generate import scheduler
 from llama2rt.generate.budget import forward_bytes
 from llama2rt.generate.kv_cache import page_bytes
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.stages import dpo, loading, phases, ppo, rejection
+from llama2rt.rollout.responses import read_responses
+from llama2rt.stages import dpo, loading, ppo, rejection
 
 
-def stages(pocket, **settings):
+def stages(pocket, settings):
     """(module, recipe) of the three stages that rank samples."""
-    common = {"helpfulness": pocket.helpfulness, "data": [pocket.prompts], "max_tokens": 8}
-    common |= settings
+    common = {
+        "rewards.helpfulness": pocket.helpfulness,
+        "data": [pocket.prompts],
+        "sampling.max_tokens": 8,
+    }
+    common = problem.tables(common | settings)
     return [
         (ppo, ppo.PpoRecipe(init=pocket.sft, **common)),
         (dpo, dpo.DpoRecipe(init=pocket.sft, **common)),
@@ -27,13 +33,13 @@ def stages(pocket, **settings):
 
 @pytest.mark.parametrize("key", ["helpfulness", "safety"])
 def test_a_reward_model_of_another_vocabulary_is_refused(pocket, strangers, tmp_path, key):
-    for module, recipe in stages(pocket, **{key: strangers / "reward"}):
+    for module, recipe in stages(pocket, {f"rewards.{key}": strangers / "reward"}):
         with pytest.raises(InputError, match="reward: its tokenizer is not the policy's"):
             module.run(recipe, tmp_path / module.__name__)
 
 
 def test_a_reference_or_base_of_another_vocabulary_is_refused(pocket, strangers, tmp_path):
-    shared = {"helpfulness": pocket.helpfulness, "data": [pocket.prompts]}
+    shared = {"rewards": {"helpfulness": pocket.helpfulness}, "data": [pocket.prompts]}
     recipe = ppo.PpoRecipe(init=pocket.sft, reference=strangers / "policy", **shared)
     with pytest.raises(InputError, match="policy: its tokenizer is not the policy's"):
         ppo.run(recipe, tmp_path / "ppo")
@@ -44,7 +50,7 @@ def test_a_reference_or_base_of_another_vocabulary_is_refused(pocket, strangers,
 
 
 def test_a_reward_model_without_room_is_refused_before_sampling(pocket, strangers, tmp_path):
-    for module, recipe in stages(pocket, helpfulness=strangers / "short"):
+    for module, recipe in stages(pocket, {"rewards.helpfulness": strangers / "short"}):
         with pytest.raises(InputError, match="helpfulness: its context of 12 tokens is shorter"):
             module.run(recipe, tmp_path / module.__name__)
 
@@ -69,9 +75,9 @@ def test_prompts_trained_on_and_held_out_are_said(pocket, tmp_path, caplog):
     write(tmp_path / "data.jsonl", prompts[:2])
     write(tmp_path / "validation.jsonl", [Prompt("another id", prompts[0].messages), prompts[2]])
     given = {"data": [tmp_path / "data.jsonl"], "validation": [tmp_path / "validation.jsonl"]}
-    for module, recipe in stages(pocket, **given):
+    for module, recipe in stages(pocket, given):
         caplog.clear()
-        (rejection.check if module is rejection else loading.rollout_inputs)(recipe)
+        module.open_inputs(recipe)
         assert "data: 1 prompts are in validation too" in caplog.text
 
 
@@ -88,9 +94,9 @@ def test_samples_longer_than_micro_tokens_pass_alone(pocket, tmp_path, stage):
     """Refusing them would come after the sampling, to a run that cannot be resumed otherwise."""
     common = {
         "init": pocket.sft,
-        "helpfulness": pocket.helpfulness,
+        "rewards": {"helpfulness": pocket.helpfulness},
         "data": [pocket.prompts],
-        "max_tokens": 8,
+        "sampling": {"max_tokens": 8},
         "samples": 2,
         "train": {"lr": 1e-3, "micro_tokens": 4, "checkpoint_every": 0},
     }
@@ -102,16 +108,6 @@ def test_samples_longer_than_micro_tokens_pass_alone(pocket, tmp_path, stage):
         folder = rejection.run(recipe, tmp_path / "run")
     model, _ = loading.load_llama(folder)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-
-
-def test_segment_sums_have_no_end():
-    lengths = torch.tensor([4096, 0, 1])
-    for dtype in (torch.float32, torch.bfloat16):
-        values = torch.ones(4097, dtype=dtype, requires_grad=True)
-        sums = phases.segment_sums(values, lengths)
-        assert sums.tolist() == [4096, 0, 1]
-        sums.backward(torch.tensor([2.0, 1.0, 3.0]))
-        assert values.grad.tolist() == [2.0] * 4096 + [3.0]
 
 
 def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp_path, monkeypatch):
@@ -134,17 +130,15 @@ def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp
         recipe = rejection.RejectionRecipe(
             policy=pocket.sft,
             init=pocket.sft,
-            helpfulness=pocket.helpfulness,
+            rewards={"helpfulness": pocket.helpfulness},
             data=[pocket.prompts],
             validation=[pocket.validation],
-            max_tokens=8,
-            max_sequences=most,
-            cache_bytes=size,
+            sampling={"max_tokens": 8, "max_sequences": most, "cache_bytes": size},
             **short,
         )
         rejection.run(recipe, folder)
         part = folder / "samples" / "part-00000.jsonl"
-        texts.append([response.tokens for response in phases.read_responses(part)])
+        texts.append([response.tokens for response in read_responses(part)])
     assert [most for most, _ in seen[2:4]] == [3, 3]
     assert all(0 < pages * page < few for _, pages in seen[4:])
     assert seen[4][0] < seen[0][0] and seen[4][1] < seen[0][1]
