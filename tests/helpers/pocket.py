@@ -18,7 +18,8 @@ from llama2rt.data.packing import Example
 from llama2rt.data.readers import write
 from llama2rt.data.records import Comparison, Prompt
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.stages import phases, reward
+from llama2rt.rollout.responses import Response
+from llama2rt.stages import reward
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.optimizer import Optimizer
@@ -105,9 +106,9 @@ def fine_tune(folder: Path, tokenizer: Tokenizer) -> None:
 
 def response(
     text: str, reward: float = 0.0, *, name: str = "baba", tokens: tuple[int, ...] = (7, 8, 2)
-) -> phases.Response:
+) -> Response:
     """To a helpfulness prompt; finished where `tokens` end with 2, EOS."""
-    return phases.Response(
+    return Response(
         prompt=Prompt(name, messages("helpfulness", name)),
         text=text,
         prompt_tokens=[1, 5, 6],
