@@ -311,6 +311,8 @@ def _construct(table: Any, values: dict[str, Any]) -> Any:
     import tyro
     from pydantic import BaseModel, TypeAdapter
 
+    from llama2rt.run import whole_type
+
     fields: dict[str, Any] = {}
     for name, field in table.model_fields.items():
         annotation = field.annotation
@@ -318,8 +320,7 @@ def _construct(table: Any, values: dict[str, Any]) -> Any:
         if field.is_required() and nested:
             fields[name] = _construct(annotation, values.get(name, {}))
         elif name in values:
-            adapter = TypeAdapter[Any](typing.cast(Any, annotation))
-            fields[name] = adapter.validate_python(values[name])
+            fields[name] = TypeAdapter(whole_type(field)).validate_python(values[name])
         elif field.is_required():
             fields[name] = tyro.MISSING
         else:

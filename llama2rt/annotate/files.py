@@ -20,24 +20,26 @@ _CHOICES = ("first", "second", "neither")
 
 
 class FileAnnotator:
-    """Judgements that are there already. InputError where a pair has none, or where a line is about
-    no pair of this batch, is malformed, or contradicts another one about the same pair."""
+    """Judgements that are there already. InputError where a pair of `pairs_file` has none, or where
+    a line is about no pair in it, is malformed, or contradicts another one about the same pair."""
 
     def __init__(self, files: Sequence[Path], pairs_file: Path) -> None:
         self._files, self._pairs_file = files, pairs_file
 
     def __call__(self, pairs: Sequence[AnswerPair], seed: str) -> list[Judgement | None]:
+        # Of both parts, since people judge the whole file.
+        known = [row["id"] for _, row in rows(self._pairs_file, "pair", None)]
         missing = [path for path in self._files if not path.exists()]
         if missing:
             raise InputError(
-                f"annotator.files: {missing[0]}: no such file; {len(pairs)} pairs in "
+                f"annotator.files: {missing[0]}: no such file; {len(known)} pairs in "
                 f"{self._pairs_file} wait for a judgement each, then continue with --resume"
             )
-        said = self._read({pair.id for pair in pairs})
-        waiting = [pair.id for pair in pairs if pair.id not in said]
+        said = self._read(set(known))
+        waiting = [identifier for identifier in known if identifier not in said]
         if waiting:
             raise InputError(
-                f"annotator.files: {len(waiting)} of {len(pairs)} pairs in {self._pairs_file} have "
+                f"annotator.files: {len(waiting)} of {len(known)} pairs in {self._pairs_file} have "
                 f'no judgement, such as {waiting[0]!r}; "neither" says that one cannot be decided'
             )
         return [said[pair.id] for pair in pairs]

@@ -51,8 +51,8 @@ class AnnotatorOptions(BaseModel):
         return self
 
     def check(self, to_come: Container[Path] = ()) -> None:
-        """InputError for a model that could not be loaded, unless its folder is one `to_come`, and
-        for a function that is not there."""
+        """InputError for a model that could not be loaded, or a file for `python` that is not there,
+        unless it is one `to_come`, and for a function that is not there."""
         models: dict[str, type[ScalarModel] | type[Llama]] = {
             "helpfulness": ScalarModel,
             "safety": ScalarModel,
@@ -63,6 +63,9 @@ class AnnotatorOptions(BaseModel):
                 _load(folder, expected, f"annotator.{key}", "meta")
         if self.python is not None:
             named_function(self.python, "annotator.python")
+            for path in self.files:
+                if path not in to_come and not path.exists():
+                    raise InputError(f"annotator.files: {path}: no such file")
 
     def annotator(self, pairs_file: Path, device: str) -> Annotator:
         """Ready to compare; models in fp32 on `device`. `pairs_file` is what people judge from."""

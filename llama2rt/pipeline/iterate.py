@@ -29,6 +29,17 @@ from llama2rt.run import Change, Recipe, Run, manifest
 from llama2rt.stages import STAGES, loading
 from llama2rt.stages.annotate import file_name
 
+# A key of files only: tyro leaves its value as it is.
+NO_OPTION = (
+    tyro.conf.Fixed,
+    tyro.constructors.PrimitiveConstructorSpec[Any](
+        nargs=1,
+        metavar="TABLE",
+        instance_from_str=list,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [f"{len(value)} in the file"],
+    ),
+)
 # Stages whose model is a version of the policy.
 POLICIES = ("rejection", "ppo", "dpo")
 
@@ -72,9 +83,9 @@ class IterateRecipe(Recipe):
     """length of responses, and what sampling may take, in every step and in the comparison"""
     seed: int = Field(default=0, ge=0)
     """the steps' seeds are derived from it and their names"""
-    defaults: Annotated[Tables, tyro.conf.Fixed] = Field(default={})
+    defaults: Annotated[Tables, *NO_OPTION] = Field(default={})
     """by stage, keys of its recipe for all its steps: [defaults.rejection] samples = 20"""
-    steps: Annotated[list[AnyStep], tyro.conf.Fixed] = Field(default=[])
+    steps: Annotated[list[AnyStep], *NO_OPTION] = Field(default=[])
     """the steps in order, each with a name, a stage, and keys of the stage's recipe that differ;
     none for the paper's"""
 
@@ -82,9 +93,10 @@ class IterateRecipe(Recipe):
     def _names(self) -> Self:
         known = {"sft", "base"}
         for step in self.steps:
-            if step.name in known:
+            # Not every file system tells V1 from v1.
+            if step.name.lower() in known:
                 raise ValueError(f"steps: {step.name!r} is taken")
-            known.add(step.name)
+            known.add(step.name.lower())
         return self
 
     def change(self, key: str, begun: Mapping[str, Any]) -> Change:
@@ -94,7 +106,8 @@ class IterateRecipe(Recipe):
         which, _, rest = rest.partition(".")
         if table == "steps" and int(which) < len(self.steps):
             if f"steps.{which}.name" not in begun:
-                return "longer"
+                # What has no steps of its own began as the paper's.
+                return "longer" if "steps.0.name" in begun else "refused"
             if rest in STAGES[self.steps[int(which)].stage].recipe.neutral:
                 return "neutral"
         if table == "defaults" and which in STAGES and rest in STAGES[which].recipe.neutral:
@@ -135,7 +148,8 @@ def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path
     plan = run_plan(steps, directory, Clock(directory / "phases.json"))
     if not run.complete:
         report.finish(run, numbers(plan))
-    return [step.directory / "model" for step in plan if step.stage.name in POLICIES][-1]
+    versions = [step.directory / "model" for step in plan if step.stage.name in POLICIES]
+    return versions[-1] if versions else recipe.sft
 
 
 def numbers(plan: Sequence[Resolved]) -> dict[str, Any]:
@@ -211,9 +225,12 @@ class Plan:
             given |= self._comparisons(step, before, outputs)
         elif step.stage == "annotate":
             given["batch"] = 1 + sum(s.stage == "annotate" for s in before)
+            given["held_out"] = recipe.validation
         elif step.stage == "evaluate":
             given["versions"] = {"SFT": recipe.sft} | {n: outputs.model(n) for n in versions}
             given["data"] = recipe.validation
+        elif step.stage in ("pretrain", "sft"):
+            given |= {"data": None, "validation": None}  # which are no prompts there
         return {key: value for key, value in given.items() if value is not None}
 
     def _newest_rewards(self, before: list[PlanStep], outputs: Outputs) -> dict[str, Any]:
@@ -240,7 +257,7 @@ class Plan:
         previous = self._newest_rewards(before, outputs)
         return {
             "init": self._recipe.sft,
-            "data": [batch / file_name(kind, "training") for batch in batches],
+            "data": [batch / file_name(kind, "training") for batch in batches] or None,
             "mixed_in": [batch / file_name(k, "training") for k in others for batch in batches],
             "validation": [batch / file_name(kind, "held_out") for batch in batches],
             "previous": previous.get(kind),
@@ -256,7 +273,8 @@ class Plan:
             return value
         name, _, rest = value[1:].partition("/")
         if name in ("sft", "base"):
-            return str((self._recipe.base if name == "base" else None) or self._recipe.sft)
+            folder = (self._recipe.base if name == "base" else None) or self._recipe.sft
+            return str(folder / rest)
         return str(outputs.directory(name) / rest if rest else outputs.model(name))
 
 

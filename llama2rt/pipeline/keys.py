@@ -7,6 +7,7 @@ when the recipe is whole.
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -14,13 +15,27 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     SerializeAsAny,
     create_model,
+    field_validator,
     model_serializer,
 )
 
+from llama2rt.run import whole_type
 from llama2rt.stages import STAGES
+
+# What lies in the plan's own run directory beside its steps.
+_TAKEN = [
+    "recipe.toml",
+    "manifest.json",
+    "metrics.jsonl",
+    "phases.json",
+    "report.html",
+    "report.json",
+    "checkpoints",
+    "model",
+    "samples",
+]
 
 
 class StageKeys(BaseModel):
@@ -42,10 +57,20 @@ class StageKeys(BaseModel):
 class PlanStep(StageKeys):
     """A step as a file describes it."""
 
-    name: str = Field(min_length=1, pattern=r"^[^/@][^/]*$")
+    name: str
     """such as RLHF-V1; also the folder's name"""
     stage: str
     """what it runs"""
+
+    @field_validator("name")
+    @classmethod
+    def _is_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w .,+=()-]*", name) or name in _TAKEN:
+            raise ValueError(
+                "expected the name of a folder of its own, beginning with a letter or digit, of "
+                f"these and spaces and .,+=()-_, got {name!r}"
+            )
+        return name
 
     def recipe_keys(self) -> dict[str, Any]:
         return {key: value for key, value in self.given().items() if key not in ("name", "stage")}
@@ -55,7 +80,7 @@ class PlanStep(StageKeys):
 def keys_of(stage: str) -> dict[str, Any]:
     """The fields of a stage's recipe, each of which may be absent."""
     return {
-        name: (_in_part(field.annotation) | None, None)
+        name: (_in_part(whole_type(field)) | None, None)
         for name, field in STAGES[stage].recipe.model_fields.items()
     }
 
@@ -80,7 +105,9 @@ def _in_part(annotation: Any) -> Any:
     fields = annotation.model_fields
     if not any(field.is_required() for field in fields.values()):
         return annotation
-    keys: dict[str, Any] = {name: (field.annotation | None, None) for name, field in fields.items()}  # type: ignore[operator]
+    keys: dict[str, Any] = {
+        name: (whole_type(field) | None, None) for name, field in fields.items()
+    }
     return create_model(f"{annotation.__name__}Keys", __base__=StageKeys, **keys)
 
 

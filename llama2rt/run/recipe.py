@@ -1,9 +1,10 @@
 """The base of every stage's recipe, and which of its changes a begun run may be resumed with."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
 
 Change = Literal["refused", "neutral", "longer"]
 """What another value of a key means to a run that has begun: another result, the same one, or the
@@ -21,6 +22,14 @@ def check_integers(options: BaseModel) -> None:
         most = _INT64_MAX if name == "seed" or name.endswith("_bytes") else _INT32_MAX
         if isinstance(value, int) and value > most:
             raise ValueError(f"{name}: expected at most {most}, got {value}")
+
+
+def whole_type(field: FieldInfo) -> Any:
+    """The type of a recipe's field with its bounds and its own validators, which pydantic keeps
+    apart from it."""
+    if not field.metadata:
+        return field.annotation
+    return Annotated[(field.annotation, *field.metadata)]  # type: ignore[return-value]
 
 
 class Recipe(BaseModel):

@@ -113,6 +113,8 @@ def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Pat
     for part in PARTS:
         shown = [pair for its_part, pair in pairs if its_part == part]
         judgements = annotator(shown, f"{recipe.seed}:{part}") if shown else []
+        if len(judgements) != len(shown):
+            raise InputError(f"annotator: gave {len(judgements)} judgements of {len(shown)} pairs")
         for pair, judgement in zip(shown, judgements, strict=True):
             if judgement is None:
                 left_out["undecided"] += 1
@@ -120,12 +122,13 @@ def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Pat
                 left_out["chosen unsafe, the other safe"] += 1
             else:
                 said[pair.prompt.kind, part].append(comparison)
+    if empty := [batch for batch, comparisons in said.items() if not comparisons]:
+        kind, part = empty[0]
+        raise InputError(
+            f"{run.directory / PAIRS}: no comparison of {kind} came of the prompts for {part}: of "
+            f"{len(pairs)} pairs in all {sum(left_out.values())} were left out"
+        )
     for (kind, part), comparisons in said.items():
-        if not comparisons:
-            raise InputError(
-                f"{run.directory / PAIRS}: no comparison of {kind} came of the prompts for {part}: "
-                f"of {len(pairs)} pairs in all {sum(left_out.values())} were left out"
-            )
         readers.write(run.directory / file_name(kind, part), comparisons)
         numbers[f"{kind}/{part}"] = len(comparisons)
     report.finish(run, {"pairs": len(pairs), "left_out": left_out, **numbers})
@@ -137,7 +140,7 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
     tokenizer, models = loading.outlines(
         recipe.tokenizer, {"policy": recipe.policy, "other": recipe.other}, future
     )
-    recipe.annotator.check(future.models if future is not None else ())
+    recipe.annotator.check({*future.models, *future.files} if future is not None else ())
     cache = loading.CacheLimit(recipe.sampling.cache_bytes, torch.float32)
     policy = models.pop("policy")
     sources: dict[Part, list[Source]] = {"training": recipe.data, "held_out": recipe.held_out}
@@ -156,7 +159,9 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
     if recipe.prompts is not None:
         count = min(recipe.prompts, len(prompts["training"]))
         # Not by the recipe's seed, which differs between the batches of a plan.
-        prompts["training"] = draw(prompts["training"], count, 0, recipe.batch - 1)
+        drawn = draw(prompts["training"], count, 0, recipe.batch - 1)
+        # One that ends an epoch and begins the next is shown once.
+        prompts["training"] = list({prompt.id: prompt for prompt in drawn}.values())
     return AnnotateInputs(tokenizer, prompts)
 
 

@@ -7,6 +7,7 @@ some prompts.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,13 @@ def open_inputs(recipe: EvaluateRecipe, future: Future | None = None) -> Evaluat
         raise InputError("versions: name at least one")
     if recipe.judge is not None:
         named_function(recipe.judge.python, "judge.python")
+    folders = Counter(folder_name(name, 1, 1.0) for name in recipe.versions)
+    for name in recipe.versions:
+        if "/" in name or folders[folder_name(name, 1, 1.0)] > 1:
+            raise InputError(
+                f"versions: {name!r}: expected names without / that differ in more than case and "
+                "spaces, since their samples' folders are named after them"
+            )
     if unknown := set(recipe.curves.versions) - set(recipe.versions):
         raise InputError(f"curves.versions: {min(unknown)!r} is none of the versions")
     shortest = min(outlines.values(), key=lambda model: model.config.context)

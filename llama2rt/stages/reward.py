@@ -39,6 +39,7 @@ from llama2rt.stages.loading import (
     file_inputs,
     load_llama,
     load_scalar,
+    outline,
     outlines,
 )
 from llama2rt.stages.pretrain import ModelShape
@@ -195,7 +196,24 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     training, held_out, left_out = split(recipe)
     pairs, kept = encode(training, tokenizer, config.context)
     held_out_pairs, held_out_kept = encode(held_out, tokenizer, config.context)
+    if recipe.previous is not None:
+        require_readable(outline(recipe.previous, future), tokenizer, held_out_pairs)
     return RewardInputs(tokenizer, pairs, kept, held_out_pairs, held_out_kept, left_out, result)
+
+
+def require_readable(
+    previous: Outline, tokenizer: Tokenizer, held_out: Sequence[tuple[Example, Example]]
+) -> None:
+    """InputError where the replaced reward model could not score what the new one is tested on,
+    which would be found after training only."""
+    if previous.tokenizer is not None and not previous.tokenizer.agrees_with(tokenizer):
+        raise InputError("previous: its tokenizer is not the new model's; both must share one")
+    longest = max((len(side.tokens) for pair in held_out for side in pair), default=0)
+    if longest > previous.config.context:
+        raise InputError(
+            f"previous: its context of {previous.config.context} tokens is shorter than the "
+            f"longest held-out comparison, {longest}"
+        )
 
 
 def to_come(recipe: RewardRecipe, future: Future) -> bool:
