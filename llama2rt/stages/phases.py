@@ -178,7 +178,7 @@ def response_logprobs(
     belong to another policy, and a KL computed from them comes out negative or exploding.
     """
     parts = []
-    for batch in inference_batches(examples, micro_tokens, model.output.device):
+    for batch in inference_batches(examples, micro_tokens, model.output.weight.device):
         logprob, entropy = model(
             batch.tokens,
             batch.positions,

@@ -199,7 +199,7 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     with (
         ProgressLine(run.directory.resolve().name, recipe.iterations, done) as line,
         interrupts() as interrupted,
-        energy.of_device(actors.policy.output.device) as meter,
+        energy.of_device(actors.policy.output.weight.device) as meter,
     ):
         use = EnergyUse(meter)
         while done < recipe.iterations and waited < recipe.patience:
@@ -303,7 +303,7 @@ def collect(
         policy="",
         micro_tokens=micro_tokens,
     )
-    device = actors.policy.output.device
+    device = actors.policy.output.weight.device
     reward = torch.tensor([response.reward for response in responses], device=device)
     cut = torch.tensor([not response.finished for response in responses], device=device)
 
@@ -349,7 +349,7 @@ def improve(
 ) -> dict[str, float]:
     """One gradient step of policy and critic per mini-batch, each response used once."""
     options = recipe.train
-    device = actors.policy.output.device
+    device = actors.policy.output.weight.device
     count = len(rollout.examples)
     order = np.random.default_rng([recipe.seed, 1, iteration]).permutation(count)
     lengths = [len(example.tokens) for example in rollout.examples]

@@ -114,8 +114,8 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
     plain = unit_scale(Llama(CONFIG))
     wrapped = copy.deepcopy(plain)
-    for i, block in enumerate(wrapped.blocks):
-        wrapped.blocks[i] = checkpoint_wrapper(block, context_fn=ops.checkpoint_context)
+    for i, block in enumerate(wrapped.transformer.blocks):
+        wrapped.transformer.blocks[i] = checkpoint_wrapper(block, context_fn=ops.checkpoint_context)
     batch, targets = packed(*documents(11, 6)), torch.randint(0, 150, (17,))
     for model in (plain, wrapped):
         model(*batch, targets).sum().backward()
@@ -133,33 +133,33 @@ def test_sampling_first_does_not_spoil_training():
     assert torch.equal(before, after)
 
 
-def test_a_cache_stands_in_for_attention():
+def test_a_block_asks_its_attention_for_all_of_it():
     model = unit_scale(Llama(CONFIG))
     tokens, positions, cu = packed(*documents(6, 4))
     seen = []
 
-    class Plain:
+    class Recorded:
         def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             seen.append((layer, q.shape, k.shape, v.shape))
             return ops.attention(q, k, v, cu)
 
-    cached = model.hidden(tokens, positions, cu, cache=Plain())
-    assert torch.equal(cached, model.hidden(tokens, positions, cu))
+    recorded = model.transformer(tokens, positions, Recorded())
+    assert torch.equal(recorded, model.hidden(tokens, positions, cu))
     assert [s[0] for s in seen] == [0, 1] and seen[0][1:] == ((10, 4, 16),) * 3
 
 
 def test_initialize():
     one, two = (Llama(CONFIG).initialize(5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.output, Llama(CONFIG).initialize(6).output)
-    block = one.blocks[0]
+    assert not torch.equal(one.output.weight, Llama(CONFIG).initialize(6).output.weight)
+    block = one.transformer.blocks[0]
     assert block.gate.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.down.weight.std().item() == pytest.approx(0.02 / 2, rel=0.05)  # sqrt(2 * 2 layers)
     assert block.attention_output.weight.std().item() == pytest.approx(0.01, rel=0.05)
-    assert torch.equal(one.norm.weight, torch.ones(64))
+    assert torch.equal(one.transformer.norm.weight, torch.ones(64))
     assert sum(p.numel() for p in one.parameters()) == CONFIG.parameters
     tied = Llama(LlamaConfig(64, 1, 4, 2, 96, vocab_size=150, tied=True)).initialize(0)
-    assert tied.output is tied.embedding.weight
+    assert tied.output.weight is tied.transformer.embedding.weight
     assert sum(p.numel() for p in tied.parameters()) == tied.config.parameters
 
 
@@ -192,10 +192,10 @@ def test_scalar_model_equals_sequence_classification():
 def test_scalar_model_starts_from_a_copy():
     llama = unit_scale(Llama(CONFIG))
     model = ScalarModel.from_llama(llama, seed=3)
-    assert torch.equal(model.backbone.embedding.weight, llama.embedding.weight)
+    assert torch.equal(model.transformer.embedding.weight, llama.transformer.embedding.weight)
     with torch.no_grad():
-        model.backbone.embedding.weight.zero_()
-    assert llama.embedding.weight.any()
+        model.transformer.embedding.weight.zero_()
+    assert llama.transformer.embedding.weight.any()
     values = model(*packed(*documents(20)))
     assert values.abs().max() < 5  # unit scale at most: rewards start small
     again = ScalarModel.from_llama(llama, seed=3)
