@@ -53,7 +53,7 @@ def sample(settings: dict[str, Any]) -> dict[str, Any]:
 
     model = Llama(LlamaConfig(**settings["shape"])).initialize(0)
     with torch.no_grad():
-        model.output.mul_(15)
+        model.output.weight.mul_(15)
     model.to(getattr(torch, settings["dtype"]))
     rng = np.random.default_rng(0)
     most = model.config.vocab_size

@@ -51,8 +51,8 @@ class AnnotatorOptions(BaseModel):
         return self
 
     def check(self, to_come: Container[Path] = ()) -> None:
-        """InputError for a model that could not be loaded, or a file for `python` that is not there,
-        unless it is one `to_come`, and for a function that is not there."""
+        """InputError for a model that could not be loaded, for a file of `python` that is not there
+        (unless they are `to_come`), and for a function that is not there."""
         models: dict[str, type[ScalarModel] | type[Llama]] = {
             "helpfulness": ScalarModel,
             "safety": ScalarModel,

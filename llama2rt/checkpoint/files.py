@@ -148,11 +148,15 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
             raise InputError(f"{path}: damaged or not safetensors: {error}") from None
 
 
+OUTPUT, EMBEDDING = "output.weight", "transformer.embedding.weight"
+"""parameters of a `Llama`, which a tied one shares"""
+
+
 def weights(model: Llama | ScalarModel) -> dict[str, nn.Parameter]:
     """Parameters by name; a tied output once, under the embedding's name (as in transformers)."""
     named = dict(model.named_parameters(remove_duplicate=False))
     if model.config.tied:
-        named.pop("output", None)
+        named.pop(OUTPUT, None)
     return named
 
 
@@ -161,11 +165,11 @@ def fill(
     tensors: Iterator[tuple[Path, str, Tensor]],
     device: torch.device | str,
     dtype: torch.dtype | None,
-    shown: Callable[[str], str] = str,
+    stored_name: Callable[[str], str],
 ) -> None:
     """Give a model built on the meta device its weights; InputError for one missing, left over, of
-    the wrong shape or of a dtype that is not floating point. `tensors` are named as in the model,
-    and in errors as `shown` says that the files name them.
+    the wrong shape or of a dtype that is not floating point. `tensors` are (file, name there,
+    tensor); `stored_name` turns a parameter's name into the one in the files.
 
     dtype None keeps the stored one; where the files mix several, all become the one that holds them
     all, and a warning says so. A tied model may come with its output under either name; where it
@@ -173,65 +177,56 @@ def fill(
     """
     wanted = weights(model)
     tied = isinstance(model, Llama) and model.config.tied
+    name_of = {stored_name(name): name for name in (*wanted, *([OUTPUT] if tied else []))}
     filled: dict[str, nn.Parameter] = {}
     stored: dict[torch.dtype, str] = {}
-    path, output = None, None
     # Of a tied model, as the files hold them: on the meta device a parameter has no values to tell
     # one from the other.
     ends: dict[str, Tensor] = {}
-    for path, name, tensor in tensors:
-        is_output = tied and name == "output"
-        if is_output or (tied and name == "embedding.weight"):
+    path = None
+    for path, shown, tensor in tensors:
+        name = name_of.get(shown)
+        if name is None:
+            raise InputError(f"{path}: {shown}: not part of a model of this configuration")
+        _check(f"{path}: {shown}", tensor, wanted[EMBEDDING if tied and name == OUTPUT else name])
+        if tied and name in (OUTPUT, EMBEDDING):
             ends[name] = tensor
-        like = wanted.get("embedding.weight" if is_output else name)
-        if like is None:
-            raise InputError(f"{path}: {shown(name)}: not part of a model of this configuration")
-        if tensor.shape != like.shape:
-            raise InputError(
-                f"{path}: {shown(name)}: expected shape {list(like.shape)}, "
-                f"got {list(tensor.shape)}"
-            )
-        if tensor.dtype not in LOADABLE:
-            raise InputError(
-                f"{path}: {shown(name)}: expected one of "
-                f"{', '.join(str(kind).removeprefix('torch.') for kind in LOADABLE)}, "
-                f"got {str(tensor.dtype).removeprefix('torch.')}"
-            )
-        stored.setdefault(tensor.dtype, shown(name))
+        stored.setdefault(tensor.dtype, shown)
         # A copy: a mapped file that is truncated later must not take the process with it.
-        parameter = nn.Parameter(tensor.to(device, dtype, copy=True))
-        if is_output:
-            output = parameter
-        else:
-            filled[name] = parameter
-    if output is not None and "embedding.weight" not in filled:
-        filled["embedding.weight"], output = output, None
-    missing = sorted(wanted.keys() - filled.keys())
+        filled[name] = nn.Parameter(tensor.to(device, dtype, copy=True))
+    if tied and OUTPUT in filled and EMBEDDING not in filled:
+        filled[EMBEDDING] = filled.pop(OUTPUT)
+    missing = sorted(stored_name(name) for name in wanted.keys() - filled.keys())
     if missing:
-        raise InputError(f"{path}: {shown(missing[0])}: missing ({len(missing)} tensors in all)")
-    if output is not None and not _same_values(ends["output"], ends["embedding.weight"], dtype):
-        logger.warning(
-            "%s: the configuration ties the output to the embedding, but %s differs from it: both "
-            "are kept, and the model is not tied",
-            path,
-            shown("output"),
-        )
-        model.config = dataclasses.replace(model.config, tied=False)
-        filled["output"] = output
+        raise InputError(f"{path}: {missing[0]}: missing ({len(missing)} tensors in all)")
+    if tied and OUTPUT in filled:
+        if _same_values(ends[OUTPUT], ends[EMBEDDING], dtype):
+            del filled[OUTPUT]
+        else:
+            logger.warning(
+                "%s: the configuration ties the output to the embedding, but %s differs from it: "
+                "both are kept, and the model is not tied",
+                path,
+                stored_name(OUTPUT),
+            )
+            model.config = model.transformer.config = dataclasses.replace(model.config, tied=False)
     if dtype is None and len(stored) > 1:
-        common = functools.reduce(torch.promote_types, stored)
-        logger.warning(
-            "%s: %s; all become %s",
-            path,
-            ", ".join(f"{name} is {kind}" for kind, name in stored.items()),
-            common,
-        )
-        filled = {name: nn.Parameter(weight.detach().to(common)) for name, weight in filled.items()}
+        filled = _promoted(path, filled, stored)
     for name, parameter in filled.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)
     if isinstance(model, Llama) and model.config.tied:
-        model.output = model.embedding.weight
+        model.output.weight = model.transformer.embedding.weight
+
+
+def _check(where: str, tensor: Tensor, like: Tensor) -> None:
+    """InputError unless `tensor` can become `like`."""
+    if tensor.shape != like.shape:
+        raise InputError(f"{where}: expected shape {list(like.shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in LOADABLE:
+        names = (str(dtype).removeprefix("torch.") for dtype in (*LOADABLE, tensor.dtype))
+        *expected, got = names
+        raise InputError(f"{where}: expected one of {', '.join(expected)}, got {got}")
 
 
 def _same_values(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> bool:
@@ -239,3 +234,17 @@ def _same_values(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> bool:
     that holds both)."""
     dtype = dtype or torch.promote_types(a.dtype, b.dtype)
     return torch.equal(a.to(dtype), b.to(dtype))
+
+
+def _promoted(
+    path: Path | None, filled: dict[str, nn.Parameter], stored: dict[torch.dtype, str]
+) -> dict[str, nn.Parameter]:
+    """All parameters in the one dtype that holds every one in `stored` (with a tensor's name)."""
+    common = functools.reduce(torch.promote_types, stored)
+    logger.warning(
+        "%s: %s; all become %s",
+        path,
+        ", ".join(f"{name} is {kind}" for kind, name in stored.items()),
+        common,
+    )
+    return {name: nn.Parameter(weight.detach().to(common)) for name, weight in filled.items()}

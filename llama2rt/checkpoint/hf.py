@@ -6,12 +6,10 @@ key rather than ignored, because ignoring it gives fluent nonsense.
 """
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llama2rt.checkpoint import files
 from llama2rt.checkpoint.native import find_tokenizer, parse_config
@@ -26,10 +24,11 @@ logger = logging.getLogger("llama2rt.checkpoint.hf")
 CAUSAL = "LlamaForCausalLM"
 SCALAR = "LlamaForSequenceClassification"
 
-_TOP = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output": "lm_head.weight",
+_OUTSIDE_BLOCKS = {
+    "transformer.embedding.weight": "model.embed_tokens.weight",
+    "transformer.norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "head.weight": "score.weight",
 }
 _BLOCK = {
     "attention_norm": "input_layernorm",
@@ -42,43 +41,14 @@ _BLOCK = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_BLOCK_INVERSE = {theirs: ours for ours, theirs in _BLOCK.items()}
 
 
 def hf_name(name: str) -> str:
     """transformers' name of one of our parameters."""
-    if name == "head.weight":
-        return "score.weight"
-    name = name.removeprefix("backbone.")
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, module, leaf = name.split(".")
+    if name in _OUTSIDE_BLOCKS:
+        return _OUTSIDE_BLOCKS[name]
+    _, _, layer, module, leaf = name.split(".")
     return f"model.layers.{layer}.{_BLOCK[module]}.{leaf}"
-
-
-def _shown(name: str) -> str:
-    try:
-        return hf_name(name)
-    except (KeyError, ValueError):
-        return name  # one that `our_name` did not know, as it stands in the file
-
-
-def our_name(name: str, scalar: bool) -> str | None:
-    """Our name of one of transformers' parameters; None for one that carries no weight."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return None
-    if name == "score.weight":
-        return "head.weight"
-    prefix = "backbone." if scalar else ""
-    for ours, theirs in _TOP.items():
-        if name == theirs:
-            return prefix + ours
-    parts = name.split(".")
-    if parts[:2] == ["model", "layers"] and len(parts) >= 5:
-        module = _BLOCK_INVERSE.get(".".join(parts[3:-1]))
-        if module:
-            return f"{prefix}blocks.{parts[2]}.{module}.{parts[-1]}"
-    return name  # unknown: refused by `fill`, under the name it has in the file
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -224,13 +194,9 @@ def load(
     with torch.device("meta"):
         model = ScalarModel(config) if scalar else Llama(config)
 
-    def renamed() -> Iterator[tuple[Path, str, Tensor]]:
-        for file, name, tensor in files.read_tensors(folder):
-            ours = our_name(name, scalar)
-            if ours is not None:
-                yield file, ours, tensor
-
-    files.fill(model, renamed(), device, dtype, _shown)
+    # Old folders also hold a table of rotary frequencies, which is no weight.
+    tensors = (x for x in files.read_tensors(folder) if not x[1].endswith("rotary_emb.inv_freq"))
+    files.fill(model, tensors, device, dtype, hf_name)
     tokenizer = find_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         logger.warning(

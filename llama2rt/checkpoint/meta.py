@@ -26,10 +26,10 @@ from llama2rt.text.tokenizer import Tokenizer
 logger = logging.getLogger("llama2rt.checkpoint.meta")
 
 # our name -> (Meta's name, dimension that is split over ranks; None: replicated)
-_TOP: dict[str, tuple[str, int | None]] = {
-    "embedding.weight": ("tok_embeddings.weight", 1),
-    "norm.weight": ("norm.weight", None),
-    "output": ("output.weight", 0),
+_OUTSIDE_BLOCKS: dict[str, tuple[str, int | None]] = {
+    "transformer.embedding.weight": ("tok_embeddings.weight", 1),
+    "transformer.norm.weight": ("norm.weight", None),
+    "output.weight": ("output.weight", 0),
 }
 _BLOCK: dict[str, tuple[str, int | None]] = {
     "attention_norm": ("attention_norm", None),
@@ -65,9 +65,9 @@ def ffn_hidden(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def _theirs(name: str) -> tuple[str, int | None]:
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, module, leaf = name.split(".")
+    if name in _OUTSIDE_BLOCKS:
+        return _OUTSIDE_BLOCKS[name]
+    _, _, layer, module, leaf = name.split(".")
     theirs, split = _BLOCK[module]
     return f"layers.{layer}.{theirs}.{leaf}", split
 
@@ -205,13 +205,13 @@ def load(
                 if theirs not in shard:
                     raise InputError(f"{path}: {theirs}: missing")
                 parts.append(shard[theirs])
-            if name == "embedding.weight" and parts[0].shape[1] == config.dim:
+            if name == files.EMBEDDING and parts[0].shape[1] == config.dim:
                 split = 0  # Llama 3 splits its embedding over the vocabulary
             whole = parts[0] if split is None else torch.cat(parts, split)
             heads = _heads(name, config)
             if heads is not None and whole.shape[0] == heads * config.head_dim:
                 whole = to_halves(whole, heads)
-            yield shards[0][0], name, whole
+            yield shards[0][0], theirs, whole
         for path, shard in shards:
             # LLaMA 1's have tables of rotary frequencies, one or one a layer.
             if extra := sorted(name for name in shard.keys() - known if "rope.freqs" not in name):

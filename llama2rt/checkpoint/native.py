@@ -1,15 +1,12 @@
 """This project's own model folder: config.json, model.safetensors under our names, the tokenizer.
 
 What stages write and read between each other. The file names and the sharding are Hugging Face's,
-the tensor names ours.
-
-Here is the rule for precision between stages: a folder holds what its model's optimizer held, fp32
-masters where training computes in bf16, and what trains on reads it as stored. Frozen uses
-(sampling, reference, scoring) load it in the dtype they compute in; exports (`convert --dtype`)
-may be rounded.
+the tensor names ours (`stored_name`). Weights are those that the model's optimizer holds, not their
+rounded copies: `train.precision` has the rule.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +27,29 @@ def save(model: Llama | ScalarModel, tokenizer: Tokenizer | None, folder: str | 
     Of a model under a `train.Optimizer` the fp32 masters are written, not their bf16 copies.
     """
     kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
+    weights = files.weights(model).items()
+    tensors = {stored_name(model, name): unrounded(weight) for name, weight in weights}
     with files.new_folder(Path(folder)) as fresh:
         shape = dataclasses.asdict(model.config)
         files.write_json(fresh / "config.json", {"format": FORMAT, "kind": kind, "config": shape})
-        files.write_tensors(
-            fresh, {name: unrounded(weight) for name, weight in files.weights(model).items()}
-        )
+        files.write_tensors(fresh, tensors)
         if tokenizer is not None:
             tokenizer.save(fresh)
+
+
+def stored_name(model: torch.nn.Module, name: str) -> str:
+    """What a parameter of `model` is called in model folders and run checkpoints.
+
+    A module's name follows from the code, and a parallelism plan needs it; a file's must stay. So
+    files leave out `transformer.` (of a ScalarModel they say `backbone.`), and the `.weight` of
+    `output`. Other modules' names are their own.
+    """
+    if isinstance(model, Llama) and name == files.OUTPUT:
+        return "output"
+    if isinstance(model, Llama | ScalarModel) and name.startswith("transformer."):
+        outer = "backbone." if isinstance(model, ScalarModel) else ""
+        return outer + name.removeprefix("transformer.")
+    return name
 
 
 def unrounded(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -68,7 +80,8 @@ def load(
     config = parse_config(path, description.get("config"))
     with torch.device("meta"):
         model = KINDS[description["kind"]](config)
-    files.fill(model, files.read_tensors(folder), device, dtype)
+    named = functools.partial(stored_name, model)
+    files.fill(model, files.read_tensors(folder), device, dtype, named)
     return model, find_tokenizer(folder)
 
 

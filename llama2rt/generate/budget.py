@@ -83,7 +83,7 @@ def plan(
 
     def forward(prefill: int, sequences: int) -> int:
         return forward_bytes(
-            model.config, model.output.dtype, prefill, sequences, restricted=restricted
+            model.config, model.output.weight.dtype, prefill, sequences, restricted=restricted
         )
 
     def within(share: int) -> Budget:

@@ -19,7 +19,6 @@ from llama2rt.generate.kv_cache import PAGE_SIZE, Addresses, KVCache
 from llama2rt.generate.sampling import MOST, check_options, check_whole, choose, uniforms
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
-from llama2rt.ops.linear import linear
 from llama2rt.text import chat
 
 Prompt = Sequence[int] | chat.Messages
@@ -210,7 +209,7 @@ class Engine:
         """What the call may hold at once; InputError where one sample alone needs more."""
         allowed = self.cache_bytes
         if allowed is None:
-            allowed = free_bytes(self.model.output.device) // 2
+            allowed = free_bytes(self.model.output.weight.device) // 2
         try:
             return plan(
                 self.model,
@@ -229,7 +228,7 @@ class Engine:
     def _forward(
         self, step: scheduler.Step, cache: KVCache, temperature: float, top_p: float, top_k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        device = self.model.output.device
+        device = self.model.output.weight.device
 
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device)
@@ -238,10 +237,6 @@ class Engine:
         prefilled = len(step.tokens) - decoding
         chosen, logprobs = np.empty(0, np.int32), np.empty(0, np.float32)
         if len(step.tokens):
-            # Each decoding token is a document of one token after the prompts.
-            documents = np.concatenate(
-                [step.cu_seqlens, prefilled + np.arange(1, decoding + 1, dtype=np.int32)]
-            )
             cache.addresses = Addresses(
                 slots=put(step.slots),
                 prompt_cu_seqlens=put(step.cu_seqlens),
@@ -250,11 +245,9 @@ class Engine:
                 block_table=put(step.block_table),
                 lengths=put(step.lengths),
             )
-            hidden = self.model.hidden(
-                put(step.tokens).long(), put(step.positions), put(documents), cache=cache
-            )
+            hidden = self.model.transformer(put(step.tokens).long(), put(step.positions), cache)
             if decoding:
-                logits = linear(hidden[prefilled:], self.model.output).float()
+                logits = self.model.output(hidden[prefilled:]).float()
                 uniform = put(uniforms(step.keys, step.counts))
                 sampled = choose(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
                 chosen, logprobs = (tensor.cpu().numpy() for tensor in sampled)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llama2rt import ops
 from llama2rt.model.config import LlamaConfig
-from llama2rt.model.llama import Block, Llama
+from llama2rt.model.llama import Llama
+from llama2rt.model.transformer import Block
 
 
 class PagePool:
@@ -76,12 +77,13 @@ class Addresses:
 def page_bytes(model: Llama, page_size: int) -> int:
     """Bytes of one page of `page_size` tokens: keys and values of all layers, in the weights'
     dtype."""
-    weight = cast(Block, model.blocks[0]).key.weight
-    return 2 * len(model.blocks) * page_size * weight.shape[0] * weight.element_size()
+    blocks = model.transformer.blocks
+    weight = cast(Block, blocks[0]).key.weight
+    return 2 * len(blocks) * page_size * weight.shape[0] * weight.element_size()
 
 
 class KVCache:
-    """Keys and values of all layers; `model.hidden(..., cache=cache)` calls `attend` per layer."""
+    """Keys and values of all layers: the `Attention` of a forward pass that generates."""
 
     def __init__(self, layers: int, pages: int, page_size: int) -> None:
         self.layers, self.pages, self.page_size = layers, pages, page_size

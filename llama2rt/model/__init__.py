@@ -10,13 +10,20 @@ if TYPE_CHECKING:
     from llama2rt.model.config import LlamaConfig
     from llama2rt.model.heads import ScalarModel, last_token
     from llama2rt.model.llama import Llama
+    from llama2rt.model.transformer import Transformer
 
-__all__ = ["Llama", "LlamaConfig", "ScalarModel", "last_token"]
+__all__ = ["Llama", "LlamaConfig", "ScalarModel", "Transformer", "last_token"]
 
-_HOME = {"Llama": "llama", "LlamaConfig": "config", "ScalarModel": "heads", "last_token": "heads"}
+_MODULE_OF = {
+    "Llama": "llama",
+    "LlamaConfig": "config",
+    "ScalarModel": "heads",
+    "Transformer": "transformer",
+    "last_token": "heads",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"llama2rt.model.{_HOME[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"llama2rt.model.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'llama2rt.model' has no attribute {name!r}")

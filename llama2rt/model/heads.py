@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.llama import Llama
+from llama2rt.model.transformer import PackedAttention, Transformer, initialize
 
 
 class ScalarModel(nn.Module):
-    """A Llama whose output matrix is replaced by a regression head: one number per token.
+    """A transformer under a regression head: one number per token.
 
-    `.backbone` is a Llama without `output` (only its `hidden` is usable), `.head` a Linear(dim, 1)
-    without bias, as in transformers' LlamaForSequenceClassification with one label.
+    `head` is a Linear(dim, 1) without bias, as in transformers' LlamaForSequenceClassification with
+    one label.
     """
 
     def __init__(
@@ -22,14 +23,12 @@ class ScalarModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Llama(config, device, dtype)
-        self.backbone.register_parameter("output", None)
+        self.transformer = Transformer(config, device, dtype)
         self.head = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype)
 
-    @torch.no_grad()
     def initialize(self, seed: int = 0) -> "ScalarModel":
         """Fresh weights from a seed (see Llama.initialize); returns the model."""
-        self.backbone.initialize(seed)
+        initialize(self.transformer, self.config.layers, seed)
         return self._initialize_head(seed)
 
     @torch.no_grad()
@@ -42,18 +41,20 @@ class ScalarModel(nn.Module):
         return self
 
     @classmethod
-    @torch.no_grad()
     def from_llama(cls, llama: Llama, seed: int = 0) -> "ScalarModel":
         """A scalar model that starts from a copy of a language model's weights, with a new head."""
-        weight = llama.embedding.weight
+        weight = llama.transformer.embedding.weight
         model = cls(llama.config, weight.device, weight.dtype)
-        weights = {k: v for k, v in llama.state_dict().items() if k != "output"}
-        model.backbone.load_state_dict(weights)
+        model.transformer.load_state_dict(llama.transformer.state_dict())
         return model._initialize_head(seed)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[T, dim] after the final norm."""
+        return self.transformer(tokens, positions, PackedAttention(cu_seqlens))
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """fp32 [T]: the value at every token; a response's score is the one at its last token."""
-        hidden = self.backbone.hidden(tokens, positions, cu_seqlens)
+        hidden = self.hidden(tokens, positions, cu_seqlens)
         # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
         return (hidden.float() * self.head.weight.float()).sum(-1)
 

@@ -444,6 +444,22 @@ def _can_park(hidden: Tensor, weight: Tensor, choice: str) -> bool:
     )
 
 
+def _predicted_rows(hidden: Tensor, targets: Tensor) -> Tensor | None:
+    """[n] rows with a target, where some have none: prompt tokens predict nothing and need not
+    enter the largest product of all. None where all rows stay: under compile or another tracing
+    their number would depend on the data, and tensors of other types (DTensor) hold only a part."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or targets.device.type == "meta"
+        or type(hidden) not in backend.PLAIN_TENSORS
+        or type(targets) not in backend.PLAIN_TENSORS
+    ):
+        return None
+    rows = (targets >= 0).nonzero()[:, 0]
+    return rows if rows.shape[0] < targets.shape[0] else None
+
+
 def token_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -455,7 +471,8 @@ def token_logprob(
     """Log-probability (nats) of each target under softmax(hidden @ weight.T / temperature).
 
     hidden [T, dim] and weight [V, dim], one floating dtype; targets [T] int32 or int64 below V,
-    where a negative one means "not predicted": logprob 0, entropy 0, no gradient. Returns fp32 [T],
+    where a negative one means "not predicted": logprob 0, entropy 0, no gradient, and outside of
+    compiled graphs no cost. Returns fp32 [T],
     or with entropy=True also each row's entropy (nats), [T]; both are differentiable, and logprob
     <= 0. The [T, V] logits are never held in memory (except by the reference, the oracle).
     ValueError on a mismatch, temperature <= 0, and (reference, CPU) on a target >= V.
@@ -469,7 +486,14 @@ def token_logprob(
     check_index("targets", targets, hidden, "hidden", (hidden.shape[0],))
     if not temperature > 0:
         raise mismatch("temperature", "a number above 0", temperature)
+    tokens, rows = targets.shape[0], _predicted_rows(hidden, targets)
+    if rows is not None:
+        hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     choice = backend.resolve(hidden)
     run = _run_token_logprob_parked if _can_park(hidden, weight, choice) else _run_token_logprob
-    logprob, spread, *_ = run(hidden, weight, targets, temperature, entropy, choice)
-    return (logprob, spread) if entropy else logprob
+    logprob, entropies, *_ = run(hidden, weight, targets, temperature, entropy, choice)
+    if rows is not None:
+        logprob = logprob.new_zeros(tokens).index_copy(0, rows, logprob)
+        if entropy:
+            entropies = entropies.new_zeros(tokens).index_copy(0, rows, entropies)
+    return (logprob, entropies) if entropy else logprob

@@ -25,7 +25,7 @@ from llama2rt.run import whole_type
 from llama2rt.stages import STAGES
 
 # What lies in the plan's own run directory beside its steps.
-_TAKEN = [
+_TAKEN = (
     "recipe.toml",
     "manifest.json",
     "metrics.jsonl",
@@ -35,7 +35,7 @@ _TAKEN = [
     "checkpoints",
     "model",
     "samples",
-]
+)
 
 
 class StageKeys(BaseModel):

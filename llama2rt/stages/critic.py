@@ -42,7 +42,7 @@ def warm_up(
     regression = RidgeRegression(critic.config.dim, weight.device)
     begin = 0
     for batch in inference_batches(examples, micro_tokens, weight.device):
-        hidden = critic.backbone.hidden(batch.tokens, batch.positions, batch.cu_seqlens)
+        hidden = critic.hidden(batch.tokens, batch.positions, batch.cu_seqlens)
         hidden = hidden[batch.targets >= 0]
         rows = slice(begin, begin := begin + len(hidden))
         regression.add(hidden, returns[rows], groups[rows])

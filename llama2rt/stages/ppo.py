@@ -303,7 +303,7 @@ def improve(
 ) -> dict[str, float]:
     """One gradient step of policy and critic per mini-batch, each response used once."""
     options = recipe.train
-    device = actors.policy.output.device
+    device = actors.policy.output.weight.device
     count = len(rollout.examples)
     order = np.random.default_rng([recipe.seed, 1, iteration]).permutation(count)
     lengths = [len(example.tokens) for example in rollout.examples]

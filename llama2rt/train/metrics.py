@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2rt.energy import EnergyMeter
+from llama2rt.model.llama import Llama
 
 
 @functools.cache
@@ -50,14 +51,14 @@ def gemm_ceiling(device_type: str, dtype: torch.dtype) -> float:
 def training_flops(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor, predicted: int) -> int:
     """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token.
 
-    The output matrix counts for the ``predicted`` rows only (the others never reach it), the
-    embedding not at all, causal attention over each document by itself. ``model`` is a Llama or
-    holds one as ``backbone``.
+    The output matrix counts for the `predicted` rows only (the others never reach it), the
+    embedding not at all, causal attention over each document by itself. `model` is a Llama, or a
+    transformer under another head.
     """
-    backbone: Any = getattr(model, "backbone", model)
-    config = backbone.config
-    blocks = sum(p.numel() for p in backbone.blocks.parameters() if p.ndim == 2)
-    output = config.vocab_size * config.dim if backbone is model else 0
+    transformer: Any = model.transformer
+    config = transformer.config
+    blocks = sum(p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
+    output = config.vocab_size * config.dim if isinstance(model, Llama) else 0
     squares = int(cu_seqlens.diff().to(torch.int64).square().sum())
     attention = config.layers * config.dim * squares  # q.k and p.v: 2 x 2 x dim x length^2 / 2
     return 6 * (blocks * tokens.numel() + output * predicted + attention)

@@ -1,14 +1,7 @@
 """AdamW as large-model training needs it: fp32 state whatever the compute precision.
 
-A bf16 weight holds 8 bits: at PPO and DPO learning rates almost every update would round to
-nothing. So masters, moments and gradient sums are fp32 and the model's bf16 weights are copies.
-The update itself is PyTorch's fused AdamW.
-
-Each bf16 parameter carries its master as the attribute `master` (Megatron's `main_param`), which is
-what `checkpoint.native.save` writes: a stage that goes on from a saved model starts from what the
-optimizer held, also where a whole stage moved a weight by less than its bf16 rounding.
-
-Left out: the learning rate's course (`schedule`) and when to step (`loop`).
+Masters, moments and gradient sums are fp32, and the model's bf16 weights are copies (`precision`
+has the rule). The update itself is PyTorch's fused AdamW.
 """
 
 import math
@@ -17,8 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from llama2rt.checkpoint.native import unrounded
+from llama2rt.checkpoint.native import stored_name
 from llama2rt.train.options import TrainOptions
+from llama2rt.train.precision import MasterWeights
 
 # Weights updated per call of the inner AdamW: bounds the fp32 copies of bf16 gradients alive at
 # once (128 MiB) and still makes one call of some forty for a 1B model.
@@ -31,32 +25,19 @@ class Diverged(FloatingPointError):
 
 
 class Optimizer:
-    """AdamW over a model's trainable parameters, which are put into ``options.precision``.
+    """AdamW over a model's trainable parameters, which are put into `options.precision`.
 
-    Parameters that come in fp32 keep those values as their masters when precision is bf16; those
-    that come with masters of an optimizer before this one keep these.
-    ``master`` names them: {parameter name: fp32 tensor}; in fp32 training these are the parameters.
+    `master` names the masters: {parameter name: fp32 tensor}; in fp32 training these are the
+    parameters. ValueError where nothing is trainable.
     """
 
     def __init__(self, model: nn.Module, options: TrainOptions) -> None:
         self.options = options
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not named:
-            raise ValueError("model: expected at least one parameter that requires a gradient")
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        # Of a model that was trained in bf16 before: what that optimizer held.
-        masters = [unrounded(p).to(torch.float32) for p in self.parameters]
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(options.dtype)
-        for parameter, master in zip(self.parameters, masters, strict=True):
-            if options.dtype == torch.float32:
-                parameter.data = master
-            else:
-                parameter.master = master  # type: ignore[attr-defined]
+        self._weights = MasterWeights(model, options.dtype)
+        self.names, self.parameters = self._weights.names, self._weights.parameters
+        self._masters = masters = self._weights.tensors
+        self._stored_names = [stored_name(model, name) for name in self.names]
         self.master = dict(zip(self.names, masters, strict=True))
-        self._masters = masters
         self._gradients: list[Tensor | None] = [None] * len(masters)
         decayed = [m for m in masters if m.ndim >= 2]
         plain = [m for m in masters if m.ndim < 2]
@@ -118,8 +99,7 @@ class Optimizer:
             self._adamw.step()
             for i in chunk:
                 self._masters[i].grad = None
-                if self._masters[i].dtype != self.parameters[i].dtype:
-                    self.parameters[i].copy_(self._masters[i])
+                self._weights.publish(i)
         return norm
 
     def zero_grad(self) -> None:
@@ -129,12 +109,12 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters, moments and step counts by flat name, ready for checkpoint.store.
+        """Masters, moments and step counts by flat name (`stored_name`), for `checkpoint.store`.
 
         The model's trainable weights follow from the masters and need no saving beside them.
         """
         state = {}
-        for name, master in self.master.items():
+        for name, master in zip(self._stored_names, self._masters, strict=True):
             moments = self._adamw.state[master]
             state[f"master.{name}"] = master
             state[f"exp_avg.{name}"] = moments["exp_avg"]
@@ -160,8 +140,8 @@ class Optimizer:
                 )
         for name, tensor in own.items():
             tensor.copy_(state[name])
-        for parameter, master in zip(self.parameters, self._masters, strict=True):
-            parameter.copy_(master)
+        for i in range(len(self._masters)):
+            self._weights.publish(i)
 
     def _norm(self) -> float:
         squares = [_squares(gradient) for gradient in self._gradients if gradient is not None]

@@ -66,6 +66,6 @@ class TrainOptions(BaseModel):
     @property
     def dtype(self) -> "torch.dtype":
         """The dtype of activations and of the weights as the model sees them."""
-        import torch
+        from llama2rt.train.precision import compute_dtype
 
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+        return compute_dtype(self.precision)

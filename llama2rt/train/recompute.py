@@ -8,36 +8,32 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama2rt import ops
+from llama2rt.model.transformer import Block
 
 
 @contextlib.contextmanager
 def recompute_blocks(model: nn.Module) -> Iterator[None]:
-    """Inside, every block of a Llama (or of a model's ``backbone``) recomputes its activations."""
-    backbone: Any = getattr(model, "backbone", model)
-    blocks = list(backbone.blocks)
-    for block in blocks:
-        block.forward = _recomputed(block.forward)
+    """Inside, every block of the model's `transformer` recomputes its activations."""
+    transformer: Any = model.transformer
+    before = transformer.run_block
+    transformer.run_block = run_recomputed
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the class's own method shows again
+        transformer.run_block = before
 
 
-def _recomputed(forward: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            # No op is random, so there is no generator to restore.
-            preserve_rng_state=False,
-            context_fn=ops.checkpoint_context,
-            **kwargs,
-        )
-
-    return call
+def run_recomputed(block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """The `BlockRunner` that keeps a block's inputs alone."""
+    return checkpoint(
+        block,
+        *inputs,
+        use_reentrant=False,
+        # No op is random, so there is no generator to restore.
+        preserve_rng_state=False,
+        context_fn=ops.checkpoint_context,
+    )

@@ -194,8 +194,8 @@ def test_generation_ends_at_any_of_several_eos_ids(tmp_path, small_tokenizer, wh
         with torch.no_grad():  # a model that says token 300 and means "end"
             batch = (torch.tensor(prompt), torch.arange(4), torch.tensor([0, 4], dtype=torch.int32))
             said = loaded.hidden(*batch)[-1]
-            loaded.output.zero_()
-            loaded.output[300] = said
+            loaded.output.weight.zero_()
+            loaded.output.weight[300] = said
         sample = Engine(loaded, tokenizer).generate([prompt], temperature=0, max_tokens=6)[0]
         assert sample.tokens == [300] and sample.finish_reason == "stop" and not sample.text
         config = transformers.GenerationConfig.from_pretrained(path)
@@ -234,11 +234,11 @@ def altered(folder, change):
 def test_a_tied_folder_whose_head_differs_keeps_it(tmp_path, caplog):
     model = make(tied=True)
     hf.save(model, None, tmp_path / "m")
-    head = torch.randn(model.output.shape)
+    head = torch.randn(model.output.weight.shape)
     altered(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": head}))
     loaded, _ = llama2rt.load(tmp_path / "m")
-    assert not loaded.config.tied and torch.equal(loaded.output, head)
-    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+    assert not loaded.config.tied and torch.equal(loaded.output.weight, head)
+    assert torch.equal(loaded.transformer.embedding.weight, model.transformer.embedding.weight)
     assert "lm_head.weight differs" in caplog.text and "both are kept" in caplog.text
     if int(transformers.__version__.split(".")[0]) >= 5:  # 4 ties them whatever they hold
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
@@ -253,10 +253,14 @@ def test_a_tied_folder_whose_head_differs_keeps_it(tmp_path, caplog):
 def test_a_tied_folder_that_repeats_its_embedding_stays_tied(tmp_path, caplog):
     model = make(tied=True)
     hf.save(model, None, tmp_path / "m")
-    copy = model.embedding.weight.detach().clone()
+    copy = model.transformer.embedding.weight.detach().clone()
     altered(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": copy}))
     loaded, _ = llama2rt.load(tmp_path / "m")
-    assert loaded.config.tied and loaded.output is loaded.embedding.weight and not caplog.text
+    assert (
+        loaded.config.tied
+        and loaded.output.weight is loaded.transformer.embedding.weight
+        and not caplog.text
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -265,11 +269,11 @@ def test_a_tied_folder_with_both_can_be_outlined(tmp_path, differs, dtype):
     """On the meta device, where no parameter has values: so stages check models beforehand."""
     model = make(tied=True)
     hf.save(model, None, tmp_path / "m")
-    head = model.embedding.weight.detach().to(dtype) + differs
+    head = model.transformer.embedding.weight.detach().to(dtype) + differs
     altered(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": head}))
     for device in ("meta", "cpu"):
         loaded, _ = llama2rt.load(tmp_path / "m", device, torch.bfloat16)
-        assert loaded.config.tied != differs and loaded.output.device.type == device
+        assert loaded.config.tied != differs and loaded.output.weight.device.type == device
 
 
 def test_a_tied_folder_with_its_head_alone(tmp_path):
@@ -297,8 +301,8 @@ def test_mixed_dtypes_lose_nothing(tmp_path, caplog):
     altered(tmp_path / "m", mix)
     loaded, _ = llama2rt.load(tmp_path / "m")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert torch.equal(loaded.norm.weight, model.norm.weight)
-    assert torch.equal(loaded.output, model.output.bfloat16().float())
+    assert torch.equal(loaded.transformer.norm.weight, model.transformer.norm.weight)
+    assert torch.equal(loaded.output.weight, model.output.weight.bfloat16().float())
     assert "torch.bfloat16" in caplog.text and "all become torch.float32" in caplog.text
     with torch.no_grad():
         loaded.logits(*BATCH)
@@ -309,7 +313,8 @@ def test_mixed_dtypes_lose_nothing(tmp_path, caplog):
 def test_weights_that_are_no_floating_point_are_named(tmp_path):
     hf.save(make(), None, tmp_path / "m")
     altered(
-        tmp_path / "m", lambda t: t.update({"model.norm.weight": torch.ones(64).to(torch.int8)})
+        tmp_path / "m",
+        lambda t: t.update({"model.norm.weight": torch.ones(64).to(torch.int8)}),
     )
     assert_refused(tmp_path / "m", r"model\.norm\.weight: expected one of float32, .*, got int8")
 

@@ -115,7 +115,7 @@ def test_params_json_and_its_gaps(tmp_path, small_tokenizer):
 def test_llama3_style_embedding_shards(tmp_path):
     model = make()
     meta.save(model, None, tmp_path / "m", shards=2)
-    for number, rows in enumerate(model.embedding.weight.detach().chunk(2)):
+    for number, rows in enumerate(model.transformer.embedding.weight.detach().chunk(2)):
         path = tmp_path / "m" / f"consolidated.{number:02}.pth"
         stored = torch.load(path, weights_only=True)
         stored["tok_embeddings.weight"] = rows.clone()

@@ -24,7 +24,7 @@ def test_native_round_trip(tmp_path, small_tokenizer, tied):
     loaded, tokenizer = llama2rt.load(tmp_path / "m")
     assert loaded.config == model.config and same_weights(loaded, model)
     assert tokenizer.digest == small_tokenizer.digest
-    assert (loaded.output is loaded.embedding.weight) == tied
+    assert (loaded.output.weight is loaded.transformer.embedding.weight) == tied
     assert all(p.requires_grad for p in loaded.parameters())
     half, _ = llama2rt.load(tmp_path / "m", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
@@ -109,7 +109,7 @@ def test_a_replacement_that_fails_puts_the_old_model_back(tmp_path, monkeypatch)
         native.save(make(), None, tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     loaded, _ = llama2rt.load(tmp_path / "m")
-    assert torch.equal(loaded.output, model.output)
+    assert torch.equal(loaded.output.weight, model.output.weight)
 
 
 def test_damage_is_named(tmp_path, small_tokenizer):
@@ -326,7 +326,7 @@ def test_convert_between_all_formats(tmp_path, small_tokenizer):
         assert tokenizer.digest == small_tokenizer.digest
         previous = name
     convert(tmp_path / "hf1", tmp_path / "bf16", "native", dtype="bf16")
-    assert llama2rt.load(tmp_path / "bf16")[0].output.dtype == torch.bfloat16
+    assert llama2rt.load(tmp_path / "bf16")[0].output.weight.dtype == torch.bfloat16
 
 
 def test_convert_refuses(tmp_path):

@@ -134,7 +134,7 @@ def test_samples_do_not_depend_on_the_batch():
     assert len({tuple(c.tokens) for c in expected}) > 15
     longest = max(len(p) for p in prompts) + 20
     least = page_bytes(model, 8) * -(-longest // 8) + forward_bytes(
-        model.config, model.output.dtype, longest, 1, True
+        model.config, model.output.weight.dtype, longest, 1, True
     )
     for engine in (
         Engine(model, Ids(), max_sequences=1),
@@ -287,14 +287,16 @@ def test_cache_and_forward_pass_hold_no_more_than_cache_bytes(forwards, dtype, o
     model = far_from_flat(kv_heads=2, dtype=dtype)
     prompts = [[5] * 60 for _ in range(40)]
     page, restricted = page_bytes(model, 16), bool(options)
-    least = 5 * page + forward_bytes(model.config, model.output.dtype, 69, 1, restricted)
+    least = 5 * page + forward_bytes(model.config, model.output.weight.dtype, 69, 1, restricted)
     for allowed in (least, 3 * least, 8 * least):
         Engine(model, Ids(-1), cache_bytes=allowed).generate(prompts, max_tokens=9, **options)
         cache, steps = forwards[-1][0], [step for _, step in forwards]
         assert cache.keys.nbytes + cache.values.nbytes == cache.pages * page
         prefilled = max(int(step.cu_seqlens[-1]) for step in steps)
         decoded = max(len(step.lengths) for step in steps)
-        widest = forward_bytes(model.config, model.output.dtype, prefilled, decoded, restricted)
+        widest = forward_bytes(
+            model.config, model.output.weight.dtype, prefilled, decoded, restricted
+        )
         assert cache.pages * page + widest <= allowed
         forwards.clear()
     assert decoded > 1
@@ -303,7 +305,7 @@ def test_cache_and_forward_pass_hold_no_more_than_cache_bytes(forwards, dtype, o
 def test_a_step_prefills_no_more_than_its_share(forwards):
     """A long prompt passes alone; short ones together, up to a quarter of the bytes."""
     model = far_from_flat()
-    share = forward_bytes(model.config, model.output.dtype, 50, 8, False)
+    share = forward_bytes(model.config, model.output.weight.dtype, 50, 8, False)
     prompts = [[5] * n for n in (20, 20, 20, 80, 3, 4)]
     Engine(model, Ids(-1), cache_bytes=4 * share, max_sequences=8).generate(prompts, max_tokens=2)
     sizes = [np.diff(step.cu_seqlens).tolist() for _, step in forwards]
@@ -321,7 +323,7 @@ def test_no_more_pages_than_can_be_needed(forwards):
 def test_a_sequence_that_cannot_fit_is_said_before_sampling(forwards, monkeypatch):
     model = far_from_flat()
     page = page_bytes(model, 16)
-    least = 6 * page + forward_bytes(model.config, model.output.dtype, 90, 1, False)
+    least = 6 * page + forward_bytes(model.config, model.output.weight.dtype, 90, 1, False)
     engine = Engine(model, Ids(), cache_bytes=least - 1)
     message = (
         rf"^cache_bytes: expected at least {least} for prompt 1 "
@@ -331,7 +333,7 @@ def test_a_sequence_that_cannot_fit_is_said_before_sampling(forwards, monkeypatc
         engine.generate([[3], [3] * 10, [4] * 10], max_tokens=80)
     engine.generate([[3] * 10], max_tokens=70)
     done = len(forwards)
-    least = page + forward_bytes(model.config, model.output.dtype, 16, 1, False)
+    least = page + forward_bytes(model.config, model.output.weight.dtype, 16, 1, False)
     monkeypatch.setattr("llama2rt.generate.engine.free_bytes", lambda device: 2 * least)
     with pytest.raises(InputError, match=rf"got {least} \(half of the free memory\)"):
         Engine(model, Ids()).generate([[3] * 10], max_tokens=7)
@@ -343,7 +345,7 @@ def test_a_sequence_that_cannot_fit_is_said_before_sampling(forwards, monkeypatc
 def test_a_model_that_is_not_finite_is_said_so(options):
     model = copy.deepcopy(far_from_flat())
     with torch.no_grad():
-        model.output[7, 0] = torch.nan
+        model.output.weight[7, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="logits are not finite"):
         Engine(model, Ids()).generate([[3, 4, 5]], **options)
 
@@ -383,7 +385,9 @@ def test_model_state_is_left_alone():
     engine = Engine(model, Ids())
     model.train()
     modes = []
-    hook = model.blocks[0].register_forward_hook(lambda block, *_: modes.append(block.training))
+    hook = model.transformer.blocks[0].register_forward_hook(
+        lambda block, *_: modes.append(block.training)
+    )
     before = engine.generate([[5, 6, 7]], temperature=0, max_tokens=5)
     hook.remove()
     assert model.training and not any(modes) and modes

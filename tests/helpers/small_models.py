@@ -32,7 +32,7 @@ def far_from_flat(
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(5)
-        model.output.mul_(3)
+        model.output.weight.mul_(3)
     return model.to(dtype)
 
 

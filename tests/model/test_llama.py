@@ -1,6 +1,9 @@
 """The model against transformers on the same weights, and packing against one by one."""
 
+import contextlib
 import copy
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from torch import Tensor
 
 from llama2rt import Llama, LlamaConfig, ops
 from llama2rt.checkpoint.hf import hf_name
-from llama2rt.model import ScalarModel, last_token
+from llama2rt.model import ScalarModel, Transformer, last_token
+from llama2rt.ops import backend
+from llama2rt.train.recompute import recompute_blocks
 
 CONFIG = LlamaConfig(64, 2, 4, 4, 96, vocab_size=150, context=64, rope_theta=500.0)
 
@@ -96,6 +101,44 @@ def test_forward_gives_logprob_and_entropy_of_the_logits():
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+def test_the_hidden_states_of_rows_without_a_target_are_freed():
+    """Before the logits are made; in training too the norm in front does not hold its output."""
+    model = unit_scale(Llama(CONFIG))
+    batch, targets = packed(*documents(9, 5)), torch.randint(0, 150, (14,))
+    targets[:9] = -1
+    held, seen = [], []
+    model.transformer.register_forward_hook(lambda module, inputs, x: held.append(weakref.ref(x)))
+    run = backend.implementation
+
+    def noted(op, *rest):
+        if op.startswith("token_logprob") and not op.endswith("backward"):
+            seen.append(held[-1]() is None)
+        return run(op, *rest)
+
+    with mock.patch.object(backend, "implementation", noted):
+        model(*batch, targets)
+        with torch.no_grad():
+            model(*batch, targets, entropy=True)
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_blocks_compiled_one_by_one(recomputed):
+    """In the order of parallel training: recomputation around what is compiled."""
+    torch._dynamo.reset()
+    model = unit_scale(Llama(CONFIG))
+    plain = copy.deepcopy(model)
+    for block in model.transformer.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for lengths in ((5, 9), (3, 8)):
+        batch, targets = packed(*documents(*lengths)), torch.randint(0, 150, (sum(lengths),))
+        with recompute_blocks(model) if recomputed else contextlib.nullcontext():
+            model(*batch, targets).sum().backward()
+        plain(*batch, targets).sum().backward()
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic):
     torch._dynamo.reset()
@@ -114,8 +157,8 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
     plain = unit_scale(Llama(CONFIG))
     wrapped = copy.deepcopy(plain)
-    for i, block in enumerate(wrapped.blocks):
-        wrapped.blocks[i] = checkpoint_wrapper(block, context_fn=ops.checkpoint_context)
+    for i, block in enumerate(wrapped.transformer.blocks):
+        wrapped.transformer.blocks[i] = checkpoint_wrapper(block, context_fn=ops.checkpoint_context)
     batch, targets = packed(*documents(11, 6)), torch.randint(0, 150, (17,))
     for model in (plain, wrapped):
         model(*batch, targets).sum().backward()
@@ -133,33 +176,57 @@ def test_sampling_first_does_not_spoil_training():
     assert torch.equal(before, after)
 
 
-def test_a_cache_stands_in_for_attention():
+def test_a_block_asks_its_attention_for_all_of_it():
     model = unit_scale(Llama(CONFIG))
     tokens, positions, cu = packed(*documents(6, 4))
     seen = []
 
-    class Plain:
+    class Recorded:
         def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             seen.append((layer, q.shape, k.shape, v.shape))
             return ops.attention(q, k, v, cu)
 
-    cached = model.hidden(tokens, positions, cu, cache=Plain())
-    assert torch.equal(cached, model.hidden(tokens, positions, cu))
+    recorded = model.transformer(tokens, positions, Recorded())
+    assert torch.equal(recorded, model.hidden(tokens, positions, cu))
     assert [s[0] for s in seen] == [0, 1] and seen[0][1:] == ((10, 4, 16),) * 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_belongs_to_a_module_with_a_name(tied):
+    """What a parallelism plan names; a part that is not a module of its own cannot be sharded."""
+    config = LlamaConfig(64, 2, 4, 2, 96, vocab_size=150, tied=tied)
+    layers = ["query", "key", "value", "attention_output", "attention_norm"]
+    layers += ["gate", "up", "down", "ffn_norm"]
+    names = {f"transformer.blocks.{i}.{layer}" for i in range(2) for layer in layers}
+    names |= {"transformer.embedding", "transformer.norm"}
+    for model, head in ((Llama(config), "output"), (ScalarModel(config), "head")):
+        owners = {name: m for name, m in model.named_modules() if list(m.parameters(recurse=False))}
+        assert owners.keys() == names | {head}
+        assert all([n for n, _ in m.named_parameters()] == ["weight"] for m in owners.values())
+
+
+def test_building_draws_from_torchs_generator_for_the_layers_alone():
+    """The output's weights, the largest, are drawn once, by `initialize`."""
+    torch.manual_seed(0)
+    Llama(CONFIG)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    Transformer(CONFIG)
+    assert torch.equal(after, torch.get_rng_state())
 
 
 def test_initialize():
     one, two = (Llama(CONFIG).initialize(5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.output, Llama(CONFIG).initialize(6).output)
-    block = one.blocks[0]
+    assert not torch.equal(one.output.weight, Llama(CONFIG).initialize(6).output.weight)
+    block = one.transformer.blocks[0]
     assert block.gate.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.down.weight.std().item() == pytest.approx(0.02 / 2, rel=0.05)  # sqrt(2 * 2 layers)
     assert block.attention_output.weight.std().item() == pytest.approx(0.01, rel=0.05)
-    assert torch.equal(one.norm.weight, torch.ones(64))
+    assert torch.equal(one.transformer.norm.weight, torch.ones(64))
     assert sum(p.numel() for p in one.parameters()) == CONFIG.parameters
     tied = Llama(LlamaConfig(64, 1, 4, 2, 96, vocab_size=150, tied=True)).initialize(0)
-    assert tied.output is tied.embedding.weight
+    assert tied.output.weight is tied.transformer.embedding.weight
     assert sum(p.numel() for p in tied.parameters()) == tied.config.parameters
 
 
@@ -192,10 +259,10 @@ def test_scalar_model_equals_sequence_classification():
 def test_scalar_model_starts_from_a_copy():
     llama = unit_scale(Llama(CONFIG))
     model = ScalarModel.from_llama(llama, seed=3)
-    assert torch.equal(model.backbone.embedding.weight, llama.embedding.weight)
+    assert torch.equal(model.transformer.embedding.weight, llama.transformer.embedding.weight)
     with torch.no_grad():
-        model.backbone.embedding.weight.zero_()
-    assert llama.embedding.weight.any()
+        model.transformer.embedding.weight.zero_()
+    assert llama.transformer.embedding.weight.any()
     values = model(*packed(*documents(20)))
     assert values.abs().max() < 5  # unit scale at most: rewards start small
     again = ScalarModel.from_llama(llama, seed=3)

@@ -66,8 +66,8 @@ def test_it_is_an_op_for_compile_and_opcheck():
 
 def test_the_layer_keeps_its_name_and_kind():
     model = Llama(LlamaConfig(16, 1, 2, 2, 32, vocab_size=5))
-    assert isinstance(model.embedding, torch.nn.Embedding)
-    assert "embedding.weight" in model.state_dict()
+    assert isinstance(model.transformer.embedding, torch.nn.Embedding)
+    assert "transformer.embedding.weight" in model.state_dict()
 
 
 def skewed(count: int, vocabulary: int) -> Tensor:
@@ -87,7 +87,7 @@ def gradient_of(model: Llama, tokens: Tensor, micro_batches: int, precision: str
         targets[63::64] = -1
         model(part, positions, cu_seqlens, targets).sum().backward()
         optimizer.accumulate()
-    gradient = optimizer._gradients[optimizer.names.index("embedding.weight")]
+    gradient = optimizer._gradients[optimizer.names.index("transformer.embedding.weight")]
     assert gradient is not None
     return gradient.float()
 

@@ -96,6 +96,14 @@ def test_token_logprob(tokens, which):
         assert backward == 3 * product
 
 
+def test_token_logprob_counts_the_rows_with_a_target():
+    hidden, weight = torch.randn(6, 16), torch.randn(50, 16)
+    targets = torch.tensor([3, -1, -1, 0, -100, 49])
+    assert counted(lambda: ops.token_logprob(hidden, weight, targets)) == {
+        "token_logprob": 2 * 3 * 16 * 50
+    }
+
+
 @pytest.mark.parametrize("rows", [2, 9])
 def test_a_linear_layer_counts_whichever_product_runs(rows):
     """A few rows of 16 bits have a kernel of their own on a CPU, where it is built."""

@@ -8,7 +8,7 @@ from many_terms import CHECKS
 from torch import nn
 
 from llama2rt.model import LlamaConfig, ScalarModel
-from llama2rt.model.llama import Linear
+from llama2rt.model.transformer import Linear
 from llama2rt.ops import composed, reference
 
 N = 4096
@@ -51,5 +51,5 @@ def test_head_of_a_scalar_model(dtype):
     # N documents of one and the same token: N equal rows.
     batch = torch.ones(N, dtype=torch.int64), torch.zeros(N, dtype=torch.int32)
     model(*batch, torch.arange(N + 1, dtype=torch.int32)).sum().backward()
-    row = model.backbone.hidden(*(x[:1] for x in batch), torch.tensor([0, 1])).float()
+    row = model.hidden(*(x[:1] for x in batch), torch.tensor([0, 1])).float()
     torch.testing.assert_close(model.head.weight.grad.float(), N * row, rtol=2**-7, atol=0)

@@ -1,6 +1,7 @@
 """The promises every op makes, on every backend this machine has: registration, errors, choice."""
 
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -64,6 +65,37 @@ def test_gradcheck(op, keywords, on_backend):
     assert torch.autograd.gradcheck(call, leaves)
 
 
+def all_rows_stay():
+    """In token_logprob those without a target too, as in a compiled graph."""
+    return mock.patch.object(contract, "_predicted_rows", return_value=None)
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS["token_logprob"])
+def test_gradcheck_with_rows_without_a_target(keywords, on_backend):
+    with all_rows_stay():
+        test_gradcheck("token_logprob", keywords, on_backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_target_cost_and_give_nothing(dtype, on_backend):
+    """Bit for bit what a call without them gives."""
+    (hidden, weight), (targets,) = arguments("token_logprob", dtype)
+    rows = (targets >= 0).nonzero()[:, 0]
+    results, gradients = [], []
+    for h, wanted in ((hidden, targets), (hidden.index_select(0, rows), targets[rows])):
+        logprob, entropy = ops.token_logprob(h, weight, wanted, temperature=0.7, entropy=True)
+        results.append((logprob, entropy))
+        gradients.append(torch.autograd.grad((logprob - entropy).sum(), (hidden, weight)))
+    for whole, part in zip(*results, strict=True):
+        assert torch.equal(whole[rows], part) and not whole[targets < 0].any()
+    for whole, part in zip(*gradients, strict=True):
+        assert torch.equal(whole, part)
+    with all_rows_stay():
+        kept = ops.token_logprob(hidden, weight, targets, temperature=0.7, entropy=True)
+    for one, other in zip(results[0], kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_gradcheck_of_bottom_right_alignment(on_backend):
     q = torch.randn(4, 2, 4, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(8, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -90,7 +122,7 @@ def registered(name: str, choice: str) -> tuple:
 
     leaves, rest = arguments(op)
     keywords = KEYWORDS.get(op, [{}])[-1]
-    with ops.use(choice), Record():
+    with ops.use(choice), all_rows_stay(), Record():
         result = getattr(ops, op)(*leaves, *rest, **keywords)
         result = result if isinstance(result, tuple) else (result,)
         sum(part.sum() for part in result).backward()

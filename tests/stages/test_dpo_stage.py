@@ -95,7 +95,7 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, 
     if named:
         parent, tokenizer = loading.load_llama(pocket.sft)
         with torch.no_grad():
-            parent.output.mul_(1.1)
+            parent.output.weight.mul_(1.1)
         native.save(parent, tokenizer, tmp_path / "parent")
         settings |= {"init": tmp_path / "parent", "reference": pocket.sft}
     dpo.run(recipe(pocket, **settings), tmp_path / "run")
@@ -216,7 +216,7 @@ def test_objective_equals_one_response_at_a_time(pocket, kind):
     model, _ = loading.load_llama(pocket.sft)
     reference, _ = loading.load_llama(pocket.sft)
     with torch.no_grad():
-        model.output.mul_(1.1)
+        model.output.weight.mul_(1.1)
     pairs = [
         (response("x", 1.0, tokens=(9, 10, 11, 12, 2)), response("y", 0.0, tokens=(13, 2))),
         (

@@ -379,7 +379,7 @@ def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
     snapshots = []
 
     def measure(settings, inputs, actors, path, unit):
-        snapshots.append(actors.policy.norm.weight.detach().clone())
+        snapshots.append(actors.policy.transformer.norm.weight.detach().clone())
         return {"objective": next(numbers), "unit": 1.0}
 
     monkeypatch.setattr(ppo, "measure", measure)
@@ -396,8 +396,8 @@ def test_early_stopping_keeps_the_best(pocket, tmp_path, monkeypatch):
     assert report.items() >= {"iterations": 3, "iteration": 1, "objective": 2.0}.items()
     assert "Rc in (0, 1)" in report["picked_by"]
     model, _ = loading.load_llama(folder)
-    assert torch.equal(model.norm.weight, snapshots[1])
-    assert not torch.equal(model.norm.weight, snapshots[3])
+    assert torch.equal(model.transformer.norm.weight, snapshots[1])
+    assert not torch.equal(model.transformer.norm.weight, snapshots[3])
 
 
 @pytest.mark.parametrize(

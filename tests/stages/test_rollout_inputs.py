@@ -122,7 +122,9 @@ def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp
     monkeypatch.setattr(scheduler, "Scheduler", Spy)
     model, _ = loading.load_llama(pocket.sft)
     page = page_bytes(model, 16)
-    few = 10 * page + forward_bytes(model.config, model.output.dtype, 100, 1, restricted=False)
+    few = 10 * page + forward_bytes(
+        model.config, model.output.weight.dtype, 100, 1, restricted=False
+    )
     texts = []
     for most, size in ((256, None), (3, None), (256, few)):
         short = {"samples": 2, "epochs": 1, "train": {"lr": 1e-3}}

@@ -83,13 +83,15 @@ def test_a_weight_changed_by_other_hands_is_saved_as_it_is(tmp_path):
     model = around(0.05, make())
     steps(model, 3)
     with torch.no_grad():
-        model.norm.weight.fill_(0.25)
+        model.transformer.norm.weight.fill_(0.25)
     native.save(model, None, tmp_path / "m")
     loaded, _ = llama2rt.load(tmp_path / "m", dtype=torch.float32)
-    assert torch.equal(loaded.norm.weight, torch.full_like(loaded.norm.weight, 0.25))
-    masters = model.embedding.weight.master
-    assert torch.equal(loaded.embedding.weight, masters)
-    assert not torch.equal(masters, model.embedding.weight.float())
+    assert torch.equal(
+        loaded.transformer.norm.weight, torch.full_like(loaded.transformer.norm.weight, 0.25)
+    )
+    masters = model.transformer.embedding.weight.master
+    assert torch.equal(loaded.transformer.embedding.weight, masters)
+    assert not torch.equal(masters, model.transformer.embedding.weight.float())
 
 
 def test_a_tied_model_keeps_its_one_master(tmp_path):
@@ -97,4 +99,4 @@ def test_a_tied_model_keeps_its_one_master(tmp_path):
     steps(model, 3)
     native.save(model, None, tmp_path / "m")
     loaded, _ = llama2rt.load(tmp_path / "m", dtype=torch.float32)
-    assert torch.equal(loaded.output, model.embedding.weight.master)
+    assert torch.equal(loaded.output.weight, model.transformer.embedding.weight.master)
