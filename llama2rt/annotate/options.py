@@ -51,7 +51,7 @@ class AnnotatorOptions(BaseModel):
         return self
 
     def check(self, to_come: Container[Path] = ()) -> None:
-        """InputError for a model that could not be loaded, or a file for `python` that is not there,
+        """InputError for a model that could not be loaded, or a file of python that is not there,
         unless it is one `to_come`, and for a function that is not there."""
         models = {"helpfulness": ScalarModel, "safety": ScalarModel, "judge": Llama}
         for key, expected in models.items():

@@ -24,12 +24,11 @@ from pydantic import (
 from llama2rt.run import whole_type
 from llama2rt.stages import STAGES
 
-
 # What lies in the plan's own run directory beside its steps.
-_TAKEN = (
-    "recipe.toml manifest.json metrics.jsonl phases.json report.html report.json checkpoints model "
-    "samples"
-).split()
+_TAKEN = {
+    *("recipe.toml", "manifest.json", "metrics.jsonl", "phases.json"),
+    *("report.html", "report.json", "checkpoints", "model", "samples"),
+}
 
 
 class StageKeys(BaseModel):
