@@ -2,34 +2,44 @@
 
     python tests/helpers/kill_plan.py --kills 40 --seed 0
 
-makes a small world (`pocket`), carries out the paper's V1 to V5 with a refresh of both reward
-models before each version, once whole; then again, killed (SIGKILL) at moments drawn uniformly
-from the whole run's wall time and resumed after each, in as many runs as the kills need. Exit
-status 1 where a model, a file of comparisons or a number of a report is another one.
+(with OMP_NUM_THREADS=1) makes a small world (`pocket`) and carries out the paper's V1 to V5 with a
+refresh of both reward models before each version, once whole; then again, killed (SIGKILL) at
+moments drawn uniformly from the whole run's wall time and resumed after each, in as many runs as
+the kills need. Exit status 1 where a model, a file of comparisons or a number of a report is
+another one.
 """
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pocket
+import pocket  # beside this file
 import tomli_w
 import torch
 
+from llama2rt import cli
 from llama2rt.annotate import AnswerPair, Judgement
 from llama2rt.data.readers import write
+from llama2rt.data.records import KINDS
+from llama2rt.stages import STAGES, loading
+from llama2rt.stages.annotate import PARTS, file_name
 from llama2rt.text.tokenizer import Tokenizer
 
+# What a run leaves that must be the same to the bit.
+FILES = {"pairs.jsonl", "model.safetensors"} | {
+    file_name(kind, part) for kind in KINDS for part in PARTS
+}
 TRAIN = {"log_every": 2, "checkpoint_every": 2, "validate_every": 0}
 # Rates so low that the policy stays undecided: it must give annotators two answers to the end.
 DEFAULTS: dict[str, Any] = {
@@ -96,33 +106,57 @@ def world(folder: Path, versions: int) -> Path:
     return path
 
 
-def start(plan: Path, out: Path) -> "subprocess.Popen[str]":
-    """The command, in a process of its own."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "llama2rt.cli", "iterate", plan, "--out", out, "--resume"],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def prepare(folder: Path) -> None:
+    """Import what the command will: it is started 40 times, and importing takes longer than its
+    work."""
+    for stage in STAGES.values():
+        _ = stage.module
+    importlib.import_module("matplotlib.pyplot")
+    loading.outline(folder / "sft")  # torch imports more for its first model without weights
 
 
-def finish(process: "subprocess.Popen[str]") -> None:
-    """Wait for the command. RuntimeError with what it said where it fails."""
-    said = process.communicate()[1]
-    if process.returncode:
-        raise RuntimeError(f"status {process.returncode}: {said[-3000:]}")
+def start(plan: Path, out: Path) -> int:
+    """The command in a process of its own, forked from this one; returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        said = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(said, stream)
+        cli.main(["iterate", str(plan), "--out", str(out), "--resume"])
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    else:
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def wait(process: int, seconds: float = float("inf")) -> bool:
+    """Whether the command ends within so many seconds. RuntimeError where it fails."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            if status:
+                raise RuntimeError(f"the command ended with {os.waitstatus_to_exitcode(status)}")
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def whole_run(plan: Path, out: Path) -> tuple[float, float]:
     """Carry the plan out undisturbed; returns (seconds until its first step began, in all)."""
     begin = time.monotonic()
     process = start(plan, out)
-    while not any(out.glob("*/manifest.json")) and process.poll() is None:
-        time.sleep(0.02)
+    while not any(out.glob("*/manifest.json")) and not wait(process, 0.01):
+        pass
     ready = time.monotonic() - begin
-    finish(process)
+    wait(process)
     return ready, time.monotonic() - begin
 
 
@@ -135,16 +169,12 @@ def killed_run(plan: Path, out: Path, moments: Sequence[float], ready: float) ->
     kills, reached = 0, 0.0
     for moment in moments:
         process = start(plan, out)
-        try:
-            process.communicate(timeout=moment - reached + (ready if reached else 0.0))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+        if not wait(process, moment - reached + (ready if reached else 0.0)):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
             kills += 1
-        process.communicate()
-        if process.returncode not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"status {process.returncode} after {kills} kills in {out}")
         reached = moment
-    finish(start(plan, out))
+    wait(start(plan, out))
     return kills
 
 
@@ -153,17 +183,11 @@ def results(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if (path.name == "model.safetensors" and path.parent.name == "model") or (
-            path.suffix == ".jsonl" and path.name.endswith(("pairs.jsonl", *_comparisons()))
-        ):
+        if path.name in FILES:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "report.json":
             found[name] = without_times(json.loads(path.read_text()), str(out))
     return found
-
-
-def _comparisons() -> tuple[str, ...]:
-    return "training.jsonl", "held_out.jsonl"
 
 
 def without_times(value: Any, out: str) -> Any:
@@ -191,7 +215,7 @@ def main() -> int:
     """Print a line for each run, and what differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=40)
-    parser.add_argument("--kills-a-run", type=int, default=5)
+    parser.add_argument("--kills-a-run", type=int, default=10)
     parser.add_argument("--versions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args()
@@ -199,6 +223,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plan = world(folder, given.versions)
+        prepare(folder)
         ready, seconds = whole_run(plan, folder / "whole")
         expected = results(folder / "whole")
         print(f"whole: {seconds:.0f} s ({ready:.1f} s to begin), {len(expected)} results")
