@@ -1,4 +1,4 @@
-"""The knobs of one optimisation run, as they stand under ``[train]`` in a recipe.
+"""The knobs of one optimisation run, as they stand under `[train]` in a recipe.
 
 Defaults are LLaMA 2's pretraining values (section 2); a stage that differs overrides them beside
 the section it follows.
@@ -90,8 +90,8 @@ class TrainOptions(BaseModel):
 class Recipe(BaseModel):
     """Base of the stages' recipes: no unknown keys, and tables that refine a stage's defaults.
 
-    With ``train: TrainOptions = TrainOptions(lr=2e-5)`` in a stage, a file that says only
-    ``[train] clip = 0.5`` keeps the stage's lr; plain pydantic would fall back to TrainOptions'.
+    With `train: TrainOptions = TrainOptions(lr=2e-5)` in a stage, a file that says only
+    `[train] clip = 0.5` keeps the stage's lr; plain pydantic would fall back to TrainOptions'.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -134,7 +134,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def refine(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """``given`` with each table laid over the stage's default for it."""
+        """`given` with each table laid over the stage's default for it."""
         refined = dict(given)
         for name, field in cls.model_fields.items():
             if isinstance(refined.get(name), dict) and isinstance(field.default, BaseModel):

@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressLine:
-    """``with ProgressLine("sft", steps, done) as line: line.update(step, "loss 1.23")``; stderr."""
+    """`with ProgressLine("sft", steps, done) as line: line.update(step, "loss 1.23")`; stderr."""
 
     def __init__(self, name: str, steps: int, done: int, stream: TextIO | None = None) -> None:
         self._name, self._steps, self._first = name, steps, done
@@ -45,7 +45,7 @@ class ProgressLine:
             self._bar.stop()
 
     def update(self, done: int, text: str) -> None:
-        """Show ``done`` steps of all and ``text``; on a log at most every ten seconds and at the
+        """Show `done` steps of all and `text`; on a log at most every ten seconds and at the
         end."""
         if self._bar:
             self._bar.update(self._task, completed=done, text=text)

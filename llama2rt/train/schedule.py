@@ -9,14 +9,14 @@ logger = logging.getLogger("llama2rt.train.schedule")
 
 
 def warmup_steps(steps: int, options: TrainOptions) -> int:
-    """Steps of linear warm-up in a run of ``steps``."""
+    """Steps of linear warm-up in a run of `steps`."""
     if options.warmup_steps:
         return options.warmup_steps
     return max(options.warmup_minimum, round(options.warmup_ratio * steps))
 
 
 def warn_of_warmup(steps: int, options: TrainOptions) -> None:
-    """Say so where the warm-up is longer than a run of ``steps``: a recipe made for a long run,
+    """Say so where the warm-up is longer than a run of `steps`: a recipe made for a long run,
     tried out on a short one, takes steps far smaller than its lr says."""
     warmup = warmup_steps(steps, options)
     if warmup > steps:
@@ -33,10 +33,10 @@ def warn_of_warmup(steps: int, options: TrainOptions) -> None:
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
-    """Learning rate of step ``step`` (from 0) in a run of ``steps``.
+    """Learning rate of step `step` (from 0) in a run of `steps`.
 
-    The warm-up's first step already moves (``lr / warmup``); the first step after it has the peak
-    and the last step of a cosine run has exactly ``lr * min_lr_ratio``.
+    The warm-up's first step already moves (`lr / warmup`); the first step after it has the peak
+    and the last step of a cosine run has exactly `lr * min_lr_ratio`.
     """
     warmup = warmup_steps(steps, options)
     if step < warmup:
