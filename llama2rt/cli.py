@@ -94,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
 
     if verb != "cluster":  # most of whose subcommands need no tensors, hence no torch
-        from llama2rt.train.allocator import keep_malloc
+        from llama2rt.train.allocator import keep_freed_memory
 
-        keep_malloc()
+        keep_freed_memory()
     try:
         if verb in with_recipe():
             _run_stage(verb, rest)

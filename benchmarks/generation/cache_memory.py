@@ -49,7 +49,7 @@ def sample(settings: dict[str, Any]) -> dict[str, Any]:
 
     from llama2rt.generate import Engine
     from llama2rt.model import Llama, LlamaConfig
-    from llama2rt.train.allocator import keep_malloc
+    from llama2rt.train.allocator import keep_freed_memory
 
     model = Llama(LlamaConfig(**settings["shape"])).initialize(0)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def sample(settings: dict[str, Any]) -> dict[str, Any]:
     engine.generate([[3, 4, 5]], max_tokens=1)
     # What building the model has freed goes back first: a heap that keeps it would hide the cache.
     ctypes.CDLL(None).malloc_trim(0)
-    keep_malloc()
+    keep_freed_memory()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     before, start = resident("VmRSS"), time.perf_counter()
     done = engine.generate(prompts, max_tokens=settings["tokens"], seed=1)

@@ -318,9 +318,9 @@ def compare(benchmark: Any, capsys: Any, case: Case, ours: list[str]) -> None:
     """Measure, print the table with its targets, and add it to the records."""
     if case.device == "cpu":
         # Here, because it pulls in pydantic, which a machine rented for its GPU may lack.
-        from llama2rt.train.allocator import keep_malloc
+        from llama2rt.train.allocator import keep_freed_memory
 
-        keep_malloc()
+        keep_freed_memory()
     torch._dynamo.reset()
     with capsys.disabled():
         result = benchmark.pedantic(quiet, args=(case,), rounds=1)

@@ -164,9 +164,9 @@ def peak_bytes() -> int:
 def main() -> None:
     side, setting, folder = sys.argv[1:]
     if side == "ours":
-        from llama2rt.train.allocator import keep_malloc
+        from llama2rt.train.allocator import keep_freed_memory
 
-        keep_malloc()
+        keep_freed_memory()
     step = SIDES[side](folder, setting)
     for _ in sys.stdin:
         start = time.perf_counter()

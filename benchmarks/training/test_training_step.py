@@ -205,9 +205,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=step.SHAPES, help="one shape alone")
     options = parser.parse_args()
 
-    from llama2rt.train.allocator import keep_malloc
+    from llama2rt.train.allocator import keep_freed_memory
 
-    keep_malloc()
+    keep_freed_memory()
     for shape in [options.shape] if options.shape else step.SHAPES:
         measured = record(shape)
         before, after = measured["gemm_ceiling_flops"]

@@ -1,12 +1,10 @@
 """Checkpoints that are either complete or invisible.
 
-A checkpoint is a folder ``step-N`` that appears by one rename, after every byte of it and of its
+A checkpoint is a folder `step-N` that appears by one rename, after every byte of it and of its
 index has reached the disk. The index lists each file with its size and SHA-256, so that a folder
 cut short or altered later is recognised, named and passed over for the one before it. Tensors are
 spread over safetensors shards of bounded size; the index says nothing about who wrote a shard, so
-several processes may each contribute their own.
-
-Left out: what the tensors mean. ``train`` puts weights, moments and generators in here.
+several processes may each contribute their own. `train` puts weights, moments and generators here.
 """
 
 import hashlib
@@ -32,7 +30,7 @@ class CheckpointError(RuntimeError):
 
 
 class Store:
-    """The checkpoints of one run: ``directory/step-N`` for the newest ``keep`` steps."""
+    """The checkpoints of one run: `directory/step-N` for the newest `keep` steps."""
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
         if keep < 1:
@@ -51,9 +49,9 @@ class Store:
         return self.directory / f"step-{step}"
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write ``step-{step}`` atomically, then drop all but the newest ``keep`` checkpoints.
+        """Write `step-{step}` atomically, then drop all but the newest `keep` checkpoints.
 
-        ``tensors``: any shapes and dtypes, none sharing storage with another; ``state``: what json
+        `tensors`: any shapes and dtypes, none sharing storage with another; `state`: what json
         can hold (floats come back bit for bit). Raises CheckpointError when the disk is full or the
         folder cannot be written; every earlier checkpoint is then still there.
         """

@@ -184,15 +184,7 @@ class Engine:
         limits = np.minimum(min(max_tokens, model.config.context), model.config.context - lengths)
         budget = self._budget(lengths, limits, n, bool(top_k or top_p < 1))
         queue = scheduler.Scheduler(
-            prompts,
-            limits,
-            n,
-            seed,
-            self.tokenizer.stop_ids,
-            pages=budget.pages,
-            page_size=page_size,
-            max_sequences=budget.sequences,
-            prefill_tokens=budget.prefill_tokens,
+            prompts, limits, n, seed, self.tokenizer.stop_ids, budget, page_size
         )
         cache = KVCache(model.config.layers, budget.pages, page_size)
         training = model.training

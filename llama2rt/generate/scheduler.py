@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama2rt.generate.budget import PREFILL_TOKENS
+from llama2rt.generate.budget import Budget
 from llama2rt.generate.kv_cache import PagePool
 from llama2rt.generate.sampling import stream_keys
 
@@ -55,9 +55,9 @@ class Scheduler:
     """Runs `n` samples of each prompt (int32 arrays); `limits[i]` is prompt i's max tokens, and any
     of `stop_ids` ends a sample.
 
-    At most `max_sequences` run at once, in `pages` pages of `page_size` tokens; a step prefills
-    prompts of at most `prefill_tokens`, or one that is longer. The caller has made sure that any
-    single sequence fits.
+    `budget` bounds what runs at once: its pages of `page_size` tokens, its sequences, and the
+    prompt tokens that a step prefills (or one prompt that is longer). The caller has made sure that
+    any single sequence fits.
     """
 
     def __init__(
@@ -67,23 +67,21 @@ class Scheduler:
         n: int,
         seed: int,
         stop_ids: tuple[int, ...],
-        *,
-        pages: int,
+        budget: Budget,
         page_size: int,
-        max_sequences: int,
-        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens = budget.prefill_tokens
         self.prompts, self.limits, self.stop_ids = prompts, limits, stop_ids
         self.page_size = page_size
-        self.pool = PagePool(pages)
+        self.pool = PagePool(budget.pages)
         self.waiting = deque(Sequence(p, s) for p in range(len(prompts)) for s in range(n))
         prompt, sample = np.divmod(np.arange(len(self.waiting)), n)
         self._stream_keys = stream_keys(seed, prompt, sample).reshape(-1, n)
         self.rows = np.empty(0, np.int64)  # live slots, oldest first
         # Pages of a prefilled prompt, referenced here while the queue's front holds samples of it.
         self._shared: np.ndarray | None = None
-        slots = min(max_sequences, len(self.waiting), pages)  # each holds a page of its own
+        # Each holds a page of its own.
+        slots = min(budget.sequences, len(self.waiting), budget.pages)
         longest = max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=0)
         width = -(-longest // page_size)
         self._free_slots = list(range(slots))[::-1]

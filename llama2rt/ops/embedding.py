@@ -27,7 +27,7 @@ def _lookup(weight: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _row_sums(dy: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    """dy [..., dim] summed over the places of each token, in a weight's shape [rows, dim]."""
+    """dy [..., dim] summed over the positions of each token, in a weight's shape [rows, dim]."""
     dweight = dy.new_zeros(rows, dy.shape[-1])
     if tokens.numel() == 0:
         return dweight

@@ -2,7 +2,7 @@
 
 glibc serves blocks above 128 KiB-32 MiB by mmap and unmaps them on free, so a CPU training step
 faults in every activation anew, zeroed page by page: measured, about half of its time. Commands
-call `keep_malloc` once; importing llama2rt never changes its host's allocator.
+call `keep_freed_memory` once; importing llama2rt never changes its host's allocator.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
-def keep_malloc() -> bool:
+def keep_freed_memory() -> bool:
     """Serve every block from a heap that never shrinks; False where the C library is not glibc."""
     if not sys.platform.startswith("linux"):
         return False

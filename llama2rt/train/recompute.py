@@ -1,7 +1,7 @@
 """Activation checkpointing: keep each block's input, compute the rest again in the backward pass.
 
-About a third more arithmetic for a fraction of the memory. Selective policies (keeping the
-attention output, say) are left to the time a model needs them.
+About a third more arithmetic for a fraction of the memory. Left out: selective policies (keeping
+the attention output, say); one would be another `BlockRunner`.
 """
 
 import contextlib

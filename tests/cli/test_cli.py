@@ -44,7 +44,7 @@ def _host(monkeypatch):
 
     import llama2rt.train.allocator
 
-    monkeypatch.setattr(llama2rt.train.allocator, "keep_malloc", lambda: True)
+    monkeypatch.setattr(llama2rt.train.allocator, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama2rt.generate.budget import PREFILL_TOKENS, Budget
 from llama2rt.generate.kv_cache import PagePool
 from llama2rt.generate.sampling import stream_keys
 from llama2rt.generate.scheduler import Scheduler
@@ -24,9 +25,8 @@ def _next_token(context, key):
 
 
 def _run(prompts, limits, n=1, *, pages, page_size=4, max_sequences=3, eos=EOS):
-    scheduler = Scheduler(
-        prompts, limits, n, 0, eos, pages=pages, page_size=page_size, max_sequences=max_sequences
-    )
+    budget = Budget(pages, PREFILL_TOKENS, max_sequences)
+    scheduler = Scheduler(prompts, limits, n, 0, eos, budget, page_size)
     cache = np.full(pages * page_size, -1)
     finished, statistics = {}, {"prefilled": 0, "largest": 0, "steps": 0, "widest": 0}
     while scheduler.unfinished:
