@@ -1,9 +1,10 @@
-"""The seven ops in Triton, one file per op: installed as `llama2rt.kernels`, behind `ops.triton`.
+"""The seven ops in Triton: installed as `llama2rt.kernels`, behind `ops.triton`.
 
-A file holds, in reading order: its `@triton.jit` kernels; a frozen dataclass `Launch` of launch
-settings and the table of them per architecture, each threshold with its reason; host functions with
-the signatures of a backend (tensors in, new tensors out); `aot_cases()`, what the shipped settings
-compile to, for `aot.py`. Arguments have passed the checks of `ops.contract`. Conventions:
+One file an op, or one for each of its directions. A file holds, in reading order: its `@triton.jit`
+kernels; a frozen dataclass `Launch` of launch settings and the table of them per architecture, each
+threshold with its reason; host functions with the signatures of a backend (tensors in, new tensors
+out); `aot_cases()`, what the shipped settings compile to, for `aot.py`. Arguments have passed the
+checks of `ops.contract`. Conventions:
 
 Names.      A kernel's name contains rms_norm, swiglu, rope, attention, decode or logprob.
 Strides.    In elements. The last dimension is contiguous (`last_contiguous` copies where it is

@@ -34,7 +34,16 @@ from triton.compiler import ASTSource
 from llama2rt.kernels import launch_options
 
 ARCHITECTURES = (80, 90)
-MODULES = ("rms_norm", "swiglu", "rope", "attention", "decode_attention", "token_logprob")
+MODULES = (
+    "rms_norm",
+    "swiglu",
+    "rope",
+    "attention",
+    "attention_backward",
+    "decode_attention",
+    "token_logprob",
+    "token_logprob_backward",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Attention over packed documents, forward and backward, in Triton.
+"""Attention over packed documents in Triton: forward, and what backward shares with it.
 
 The query heads that share a key head are packed into the rows of one tile: row r of a document is
 token r // GROUP, head r % GROUP of the group. Keys and values are then read once for the group, a
@@ -7,8 +7,7 @@ mask stays one comparison, and the sum over the group in the gradients of k and 
 matrix product. With one query head per key head nothing changes.
 
 No tile is wasted on a mask: loops end where the last row of a tile stops seeing keys, and only the
-tiles that the diagonal or the end of a document crosses compare indices. The backward pass has no
-atomics: one kernel owns the rows of dq, one the keys of dk and dv, so that the bits repeat.
+tiles that the diagonal or the end of a document crosses compare indices.
 
 Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691); order of the tiles: FlashAttention-3's
 scheduler (Shah et al. 2024, arXiv:2407.08608). Left out: dropout, biases, sliding windows.
@@ -17,6 +16,7 @@ scheduler (Shah et al. 2024, arXiv:2407.08608). Left out: dropout, biases, slidi
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -30,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _schedule(program, tiles, kv_heads, section):
+def schedule(program, tiles, kv_heads, section):
     """(tile, key head) of a program: all tiles of `section` key heads, then of the next ones.
 
     Inside a section the tiles come in order, so that the caller can start with the longest.
@@ -43,7 +43,7 @@ def _schedule(program, tiles, kv_heads, section):
 
 
 @triton.jit
-def _locate(cu, documents, tile, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def locate(cu, documents, tile, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """(document, first of its rows) of a tile of BLOCK rows, GROUP rows a token.
 
     Document i owns the tiles from cu[i] * GROUP // BLOCK + i on: always enough for its rows, at
@@ -61,14 +61,14 @@ def _locate(cu, documents, tile, GROUP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _extent(cu, document):
+def extent(cu, document):
     """(first token, number of tokens) of a document."""
     start = tl.load(cu + document).to(tl.int64)
     return start, (tl.load(cu + document + 1) - start).to(tl.int32)
 
 
 @triton.jit
-def _members(first, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def members(first, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """(token, head of the group) of ROWS rows from row `first` on, relative to the first's token.
 
     Where the group divides ROWS, `first` begins a token, and both follow from the thread's own
@@ -98,57 +98,39 @@ def load_rows(
 
 
 @triton.jit
-def _query_tile(
-    cu_q,
-    cu_k,
-    documents,
-    tiles,
-    kv_heads,
-    section,
+def query_tile(cu_q, documents, tiles, kv_heads, section, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """(document, its first row in the tile, key head) of a program that owns query rows."""
+    tile, head = schedule(tl.program_id(0), tiles, kv_heads, section)
+    # The last tiles of a document see most keys: they start first, and short ones fill the end.
+    document, first = locate(cu_q, documents, tiles - 1 - tile, GROUP, ROWS)
+    return document, first, head
+
+
+@triton.jit
+def seen_keys(
+    first,
+    queries,
+    keys,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """A program's query rows and the keys they see.
-
-    (whether there are any; its first token and first query head; the row's token and head relative
-    to those; whether it exists; key head; first token and number of keys; full, end, last): keys
-    0..full are seen by all rows of the tile, keys from `end` on by none, in between row r sees
-    those up to last[r]. Relative positions stay in 32 bits, which spares registers that would
-    live through the loop; no tile is wide enough to overflow them.
+    """(full, end, last) of the tile from row `first` on, in a document of so many queries and keys:
+    all rows see keys 0..full, none sees those from `end` on, in between row r those up to last[r].
     """
-    tile, head = _schedule(tl.program_id(0), tiles, kv_heads, section)
-    # The last tiles of a document see most keys: they start first, and short ones fill the end.
-    document, first = _locate(cu_q, documents, tiles - 1 - tile, GROUP, ROWS)
-    query_start, queries = _extent(cu_q, document)
-    key_start, keys = _extent(cu_k, document)
-    rows = queries * GROUP
     row = first + tl.arange(0, ROWS)
-    step, member = _members(first, GROUP, ROWS)
     if CAUSAL:
         shift = keys - queries
         last = row // GROUP + shift
-        end = tl.maximum((tl.minimum(first + ROWS, rows) - 1) // GROUP + shift + 1, 0)
+        end = tl.minimum(first + ROWS, queries * GROUP)
+        end = tl.maximum((end - 1) // GROUP + shift + 1, 0)
         full = tl.maximum(first // GROUP + shift + 1, 0) // KEYS * KEYS
     else:
         last = row * 0 + keys - 1
         end = keys
         full = keys // KEYS * KEYS
-    return (
-        first < rows,
-        query_start + first // GROUP,
-        head * GROUP,
-        step,
-        member,
-        row < rows,
-        head,
-        key_start,
-        keys,
-        full,
-        end,
-        last,
-    )
+    return full, end, last
 
 
 @triton.jit(do_not_specialize=["tokens", "documents", "tiles", "section"])
@@ -179,19 +161,25 @@ def attention_forward_kernel(
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    any_row, token, q_first, step, member, inside, head, key_start, keys, full, end, last = (
-        _query_tile(cu_q, cu_k, documents, tiles, kv_heads, section, GROUP, ROWS, KEYS, CAUSAL)
-    )
-    if not any_row:
+    document, first, head = query_tile(cu_q, documents, tiles, kv_heads, section, GROUP, ROWS)
+    query_start, queries = extent(cu_q, document)
+    key_start, keys = extent(cu_k, document)
+    full, end, last = seen_keys(first, queries, keys, GROUP, ROWS, KEYS, CAUSAL)
+    if first >= queries * GROUP:
         return
+    # Rows count from the tile's first token and query head. Relative positions stay in 32 bits,
+    # which spares registers through the loop; no tile is wide enough to overflow them.
+    token, q_first = query_start + first // GROUP, head * GROUP
+    step, member = members(first, GROUP, ROWS)
+    inside = first + tl.arange(0, ROWS) < queries * GROUP
     q += token * q_token + q_first * q_head
     at_q = step.to(tl.int64) * q_token + member.to(tl.int64) * q_head
     q_tile = load_rows(q, at_q, inside, DIM, BLOCK_DIM, True)
     k += key_start * k_token + head * k_head
     v += key_start * v_token + head * v_head
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
     scale2 = scale * LOG2E
     for MASKED in tl.static_range(2):
         for start in range(full if MASKED else 0, end if MASKED else full, KEYS):
@@ -201,21 +189,21 @@ def attention_forward_kernel(
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             if MASKED:
                 scores = tl.where(key[None, :] <= last[:, None], scores, float("-inf"))
-            higher = tl.maximum(peak, tl.max(scores, 1) * scale2)
+            higher = tl.maximum(row_max, tl.max(scores, 1) * scale2)
             shift = higher
             if MASKED:  # a row that has seen no key yet has no maximum to subtract
                 shift = tl.where(higher == float("-inf"), 0.0, higher)
             p = tl.exp2(scores * scale2 - shift[:, None])
-            decay = tl.exp2(peak - shift)
-            total = total * decay + tl.sum(p, 1)
+            decay = tl.exp2(row_max - shift)
+            row_sum = row_sum * decay + tl.sum(p, 1)
             acc = acc * decay[:, None]
             v_tile = load_rows(v, at_key * v_token, key < keys, DIM, BLOCK_DIM, MASKED)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-            peak = higher
+            row_max = higher
     # A row that sees no key: 0, and minus infinity as the logarithm of an empty sum.
-    total = tl.where(total == 0, 1.0, total)
+    row_sum = tl.where(row_sum == 0, 1.0, row_sum)
     at = member.to(tl.int64) * tokens + step
-    tl.store(lse + q_first * tokens + token + at, (peak + tl.log2(total)) / LOG2E, mask=inside)
+    tl.store(lse + q_first * tokens + token + at, (row_max + tl.log2(row_sum)) / LOG2E, mask=inside)
     column = tl.arange(0, BLOCK_DIM)
     heads = kv_heads * GROUP
     tl.store(
@@ -223,188 +211,9 @@ def attention_forward_kernel(
         + (token * heads + q_first) * DIM
         + ((step * heads + member) * DIM)[:, None]
         + column[None, :],
-        (acc * (1 / total)[:, None]).to(out.dtype.element_ty),
+        (acc * (1 / row_sum)[:, None]).to(out.dtype.element_ty),
         mask=inside[:, None] & (column < DIM)[None, :],
     )
-
-
-@triton.jit(do_not_specialize=["tokens", "documents", "tiles", "section"])
-def attention_dq_kernel(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    delta,
-    dq,
-    cu_q,
-    cu_k,
-    scale,
-    tokens,
-    documents,
-    tiles,
-    kv_heads,
-    section,
-    dout_token,
-    dout_head,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """dq, and on the way delta = sum(dout * out) of each row, which the kernel of dk, dv reads."""
-    any_row, token, q_first, step, member, inside, head, key_start, keys, full, end, last = (
-        _query_tile(cu_q, cu_k, documents, tiles, kv_heads, section, GROUP, ROWS, KEYS, CAUSAL)
-    )
-    if not any_row:
-        return
-    heads = kv_heads * GROUP
-    dense = (token * heads + q_first) * DIM
-    at_dense = (step * heads + member) * DIM
-    out_tile = load_rows(out + dense, at_dense, inside, DIM, BLOCK_DIM, True)
-    dout += token * dout_token + q_first * dout_head
-    at_dout = step.to(tl.int64) * dout_token + member.to(tl.int64) * dout_head
-    dout_tile = load_rows(dout, at_dout, inside, DIM, BLOCK_DIM, True)
-    delta_rows = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    at = q_first * tokens + token + member.to(tl.int64) * tokens + step
-    tl.store(delta + at, delta_rows, mask=inside)
-    lse2 = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
-    q += token * q_token + q_first * q_head
-    at_q = step.to(tl.int64) * q_token + member.to(tl.int64) * q_head
-    q_tile = load_rows(q, at_q, inside, DIM, BLOCK_DIM, True)
-    k += key_start * k_token + head * k_head
-    v += key_start * v_token + head * v_head
-    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    scale2 = scale * LOG2E
-    for MASKED in tl.static_range(2):
-        for start in range(full if MASKED else 0, end if MASKED else full, KEYS):
-            key = start + tl.arange(0, KEYS)
-            at_key = key.to(tl.int64)
-            k_tile = load_rows(k, at_key * k_token, key < keys, DIM, BLOCK_DIM, MASKED)
-            v_tile = load_rows(v, at_key * v_token, key < keys, DIM, BLOCK_DIM, MASKED)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            p = tl.exp2(scores * scale2 - lse2[:, None])
-            if MASKED:
-                p = tl.where(key[None, :] <= last[:, None], p, 0.0)
-            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-            dscores = (p * (dp - delta_rows[:, None])).to(k_tile.dtype)
-            acc = tl.dot(dscores, k_tile, acc, input_precision="ieee")
-    column = tl.arange(0, BLOCK_DIM)
-    tl.store(
-        dq + dense + at_dense[:, None] + column[None, :],
-        (acc * scale).to(dq.dtype.element_ty),
-        mask=inside[:, None] & (column < DIM)[None, :],
-    )
-
-
-@triton.jit(do_not_specialize=["tokens", "documents", "tiles", "section"])
-def attention_dkdv_kernel(
-    dout,
-    q,
-    k,
-    v,
-    lse,
-    delta,
-    dk,
-    dv,
-    cu_q,
-    cu_k,
-    scale,
-    tokens,
-    documents,
-    tiles,
-    kv_heads,
-    section,
-    dout_token,
-    dout_head,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """dk and dv of a tile of keys. Scores are transposed, [keys, rows], as both products need them.
-
-    A row that sees no key has no part in any tile: its log-sum-exp of minus infinity is never read.
-    """
-    tile, head = _schedule(tl.program_id(0), tiles, kv_heads, section)
-    # The first keys of a document are seen by most rows: here the long tiles lie at the front.
-    document, first = _locate(cu_k, documents, tile, 1, KEYS)
-    query_start, queries = _extent(cu_q, document)
-    key_start, keys = _extent(cu_k, document)
-    if first >= keys:
-        return
-    rows = queries * GROUP
-    if CAUSAL:  # rows from `begin` on see the first key of the tile, rows from `full` on all
-        shift = keys - queries
-        begin = tl.maximum(first - shift, 0) * GROUP
-        see_all = tl.maximum(tl.minimum(first + KEYS, keys) - 1 - shift, 0) * GROUP
-        full = begin + tl.cdiv(see_all - begin, ROWS) * ROWS
-    else:
-        shift = 0
-        begin = 0
-        full = 0
-    step = tl.arange(0, KEYS)
-    key = first + step
-    present = key < keys
-    token = key_start + first
-    at_k, at_v = step.to(tl.int64) * k_token, step.to(tl.int64) * v_token
-    k += token * k_token + head * k_head
-    v += token * v_token + head * v_head
-    k_tile = load_rows(k, at_k, present, DIM, BLOCK_DIM, True)
-    v_tile = load_rows(v, at_v, present, DIM, BLOCK_DIM, True)
-    q += query_start * q_token + head * GROUP * q_head
-    dout += query_start * dout_token + head * GROUP * dout_head
-    lse += head * GROUP * tokens + query_start
-    delta += head * GROUP * tokens + query_start
-    dk_tile = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
-    dv_tile = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
-    scale2 = scale * LOG2E
-    for WHOLE in tl.static_range(2):
-        for start in range(full if WHOLE else begin, rows if WHOLE else min(full, rows), ROWS):
-            row = start + tl.arange(0, ROWS)
-            inside = row < rows
-            query = tl.cast(start // GROUP, tl.int64)
-            ahead, member = _members(start, GROUP, ROWS)
-            ahead, member = ahead.to(tl.int64), member.to(tl.int64)
-            at_q = ahead * q_token + member * q_head
-            q_tile = load_rows(q + query * q_token, at_q, inside, DIM, BLOCK_DIM, True)
-            # A row past the end gets probabilities exp2(-inf) = 0.
-            at = member * tokens + ahead
-            lse_rows = tl.load(lse + query + at, mask=inside, other=float("inf"))
-            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            p = tl.exp2(scores * scale2 - (lse_rows * LOG2E)[None, :])
-            if not WHOLE:
-                p = tl.where(key[:, None] <= (row // GROUP + shift)[None, :], p, 0.0)
-            at_dout = ahead * dout_token + member * dout_head
-            dout_tile = load_rows(dout + query * dout_token, at_dout, inside, DIM, BLOCK_DIM, True)
-            dv_tile = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
-            delta_rows = tl.load(delta + query + at, mask=inside, other=0.0)
-            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-            dscores = (p * (dp - delta_rows[None, :])).to(q_tile.dtype)
-            dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision="ieee")
-    column = tl.arange(0, BLOCK_DIM)
-    dense = (token * kv_heads + head) * DIM
-    at = (step * kv_heads * DIM)[:, None] + column[None, :]
-    mask = present[:, None] & (column < DIM)[None, :]
-    tl.store(dk + dense + at, (dk_tile * scale).to(dk.dtype.element_ty), mask=mask)
-    tl.store(dv + dense + at, dv_tile.to(dv.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -428,28 +237,19 @@ FORWARD = {
     80: {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 3), 256: Launch(64, 32, 8, 2)},
     90: {64: Launch(128, 128, 8, 3), 128: Launch(128, 128, 8, 3), 256: Launch(128, 32, 8, 3)},
 }
-DQ = {
-    80: {64: Launch(128, 64, 8, 2), 128: Launch(128, 32, 8, 2), 256: Launch(64, 16, 8, 2)},
-    90: {64: Launch(128, 128, 8, 2), 128: Launch(128, 64, 8, 2), 256: Launch(128, 32, 8, 2)},
-}
-# Two accumulators, dk and dv, leave registers for fewer rows.
-DKDV = {
-    80: {64: Launch(32, 128, 8, 2), 128: Launch(32, 64, 8, 2), 256: Launch(32, 32, 8, 2)},
-    90: {64: Launch(64, 128, 8, 2), 128: Launch(32, 128, 8, 2), 256: Launch(64, 32, 8, 2)},
-}
 # fp32 multiplies without tensor cores, which would round to 10 bits: operands sit in registers, so
 # tiles are small (of dq some still spill).
 EXACT = {64: Launch(32, 32, 8, 1), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 8, 1)}
 
 
-def _launch(table: dict[int, dict[int, Launch]], q: Tensor) -> Launch:
+def launch_for(table: dict[int, dict[int, Launch]], q: Tensor) -> Launch:
     width = max(64, triton.next_power_of_2(q.shape[2]))
     if width > 256:
         raise ValueError(f"q: expected a head dimension of at most 256, got {q.shape[2]}")
     return EXACT[width] if q.dtype == torch.float32 else table[architecture(q)][width]
 
 
-def _constants(launch: Launch, group: int, dim: int, causal: bool) -> dict[str, int]:
+def constants(launch: Launch, group: int, dim: int, causal: bool) -> dict[str, int]:
     """What a kernel is compiled for."""
     return {
         "GROUP": group,
@@ -466,7 +266,7 @@ def _cache_bytes(device: int) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def _section(x: Tensor, longest: int, heads: int, kv_heads: int) -> int:
+def section_for(x: Tensor, longest: int, heads: int, kv_heads: int) -> int:
     """Key heads that programs work on at a time: what they all read fits in half of the L2 cache.
 
     They read two tensors like x of `heads` heads, for documents of up to `longest` tokens. The
@@ -500,7 +300,7 @@ def attention(
     out, lse = empty_like(q), q.new_empty(heads, tokens, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    launch = _launch(FORWARD, q)
+    launch = launch_for(FORWARD, q)
     documents = cu_q.numel() - 1
     tiles = tokens * group // launch.rows + documents
     with torch.cuda.device_of(q):
@@ -517,97 +317,20 @@ def attention(
             documents,
             tiles,
             kv_heads,
-            _section(k, max_seqlen or tokens, kv_heads, kv_heads),
+            section_for(k, max_seqlen or tokens, kv_heads, kv_heads),
             *q.stride()[:2],
             *k.stride()[:2],
             *v.stride()[:2],
-            **_constants(launch, group, dim, causal),
+            **constants(launch, group, dim, causal),
             **launch_options(launch.warps, launch.stages),
         )
     return out, lse
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), bitwise repeatable."""
-    dout, q, k, v = (last_contiguous(x) for x in (dout, q, k, v))
-    out, lse, cu_q, cu_k = (x.contiguous() for x in (out, lse, cu_q, cu_k))
-    tokens, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    group = heads // kv_heads
-    dq, dk, dv, delta = empty_like(q), empty_like(k), empty_like(v), torch.empty_like(lse)
-    longest, documents = max_seqlen or tokens, cu_q.numel() - 1
-    strides = [stride for x in (dout, q, k, v) for stride in x.stride()[:2]]
-    with torch.cuda.device_of(q):
-        if q.numel():
-            launch = _launch(DQ, q)
-            tiles = tokens * group // launch.rows + documents
-            attention_dq_kernel[(tiles * kv_heads,)](
-                dout,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                delta,
-                dq,
-                cu_q,
-                cu_k,
-                float(scale),
-                tokens,
-                documents,
-                tiles,
-                kv_heads,
-                _section(k, longest, kv_heads, kv_heads),
-                *strides,
-                **_constants(launch, group, dim, causal),
-                **launch_options(launch.warps, launch.stages),
-            )
-        if k.numel():
-            launch = _launch(DKDV, q)
-            tiles = k.shape[0] // launch.keys + documents
-            attention_dkdv_kernel[(tiles * kv_heads,)](
-                dout,
-                q,
-                k,
-                v,
-                lse,
-                delta,
-                dk,
-                dv,
-                cu_q,
-                cu_k,
-                float(scale),
-                tokens,
-                documents,
-                tiles,
-                kv_heads,
-                _section(q, longest, heads, kv_heads),
-                *strides,
-                **_constants(launch, group, dim, causal),
-                **launch_options(launch.warps, launch.stages),
-            )
-    return dq, dk, dv
-
-
-def aot_cases() -> Iterator[Case]:
-    """Every setting in bf16, and of one: grouped queries, a padded head, no mask, fp32."""
-    for kernel, table in (
-        (attention_forward_kernel, FORWARD),
-        (attention_dq_kernel, DQ),
-        (attention_dkdv_kernel, DKDV),
-    ):
+def cases(*kernels: tuple[Any, dict[int, dict[int, Launch]]]) -> Iterator[Case]:
+    """Of each (kernel, table) every setting in bf16, and of one: grouped queries, a padded head, no
+    mask, fp32."""
+    for kernel, table in kernels:
         for dtype, dim, group, causal, archs in (
             ("bf16", 64, 1, True, (80, 90)),
             ("bf16", 128, 1, True, (80, 90)),
@@ -620,7 +343,7 @@ def aot_cases() -> Iterator[Case]:
             for arch in archs:
                 width = max(64, triton.next_power_of_2(dim))
                 launch = EXACT[width] if dtype == "fp32" else table[arch][width]
-                constants = _constants(launch, group, dim, causal)
+                constant = constants(launch, group, dim, causal)
                 yield Case(
                     f"{kernel.__name__.removesuffix('_kernel')} {dtype} D {dim} group {group}"
                     + " not causal" * (not causal),
@@ -628,9 +351,9 @@ def aot_cases() -> Iterator[Case]:
                     {
                         name: _aot_type(name, dtype)
                         for name in kernel.arg_names
-                        if name not in constants
+                        if name not in constant
                     },
-                    constants,
+                    constant,
                     launch.warps,
                     launch.stages,
                     (arch,),
@@ -644,3 +367,7 @@ def _aot_type(argument: str, dtype: str) -> str:
         return "i32"
     known = {"scale": "fp32", "cu_q": "*i32:16", "cu_k": "*i32:16"}
     return known.get(argument, "*fp32:16" if argument in ("lse", "delta") else f"*{dtype}:16")
+
+
+def aot_cases() -> Iterator[Case]:
+    yield from cases((attention_forward_kernel, FORWARD))

@@ -75,8 +75,8 @@ def decode_attention_kernel(
     v_cache += head * v_head
     block_table += sequence * table_row
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
     scale2 = scale * LOG2E
     for start in range(begin, end, KEYS):
         token = start + tl.arange(0, KEYS)
@@ -87,23 +87,23 @@ def decode_attention_kernel(
         v_tile = load_rows(v_cache, page * v_page + slot * v_slot, present, DIM, BLOCK_DIM, True)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         scores = tl.where(present[None, :], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
+        higher = tl.maximum(row_max, tl.max(scores, 1))
         # The difference of near numbers is exact; that of their rounded multiples is not.
         p = tl.exp2((scores - higher[:, None]) * scale2)
-        decay = tl.exp2((peak - higher) * scale2)
-        total = total * decay + tl.sum(p, 1)
+        decay = tl.exp2((row_max - higher) * scale2)
+        row_sum = row_sum * decay + tl.sum(p, 1)
         acc = acc * decay[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-        peak = higher
+        row_max = higher
     # Without keys: 0, and minus infinity as the logarithm of an empty sum.
-    total = tl.where(total == 0, 1.0, total)
+    row_sum = tl.where(row_sum == 0, 1.0, row_sum)
     at_out = (split * sequences + sequence) * (kv_heads * GROUP) + head * GROUP + row
     if lse is not None:
-        tl.store(lse + at_out, peak * scale2 + tl.log2(total), mask=row < GROUP)
+        tl.store(lse + at_out, row_max * scale2 + tl.log2(row_sum), mask=row < GROUP)
     column = tl.arange(0, BLOCK_DIM)
     tl.store(
         out + (at_out * DIM)[:, None] + column[None, :],
-        (acc * (1 / total)[:, None]).to(out.dtype.element_ty),
+        (acc * (1 / row_sum)[:, None]).to(out.dtype.element_ty),
         mask=(row < GROUP)[:, None] & (column < DIM)[None, :],
     )
 
@@ -122,21 +122,21 @@ def decode_attention_combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_DIM)
     acc = tl.zeros([BLOCK_DIM], tl.float32)
-    peak = float("-inf")
-    total = 0.0
+    row_max = float("-inf")
+    row_sum = 0.0
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
         at = split.to(tl.int64) * rows + row
         weight = tl.load(lse + at, mask=split < splits, other=float("-inf"))
-        higher = tl.maximum(peak, tl.max(weight))
+        higher = tl.maximum(row_max, tl.max(weight))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # no split has seen a key
         weight = tl.exp2(weight - shift)
-        decay = tl.exp2(peak - shift)
+        decay = tl.exp2(row_max - shift)
         tile = load_rows(partial, at * DIM, split < splits, DIM, BLOCK_DIM, True)
-        total = total * decay + tl.sum(weight)
+        row_sum = row_sum * decay + tl.sum(weight)
         acc = acc * decay + tl.sum(weight[:, None] * tile, 0)
-        peak = higher
-    result = acc / tl.where(total == 0, 1.0, total)
+        row_max = higher
+    result = acc / tl.where(row_sum == 0, 1.0, row_sum)
     tl.store(out + row * DIM + column, result.to(out.dtype.element_ty), mask=column < DIM)
 
 

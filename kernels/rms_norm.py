@@ -116,7 +116,7 @@ def rms_norm_backward_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     there = column < columns
     scale = tl.load(weight + column, there, other=0).to(tl.float32)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
     # Stages: the rows of the next turn are on their way while this one's are reduced.
     for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS).to(tl.int64)
@@ -125,14 +125,14 @@ def rms_norm_backward_kernel(
         g = tl.load(dy + (row * dy_stride)[:, None] + column, mask, other=0).to(tl.float32)
         r = tl.load(rstd + row, inside, other=0)[:, None]
         xhat = tl.load(x + (row * x_stride)[:, None] + column, mask, other=0).to(tl.float32) * r
-        total += g * xhat
+        acc += g * xhat
         g *= scale
         result = r * (g - xhat * (tl.sum(g * xhat, 1) / columns)[:, None])
         if dsummed is not None:
             at = (row * dsummed_stride)[:, None] + column
             result += tl.load(dsummed + at, mask, other=0).to(tl.float32)
         tl.store(dx + (row * columns)[:, None] + column, result.to(dx.dtype.element_ty), mask)
-    tl.store(partial + program * columns + column, tl.sum(total, 0)[None, :], there)
+    tl.store(partial + program * columns + column, tl.sum(acc, 0)[None, :], there)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -189,13 +189,13 @@ def rms_norm_dweight_kernel(
     partial, dweight, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, programs, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < programs)[:, None] & (column < columns)
         at = row.to(tl.int64)[:, None] * columns + column
-        total += tl.load(partial + at, mask, other=0)
-    tl.store(dweight + column, tl.sum(total, 0).to(dweight.dtype.element_ty), column < columns)
+        acc += tl.load(partial + at, mask, other=0)
+    tl.store(dweight + column, tl.sum(acc, 0).to(dweight.dtype.element_ty), column < columns)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 // across lanes, its weights come out of registers in the order in which the second product reads
 // them, and keys and values are packed without being transposed.
 //
-// A piece of work is some queries of one document, for all query heads of one key head. It packs
+// A work item is some queries of one document, for all query heads of one key head. It packs
 // each block of keys and values once and holds it against one panel of queries after the other.
 #include "attention.h"
 
@@ -14,7 +14,7 @@ namespace LLAMA2RT_ISA {
 namespace {
 
 constexpr int64_t KEYS = 128;     // per block, whose packed form stays in the second-level cache
-constexpr int64_t QUERIES = 512;  // per piece, over all heads of a group: repays packing the keys
+constexpr int64_t QUERIES = 512;  // per work item, over all heads of a group: repays packing
 
 template <typename T>
 struct Forward {
@@ -25,7 +25,7 @@ struct Forward {
         units((a.head_dim + UNIT - 1) / UNIT),
         queries(QUERIES / group > PANEL ? QUERIES / group / PANEL * PANEL : PANEL) {}
 
-  // One panel of queries: packed queries, outputs, maxima and sums.
+  // One panel of queries: packed queries, acc, row_max and row_sum.
   int64_t panel_floats() const { return (width / UNIT + width + 2) * PANEL; }
   int64_t floats(int64_t longest) const {
     const int64_t panels = ((longest < queries ? longest : queries) + PANEL - 1) / PANEL;
@@ -35,11 +35,11 @@ struct Forward {
   template <int VECTORS>
   void attend(float* panel, int64_t rows, const Mask& mask, const float* keys, const float* values,
               float* scores, float* weights) const {
-    float* outputs = panel + width / UNIT * PANEL;
-    float* maxima = outputs + width * PANEL;
-    float* sums = maxima + PANEL;
-    f32v peak[VECTORS], shift[VECTORS], decay[VECTORS], total[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) peak[j] = load(maxima + j * W);
+    float* acc = panel + width / UNIT * PANEL;
+    float* row_max = acc + width * PANEL;
+    float* row_sum = row_max + PANEL;
+    f32v new_max[VECTORS], shift[VECTORS], decay[VECTORS], new_sum[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) new_max[j] = load(row_max + j * W);
     for (int64_t r = 0; r < rows; r += BLOCK)
       product<UNIT, VECTORS>(
           units, ByRow{keys + r * width / UNIT, width / UNIT}, panel, PANEL,
@@ -52,34 +52,34 @@ struct Forward {
                   s[i][j] = mask.shows(r + i, j) ? s[i][j] : broadcast(-INFINITY);
             for (int i = 0; i < BLOCK; ++i)
               for (int j = 0; j < VECTORS; ++j) {
-                peak[j] = s[i][j] > peak[j] ? s[i][j] : peak[j];
+                new_max[j] = s[i][j] > new_max[j] ? s[i][j] : new_max[j];
                 store(scores + (r + i) * PANEL + j * W, s[i][j]);
               }
           });
     for (int j = 0; j < VECTORS; ++j) {
       // Where all was minus infinity there is no maximum to subtract.
-      shift[j] = peak[j] == broadcast(-INFINITY) ? f32v{} : peak[j];
-      decay[j] = exp2((load(maxima + j * W) - shift[j]) * LOG2E);
-      total[j] = f32v{};
+      shift[j] = new_max[j] == broadcast(-INFINITY) ? f32v{} : new_max[j];
+      decay[j] = exp2((load(row_max + j * W) - shift[j]) * LOG2E);
+      new_sum[j] = f32v{};
     }
     for (int64_t r = 0; r < rows; r += 2)
       for (int j = 0; j < VECTORS; ++j) {
         const f32v first = exp2((load(scores + r * PANEL + j * W) - shift[j]) * LOG2E);
         const f32v second = exp2((load(scores + (r + 1) * PANEL + j * W) - shift[j]) * LOG2E);
-        total[j] += first + second;
+        new_sum[j] += first + second;
         store_two_rows<UNIT>(weights + j * W, PANEL, r, first, second);
       }
     for (int j = 0; j < VECTORS; ++j) {
-      store(maxima + j * W, peak[j]);
-      store(sums + j * W, load(sums + j * W) * decay[j] + total[j]);
+      store(row_max + j * W, new_max[j]);
+      store(row_sum + j * W, load(row_sum + j * W) * decay[j] + new_sum[j]);
     }
     add_product<UNIT, VECTORS>(round_up(a.head_dim, BLOCK), rows / UNIT, ByColumn{values, width},
-                               weights, PANEL, outputs, PANEL,
+                               weights, PANEL, acc, PANEL,
                                [&](f32v c, int j) { return c * decay[j]; });
   }
 
-  void run(const Piece& piece, int64_t kv_head, float* scratch) const {
-    const Document document(a, piece.document);
+  void run(const WorkItem& item, int64_t kv_head, float* scratch) const {
+    const Document document(a, item.document);
     const int64_t n = a.head_dim;
     const T* k = head_of<T>(a.k, document.k_begin, kv_head);
     const T* v = head_of<T>(a.v, document.k_begin, kv_head);
@@ -92,18 +92,18 @@ struct Forward {
     auto for_each_panel = [&](auto body) {
       float* panel = panels;
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-        for (int64_t q = piece.q_begin; q < piece.q_end; q += PANEL, panel += panel_floats())
-          body(head, q, piece.q_end - q < PANEL ? piece.q_end - q : PANEL, panel);
+        for (int64_t q = item.q_begin; q < item.q_end; q += PANEL, panel += panel_floats())
+          body(head, q, item.q_end - q < PANEL ? item.q_end - q : PANEL, panel);
     };
     for_each_panel([&](int64_t head, int64_t q, int64_t count, float* panel) {
       const int64_t token = document.q_begin + q;
       pack_panel(head_of<T>(a.q, token, head), a.q.token_stride, count, n, panel);
-      float* outputs = panel + width / UNIT * PANEL;
-      memset(outputs, 0, width * PANEL * sizeof(float));
-      for (int64_t i = 0; i < PANEL; ++i) outputs[width * PANEL + i] = -INFINITY;
-      memset(outputs + (width + 1) * PANEL, 0, PANEL * sizeof(float));
+      float* acc = panel + width / UNIT * PANEL;
+      memset(acc, 0, width * PANEL * sizeof(float));
+      for (int64_t i = 0; i < PANEL; ++i) acc[width * PANEL + i] = -INFINITY;
+      memset(acc + (width + 1) * PANEL, 0, PANEL * sizeof(float));
     });
-    const int64_t seen = document.seen(piece.q_end - 1);
+    const int64_t seen = document.seen(item.q_end - 1);
     for (int64_t key = 0; key < seen; key += KEYS) {
       const int64_t count = seen - key < KEYS ? seen - key : KEYS, padded = round_up(count, BLOCK);
       pack_rows(k + key * a.k.token_stride, a.k.token_stride, count, padded, n, keys, width / UNIT);
@@ -121,16 +121,16 @@ struct Forward {
     }
     for_each_panel([&](int64_t head, int64_t q, int64_t count, float* panel) {
       const int64_t token = document.q_begin + q;
-      float* outputs = panel + width / UNIT * PANEL;
-      float* maxima = outputs + width * PANEL;
-      float* sums = maxima + PANEL;
-      float* lse = a.lse + head * a.q_offsets[a.documents] + token;
+      float* acc = panel + width / UNIT * PANEL;
+      float* row_max = acc + width * PANEL;
+      float* row_sum = row_max + PANEL;
+      float* lse = a.lse + head * offset_at(a.q_offsets, a.documents) + token;
       for (int64_t i = 0; i < PANEL; ++i) {
-        const bool blind = maxima[i] == -INFINITY;
-        if (i < count) lse[i] = blind ? -INFINITY : maxima[i] + logf(sums[i]);
-        sums[i] = blind ? 0.0f : 1.0f / sums[i];
+        const bool masked = row_max[i] == -INFINITY;
+        if (i < count) lse[i] = masked ? -INFINITY : row_max[i] + logf(row_sum[i]);
+        row_sum[i] = masked ? 0.0f : 1.0f / row_sum[i];
       }
-      unpack_panel(outputs, count, n, sums, (T*)a.out + (token * a.heads + head) * n, a.heads * n);
+      unpack_panel(acc, count, n, row_sum, (T*)a.out + (token * a.heads + head) * n, a.heads * n);
     });
   }
 
@@ -147,8 +147,8 @@ void forward(const Attention& a) {
     count += (queries + work.queries - 1) / work.queries;
     if (queries > longest) longest = queries;
   }
-  Workspace<Piece> pieces(count);
-  Piece* next = pieces.data;
+  Workspace<WorkItem> items(count);
+  WorkItem* next = items.data;
   for (int64_t i = 0; i < a.documents; ++i) {
     const Document document(a, i);
     for (int64_t q = 0; q < document.queries; q += work.queries) {
@@ -156,9 +156,9 @@ void forward(const Attention& a) {
       *next++ = {i, q, end, 0, document.keys, (end - q) * (document.seen((q + end) / 2) + 1)};
     }
   }
-  share(a, pieces.data, count, work.floats(longest),
-        [&](const Piece& piece, int64_t kv_head, float* scratch) {
-          work.run(piece, kv_head, scratch);
+  share(a, items.data, count, work.floats(longest),
+        [&](const WorkItem& item, int64_t kv_head, float* scratch) {
+          work.run(item, kv_head, scratch);
         });
 }
 

@@ -8,10 +8,17 @@
 
 namespace LLAMA2RT_ISA {
 
+inline int64_t offset_at(const Indices& offsets, int64_t i) {
+  return ((const int64_t*)offsets.data)[i];
+}
+
 struct Document {
   Document(const Attention& a, int64_t i)
-      : q_begin(a.q_offsets[i]), queries(a.q_offsets[i + 1] - q_begin),
-        k_begin(a.k_offsets[i]), keys(a.k_offsets[i + 1] - k_begin), causal(a.causal) {}
+      : q_begin(offset_at(a.q_offsets, i)),
+        queries(offset_at(a.q_offsets, i + 1) - q_begin),
+        k_begin(offset_at(a.k_offsets, i)),
+        keys(offset_at(a.k_offsets, i + 1) - k_begin),
+        causal(a.causal) {}
 
   // How many keys the query sees: always the first ones of the document. The mask is aligned with
   // the last query and the last key.
@@ -30,7 +37,7 @@ struct Document {
 };
 
 template <typename T>
-inline const T* head_of(const Attention::Heads& x, int64_t token, int64_t head) {
+inline const T* head_of(const Heads& x, int64_t token, int64_t head) {
   return (const T*)x.data + token * x.token_stride + head * x.head_stride;
 }
 
@@ -54,31 +61,31 @@ struct Mask {
 };
 
 // A range of one document's queries against a range of its keys.
-struct Piece {
+struct WorkItem {
   int64_t document, q_begin, q_end, k_begin, k_end;
   int64_t cost;  // visible pairs of query and key, about
 };
 
 inline int by_falling_cost(const void* a, const void* b) {
-  const int64_t first = ((const Piece*)a)->cost, second = ((const Piece*)b)->cost;
+  const int64_t first = ((const WorkItem*)a)->cost, second = ((const WorkItem*)b)->cost;
   return first < second ? 1 : first > second ? -1 : 0;
 }
 
-// Calls body(piece, kv_head, scratch) for each piece and head, the most expensive pieces first,
-// with `floats` of scratch memory per thread.
+// Calls body(item, kv_head, scratch) for each item and head, the most expensive items first, with
+// `floats` of scratch memory per thread.
 template <typename Body>
-inline void share(const Attention& a, Piece* pieces, int64_t count, int64_t floats, Body body) {
+inline void share(const Attention& a, WorkItem* items, int64_t count, int64_t floats, Body body) {
   int64_t products = 0;
-  for (int64_t i = 0; i < count; ++i) products += pieces[i].cost * a.heads * a.head_dim;
+  for (int64_t i = 0; i < count; ++i) products += items[i].cost * a.heads * a.head_dim;
   const int64_t products_per_thread = 1 << 18;  // below this, waking a thread costs more
-  const int64_t items = count * a.kv_heads;
+  const int64_t calls = count * a.kv_heads;
   int64_t threads = products / products_per_thread + 1;
-  if (threads > items) threads = items;
+  if (threads > calls) threads = calls;
   if (threads > a.threads) threads = a.threads;
   if (threads < 1) return;
-  if (threads > 1) qsort(pieces, count, sizeof(Piece), by_falling_cost);
-  share(items, (int)threads, floats, [&](int64_t item, float* scratch) {
-    body(pieces[item / a.kv_heads], item % a.kv_heads, scratch);
+  if (threads > 1) qsort(items, count, sizeof(WorkItem), by_falling_cost);
+  share(calls, (int)threads, floats, [&](int64_t call, float* scratch) {
+    body(items[call / a.kv_heads], call % a.kv_heads, scratch);
   });
 }
 

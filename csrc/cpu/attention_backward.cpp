@@ -8,9 +8,9 @@
 // rows by one panel of p and ds are finished at a time, while they are in the first-level cache,
 // and written in the two orders that the other three products read.
 //
-// A piece of work is some queries of one document against some of its keys, for one key head. One
+// A item of work is some queries of one document against some of its keys, for one key head. One
 // that holds all keys of a query can write its dq, one that holds all queries of a key its dk and
-// dv; usually a piece is a whole document and writes all three.
+// dv; usually a item is a whole document and writes all three.
 #include "attention.h"
 
 #include <math.h>
@@ -20,14 +20,14 @@ namespace {
 
 constexpr int64_t KEYS = 64;  // a tile is KEYS by QUERIES: p, ds and what is packed of
 constexpr int64_t QUERIES = 128;  // both stay in the second-level cache
-constexpr int64_t SPLIT = 256;    // keys or queries per piece where a document is divided
+constexpr int64_t SPLIT = 256;    // keys or queries per item where a document is divided
 
 template <typename T>
 struct Backward {
   static constexpr int64_t UNIT = unit<T>();
 
   explicit Backward(const AttentionBackward& b)
-      : a(b.forward), b(b), group(a.heads / a.kv_heads), n(a.head_dim),
+      : a(b), b(b), group(a.heads / a.kv_heads), n(a.head_dim),
         width(round_up(n, W * UNIT)), units((n + UNIT - 1) / UNIT) {}
 
   struct Scratch {
@@ -35,9 +35,9 @@ struct Backward {
     float *keys_by_row, *keys_by_column, *values_by_row;
     // Of a tile: [keys, queries / UNIT] by row, [keys / UNIT, queries] by column.
     float *p, *ds, *ds_by_column;
-    // Of all queries of the piece, for one head. A panel is [units, PANEL], of dq [n, PANEL].
+    // Of all queries of the item, for one head. A panel is [units, PANEL], of dq [n, PANEL].
     float *q_panels, *dout_panels, *dq_panels, *q_by_column, *dout_by_column, *lse, *delta;
-    float *dk, *dv;  // of all keys of the piece, [keys, n]
+    float *dk, *dv;  // of all keys of the item, [keys, n]
   };
 
   // Divides the memory from `floats` on among what so many queries and keys need: how many floats.
@@ -84,18 +84,18 @@ struct Backward {
     const int64_t padded = round_up(count, W);
     pack_columns(q, a.q.token_stride, count, padded, n, s.q_by_column, width);
     pack_columns(dout, b.dout.token_stride, count, padded, n, s.dout_by_column, width);
-    const float* lse = a.lse + head * a.q_offsets[a.documents] + token;
+    const float* lse = a.lse + head * offset_at(a.q_offsets, a.documents) + token;
     for (int64_t i = 0; i < padded; ++i) {
       // A padding query, or one that sees no key: infinity makes each of its p 0.
       s.lse[i] = i < count && lse[i] != -INFINITY ? lse[i] : INFINITY;
-      f32v total = {};
+      f32v acc = {};
       if (i < count) {
         const T* out = (const T*)a.out + ((token + i) * a.heads + head) * n;
         for_each_vector(n, [&](int64_t d, auto lanes) {
-          total += load(dout + i * b.dout.token_stride + d, lanes) * load(out + d, lanes);
+          acc += load(dout + i * b.dout.token_stride + d, lanes) * load(out + d, lanes);
         });
       }
-      s.delta[i] = sum(total);
+      s.delta[i] = sum(acc);
     }
   }
 
@@ -181,31 +181,31 @@ struct Backward {
                                  PANEL, Keep());
   }
 
-  void run(const Piece& piece, int64_t kv_head, float* floats) const {
-    const Document document(a, piece.document);
-    const bool writes_dq = piece.k_begin == 0 && piece.k_end == document.keys;
-    const bool writes_dkv = piece.q_begin == 0 && piece.q_end == document.queries;
-    // What no pair of the piece needs is left out; tiles stay aligned with the document.
-    const int64_t first = document.first_seeing(piece.k_begin) / QUERIES * QUERIES;
-    const int64_t q_begin = writes_dq || first < piece.q_begin ? piece.q_begin : first;
-    const int64_t seen = piece.q_end > 0 ? document.seen(piece.q_end - 1) : 0;
-    const int64_t k_end = seen < piece.k_end ? seen : piece.k_end;
-    const int64_t keys = piece.k_end - piece.k_begin;
+  void run(const WorkItem& item, int64_t kv_head, float* floats) const {
+    const Document document(a, item.document);
+    const bool writes_dq = item.k_begin == 0 && item.k_end == document.keys;
+    const bool writes_dkv = item.q_begin == 0 && item.q_end == document.queries;
+    // What no pair of the item needs is left out; tiles stay aligned with the document.
+    const int64_t first = document.first_seeing(item.k_begin) / QUERIES * QUERIES;
+    const int64_t q_begin = writes_dq || first < item.q_begin ? item.q_begin : first;
+    const int64_t seen = item.q_end > 0 ? document.seen(item.q_end - 1) : 0;
+    const int64_t k_end = seen < item.k_end ? seen : item.k_end;
+    const int64_t keys = item.k_end - item.k_begin;
     Scratch s;
-    layout(s, floats, piece.q_end - q_begin, keys);
+    layout(s, floats, item.q_end - q_begin, keys);
     memset(s.dk, 0, round_up(keys, BLOCK) * width * sizeof(float));
     memset(s.dv, 0, round_up(keys, BLOCK) * width * sizeof(float));
 
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      pack_queries(s, document.q_begin + q_begin, piece.q_end - q_begin, head);
+      pack_queries(s, document.q_begin + q_begin, item.q_end - q_begin, head);
       if (writes_dq)
-        memset(s.dq_panels, 0, round_up(piece.q_end - q_begin, PANEL) * width * sizeof(float));
-      for (int64_t key = piece.k_begin; key < k_end; key += KEYS) {
+        memset(s.dq_panels, 0, round_up(item.q_end - q_begin, PANEL) * width * sizeof(float));
+      for (int64_t key = item.k_begin; key < k_end; key += KEYS) {
         const int64_t count = k_end - key < KEYS ? k_end - key : KEYS;
         pack_keys(s, document.k_begin + key, count, kv_head);
         int64_t query = document.first_seeing(key) / QUERIES * QUERIES;
-        for (query = query < q_begin ? q_begin : query; query < piece.q_end; query += QUERIES) {
-          const int64_t end = query + QUERIES < piece.q_end ? query + QUERIES : piece.q_end;
+        for (query = query < q_begin ? q_begin : query; query < item.q_end; query += QUERIES) {
+          const int64_t end = query + QUERIES < item.q_end ? query + QUERIES : item.q_end;
           for (int64_t q = query; q < end; q += PANEL) {
             int64_t rows = document.seen((q + PANEL < end ? q + PANEL : end) - 1) - key;
             if (rows <= 0) continue;
@@ -221,7 +221,7 @@ struct Backward {
             int64_t column = document.first_seeing(key + r) - query;
             if (column >= end - query) break;
             column = column < 0 ? 0 : column / PANEL * PANEL;
-            const int64_t columns = round_up(end - query - column, W), row = key - piece.k_begin;
+            const int64_t columns = round_up(end - query - column, W), row = key - item.k_begin;
             const int64_t by_column = (query - q_begin) / UNIT * width;
             add_rows(s.p, r, column, columns, s.dout_by_column + by_column, s.dv + row * width);
             add_rows(s.ds, r, column, columns, s.q_by_column + by_column, s.dk + row * width);
@@ -231,8 +231,8 @@ struct Backward {
       if (writes_dq) {
         float scales[PANEL];
         for (int64_t i = 0; i < PANEL; ++i) scales[i] = a.scale;
-        for (int64_t q = q_begin; q < piece.q_end; q += PANEL) {
-          const int64_t rows = piece.q_end - q < PANEL ? piece.q_end - q : PANEL;
+        for (int64_t q = q_begin; q < item.q_end; q += PANEL) {
+          const int64_t rows = item.q_end - q < PANEL ? item.q_end - q : PANEL;
           unpack_panel(s.dq_panels + (q - q_begin) * width, rows, n, scales,
                        (T*)b.dq + ((document.q_begin + q) * a.heads + head) * n, a.heads * n);
         }
@@ -240,7 +240,7 @@ struct Backward {
     }
     if (writes_dkv)
       for (int64_t i = 0; i < keys; ++i) {
-        const int64_t at = ((document.k_begin + piece.k_begin + i) * a.kv_heads + kv_head) * n;
+        const int64_t at = ((document.k_begin + item.k_begin + i) * a.kv_heads + kv_head) * n;
         for_each_vector(n, [&](int64_t d, auto lanes) {
           store((T*)b.dk + at + d, load(s.dk + i * width + d) * a.scale, lanes);
           store((T*)b.dv + at + d, load(s.dv + i * width + d), lanes);
@@ -268,7 +268,7 @@ int64_t pairs(const Document& document, int64_t q_begin, int64_t q_end, int64_t 
 
 template <typename T>
 void backward(const AttentionBackward& b) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const Backward<T> work(b);
   int64_t total = 0, most = 0, queries = 0, keys = 0;
   for (int64_t i = 0; i < a.documents; ++i) {
@@ -278,11 +278,11 @@ void backward(const AttentionBackward& b) {
     if (document.queries > queries) queries = document.queries;
     if (document.keys > keys) keys = document.keys;
   }
-  Workspace<Piece> pieces(most);
+  Workspace<WorkItem> items(most);
   int64_t count = 0;
   auto add = [&](const Document& document, int64_t i, int64_t q_begin, int64_t q_end,
                  int64_t k_begin, int64_t k_end) {
-    pieces.data[count++] = {i, q_begin, q_end, k_begin, k_end,
+    items.data[count++] = {i, q_begin, q_end, k_begin, k_end,
                             pairs(document, q_begin, q_end, k_begin, k_end)};
   };
   for (int64_t i = 0; i < a.documents; ++i) {
@@ -304,16 +304,16 @@ void backward(const AttentionBackward& b) {
           k + SPLIT < document.keys ? k + SPLIT : document.keys);
   }
   typename Backward<T>::Scratch unused;
-  share(a, pieces.data, count, work.layout(unused, nullptr, queries, keys),
-        [&](const Piece& piece, int64_t kv_head, float* scratch) {
-          work.run(piece, kv_head, scratch);
+  share(a, items.data, count, work.layout(unused, nullptr, queries, keys),
+        [&](const WorkItem& item, int64_t kv_head, float* scratch) {
+          work.run(item, kv_head, scratch);
         });
 }
 
 }  // namespace
 
 void attention_backward(const AttentionBackward& b) {
-  by_dtype(b.forward.dtype, [&](auto t) { backward<decltype(t)>(b); });
+  by_dtype(b.dtype, [&](auto t) { backward<decltype(t)>(b); });
 }
 
 }  // namespace LLAMA2RT_ISA

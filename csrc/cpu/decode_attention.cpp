@@ -23,37 +23,45 @@ static_assert(TILE % ROWS == 0);
 
 // What a thread keeps of the query heads it works on, `count` of one sequence. Rows are padded to
 // whole vectors, heads to whole steps and, being lanes of the softmax, to vectors.
-struct Heads {
-  Heads(float* scratch, int64_t count, int64_t n)
+struct QueryHeads {
+  QueryHeads(float* scratch, int64_t count, int64_t n)
       : count(count),
         n(n),
         stride(row_floats(n)),
         lanes(round_up(count, W)),
         queries(scratch),
-        outputs(queries + lanes * stride),
-        scores(outputs + lanes * stride),
-        maxima(scores + TILE * lanes),
-        sums(maxima + lanes),
-        decay(sums + lanes) {}
+        acc(queries + lanes * stride),
+        scores(acc + lanes * stride),
+        row_max(scores + TILE * lanes),
+        row_sum(row_max + lanes),
+        decay(row_sum + lanes) {}
   static int64_t row_floats(int64_t n) { return round_up(n, W); }
   static int64_t floats(int64_t count, int64_t n) {
     return (2 * row_floats(n) + TILE + 3) * round_up(count, W);
   }
 
   int64_t count, n, stride, lanes;
-  float *queries, *outputs;      // [lanes, stride], queries in units
-  float* scores;                 // [TILE, lanes], unscaled; the softmax makes weights of them
-  float *maxima, *sums, *decay;  // [lanes]; decay is what a tile multiplies the tiles before it by
+  float *queries, *acc;  // [lanes, stride], queries in units
+  float* scores;         // [TILE, lanes], unscaled; the softmax makes weights of them
+  // [lanes]; decay is what a tile multiplies the tiles before it by.
+  float *row_max, *row_sum, *decay;
 };
+
+int64_t length_of(const DecodeAttention& a, int64_t sequence) {
+  return ((const int32_t*)a.lengths.data)[sequence];
+}
+const int32_t* pages_of(const DecodeAttention& a, int64_t sequence) {
+  return (const int32_t*)a.block_table.data + sequence * a.block_table_stride;
+}
 
 // Where the KV heads of each token begin, in a tile and AHEAD tokens beyond it.
 template <typename T>
 struct Rows {
-  Rows(const T* cache, int64_t page_stride, int64_t token_stride, int64_t page_size,
-       const int32_t* pages, int64_t first, int64_t length) {
+  Rows(const T* cache, const Pages& of, int64_t page_size, const int32_t* pages, int64_t first,
+       int64_t length) {
     int64_t page = first / page_size, slot = first % page_size;
     for (int64_t t = 0; t < TILE + AHEAD; ++t) {
-      at[t] = cache + pages[page] * page_stride + slot * token_stride;
+      at[t] = cache + pages[page] * of.page_stride + slot * of.token_stride;
       if (first + t + 1 >= length) continue;  // the last token stands for those beyond it
       if (++slot < page_size) continue;
       slot = 0;
@@ -67,7 +75,7 @@ struct Rows {
 template <int SHARE>
 struct KvHeads {
   static constexpr int COUNT = HEADS / SHARE;
-  KvHeads(const DecodeAttention& a, const Heads& heads, int64_t head, int64_t head_stride) {
+  KvHeads(const DecodeAttention& a, const QueryHeads& heads, int64_t head, int64_t head_stride) {
     for (int j = 0; j < COUNT; ++j) {
       // Padding has no KV head; that of the last head will do.
       const int64_t query = head + j * SHARE < heads.count ? head + j * SHARE : heads.count - 1;
@@ -79,10 +87,10 @@ struct KvHeads {
 
 // Scores of ROWS tokens.
 template <int SHARE, typename T>
-void score(const DecodeAttention& a, const Heads& heads, const T* const* keys, float* scores) {
+void score(const DecodeAttention& a, const QueryHeads& heads, const T* const* keys, float* scores) {
   constexpr int64_t UNIT = unit<T>();
   for (int64_t head = 0; head < heads.count; head += HEADS) {
-    const KvHeads<SHARE> kv(a, heads, head, a.k_head_stride);
+    const KvHeads<SHARE> kv(a, heads, head, a.k_cache.head_stride);
     const float* queries = heads.queries + head * heads.stride;
     f32v dots[W] = {};
     for (int64_t i = 0; i < heads.n; i += UNIT * W) {
@@ -100,20 +108,20 @@ void score(const DecodeAttention& a, const Heads& heads, const T* const* keys, f
             dots[r * HEADS + h] = multiply_add<UNIT>(query[h], key, dots[r * HEADS + h]);
         }
     }
-    float sums[W];
-    store(sums, sums_of_rows(dots));
+    float dot[W];
+    store(dot, sums_of_rows(dots));
     for (int r = 0; r < ROWS; ++r)
-      memcpy(scores + r * heads.lanes + head, sums + r * HEADS, HEADS * sizeof(float));
+      memcpy(scores + r * heads.lanes + head, dot + r * HEADS, HEADS * sizeof(float));
   }
 }
 
-// outputs += weights * values of COUNT tokens.
+// acc += weights * values of COUNT tokens.
 template <int SHARE, int COUNT, typename T>
-void add(const DecodeAttention& a, const Heads& heads, const T* const* values,
+void add(const DecodeAttention& a, const QueryHeads& heads, const T* const* values,
          const float* weights) {
   for (int64_t head = 0; head < heads.count; head += HEADS) {
-    const KvHeads<SHARE> kv(a, heads, head, a.v_head_stride);
-    float* outputs = heads.outputs + head * heads.stride;
+    const KvHeads<SHARE> kv(a, heads, head, a.v_cache.head_stride);
+    float* acc = heads.acc + head * heads.stride;
     f32v weight[COUNT][HEADS];
 #pragma GCC unroll 4
     for (int r = 0; r < COUNT; ++r)
@@ -122,7 +130,7 @@ void add(const DecodeAttention& a, const Heads& heads, const T* const* values,
     for_each_vector(heads.n, [&](int64_t i, auto lanes) {
       f32v out[HEADS];
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) out[h] = load(outputs + h * heads.stride + i);
+      for (int h = 0; h < HEADS; ++h) out[h] = load(acc + h * heads.stride + i);
 #pragma GCC unroll 4
       for (int r = 0; r < COUNT; ++r)
 #pragma GCC unroll 4
@@ -133,26 +141,26 @@ void add(const DecodeAttention& a, const Heads& heads, const T* const* values,
           for (int h = j * SHARE; h < (j + 1) * SHARE; ++h) out[h] += value * weight[r][h];
         }
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) store(outputs + h * heads.stride + i, out[h]);
+      for (int h = 0; h < HEADS; ++h) store(acc + h * heads.stride + i, out[h]);
     });
   }
 }
 
 // Scores of a tile become weights, each lane those of a head, and what the tiles before it left
-// behind becomes relative to the new maxima.
-inline void softmax(const Heads& heads, int64_t tokens, float scale) {
+// behind becomes relative to the new row_max.
+inline void softmax(const QueryHeads& heads, int64_t tokens, float scale) {
   const f32v none = broadcast(-INFINITY), factor = broadcast(scale);
   for (int64_t lane = 0; lane < heads.lanes; lane += W) {
     float* scores = heads.scores + lane;
-    const f32v before = load(heads.maxima + lane);
-    f32v peak = before;
+    const f32v before = load(heads.row_max + lane);
+    f32v new_max = before;
     for (int64_t t = 0; t < tokens; ++t) {
       const f32v x = load(scores + t * heads.lanes) * factor;
-      peak = x > peak ? x : peak;
+      new_max = x > new_max ? x : new_max;
     }
     // Minus infinities have no maximum to subtract; their weights must be 0, not NaN.
-    const f32v shift = peak == none ? f32v{} : peak, decay = exp(before - shift);
-    f32v sum = load(heads.sums + lane) * decay;
+    const f32v shift = new_max == none ? f32v{} : new_max, decay = exp(before - shift);
+    f32v sum = load(heads.row_sum + lane) * decay;
     for (int64_t t = 0; t < tokens; ++t) {
       // Rounded once: of a large score, scaled and then shifted, the first rounding would be seen.
       const f32v x = multiply_add<1>(load(scores + t * heads.lanes), factor, -shift);
@@ -160,13 +168,13 @@ inline void softmax(const Heads& heads, int64_t tokens, float scale) {
       store(scores + t * heads.lanes, weight);
       sum += weight;
     }
-    store(heads.maxima + lane, peak);
-    store(heads.sums + lane, sum);
+    store(heads.row_max + lane, new_max);
+    store(heads.row_sum + lane, sum);
     store(heads.decay + lane, decay);
   }
   for (int64_t head = 0; head < heads.count; ++head)
     for (int64_t i = 0; i < heads.stride; i += W) {
-      float* output = heads.outputs + head * heads.stride + i;
+      float* output = heads.acc + head * heads.stride + i;
       store(output, load(output) * heads.decay[head]);
     }
 }
@@ -175,22 +183,20 @@ inline void softmax(const Heads& heads, int64_t tokens, float scale) {
 template <int SHARE, typename T>
 void some_heads(const DecodeAttention& a, int64_t sequence, int64_t begin, int64_t end,
                 float* scratch) {
-  const int64_t n = a.head_dim, group = a.heads / a.kv_heads, length = a.lengths[sequence];
-  const int32_t* pages = a.block_table + sequence * a.block_table_stride;
-  const Heads heads(scratch, (end - begin) * group, n);
-  memset(scratch, 0, Heads::floats(heads.count, n) * sizeof(float));
-  const T* q = (const T*)a.q + sequence * a.q_sequence_stride + begin * group * a.q_head_stride;
-  pack_rows(q, a.q_head_stride, heads.count, heads.count, n, heads.queries, heads.stride);
-  for (int64_t head = 0; head < heads.lanes; ++head) heads.maxima[head] = -INFINITY;
+  const int64_t n = a.head_dim, group = a.heads / a.kv_heads, length = length_of(a, sequence);
+  const int32_t* pages = pages_of(a, sequence);
+  const QueryHeads heads(scratch, (end - begin) * group, n);
+  memset(scratch, 0, QueryHeads::floats(heads.count, n) * sizeof(float));
+  const T* q = (const T*)a.q.data + sequence * a.q.token_stride + begin * group * a.q.head_stride;
+  pack_rows(q, a.q.head_stride, heads.count, heads.count, n, heads.queries, heads.stride);
+  for (int64_t head = 0; head < heads.lanes; ++head) heads.row_max[head] = -INFINITY;
 
-  const T* k_cache = (const T*)a.k_cache + begin * a.k_head_stride;
-  const T* v_cache = (const T*)a.v_cache + begin * a.v_head_stride;
+  const T* k_cache = (const T*)a.k_cache.data + begin * a.k_cache.head_stride;
+  const T* v_cache = (const T*)a.v_cache.data + begin * a.v_cache.head_stride;
   for (int64_t first = 0; first < length; first += TILE) {
     const int64_t tokens = length - first < TILE ? length - first : TILE, lanes = heads.lanes;
-    const Rows<T> keys(k_cache, a.k_page_stride, a.k_token_stride, a.page_size, pages, first,
-                       length);
-    const Rows<T> values(v_cache, a.v_page_stride, a.v_token_stride, a.page_size, pages, first,
-                         length);
+    const Rows<T> keys(k_cache, a.k_cache, a.page_size, pages, first, length);
+    const Rows<T> values(v_cache, a.v_cache, a.page_size, pages, first, length);
     for (int64_t t = 0; t < tokens; t += ROWS)
       score<SHARE>(a, heads, keys.at + t, heads.scores + t * lanes);
     softmax(heads, tokens, a.scale);
@@ -202,9 +208,9 @@ void some_heads(const DecodeAttention& a, int64_t sequence, int64_t begin, int64
 
   for (int64_t head = 0; head < heads.count; ++head) {
     T* out = (T*)a.out + (sequence * a.heads + begin * group + head) * n;
-    const float inverse = length > 0 ? 1.0f / heads.sums[head] : 0.0f;
+    const float inverse = length > 0 ? 1.0f / heads.row_sum[head] : 0.0f;
     for_each_vector(n, [&](int64_t i, auto lanes) {
-      store(out + i, load(heads.outputs + head * heads.stride + i, lanes) * inverse, lanes);
+      store(out + i, load(heads.acc + head * heads.stride + i, lanes) * inverse, lanes);
     });
   }
 }
@@ -213,20 +219,21 @@ template <int SHARE, typename T>
 void decode(const DecodeAttention& a) {
   int64_t tokens = 0, longest = 0;
   for (int64_t i = 0; i < a.sequences; ++i) {
-    tokens += a.lengths[i];
-    if (a.lengths[i] > longest) longest = a.lengths[i];
+    const int64_t length = length_of(a, i);
+    tokens += length;
+    if (length > longest) longest = length;
   }
   // All KV heads of a sequence together read memory best; fewer, where a thread would wait for
   // another that has the longest sequence.
   int64_t together = a.kv_heads;
   while (together > 1 && longest * together * a.threads > tokens * a.kv_heads)
     together = (together + 1) / 2;
-  const int64_t pieces = (a.kv_heads + together - 1) / together, items = a.sequences * pieces;
-  const int64_t floats = Heads::floats(together * (a.heads / a.kv_heads), a.head_dim);
+  const int64_t parts = (a.kv_heads + together - 1) / together, items = a.sequences * parts;
+  const int64_t floats = QueryHeads::floats(together * (a.heads / a.kv_heads), a.head_dim);
   const int threads = useful_threads(items, tokens * a.heads * a.head_dim, a.threads);
   share(items, threads, floats, [&](int64_t item, float* scratch) {
-    const int64_t begin = item % pieces * together, end = begin + together;
-    some_heads<SHARE, T>(a, item / pieces, begin, end < a.kv_heads ? end : a.kv_heads, scratch);
+    const int64_t begin = item % parts * together, end = begin + together;
+    some_heads<SHARE, T>(a, item / parts, begin, end < a.kv_heads ? end : a.kv_heads, scratch);
   });
 }
 
@@ -234,11 +241,11 @@ void decode(const DecodeAttention& a) {
 
 void decode_attention(const DecodeAttention& a) {
   for (int64_t i = 0; i < a.sequences; ++i) {
-    const int64_t length = a.lengths[i], used = (length + a.page_size - 1) / a.page_size;
+    const int64_t length = length_of(a, i), used = (length + a.page_size - 1) / a.page_size;
     require(0 <= length && used <= a.block_table_columns,
             "lengths: a value is negative or beyond the pages of its row of block_table");
     for (int64_t j = 0; j < used; ++j) {
-      const int32_t page = a.block_table[i * a.block_table_stride + j];
+      const int32_t page = pages_of(a, i)[j];
       require(0 <= page && page < a.pages, "block_table: a page number lies outside the caches");
     }
   }

@@ -26,7 +26,7 @@ void some_rows(const Linear& a, const T* x, T* y) {
   Workspace<> packed(ROWS * (whole / STEP + 1) * W);
   for (int64_t i = 0; i < n; i += STEP)
     for (int r = 0; r < ROWS; ++r)
-      store(packed.data + (i / STEP * ROWS + r) * W, load_units(x + r * a.x_stride + i, n - i));
+      store(packed.data + (i / STEP * ROWS + r) * W, load_units(x + r * a.x.stride + i, n - i));
   const int64_t tiles = (a.columns + TILE - 1) / TILE;
   parallel(tiles, a.columns * n, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -34,7 +34,7 @@ void some_rows(const Linear& a, const T* x, T* y) {
       const int64_t left = a.columns - first;
       const T* weight[TILE];
       for (int j = 0; j < TILE; ++j)  // past the last row: that row again, and its sum is dropped
-        weight[j] = (const T*)a.weight + (first + (j < left ? j : left - 1)) * a.weight_stride;
+        weight[j] = (const T*)a.weight.data + (first + (j < left ? j : left - 1)) * a.weight.stride;
       f32v sums[ROWS][TILE] = {};
       auto step = [&](int64_t i, auto load_weight) {
         f32v w[TILE];
@@ -63,7 +63,7 @@ template <typename T>
 void product(const Linear& a) {
   for (int64_t row = 0; row < a.rows; row += MOST) {
     const int64_t rows = a.rows - row < MOST ? a.rows - row : MOST;
-    const T* x = (const T*)a.x + row * a.x_stride;
+    const T* x = (const T*)a.x.data + row * a.x.stride;
     T* y = (T*)a.y + row * a.columns;
     switch (rows) {
       case 1: some_rows<T, 1>(a, x, y); break;

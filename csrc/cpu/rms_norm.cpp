@@ -15,7 +15,7 @@ namespace {
 template <typename T>
 float sum_of_squares(const T* x, int64_t n) {
   // Four accumulators: one would wait for the latency of each addition.
-  f32v total[4] = {};
+  f32v acc[4] = {};
   int64_t i = 0;
 #if defined(__AVX512BF16__)
   // Dot products of 32 bf16 pairs without widening them; products of bf16 are exact in fp32.
@@ -24,37 +24,37 @@ float sum_of_squares(const T* x, int64_t n) {
       for (int j = 0; j < 4; ++j) {
         __m512bh v;
         memcpy(&v, x + i + 2 * j * W, sizeof v);
-        total[j] = (f32v)_mm512_dpbf16_ps((__m512)total[j], v, v);
+        acc[j] = (f32v)_mm512_dpbf16_ps((__m512)acc[j], v, v);
       }
 #endif
   for (; i + 4 * W <= n; i += 4 * W)
     for (int j = 0; j < 4; ++j) {
       f32v v = load(x + i + j * W);
-      total[j] += v * v;
+      acc[j] += v * v;
     }
   for_each_vector(n - i, [&](int64_t j, auto lanes) {
     f32v v = load(x + i + j, lanes);
-    total[0] += v * v;
+    acc[0] += v * v;
   });
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
 template <typename T>
 float add_and_sum_squares(const T* x, const T* residual, T* summed, int64_t n) {
-  f32v total[2] = {};
+  f32v acc[2] = {};
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W)
     for (int j = 0; j < 2; ++j) {
       f32v v = round_to(load(x + i + j * W) + load(residual + i + j * W), T{});
       store(summed + i + j * W, v);
-      total[j] += v * v;
+      acc[j] += v * v;
     }
   for_each_vector(n - i, [&](int64_t j, auto lanes) {
     f32v v = round_to(load(x + i + j, lanes) + load(residual + i + j, lanes), T{});
     store(summed + i + j, v, lanes);
-    total[0] += v * v;
+    acc[0] += v * v;
   });
-  return sum(total[0] + total[1]);
+  return sum(acc[0] + acc[1]);
 }
 
 template <typename T>
@@ -68,11 +68,11 @@ void forward(const RmsNorm& a) {
     const bool copied = past && a.residual;
     Workspace<T> copy(copied ? n : 0);
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = (const T*)a.x + row * a.x_stride;
+      const T* x = (const T*)a.x.data + row * a.x.stride;
       T *y = (T*)a.y + row * n, *summed = nullptr;
       float squares;
       if (a.residual) {
-        const T* residual = (const T*)a.residual + row * a.residual_stride;
+        const T* residual = (const T*)a.residual.data + row * a.residual.stride;
         summed = (T*)a.summed + row * n;
         T* sum = copied ? copy.data : summed;
         squares = add_and_sum_squares(x, residual, sum, n);
@@ -83,9 +83,9 @@ void forward(const RmsNorm& a) {
       const float rstd = 1.0f / sqrtf(squares / (float)n + a.eps);
       a.rstd[row] = rstd;
       const int64_t next = row_ahead(row, a.rows, row_bytes);
-      const T* next_x = (const T*)a.x + next * a.x_stride;
+      const T* next_x = (const T*)a.x.data + next * a.x.stride;
       const T* next_residual =
-          a.residual ? (const T*)a.residual + next * a.residual_stride : nullptr;
+          a.residual ? (const T*)a.residual.data + next * a.residual.stride : nullptr;
       for_each_vector(n, past, [&](int64_t i, auto lanes) {
         __builtin_prefetch(next_x + i);
         if (next_residual) __builtin_prefetch(next_residual + i);
@@ -104,26 +104,26 @@ void backward_row(const RmsNormBackward& a, int64_t row, float* dweight) {
   const int64_t n = a.columns, row_bytes = n * (int64_t)sizeof(T);
   const bool past = streamed((a.dsummed ? 4 : 3) * a.rows * row_bytes, row_bytes, a.dx, nullptr);
   const int64_t next = row_ahead(row, a.rows, row_bytes);
-  const T* next_dy = (const T*)a.dy + next * a.dy_stride;
-  const T* next_x = (const T*)a.x + next * a.x_stride;
-  const T* dy = (const T*)a.dy + row * a.dy_stride;
-  const T* x = (const T*)a.x + row * a.x_stride;
+  const T* next_dy = (const T*)a.dy.data + next * a.dy.stride;
+  const T* next_x = (const T*)a.x.data + next * a.x.stride;
+  const T* dy = (const T*)a.dy.data + row * a.dy.stride;
+  const T* x = (const T*)a.x.data + row * a.x.stride;
   const T* weight = (const T*)a.weight;
   T* dx = (T*)a.dx + row * n;
   const float rstd = a.rstd[row];
 
-  f32v total[2] = {};
+  f32v acc[2] = {};
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W)
     for (int j = 0; j < 2; ++j) {
       const int64_t at = i + j * W;
-      total[j] += load(dy + at) * load(weight + at) * load(x + at);
+      acc[j] += load(dy + at) * load(weight + at) * load(x + at);
     }
   for_each_vector(n - i, [&](int64_t j, auto lanes) {
     const int64_t at = i + j;
-    total[0] += load(dy + at, lanes) * load(weight + at, lanes) * load(x + at, lanes);
+    acc[0] += load(dy + at, lanes) * load(weight + at, lanes) * load(x + at, lanes);
   });
-  const float projection = sum(total[0] + total[1]) * rstd / (float)n;
+  const float projection = sum(acc[0] + acc[1]) * rstd / (float)n;
 
   auto finish = [&](auto extra) {
     for_each_vector(n, past, [&](int64_t j, auto lanes) {
@@ -136,7 +136,7 @@ void backward_row(const RmsNormBackward& a, int64_t row, float* dweight) {
     });
   };
   if (a.dsummed) {
-    const T* dsummed = (const T*)a.dsummed + row * a.dsummed_stride;
+    const T* dsummed = (const T*)a.dsummed.data + row * a.dsummed.stride;
     finish([&](int64_t j, auto lanes) { return load(dsummed + j, lanes); });
   } else {
     finish([&](int64_t, auto) { return f32v{}; });
@@ -163,10 +163,10 @@ void backward(const RmsNormBackward& a) {
   parallel(strips, blocks * n, a.threads, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * W, last = end * W < n ? end * W : n;
     for_each_vector(last - first, [&](int64_t i, auto lanes) {
-      f32v total = {};
+      f32v acc = {};
       for (int64_t block = 0; block < blocks; ++block)
-        total += load(partial.data + block * n + first + i, lanes);
-      store((T*)a.dweight + first + i, total, lanes);
+        acc += load(partial.data + block * n + first + i, lanes);
+      store((T*)a.dweight + first + i, acc, lanes);
     });
   });
 }

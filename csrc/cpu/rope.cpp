@@ -6,23 +6,23 @@ namespace LLAMA2RT_ISA {
 namespace {
 
 template <typename T>
-void rotate(const Rope::Heads& a, int64_t token, int64_t half, const float* cos, const float* sin,
+void rotate(const RopeHeads& a, int64_t token, int64_t half, const float* cos, const float* sin,
             float direction, bool past) {
   for (int64_t head = 0; head < a.heads; ++head) {
-    const T* x = (const T*)a.x + token * a.token_stride + head * a.head_stride;
-    T* out = (T*)a.out + (token * a.heads + head) * 2 * half;
+    const T* x = (const T*)a.x.data + token * a.x.token_stride + head * a.x.head_stride;
+    T* y = (T*)a.y + (token * a.heads + head) * 2 * half;
     for_each_vector(half, past, [&](int64_t i, auto lanes) {
       f32v first = load(x + i, lanes), second = load(x + half + i, lanes);
       f32v c = load(cos + i, lanes), s = load(sin + i, lanes) * direction;
-      store(out + i, first * c - second * s, lanes);
-      store(out + half + i, second * c + first * s, lanes);
+      store(y + i, first * c - second * s, lanes);
+      store(y + half + i, second * c + first * s, lanes);
     });
   }
 }
 
 int64_t position_of(const Rope& a, int64_t token) {
-  return a.positions_are_int64 ? ((const int64_t*)a.positions)[token]
-                               : ((const int32_t*)a.positions)[token];
+  return a.positions.are_int64 ? ((const int64_t*)a.positions.data)[token]
+                               : ((const int32_t*)a.positions.data)[token];
 }
 
 template <typename T>
@@ -30,7 +30,7 @@ void apply(const Rope& a) {
   const int64_t half = a.head_dim / 2;
   const int64_t elements = a.tokens * (a.q.heads + a.k.heads) * a.head_dim;
   const int64_t size = sizeof(T);
-  const bool past = streamed(2 * elements * size, half * size, a.q.out, a.k.out);
+  const bool past = streamed(2 * elements * size, half * size, a.q.y, a.k.y);
   const float direction = a.inverse ? -1.0f : 1.0f;
   parallel(a.tokens, elements, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {

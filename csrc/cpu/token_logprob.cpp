@@ -57,72 +57,74 @@ float value(const T* p) {
 }
 
 // One row: its statistics over the tiles before this one, and the lanes of this one's. All are
-// relative to the peak; x = logit - peak.
+// relative to row_max; x = logit - row_max.
 template <bool ENTROPY>
 struct Row {
-  // VECTORS of logits; lanes beyond a part do not count, and are not above the peak.
+  // VECTORS of logits; lanes beyond a part do not count, and are not above row_max.
   template <int VECTORS, typename Lanes>
   void fold(const f32v* logits, Lanes lanes) {
     f32v top = logits[0];
     for (int j = 1; j < VECTORS; ++j) top = larger(logits[j], top);
-    if (any_above(top, broadcast(peak))) raise(top);
+    if (any_above(top, broadcast(row_max))) raise(top);
     const float scale2 = scale * LOG2E;
     for (int j = 0; j < VECTORS; ++j) {
-      // The peak itself gives exactly 1, so that no total is below 1 and no logprob above 0.
-      const f32v x = only(logits[j] - peak, lanes, 0.0f), e = only(exp2(x * scale2), lanes, 0.0f);
-      new_total += e;
+      // The maximum itself gives exactly 1, so that no row_sum is below 1 and no logprob above 0.
+      const f32v x = only(logits[j] - row_max, lanes, 0.0f);
+      const f32v e = only(exp2(x * scale2), lanes, 0.0f);
+      new_sum += e;
       if (ENTROPY) new_weighted += e * x;
     }
   }
 
-  // A new peak: against it each x so far is lower by the difference. That is rare after a row's
-  // first columns, so logits are read once, not first for their peak.
+  // A new maximum: against it each x so far is lower by the difference. That is rare after a row's
+  // first columns, so logits are read once, not first for their maximum.
   __attribute__((noinline)) void raise(f32v top) {
-    const float before = peak;
-    for (int lane = 0; lane < W; ++lane) peak = maximum(top[lane], peak);
-    const float lower = before - peak, kept = expf(lower * scale);
-    total *= kept;
-    new_total *= kept;
+    const float before = row_max;
+    for (int lane = 0; lane < W; ++lane) row_max = maximum(top[lane], row_max);
+    const float lower = before - row_max, kept = expf(lower * scale);
+    row_sum *= kept;
+    new_sum *= kept;
     if (ENTROPY) {
       // Where nothing is kept the difference may be infinite.
-      weighted = kept > 0.0f ? weighted * kept + total * (lower * scale) : 0.0f;
-      new_weighted = kept > 0.0f ? new_weighted * kept + new_total * lower : f32v{};
+      weighted_sum = kept > 0.0f ? weighted_sum * kept + row_sum * (lower * scale) : 0.0f;
+      new_weighted = kept > 0.0f ? new_weighted * kept + new_sum * lower : f32v{};
     }
   }
 
   const float scale;
-  float peak, total, weighted;   // weighted by x * scale
-  f32v new_total, new_weighted;  // weighted by x
+  float row_max, row_sum, weighted_sum;   // weighted by x * scale
+  f32v new_sum, new_weighted;  // weighted by x
 };
 
 template <typename T, bool ENTROPY>
 void fold(const TokenLogprob& a, int64_t i) {
-  const T* logits = (const T*)a.logits + i * a.stride;
-  Row<ENTROPY> row = {a.scale, a.peak[i], a.total[i], ENTROPY ? a.weighted[i] : 0.0f, {}, {}};
+  const T* logits = (const T*)a.logits.data + i * a.logits.stride;
+  const float weighted_sum = ENTROPY ? a.weighted_sum[i] : 0.0f;
+  Row<ENTROPY> row = {a.scale, a.row_max[i], a.row_sum[i], weighted_sum, {}, {}};
   constexpr int VECTORS = 4;
   int64_t c = 0;
   for (; c + VECTORS * W <= a.columns; c += VECTORS * W) {
     f32v x[VECTORS];
     for (int j = 0; j < VECTORS; j += 2) load_pair(logits + c + j * W, x + j);
-    prefetch<VECTORS * W>(logits + a.stride + c);
+    prefetch<VECTORS * W>(logits + a.logits.stride + c);
     row.template fold<VECTORS>(x, Whole{});
   }
   for_each_vector(a.columns - c, [&](int64_t rest, auto lanes) {
-    const f32v x = only(load(logits + c + rest, lanes), lanes, row.peak);
+    const f32v x = only(load(logits + c + rest, lanes), lanes, row.row_max);
     row.template fold<1>(&x, lanes);
   });
-  a.peak[i] = row.peak;
-  a.total[i] = row.total + sum(row.new_total);
-  if (ENTROPY) a.weighted[i] = row.weighted + sum(row.new_weighted) * a.scale;
+  a.row_max[i] = row.row_max;
+  a.row_sum[i] = row.row_sum + sum(row.new_sum);
+  if (ENTROPY) a.weighted_sum[i] = row.weighted_sum + sum(row.new_weighted) * a.scale;
   const int64_t column = a.targets[i] - a.first;
-  if (0 <= column && column < a.columns) a.chosen[i] = value(logits + column);
+  if (0 <= column && column < a.columns) a.target_logit[i] = value(logits + column);
 }
 
 template <typename T>
 void forward(const TokenLogprob& a) {
   parallel(a.rows, a.rows * a.columns, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      a.weighted ? fold<T, true>(a, row) : fold<T, false>(a, row);
+      a.weighted_sum ? fold<T, true>(a, row) : fold<T, false>(a, row);
   });
 }
 
@@ -131,7 +133,7 @@ void forward(const TokenLogprob& a) {
 // Each row prefetches the next: a tile's rows lie too far apart for the processor to guess.
 template <typename T>
 void differentiate(const TokenLogprobBackward& a, int64_t row) {
-  const T* logits = (const T*)a.logits + row * a.stride;
+  const T* logits = (const T*)a.logits.data + row * a.logits.stride;
   T* dlogits = (T*)a.dlogits + row * a.dlogits_stride;
   if (a.targets[row] < 0) {
     memset(dlogits, 0, a.columns * sizeof(T));
@@ -140,16 +142,16 @@ void differentiate(const TokenLogprobBackward& a, int64_t row) {
   const float lse = a.lse[row], g = a.dlogprob[row] * a.scale;
   const int64_t column = a.targets[row] - a.first;
   const bool here = 0 <= column && column < a.columns;
-  const float chosen = here ? value(logits + column) : 0.0f;
+  const float target_logit = here ? value(logits + column) : 0.0f;
   auto finish = [&](auto gradient) {
-    // Rounded as the peak inside lse was: where one logit is all, its log p is then exactly 0.
+    // Rounded as the maximum inside lse was: where one logit is all, its log p is then exactly 0.
     auto log_p = [&](f32v logit) { return rounded(logit * a.scale) - lse; };
     for_each_vector(a.columns, [&](int64_t i, auto lanes) {
-      __builtin_prefetch(logits + a.stride + i);
+      __builtin_prefetch(logits + a.logits.stride + i);
       __builtin_prefetch(dlogits + a.dlogits_stride + i, 1);
       store(dlogits + i, gradient(log_p(load(logits + i, lanes))), lanes);
     });
-    if (here) store(dlogits + column, gradient(log_p(broadcast(chosen))) + g, Part{1});
+    if (here) store(dlogits + column, gradient(log_p(broadcast(target_logit))) + g, Part{1});
   };
   if (a.dentropy) {
     const float entropy = a.entropy[row], h = a.dentropy[row] * a.scale;
@@ -180,8 +182,8 @@ void add_to(const AddTo& a) {
     by_dtype(a.dtype, [&](auto t) {
       const decltype(t)* x = (const decltype(t)*)a.x + begin;
       for_each_vector(end - begin, [&](int64_t i, auto lanes) {
-        float* total = a.total + begin + i;
-        store(total, load(total, lanes) + load(x + i, lanes), lanes);
+        float* sum = a.sum + begin + i;
+        store(sum, load(sum, lanes) + load(x + i, lanes), lanes);
       });
     });
   });

@@ -94,7 +94,7 @@ void add_panel(int64_t n, int64_t units, const float* blocks, const float* panel
 template <typename T>
 void product_of(const WeightGradient& a) {
   constexpr int64_t UNIT = unit<T>(), ROWS = DEPTH * UNIT;
-  const T *dy = (const T*)a.dy, *x = (const T*)a.x;
+  const T *dy = (const T*)a.dy.data, *x = (const T*)a.x.data;
   const int64_t units = round_up(a.rows, UNIT) / UNIT, padded = round_up(a.inner, PANEL);
   const int64_t panels = padded / PANEL, depths = round_up(units, DEPTH) / DEPTH;
   const int threads = useful_threads(a.rows, a.rows * (a.columns + a.inner), a.threads);
@@ -110,7 +110,7 @@ void product_of(const WeightGradient& a) {
   share(depths * panels, threads, 0, [&](int64_t item, float*) {
     const int64_t depth = item / panels, panel = item % panels, row = depth * ROWS;
     const int64_t count = count_at(depth), left = a.inner - panel * PANEL;
-    pack_columns(x + row * a.x_stride + panel * PANEL, a.x_stride, a.rows - row, count * UNIT,
+    pack_columns(x + row * a.x.stride + panel * PANEL, a.x.stride, a.rows - row, count * UNIT,
                  left < PANEL ? left : PANEL, panel_at(depth, panel, count), PANEL);
   });
 
@@ -124,7 +124,7 @@ void product_of(const WeightGradient& a) {
     // Once even without rows: an empty sum is zero.
     for (int64_t depth = 0; depth == 0 || depth < depths; ++depth) {
       const int64_t row = depth * ROWS, count = count_at(depth);
-      pack_blocks(dy + row * a.dy_stride + column, a.dy_stride,
+      pack_blocks(dy + row * a.dy.stride + column, a.dy.stride,
                   a.rows - row < ROWS ? a.rows - row : ROWS, n, blocks);
       for (int64_t i = begin; i < end; i += PANEL) {
         const float* panel = panel_at(depth, i / PANEL, count);
@@ -136,8 +136,8 @@ void product_of(const WeightGradient& a) {
       const int64_t to = (column + r) * a.inner + begin;
       for_each_vector(end - begin, [&](int64_t i, auto lanes) {
         const f32v some = load(sums + r * WIDTH + i, lanes);
-        if (a.total)
-          store(a.total + to + i, load(a.total + to + i, lanes) + some, lanes);
+        if (a.sum)
+          store(a.sum + to + i, load(a.sum + to + i, lanes) + some, lanes);
         else
           store((T*)a.dweight + to + i, some, lanes);
       });

@@ -4,6 +4,33 @@
 // The query heads that share a key head are packed into the rows of one tile: row r of a document
 // is token r / group, head r % group of the group. Keys are then read once for the group, a short
 // document fills its tile, and the sum over the group in dk and dv is part of the matrix product.
+//
+// A warp multiplies by mma.m16n8k16, c [16, 8] += a [16, 16] b [16, 8] (PTX ISA, "Matrix Fragments
+// for mma.m16n8k16"). Its operands consist of quarters of 8 x 8; a[i] and b[i] are registers with two
+// 16-bit elements each, c[i] fp32:
+//
+//                   a                      b                c
+//   columns    0..7    8..15             0..7             0..7
+//            +-------+-------+         +-------+       +-----------+
+//   row 0..7 | a[0]  | a[2]  |     k   | b[0]  |   row | c[0] c[1] |
+//            +-------+-------+         +-------+       +-----------+
+//      8..15 | a[1]  | a[3]  |         | b[1]  |       | c[2] c[3] |
+//            +-------+-------+         +-------+       +-----------+
+//
+// In each quarter a lane holds two neighbours: of a and c in row lane / 4, columns 2 * (lane % 4) and
+// the next; of b in column lane / 4, those rows.
+//
+//            columns of a, c;  rows k of b
+//              0   1   2   3   4   5   6   7
+//            +-------+-------+-------+-------+
+//   row of a,| lane 0|   1   |   2   |   3   |  0
+//   c; column|   4   |   5   |   6   |   7   |  1
+//   of b     |  ...  |       |       |       |
+//            |  28   |  29   |  30   |  31   |  7
+//            +-------+-------+-------+-------+
+//
+// So the c of two neighbouring products are laid out as one a: what a product gives is, rounded, an
+// operand of the next (`operand`), and a row of c belongs to four lanes.
 #pragma once
 
 #include <launch.cuh>
@@ -20,34 +47,31 @@ namespace llama2rt {
 // ---- which rows ----
 
 template <typename T>
-__device__ const T* row_of(const Attention::Heads& x, int64_t token, int64_t head) {
+__device__ const T* row_of(const Heads& x, int64_t token, int64_t head) {
   return static_cast<const T*>(x.data) + token * x.token_stride + head * x.head_stride;
 }
 
-struct Offsets {
-  const void* data;
-  bool is_64;
-
+struct Offsets : Indices {
   __device__ int64_t operator[](int64_t i) const {
-    return is_64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    return are_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 };
 
-__device__ inline Offsets q_offsets(const Attention& a) { return {a.q_offsets, a.q_offsets_64}; }
-__device__ inline Offsets k_offsets(const Attention& a) { return {a.k_offsets, a.k_offsets_64}; }
+__device__ inline Offsets q_offsets(const Attention& a) { return {a.q_offsets}; }
+__device__ inline Offsets k_offsets(const Attention& a) { return {a.k_offsets}; }
 
 // Tiles of up to `size` rows that suffice for all documents, whatever their lengths.
 __host__ __device__ inline int64_t tiles_for(int64_t rows, int size, int64_t documents) {
   return rows / size + documents;
 }
 
-struct Place {
+struct TileAndHead {
   int64_t tile;
   int64_t head;  // of keys
 };
 
 // All tiles of `section` key heads in their order, then those of the next heads.
-__device__ inline Place schedule(int64_t tiles, int64_t kv_heads, int64_t section) {
+__device__ inline TileAndHead schedule(int64_t tiles, int64_t kv_heads, int64_t section) {
   const uint32_t in_section = (uint32_t)(tiles * section);
   const uint32_t index = blockIdx.x / in_section, inside = blockIdx.x % in_section;
   const int64_t first = index * section;
@@ -94,7 +118,7 @@ struct QueryRows {
 
   // Row r of a tensor of query heads, null past the last; of a contiguous one; of a statistic.
   template <typename T>
-  __device__ const T* row(const Attention::Heads& x, int r) const {
+  __device__ const T* row(const Heads& x, int r) const {
     return r < count ? row_of<T>(x, token + step(r), q_head + member(r)) : nullptr;
   }
   template <typename T>
@@ -119,13 +143,13 @@ struct QueryTile {
   __device__ static QueryTile make(const Attention& a) {
     const int group = (int)(a.heads / a.kv_heads);
     const int64_t tiles = tiles_for(a.tokens * group, ROWS, a.documents);
-    const Place place = schedule(tiles, a.kv_heads, a.k_section);
+    const TileAndHead at = schedule(tiles, a.kv_heads, a.k_section);
     // The last tiles of a document see most keys: they start first, and short ones fill the end.
-    const Extent extent = locate<ROWS>(q_offsets(a), a.documents, group, tiles - 1 - place.tile);
+    const Extent extent = locate<ROWS>(q_offsets(a), a.documents, group, tiles - 1 - at.tile);
     const int64_t query = q_offsets(a)[extent.document], key = k_offsets(a)[extent.document];
     const int queries = (int)(q_offsets(a)[extent.document + 1] - query);
     const int keys = (int)(k_offsets(a)[extent.document + 1] - key);
-    const QueryRows rows(group, query, place.head * group, extent.first,
+    const QueryRows rows(group, query, at.head * group, extent.first,
                          queries * group - extent.first, ROWS);
     const int diagonal = extent.first / group + keys - queries;
     int full = keys / KEYS * KEYS, end = keys;
@@ -133,7 +157,7 @@ struct QueryTile {
       full = max(diagonal + 1, 0) / KEYS * KEYS;
       end = max(diagonal + rows.step(max(rows.count, 1) - 1) + 1, 0);
     }
-    return {rows, place.head, key, keys, diagonal, full, end, a.causal};
+    return {rows, at.head, key, keys, diagonal, full, end, a.causal};
   }
 
   __device__ int last(int r) const { return causal ? diagonal + rows.step(r) : keys - 1; }
@@ -150,8 +174,8 @@ struct KeyTile {
     const int group = (int)(a.heads / a.kv_heads);
     const int64_t tiles = tiles_for(a.keys, KEYS, a.documents);
     // The first keys of a document are seen by most rows: here the long tiles lie at the front.
-    const Place place = schedule(tiles, a.kv_heads, a.q_section);
-    const Extent extent = locate<KEYS>(k_offsets(a), a.documents, 1, place.tile);
+    const TileAndHead at = schedule(tiles, a.kv_heads, a.q_section);
+    const Extent extent = locate<KEYS>(k_offsets(a), a.documents, 1, at.tile);
     const int64_t query = q_offsets(a)[extent.document], key = k_offsets(a)[extent.document];
     const int queries = (int)(q_offsets(a)[extent.document + 1] - query);
     const int keys = (int)(k_offsets(a)[extent.document + 1] - key);
@@ -161,7 +185,7 @@ struct KeyTile {
       begin = max(extent.first - shift, 0) * group;
       full = max(extent.first + count - 1 - shift, 0) * group;
     }
-    return {place.head, key + extent.first, query, group,  extent.first, count,
+    return {at.head, key + extent.first, query, group,  extent.first, count,
             shift,      queries * group,    begin, full};
   }
 
@@ -170,7 +194,7 @@ struct KeyTile {
   }
   // Row r of keys or values, null past the last; of a contiguous tensor of them.
   template <typename T>
-  __device__ const T* row(const Attention::Heads& x, int r) const {
+  __device__ const T* row(const Heads& x, int r) const {
     return r < count ? row_of<T>(x, token + r, head) : nullptr;
   }
   template <typename T>
@@ -181,7 +205,7 @@ struct KeyTile {
 
 // ---- tiles in shared memory ----
 
-// Index of the first element of a 16-byte chunk. Chunks change places within the 128 bytes that all
+// Index of the first element of a 16-byte chunk. Chunks are permuted within the 128 bytes that all
 // banks hold at once, so that eight rows' chunks of one column, which ldmatrix reads together, lie
 // in different banks.
 template <int DIM>

@@ -7,7 +7,7 @@
 // blocks. No atomics: equal inputs give equal bits.
 //
 // Both walk alike: two tiles stay in shared memory, and of the two that stream past, the one used
-// twice (k for dq, q for dk) has two places, the other one. Its next tile is copied while the
+// twice (k for dq, q for dk) has two slots, the other one. Its next tile is copied while the
 // second half of a step computes.
 //
 // Formulas: FlashAttention-2 (Dao 2023, arXiv:2307.08691), section 3.1. Not yet run on a GPU.
@@ -44,7 +44,7 @@ constexpr size_t shared_elements(const Shape& s, int dim) {
 template <typename T>
 __global__ void __launch_bounds__(DELTA_THREADS)
     attention_delta_kernel(const AttentionBackward b) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const int64_t item = ((int64_t)blockIdx.x * DELTA_THREADS + threadIdx.x) / DELTA_LANES;
   const int64_t token = item / a.heads, head = item % a.heads;
   float sum = 0.0f;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(32 * dq_shape(DIM).warps, dq_shape(DIM).blocks
   constexpr int ROWS = dq_shape(DIM).resident, KEYS = dq_shape(DIM).streamed;
   constexpr int THREADS = 32 * dq_shape(DIM).warps;
   static_assert(ROWS == 16 * dq_shape(DIM).warps);
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const QueryTile tile = QueryTile::make<ROWS, KEYS>(a);
   const QueryRows& rows = tile.rows;
   if (rows.count <= 0) return;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * dq_shape(DIM).warps, dq_shape(DIM).blocks
   T* const v_tile = k_tiles + 2 * KEYS * DIM;
   const int dim = (int)a.head_dim, lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
 
-  auto load_keys = [&](T* to, const Attention::Heads& x, int start) {
+  auto load_keys = [&](T* to, const Heads& x, int start) {
     const T* const source = row_of<T>(x, tile.key, tile.head);
     if (start < tile.end)
       load_tile<KEYS, DIM, THREADS>(to, dim, [&](int r) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(32 * dkdv_shape(DIM).warps, dkdv_shape(DIM).bl
   constexpr int THREADS = 32 * dkdv_shape(DIM).warps, PARTS = 16 * dkdv_shape(DIM).warps / KEYS;
   constexpr int COLUMNS = DIM / PARTS;
   static_assert(ROWS <= THREADS);
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const KeyTile tile = KeyTile::make<KEYS>(a);
   if (tile.count <= 0) return;
   T* const k_tile = reinterpret_cast<T*>(shared_memory);
@@ -164,14 +164,14 @@ __global__ void __launch_bounds__(32 * dkdv_shape(DIM).warps, dkdv_shape(DIM).bl
   const int first_key = warp % (KEYS / 16) * 16;
   const int first_chunk = warp / (KEYS / 16) * (COLUMNS / 8);
 
-  auto load_rows = [&](T* to, const Attention::Heads& x, int start) {
+  auto load_rows = [&](T* to, const Heads& x, int start) {
     if (start < tile.rows) {
       const QueryRows rows = tile.rows_from(start, ROWS);
       load_tile<ROWS, DIM, THREADS>(to, dim, [&](int r) { return rows.row<T>(x, r); });
     }
     ptx::cp_async_commit();
   };
-  // One thread reads a row's log-sum-exp and delta, and keeps them until their place is free. A row
+  // One thread reads a row's log-sum-exp and delta, and keeps them until their slot is free. A row
   // past the end has zeros for q and dout, and so adds nothing whatever its probabilities.
   float lse, delta;
   auto read_statistics = [&](int start) {
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(32 * dkdv_shape(DIM).warps, dkdv_shape(DIM).bl
 
 template <typename T, int DIM>
 void run(const AttentionBackward& b) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const auto stream = (cudaStream_t)a.stream;
   if (a.tokens > 0) {
     const int64_t threads = a.tokens * a.heads * DELTA_LANES;
@@ -285,9 +285,9 @@ void run(const AttentionBackward& b) {
 }  // namespace
 
 void attention_backward(const AttentionBackward& b) {
-  DeviceGuard guard(b.forward.device);
-  if (b.forward.dtype == DType::fp32) return attention_backward_fp32(b);
-  by_shape(b.forward, [&](auto t, auto dim) { run<decltype(t), dim()>(b); });
+  DeviceGuard guard(b.device);
+  if (b.dtype == DType::fp32) return attention_backward_fp32(b);
+  by_shape(b, [&](auto t, auto dim) { run<decltype(t), dim()>(b); });
 }
 
 }  // namespace llama2rt

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(32 * shape(DIM).warps, shape(DIM).blocks)
 
   // Tiles in the order of their use: 2 j are keys from j * KEYS on, 2 j + 1 the values.
   auto issue = [&](int turn) {
-    const Attention::Heads& x = turn % 2 ? a.v : a.k;
+    const Heads& x = turn % 2 ? a.v : a.k;
     const int start = turn / 2 * KEYS;
     if (start < tile.end)
       load_tile<KEYS, DIM, THREADS>(ring + turn % STAGES * KEYS * DIM, dim, [&](int r) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(32 * shape(DIM).warps, shape(DIM).blocks)
     ptx::cp_async_commit();
   };
   // A tile of the ring, once it is there. The barrier also says that all warps are done with the
-  // tile before it, whose place the next copy takes.
+  // tile before it, whose slot the next copy takes.
   auto wait_for = [&](int turn) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncthreads();
@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(32 * shape(DIM).warps, shape(DIM).blocks)
     load_tile<ROWS, DIM, THREADS>(q_tile, dim, [&](int r) { return tile.rows.row<T>(a.q, r); });
   for (int turn = 0; turn < STAGES - 1; ++turn) issue(turn);
 
-  float acc[M][DIM / 8][4] = {}, peak[M][2], total[M][2] = {};
+  float acc[M][DIM / 8][4] = {}, row_max[M][2], row_sum[M][2] = {};
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) peak[m][half] = -INFINITY;
+    for (int half = 0; half < 2; ++half) row_max[m][half] = -INFINITY;
   const float scale = a.scale * LOG2E;
   // Keys that the warp's last row sees; a warp without rows sees none.
   const int warp_end =
@@ -100,18 +100,18 @@ __global__ void __launch_bounds__(32 * shape(DIM).warps, shape(DIM).blocks)
 #pragma unroll
             for (int i = 2 * half; i < 2 * half + 2; ++i)
               highest = fmaxf(highest, scores[m][n][i]);
-          highest = fmaxf(peak[m][half], largest_of_lanes(highest, 1, 2) * scale);
+          highest = fmaxf(row_max[m][half], largest_of_lanes(highest, 1, 2) * scale);
           // A row that has seen no key yet has no maximum to subtract.
           const float shift = highest == -INFINITY ? 0.0f : highest;
-          const float decay = ptx::exp2(peak[m][half] - shift);
-          peak[m][half] = highest;
+          const float decay = ptx::exp2(row_max[m][half] - shift);
+          row_max[m][half] = highest;
           float sum = 0.0f;
 #pragma unroll
           for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
             for (int i = 2 * half; i < 2 * half + 2; ++i)
               sum += scores[m][n][i] = ptx::exp2(fmaf(scores[m][n][i], scale, -shift));
-          total[m][half] = total[m][half] * decay + sum;
+          row_sum[m][half] = row_sum[m][half] * decay + sum;
 #pragma unroll
           for (int n = 0; n < DIM / 8; ++n) {
             acc[m][n][2 * half] *= decay;
@@ -128,17 +128,17 @@ __global__ void __launch_bounds__(32 * shape(DIM).warps, shape(DIM).blocks)
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float& sum = total[m][half];
+      float& sum = row_sum[m][half];
       sum = sum_of_lanes(sum, 1, 2);
       // A row that sees no key: 0, and minus infinity as the logarithm of an empty sum.
       if (sum == 0.0f) sum = 1.0f;
       const int r = first_row + m * 16 + half * 8 + lane / 4;
       if (lane % 4 == 0 && r < tile.rows.count)
-        a.lse[tile.rows.statistic(a.tokens, r)] = peak[m][half] / LOG2E + logf(sum);
+        a.lse[tile.rows.statistic(a.tokens, r)] = row_max[m][half] / LOG2E + logf(sum);
     }
   // No warp but this one reads its rows of the tile of queries, and it has read them.
   store_rows<M, DIM, DIM>(
-      q_tile, first_row, acc, 0, dim, [&](int m, int half) { return 1.0f / total[m][half]; },
+      q_tile, first_row, acc, 0, dim, [&](int m, int half) { return 1.0f / row_sum[m][half]; },
       [&](int r) { return tile.rows.dense_row<T>(a.out, a.heads, dim, r); });
 }
 

@@ -87,7 +87,7 @@ __device__ inline void store(float* target, const float (&acc)[MAX_COLUMNS], flo
 }
 
 // Row r of the document's keys or values from `start` on, null past the last.
-__device__ inline const float* key_row(const QueryTile& tile, const Attention::Heads& x, int key) {
+__device__ inline const float* key_row(const QueryTile& tile, const Heads& x, int key) {
   return key < tile.keys ? row_of<float>(x, tile.key + key, tile.head) : nullptr;
 }
 
@@ -102,9 +102,9 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_forward_kernel(const A
   float* const weights = v_tile + LANES * pitch(dim) + first_row * LANES;
 
   load(q_tile, ROWS, dim, [&](int r) { return tile.rows.row<float>(a.q, r); });
-  float acc[RESIDENT][MAX_COLUMNS] = {}, peak[RESIDENT], total[RESIDENT] = {};
+  float acc[RESIDENT][MAX_COLUMNS] = {}, row_max[RESIDENT], row_sum[RESIDENT] = {};
 #pragma unroll
-  for (int r = 0; r < RESIDENT; ++r) peak[r] = -INFINITY;
+  for (int r = 0; r < RESIDENT; ++r) row_max[r] = -INFINITY;
   for (int start = 0; start < tile.end; start += LANES) {
     __syncthreads();
     load(k_tile, LANES, dim, [&](int s) { return key_row(tile, a.k, start + s); });
@@ -116,13 +116,13 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_forward_kernel(const A
     for (int r = 0; r < RESIDENT; ++r) {
       const bool seen = start + lane <= tile.last(first_row + r);
       const float score = seen ? scores[r] * a.scale : -INFINITY;
-      const float highest = fmaxf(peak[r], largest_of_lanes(score, 1, 16));
+      const float highest = fmaxf(row_max[r], largest_of_lanes(score, 1, 16));
       // A row that has seen no key yet has no maximum to subtract.
       const float shift = highest == -INFINITY ? 0.0f : highest;
-      decay[r] = expf(peak[r] - shift);
+      decay[r] = expf(row_max[r] - shift);
       const float p = seen ? expf(fmaf(scores[r], a.scale, -shift)) : 0.0f;
-      total[r] = total[r] * decay[r] + sum_of_lanes(p, 1, 16);
-      peak[r] = highest;
+      row_sum[r] = row_sum[r] * decay[r] + sum_of_lanes(p, 1, 16);
+      row_max[r] = highest;
       weights[r * LANES + lane] = p;
     }
     __syncwarp();
@@ -132,16 +132,16 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_forward_kernel(const A
   for (int r = 0; r < RESIDENT; ++r) {
     const int row = first_row + r;
     // A row that sees no key: 0, and minus infinity as the logarithm of an empty sum.
-    const float sum = total[r] == 0.0f ? 1.0f : total[r];
+    const float sum = row_sum[r] == 0.0f ? 1.0f : row_sum[r];
     if (lane == 0 && row < tile.rows.count)
-      a.lse[tile.rows.statistic(a.tokens, row)] = peak[r] + logf(sum);
+      a.lse[tile.rows.statistic(a.tokens, row)] = row_max[r] + logf(sum);
     store(tile.rows.dense_row<float>(a.out, a.heads, dim, row), acc[r], 1.0f / sum, dim);
   }
 }
 
 // delta [heads, tokens] = sum(dout * out) of each row, a warp to a row.
 __global__ void __launch_bounds__(THREADS) attention_fp32_delta_kernel(const AttentionBackward b) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const int64_t item = (int64_t)blockIdx.x * WARPS + threadIdx.x / LANES;
   const int64_t token = item / a.heads, head = item % a.heads;
   if (token >= a.tokens) return;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_delta_kernel(const Att
 }
 
 __global__ void __launch_bounds__(THREADS) attention_fp32_dq_kernel(const AttentionBackward b) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const QueryTile tile = QueryTile::make<ROWS, LANES>(a);
   const QueryRows& rows = tile.rows;
   if (rows.count <= 0) return;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(THREADS) attention_fp32_dq_kernel(const Attent
 }
 
 __global__ void __launch_bounds__(THREADS) attention_fp32_dkdv_kernel(const AttentionBackward b) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const KeyTile tile = KeyTile::make<ROWS>(a);
   if (tile.count <= 0) return;
   const int dim = (int)a.head_dim, lane = threadIdx.x % LANES;
@@ -274,7 +274,7 @@ void attention_fp32(const Attention& a) {
 }
 
 void attention_backward_fp32(const AttentionBackward& b) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const auto stream = (cudaStream_t)a.stream;
   if (a.tokens > 0) {
     launch<attention_fp32_delta_kernel>("attention_fp32_delta_kernel",

@@ -57,10 +57,10 @@ __device__ void produce(Shared<DIM>& s, const TensorMap& q, const TensorMap& k, 
 // Two rows of a thread: the maximum of their scaled scores so far and the sum of its weights, which
 // is summed over the four threads of a row at the end only.
 struct Softmax {
-  float peak[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+  float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f};
 };
 
-// Scores become weights 2^(score * scale2 - peak); decay[r] is what earlier sums of row r shrink
+// Scores become weights 2^(score * scale2 - row_max); decay[r] is what earlier sums of row r shrink
 // by.
 __device__ inline void weigh(float (&scores)[KEYS / 2], Softmax& softmax, float (&decay)[2],
                              float scale2) {
@@ -70,18 +70,18 @@ __device__ inline void weigh(float (&scores)[KEYS / 2], Softmax& softmax, float 
 #pragma unroll
     for (int i = 2 * r; i < KEYS / 2; i += 4)
       highest = fmaxf(highest, fmaxf(scores[i], scores[i + 1]));
-    const float peak = fmaxf(softmax.peak[r], largest_of_lanes(highest, 1, 2) * scale2);
+    const float highest_yet = fmaxf(softmax.row_max[r], largest_of_lanes(highest, 1, 2) * scale2);
     // A row that has seen no key yet has no maximum to subtract.
-    const float subtract = peak == -INFINITY ? 0.0f : peak;
-    decay[r] = ptx::exp2(softmax.peak[r] - subtract);
-    softmax.peak[r] = peak;
-    softmax.total[r] *= decay[r];
+    const float subtract = highest_yet == -INFINITY ? 0.0f : highest_yet;
+    decay[r] = ptx::exp2(softmax.row_max[r] - subtract);
+    softmax.row_max[r] = highest_yet;
+    softmax.row_sum[r] *= decay[r];
 #pragma unroll
     for (int i = 2 * r; i < KEYS / 2; i += 4)
 #pragma unroll
       for (int j = i; j < i + 2; ++j) {
         scores[j] = ptx::exp2(fmaf(scores[j], scale2, -subtract));
-        softmax.total[r] += scores[j];
+        softmax.row_sum[r] += scores[j];
       }
   }
 }
@@ -98,14 +98,14 @@ __device__ void store(const Attention& a, const Work& w, const float (&sums)[DIM
                       const Softmax& softmax, int row) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float total = sum_of_lanes(softmax.total[r], 1, 2);
+    const float row_sum = sum_of_lanes(softmax.row_sum[r], 1, 2);
     if (row + 8 * r >= w.queries) continue;
     // A row that sees no key: 0, and minus infinity as the logarithm of an empty sum.
     const int64_t token = w.query_start + row + 8 * r;
     if (threadIdx.x % 4 == 0)
       a.lse[w.head * a.tokens + token] =
-          total == 0.0f ? -INFINITY : (softmax.peak[r] + log2f(total)) / LOG2E;
-    store_row<T>(a.out, token * a.heads + w.head, sums, r, total == 0.0f ? 1.0f : 1.0f / total);
+          row_sum == 0.0f ? -INFINITY : (softmax.row_max[r] + log2f(row_sum)) / LOG2E;
+    store_row<T>(a.out, token * a.heads + w.head, sums, r, row_sum == 0.0f ? 1.0f : 1.0f / row_sum);
   }
 }
 
@@ -142,8 +142,8 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
     multiply_rows<T>(scores, s.q, group_row, s.k[0]);
     wgmma_commit();
     wgmma_wait<0>();
-    pin(scores);
-    if (speaks_for_warp()) mbarrier_arrive(&s.keys.free[0]);
+    warpgroup_fence(scores);
+    if (elect_one()) mbarrier_arrive(&s.keys.free[0]);
     finish_scores(0);
     to_factor<T>(scores, factor);
     wait_keys(1);
@@ -152,7 +152,7 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
     for (int i = 1; i < w.tiles; ++i) {
       wait_values(i - 1);
       barrier_sync(TURN + group, CONSUMER_THREADS);
-      pin(scores), pin(sums), pin(factor);
+      warpgroup_fence(scores), warpgroup_fence(sums), warpgroup_fence(factor);
       wgmma_fence();
       multiply_rows<T>(scores, s.q, group_row, s.k[i % s.STAGES]);
       wgmma_commit();
@@ -161,28 +161,28 @@ __device__ void consume(Shared<DIM>& s, const Attention& a, const Work& w, int g
       // Nobody waits for a turn after the second warp group's last.
       if (group == 0 || i + 1 < w.tiles) barrier_arrive(TURN + 1 - group, CONSUMER_THREADS);
       wgmma_wait<1>();
-      pin(scores);
-      if (speaks_for_warp()) mbarrier_arrive(&s.keys.free[i % s.STAGES]);
+      warpgroup_fence(scores);
+      if (elect_one()) mbarrier_arrive(&s.keys.free[i % s.STAGES]);
       finish_scores(i);
-      pin(scores);
+      warpgroup_fence(scores);
       // Here and not where the keys are needed: without a branch between the softmax and the next
       // line, ptxas 13.0 put that line first, and the softmax ran under no product.
       wait_keys(i + 1);
       wgmma_wait<0>();
-      pin(sums), pin(factor);
-      if (speaks_for_warp()) mbarrier_arrive(&s.values.free[(i - 1) % s.STAGES]);
+      warpgroup_fence(sums), warpgroup_fence(factor);
+      if (elect_one()) mbarrier_arrive(&s.values.free[(i - 1) % s.STAGES]);
 #pragma unroll
       for (int j = 0; j < DIM / 2; ++j) sums[j] *= decay[row_half(j)];
       to_factor<T>(scores, factor);
     }
 
     wait_values(w.tiles - 1);
-    pin(sums), pin(factor);
+    warpgroup_fence(sums), warpgroup_fence(factor);
     wgmma_fence();
     multiply_columns<T>(sums, factor, s.v[(w.tiles - 1) % s.STAGES]);
     wgmma_commit();
     wgmma_wait<0>();
-    pin(sums);
+    warpgroup_fence(sums);
   }
   store<T, DIM>(a, w, sums, softmax, row);
 }
@@ -204,10 +204,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     if (threadIdx.x < GROUP_THREADS) {
-      lower_registers<PRODUCER_REGISTERS>();
+      setmaxnreg_dec<PRODUCER_REGISTERS>();
       if (threadIdx.x == 0 && w.tiles > 0) produce(s, q, k, v, w);
     } else {
-      raise_registers<CONSUMER_REGISTERS>();
+      setmaxnreg_inc<CONSUMER_REGISTERS>();
       consume<T>(s, a, w, threadIdx.x / GROUP_THREADS - 1);
     }
   } else {

@@ -3,6 +3,22 @@
 //
 // Named and inline, unlike elsewhere: in the passes for other architectures the kernels' bodies are
 // left out, and nvcc would report everything of an anonymous namespace as unused.
+//
+// A warp group multiplies by wgmma.m64nNk16: sums [64, N] += factor [64, 16] b [16, N]. (PTX ISA,
+// "Register Fragments" of wgmma.) Each of its four warps has 16 rows of the sums, and of those a
+// thread the two rows g = lane / 4 and g + 8, in every 8 columns the two from 2 * (lane % 4) on:
+//
+//   columns                 0..7           8..15          16..23
+//                       +--------------+--------------+--------------+--
+//   warp w, row 16w + g | sums[0]  [1] | sums[4]  [5] | sums[8]  [9] | ...
+//                       +--------------+--------------+--------------+--
+//       row 16w + g + 8 | sums[2]  [3] | sums[6]  [7] | sums[10][11] | ...
+//                       +--------------+--------------+--------------+--
+//
+// `first_row` is the former row, `row_half` tells which of the two an index belongs to, `column_of`
+// and `first_column` give its column. A factor in registers, [64, 16], is laid out as two of these
+// blocks of columns with two 16-bit elements a register; hence `to_factor` moves nothing between
+// threads. A factor in shared memory, and b, are read by descriptor from tiles of 64 columns.
 #pragma once
 
 #include <launch.cuh>
@@ -29,8 +45,8 @@ inline constexpr int TURN = 1, TAIL = 3;
 template <int DIM, int LENGTH>
 using Tile = unsigned char[DIM / 64][LENGTH][128];
 
-// A ring of STAGES places that one thread fills and the computing warps empty: use i is of place i
-// % STAGES. That place is full when the phase of parity(i) of its first barrier has ended, and free
+// A ring of STAGES slots that one thread fills and the computing warps empty: use i is of slot i
+// % STAGES. That slot is full when the phase of parity(i) of its first barrier has ended, and free
 // when that of parity(i) ^ 1 of the second has: of parity 1 it "has", before that of parity 0
 // began.
 template <int STAGES>
@@ -47,7 +63,7 @@ struct Ring {
 };
 
 // One lane reports for its warp: all of them have come through wgmma_wait together.
-__device__ inline bool speaks_for_warp() { return threadIdx.x % 32 == 0; }
+__device__ inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
 // Starts the copy of LENGTH tokens of one head from `token` on.
 template <int CHUNKS, int LENGTH>
@@ -116,13 +132,13 @@ __device__ constexpr int row_half(int i) { return i / 2 % 2; }
 __device__ constexpr int column_of(int i) { return 8 * (i / 4) + i % 2; }
 __device__ inline int first_column() { return threadIdx.x % 4 * 2; }
 
-// Row r (0 or 1) of the thread's two, times `by`, to its place in a contiguous tensor.
+// Row r (0 or 1) of the thread's two, times `by`, to its row of a contiguous tensor.
 template <typename T, int HALF>
 __device__ void store_row(void* to, int64_t row, const float (&sums)[HALF], int r, float by) {
-  T* place = static_cast<T*>(to) + row * (2 * HALF) + first_column();
+  T* target = static_cast<T*>(to) + row * (2 * HALF) + first_column();
 #pragma unroll
   for (int i = 2 * r; i < HALF; i += 4)
-    *reinterpret_cast<uint32_t*>(place + column_of(i)) = pack<T>(sums[i] * by, sums[i + 1] * by);
+    *reinterpret_cast<uint32_t*>(target + column_of(i)) = pack<T>(sums[i] * by, sums[i + 1] * by);
 }
 
 // 128 queries of one head. Tiles of rows are shared out as in attention.cuh, a query head at a
@@ -139,16 +155,16 @@ struct QueryWork {
   __device__ explicit QueryWork(const Attention& a) {
     const int group = (int)(a.heads / a.kv_heads);
     const int64_t tiles_of_rows = tiles_for(a.tokens, ROWS, a.documents);
-    const Place place = schedule(tiles_of_rows, a.heads, a.k_section * group);
+    const TileAndHead at = schedule(tiles_of_rows, a.heads, a.k_section * group);
     // The last tiles of a document see most keys: they start first, and short ones fill the end.
     const Extent extent =
-        locate<ROWS>(q_offsets(a), a.documents, 1, tiles_of_rows - 1 - place.tile);
+        locate<ROWS>(q_offsets(a), a.documents, 1, tiles_of_rows - 1 - at.tile);
     query_start = q_offsets(a)[extent.document];
     key_start = k_offsets(a)[extent.document];
     queries = (int)(q_offsets(a)[extent.document + 1] - query_start);
     keys = (int)(k_offsets(a)[extent.document + 1] - key_start);
     first = extent.first;
-    head = (int)place.head;
+    head = (int)at.head;
     kv_head = head / group;
     shift = keys - queries;
     const int seen = a.causal ? max(min(first + ROWS, queries) + shift, 0) : keys;
@@ -166,7 +182,7 @@ struct QueryWork {
 };
 
 template <typename T, int DIM>
-TensorMap heads_map(const Attention::Heads& x, int64_t tokens, int64_t heads, int length) {
+TensorMap heads_map(const Heads& x, int64_t tokens, int64_t heads, int length) {
   return tensor_map<T>(x.data, tokens, heads, DIM, x.token_stride, x.head_stride, length);
 }
 

@@ -69,7 +69,7 @@ __device__ void produce_dq(BackwardShared<DIM>& s, const Pair& rows, const Pair&
 template <typename T, int DIM>
 __device__ float delta_of(const AttentionBackward& b, int64_t token, int head) {
   const T* dout = row_of<T>(b.dout, token, head);
-  const T* out = static_cast<const T*>(b.forward.out) + (token * b.forward.heads + head) * DIM;
+  const T* out = static_cast<const T*>(b.out) + (token * b.heads + head) * DIM;
   float sum = 0.0f;
 #pragma unroll
   for (int column = threadIdx.x % 4 * 8; column < DIM; column += 32) {
@@ -83,7 +83,7 @@ __device__ float delta_of(const AttentionBackward& b, int64_t token, int head) {
 template <typename T, int DIM>
 __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, const DqWork& w,
                            int group) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const int group_row = GROUP_ROWS * group, row = w.first + group_row + first_row();
   const float scale2 = a.scale * LOG2E;
   float lse2[2], delta[2];
@@ -112,7 +112,7 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
     multiply_rows<T>(dp, s.second, group_row, s.inner[i % STAGES][1]);
     wgmma_commit();
     wgmma_wait<0>();
-    pin(scores), pin(dp);
+    warpgroup_fence(scores), warpgroup_fence(dp);
     const bool masked = w.masked(a, w.first + group_row, key);
     const int last[2] = {w.last(a, row, key), w.last(a, row + 8, key)};
 #pragma unroll
@@ -123,13 +123,13 @@ __device__ void consume_dq(BackwardShared<DIM>& s, const AttentionBackward& b, c
       scores[j] = hidden ? 0.0f : p * (dp[j] - delta[r]);
     }
     to_factor<T>(scores, factor);
-    pin(dq), pin(factor);
+    warpgroup_fence(dq), warpgroup_fence(factor);
     wgmma_fence();
     multiply_columns<T>(dq, factor, keys);
     wgmma_commit();
     wgmma_wait<0>();
-    pin(dq);
-    if (speaks_for_warp()) mbarrier_arrive(&s.ring.free[i % STAGES]);
+    warpgroup_fence(dq);
+    if (elect_one()) mbarrier_arrive(&s.ring.free[i % STAGES]);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -149,14 +149,14 @@ struct KeyWork {
   __device__ explicit KeyWork(const Attention& a) : group((int)(a.heads / a.kv_heads)) {
     const int64_t tiles_of_keys = tiles_for(a.keys, ROWS, a.documents);
     // The first keys of a document are seen by most queries: the long tiles lie at the front.
-    const Place place = schedule(tiles_of_keys, a.kv_heads, a.q_section);
-    const Extent extent = locate<ROWS>(k_offsets(a), a.documents, 1, place.tile);
+    const TileAndHead at = schedule(tiles_of_keys, a.kv_heads, a.q_section);
+    const Extent extent = locate<ROWS>(k_offsets(a), a.documents, 1, at.tile);
     query_start = q_offsets(a)[extent.document];
     key_start = k_offsets(a)[extent.document];
     queries = (int)(q_offsets(a)[extent.document + 1] - query_start);
     keys = (int)(k_offsets(a)[extent.document + 1] - key_start);
     first = extent.first;
-    head = (int)place.head;
+    head = (int)at.head;
     shift = keys - queries;
     begin = a.causal ? min(max(first - shift, 0), queries) : 0;
     tiles = (queries - begin + INNER - 1) / INNER;
@@ -178,7 +178,7 @@ __device__ void produce_dkdv(BackwardShared<DIM>& s, const Pair& keys, const Pai
 template <typename T, int DIM>
 __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b, const KeyWork& w,
                              int group) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   const int group_row = GROUP_ROWS * group, key = w.first + group_row + first_row();
   const float scale2 = a.scale * LOG2E;
   float dk[DIM / 2] = {}, dv[DIM / 2] = {}, scores[INNER / 2], dp[INNER / 2];
@@ -198,7 +198,7 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     multiply_rows<T>(dp, s.second, group_row, dout);
     wgmma_commit();
     wgmma_wait<0>();
-    pin(scores), pin(dp);
+    warpgroup_fence(scores), warpgroup_fence(dp);
     const int64_t at = w.query_head(i) * a.tokens + w.query_start + query;
     // Past the document's end queries and dout are zeros: p is 1 and ds 0, and both meet zeros.
     // Two loops, since registers for lse and delta at once are not left.
@@ -209,7 +209,7 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
       const bool hidden = a.causal && key + 8 * row_half(j) > query + column + w.shift;
       scores[j] = hidden ? 0.0f : ptx::exp2(fmaf(scores[j], scale2, -lse2));
     }
-    pin(scores);
+    warpgroup_fence(scores);
 #pragma unroll
     for (int j = 0; j < INNER / 2; ++j) {
       const int column = first_column() + column_of(j);
@@ -217,21 +217,21 @@ __device__ void consume_dkdv(BackwardShared<DIM>& s, const AttentionBackward& b,
     }
     to_factor<T>(scores, weights);
     to_factor<T>(dp, dscores);
-    pin(dk), pin(dv), pin(weights), pin(dscores);
+    warpgroup_fence(dk), warpgroup_fence(dv), warpgroup_fence(weights), warpgroup_fence(dscores);
     wgmma_fence();
     multiply_columns<T>(dv, weights, dout);
     multiply_columns<T>(dk, dscores, rows);
     wgmma_commit();
     wgmma_wait<0>();
-    pin(dk), pin(dv);
-    if (speaks_for_warp()) mbarrier_arrive(&s.ring.free[i % STAGES]);
+    warpgroup_fence(dk), warpgroup_fence(dv);
+    if (elect_one()) mbarrier_arrive(&s.ring.free[i % STAGES]);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
     if (key + 8 * r < w.keys) {
-      const int64_t place = (w.key_start + key + 8 * r) * a.kv_heads + w.head;
-      store_row<T>(b.dk, place, dk, r, a.scale);
-      store_row<T>(b.dv, place, dv, r, 1.0f);
+      const int64_t target = (w.key_start + key + 8 * r) * a.kv_heads + w.head;
+      store_row<T>(b.dk, target, dk, r, a.scale);
+      store_row<T>(b.dv, target, dv, r, 1.0f);
     }
 }
 
@@ -256,14 +256,14 @@ __global__ void __launch_bounds__(THREADS, 1)
                              const __grid_constant__ TensorMap k,
                              const __grid_constant__ TensorMap v, AttentionBackward b) {
   if constexpr (IS_SM90A) {
-    const DqWork w(b.forward);
+    const DqWork w(b);
     if (w.first >= w.queries) return;
     BackwardShared<DIM>& s = prepare<DIM>();
     if (threadIdx.x < GROUP_THREADS) {
-      lower_registers<PRODUCER_REGISTERS>();
+      setmaxnreg_dec<PRODUCER_REGISTERS>();
       if (threadIdx.x == 0 && w.tiles > 0) produce_dq(s, {q, dout}, {k, v}, w);
     } else {
-      raise_registers<CONSUMER_REGISTERS>();
+      setmaxnreg_inc<CONSUMER_REGISTERS>();
       consume_dq<T>(s, b, w, threadIdx.x / GROUP_THREADS - 1);
     }
   } else {
@@ -278,14 +278,14 @@ __global__ void __launch_bounds__(THREADS, 1)
                                const __grid_constant__ TensorMap q,
                                const __grid_constant__ TensorMap dout, AttentionBackward b) {
   if constexpr (IS_SM90A) {
-    const KeyWork w(b.forward);
+    const KeyWork w(b);
     if (w.first >= w.keys) return;
     BackwardShared<DIM>& s = prepare<DIM>();
     if (threadIdx.x < GROUP_THREADS) {
-      lower_registers<PRODUCER_REGISTERS>();
+      setmaxnreg_dec<PRODUCER_REGISTERS>();
       if (threadIdx.x == 0 && w.uses > 0) produce_dkdv(s, {k, v}, {q, dout}, w);
     } else {
-      raise_registers<CONSUMER_REGISTERS>();
+      setmaxnreg_inc<CONSUMER_REGISTERS>();
       consume_dkdv<T>(s, b, w, threadIdx.x / GROUP_THREADS - 1);
     }
   } else {
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 template <typename T, int DIM>
 void backward(const AttentionBackward& b) {
-  const Attention& a = b.forward;
+  const Attention& a = b;
   auto rows = [&](const Attention::Heads& x, int length) {
     return heads_map<T, DIM>(x, a.tokens, a.heads, length);
   };
@@ -319,8 +319,8 @@ void backward(const AttentionBackward& b) {
 namespace llama2rt {
 
 void attention_sm90_backward(const AttentionBackward& b) {
-  DeviceGuard guard(b.forward.device);
-  const bool wide = b.forward.head_dim == 128, half = b.forward.dtype == DType::fp16;
+  DeviceGuard guard(b.device);
+  const bool wide = b.head_dim == 128, half = b.dtype == DType::fp16;
   if (half)
     wide ? sm90::backward<f16, 128>(b) : sm90::backward<f16, 64>(b);
   else

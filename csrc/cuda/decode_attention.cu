@@ -45,8 +45,8 @@ struct Partial {
   static constexpr int ROWS = 16, KEYS = 16;
 
   float sums[DIM / 8][4] = {};
-  float peak[2] = {NO_KEY, NO_KEY};
-  float total[2] = {};  // over this lane's columns
+  float row_max[2] = {NO_KEY, NO_KEY};
+  float row_sum[2] = {};  // over this lane's columns
 
   __device__ void add(T* q, T* k, T* v, int present, float scale2) {
     const int lane = threadIdx.x % 32;
@@ -62,22 +62,22 @@ struct Partial {
     const int column = lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float higher = peak[half];
+      float higher = row_max[half];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (i / 2 * 8 + column + i % 2 < present)
           higher = fmaxf(higher, scores[i / 2][2 * half + i % 2]);
       higher = largest_of_lanes(higher, 1, 2);
-      const float decay = ptx::exp2((peak[half] - higher) * scale2);
-      peak[half] = higher;
-      total[half] *= decay;
+      const float decay = ptx::exp2((row_max[half] - higher) * scale2);
+      row_max[half] = higher;
+      row_sum[half] *= decay;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& score = scores[i / 2][2 * half + i % 2];
         // The difference of near numbers is exact; that of their rounded multiples is not.
         const float p = ptx::exp2((score - higher) * scale2);
         score = i / 2 * 8 + column + i % 2 < present ? p : 0.0f;
-        total[half] += score;
+        row_sum[half] += score;
       }
 #pragma unroll
       for (int n = 0; n < DIM / 8; ++n) {
@@ -98,15 +98,15 @@ struct Partial {
   }
 
   // Into [ROWS, DIM], [ROWS], [ROWS].
-  __device__ void store(float* sums_out, float* peak_out, float* total_out) const {
+  __device__ void store(float* sums_out, float* row_max_out, float* row_sum_out) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane / 4 + 8 * half;
-      const float all = sum_of_lanes(total[half], 1, 2);
+      const float all = sum_of_lanes(row_sum[half], 1, 2);
       if (lane % 4 == 0) {
-        peak_out[row] = peak[half];
-        total_out[row] = all;
+        row_max_out[row] = row_max[half];
+        row_sum_out[row] = all;
       }
 #pragma unroll
       for (int n = 0; n < DIM / 8; ++n)
@@ -124,8 +124,8 @@ struct Partial<float, DIM> {
   static constexpr int ROWS = 4, KEYS = 8;
 
   float sums[ROWS][DIM / 32] = {};
-  float peak[ROWS] = {NO_KEY, NO_KEY, NO_KEY, NO_KEY};
-  float total[ROWS] = {};  // over key lane % 8 of the tiles
+  float row_max[ROWS] = {NO_KEY, NO_KEY, NO_KEY, NO_KEY};
+  float row_sum[ROWS] = {};  // over key lane % 8 of the tiles
 
   __device__ void add(float* q, float* k, float* v, int present, float scale2) {
     const int lane = threadIdx.x % 32, key = lane % 8;
@@ -143,12 +143,12 @@ struct Partial<float, DIM> {
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
       const float score = sum_of_lanes(scores[row], 8, 16);
-      float higher = key < present ? fmaxf(peak[row], score) : peak[row];
+      float higher = key < present ? fmaxf(row_max[row], score) : row_max[row];
       higher = largest_of_lanes(higher, 1, 4);
-      const float decay = ptx::exp2((peak[row] - higher) * scale2);
-      peak[row] = higher;
+      const float decay = ptx::exp2((row_max[row] - higher) * scale2);
+      row_max[row] = higher;
       scores[row] = key < present ? ptx::exp2((score - higher) * scale2) : 0.0f;
-      total[row] = total[row] * decay + scores[row];
+      row_sum[row] = row_sum[row] * decay + scores[row];
 #pragma unroll
       for (int i = 0; i < DIM / 32; ++i) sums[row][i] *= decay;
     }
@@ -171,14 +171,14 @@ struct Partial<float, DIM> {
     }
   }
 
-  __device__ void store(float* sums_out, float* peak_out, float* total_out) const {
+  __device__ void store(float* sums_out, float* row_max_out, float* row_sum_out) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
-      const float all = sum_of_lanes(total[row], 1, 4);
+      const float all = sum_of_lanes(row_sum[row], 1, 4);
       if (lane == 0) {
-        peak_out[row] = peak[row];
-        total_out[row] = all;
+        row_max_out[row] = row_max[row];
+        row_sum_out[row] = all;
       }
 #pragma unroll
       for (int i = 0; i < DIM / 32; ++i)
@@ -202,8 +202,9 @@ struct Layout {
   static_assert(WARPS * RING * sizeof(T) >= WARPS * ROWS * (DIM + 2) * sizeof(float));
 };
 
-__device__ inline int64_t index_at(const void* indices, bool are_64, int64_t i) {
-  return are_64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+__device__ inline int64_t index_at(const Indices& indices, int64_t i) {
+  return indices.are_int64 ? static_cast<const int64_t*>(indices.data)[i]
+                           : static_cast<const int32_t*>(indices.data)[i];
 }
 
 // One sequence's keys and values of one head.
@@ -219,7 +220,7 @@ struct Cache {
   template <int KEYS>
   __device__ int64_t page(uint32_t start) const {
     const uint32_t token = start + threadIdx.x % KEYS;
-    return token < end ? index_at(a.block_table, a.block_table_64, table + token / a.page_size) : 0;
+    return token < end ? index_at(a.block_table, table + token / (uint32_t)a.page_size) : 0;
   }
 
   // Starts to copy the tile at token `start`, of which this lane knows `page`; zeros for what is
@@ -228,9 +229,9 @@ struct Cache {
   __device__ void copy(T* k_tile, T* v_tile, uint32_t start, int64_t page) const {
     constexpr int PER_CHUNK = 16 / sizeof(T), CHUNKS = DIM / PER_CHUNK;
     const int lane = threadIdx.x % 32;
-    const uint32_t slot = (start + lane % KEYS) % a.page_size;
-    const int64_t k_row = page * a.k_page_stride + slot * a.k_token_stride;
-    const int64_t v_row = page * a.v_page_stride + slot * a.v_token_stride;
+    const uint32_t slot = (start + lane % KEYS) % (uint32_t)a.page_size;
+    const int64_t k_row = page * a.k_cache.page_stride + slot * a.k_cache.token_stride;
+    const int64_t v_row = page * a.v_cache.page_stride + slot * a.v_cache.token_stride;
 #pragma unroll 4
     for (int i = 0; i < KEYS * CHUNKS / 32; ++i) {
       const int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
@@ -252,7 +253,8 @@ struct Cache {
 };
 
 template <typename T, int DIM>
-__global__ void __launch_bounds__(THREADS, 2) decode_attention_kernel(DecodeAttention a, bool aligned) {
+__global__ void __launch_bounds__(THREADS, 2)
+    decode_attention_kernel(DecodeAttention a, bool aligned) {
   using L = Layout<T, DIM>;
   constexpr int ROWS = L::ROWS, KEYS = L::KEYS;
   const int warp = threadIdx.x / 32;
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, 2) decode_attention_kernel(DecodeAtte
   // Every sequence is cut by its own length into whole tiles; of a short one the last splits get
   // none.
   constexpr uint32_t TILE_KEYS = WARPS * KEYS;
-  const auto length = (uint32_t)index_at(a.lengths, a.lengths_64, sequence);
+  const auto length = (uint32_t)index_at(a.lengths, sequence);
   const uint32_t share =
       ((length + a.splits - 1) / a.splits + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
   const auto begin = (uint32_t)min((uint64_t)split * share, (uint64_t)length);
@@ -287,9 +289,9 @@ __global__ void __launch_bounds__(THREADS, 2) decode_attention_kernel(DecodeAtte
 
   T* queries = reinterpret_cast<T*>(shared_memory);
   T* ring = queries + L::QUERIES + warp * L::RING;
-  const Cache<T, DIM> cache = {a, static_cast<const T*>(a.k_cache) + kv_head * a.k_head_stride,
-                               static_cast<const T*>(a.v_cache) + kv_head * a.v_head_stride,
-                               sequence * a.block_table_stride, end, aligned};
+  const T* k = static_cast<const T*>(a.k_cache.data) + kv_head * a.k_cache.head_stride;
+  const T* v = static_cast<const T*>(a.v_cache.data) + kv_head * a.v_cache.head_stride;
+  const Cache<T, DIM> cache = {a, k, v, sequence * a.block_table_stride, end, aligned};
   // This warp's tiles lie TILE_KEYS apart. A page number is fetched one tile before it is needed.
   uint32_t next = begin + warp * KEYS;
   int64_t page = cache.template page<KEYS>(next);
@@ -304,12 +306,12 @@ __global__ void __launch_bounds__(THREADS, 2) decode_attention_kernel(DecodeAtte
   };
   for (int stage = 0; stage < L::STAGES - 1; ++stage) copy_next(stage);
 
-  const T* q = static_cast<const T*>(a.q) + sequence * a.q_sequence_stride +
-               (kv_head * group + first_row) * a.q_head_stride;
+  const T* q = static_cast<const T*>(a.q.data) + sequence * a.q.token_stride +
+               (kv_head * group + first_row) * a.q.head_stride;
   for (int i = threadIdx.x; i < L::QUERIES; i += THREADS) {
     const int row = i / DIM, column = i % DIM, per_chunk = 16 / sizeof(T);
     chunk_at<DIM>(queries, row, column / per_chunk)[column % per_chunk] =
-        row < rows && column < dim ? q[row * a.q_head_stride + column] : from_float<T>(0.0f);
+        row < rows && column < dim ? q[row * a.q.head_stride + column] : from_float<T>(0.0f);
   }
   __syncthreads();
 
@@ -328,24 +330,24 @@ __global__ void __launch_bounds__(THREADS, 2) decode_attention_kernel(DecodeAtte
   }
 
   float* sums = reinterpret_cast<float*>(queries + L::QUERIES);
-  float *peaks = sums + WARPS * ROWS * DIM, *totals = peaks + WARPS * ROWS;
+  float *warp_max = sums + WARPS * ROWS * DIM, *warp_sum = warp_max + WARPS * ROWS;
   __syncthreads();  // the rings are no longer read
-  partial.store(sums + warp * ROWS * DIM, peaks + warp * ROWS, totals + warp * ROWS);
+  partial.store(sums + warp * ROWS * DIM, warp_max + warp * ROWS, warp_sum + warp * ROWS);
   __syncthreads();
   for (int i = threadIdx.x; i < rows * dim; i += THREADS) {
     const int row = i / dim, column = i % dim;
-    float peak = NO_KEY, total = 0.0f, sum = 0.0f;
-    for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, peaks[w * ROWS + row]);
+    float row_max = NO_KEY, row_sum = 0.0f, sum = 0.0f;
+    for (int w = 0; w < WARPS; ++w) row_max = fmaxf(row_max, warp_max[w * ROWS + row]);
     for (int w = 0; w < WARPS; ++w) {
-      const float weight = ptx::exp2((peaks[w * ROWS + row] - peak) * scale2);
-      total += weight * totals[w * ROWS + row];
+      const float weight = ptx::exp2((warp_max[w * ROWS + row] - row_max) * scale2);
+      row_sum += weight * warp_sum[w * ROWS + row];
       sum += weight * sums[(w * ROWS + row) * DIM + column];
     }
     if (a.splits == 1) {
-      static_cast<T*>(a.out)[first_head * dim + i] = from_float<T>(sum / total);
+      static_cast<T*>(a.out)[first_head * dim + i] = from_float<T>(sum / row_sum);
     } else {
-      a.partial[partial_row * dim + i] = sum / total;
-      if (column == 0) a.lse[partial_row + row] = peak * scale2 + log2f(total);
+      a.partial[partial_row * dim + i] = sum / row_sum;
+      if (column == 0) a.lse[partial_row + row] = row_max * scale2 + log2f(row_sum);
     }
   }
 }
@@ -358,43 +360,43 @@ __global__ void __launch_bounds__(32 * COMBINE_WARPS)
   constexpr int COLUMNS = MAX_DIM / 32;  // of each lane
   const int64_t row = blockIdx.x;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float peak = NO_KEY;
+  float row_max = NO_KEY;
   for (int64_t split = lane; split < splits; split += 32)
-    peak = fmaxf(peak, lse[split * rows + row]);
-  peak = largest_of_lanes(peak, 1, 16);
-  float total = 0.0f, sums[COLUMNS] = {};
+    row_max = fmaxf(row_max, lse[split * rows + row]);
+  row_max = largest_of_lanes(row_max, 1, 16);
+  float row_sum = 0.0f, sums[COLUMNS] = {};
   for (int64_t split = warp; split < splits; split += COMBINE_WARPS) {
     const float its_lse = lse[split * rows + row];
     if (its_lse == NO_KEY) continue;  // it has written nothing else
-    const float weight = ptx::exp2(its_lse - peak);
-    total += weight;
+    const float weight = ptx::exp2(its_lse - row_max);
+    row_sum += weight;
 #pragma unroll
     for (int i = 0; i < COLUMNS; ++i)
       if (lane + 32 * i < dim) sums[i] += weight * partial[(split * rows + row) * dim + lane + 32 * i];
   }
-  float *all_sums = reinterpret_cast<float*>(shared_memory), *totals = all_sums + COMBINE_WARPS * dim;
+  float *all_sums = reinterpret_cast<float*>(shared_memory), *warp_sum = all_sums + COMBINE_WARPS * dim;
 #pragma unroll
   for (int i = 0; i < COLUMNS; ++i)
     if (lane + 32 * i < dim) all_sums[warp * dim + lane + 32 * i] = sums[i];
-  if (lane == 0) totals[warp] = total;
+  if (lane == 0) warp_sum[warp] = row_sum;
   __syncthreads();
   for (int column = threadIdx.x; column < dim; column += 32 * COMBINE_WARPS) {
-    float total = 0.0f, sum = 0.0f;
+    float row_sum = 0.0f, sum = 0.0f;
     for (int w = 0; w < COMBINE_WARPS; ++w) {
-      total += totals[w];
+      row_sum += warp_sum[w];
       sum += all_sums[w * dim + column];
     }
-    out[row * dim + column] = from_float<T>(peak == NO_KEY ? 0.0f : sum / total);
+    out[row * dim + column] = from_float<T>(row_max == NO_KEY ? 0.0f : sum / row_sum);
   }
 }
 
 constexpr size_t combine_bytes(int64_t dim) { return COMBINE_WARPS * (dim + 1) * sizeof(float); }
 
 bool aligned_caches(const DecodeAttention& a, size_t element_bytes) {
-  int64_t all = (int64_t)((uintptr_t)a.k_cache | (uintptr_t)a.v_cache);
-  for (int64_t elements : {a.head_dim, a.k_page_stride, a.k_token_stride, a.k_head_stride,
-                           a.v_page_stride, a.v_token_stride, a.v_head_stride})
-    all |= elements * (int64_t)element_bytes;
+  int64_t all = (int64_t)((uintptr_t)a.k_cache.data | (uintptr_t)a.v_cache.data);
+  for (const Pages& of : {a.k_cache, a.v_cache})
+    for (int64_t elements : {a.head_dim, of.page_stride, of.token_stride, of.head_stride})
+      all |= elements * (int64_t)element_bytes;
   return all % 16 == 0;
 }
 

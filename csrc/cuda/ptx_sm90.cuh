@@ -157,11 +157,11 @@ __device__ inline void barrier_arrive(int barrier, int threads) {
 
 // Registers of each thread of a warp group from here on (Miscellaneous Instructions: setmaxnreg).
 template <int REGISTERS>
-__device__ void raise_registers() {
+__device__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 template <int REGISTERS>
-__device__ void lower_registers() {
+__device__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
@@ -195,12 +195,12 @@ __device__ void wgmma_wait() {
 // product writes its sums only later: that is what wgmma_fence and wgmma_wait are about, and this
 // belongs next to them.
 template <int COUNT>
-__device__ void pin(float (&values)[COUNT]) {
+__device__ void warpgroup_fence(float (&values)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 template <int ROWS, int COLUMNS>
-__device__ void pin(uint32_t (&values)[ROWS][COLUMNS]) {
+__device__ void warpgroup_fence(uint32_t (&values)[ROWS][COLUMNS]) {
 #pragma unroll
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll

@@ -153,16 +153,16 @@ template <typename T>
 __global__ void __launch_bounds__(REDUCE_COLUMNS * REDUCE_ROWS)
     rms_norm_dweight_kernel(int64_t blocks, int64_t columns, const float* partial, T* dweight) {
   const int64_t column = (int64_t)blockIdx.x * REDUCE_COLUMNS + threadIdx.x;
-  float total = 0.0f;
+  float acc = 0.0f;
   if (column < columns)
     for (int64_t block = threadIdx.y; block < blocks; block += REDUCE_ROWS)
-      total += partial[block * columns + column];
-  float* totals = (float*)shared_memory;
-  totals[threadIdx.y * REDUCE_COLUMNS + threadIdx.x] = total;
+      acc += partial[block * columns + column];
+  float* sums = (float*)shared_memory;
+  sums[threadIdx.y * REDUCE_COLUMNS + threadIdx.x] = acc;
   __syncthreads();
   if (threadIdx.y == 0 && column < columns) {
-    for (int i = 1; i < REDUCE_ROWS; ++i) total += totals[i * REDUCE_COLUMNS + threadIdx.x];
-    dweight[column] = from_float<T>(total);
+    for (int i = 1; i < REDUCE_ROWS; ++i) acc += sums[i * REDUCE_COLUMNS + threadIdx.x];
+    dweight[column] = from_float<T>(acc);
   }
 }
 
@@ -187,7 +187,7 @@ void with_shape(int64_t columns, bool wide, Run run) {
 
 template <typename T>
 void forward(const RmsNorm& a) {
-  const bool wide = aligned<T>(a.x, a.x_stride) && aligned<T>(a.residual, a.residual_stride) &&
+  const bool wide = aligned<T>(a.x) && aligned<T>(a.residual) &&
                     aligned<T>(a.weight, a.columns) && aligned<T>(a.y, a.columns) &&
                     aligned<T>(a.summed, a.columns);
   const int64_t most = 0x7fffffff;
@@ -195,15 +195,15 @@ void forward(const RmsNorm& a) {
   with_shape<T, FORWARD_ELEMENTS>(a.columns, wide, [&](auto width, auto packs, unsigned threads) {
     launch<rms_norm_forward_kernel<T, width(), packs()>>(
         "rms_norm", grid, dim3(threads), SharedBytes<64 * sizeof(float)>{}, (cudaStream_t)a.stream,
-        a.rows, a.columns, (const T*)a.x, a.x_stride, (const T*)a.residual, a.residual_stride,
-        (const T*)a.weight, a.eps, (T*)a.y, (T*)a.summed, a.rstd);
+        a.rows, a.columns, (const T*)a.x.data, a.x.stride, (const T*)a.residual.data,
+        a.residual.stride, (const T*)a.weight, a.eps, (T*)a.y, (T*)a.summed, a.rstd);
   });
 }
 
 template <typename T>
 void backward(const RmsNormBackward& a) {
-  const bool wide = aligned<T>(a.dy, a.dy_stride) && aligned<T>(a.dsummed, a.dsummed_stride) &&
-                    aligned<T>(a.x, a.x_stride) && aligned<T>(a.weight, a.columns) &&
+  const bool wide = aligned<T>(a.dy) && aligned<T>(a.dsummed) && aligned<T>(a.x) &&
+                    aligned<T>(a.weight, a.columns) &&
                     aligned<T>(a.dx, a.columns);
   const auto stream = (cudaStream_t)a.stream;
   with_shape<T, BACKWARD_ELEMENTS>(a.columns, wide, [&](auto width, auto packs, unsigned threads) {
@@ -211,9 +211,9 @@ void backward(const RmsNormBackward& a) {
     auto run = [&](auto one_strip) {
       launch<rms_norm_backward_kernel<T, WIDTH, PACKS, one_strip()>>(
           "rms_norm_backward", dim3((unsigned)a.blocks), dim3(threads),
-          SharedBytes<64 * sizeof(float)>{}, stream, a.rows, a.columns, (const T*)a.dy, a.dy_stride,
-          (const T*)a.dsummed, a.dsummed_stride, (const T*)a.x, a.x_stride, (const T*)a.weight,
-          a.rstd, (T*)a.dx, a.partial);
+          SharedBytes<64 * sizeof(float)>{}, stream, a.rows, a.columns, (const T*)a.dy.data,
+          a.dy.stride, (const T*)a.dsummed.data, a.dsummed.stride, (const T*)a.x.data, a.x.stride,
+          (const T*)a.weight, a.rstd, (T*)a.dx, a.partial);
     };
     if constexpr (PACKS == most_packs(BACKWARD_ELEMENTS, WIDTH))
       if (a.columns > (int64_t)threads * WIDTH * PACKS) return run(std::false_type{});

@@ -21,7 +21,7 @@ constexpr int MAX_THREADS = 128;
 constexpr int BLOCKS = 8;
 
 template <typename T>
-struct Heads {
+struct HeadsOf {
   const T* x;
   int64_t heads, token_stride, head_stride;
   T* y;
@@ -30,8 +30,7 @@ struct Heads {
 struct Angles {
   const float *cos, *sin;
   int64_t rows;
-  const void* positions;
-  bool wide_positions;
+  Indices positions;
   float sign;
 };
 
@@ -51,9 +50,9 @@ __device__ void load_floats(const float* p, float (&values)[WIDTH]) {
 template <int WIDTH>
 __device__ void load_angles(const Angles& angles, int64_t token, int64_t half, int64_t pair,
                             float (&cos)[WIDTH], float (&sin)[WIDTH]) {
-  const int64_t position = angles.wide_positions
-                               ? static_cast<const int64_t*>(angles.positions)[token]
-                               : static_cast<const int*>(angles.positions)[token];
+  const int64_t position = angles.positions.are_int64
+                               ? static_cast<const int64_t*>(angles.positions.data)[token]
+                               : static_cast<const int*>(angles.positions.data)[token];
   if (position >= 0 && position < angles.rows) {
     load_floats(angles.cos + position * half + pair, cos);
     load_floats(angles.sin + position * half + pair, sin);
@@ -65,8 +64,8 @@ __device__ void load_angles(const Angles& angles, int64_t token, int64_t half, i
 
 // Turns rows [first, first + blockDim.y) of the tokens * heads rows of x.
 template <typename T, int WIDTH>
-__device__ void rotate_tile(const Heads<T>& of, int64_t tokens, int64_t half, const Angles& angles,
-                            int64_t first) {
+__device__ void rotate_tile(const HeadsOf<T>& of, int64_t tokens, int64_t half,
+                            const Angles& angles, int64_t first) {
   // One division in 64 bits for the tile; the thread's own row follows in 32.
   const int64_t first_token = first / of.heads;
   const auto heads = (unsigned)of.heads;
@@ -93,7 +92,7 @@ __device__ void rotate_tile(const Heads<T>& of, int64_t tokens, int64_t half, co
 
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
-    rope_kernel(Heads<T> q, Heads<T> k, int64_t tokens, int64_t half, Angles angles,
+    rope_kernel(HeadsOf<T> q, HeadsOf<T> k, int64_t tokens, int64_t half, Angles angles,
                 int64_t q_tiles, int64_t tiles) {
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x)
     if (tile < q_tiles)
@@ -105,13 +104,14 @@ __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
 // Whether both halves of every head begin at a multiple of 16 bytes.
 template <typename T>
 bool aligned_heads(const RopeHeads& of, int64_t half) {
-  return aligned<T>(of.x, of.token_stride) && aligned<T>(of.x, of.head_stride) &&
+  return aligned<T>(of.x.data, of.x.token_stride) &&
+         aligned<T>(of.x.data, of.x.head_stride) &&
          aligned<T>(of.y, half);
 }
 
 template <typename T>
 void run(const Rope& a) {
-  const int64_t half = a.dim / 2;
+  const int64_t half = a.head_dim / 2;
   const bool wide = half * sizeof(T) % 16 == 0 && aligned_heads<T>(a.q, half) &&
                     aligned_heads<T>(a.k, half) && aligned<float>(a.cos, half) &&
                     aligned<float>(a.sin, half);
@@ -120,7 +120,8 @@ void run(const Rope& a) {
     const auto across = (unsigned)(packs < MAX_THREADS ? packs : MAX_THREADS);
     const dim3 block(across, MAX_THREADS / across);
     auto heads = [](const RopeHeads& of) {
-      return Heads<T>{(const T*)of.x, of.heads, of.token_stride, of.head_stride, (T*)of.y};
+      return HeadsOf<T>{(const T*)of.x.data, of.heads, of.x.token_stride, of.x.head_stride,
+                        (T*)of.y};
     };
     auto tiles = [&](const RopeHeads& of) {
       return divide_up(a.tokens * of.heads, block.y);
@@ -129,8 +130,7 @@ void run(const Rope& a) {
     launch<rope_kernel<T, width()>>(
         "rope", dim3((unsigned)(all < a.blocks ? all : a.blocks)), block, SharedBytes<0>{},
         (cudaStream_t)a.stream, heads(a.q), heads(a.k), a.tokens, half,
-        Angles{a.cos, a.sin, a.table_rows, a.positions, a.wide_positions,
-               a.inverse ? -1.0f : 1.0f},
+        Angles{a.cos, a.sin, a.table_rows, a.positions, a.inverse ? -1.0f : 1.0f},
         q_tiles, all);
   });
 }
@@ -138,7 +138,7 @@ void run(const Rope& a) {
 }  // namespace
 
 void rope(const Rope& a) {
-  if (a.tokens * (a.q.heads + a.k.heads) == 0 || a.dim == 0) return;
+  if (a.tokens * (a.q.heads + a.k.heads) == 0 || a.head_dim == 0) return;
   DeviceGuard guard(a.device);
   by_dtype(a.dtype, [&](auto t) { run<decltype(t)>(a); });
 }

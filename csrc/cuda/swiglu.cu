@@ -108,26 +108,27 @@ dim3 grid(int64_t rows, int64_t columns, int64_t blocks) {
 
 template <typename T>
 void forward(const SwiGlu& a) {
-  const bool wide = a.columns * sizeof(T) % 16 == 0 && aligned<T>(a.gate, a.gate_stride) &&
-                    aligned<T>(a.up, a.up_stride) && aligned<T>(a.y, a.columns);
+  const bool wide = a.columns * sizeof(T) % 16 == 0 && aligned<T>(a.gate) &&
+                    aligned<T>(a.up) && aligned<T>(a.y, a.columns);
   by_width<T>(wide, [&](auto width) {
     launch<swiglu_forward_kernel<T, width()>>(
         "swiglu", grid<width()>(a.rows, a.columns, a.blocks), dim3(THREADS), SharedBytes<0>{},
-        (cudaStream_t)a.stream, a.rows, a.columns, (const T*)a.gate, a.gate_stride,
-        (const T*)a.up, a.up_stride, (T*)a.y);
+        (cudaStream_t)a.stream, a.rows, a.columns, (const T*)a.gate.data, a.gate.stride,
+        (const T*)a.up.data, a.up.stride, (T*)a.y);
   });
 }
 
 template <typename T>
 void backward(const SwiGluBackward& a) {
-  const bool wide = a.columns * sizeof(T) % 16 == 0 && aligned<T>(a.dy, a.dy_stride) &&
-                    aligned<T>(a.gate, a.gate_stride) && aligned<T>(a.up, a.up_stride) &&
+  const bool wide = a.columns * sizeof(T) % 16 == 0 && aligned<T>(a.dy) &&
+                    aligned<T>(a.gate) && aligned<T>(a.up) &&
                     aligned<T>(a.dgate, a.columns) && aligned<T>(a.dup, a.columns);
   by_width<T>(wide, [&](auto width) {
     launch<swiglu_backward_kernel<T, width()>>(
         "swiglu_backward", grid<width()>(a.rows, a.columns, a.blocks), dim3(THREADS),
-        SharedBytes<0>{}, (cudaStream_t)a.stream, a.rows, a.columns, (const T*)a.dy, a.dy_stride,
-        (const T*)a.gate, a.gate_stride, (const T*)a.up, a.up_stride, (T*)a.dgate, (T*)a.dup);
+        SharedBytes<0>{}, (cudaStream_t)a.stream, a.rows, a.columns, (const T*)a.dy.data,
+        a.dy.stride, (const T*)a.gate.data, a.gate.stride, (const T*)a.up.data, a.up.stride,
+        (T*)a.dgate, (T*)a.dup);
   });
 }
 

@@ -48,40 +48,40 @@ __device__ void for_each_pack(const T* row, int64_t columns, Body body) {
 // x exp(x).
 template <bool ENTROPY>
 struct Statistics {
-  float peak, total, weighted;
+  float row_max, row_sum, weighted_sum;
 
-  // The same sums relative to another peak, at least as large.
+  // The same sums relative to another maximum, at least as large.
   __device__ void raise(float higher, float scale) {
-    const float shift = (peak - higher) * scale;  // may be infinite, and then keeps nothing
+    const float shift = (row_max - higher) * scale;  // may be infinite, and then keeps nothing
     const float decay = ptx::exp2(shift * LOG2E);
-    total *= decay;
-    if (ENTROPY) weighted = total > 0.0f ? weighted * decay + shift * total : 0.0f;
-    peak = higher;
+    row_sum *= decay;
+    if (ENTROPY) weighted_sum = row_sum > 0.0f ? weighted_sum * decay + shift * row_sum : 0.0f;
+    row_max = higher;
   }
 
   template <typename T, int WIDTH>
   __device__ void add(const Pack<T, WIDTH>& logits, float scale) {
-    float higher = peak;
+    float higher = row_max;
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) higher = fmaxf(higher, logits[i]);
     raise(higher, scale);
-    float sum = 0.0f, weighted_sum = 0.0f;
+    float sum = 0.0f, weighted = 0.0f;
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-      // The peak itself gives exactly 1, so that no total is below 1 and no logprob above 0.
+      // The maximum itself gives exactly 1, so that no row_sum is below 1 and no logprob above 0.
       const float x = logits[i] - higher, e = ptx::exp2(x * (scale * LOG2E));
       sum += e;
-      if (ENTROPY) weighted_sum += e * x;
+      if (ENTROPY) weighted += e * x;
     }
-    total += sum;
-    if (ENTROPY) weighted += weighted_sum * scale;
+    row_sum += sum;
+    if (ENTROPY) weighted_sum += weighted * scale;
   }
 
   // Over all lanes, for each of them.
   __device__ void merge(float scale) {
-    raise(largest_of_lanes(peak, 1, 16), scale);
-    total = sum_of_lanes(total, 1, 16);
-    if (ENTROPY) weighted = sum_of_lanes(weighted, 1, 16);
+    raise(largest_of_lanes(row_max, 1, 16), scale);
+    row_sum = sum_of_lanes(row_sum, 1, 16);
+    if (ENTROPY) weighted_sum = sum_of_lanes(weighted_sum, 1, 16);
   }
 };
 
@@ -89,20 +89,20 @@ template <typename T, bool ENTROPY>
 __global__ void __launch_bounds__(32 * WARPS) token_logprob_kernel(TokenLogprob a) {
   const int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
   if (row >= a.rows) return;
-  const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+  const T* logits = static_cast<const T*>(a.logits.data) + row * a.logits.stride;
   const bool first_lane = threadIdx.x % 32 == 0;
   // What earlier tiles left counts in one lane.
-  Statistics<ENTROPY> statistics = {a.peak[row], first_lane ? a.total[row] : 0.0f,
-                                    ENTROPY && first_lane ? a.weighted[row] : 0.0f};
+  Statistics<ENTROPY> statistics = {a.row_max[row], first_lane ? a.row_sum[row] : 0.0f,
+                                    ENTROPY && first_lane ? a.weighted_sum[row] : 0.0f};
   for_each_pack(logits, a.columns,
                 [&](const auto& pack, int64_t) { statistics.add(pack, a.scale); });
   statistics.merge(a.scale);
   if (!first_lane) return;
-  a.peak[row] = statistics.peak;
-  a.total[row] = statistics.total;
-  if (ENTROPY) a.weighted[row] = statistics.weighted;
+  a.row_max[row] = statistics.row_max;
+  a.row_sum[row] = statistics.row_sum;
+  if (ENTROPY) a.weighted_sum[row] = statistics.weighted_sum;
   const int64_t column = a.targets[row] - a.first;
-  if (0 <= column && column < a.columns) a.chosen[row] = to_float(logits[column]);
+  if (0 <= column && column < a.columns) a.target_logit[row] = to_float(logits[column]);
 }
 
 // With g and h the upstream gradients of logprob and entropy, both over the temperature:
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     token_logprob_backward_kernel(TokenLogprobBackward a) {
   const int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
   if (row >= a.rows) return;
-  const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+  const T* logits = static_cast<const T*>(a.logits.data) + row * a.logits.stride;
   T* dlogits = static_cast<T*>(a.dlogits) + row * a.dlogits_stride;
   const int64_t target = a.targets[row] - a.first;
   const bool predicted = a.targets[row] >= 0;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(32 * WARPS)
   for_each_pack(logits, a.columns, [&](auto& pack, int64_t column) {
 #pragma unroll
     for (int i = 0; i < (int)(sizeof(pack) / sizeof(T)); ++i) {
-      // Rounded as the peak inside lse was: where one logit is all, its log p is then exactly 0.
+      // Rounded as the maximum inside lse was: where one logit is all, its log p is then exactly 0.
       const float log_p = __fmul_rn(pack[i], a.scale) - lse;
       float gradient = -ptx::exp2(log_p * LOG2E) * (ENTROPY ? g + h * (log_p + entropy) : g);
       if (column + i == target) gradient += g;
@@ -153,7 +153,7 @@ void run(const TokenLogprobBackward& a, dim3 grid) {
 
 template <typename T, typename Arguments>
 void with_entropy(const Arguments& a, bool entropy) {
-  check_rows<T>(a.logits, a.stride);
+  check_rows<T>(a.logits.data, a.logits.stride);
   const dim3 grid((unsigned)((a.rows + WARPS - 1) / WARPS));
   entropy ? run<T, true>(a, grid) : run<T, false>(a, grid);
 }
@@ -171,7 +171,7 @@ void with_dtype(const Arguments& a, bool entropy) {
 
 }  // namespace
 
-void token_logprob(const TokenLogprob& a) { with_dtype(a, a.weighted != nullptr); }
+void token_logprob(const TokenLogprob& a) { with_dtype(a, a.weighted_sum != nullptr); }
 void token_logprob_backward(const TokenLogprobBackward& a) { with_dtype(a, a.dentropy != nullptr); }
 
 }  // namespace llama2rt

@@ -111,6 +111,10 @@ template <typename T>
 bool aligned(const void* pointer, int64_t stride) {
   return (uintptr_t)pointer % 16 == 0 && stride * sizeof(T) % 16 == 0;
 }
+template <typename T>
+bool aligned(const Matrix& x) {
+  return aligned<T>(x.data, x.stride);
+}
 
 inline int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 

@@ -98,17 +98,17 @@ inline void fence_proxy_async(Site site = Site::here()) {
 
 // ---- Registers: as many as anyone likes ----
 template <int REGISTERS>
-void raise_registers() {
+void setmaxnreg_inc() {
   static_assert(REGISTERS >= 24 && REGISTERS <= 256 && REGISTERS % 8 == 0);
 }
 template <int REGISTERS>
-void lower_registers() {
-  raise_registers<REGISTERS>();
+void setmaxnreg_dec() {
+  setmaxnreg_inc<REGISTERS>();
 }
 template <int COUNT>
-void pin(float (&)[COUNT]) {}
+void warpgroup_fence(float (&)[COUNT]) {}
 template <int ROWS, int COLUMNS>
-void pin(uint32_t (&)[ROWS][COLUMNS]) {}
+void warpgroup_fence(uint32_t (&)[ROWS][COLUMNS]) {}
 
 // ---- wgmma ----
 inline uint64_t matrix_descriptor(const void* start, uint32_t leading, uint32_t stride) {

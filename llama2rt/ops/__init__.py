@@ -8,15 +8,9 @@ definition.
 
 from llama2rt.ops import flops
 from llama2rt.ops.backend import backends, checkpoint_context, use
-from llama2rt.ops.contract import (
-    add_rms_norm,
-    attention,
-    decode_attention,
-    rms_norm,
-    rope,
-    swiglu,
-    token_logprob,
-)
+from llama2rt.ops.contract.attention import attention, decode_attention
+from llama2rt.ops.contract.elementwise import add_rms_norm, rms_norm, rope, swiglu
+from llama2rt.ops.contract.token_logprob import token_logprob
 
 flops.register()
 

@@ -4,7 +4,7 @@ The choice is a plain module value rather than a context variable because `torch
 on the first and breaks the graph on the second. Public wrappers read it once per call (`resolve`)
 and hand it on as an op argument, so that backward runs on the backend its forward ran on.
 
-Left out: choice per op or per thread. Mixing backends is what `ops.use` around a region is for.
+There is no choice per op or per thread: `ops.use` around a region mixes backends.
 """
 
 import importlib
@@ -44,8 +44,8 @@ class _Backend:
     devices: tuple[str, ...] = ()
     """Device types whose tensors its kernels take."""
     dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES
-    guest: bool = False
-    """Whether ops it has no kernel for go to another backend's, rather than to torch calls."""
+    partial: bool = False
+    """Whether ops it has no kernel for go to a fallback's, rather than to torch calls."""
     unusable: str = ""
     """Why it cannot be used on this machine; "" if it can."""
 
@@ -61,7 +61,7 @@ def _load(name: str) -> _Backend:
         module.NATIVE,
         module.DEVICES,
         getattr(module, "DTYPES", NATIVE_DTYPES),
-        getattr(module, "GUEST", False),
+        getattr(module, "PARTIAL", False),
     )
 
 
@@ -126,9 +126,9 @@ def _has_own(op: str, name: str, dtype: torch.dtype) -> bool:
 
 
 def has_native(op: str, name: str, dtype: torch.dtype) -> bool:
-    """Whether backend `name`, or its host, has a function of its own for `op` in this dtype."""
-    if _backends[name].guest and not _has_own(op, name, dtype):
-        name = host(name)
+    """Whether backend `name`, or its fallback, has a function of its own for `op` in this dtype."""
+    if _backends[name].partial and not _has_own(op, name, dtype):
+        name = fallback(name)
     return _has_own(op, name, dtype)
 
 
@@ -138,8 +138,8 @@ def implementation(op: str, name: str, dtype: torch.dtype) -> Callable:
         return getattr(reference, op)
     if _has_own(op, name, dtype):
         return _backends[name].native[op]
-    if _backends[name].guest:
-        return implementation(op, host(name), dtype)
+    if _backends[name].partial:
+        return implementation(op, fallback(name), dtype)
     return getattr(composed, op)
 
 
@@ -154,9 +154,9 @@ def needs_dispatcher(*arguments: object) -> bool:
     )
 
 
-def host(guest: str) -> str:
-    """The backend that runs what `guest` has no kernel for: the one without it."""
-    device = _backends[guest].devices[0]
+def fallback(partial: str) -> str:
+    """The backend that runs what `partial` has no kernel for: the one chosen without it."""
+    device = _backends[partial].devices[0]
     return next(name for name in PREFERENCE[device] if not _why_not(name, device))
 
 

@@ -21,6 +21,7 @@ from llama2rt.ops.reference import (  # what torch calls do no better elsewhere
     swiglu,
     swiglu_backward,
 )
+from llama2rt.ops.tensors import empty_like, wide_dtype, zeros_like
 
 __all__ = [
     "add_rms_norm",
@@ -51,7 +52,7 @@ def decode_attention(
     page, kv_heads = k_cache.shape[1:3]
     longest = int(lengths.max()) if rows else 0
     if longest == 0:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+        return zeros_like(q)
     pages = block_table[:, : -(-longest // page)]
     # Table entries past a sequence's end may hold anything; page 0 stands in for them.
     used = torch.arange(pages.shape[1], device=q.device) * page < lengths[:, None]
@@ -60,7 +61,7 @@ def decode_attention(
         cache.index_select(0, pages).view(rows, -1, kv_heads, dim).transpose(1, 2)
         for cache in (k_cache, v_cache)
     )
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
     scores = (grouped @ k.transpose(2, 3)).to(wide).mul_(scale)
     hidden = torch.arange(k.shape[2], device=q.device) >= lengths[:, None]
@@ -92,10 +93,10 @@ def token_logprob(
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     if hidden.device.type == "cpu":
         check_targets(targets, vocabulary)
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    # The chosen logit is read from the tile that its log-sum-exp is made of: a logit rounded any
+    wide = wide_dtype(hidden)
+    # The target's logit is read from the tile that its log-sum-exp is made of: a logit rounded any
     # other way could exceed it, and give a positive log-probability.
-    chosen = torch.zeros(tokens, dtype=wide, device=hidden.device)
+    target_logit = torch.zeros(tokens, dtype=wide, device=hidden.device)
     columns = tiles(vocabulary, COLUMNS)
     sums = torch.empty(len(columns), tokens, dtype=wide, device=hidden.device)
     entropies = torch.empty_like(sums) if entropy else sums
@@ -106,20 +107,20 @@ def token_logprob(
             local = targets[rows].long() - part.start
             inside = (local >= 0) & (local < logits.shape[1])
             picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-            chosen[rows] += torch.where(inside, picked, 0.0)
+            target_logit[rows] += torch.where(inside, picked, 0.0)
             if entropy:
                 log_p = logits.sub_(sums[number, rows, None])
                 entropies[number, rows] = log_p.exp().mul_(log_p).sum(-1).neg_()
     lse = sums.logsumexp(0)
     predicted = targets >= 0
-    logprob = torch.where(predicted, chosen - lse, 0.0)
+    logprob = torch.where(predicted, target_logit - lse, 0.0)
     if not entropy:
         return logprob, logprob.new_empty(0), lse
     # That of the choice of a tile and of the choices inside it: terms that are never below 0, where
     # lse less the mean logit would lose its digits for a nearly certain token.
     log_share = sums - lse
-    spread = (log_share.exp() * (entropies - log_share)).sum(0)
-    return logprob, torch.where(predicted, spread, 0.0), lse
+    all_entropy = (log_share.exp() * (entropies - log_share)).sum(0)
+    return logprob, torch.where(predicted, all_entropy, 0.0), lse
 
 
 def token_logprob_backward(
@@ -135,18 +136,18 @@ def token_logprob_backward(
     predicted = targets >= 0
     upstream = torch.where(predicted, dlogprob, 0.0)[:, None] / temperature
     if dentropy is not None:
-        spread = torch.where(predicted, dentropy, 0.0)[:, None] / temperature
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        entropy_upstream = torch.where(predicted, dentropy, 0.0)[:, None] / temperature
+    dweight = empty_like(weight)
     dhidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
     for part in tiles(weight.shape[0], COLUMNS):
         # fp32 sums over row tiles, but for one slice of the vocabulary at a time
-        accumulated = torch.zeros(weight[part].shape, dtype=lse.dtype, device=hidden.device)
+        acc = torch.zeros(weight[part].shape, dtype=lse.dtype, device=hidden.device)
         for rows in tiles(hidden.shape[0], ROWS):
             log_p = _tile_logits(hidden[rows], weight[part], temperature, lse.dtype)
             log_p -= lse[rows, None]
             if dentropy is not None and entropy is not None:
                 dlogits = log_p.exp()
-                dlogits *= -upstream[rows] - spread[rows] * (log_p + entropy[rows, None])
+                dlogits *= -upstream[rows] - entropy_upstream[rows] * (log_p + entropy[rows, None])
             else:
                 dlogits = log_p.exp_().mul_(-upstream[rows])
             local = targets[rows].long() - part.start
@@ -156,9 +157,9 @@ def token_logprob_backward(
             dlogits = dlogits.to(hidden.dtype)
             if dlogits.dtype == lse.dtype:
                 dhidden[rows].addmm_(dlogits, weight[part])
-                accumulated.addmm_(dlogits.T, hidden[rows])
+                acc.addmm_(dlogits.T, hidden[rows])
             else:
                 dhidden[rows] += torch.mm(dlogits, weight[part])
-                accumulated += torch.mm(dlogits.T, hidden[rows])
-        dweight[part] = accumulated
+                acc += torch.mm(dlogits.T, hidden[rows])
+        dweight[part] = acc
     return dhidden.to(hidden.dtype), dweight

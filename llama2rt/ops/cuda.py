@@ -29,9 +29,6 @@ DEVICES = ("cuda",)
 class _Gpu:
     native = _cuda
 
-    def address(self, x: Tensor | None) -> int:
-        return 0 if x is None else x.data_ptr()
-
     def stream(self, x: Tensor) -> tuple[int, int]:
         return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
 

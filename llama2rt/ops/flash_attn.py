@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2rt.ops.tensors import empty_like, zeros_like
+
 INTERFACE = "flash_attn_interface.py"
 CALLED = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward", "flash_attn_with_kvcache")
 
@@ -60,7 +62,7 @@ if torch.version.cuda is None:
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
-GUEST = True
+PARTIAL = True
 HEAD_DIM = 256  # the widest it has kernels for
 PAGE = 256  # its pages are multiples of this
 
@@ -74,7 +76,7 @@ def _otherwise(op: str, x: Tensor) -> Callable:
     """What runs `op` where flash-attn does not take the arguments."""
     from llama2rt.ops import backend  # which imports this module
 
-    return backend.implementation(op, backend.host("flash_attn"), x.dtype)
+    return backend.implementation(op, backend.fallback("flash_attn"), x.dtype)
 
 
 def _readable(x: Tensor) -> bool:
@@ -138,7 +140,7 @@ def attention(
     if not _takes(q, scale):
         return _otherwise("attention", q)(q, k, v, cu_q, cu_k, max_seqlen, causal, scale)
     if q.numel() == 0 or k.numel() == 0:
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        out = zeros_like(q)
         return out, q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
     out, lse, *_ = _interface()._flash_attn_varlen_forward(
         _padded(q),
@@ -172,11 +174,11 @@ def attention_backward(
             dout, q, k, v, out, lse, cu_q, cu_k, max_seqlen, causal, scale
         )
     if q.numel() == 0 or k.numel() == 0:
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (zeros_like(x) for x in (q, k, v))
         return dq, dk, dv
     dim = q.shape[2]
     dout, q, k, v, out = (_padded(x) for x in (dout, q, k, v, out))
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    gradients = [empty_like(x) for x in (q, k, v)]
     _interface()._flash_attn_varlen_backward(
         dout,
         q,
@@ -205,7 +207,7 @@ def decode_attention(
     ):
         return _otherwise("decode_attention", q)(q, k_cache, v_cache, block_table, lengths, scale)
     if q.numel() == 0 or block_table.numel() == 0:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+        return zeros_like(q)
     out = _interface().flash_attn_with_kvcache(
         _padded(q)[:, None],
         k_cache,

@@ -78,7 +78,7 @@ def _token_logprob_backward(
     return 3 * 2 * hidden.shape[0] * weight.numel()
 
 
-def _token_logprob_parked_backward(dweight: Tensor, tile: Tensor, *rest: Any, **_: Any) -> int:
+def _token_logprob_stashed_backward(dweight: Tensor, tile: Tensor, *rest: Any, **_: Any) -> int:
     """Logits again where the gradient of weight had no room for them, beyond D tokens (the tile
     that backward works in holds a few more, which is not counted off)."""
     _dlogprob, _dentropy, hidden, weight, *_settings = rest
@@ -103,8 +103,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "decode_attention": _decode_attention,
     "token_logprob": _token_logprob,
     "token_logprob_backward": _token_logprob_backward,
-    "token_logprob_parked": _token_logprob,
-    "token_logprob_parked_backward": _token_logprob_parked_backward,
+    "token_logprob_stashed": _token_logprob,
+    "token_logprob_stashed_backward": _token_logprob_stashed_backward,
     FEW_ROWS: _few_rows_linear,
 }
 

@@ -7,7 +7,7 @@ and uses a tile inside one kernel, and has no use for this.
 
 Backward needs every logit again, and making it again is a fourth product beside the three that the
 mathematics asks for. Keeping the logits would cost the memory this op exists to save, with two
-exceptions, `Parking`: memory that backward needs anyway may hold logits from forward on. The
+exceptions, `Stash`: memory that backward needs anyway may hold logits from forward on. The
 gradient of `weight`, V x D elements: forward leaves in each slice of it as many of the slice's own
 logits as fit, D of T columns, and backward takes them out just before it writes the slice. And the
 tile in which backward works: it holds its first tile's logits. So up to D tokens make no logit
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llama2rt.ops.composed import tiles
+from llama2rt.ops.tensors import empty_like
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,22 @@ CPU = Tiles(rows=2048, columns=2560)
 
 
 class Statistics(NamedTuple):
-    """Of rows over the tiles so far, fp32 [rows]; x is (logit - peak) * scale."""
+    """Of rows over the tiles so far, fp32 [rows]; x is (logit - row_max) * scale."""
 
-    peak: Tensor
+    row_max: Tensor
     """The largest logit."""
-    total: Tensor
+    row_sum: Tensor
     """The sum of exp(x)."""
-    weighted: Tensor | None
+    weighted_sum: Tensor | None
     """The sum of x exp(x), where the entropy is wanted."""
-    chosen: Tensor
+    target_logit: Tensor
     """The logit of the target, once it was met."""
 
     def of(self, rows: slice) -> "Statistics":
-        weighted = None if self.weighted is None else self.weighted[rows]
-        return Statistics(self.peak[rows], self.total[rows], weighted, self.chosen[rows])
+        weighted_sum = None if self.weighted_sum is None else self.weighted_sum[rows]
+        return Statistics(
+            self.row_max[rows], self.row_sum[rows], weighted_sum, self.target_logit[rows]
+        )
 
 
 class Upstream(NamedTuple):
@@ -93,14 +96,14 @@ class Kernels(Protocol):
     def weight_gradient(self, out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         """out = dlogits.T @ hidden, contiguous, in their dtype, rounded once."""
 
-    def add_weight_gradient(self, total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-        """total (fp32, contiguous) += dlogits.T @ hidden."""
+    def add_weight_gradient(self, acc: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        """acc (fp32, contiguous) += dlogits.T @ hidden."""
 
-    def add_hidden_gradient(self, total: Tensor, dlogits: Tensor, weight: Tensor) -> None:
-        """total (fp32, contiguous) += dlogits @ weight."""
+    def add_hidden_gradient(self, acc: Tensor, dlogits: Tensor, weight: Tensor) -> None:
+        """acc (fp32, contiguous) += dlogits @ weight."""
 
 
-class Parking(NamedTuple):
+class Stash(NamedTuple):
     """Memory of backward's that holds logits before."""
 
     dweight: Tensor
@@ -109,10 +112,10 @@ class Parking(NamedTuple):
     """[rows, columns] of a tile, or [0, 0] where dweight has room for all logits."""
 
     @staticmethod
-    def empty(hidden: Tensor, weight: Tensor, size: Tiles) -> "Parking":
+    def empty(hidden: Tensor, weight: Tensor, size: Tiles) -> "Stash":
         tokens, dim = hidden.shape
-        return Parking(
-            torch.empty_like(weight, memory_format=torch.contiguous_format),
+        return Stash(
+            empty_like(weight),
             _tile(hidden, weight, size) if tokens > dim else hidden.new_empty(0, 0),
         )
 
@@ -127,22 +130,22 @@ class Parking(NamedTuple):
         return memory.as_strided((tokens, min(width, stride)), (stride, 1))[rows]
 
 
-def _tile(hidden: Tensor, weight: Tensor, size: Tiles, parking: Parking | None = None) -> Tensor:
-    """The parked tile, or memory for one of [rows, columns], each row beginning on 32 bytes."""
-    if parking is not None and parking.tile.numel() > 0:
-        return parking.tile
+def _tile(hidden: Tensor, weight: Tensor, size: Tiles, stash: Stash | None = None) -> Tensor:
+    """The stashed tile, or memory for one of [rows, columns], each row beginning on 32 bytes."""
+    if stash is not None and stash.tile.numel() > 0:
+        return stash.tile
     columns = min(weight.shape[0], size.columns)
     return hidden.new_empty(min(hidden.shape[0], size.rows), -(-columns // 16) * 16)
 
 
-def _pieces(
-    part: slice, rows: slice, tokens: int, parking: Parking | None
+def _spans(
+    part: slice, rows: slice, tokens: int, stash: Stash | None
 ) -> list[tuple[slice, Tensor | None]]:
-    """(columns of a tile, memory where their logits are parked): those that are, and the others."""
-    parked = None if parking is None else parking.logits(rows, part, tokens)
-    first = part.start + (0 if parked is None else parked.shape[1])
-    pieces = [(slice(part.start, first), parked), (slice(first, part.stop), None)]
-    return [piece for piece in pieces if piece[0].start < piece[0].stop]
+    """(columns of a tile, memory with their stashed logits): those that have it, and the others."""
+    stashed = None if stash is None else stash.logits(rows, part, tokens)
+    first = part.start + (0 if stashed is None else stashed.shape[1])
+    spans = [(slice(part.start, first), stashed), (slice(first, part.stop), None)]
+    return [span for span in spans if span[0].start < span[0].stop]
 
 
 def forward(
@@ -153,21 +156,21 @@ def forward(
     targets: Tensor,
     temperature: float,
     entropy: bool,
-    parking: Parking | None = None,
+    stash: Stash | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [T, D], weight [V, D] -> (logprob [T] fp32, entropy [T] or [0], log-sum-exp [T]).
 
-    parking is for a backward over tiles of the same size.
+    stash is for a backward over tiles of the same size.
     A target that is in no tile, being at least V, has a log-probability of NaN.
     """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     hidden, targets = hidden.contiguous(), targets.long().contiguous()
-    peak, total, weighted, chosen = hidden.new_zeros(4, tokens, dtype=torch.float32)
-    peak.fill_(torch.finfo(torch.float32).min)
-    chosen.fill_(torch.nan)
-    statistics = Statistics(peak, total, weighted if entropy else None, chosen)
+    row_max, row_sum, weighted_sum, target_logit = hidden.new_zeros(4, tokens, dtype=torch.float32)
+    row_max.fill_(torch.finfo(torch.float32).min)
+    target_logit.fill_(torch.nan)
+    statistics = Statistics(row_max, row_sum, weighted_sum if entropy else None, target_logit)
     scale = 1 / temperature
-    tile = _tile(hidden, weight, size, parking)
+    tile = _tile(hidden, weight, size, stash)
     # From the last tile to the first, which stays where all others were before.
     for rows in reversed(tiles(tokens, size.rows)):
         rows_hidden, rows_targets = hidden[rows], targets[rows]
@@ -175,21 +178,21 @@ def forward(
         rows_tile = tile[: rows.stop - rows.start]
         # All views before the first product: between products they cost what its sweep through the
         # caches makes of them, a hundredth of the whole.
-        pieces = []
+        spans = []
         for part in reversed(tiles(vocabulary, size.columns)):
-            for columns, logits in _pieces(part, rows, tokens, parking):
+            for columns, logits in _spans(part, rows, tokens, stash):
                 if logits is None:
                     logits = rows_tile[:, : columns.stop - columns.start]
-                pieces.append((weight[columns].T, logits, columns.start))
-        for columns_weight, logits, first in pieces:
+                spans.append((weight[columns].T, logits, columns.start))
+        for columns_weight, logits, first in spans:
             torch.mm(rows_hidden, columns_weight, out=logits)
             kernels.fold(logits, rows_targets, first, scale, rows_statistics)
-    predicted, log_total = targets >= 0, total.log()
-    logprob = torch.where(predicted, (chosen - peak) * scale - log_total, 0.0)
-    lse = log_total + peak * scale
+    predicted, log_sum = targets >= 0, row_sum.log()
+    logprob = torch.where(predicted, (target_logit - row_max) * scale - log_sum, 0.0)
+    lse = log_sum + row_max * scale
     if not entropy:
         return logprob, logprob.new_empty(0), lse
-    return logprob, torch.where(predicted, log_total - weighted / total, 0.0), lse
+    return logprob, torch.where(predicted, log_sum - weighted_sum / row_sum, 0.0), lse
 
 
 def backward(
@@ -203,9 +206,9 @@ def backward(
     lse: Tensor,
     entropy: Tensor | None,
     temperature: float,
-    parking: Parking | None = None,
+    stash: Stash | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of hidden, gradient of weight). parking as forward left it; its dweight becomes the
+    """(gradient of hidden, gradient of weight). stash as forward left it; its dweight becomes the
     latter, its tile is overwritten."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     hidden, targets = hidden.contiguous(), targets.long().contiguous()
@@ -216,21 +219,21 @@ def backward(
         None if entropy is None else entropy.contiguous(),
     )
     dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    if parking is None:
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if stash is None:
+        dweight = empty_like(weight)
     else:
-        dweight = parking.dweight
-    tile = _tile(hidden, weight, size, parking)
+        dweight = stash.dweight
+    tile = _tile(hidden, weight, size, stash)
     one_tile = 0 < tokens <= size.rows
     for part in tiles(vocabulary, size.columns):
         part_weight = weight[part]
         # One tile of rows gives the weight gradient at once; over several it is summed in fp32.
-        accumulated = None if one_tile else weight.new_zeros(part_weight.shape, dtype=torch.float32)
+        acc = None if one_tile else weight.new_zeros(part_weight.shape, dtype=torch.float32)
         for rows in tiles(tokens, size.rows):
             rows_hidden, rows_targets = hidden[rows], targets[rows]
             rows_upstream = upstream.of(rows)
             dlogits = tile[: rows.stop - rows.start, : part.stop - part.start]
-            for columns, logits in _pieces(part, rows, tokens, parking):
+            for columns, logits in _spans(part, rows, tokens, stash):
                 first = columns.start
                 out = dlogits[:, first - part.start : columns.stop - part.start]
                 if logits is None:
@@ -239,10 +242,10 @@ def backward(
                     logits, out, rows_targets, first, 1 / temperature, rows_upstream
                 )
             kernels.add_hidden_gradient(dhidden[rows], dlogits, part_weight)
-            if accumulated is None:
+            if acc is None:
                 kernels.weight_gradient(dweight[part], dlogits, rows_hidden)
             else:
-                kernels.add_weight_gradient(accumulated, dlogits, rows_hidden)
-        if accumulated is not None:
-            dweight[part] = accumulated
+                kernels.add_weight_gradient(acc, dlogits, rows_hidden)
+        if acc is not None:
+            dweight[part] = acc
     return dhidden.to(hidden.dtype), dweight

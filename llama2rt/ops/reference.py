@@ -10,9 +10,11 @@ import itertools
 import torch
 from torch import Tensor
 
+from llama2rt.ops.tensors import wide_dtype, zeros_like
+
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(tensors[0])
     return [tensor.to(dtype) for tensor in tensors]
 
 
@@ -142,7 +144,7 @@ def attention(
     group = q.shape[1] // k.shape[1]
     wq, wk, wv = _wide(q, k, v)
     wk, wv = wk.repeat_interleave(group, 1), wv.repeat_interleave(group, 1)
-    out = torch.zeros_like(wq, memory_format=torch.contiguous_format)
+    out = zeros_like(wq)
     lse = wq.new_full((q.shape[1], q.shape[0]), -torch.inf)
     for rows, keys in _documents(q, k, cu_q, cu_k):
         scores = _scores(wq[rows], wk[keys], causal, scale)
@@ -169,7 +171,7 @@ def attention_backward(
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     d, wq, wk, wv, wo = _wide(dout, q, k, v, out)
     wk, wv = wk.repeat_interleave(group, 1), wv.repeat_interleave(group, 1)
-    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (wq, wk, wv))
+    dq, dk, dv = (zeros_like(t) for t in (wq, wk, wv))
     delta = (d * wo).sum(-1).T
     for rows, keys in _documents(q, k, cu_q, cu_k):
         scores = _scores(wq[rows], wk[keys], causal, scale)
@@ -192,7 +194,7 @@ def decode_attention(
     scale: float,
 ) -> Tensor:
     group = q.shape[1] // k_cache.shape[2]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = zeros_like(q)
     page = k_cache.shape[1]
     for row, length in enumerate(lengths.tolist()):
         pages = block_table[row, : -(-length // page)].long()

@@ -20,22 +20,27 @@ if find_spec("triton") is None:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
-# Op -> the file of llama2rt.kernels that holds it, with its gradient.
+# Op -> the file of llama2rt.kernels that holds it.
 _FILES = {
     "rms_norm": "rms_norm",
+    "rms_norm_backward": "rms_norm",
     "add_rms_norm": "rms_norm",
+    "add_rms_norm_backward": "rms_norm",
     "swiglu": "swiglu",
+    "swiglu_backward": "swiglu",
     "rope": "rope",
+    "rope_backward": "rope",
     "token_logprob": "token_logprob",
+    "token_logprob_backward": "token_logprob_backward",
     "attention": "attention",
+    "attention_backward": "attention_backward",
     "decode_attention": "decode_attention",
 }
 
 
 @functools.cache
 def _kernel(op: str) -> Callable:
-    file = _FILES[op.removesuffix("_backward")]
-    return getattr(importlib.import_module(f"llama2rt.kernels.{file}"), op)
+    return getattr(importlib.import_module(f"llama2rt.kernels.{_FILES[op]}"), op)
 
 
 def _when_called(op: str) -> Callable:
@@ -45,11 +50,7 @@ def _when_called(op: str) -> Callable:
     return run
 
 
-NATIVE: dict[str, Callable] = {
-    op: _when_called(op)
-    for name in _FILES
-    for op in ((name,) if name == "decode_attention" else (name, f"{name}_backward"))
-}
+NATIVE: dict[str, Callable] = {op: _when_called(op) for op in _FILES}
 
 
 def __getattr__(name: str) -> Any:

@@ -73,26 +73,29 @@ def build(name: str) -> ModuleType:
 
 
 class Checked:
-    """A module of emulated kernels, told before each call which memory the call handed over."""
+    """A module of emulated kernels, told before each call which memory the call hands over."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
-        self.buffers: list[tuple[int, int]] = []
 
-    def hand_over(self, x: Tensor) -> int:
-        """x's address, which the next call may touch from its first element to its last."""
-        if x.numel():
-            last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-            self.buffers.append((x.data_ptr(), (last + 1) * x.element_size()))
-        return x.data_ptr()
+    def hand_over(self, arguments: tuple) -> None:
+        """The next call may touch the tensors of `arguments`, each from its first element to its
+        last."""
+        buffers = []
+        for x in arguments:
+            if isinstance(x, Tensor) and x.numel():
+                last = sum(
+                    (size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)
+                )
+                buffers.append((x.data_ptr(), (last + 1) * x.element_size()))
+        self.module.set_buffers(buffers)
+        self.module.set_os_threads(torch.get_num_threads())
 
     def __getattr__(self, name: str) -> Callable:
         kernel = getattr(self.module, name)
 
         def call(*arguments: object) -> object:
-            self.module.set_buffers(self.buffers)
-            self.module.set_os_threads(torch.get_num_threads())
-            self.buffers.clear()
+            self.hand_over(arguments)
             return kernel(*arguments)
 
         return call
@@ -103,9 +106,6 @@ class Emulated:
 
     def __init__(self, module: ModuleType) -> None:
         self.native = Checked(module)
-
-    def address(self, x: Tensor | None) -> int:
-        return 0 if x is None else self.native.hand_over(x)
 
     def stream(self, x: Tensor) -> tuple[int, int]:
         return 0, 0

@@ -13,8 +13,9 @@ from strides import columns_first
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from llama2rt import ops
-from llama2rt.kernels import attention as kernels
+from llama2rt.kernels import attention, attention_backward
 from llama2rt.ops import reference
+from llama2rt.ops import triton as kernels
 
 pytestmark = pytest.mark.usefixtures("interpreted", "poisoned")
 
@@ -24,16 +25,20 @@ RAGGED = [1, 2, 0, 17, 113]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles to a document of 113 tokens, full ones and cut ones; rows and keys differ."""
-    for name, rows, keys in (("FORWARD", 64, 32), ("DQ", 32, 64), ("DKDV", 64, 32)):
-        launch = kernels.Launch(rows, keys, 4, 1)
-        monkeypatch.setattr(kernels, name, {80: dict.fromkeys((64, 128, 256), launch)})
-    exact = dict.fromkeys((64, 128, 256), kernels.Launch(32, 64, 4, 1))
-    monkeypatch.setattr(kernels, "EXACT", exact)
+    for module, name, rows, keys in (
+        (attention, "FORWARD", 64, 32),
+        (attention_backward, "DQ", 32, 64),
+        (attention_backward, "DKDV", 64, 32),
+    ):
+        launch = attention.Launch(rows, keys, 4, 1)
+        monkeypatch.setattr(module, name, {80: dict.fromkeys((64, 128, 256), launch)})
+    exact = dict.fromkeys((64, 128, 256), attention.Launch(32, 64, 4, 1))
+    monkeypatch.setattr(attention, "EXACT", exact)
 
 
 def check(heads, kv_heads, dim, dtype, seed, *, queries=RAGGED, kind="normal", **case):
-    # The interpreter rounds the product in exp2(scores * scale - peak), which a GPU fuses with the
-    # subtraction: in fp32 that shows where scores are large, so there only v has heavy columns.
+    # The interpreter rounds the product in exp2(scores * scale - row_max), which a GPU fuses with
+    # the subtraction: in fp32 that shows where scores are large, so there only v has heavy columns.
     exact_tail = (kind, dtype) == ("tail", torch.float32)
     attention_cases.check(
         *(kernels, heads, kv_heads, dim, dtype, seed),
@@ -121,7 +126,7 @@ def test_sections_cover_every_key_head():
     """Programs are numbered section by section; the last section may be narrower."""
     q = torch.randn(40, 7, 64)
     longest = 2**16 // 2 // (2 * 64 * 4) // 3  # three key heads to a section
-    assert kernels._section(q, longest, 7, 7) == 3
+    assert attention.section_for(q, longest, 7, 7) == 3
     cu = offsets([40])
     out, _ = kernels.attention(q, q, q, cu, cu, longest, True, 0.125)
     expected, _ = reference.attention(q, q, q, cu, cu, 0, True, 0.125)

@@ -14,17 +14,28 @@ from triton.runtime.interpreter import GridExecutor
 
 from llama2rt.kernels import (
     attention,
+    attention_backward,
     decode_attention,
     launch_options,
     rms_norm,
     rope,
     swiglu,
     token_logprob,
+    token_logprob_backward,
 )
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
-MODULES = (attention, decode_attention, rms_norm, rope, swiglu, token_logprob)
+MODULES = (
+    attention,
+    attention_backward,
+    decode_attention,
+    rms_norm,
+    rope,
+    swiglu,
+    token_logprob,
+    token_logprob_backward,
+)
 
 
 @pytest.fixture
@@ -52,12 +63,12 @@ def launch_everything() -> None:
     offsets = torch.tensor([0, 3], dtype=torch.int32)
     rest = (offsets, offsets, 3, True, 0.25)
     out, lse = attention.attention(heads, heads, heads, *rest)
-    attention.attention_backward(out, heads, heads, heads, out, lse, *rest)
+    attention_backward.attention_backward(out, heads, heads, heads, out, lse, *rest)
     pages, table = torch.ones(64, 16, 2, 16), torch.zeros(1, 64, dtype=torch.int32)
     decode_attention.decode_attention(heads[:1], pages, pages, table, table[:, 0], 0.25)
     targets = torch.zeros(3, dtype=torch.int64)
     logprob, _, lse = token_logprob.token_logprob(x, x, targets, 1.0, False)
-    token_logprob.token_logprob_backward(logprob, None, x, x, targets, lse, None, 1.0)
+    token_logprob_backward.token_logprob_backward(logprob, None, x, x, targets, lse, None, 1.0)
 
 
 def test_every_launch_has_every_option(launches):

@@ -12,8 +12,9 @@ from strides import STRIDES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from llama2rt.kernels import token_logprob as kernels
+from llama2rt.kernels import logits_tile, token_logprob, token_logprob_backward
 from llama2rt.ops import reference
+from llama2rt.ops import triton as kernels
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted", "poisoned"),
@@ -22,19 +23,19 @@ pytestmark = [
 ]
 
 SMALL = {
-    80: kernels.Launch(32, 128, 64, warps=4, stages=2, group=2),
-    90: kernels.Launch(32, 128, 64, warps=4, stages=2, group=2, persistent=True, tma=True),
+    80: logits_tile.Launch(32, 128, 64, warps=4, stages=2, group=2),
+    90: logits_tile.Launch(32, 128, 64, warps=4, stages=2, group=2, persistent=True, tma=True),
 }
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
 def small_tiles(request, monkeypatch):
     """Several tiles, slices and parts in shapes that the interpreter can do."""
-    for table in (kernels.FORWARD, kernels.BACKWARD):
+    for table in (token_logprob.FORWARD, token_logprob_backward.BACKWARD):
         monkeypatch.setitem(table, 80, SMALL[request.param])
-    monkeypatch.setattr(kernels, "SMALL", SMALL[80])
-    monkeypatch.setattr(kernels, "SLICE", 160)
-    monkeypatch.setattr(kernels, "PART", 1)
+    monkeypatch.setattr(logits_tile, "SMALL", SMALL[80])
+    monkeypatch.setattr(token_logprob_backward, "SLICE", 160)
+    monkeypatch.setattr(token_logprob_backward, "PART", 1)
 
 
 # One tile; a depth TMA cannot read; slices of one, three and an odd number of tiles. Inputs that
@@ -50,7 +51,7 @@ def test_numerics(shape, kind, dtype, small_tiles, seed):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_shipped_settings(architecture, monkeypatch, seed):
-    monkeypatch.setattr(kernels, "architecture", lambda x: architecture)
+    monkeypatch.setattr(logits_tile, "architecture", lambda x: architecture)
     check(kernels, 131, 72, 300, "normal", torch.bfloat16, 1.0, seed)
 
 

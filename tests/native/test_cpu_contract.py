@@ -54,19 +54,19 @@ def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambd
             cpu.token_logprob_backward,
             (dlogprob, dentropy, x, output, targets, lse, entropy, 0.7),
         ),
-        (parked_logprob, (dlogprob, dentropy, x, output, targets)),
+        (stashed_logprob, (dlogprob, dentropy, x, output, targets)),
         (cpu.linear, (x, output)),
         (cpu.weight_gradient, (residual, x)),
     ]
 
 
-def parked_logprob(
+def stashed_logprob(
     dlogprob: Tensor, dentropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> tuple[Tensor, ...]:
     """The two calls that share the memory of the gradient of weight, as one."""
     inputs = hidden, weight, targets
-    logprob, entropy, lse, dweight, tile = cpu.token_logprob_parked(*inputs, 0.7, True)
-    dhidden = cpu.token_logprob_parked_backward(
+    logprob, entropy, lse, dweight, tile = cpu.token_logprob_stashed(*inputs, 0.7, True)
+    dhidden = cpu.token_logprob_stashed_backward(
         dweight, tile, dlogprob, dentropy, *inputs, lse, entropy, 0.7
     )
     return logprob, entropy, lse, dhidden, dweight

@@ -170,7 +170,7 @@ def test_decode_attention(heads, kv_heads, dim, scale, dtype, seed):
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "small", "tail"])
 @pytest.mark.parametrize(
-    ("shape", "tiling", "parked_columns"),
+    ("shape", "tiling", "stashed_columns"),
     [
         ((33, 8, 2), (32, 64), None),
         ((64, 5, 65), (32, 64), 64 + 0),
@@ -183,10 +183,12 @@ def test_decode_attention(heads, kv_heads, dim, scale, dtype, seed):
     ],
     ids=str,
 )
-def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype, seed, monkeypatch):
-    """Several tiles of rows and of columns, each with a remainder; with some or all logits parked
+def test_token_logprob(
+    shape, tiling, stashed_columns, kind, with_entropy, dtype, seed, monkeypatch
+):
+    """Several tiles of rows and of columns, each with a remainder; with some or all logits stashed
     in the gradient of weight and in a tile (of the first rows; counted here), the others formed
-    in that tile before, or (None) no parking at all."""
+    in that tile before, or (None) no stash at all."""
     size = logprob_tiles.Tiles(*tiling)
     monkeypatch.setattr(logprob_tiles, "CPU", size)
     tokens, dim, vocabulary = shape
@@ -202,16 +204,16 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     dentropy = draw((tokens,), torch.float32, "normal", seed + 3) if with_entropy else None
 
     forward = (hidden, weight, targets, temperature, with_entropy)
-    if parked_columns is None:
+    if stashed_columns is None:
         logprob, entropy, lse = cpu.token_logprob(*forward)
     else:
-        logprob, entropy, lse, *memories = cpu.token_logprob_parked(*forward)
-        parking = logprob_tiles.Parking(*memories)
+        logprob, entropy, lse, *memories = cpu.token_logprob_stashed(*forward)
+        stash = logprob_tiles.Stash(*memories)
         rows = slice(0, min(tokens, size.rows))
         kept = (
-            parking.logits(rows, part, tokens) for part in composed.tiles(vocabulary, size.columns)
+            stash.logits(rows, part, tokens) for part in composed.tiles(vocabulary, size.columns)
         )
-        assert sum(logits.shape[1] for logits in kept) == parked_columns
+        assert sum(logits.shape[1] for logits in kept) == stashed_columns
     inputs = (*wide(hidden, weight), targets)
     exact, exact_entropy, exact_lse = reference.token_logprob(*inputs, temperature, with_entropy)
     leaves = leaves_of(hidden, weight)
@@ -221,12 +223,12 @@ def test_token_logprob(shape, tiling, parked_columns, kind, with_entropy, dtype,
     if with_entropy:
         judge("entropy", entropy, exact_entropy, their_entropy.detach())
 
-    spread = entropy if with_entropy else None
-    backward = (dlogprob, dentropy, hidden, weight, targets, lse, spread, temperature)
-    if parked_columns is None:
+    entropies = entropy if with_entropy else None
+    backward = (dlogprob, dentropy, hidden, weight, targets, lse, entropies, temperature)
+    if stashed_columns is None:
         ours = cpu.token_logprob_backward(*backward)
     else:
-        ours = cpu.token_logprob_parked_backward(*parking, *backward), parking.dweight
+        ours = cpu.token_logprob_stashed_backward(*stash, *backward), stash.dweight
     expected = reference.token_logprob_backward(
         dlogprob.double(),
         dentropy.double() if with_entropy else None,

@@ -123,7 +123,7 @@ def test_what_it_does_not_take_runs_elsewhere(reason, calls):
     q = torch.randn(5, 2, dim, dtype=dtype, requires_grad=True)
     scale = -0.3 if reason == "negative scale" else 0.3
     results = []
-    for name in ("flash_attn", backend.host("flash_attn")):
+    for name in ("flash_attn", backend.fallback("flash_attn")):
         with ops.use(name):
             out = ops.attention(q, q, q, offsets([2, 3]), scale=scale)
         results.append((out, *torch.autograd.grad(out.sum(), q)))
@@ -162,12 +162,12 @@ def test_other_ops_run_as_without_it(calls):
     for op in backend.OPS:
         assert found[op]["chosen"] == "flash_attn" and "flash_attn" not in found[op]["unusable"]
         assert ("flash_attn" in found[op]["native"]) == ("attention" in op)
-    host = backend.host("flash_attn")
-    assert host == ("cpu" if "cpu" in found["swiglu"]["native"] else "reference")
+    fallback = backend.fallback("flash_attn")
+    assert fallback == ("cpu" if "cpu" in found["swiglu"]["native"] else "reference")
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         given = backend.implementation("swiglu", "flash_attn", dtype)
-        assert given is backend.implementation("swiglu", host, dtype)
-    with ops.use(host):
+        assert given is backend.implementation("swiglu", fallback, dtype)
+    with ops.use(fallback):
         expected = ops.swiglu(x, x)
     assert torch.equal(ops.swiglu(x, x), expected)
 

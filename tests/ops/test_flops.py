@@ -89,7 +89,7 @@ def test_token_logprob(tokens, which):
     forward, backward = found.values()
     product = 2 * tokens * dim * vocabulary
     assert forward == product
-    if "token_logprob_parked" in found:
+    if "token_logprob_stashed" in found:
         again = 2 * max(0, tokens - dim) * dim * vocabulary
         assert backward == 2 * product + again
     else:

@@ -9,7 +9,8 @@ from processes import run_python
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.ops import backend, contract
+from llama2rt.ops import backend
+from llama2rt.ops.contract import token_logprob as contract
 
 USABLE = [name for name in backend.NAMES if not backend._why_not(name, "cpu")]
 CU = torch.tensor([0, 3, 3, 4, 10], dtype=torch.int32)  # an empty document and one of one token
@@ -111,7 +112,7 @@ def test_gradcheck_of_bottom_right_alignment(on_backend):
 
 def registered(name: str, choice: str) -> tuple:
     """Arguments of torch.ops.llama2rt.<name>, recorded from a real call."""
-    op = name.removesuffix("_backward").removesuffix("_parked")
+    op = name.removesuffix("_backward").removesuffix("_stashed")
     seen = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -130,13 +131,13 @@ def registered(name: str, choice: str) -> tuple:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("op", [*DIFFERENTIABLE, "token_logprob_parked"])
+@pytest.mark.parametrize("op", [*DIFFERENTIABLE, "token_logprob_stashed"])
 def test_opcheck(op, backward, on_backend, monkeypatch):
-    parks = backend.has_native("token_logprob_parked", on_backend, torch.float32)
-    if op == "token_logprob_parked" and not parks:
-        pytest.skip(f"backend {on_backend} parks no logits")
+    stashes = backend.has_native("token_logprob_stashed", on_backend, torch.float32)
+    if op == "token_logprob_stashed" and not stashes:
+        pytest.skip(f"backend {on_backend} stashes no logits")
     if op == "token_logprob":
-        monkeypatch.setattr(contract, "_can_park", lambda *_: False)
+        monkeypatch.setattr(contract, "_can_stash", lambda *_: False)
     name = f"{op}_backward" if backward else op
     values = registered(name, on_backend)
     values = tuple(
@@ -148,7 +149,7 @@ def test_opcheck(op, backward, on_backend, monkeypatch):
     if op == "rope":  # the tables are constants
         values = (*values[:2], *(v.detach() for v in values[2:5]), *values[5:])
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if op != "token_logprob_parked":  # which never enters a compiled graph
+    if op != "token_logprob_stashed":  # which never enters a compiled graph
         checks.append("test_aot_dispatch_dynamic")
     overload = getattr(torch.ops.llama2rt, name).default
     torch.library.opcheck(overload, values, test_utils=checks)

@@ -16,7 +16,8 @@ from numerics import draw
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.ops import composed, contract, logprob_tiles
+from llama2rt.ops import composed, logprob_tiles
+from llama2rt.ops.contract import token_logprob as contract
 
 RAGGED = [1, 2, 0, 113, 203, 1, 60, 58, 57]
 
@@ -152,7 +153,7 @@ def test_peak_memory_is_below_an_eighth_of_the_logits():
 
 
 def test_a_graph_may_be_differentiated_twice():
-    """The second time no logits are parked any more; a gradient is not the next one's memory."""
+    """The second time no logits are stashed any more; a gradient is not the next one's memory."""
     pytest.importorskip("llama2rt.ops.cpu")
     hidden = torch.randn(20, 16, requires_grad=True)
     weight = torch.randn(50, 16, requires_grad=True)
@@ -167,7 +168,7 @@ def test_a_graph_may_be_differentiated_twice():
 
 
 def test_many_calls_in_a_graph_hold_no_gradient_each():
-    """Logits are parked for one of them; beside it are the sum so far and what is added to it."""
+    """Logits are stashed for one of them; beside it are the sum so far and what is added to it."""
     pytest.importorskip("llama2rt.ops.cpu")
     targets = torch.randint(0, 8000, (64,))
     leaves = [torch.randn(n, 128, requires_grad=True) for n in (64, 8000)]
@@ -182,23 +183,25 @@ def test_many_calls_in_a_graph_hold_no_gradient_each():
         torch.testing.assert_close(sum_of_eight, 8 * one)
 
 
-def test_parking_goes_on_after_a_backward_and_after_a_dropped_graph(monkeypatch):
+def test_stash_goes_on_after_a_backward_and_after_a_dropped_graph(monkeypatch):
     pytest.importorskip("llama2rt.ops.cpu")
     hidden, weight = torch.randn(20, 16), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(0, 50, (20,))
-    parks = []
-    real = contract._can_park
-    monkeypatch.setattr(contract, "_can_park", lambda *xs: parks.append(real(*xs)) or parks[-1])
+    stashes = []
+    real = contract._can_stash
+    monkeypatch.setattr(
+        contract, "_can_stash", lambda *xs: stashes.append(real(*xs)) or stashes[-1]
+    )
     ops.token_logprob(hidden, weight, targets).sum().backward()
     ops.token_logprob(hidden, weight, targets)  # and dropped
     kept = ops.token_logprob(hidden, weight, targets)
     other = ops.token_logprob(hidden, weight.detach().requires_grad_(), targets)
     ops.token_logprob(hidden, weight, targets)  # while `kept` lives
-    assert parks == [True, True, True, True, False]
+    assert stashes == [True, True, True, True, False]
     assert weight.grad is not None and torch.equal(kept, other)
 
 
-def test_logits_are_parked_only_where_weight_wants_a_gradient(monkeypatch):
+def test_logits_are_stashed_only_where_weight_wants_a_gradient(monkeypatch):
     pytest.importorskip("llama2rt.ops.cpu")
     calls = []
     real = logprob_tiles.forward

@@ -2,9 +2,8 @@
 
 A function takes the `Device` it runs on and then the arguments of the op, which have passed the
 checks of `contract`. What is left to do is to copy where a kernel needs the last dimension
-contiguous, to allocate results and scratch memory with torch's allocator, whose stream ordering
-keeps every temporary alive until the kernel has run, and to hand over addresses and strides.
-Nothing here synchronises with the device.
+contiguous, and to allocate results and scratch memory with torch's allocator, whose stream ordering
+keeps every temporary alive until the kernel has run. Nothing here synchronises with the device.
 """
 
 import functools

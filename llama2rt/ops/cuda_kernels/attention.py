@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, positive_scale
+from llama2rt.ops.cuda_kernels.device import Device, positive_scale
+from llama2rt.ops.tensors import empty_like
 
 WIDEST_HEAD = 256
 
@@ -37,36 +38,10 @@ def _section(on: Device, x: Tensor, longest: int, heads: int, kv_heads: int) -> 
     return max(1, min(kv_heads, on.cache_bytes(x) // 2 // max(1, read)))
 
 
-def arguments(
-    on: Device,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple:
-    """What the kernels take, in the order of the binding; tensors laid out as they want them."""
-    tokens, heads, dim = q.shape
-    keys, kv_heads, _ = k.shape
-    longest = max_seqlen or tokens
-    return (
-        DTYPES[q.dtype],
-        (cu_q.shape[0] - 1, tokens, keys, heads, kv_heads, dim),
-        *((on.address(cu), cu.dtype == torch.int64) for cu in (cu_q, cu_k)),
-        *((on.address(x), x.stride(0), x.stride(1)) for x in (q, k, v)),
-        causal,
-        scale,
-        _section(on, k, longest, kv_heads, kv_heads),
-        _section(on, q, longest, heads, kv_heads),
-        on.address(out),
-        on.address(lse),
-        *on.stream(q),
-    )
+def sections(on: Device, q: Tensor, k: Tensor, max_seqlen: int) -> tuple[int, int]:
+    """Key heads whose keys, or whose queries, thread blocks work on at a time."""
+    heads, kv_heads, longest = q.shape[1], k.shape[1], max_seqlen or q.shape[0]
+    return _section(on, k, longest, kv_heads, kv_heads), _section(on, q, longest, heads, kv_heads)
 
 
 def attention(
@@ -89,11 +64,12 @@ def attention(
         raise ValueError(f"q: expected a head dimension of at most {WIDEST_HEAD}, got {dim}")
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if q.numel() == 0:
-        return empty(q), lse
+        return empty_like(q), lse
     q, scale = positive_scale(q, scale)
     q, k, v, cu_q, cu_k = *map(_aligned, (q, k, v)), cu_q.contiguous(), cu_k.contiguous()
-    out = empty(q)
-    on.native.attention(*arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse))
+    out = empty_like(q)
+    grid = *sections(on, q, k, max_seqlen), *on.stream(q)
+    on.native.attention(q, k, v, cu_q, cu_k, causal, scale, out, lse, *grid)
     return out[..., :dim].contiguous(), lse
 
 
@@ -113,14 +89,12 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), bitwise repeatable."""
     if q.numel() == 0:
-        return empty(q), torch.zeros_like(k), torch.zeros_like(v)
+        return empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dim = q.shape[2]
     dout, q, k, v, out = map(_aligned, (dout, q, k, v, out.contiguous()))
     lse, cu_q, cu_k = lse.contiguous(), cu_q.contiguous(), cu_k.contiguous()
-    dq, dk, dv, delta = empty(q), empty(k), empty(v), torch.empty_like(lse)
-    on.native.attention_backward(
-        *arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse),
-        (on.address(dout), dout.stride(0), dout.stride(1)),
-        *map(on.address, (delta, dq, dk, dv)),
-    )
+    dq, dk, dv, delta = empty_like(q), empty_like(k), empty_like(v), torch.empty_like(lse)
+    forward = q, k, v, out, lse, cu_q, cu_k, causal, scale
+    grid = *sections(on, q, k, max_seqlen), delta, *on.stream(q)
+    on.native.attention_backward(dout, *forward, dq, dk, dv, *grid)
     return dq[..., :dim].contiguous(), dk[..., :dim].contiguous(), dv[..., :dim].contiguous()

@@ -1,7 +1,7 @@
 """Attention by Hopper's own instructions (csrc/cuda/attention_sm90.cu, attention_sm90_backward.cu).
 
 Never chosen by itself: it has not yet run on a GPU. LLAMA2RT_ATTENTION=sm90 in the environment,
-read when llama2rt.ops is imported, puts it in the place of the kernels for sm_80 and later; what it
+read when llama2rt.ops is imported, puts it instead of the kernels for sm_80 and later; what it
 cannot compute is then an error. Each direction takes the other's results, and those of the kernels
 for sm_80.
 """
@@ -11,8 +11,9 @@ import os
 import torch
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels.attention import arguments
-from llama2rt.ops.cuda_kernels.device import Device, empty, positive_scale
+from llama2rt.ops.cuda_kernels.attention import sections
+from llama2rt.ops.cuda_kernels.device import Device, positive_scale
+from llama2rt.ops.tensors import empty_like
 
 VARIABLE = "LLAMA2RT_ATTENTION"
 CHOSEN = os.environ.get(VARIABLE, "")
@@ -45,13 +46,13 @@ def attention(
     """
     _check(on, q, k, cu_q)
     q, scale = positive_scale(q, scale)
-    out, lse = empty(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    out, lse = empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if k.numel() == 0:  # nothing a tensor map could describe
         return out.zero_(), lse.fill_(-torch.inf)
     if q.numel():
         q, k, v, cu_q, cu_k = *map(_mappable, (q, k, v)), cu_q.contiguous(), cu_k.contiguous()
-        rest = (cu_q, cu_k, max_seqlen, causal, scale, out, lse)
-        on.native.attention_sm90(*arguments(on, q, k, v, *rest))
+        grid = *sections(on, q, k, max_seqlen), *on.stream(q)
+        on.native.attention_sm90(q, k, v, cu_q, cu_k, causal, scale, out, lse, *grid)
     return out, lse
 
 
@@ -71,17 +72,15 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), bitwise repeatable. ValueError as of `attention`."""
     _check(on, q, k, cu_q)
-    dq, dk, dv = empty(q), empty(k), empty(v)
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     dout, q, k, v, out = map(_mappable, (dout, q, k, v, out.contiguous()))
     lse, cu_q, cu_k = (x.contiguous() for x in (lse, cu_q, cu_k))
     delta = torch.empty_like(lse)
-    on.native.attention_sm90_backward(
-        *arguments(on, q, k, v, cu_q, cu_k, max_seqlen, causal, scale, out, lse),
-        (on.address(dout), dout.stride(0), dout.stride(1)),
-        *map(on.address, (delta, dq, dk, dv)),
-    )
+    forward = q, k, v, out, lse, cu_q, cu_k, causal, scale
+    grid = *sections(on, q, k, max_seqlen), delta, *on.stream(q)
+    on.native.attention_sm90_backward(dout, *forward, dq, dk, dv, *grid)
     return dq, dk, dv
 
 
@@ -110,4 +109,4 @@ def _mappable(x: Tensor) -> Tensor:
     # The driver's rules: a stride spans the dimension before it, in a whole number of its strides.
     if fits and head >= x.shape[2] and token >= head * x.shape[1] and token % head == 0:
         return x
-    return empty(x).copy_(x)
+    return empty_like(x).copy_(x)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, positive_scale, rows
+from llama2rt.ops.cuda_kernels.device import Device, positive_scale
+from llama2rt.ops.tensors import empty_like, last_contiguous
 
 WIDEST_HEAD = 256
 # A tile of 16-bit keys for each warp of a block. What shorter splits would cost in a batch of any
@@ -25,10 +26,6 @@ def split_count(items: int, capacity: int, slots: int) -> int:
     return max(1, min(slots // items, -(-capacity // SHORTEST_SPLIT)))
 
 
-def _indices(on: Device, x: Tensor) -> tuple[int, bool]:
-    return on.address(x), x.dtype == torch.int64
-
-
 def decode_attention(
     on: Device,
     q: Tensor,
@@ -48,9 +45,9 @@ def decode_attention(
     if dim > WIDEST_HEAD:
         raise ValueError(f"q: expected a head dimension of at most {WIDEST_HEAD}, got {dim}")
     q, scale = positive_scale(q, scale)
-    q, k_cache, v_cache, block_table = map(rows, (q, k_cache, v_cache, block_table))
+    q, k_cache, v_cache, block_table = map(last_contiguous, (q, k_cache, v_cache, block_table))
     lengths = lengths.contiguous()
-    out = empty(q)
+    out = empty_like(q)
     if q.numel() == 0:
         return out
     if k_cache.numel() == 0 or block_table.shape[1] == 0:
@@ -61,20 +58,7 @@ def decode_attention(
     if splits > 1:
         partial = q.new_empty(splits, *q.shape, dtype=torch.float32)
         lse = q.new_empty(splits, sequences, heads, dtype=torch.float32)
-    on.native.decode_attention(
-        DTYPES[q.dtype],
-        (sequences, heads, kv_heads, dim, page),
-        (on.address(q), *q.stride()[:2]),
-        (on.address(k_cache), *k_cache.stride()[:3]),
-        (on.address(v_cache), *v_cache.stride()[:3]),
-        _indices(on, block_table),
-        block_table.stride(0),
-        _indices(on, lengths),
-        scale,
-        splits,
-        on.address(out),
-        on.address(partial),
-        on.address(lse),
-        *on.stream(q),
-    )
+    cache = k_cache, v_cache, block_table, lengths
+    grid = splits, partial, lse, *on.stream(q)
+    on.native.decode_attention(q, *cache, scale, out, *grid)
     return out

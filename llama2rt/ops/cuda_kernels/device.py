@@ -6,15 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 class Device(Protocol):
     native: ModuleType
     """The module whose functions launch the kernels."""
-
-    def address(self, x: Tensor | None) -> int:
-        """Address of x's first element, which the next launch may use; 0 for None."""
 
     def stream(self, x: Tensor) -> tuple[int, int]:
         """(device index, handle of its current stream), where x lies."""
@@ -24,16 +19,6 @@ class Device(Protocol):
 
     def cache_bytes(self, x: Tensor) -> int:
         """Size of the cache that all of them share (L2)."""
-
-
-def rows(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, else a copy of which that is true."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def empty(x: Tensor) -> Tensor:
-    """Contiguous, not filled, of x's shape and dtype."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from llama2rt.ops.cuda_kernels.device import DTYPES, Device, empty, rows
+from llama2rt.ops.cuda_kernels.device import Device
+from llama2rt.ops.tensors import empty_like, last_contiguous
 
 # Thread blocks for each multiprocessor. The backward pass of RMSNorm keeps one row of partial sums
 # for each block: two blocks, so that one computes while the other waits for memory, where registers
@@ -13,32 +14,15 @@ RMS_NORM_BACKWARD_BLOCKS = 2
 ELEMENTWISE_BLOCKS = 16
 
 
-def _row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
-
-
 def _rms_norm(
     on: Device, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    x, weight = rows(x), weight.contiguous()
-    y, rstd = empty(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    x, weight = last_contiguous(x), weight.contiguous()
+    y, rstd = empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
     summed = None
     if residual is not None:
-        residual, summed = rows(residual), empty(x)
-    on.native.rms_norm(
-        DTYPES[x.dtype],
-        *x.shape,
-        on.address(x),
-        x.stride(0),
-        on.address(residual),
-        _row_stride(residual),
-        on.address(weight),
-        eps,
-        on.address(y),
-        on.address(summed),
-        on.address(rstd),
-        *on.stream(x),
-    )
+        residual, summed = last_contiguous(residual), empty_like(x)
+    on.native.rms_norm(x, residual, weight, eps, y, summed, rstd, *on.stream(x))
     return y, summed, rstd
 
 
@@ -62,29 +46,19 @@ def add_rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x, equal to that of residual; gradient of weight); the same bits every time, on
     one model of GPU."""
-    dy, x, weight, rstd = rows(dy), rows(summed), weight.contiguous(), rstd.contiguous()
-    if dsummed is not None:
-        dsummed = rows(dsummed)
-    blocks = max(1, min(RMS_NORM_BACKWARD_BLOCKS * on.multiprocessors(x), x.shape[0]))
-    dx, dweight = empty(x), empty(weight)
-    partial = x.new_empty(blocks, x.shape[1], dtype=torch.float32)
-    on.native.rms_norm_backward(
-        DTYPES[x.dtype],
-        *x.shape,
-        on.address(dy),
-        dy.stride(0),
-        on.address(dsummed),
-        _row_stride(dsummed),
-        on.address(x),
-        x.stride(0),
-        on.address(weight),
-        on.address(rstd),
-        on.address(dx),
-        on.address(dweight),
-        on.address(partial),
-        blocks,
-        *on.stream(x),
+    dy, x, weight, rstd = (
+        last_contiguous(dy),
+        last_contiguous(summed),
+        weight.contiguous(),
+        rstd.contiguous(),
     )
+    if dsummed is not None:
+        dsummed = last_contiguous(dsummed)
+    blocks = max(1, min(RMS_NORM_BACKWARD_BLOCKS * on.multiprocessors(x), x.shape[0]))
+    dx, dweight = empty_like(x), empty_like(weight)
+    partial = x.new_empty(blocks, x.shape[1], dtype=torch.float32)
+    results = dx, dweight, partial
+    on.native.rms_norm_backward(dy, dsummed, x, weight, rstd, *results, *on.stream(x))
     return dx, dweight
 
 
@@ -99,76 +73,36 @@ def _as_one_row(*operands: Tensor) -> list[Tensor]:
     """The operands as matrices of one row where all are dense, else as they are."""
     if all(x.is_contiguous() for x in operands):
         return [x.view(1, -1) for x in operands]
-    return [rows(x) for x in operands]
+    return [last_contiguous(x) for x in operands]
 
 
 def swiglu(on: Device, gate: Tensor, up: Tensor) -> Tensor:
     """gate and up [T, F] -> silu(gate) * up."""
-    y = empty(gate)
+    y = empty_like(gate)
     gate, up = _as_one_row(gate, up)
-    on.native.swiglu(
-        DTYPES[gate.dtype],
-        *gate.shape,
-        on.address(gate),
-        gate.stride(0),
-        on.address(up),
-        up.stride(0),
-        on.address(y),
-        ELEMENTWISE_BLOCKS * on.multiprocessors(gate),
-        *on.stream(gate),
-    )
+    blocks = ELEMENTWISE_BLOCKS * on.multiprocessors(gate)
+    on.native.swiglu(gate, up, y, blocks, *on.stream(gate))
     return y
 
 
 def swiglu_backward(on: Device, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of gate, gradient of up)."""
-    dgate, dup = empty(gate), empty(up)
+    dgate, dup = empty_like(gate), empty_like(up)
     dy, gate, up = _as_one_row(dy, gate, up)
-    on.native.swiglu_backward(
-        DTYPES[gate.dtype],
-        *gate.shape,
-        on.address(dy),
-        dy.stride(0),
-        on.address(gate),
-        gate.stride(0),
-        on.address(up),
-        up.stride(0),
-        on.address(dgate),
-        on.address(dup),
-        ELEMENTWISE_BLOCKS * on.multiprocessors(gate),
-        *on.stream(gate),
-    )
+    blocks = ELEMENTWISE_BLOCKS * on.multiprocessors(gate)
+    on.native.swiglu_backward(dy, gate, up, dgate, dup, blocks, *on.stream(gate))
     return dgate, dup
 
 
 def _rope(
     on: Device, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    q, k, positions = rows(q), rows(k), positions.contiguous()
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    q_out, k_out = empty(q), empty(k)
-    on.native.rope(
-        DTYPES[q.dtype],
-        q.shape[0],
-        q.shape[2],
-        on.address(q),
-        q.shape[1],
-        *q.stride()[:2],
-        on.address(q_out),
-        on.address(k),
-        k.shape[1],
-        *k.stride()[:2],
-        on.address(k_out),
-        on.address(cos),
-        on.address(sin),
-        cos.shape[0],
-        on.address(positions),
-        positions.dtype == torch.int64,
-        inverse,
-        ELEMENTWISE_BLOCKS * on.multiprocessors(q),
-        *on.stream(q),
-    )
-    return q_out, k_out
+    q, k, positions = last_contiguous(q), last_contiguous(k), positions.contiguous()
+    tables = cos.float().contiguous(), sin.float().contiguous()
+    out = empty_like(q), empty_like(k)
+    blocks = ELEMENTWISE_BLOCKS * on.multiprocessors(q)
+    on.native.rope(q, k, *tables, positions, inverse, *out, blocks, *on.stream(q))
+    return out
 
 
 def rope(

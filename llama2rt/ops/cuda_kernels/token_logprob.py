@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llama2rt.ops import logprob_tiles
 from llama2rt.ops.composed import tiles
-from llama2rt.ops.cuda_kernels.device import DTYPES, Device
+from llama2rt.ops.cuda_kernels.device import Device
 from llama2rt.ops.logprob_tiles import Statistics, Upstream
 
 # A forward tile in bf16 is at most 32 MiB, so that the kernel finds most of it in the L2 cache (40
@@ -42,17 +42,8 @@ class _Kernels:
     def fold(
         self, logits: Tensor, targets: Tensor, first: int, scale: float, statistics: Statistics
     ) -> None:
-        self.on.native.token_logprob(
-            DTYPES[logits.dtype],
-            *logits.shape,
-            self.on.address(logits),
-            logits.stride(0),
-            self.on.address(targets),
-            first,
-            scale,
-            *map(self.on.address, statistics),
-            *self.on.stream(logits),
-        )
+        tile = logits, targets, first, scale
+        self.on.native.token_logprob(*tile, *statistics, *self.on.stream(logits))
 
     def differentiate(
         self,
@@ -63,19 +54,8 @@ class _Kernels:
         scale: float,
         upstream: Upstream,
     ) -> None:
-        self.on.native.token_logprob_backward(
-            DTYPES[logits.dtype],
-            *logits.shape,
-            self.on.address(logits),
-            logits.stride(0),
-            self.on.address(dlogits),
-            dlogits.stride(0),
-            self.on.address(targets),
-            first,
-            scale,
-            *map(self.on.address, upstream),
-            *self.on.stream(logits),
-        )
+        tile = logits, dlogits, targets, first, scale
+        self.on.native.token_logprob_backward(*tile, *upstream, *self.on.stream(logits))
 
     def weight_gradient(self, out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         """In parts through fp32: cuBLAS may add the parts of a bf16 result up in bf16."""
@@ -89,11 +69,11 @@ class _Kernels:
             _product_to_fp32(some, dlogits.T[part], hidden, beta=0)
             out[part] = some
 
-    def add_weight_gradient(self, total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-        _product_to_fp32(total, dlogits.T, hidden, beta=1)
+    def add_weight_gradient(self, acc: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        _product_to_fp32(acc, dlogits.T, hidden, beta=1)
 
-    def add_hidden_gradient(self, total: Tensor, dlogits: Tensor, weight: Tensor) -> None:
-        _product_to_fp32(total, dlogits, weight, beta=1)
+    def add_hidden_gradient(self, acc: Tensor, dlogits: Tensor, weight: Tensor) -> None:
+        _product_to_fp32(acc, dlogits, weight, beta=1)
 
 
 def token_logprob(
