@@ -144,8 +144,9 @@ def token_logprob(
 
     hidden [T, dim] and weight [V, dim], one floating dtype; targets [T] int32 or int64 below V,
     where a negative one means "not predicted": logprob 0, entropy 0, no gradient, and outside of
-    compiled graphs no cost. Returns fp32 [T], or with entropy=True also each row's entropy (nats), [T]; both are differentiable, and logprob
-    <= 0. The [T, V] logits are never held in memory (except by the reference, the oracle).
+    compiled graphs no cost. Returns fp32 [T], or with entropy=True also each row's entropy (nats),
+    [T]; both are differentiable, and logprob <= 0. The [T, V] logits are never held in memory
+    (except by the reference, the oracle).
     ValueError on a mismatch, temperature <= 0, and (reference, CPU) on a target >= V.
     """
     check_floating("hidden", hidden)
