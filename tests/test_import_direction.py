@@ -21,6 +21,7 @@ LEVELS = [
     {"quickstart"},
     {"pipeline"},
     {"stages"},
+    {"annotate"},
     {"report", "evaluate"},
     {"rollout"},
     {"generate", "train"},
