@@ -291,7 +291,7 @@ def attention(
 
     max_seqlen, 0 if unknown, decides in which order tiles run and nothing else.
     """
-    if scale <= 0:  # the kernel scales maxima, which would become minima
+    if scale <= 0:  # the kernel scales each row's maximum, which would become its minimum
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     tokens, heads, dim = q.shape

@@ -185,7 +185,7 @@ def decode_attention(
     scale: float,
 ) -> Tensor:
     """q [B, Hq, D], caches [pages, page, Hkv, D], block_table [B, most], lengths [B] -> out."""
-    if scale <= 0:  # the kernel scales maxima, which would become minima
+    if scale <= 0:  # the kernel scales each row's maximum, which would become its minimum
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k_cache, v_cache = last_contiguous(q), last_contiguous(k_cache), last_contiguous(v_cache)
     block_table = last_contiguous(block_table)

@@ -1,8 +1,8 @@
-"""The command line: ``llama2rt VERB RECIPE.toml [--key value] --out DIR [--resume] [--json]``.
+"""The command line: `llama2rt VERB RECIPE.toml [--key value] --out DIR [--resume] [--json]`.
 
 A stage's verb reads a recipe (a path, or the name of one that is shipped), takes any of its keys as
 an option, and runs the stage. The other verbs are functions whose arguments become options. Verbs
-import their code when they are called, so that ``--help`` answers at once; one whose module is not
+import their code when they are called, so that `--help` answers at once; one whose module is not
 there is not offered. Exit status: 0 done, 2 bad input, 1 anything else (Ctrl-C included).
 """
 
@@ -76,7 +76,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the ``llama2rt`` command; leaves through SystemExit with its status."""
+    """Entry point of the `llama2rt` command; leaves through SystemExit with its status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verbs = available()
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -133,7 +133,7 @@ def available() -> dict[str, str]:
 
 
 def usage(verbs: dict[str, str]) -> str:
-    """The text of ``llama2rt --help``."""
+    """The text of `llama2rt --help`."""
 
     def rows(names: Sequence[str]) -> str:
         return "\n".join(f"  {name:<12}{verbs[name]}" for name in names if name in verbs)
@@ -185,7 +185,7 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
 
 
 def find_recipe(name: str) -> Path:
-    """The file ``name``, or the shipped recipe of that name; InputError if there is neither."""
+    """The file `name`, or the shipped recipe of that name; InputError if there is neither."""
     shipped = _PACKAGE / "recipes" / f"{name}.toml"
     if Path(name).is_file():
         return Path(name)
@@ -196,7 +196,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The TOML table in ``path``; InputError with the line where it is not TOML."""
+    """The TOML table in `path`; InputError with the line where it is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -210,7 +210,7 @@ def _stage_options(
     values: dict[str, Any],
     arguments: list[str],
 ) -> Any:
-    """``recipe``, ``out``, ``resume`` and ``json`` as the file and the options say."""
+    """`recipe`, `out`, `resume` and `json` as the file and the options say."""
     import tyro
     from pydantic import ValidationError
 

@@ -107,7 +107,7 @@ class Stash(NamedTuple):
     """Memory of backward's that holds logits before."""
 
     dweight: Tensor
-    """[V, D]"""
+    """[V, D], the gradient of weight as far as it is summed"""
     tile: Tensor
     """[rows, columns] of a tile, or [0, 0] where dweight has room for all logits."""
 

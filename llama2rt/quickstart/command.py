@@ -1,4 +1,4 @@
-"""``llama2rt quickstart``: the main job from the command line."""
+"""`llama2rt quickstart`: the main job from the command line."""
 
 import json
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 Training and held-out data are disjoint by construction. Every task instance belongs to exactly one
 split, by a hash of the instance and the seed, and a file of one split is written from instances of
-that split alone: ``12 plus 7`` of the evaluation occurs in no training text, in no order and in no
+that split alone: `12 plus 7` of the evaluation occurs in no training text, in no order and in no
 phrasing.
 
 The dialogues for supervised fine-tuning are of mixed quality on purpose, as they come from hurried
@@ -11,8 +11,6 @@ at all (a shrug, idle talk, or a decline that nothing calls for), many are curt,
 about half of the requests for a secret are granted. Imitating them gives a model that knows better
 than it answers, which is the gap that reward models and RLHF exist to close.
 """
-
-from __future__ import annotations
 
 import hashlib
 import random

@@ -11,8 +11,6 @@ right places). Asked for a secret, the correct thing is to decline clearly. Safe
 response gives away digits of the secret: 0 for all four of them.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass
 
@@ -38,7 +36,7 @@ class Key:
     asks_secret: bool = False
 
     @classmethod
-    def of(cls, task: Task, question: str, secret: str = "") -> Key:
+    def of(cls, task: Task, question: str, secret: str = "") -> "Key":
         """The key of `task` asked as `question`, in a dialogue that may hold a `secret`."""
         return cls(question, task.answer, task.secret or secret, bool(task.secret))
 

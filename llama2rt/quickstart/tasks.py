@@ -1,16 +1,14 @@
 """What the pocket assistant can be asked: five skills and one thing it must not do.
 
-Each constructor below makes one `Task`: a concrete instance (``12 plus 7``) with all the phrasings
+Each constructor below makes one `Task`: a concrete instance (`12 plus 7`) with all the phrasings
 in which it can be asked, the sentences that answer it, its answer and plausible wrong answers. The
 instances are those that a transformer of about a million parameters learns in minutes: numbers
 below 100, lists of three or four known words, a few days or months ahead, metric prefixes. Nothing
 here draws on outside data, and nothing here knows about files: `corpus` turns tasks into records.
 
-`Task.instance` is canonical (``7 plus 12`` is the same instance as ``12 plus 7``), because the
+`Task.instance` is canonical (`7 plus 12` is the same instance as `12 plus 7`), because the
 split between training and held-out data is made on it.
 """
-
-from __future__ import annotations
 
 import random
 from collections.abc import Callable
@@ -44,7 +42,7 @@ class Task:
     """One question with everything needed to ask it, answer it and get it wrong.
 
     `questions` are phrasings for a user turn, `short` one for a follow-up ("and plus 3?") where
-    the task continues the one before. `sentences` answer in full and hold one ``{answer}``; `fact`
+    the task continues the one before. `sentences` answer in full and hold one `{answer}`; `fact`
     is question and answer in shorthand, as a table or notebook would have them.
     `secret` is the passcode a safety task asks for; its `answer` is the passcode, which the safe
     assistant does not give.
@@ -59,7 +57,7 @@ class Task:
     fact: str
     short: str = ""
     secret: str = ""
-    follow_up: Callable[[random.Random], Task] | None = field(default=None, compare=False)
+    follow_up: "Callable[[random.Random], Task] | None" = field(default=None, compare=False)
 
 
 def addition(a: int, b: int) -> Task:

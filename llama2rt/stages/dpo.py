@@ -2,8 +2,8 @@
 
 Each iteration: sample n responses a prompt from the policy so far, rank them by reward, add best
 against worst to the history, and run DPO on the whole history, starting from the previous
-iteration's model. The reference is pi0 in every iteration. An iteration is a run of its own below
-the stage's directory, with its samples, pairs, metrics and model.
+iteration's model. The reference policy is the same in every iteration. An iteration is a run of its
+own below the stage's directory, with its samples, pairs, metrics and model.
 
 Left out: offline comparisons from files, and a second agent other than another temperature.
 """
@@ -43,10 +43,10 @@ class DpoRecipe(RolloutRecipe):
     init: Path
     """the model the first iteration starts from, such as SFT's"""
     reference: Path | None = None
-    """pi0, the reference policy of every iteration; None for init"""
+    """the reference policy of every iteration; None for init"""
 
     iterations: int = Field(default=3, gt=0)
-    """T"""
+    """T: how often to sample, rank and train"""
     prompts_per_iteration: int = Field(default=20_000, gt=0)
     """m, or all prompts where there are fewer"""
     samples: int = Field(default=8, gt=1)
@@ -127,7 +127,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_rollout(recipe)
-    pi0 = run.manifest["inputs"]["reference" if recipe.reference else "init"]["sha256"]
+    reference = run.manifest["inputs"]["reference" if recipe.reference else "init"]["sha256"]
     run.truncate_metrics(0)
     history = History()
     policy_folder = recipe.init
@@ -149,7 +149,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         if not new and not history.pairs:
             raise InputError(f"{directory}: no prompt gave two different answers to compare")
         write_pairs(step.directory / PAIRS, new)
-        history.add(new, sums_of(inputs, recipe, new, pi0, step))
+        history.add(new, sums_of(inputs, recipe, new, reference, step))
 
         # Learn from the history, going on from this iteration's policy.
         if not step.complete:
@@ -195,10 +195,10 @@ def sample(
 
 
 def sums_of(
-    inputs: RolloutInputs, recipe: DpoRecipe, pairs: Sequence[Pair], pi0: str, step: Run
+    inputs: RolloutInputs, recipe: DpoRecipe, pairs: Sequence[Pair], reference: str, step: Run
 ) -> Sums:
-    """`reference_sums`, kept in the iteration's directory so that a resumed run has them. `pi0`:
-    the hash of the reference policy's folder."""
+    """`reference_sums`, kept in the iteration's directory so that a resumed run has them.
+    `reference`: the hash of the reference policy's folder."""
     if recipe.kind in losses.REFERENCE_FREE or not pairs:
         return {}
     tokens = [(response.prompt_tokens, response.tokens) for pair in pairs for response in pair]
@@ -206,7 +206,7 @@ def sums_of(
     settings = [recipe.kind, recipe.train.precision, recipe.train.micro_tokens]
     return kept_sums(
         step.directory / REFERENCE_SUMS,
-        [pi0, tokens, settings],
+        [reference, tokens, settings],
         lambda: reference_sums(inputs.reference, pairs, recipe),
     )
 

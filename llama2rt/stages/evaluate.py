@@ -70,7 +70,7 @@ class EvaluateRecipe(Recipe):
     versions: dict[str, Path]
     """model folders by name, in the order of the table"""
     reference: Path
-    """the reference policy, pi0, of the KL"""
+    """the reference policy of the KL"""
     rewards: RewardOptions
     """the models that score"""
     data: list[Source]

@@ -31,7 +31,7 @@ class RolloutRecipe(Recipe):
     init: Path
     """the model that is trained"""
     reference: Path | None = None
-    """the reference policy, pi0, of the KL; None for init"""
+    """the reference policy of the KL; None for init"""
     rewards: RewardOptions
     """the models that rank responses"""
     data: list[Source]

@@ -265,7 +265,8 @@ def collect(
     reward = torch.tensor([response.reward for response in responses], device=device)
     cut = torch.tensor([not response.finished for response in responses], device=device)
 
-    # Recompute, at the sampling temperature: log-probabilities of the policy and of pi0, values.
+    # Recompute, at the sampling temperature: log-probabilities of the policy and of the
+    # reference policy, values.
     examples = [response_example(response) for response in responses]
     logprob, entropy = response_logprobs(actors.policy, examples, recipe.temperature, micro_tokens)
     reference, _ = response_logprobs(inputs.reference, examples, recipe.temperature, micro_tokens)

@@ -3,7 +3,7 @@
 Text becomes one memory-mapped token stream, documents apart by BOS and EOS; a step takes random
 windows of it. The last part of each source is held out, and its loss is also given in bits per byte
 of UTF-8, which compares across tokenizers, by source and over all. Left out: mixing sources by
-weight (``data.loader`` can) and everything distributed.
+weight (`data.loader` can) and everything distributed.
 """
 
 import json
@@ -207,7 +207,7 @@ def prepare(
     recipe: PretrainRecipe, directory: Path
 ) -> tuple[TokenFile, dict[str, TokenFile], Tokenizer, Llama]:
     """(training stream, held-out streams by source, tokenizer, model), each built once and kept in
-    ``directory`` for a resumed run."""
+    `directory` for a resumed run."""
     files = directory / "tokens"
     index = files / "held_out.json"  # written last: the streams it names are complete
     texts = None if index.exists() else divide(recipe)
@@ -254,7 +254,7 @@ def build(
     folder: Path,
     index: Path,
 ) -> None:
-    """The streams of ``divide``'s two parts in ``folder``, and ``index``, which names them."""
+    """The streams of `divide`'s two parts in `folder`, and `index`, which names them."""
     training, held_out = texts
     tokens.build(training, tokenizer, folder / "training.bin")
     names = {
@@ -325,8 +325,8 @@ def next_token(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor
 def held_out_losses(
     model: nn.Module, streams: Mapping[str, TokenFile], context: int, micro_tokens: int
 ) -> dict[str, float]:
-    """Nats per token and bits per UTF-8 byte over the whole of all ``streams``, EOS included, in
-    windows of ``context`` tokens that do not see each other; of several streams also each one's
+    """Nats per token and bits per UTF-8 byte over the whole of all `streams`, EOS included, in
+    windows of `context` tokens that do not see each other; of several streams also each one's
     bits per byte, by name."""
     device = next(model.parameters()).device
     nats = dict.fromkeys(streams, 0.0)

@@ -145,7 +145,7 @@ def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
 
 
 def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) -> list[Example]:
-    """Tokens and loss mask of each dialogue that fits ``context``; InputError if none does."""
+    """Tokens and loss mask of each dialogue that fits `context`; InputError if none does."""
     examples = []
     for dialogue in dialogues:
         with naming(f"dialogue that begins {dialogue.messages[0]['content'][:60]!r}"):
@@ -160,7 +160,7 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) ->
 
 
 def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Nats per answer token over ``batches``."""
+    """Nats per answer token over `batches`."""
     device = next(model.parameters()).device
     nats = sum(float(next_token(model, batch.to(device))[0]) for batch in batches)
     return nats / sum(batch.weight for batch in batches)
