@@ -74,13 +74,13 @@ def main() -> None:
     ppo.run(
         ppo.PpoRecipe(
             init=policy,
-            helpfulness=helpfulness,
+            rewards={"helpfulness": helpfulness},
             data=[work / "prompts.jsonl"],
             validation=[work / "held_out.jsonl"],
             iterations=12,
             batch_size=32,
             mini_batch_size=16,
-            max_tokens=16,
+            sampling={"max_tokens": 16},
             beta=0.1,
             missing_eos_penalty=1.0,
             critic_lr=2e-3,

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from llama2rt.algorithms import advantages
-from llama2rt.stages import phases, ppo
+from llama2rt.stages import ppo
+from llama2rt.stages.inputs import RolloutInputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import records
@@ -37,18 +38,17 @@ def set_head(actors: ppo.Actors, weight: torch.Tensor) -> None:
     actors.critic_optimizer.master["head.weight"].copy_(weight)
 
 
-def reward_head(recipe: ppo.PpoRecipe, actors: ppo.Actors, prompts: Any) -> float:
+def reward_head(recipe: ppo.PpoRecipe, inputs: RolloutInputs, actors: ppo.Actors) -> float:
     return 0.0
 
 
-def zero_head(recipe: ppo.PpoRecipe, actors: ppo.Actors, prompts: Any) -> float:
+def zero_head(recipe: ppo.PpoRecipe, inputs: RolloutInputs, actors: ppo.Actors) -> float:
     set_head(actors, torch.zeros_like(actors.critic.head.weight))
     return 0.0
 
 
-def scaled_head(recipe: ppo.PpoRecipe, actors: ppo.Actors, prompts: Any) -> float:
-    drawn = phases.draw(prompts, recipe.batch_size, recipe.seed, 0)
-    rollout, _ = ppo.collect(recipe, actors, drawn, "warm-up")
+def scaled_head(recipe: ppo.PpoRecipe, inputs: RolloutInputs, actors: ppo.Actors) -> float:
+    rollout, _ = ppo.collect(recipe, inputs, actors, "warm-up")
     zeros = torch.zeros_like(rollout.rewards)
     returns, _ = advantages.gae(rollout.rewards, zeros, rollout.cu_responses, recipe.gamma, 1.0)
     values = rollout.values
@@ -64,6 +64,14 @@ WAYS = {
 }
 
 
+def newest_rewards(folder: Path) -> dict[str, Path]:
+    """The reward models of a quickstart's last batch of comparisons."""
+    batches = len(list(folder.glob("reward-safety-*")))
+    return {
+        kind: folder / f"reward-{kind}-{batches}" / "model" for kind in ("helpfulness", "safety")
+    }
+
+
 def course(folder: Path, init: str, way: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     """The told metrics of each iteration."""
     ppo.start_critic = WAYS[way]
@@ -73,8 +81,7 @@ def course(folder: Path, init: str, way: str, settings: dict[str, Any]) -> dict[
         recipe = ppo.PpoRecipe(
             init=folder / init / "model",
             reference=folder / "sft" / "model",
-            helpfulness=folder / "reward-helpfulness" / "model",
-            safety=folder / "reward-safety" / "model",
+            rewards=newest_rewards(folder),
             data=[folder / "data" / "training.jsonl"],
             **settings,
         )

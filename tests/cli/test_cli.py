@@ -11,6 +11,7 @@ import pytest
 from processes import run_python
 
 from llama2rt import cli
+from llama2rt.errors import InputError
 
 RECIPE = """
 data = ["{text}"]
@@ -65,6 +66,7 @@ def test_help_lists_what_is_installed_and_is_quick(capsys):
     script = """
 import sys
 from llama2rt import cli
+from llama2rt.errors import InputError
 cli.usage(cli.available())
 print("torch" in sys.modules)
 """
@@ -152,13 +154,78 @@ def test_bad_options(recipe, tmp_path, capsys, arguments, message):
 def test_more_tokens_than_can_be_counted_are_an_error(tmp_path, capsys, verb):
     path = tmp_path / "recipe.toml"
     names = {"rejection": ("policy", "init"), "iterate": ("sft",)}.get(verb, ("init",))
-    models = "".join(f'{name} = "model"\n' for name in (*names, "helpfulness"))
+    models = "".join(f'{name} = "model"\n' for name in names)
+    models += 'rewards.helpfulness = "model"\n'
     path.write_text(f'{models}data = ["prompts.jsonl"]\nvalidation = ["held-out.jsonl"]\n')
-    for key in ("--max-tokens", "--max-sequences"):
+    for name in ("max_tokens", "max_sequences"):
+        key = f"--sampling.{name.replace('_', '-')}"
         assert call(verb, path, "--out", tmp_path / "run", key, 3_000_000_000) == 2
         said = capsys.readouterr()
-        name = key[2:].replace("-", "_")
         assert f"{name}: expected at most 2147483647, got 3000000000" in said.err + said.out
+
+
+PPO = """
+init = "model"
+data = ["prompts.jsonl"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("max_tokens = 9", "max_tokens: no such key in this recipe; did you mean sampling.max_tok"),
+        ('safety = "s"', "safety: no such key in this recipe; did you mean rewards.safety?"),
+        ("lr = 1e-3", "lr: no such key in this recipe; did you mean train.lr?"),
+        ("[sampling]\nmax_tokenz = 9", "sampling.max_tokenz: no such key in this recipe"),
+        ("[sampling]\nmax_tokens = 0", "sampling.max_tokens: input should be greater than 0, got"),
+        ("[rewards]\nthreshold = 2", "rewards.threshold: input should be less than or equal to 1"),
+    ],
+)
+def test_keys_of_tables_are_named_whole(tmp_path, capsys, line, said):
+    path = tmp_path / "ppo.toml"
+    path.write_text(PPO + line)
+    given = ("--rewards.helpfulness", "r")
+    assert call("ppo", path, "--out", tmp_path / "run", *given) == 2
+    assert f"ppo.toml: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The recipes with which PPO would have begun."""
+    from llama2rt.stages import ppo
+
+    recipes = []
+
+    def run(recipe: ppo.PpoRecipe, directory, *, resume=False):
+        recipes.append(recipe)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(ppo, "run", run)
+    return recipes
+
+
+def test_tables_come_from_file_and_options_together(tmp_path, begun, capsys):
+    """Whole, in part, or as options only; what neither names keeps the stage's default."""
+    path = tmp_path / "ppo.toml"
+    out = ("--out", tmp_path / "run")
+    path.write_text(PPO)
+    assert call("ppo", path, *out, "--rewards.helpfulness", "r", "--sampling.max-tokens", "9") == 2
+    path.write_text(PPO + '[rewards]\nsafety = "s"\nthreshold = 0.3\n[sampling]\nmax_tokens = 7')
+    assert call("ppo", path, *out, "--rewards.helpfulness", "r", "--rewards.threshold", "0.2") == 2
+    assert "far enough" in capsys.readouterr().err
+    alone, both = begun
+    assert alone.rewards.model_dump(mode="json") == {
+        "helpfulness": "r", "safety": None, "threshold": 0.15
+    }  # fmt: skip
+    assert both.rewards.model_dump(mode="json") == {
+        "helpfulness": "r", "safety": "s", "threshold": 0.2
+    }  # fmt: skip
+    assert (alone.sampling.max_tokens, both.sampling.max_tokens) == (9, 7)
+    assert alone.train.schedule == "constant"  # PPO's own default for a table nobody names
+    assert call("ppo", path, *out) == 2
+    said = capsys.readouterr()
+    assert "rewards.helpfulness" in said.err + said.out
 
 
 def test_a_warmup_longer_than_the_run_is_said(recipe, tmp_path, caplog):

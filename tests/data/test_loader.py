@@ -267,14 +267,35 @@ def test_pairs_keep_their_extras():
     assert weights == [4, 4, 1]
 
 
+def test_long_examples_pass_alone_and_are_said_once_when_the_loader_is_made(caplog):
+    given = [Example.of(range(n)) for n in (1, 30, 2, 40, 20)]
+    loader = ExampleLoader(given, 5, 20, 0, epochs=2)
+    said = "2 examples longer than micro_tokens, 20, pass alone; the longest has 40 tokens"
+    assert [record.message for record in caplog.records] == [said]
+    for step in loader:
+        assert sum(batch.documents for batch in step) == 5
+        sizes = [(len(batch.tokens), batch.documents) for batch in step]
+        assert [size for size in sizes if size[0] > 20] in ([(30, 1), (40, 1)], [(40, 1), (30, 1)])
+    assert len(caplog.records) == 1
+
+    caplog.clear()
+    pairs = [(Example.of(range(n)), Example.of(range(12))) for n in (12, 1, 3)]
+    steps = list(PairLoader(pairs, {"margin": np.arange(3.0)}, 3, 20, 0, epochs=1))
+    said = "1 pairs longer than micro_tokens, 20, pass alone; the longest has 24 tokens"
+    assert [record.message for record in caplog.records] == [said]
+    sizes = [(len(m.batch.tokens), m.weight) for step in steps for m in step]
+    assert (24, 1) in sizes and all(size <= 20 or weight == 1 for size, weight in sizes)
+    assert sum(weight for _, weight in sizes) == 3
+
+    caplog.clear()
+    ExampleLoader(given, 5, 40, 0)
+    assert not caplog.records
+
+
 def test_errors_come_when_the_loader_is_made(corpus):
     with pytest.raises(InputError, match="no examples"):
         ExampleLoader([], 4, 20, 0)
-    with pytest.raises(InputError, match="example 1 has 30 tokens, more than a micro-batch of 20"):
-        ExampleLoader([Example.of([1]), Example.of(range(30))], 4, 20, 0)
     pair = (Example.of(range(12)), Example.of(range(12)))
-    with pytest.raises(InputError, match="example 0 has 24 tokens"):
-        PairLoader([pair], None, 4, 20, 0)
     with pytest.raises(ValueError, match=r"extras\['margin'\]: expected 1 rows, got 2"):
         PairLoader([pair], {"margin": [1, 2]}, 4, 30, 0)
     with pytest.raises(InputError, match="at least one window of context 64"):

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2rt.data.packing import Example, micro_batches, pack, pack_pairs
-from llama2rt.errors import InputError
 
 example = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=8).map(
     lambda rows: Example.of([t for t, _ in rows], [m for _, m in rows])
@@ -42,7 +41,7 @@ def test_pack_says_what_the_loop_says(examples):
     assert types == [torch.int64, torch.int32, torch.int32, torch.int64]
 
 
-@given(st.lists(example, max_size=12), st.integers(8, 30))
+@given(st.lists(example, max_size=12), st.integers(1, 30))
 def test_micro_batches_lose_nothing_and_split_nothing(examples, max_tokens):
     batches = micro_batches(examples, max_tokens)
     documents = [
@@ -52,8 +51,9 @@ def test_micro_batches_lose_nothing_and_split_nothing(examples, max_tokens):
     ]
     alone = [slowly([one]) for one in examples]
     assert documents == [(tokens, targets) for tokens, _, _, targets in alone]
-    sizes = [len(batch.tokens) for batch in batches]
-    assert all(size <= max_tokens for size in sizes)
+    # A longer document than fits is a batch of its own; all other batches stay within.
+    for batch in batches:
+        assert len(batch.tokens) <= max_tokens or batch.documents == 1
     # Greedy: a batch was closed only because its successor's first document did not fit.
     for batch, after in pairwise(batches):
         assert len(batch.tokens) + int(after.cu_seqlens[1]) > max_tokens
@@ -62,11 +62,18 @@ def test_micro_batches_lose_nothing_and_split_nothing(examples, max_tokens):
     )
 
 
-def test_micro_batches_refuse_what_does_not_fit():
-    fits, long = Example.of(range(5)), Example.of(range(6))
+def test_what_is_longer_than_a_micro_batch_passes_alone():
+    short, fits, long = (Example.of(range(n)) for n in (1, 5, 6))
     assert len(micro_batches([fits, fits], 5)) == 2
-    with pytest.raises(InputError, match="example 1 has 6 tokens, more than a micro-batch of 5"):
-        micro_batches([fits, long], 5)
+    for order, sizes in (
+        ([long, short, short], [6, 2]),
+        ([short, long, short], [1, 6, 1]),
+        ([short, short, long], [2, 6]),
+        ([long, long], [6, 6]),
+    ):
+        batches = micro_batches(order, 5)
+        assert [len(batch.tokens) for batch in batches] == sizes
+        assert sum(batch.documents for batch in batches) == len(order)
     assert micro_batches([], 5) == []
 
 

@@ -84,7 +84,7 @@ def test_options_take_paths_and_tables():
     recipe = options(RewardRecipe, values, *given)
     assert recipe.data == [Source(path="c d.jsonl"), Source(path="e", source="mine")]
     assert recipe.mixed_in == [Source(path="f")]
-    values = {"init": "m", "helpfulness": "h", "data": ["a"]}
+    values = {"init": "m", "rewards": {"helpfulness": "h"}, "data": ["a"]}
     recipe = options(PpoRecipe, values, "--validation", '{path="v", kind="safety"}')
     assert recipe.validation == [Source(path="v", kind="safety")]
 
