@@ -446,10 +446,12 @@ def _can_park(hidden: Tensor, weight: Tensor, choice: str) -> bool:
 
 def _predicted_rows(hidden: Tensor, targets: Tensor) -> Tensor | None:
     """[n] rows with a target, where some have none: prompt tokens predict nothing and need not
-    enter the largest product of all. None where all rows stay: under compile or another tracing
-    their number would depend on the data, and tensors of other types (DTensor) hold only a part."""
+    enter the largest product of all. None where all rows stay: under compile, in a CUDA graph or
+    another tracing their number would depend on the data, and tensors of other types (DTensor) hold
+    only a part."""
     if (
         torch.compiler.is_compiling()
+        or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
         or torch._C._are_functorch_transforms_active()
         or targets.device.type == "meta"
         or type(hidden) not in backend.PLAIN_TENSORS
@@ -472,9 +474,9 @@ def token_logprob(
 
     hidden [T, dim] and weight [V, dim], one floating dtype; targets [T] int32 or int64 below V,
     where a negative one means "not predicted": logprob 0, entropy 0, no gradient, and outside of
-    compiled graphs no cost. Returns fp32 [T],
-    or with entropy=True also each row's entropy (nats), [T]; both are differentiable, and logprob
-    <= 0. The [T, V] logits are never held in memory (except by the reference, the oracle).
+    compiled graphs no cost. Returns fp32 [T], or with entropy=True also each row's entropy (nats),
+    [T]; both are differentiable, and logprob <= 0. The [T, V] logits are never held in memory
+    (except by the reference, the oracle).
     ValueError on a mismatch, temperature <= 0, and (reference, CPU) on a target >= V.
     """
     check_floating("hidden", hidden)
@@ -486,10 +488,10 @@ def token_logprob(
     check_index("targets", targets, hidden, "hidden", (hidden.shape[0],))
     if not temperature > 0:
         raise mismatch("temperature", "a number above 0", temperature)
+    choice = backend.resolve(hidden)
     tokens, rows = targets.shape[0], _predicted_rows(hidden, targets)
     if rows is not None:
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
-    choice = backend.resolve(hidden)
     run = _run_token_logprob_parked if _can_park(hidden, weight, choice) else _run_token_logprob
     logprob, entropies, *_ = run(hidden, weight, targets, temperature, entropy, choice)
     if rows is not None:
