@@ -118,12 +118,14 @@ def _can_stash(hidden: Tensor, weight: Tensor, choice: str) -> bool:
 
 def _predicted_rows(hidden: Tensor, targets: Tensor) -> Tensor | None:
     """[n] rows with a target, where some have none: prompt tokens predict nothing and need not
-    enter the largest product of all. None where all rows stay: under compile or another tracing
-    their number would depend on the data, and tensors of other types (DTensor) hold only a part."""
+    enter the largest product of all. None where all rows stay: under compile, in a CUDA graph or
+    another tracing their number would depend on the data, and tensors of other types (DTensor) hold
+    only a part."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or targets.device.type == "meta"
+        or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
         or type(hidden) not in backend.PLAIN_TENSORS
         or type(targets) not in backend.PLAIN_TENSORS
     ):
@@ -158,10 +160,10 @@ def token_logprob(
     check_index("targets", targets, hidden, "hidden", (hidden.shape[0],))
     if not temperature > 0:
         raise mismatch("temperature", "a number above 0", temperature)
+    choice = backend.resolve(hidden)
     tokens, rows = targets.shape[0], _predicted_rows(hidden, targets)
     if rows is not None:
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
-    choice = backend.resolve(hidden)
     run = _run_token_logprob_stashed if _can_stash(hidden, weight, choice) else _run_token_logprob
     logprob, entropies, *_ = run(hidden, weight, targets, temperature, entropy, choice)
     if rows is not None:
