@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 import pytest
 
 from llama2rt import cli
+from llama2rt.pipeline.plan import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")])
@@ -88,12 +89,11 @@ RECIPES = re.findall(
 
 @pytest.mark.parametrize("text, verb", RECIPES, ids=[verb for _, verb in RECIPES])
 def test_recipes_in_the_pages_are_valid(text: str, verb: str) -> None:
-    module = importlib.import_module(f"llama2rt.{cli.STAGES[verb][0]}")
+    module = importlib.import_module(f"llama2rt.{cli.with_recipe()[verb][0]}")
     recipe = get_type_hints(module.run)["recipe"].model_validate(tomllib.loads(text))
     if verb == "iterate":
-        for place in range(len(recipe.steps)):
-            module.stage_recipe(recipe, place, Path("runs"))
+        assert resolve(module.Plan(recipe).steps(), Path("runs"))
 
 
 def test_the_pages_show_recipes() -> None:
-    assert {verb for _, verb in RECIPES} >= {"ppo", "iterate"}
+    assert {verb for _, verb in RECIPES} >= {"ppo", "annotate", "iterate"}

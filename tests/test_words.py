@@ -46,6 +46,7 @@ DROPPED = (
     Dropped(r"(?<!`)``(?!`)", "single backticks for code", ("llama2rt/", "kernels/")),
 )
 
+
 def files() -> Iterator[tuple[str, str]]:
     """(path below the root, text) of every file that is read by people."""
     for folder in ("llama2rt", "kernels", "csrc", "docs"):

@@ -11,7 +11,7 @@ import pytest
 
 from llama2rt.data import readers
 from llama2rt.errors import InputError
-from llama2rt.quickstart import pipeline
+from llama2rt.quickstart import data, job
 from llama2rt.quickstart.recipe import smoke
 
 COMMAND = (sys.executable, "-P", "-m", "llama2rt.cli", "quickstart", "--smoke-test", "--seed", "1")
@@ -70,10 +70,12 @@ def test_data_and_keys_are_kept_apart(finished):
     recipe = smoke(1)
     assert len(readers.read(directory / "data" / "documents.jsonl", "document")) == recipe.documents
     prompts = readers.read(directory / "data" / "evaluation.jsonl", "prompt")
-    keys = pipeline.read_keys(directory / "judge" / "keys.json")
+    keys = data.read_keys(data.keys_path(directory))
     assert {p.id for p in prompts} <= set(keys)
-    for folder in ("pretrain", "sft", "reward-helpfulness", "rlhf-v1", "ppo", "dpo"):
+    trained = ("pretrain", "sft", "reward-helpfulness-2", "rlhf-v1", "rlhf-v2", "ppo", "dpo")
+    for folder in trained:
         inputs = json.loads((directory / folder / "manifest.json").read_text())["inputs"]
+        assert inputs
         assert not [i for i in inputs.values() if "judge" in i["path"] or "evaluation" in i["path"]]
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["complete"] and "data/documents.jsonl" in manifest["summary"]["data"]
@@ -82,16 +84,16 @@ def test_data_and_keys_are_kept_apart(finished):
 def test_a_finished_job_is_not_done_again_and_not_overwritten(finished):
     directory, printed, _ = finished
     with pytest.raises(InputError, match="--resume"):
-        pipeline.run(smoke(1), directory)
+        job.run(smoke(1), directory)
     began = time.monotonic()
-    assert pipeline.run(smoke(1), directory, resume=True) == printed
+    assert job.run(smoke(1), directory, resume=True) == printed
     assert time.monotonic() - began < 2
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_numbers(finished, tmp_path):
     _, uninterrupted, _ = finished
     directory = tmp_path / "job"
-    for waits_for in ("pretrain/metrics.jsonl", "reward-helpfulness/manifest.json", "rlhf-v2"):
+    for waits_for in ("pretrain/metrics.jsonl", "reward-helpfulness-1/manifest.json", "rlhf-v2"):
         process = start(directory, *(["--resume"] if directory.exists() else []))
         while process.poll() is None and not (directory / waits_for).exists():
             time.sleep(0.02)
