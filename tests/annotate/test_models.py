@@ -60,23 +60,8 @@ def scalar(small_tokenizer):
     return made
 
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dogs",
-    "and",
-    "counts",
-    "sheep",
-    "from",
-    "zero",
-    "to",
-    "twelve",
-]
+SENTENCE = "the quick brown fox jumps over lazy dogs and counts sheep from zero to twelve"
+WORDS = SENTENCE.split()
 TEXTS = list(zip(WORDS[:7], WORDS[7:14], strict=True))
 
 
@@ -155,13 +140,13 @@ def test_a_judge_is_told_what_counts(small_tokenizer):
     model, annotator = asked(small_tokenizer, 0.0, 1.0)
     annotator(pairs(TEXTS[:1]), "0")
     annotator(pairs(TEXTS[:1], "safety"), "0")
-    assert ["more helpful?" in text for text in model.asked] == [True, True, False, False]
+    assert ["is more helpful?" in text for text in model.asked] == [True, True, False, False]
     assert ["safer" in text for text in model.asked] == [False, False, True, True]
 
 
 def test_a_pair_too_long_for_the_judge_is_named(small_tokenizer):
     _, annotator = asked(small_tokenizer, 0.0, 1.0, context=32)
-    with pytest.raises(InputError, match="pair 'helpfulness-0' with its question has .* is 32"):
+    with pytest.raises(InputError, match=r"pair 'helpfulness-0' with its question has .* is 32"):
         annotator(pairs(TEXTS[:1]), "0")
 
 

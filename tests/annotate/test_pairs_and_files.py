@@ -118,7 +118,7 @@ def test_what_is_wrong_in_a_file_is_named(judge, line, said):
 def test_a_file_that_is_still_to_come_is_waited_for(judge, tmp_path):
     judge(A + B)
     annotator = FileAnnotator([tmp_path / "later.jsonl"], tmp_path / "pairs.jsonl")
-    with pytest.raises(InputError, match="later.jsonl: no such file; 2 pairs in .*--resume"):
+    with pytest.raises(InputError, match=r"later.jsonl: no such file; 2 pairs in .*--resume"):
         annotator([pair("a")], "0")
 
 
