@@ -110,6 +110,15 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory):
     return Tokenizer.train(sentences, 400, tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.fixture(scope="session")
+def pocket(tmp_path_factory: pytest.TempPathFactory):
+    """One small problem for all stages of RLHF and plans of them, built once."""
+    import pocket as problem
+
+    torch.set_num_threads(1)
+    return problem.build(tmp_path_factory.mktemp("pocket"))
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     return request.config.llama2rt_seed

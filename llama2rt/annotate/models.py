@@ -2,6 +2,7 @@
 asked."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -92,26 +93,25 @@ class JudgeAnnotator:
 
     def __init__(self, model: Llama, tokenizer: Tokenizer) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._letters = [self._letter(letter) for letter in "AB"]
+        messages = [{"role": "user", "content": "A or B?"}]
+        begin = len(chat.encode_prompt(tokenizer, messages))
+        answers = [chat.encode_response(tokenizer, messages, letter)[0][begin:] for letter in "AB"]
+        # A tokenizer that knows neither letter after a space begins both with the space.
+        self._begun = os.path.commonprefix(answers)
+        self._letters = [answer[len(self._begun)] for answer in answers]
 
     def __call__(self, pairs: Sequence[AnswerPair], seed: str) -> list[Judgement | None]:
         return [
             judgement(
-                (
+                0.5
+                + (
                     self._first_wins(pair, pair.first, pair.second)
-                    + 1
                     - self._first_wins(pair, pair.second, pair.first)
                 )
                 / 2
             )
             for pair in pairs
         ]
-
-    def _letter(self, letter: str) -> int:
-        """The id of the first token in which answers of one letter differ."""
-        messages = [{"role": "user", "content": "A or B?"}]
-        begin = len(chat.encode_prompt(self._tokenizer, messages))
-        return chat.encode_response(self._tokenizer, messages, letter)[0][begin:][0]
 
     @torch.no_grad()
     def _first_wins(self, pair: AnswerPair, first: str, second: str) -> float:
@@ -122,7 +122,8 @@ class JudgeAnnotator:
             second=second,
             quality=QUALITY[pair.prompt.kind],
         )
-        tokens = chat.encode_prompt(self._tokenizer, [{"role": "user", "content": content}])
+        messages = [{"role": "user", "content": content}]
+        tokens = [*chat.encode_prompt(self._tokenizer, messages), *self._begun]
         if len(tokens) >= self._model.config.context:
             raise InputError(
                 f"annotator.judge: pair {pair.id!r} with its question has {len(tokens)} tokens, "

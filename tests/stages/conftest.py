@@ -1,6 +1,5 @@
-"""One small problem for all stages of RLHF, built once."""
+"""What the tests of stages share besides the pocket problem."""
 
-import pocket as problem
 import pytest
 import torch
 
@@ -9,12 +8,6 @@ from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.report.plot import Plot
 from llama2rt.stages import loading
 from llama2rt.text.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="session")
-def pocket(tmp_path_factory) -> problem.Pocket:
-    torch.set_num_threads(1)
-    return problem.build(tmp_path_factory.mktemp("pocket"))
 
 
 @pytest.fixture(autouse=True)
