@@ -119,6 +119,27 @@ def pocket(tmp_path_factory: pytest.TempPathFactory):
     return problem.build(tmp_path_factory.mktemp("pocket"))
 
 
+@pytest.fixture(scope="session")
+def strangers(pocket, tmp_path_factory):
+    """A reward model and a language model of the policy's size with another tokenizer, and a reward
+    model with the policy's and a context of 12."""
+    from llama2rt.checkpoint import native
+    from llama2rt.model import Llama, LlamaConfig, ScalarModel
+    from llama2rt.stages import loading
+    from llama2rt.text.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("strangers")
+    policy, tokenizer = loading.load_llama(pocket.sft)
+    text = "the quick brown fox jumps over twelve lazy dogs " * 3
+    foreign = Tokenizer.train([f"{i} {text}" for i in range(50)], 300, folder / "tokenizer")
+    shape = dict(vars(policy.config), vocab_size=max(300, tokenizer.vocab_size))
+    native.save(ScalarModel(LlamaConfig(**shape)).initialize(1), foreign, folder / "reward")
+    native.save(Llama(LlamaConfig(**shape)).initialize(1), foreign, folder / "policy")
+    short = LlamaConfig(**dict(vars(policy.config), context=12))
+    native.save(ScalarModel(short).initialize(1), tokenizer, folder / "short")
+    return folder
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     return request.config.llama2rt_seed

@@ -2,7 +2,6 @@
 asked."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -97,8 +96,9 @@ class JudgeAnnotator:
         begin = len(chat.encode_prompt(tokenizer, messages))
         answers = [chat.encode_response(tokenizer, messages, letter)[0][begin:] for letter in "AB"]
         # A tokenizer that knows neither letter after a space begins both with the space.
-        self._begun = os.path.commonprefix(answers)
-        self._letters = [answer[len(self._begun)] for answer in answers]
+        shared = next(i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b)
+        self._begun = answers[0][:shared]
+        self._letters = [answer[shared] for answer in answers]
 
     def __call__(self, pairs: Sequence[AnswerPair], seed: str) -> list[Judgement | None]:
         return [

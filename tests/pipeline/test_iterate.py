@@ -222,7 +222,7 @@ def test_a_wrong_recipe_is_found_before_anything_runs(pocket, tmp_path):
         {"name": "V1", "stage": "rejection", **REJECTION},
         {"name": "V2", "stage": "reward", "kind": "safety", "init": None, "data": ["x"]},
     ]
-    with pytest.raises(InputError, match="steps: V2: .*"):
+    with pytest.raises(InputError, match="steps: V2: "):
         iterate.run(recipe(pocket, steps=steps), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -382,7 +382,7 @@ def test_a_wrong_file_is_refused_and_leaves_nothing(pocket, command, tmp_path, s
 
 
 def test_options_change_a_file(pocket, command, tmp_path, monkeypatch):
-    """Its steps reach the run as they are; the reward models' keys are options where it has them."""
+    """Its steps reach the run as they are; where it names reward models, their keys are options."""
     seen = []
     monkeypatch.setattr(iterate, "run", lambda recipe, *_, **__: seen.append(recipe))
     monkeypatch.setattr(cli, "_fail", lambda message, status: pytest.fail(message))

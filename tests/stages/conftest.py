@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from llama2rt.checkpoint import native
-from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.report.plot import Plot
-from llama2rt.stages import loading
-from llama2rt.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -23,19 +19,3 @@ def _pages_without_drawings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plot, "svg", lambda plot, salt="": "<svg></svg>")
         yield
-
-
-@pytest.fixture(scope="session")
-def strangers(pocket, tmp_path_factory):
-    """A reward model and a language model of the policy's size with another tokenizer, and a reward
-    model with the policy's and a context of 12."""
-    folder = tmp_path_factory.mktemp("strangers")
-    policy, tokenizer = loading.load_llama(pocket.sft)
-    text = "the quick brown fox jumps over twelve lazy dogs " * 3
-    foreign = Tokenizer.train([f"{i} {text}" for i in range(50)], 300, folder / "tokenizer")
-    shape = dict(vars(policy.config), vocab_size=max(300, tokenizer.vocab_size))
-    native.save(ScalarModel(LlamaConfig(**shape)).initialize(1), foreign, folder / "reward")
-    native.save(Llama(LlamaConfig(**shape)).initialize(1), foreign, folder / "policy")
-    short = LlamaConfig(**dict(vars(policy.config), context=12))
-    native.save(ScalarModel(short).initialize(1), tokenizer, folder / "short")
-    return folder

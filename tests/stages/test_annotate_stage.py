@@ -83,11 +83,10 @@ def test_a_reward_model_learns_from_what_was_written(pocket, collected, tmp_path
 
 @pytest.mark.parametrize("calls", [1, 3, 4, 6])
 def test_the_same_bytes_after_a_kill_anywhere(pocket, collected, tmp_path, monkeypatch, calls):
-    """Files are written by `atomic.write` or by `readers.write`, the fourth and later."""
-    owner, name = (atomic, "replacing")
+    """While recipe.toml, the pairs, the first or the third file of comparisons is written."""
     directory = tmp_path / "batch-1"
     problem.killed_and_resumed(
-        monkeypatch, owner, name, calls, annotate.run, recipe(pocket), directory
+        *(monkeypatch, atomic, "replacing", calls), *(annotate.run, recipe(pocket), directory)
     )
     for name in ("pairs.jsonl", *FILES):
         assert (directory / name).read_bytes() == (collected / name).read_bytes()
@@ -125,7 +124,9 @@ def test_each_batch_asks_new_prompts(pocket, tmp_path):
     ]
     assert len(set(batches[0] + batches[1])) == 8
     assert all(len(set(batch)) == len(batch) for batch in batches)
-    assert set(sum(batches[:3], [])) == {p.id for p in problem.prompts(problem.TRAINING[:5])}
+    assert {*batches[0], *batches[1], *batches[2]} == {
+        p.id for p in problem.prompts(problem.TRAINING[:5])
+    }
     everything = annotate.open_inputs(recipe(pocket, data=[tmp_path / "ten.jsonl"], prompts=99))
     assert len(everything.prompts["training"]) == 10
 
@@ -147,9 +148,7 @@ def test_an_annotator_who_decides_nothing_leaves_no_file(pocket, tmp_path, monke
     settings = recipe(pocket, data=[few], held_out=[])
     undecided = lambda self, pairs, seed: [None] * len(pairs)  # noqa: E731
     monkeypatch.setattr(kill_plan.Knowing, "__call__", undecided)
-    with pytest.raises(
-        InputError, match="no comparison of helpfulness came of the prompts for tra"
-    ):
+    with pytest.raises(InputError, match="no comparison of helpfulness came of the prompts"):
         annotate.run(settings, tmp_path / "run")
     monkeypatch.setattr(kill_plan.Knowing, "__call__", lambda self, pairs, seed: [])
     with pytest.raises(InputError, match="annotator: gave 0 judgements of"):
