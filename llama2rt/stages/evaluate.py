@@ -117,7 +117,9 @@ def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Pat
     for name in recipe.versions:
         sampler = version(recipe, models, name)
         answers[name] = sample(recipe, sampler, run, inputs.prompts, recipe.samples, 1.0)
-        kl[name] = divergence(sampler.engine.model, reference, answers[name], recipe.micro_tokens)
+        # Of one answer a prompt: it takes two more forward passes.
+        first = [group[:1] for group in answers[name]]
+        kl[name] = divergence(sampler.engine.model, reference, first, recipe.micro_tokens)
         if name in recipe.curves.versions:
             some = inputs.prompts[: recipe.curves.prompts]
             for temperature in recipe.curves.temperatures:
