@@ -35,6 +35,7 @@ EXCEPTIONS = {
         ),
         "llama2rt/cluster/hardware.py::Gpu": "a data sheet: one named number a line",
         "llama2rt/quickstart/*Recipe": "a recipe: one key a line, as a file would have it",
+        "llama2rt/generate/scheduler.py:*:Step": "what a device needs of a step: one array a line",
         "llama2rt/rollout/*Response": "a record: one named field a line",
         "llama2rt/rollout/responses.py:Response.from_json:cls": "the same",
         "llama2rt/quickstart/tasks.py:*:Task": "a task: its wordings and its answer, one a line",

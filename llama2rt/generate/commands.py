@@ -4,6 +4,7 @@ stdout, progress to stderr; the command line turns these functions' arguments in
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,20 +99,7 @@ def generate(
         for record in records
     ]
     started = time.perf_counter()
-    columns = (
-        *(TextColumn("sampling"), BarColumn(), MofNCompleteColumn()),
-        *(TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn()),
-    )
-    tokens = 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(records) * n, rate=0.0)
-
-        def advance(completion: Completion) -> None:
-            nonlocal tokens
-            tokens += len(completion.tokens)
-            progress.update(task, advance=1, rate=tokens / (time.perf_counter() - started))
-
-        completions = engine.generate(encoded, n, **sampling.options(), on_finish=advance)
+    completions = _with_progress(engine, encoded, n, sampling)
     seconds = time.perf_counter() - started
     samples = [
         Sample(
@@ -131,6 +119,7 @@ def generate(
             {**sample.to_json(), "finish_reason": c.finish_reason, "tokens": len(c.tokens)}
             for sample, c in zip(samples, completions, strict=True)
         ]
+        tokens = sum(len(completion.tokens) for completion in completions)
         summary = {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
         print(json.dumps({"samples": rows, **summary}, ensure_ascii=False))
     elif out is None:
@@ -138,6 +127,26 @@ def generate(
             print(
                 sample.response if len(samples) == 1 else f"[{sample.prompt_id}] {sample.response}"
             )
+
+
+def _with_progress(
+    engine: Engine, prompts: Sequence[Any], n: int, sampling: Sampling
+) -> list[Completion]:
+    """n samples of each of `prompts`, with a bar on the terminal."""
+    columns = (
+        *(TextColumn("sampling"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn()),
+    )
+    started, tokens = time.perf_counter(), 0
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(prompts) * n, rate=0.0)
+
+        def advance(completion: Completion) -> None:
+            nonlocal tokens
+            tokens += len(completion.tokens)
+            progress.update(task, advance=1, rate=tokens / (time.perf_counter() - started))
+
+        return engine.generate(prompts, n, **sampling.options(), on_finish=advance)
 
 
 def _prompts(prompt: str | None, path: Path | None, raw: bool) -> list[Prompt]:
