@@ -207,8 +207,8 @@ def read_prompts(
         needed = least_bytes(policy.config, cache.dtype, longest)
         if needed > cache.most_bytes:
             raise InputError(
-                f"sampling.cache_bytes: expected at least {needed} for the longest prompt in {names} "
-                f"with its response, {longest} tokens, got {cache.most_bytes}"
+                f"sampling.cache_bytes: expected at least {needed} for the longest prompt in "
+                f"{names} with its response, {longest} tokens, got {cache.most_bytes}"
             )
     for name, model in (readers or {}).items():
         if model.config.context < longest:
