@@ -209,7 +209,9 @@ def test_prompts_of_a_stage_have_the_kind_their_table_says(pocket, tmp_path):
     json_lines.write(tmp_path / "adversarial.jsonl", [{"prompt": "baba"}, {"prompt": "lulu"}])
     model, tokenizer = loading.load_llama(pocket.sft)
     found = PpoRecipe(
-        init="m", helpfulness="h", data=[{"path": tmp_path / "adversarial.jsonl", "kind": "safety"}]
+        init="m",
+        rewards={"helpfulness": "h"},
+        data=[{"path": tmp_path / "adversarial.jsonl", "kind": "safety"}],
     )
     prompts = loading.read_prompts(found.data, tokenizer, model)
     assert [prompt.kind for prompt in prompts] == ["safety", "safety"]
