@@ -124,7 +124,10 @@ def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
     context = recipe.context or config.context
     if context > config.context:
         raise InputError(f"context: {context} exceeds the model's {config.context}")
-    training, held_out = (encode(part, tokenizer, context) for part in split(recipe))
+    parts = split(recipe)
+    if recipe.validation and future is None:  # else the step's own run says it
+        warn_of_shared(*((dialogue.messages[:-1] for dialogue in part) for part in parts))
+    training, held_out = (encode(part, tokenizer, context) for part in parts)
     return SftInputs(tokenizer, training, held_out, Outline(config, tokenizer))
 
 
@@ -135,7 +138,6 @@ def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
     if recipe.validation:
         training = [dialogues[i] for i in np.sort(order)]
         held_out = read(recipe.validation, "dialogue", recipe.skip_invalid)
-        warn_of_shared((d.messages[:-1] for d in training), (d.messages[:-1] for d in held_out))
         return training, held_out
     count = round(recipe.held_out * len(order))
     if count == len(order):

@@ -99,8 +99,8 @@ def test_prompts_trained_on_and_held_out_are_said(init, tmp_path, caplog):
     shared[1]["messages"][-1]["content"] = "another answer to the same"
     json_lines.write(tmp_path / "validation.jsonl", [*shared, dialogue(70)])
     recipe = SftRecipe(**init, validation=[tmp_path / "validation.jsonl"])
-    training, held_out = sft.split(recipe)
-    assert (len(training), len(held_out)) == (60, 3)
+    inputs = sft.open_inputs(recipe)
+    assert (len(inputs.training), len(inputs.held_out)) == (60, 3)
     assert "data: 2 prompts are in validation too" in caplog.text
 
 
