@@ -25,7 +25,7 @@ from llama2rt.data import readers
 from llama2rt.data.records import KINDS, Comparison, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
-from llama2rt.generate import Completion
+from llama2rt.generate import Completion, Engine
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
@@ -152,10 +152,6 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
         else []
         for part, paths in sources.items()
     }
-    for part, found in prompts.items():
-        repeated = [key for key, n in Counter(prompt.id for prompt in found).items() if n > 1]
-        if repeated:
-            raise InputError(f"{part}: the id {repeated[0]!r} names more than one prompt")
     if recipe.prompts is not None:
         count = min(recipe.prompts, len(prompts["training"]))
         # Not by the recipe's seed, which differs between the batches of a plan.
@@ -171,17 +167,16 @@ def shown_pairs(
     """The pairs to compare, out of the file at `path` where it is there, else sampled and written
     to it."""
     if not path.exists():
-        pairs = [
-            {"part": part, **pair.to_json()}
-            for part, prompts in inputs.prompts.items()
-            for pair in sample(recipe, inputs.tokenizer, part, prompts)
+        sampled = sample(recipe, inputs)
+        rows = [
+            {"part": part, **pair.to_json()} for part, found in sampled.items() for pair in found
         ]
-        if not pairs:
+        if not rows:
             raise InputError(
                 f"{path.parent}: no prompt has two different finished answers to compare; raise "
                 "sampling.max_tokens"
             )
-        lines = (json.dumps(pair, ensure_ascii=False) for pair in pairs)
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         atomic.write(path, "".join(f"{line}\n" for line in lines))
     found = []
     # Not splitlines(): an answer may hold any of Unicode's other line ends.
@@ -192,35 +187,50 @@ def shown_pairs(
     return found
 
 
-def sample(
-    recipe: AnnotateRecipe, tokenizer: Tokenizer, part: Part, prompts: Sequence[Prompt]
-) -> list[AnswerPair]:
-    """Two different finished answers to each of `prompts` that gets them."""
-    answers: list[list[Completion]] = []
-    for temperature, folder in zip(
-        recipe.temperatures, (recipe.policy, recipe.other or recipe.policy), strict=True
-    ):
-        model, _ = loading.load_llama(folder, recipe.tokenizer)
-        answers.append(
-            recipe.sampling.engine(model, tokenizer).generate(
-                [prompt.messages for prompt in prompts],
-                temperature=temperature,
-                max_tokens=recipe.sampling.max_tokens,
-                seed=derived_seed(recipe.seed, part, len(answers)),
+def sample(recipe: AnnotateRecipe, inputs: AnnotateInputs) -> dict[Part, list[AnswerPair]]:
+    """Two different finished answers to each prompt that gets them. A policy and its cache are gone
+    before the next one is loaded."""
+    answers: dict[Part, list[list[Completion]]] = {part: [] for part in inputs.prompts}
+    policies = (recipe.policy, recipe.other or recipe.policy)
+    engine: Engine | None = None
+    for index, (temperature, folder) in enumerate(zip(recipe.temperatures, policies, strict=True)):
+        if engine is None or folder != policies[index - 1]:
+            del engine
+            model, _ = loading.load_llama(folder, recipe.tokenizer)
+            engine = recipe.sampling.engine(model, inputs.tokenizer)
+            del model
+        for part, prompts in inputs.prompts.items():
+            answers[part].append(
+                engine.generate(
+                    [prompt.messages for prompt in prompts],
+                    temperature=temperature,
+                    max_tokens=recipe.sampling.max_tokens,
+                    seed=derived_seed(recipe.seed, part, index),
+                )
             )
-        )
-    pairs = []
-    for prompt, first, second in zip(prompts, *answers, strict=True):
-        finished = first.finish_reason == second.finish_reason == "stop"
-        texts = first.text.strip(), second.text.strip()
+    return {part: pairs(part, inputs.prompts[part], *answers[part]) for part in answers}
+
+
+def pairs(
+    part: Part,
+    prompts: Sequence[Prompt],
+    first: Sequence[Completion],
+    second: Sequence[Completion],
+) -> list[AnswerPair]:
+    """The first and the second answer to each of `prompts`, where both are finished and different
+    and a record can hold them."""
+    found = []
+    for prompt, *sides in zip(prompts, first, second, strict=True):
+        texts = [side.text.strip() for side in sides]
+        finished = all(side.finish_reason == "stop" for side in sides)
         # A record holds no null character, which a model of byte pieces may sample.
         if finished and all(texts) and texts[0] != texts[1] and "\0" not in "".join(texts):
-            pairs.append(AnswerPair(f"{part}:{prompt.id}", prompt, *texts))
-    if len(pairs) < len(prompts):
+            found.append(AnswerPair(f"{part}:{prompt.id}", prompt, *texts))
+    if len(found) < len(prompts):
         logger.info(
             "%s: %d of %d prompts have no two different finished answers",
             part,
-            len(prompts) - len(pairs),
+            len(prompts) - len(found),
             len(prompts),
         )
-    return pairs
+    return found

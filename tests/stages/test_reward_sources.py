@@ -11,7 +11,7 @@ from llama2rt.data.readers import write
 from llama2rt.data.records import Comparison
 from llama2rt.errors import InputError
 from llama2rt.run import Run
-from llama2rt.stages import loading, reward
+from llama2rt.stages import comparisons, loading, reward
 from llama2rt.stages.ppo import PpoRecipe
 from llama2rt.stages.reward import RewardRecipe
 
@@ -67,7 +67,7 @@ def test_the_papers_safety_mix(shared_data, tmp_path):
         skip_invalid=100,
     )
     found = RewardRecipe(**{**found.model_dump(), "data": [*found.data, harmless]})
-    training, held_out, _ = reward.split(found)
+    training, held_out, _ = comparisons.split(found)
     own = [c for c in training if c.kind == "safety"]
     assert not held_out
     assert len(own) == 600 + 2312 - 13
@@ -81,7 +81,7 @@ def test_pairs_without_a_kind_are_of_the_models_kind(tmp_path, caplog):
         tmp_path, [(rows("silent", 20), {}), (both, {})], [(both, {"kind": "helpfulness"})],
         kind="safety", mixed_in_share=0.1,
     )  # fmt: skip
-    training, _, left_out = reward.split(found)
+    training, _, left_out = comparisons.split(found)
     own = [c for c in training if c.kind == "safety"]
     assert len(own) == 25
     assert {c.chosen for c in training if c.kind == "helpfulness"} == {"r"}
@@ -95,7 +95,7 @@ def test_pairs_without_a_kind_are_of_the_models_kind(tmp_path, caplog):
 def test_a_file_of_the_other_kind_alone_is_refused(tmp_path):
     found = recipe(tmp_path, [(pairs("p", 5, kind="helpfulness"), {})], kind="safety")
     with pytest.raises(InputError, match=r"data-0\.jsonl: no records: all say the kind helpful"):
-        reward.split(found)
+        comparisons.split(found)
 
 
 def test_validation_prompts_leave_every_training_file(tmp_path, caplog):
@@ -106,7 +106,7 @@ def test_validation_prompts_leave_every_training_file(tmp_path, caplog):
         [(pairs("shared", 10) + pairs("other", 200), {})],
         validation=[tmp_path / "validation.jsonl"],
     )
-    training, held_out, left_out = reward.split(found)
+    training, held_out, left_out = comparisons.split(found)
     assert len(held_out) == 10
     assert not asked(training) & asked(held_out)
     assert len(training) == 100
@@ -127,18 +127,18 @@ def test_so_many_are_held_out_of_each_source(tmp_path):
         ],
         held_out=20,
     )
-    training, held_out, _ = reward.split(found)
+    training, held_out, _ = comparisons.split(found)
     counts = {s: sum(c.source == s for c in held_out) for s in ("first", "second", "third")}
     assert counts == {"first": 20, "second": 7, "third": 20}
     assert not asked(training) & asked(held_out)  # prompts of two files, held out of one
-    again, _, _ = reward.split(found)
+    again, _, _ = comparisons.split(found)
     assert again == training
 
 
 def test_a_source_too_small_to_hold_out_of_is_named(tmp_path):
     found = recipe(tmp_path, [(pairs("a", 50), {}), (pairs("b", 10), {})], held_out=20)
     with pytest.raises(InputError, match=r"data-1\.jsonl: held_out: 20 of 10 comparisons leaves"):
-        reward.split(found)
+        comparisons.split(found)
 
 
 def test_pairs_of_close_scores_are_in_the_report(pocket, tmp_path):
@@ -179,7 +179,7 @@ def test_pairs_of_close_scores_are_in_the_report(pocket, tmp_path):
 
 def test_ultrafeedback_and_helpsteer_rows_train_a_model(tmp_path):
     ultra = [{**ROWS["UltraFeedback", "comparison"], "instruction": f"u {i}"} for i in range(20)]
-    training, _, left_out = reward.split(
+    training, _, left_out = comparisons.split(
         recipe(tmp_path, [(ultra, {"minimum_score_difference": 2.0})])
     )
     assert len(training) == 20 and not left_out

@@ -16,7 +16,7 @@ from llama2rt.data.records import Comparison
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
 from llama2rt.run import Run
-from llama2rt.stages import loading, reward
+from llama2rt.stages import comparisons, loading, reward
 
 
 def comparison(name, rating=None, safety=None, answer="yes"):
@@ -76,15 +76,15 @@ def test_objective_reads_last_tokens_and_adds_margins(pocket):
 def test_no_prompt_is_trained_on_and_held_out():
     names = problem.NAMES
     records = [comparison(name, answer=a) for name in names for a in ("yes", "of course", "sure")]
-    kept, held_out = reward.hold_out(records, 40, seed=1)
+    kept, held_out = comparisons.hold_out(records, 40, seed=1)
     assert 40 <= len(held_out) < 43
     assert len(kept) + len(held_out) == len(records)
     assert not {c.prompt[0]["content"] for c in kept} & {c.prompt[0]["content"] for c in held_out}
-    assert reward.hold_out(records, 40, seed=1) == (kept, held_out)
-    assert reward.hold_out(records, 40, seed=2) != (kept, held_out)
-    assert reward.hold_out(records, 0, seed=1)[1] == []
+    assert comparisons.hold_out(records, 40, seed=1) == (kept, held_out)
+    assert comparisons.hold_out(records, 40, seed=2) != (kept, held_out)
+    assert comparisons.hold_out(records, 0, seed=1)[1] == []
     with pytest.raises(InputError, match="leaves none"):
-        reward.hold_out(records, len(records), seed=1)
+        comparisons.hold_out(records, len(records), seed=1)
 
 
 def test_mixed_in_prompts_are_not_held_out_ones(pocket, tmp_path):
@@ -96,7 +96,7 @@ def test_mixed_in_prompts_are_not_held_out_ones(pocket, tmp_path):
         data=[tmp_path / "own.jsonl"],
         mixed_in=[tmp_path / "other.jsonl"],
     )
-    training, held_out, _ = reward.split(recipe)
+    training, held_out, _ = comparisons.split(recipe)
     assert len(held_out) == 20
     assert not {repr(c.prompt) for c in held_out} & {repr(c.prompt) for c in training}
     assert sum(c.chosen == "sure" for c in training) == 80
@@ -106,7 +106,7 @@ def test_mixed_in_prompts_are_not_held_out_ones(pocket, tmp_path):
 def test_mix_draws_its_share_uniformly(share, expected):
     own = [comparison(f"own{i}") for i in range(90)]
     other = [comparison(f"other{i}") for i in range(200)]
-    mixed = reward.mix(own, other, share, seed=0)
+    mixed = comparisons.mix(own, other, share, seed=0)
     assert mixed[:90] == own
     assert len(mixed) == 90 + expected
     assert len({repr(c.prompt) for c in mixed}) == len(mixed)
@@ -120,7 +120,7 @@ def test_shares_are_the_papers(pocket, tmp_path):
             pocket, kind, mixed_in=[tmp_path / "other.jsonl"], held_out=0
         )
         own = len(read(recipe.data, "comparison"))
-        sizes[kind] = (len(reward.split(recipe)[0]) - own) / own
+        sizes[kind] = (len(comparisons.split(recipe)[0]) - own) / own
     assert sizes["helpfulness"] == 1.0  # an equal amount
     assert sizes["safety"] == pytest.approx(1 / 9, abs=0.01)  # 90/10
 

@@ -115,9 +115,9 @@ def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp
     seen = []
 
     class Spy(scheduler.Scheduler):
-        def __init__(self, *args, **kwargs):
-            seen.append((kwargs["max_sequences"], kwargs["pages"]))
-            super().__init__(*args, **kwargs)
+        def __init__(self, prompts, limits, n, seed, stop_ids, budget):
+            seen.append((budget.sequences, budget.pages))
+            super().__init__(prompts, limits, n, seed, stop_ids, budget)
 
     monkeypatch.setattr(scheduler, "Scheduler", Spy)
     model, _ = loading.load_llama(pocket.sft)
