@@ -174,6 +174,7 @@ def shown_pairs(
         pairs = [
             {"part": part, **pair.to_json()}
             for part, prompts in inputs.prompts.items()
+            if prompts
             for pair in sample(recipe, inputs.tokenizer, part, prompts)
         ]
         if not pairs:
