@@ -20,6 +20,7 @@ from pydantic import (
     field_validator,
     model_serializer,
 )
+from pydantic.fields import FieldInfo
 
 from llama2rt.run import whole_type
 from llama2rt.stages import STAGES
@@ -77,38 +78,31 @@ class PlanStep(StageKeys):
 
 
 @functools.cache
-def keys_of(stage: str) -> dict[str, Any]:
-    """The fields of a stage's recipe, each of which may be absent."""
-    return {
-        name: (_in_part(whole_type(field)) | None, None)
-        for name, field in STAGES[stage].recipe.model_fields.items()
-    }
+def keys_of(table: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a recipe or of one of its tables, each of which may be absent."""
+    return {name: (_in_part(field) | None, None) for name, field in table.model_fields.items()}
+
+
+def _in_part(field: FieldInfo) -> Any:
+    """The type of a field; of a table, one of whose keys too each may be absent."""
+    table = field.annotation
+    if isinstance(table, type) and issubclass(table, BaseModel):
+        return create_model(f"{table.__name__}Keys", __base__=StageKeys, **keys_of(table))
+    return whole_type(field)
 
 
 @functools.cache
 def table_type(stage: str) -> type[StageKeys]:
     """What may stand in a table of a stage's keys."""
-    return create_model(f"{stage.title()}Keys", __base__=StageKeys, **keys_of(stage))
+    keys = keys_of(STAGES[stage].recipe)
+    return create_model(f"{stage.title()}Keys", __base__=StageKeys, **keys)
 
 
 @functools.cache
 def step_type(stage: str) -> type[PlanStep]:
     """What may stand in a step of a stage."""
-    return create_model(f"{stage.title()}Step", __base__=PlanStep, **keys_of(stage))
-
-
-def _in_part(annotation: Any) -> Any:
-    """`annotation`, or where it is a table with keys that it must have, the table without that
-    demand: `rewards.safety` alone, beside the plan's helpfulness."""
-    if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        return annotation
-    fields = annotation.model_fields
-    if not any(field.is_required() for field in fields.values()):
-        return annotation
-    keys: dict[str, Any] = {
-        name: (whole_type(field) | None, None) for name, field in fields.items()
-    }
-    return create_model(f"{annotation.__name__}Keys", __base__=StageKeys, **keys)
+    keys = keys_of(STAGES[stage].recipe)
+    return create_model(f"{stage.title()}Step", __base__=PlanStep, **keys)
 
 
 def _plain(value: Any) -> Any:
@@ -130,12 +124,12 @@ def _step(given: Any) -> Any:
 def _tables(given: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
-    return {
-        stage: keys
-        if isinstance(keys, StageKeys)
-        else table_type(_known(stage)).model_validate(keys)
-        for stage, keys in given.items()
-    }
+    if all(isinstance(keys, StageKeys) for keys in given.values()):
+        return given
+    # As one model, so that what is wrong is named with its stage.
+    fields: dict[str, Any] = {stage: (table_type(_known(stage)), ...) for stage in given}
+    tables = create_model("Tables", **fields).model_validate(given)
+    return {stage: getattr(tables, stage) for stage in given}
 
 
 def _known(stage: Any) -> str:

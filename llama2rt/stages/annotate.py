@@ -200,14 +200,13 @@ def sample(recipe: AnnotateRecipe, inputs: AnnotateInputs) -> dict[Part, list[An
             engine = recipe.sampling.engine(model, inputs.tokenizer)
             del model
         for part, prompts in inputs.prompts.items():
-            answers[part].append(
-                engine.generate(
-                    [prompt.messages for prompt in prompts],
-                    temperature=temperature,
-                    max_tokens=recipe.sampling.max_tokens,
-                    seed=derived_seed(recipe.seed, part, index),
-                )
+            completions = engine.generate(
+                [prompt.messages for prompt in prompts],
+                temperature=temperature,
+                max_tokens=recipe.sampling.max_tokens,
+                seed=derived_seed(recipe.seed, part, index),
             )
+            answers[part].append(completions)
     return {part: pairs(part, inputs.prompts[part], *answers[part]) for part in answers}
 
 

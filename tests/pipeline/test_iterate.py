@@ -381,17 +381,15 @@ def test_a_wrong_file_is_refused_and_leaves_nothing(pocket, command, tmp_path, s
     assert not (tmp_path / "run").exists()
 
 
-def test_options_change_a_file(pocket, command, tmp_path, monkeypatch):
+def test_options_change_a_file(pocket, command, monkeypatch):
     """Its steps reach the run as they are; where it names reward models, their keys are options."""
     seen = []
     monkeypatch.setattr(iterate, "run", lambda recipe, *_, **__: seen.append(recipe))
-    monkeypatch.setattr(cli, "_fail", lambda message, status: pytest.fail(message))
     monkeypatch.setattr(iterate.run, "__annotations__", {"recipe": iterate.IterateRecipe})
     steps = '[[steps]]\nname = "V1"\nstage = "ppo"\niterations = 3\n[defaults.ppo]\nbeta = 0.5'
-    with pytest.raises(FileNotFoundError):  # no run was made to tell of
-        (tmp_path / "plan.toml").write_text(plan_text(pocket, steps))
-        options = ["--rewards.threshold", "0.4", "--seed", "5", "--json"]
-        cli.main(["iterate", str(tmp_path / "plan.toml"), *options, "--out", str(tmp_path / "r")])
+    options = ("--rewards.threshold", "0.4", "--seed", "5", "--json")
+    status, said = command(plan_text(pocket, steps), *options)
+    assert status == 1 and "manifest.json" in said  # there is no run to tell of
     (changed,) = seen
     assert (changed.rewards.threshold, changed.rewards.safety) == (0.4, pocket.safety)
     assert changed.seed == 5

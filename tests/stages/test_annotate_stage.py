@@ -132,12 +132,11 @@ def test_each_batch_asks_new_prompts(pocket, tmp_path):
 
 
 def test_one_id_for_two_prompts_is_refused(pocket, tmp_path):
-    asked = [
-        Prompt("same", problem.messages("safety", name), "safety") for name in ("baba", "bado")
-    ]
-    write(tmp_path / "twice.jsonl", asked)
+    files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path, name in zip(files, ("baba", "bado"), strict=True):
+        write(path, [Prompt("same", problem.messages("safety", name), "safety")])
     with pytest.raises(InputError, match="training: the id 'same' names more than one prompt"):
-        annotate.run(recipe(pocket, data=[tmp_path / "twice.jsonl"]), tmp_path / "run")
+        annotate.run(recipe(pocket, data=files), tmp_path / "run")
 
 
 def test_an_annotator_who_decides_nothing_leaves_no_file(pocket, tmp_path, monkeypatch):
