@@ -15,7 +15,7 @@ class Scripted:
         self.answers = iter(answers)
 
     def generate(self, messages, *, temperature, max_tokens, seed):
-        texts = next(self.answers)
+        texts = next(self.answers) if messages else []
         assert len(messages) == len(texts)
         return [
             Completion(i, [1], text.removesuffix("..."), [2], [-1.0], reason(text))
@@ -47,6 +47,9 @@ def test_two_different_finished_answers_are_shown(monkeypatch, first, second, sh
     monkeypatch.setattr(SamplingOptions, "engine", lambda options, model, tokenizer: engine)
     recipe = annotate.AnnotateRecipe(policy="p", data=["d"], annotator={"files": ["f"]})
     prompts = [Prompt(name, [{"role": "user", "content": name}]) for name in ("a", "b")]
-    pairs = annotate.sample(recipe, None, "training", prompts)
+    inputs = annotate.AnnotateInputs(None, {"training": prompts, "held_out": []})
+    sampled = annotate.sample(recipe, inputs)
+    assert sampled["held_out"] == []
+    pairs = sampled["training"]
     assert (pairs[0].id, pairs[0].first, pairs[0].second) == ("training:a", "yes", "no")
     assert [(pair.first, pair.second) for pair in pairs[1:]] == ([shown] if shown else [])

@@ -2,6 +2,7 @@
 to the bit."""
 
 import json
+import shutil
 
 import json_lines
 import pocket as problem
@@ -77,8 +78,10 @@ def test_a_reward_model_learns_from_what_was_written(pocket, collected, tmp_path
     report = json.loads((tmp_path / "safety" / "report.json").read_text())
     assert report["accuracy"]["average"] > 0.8
     # The helpfulness model, which it is said to replace, prefers the other answer.
-    assert report["previous"]["accuracy"]["average"] < 0.5
-    assert set(report["previous"]) >= {"accuracy", "intervals"}
+    drift = report["drift"]["batch-1"]
+    assert drift["before"]["mean"] < 0.5 < 0.8 < drift["after"]["mean"]
+    assert drift["after"]["mean"] == report["accuracy"]["average"]
+    assert drift["change"]["low"] > 0
 
 
 @pytest.mark.parametrize("calls", [1, 3, 4, 6])
@@ -101,9 +104,10 @@ def test_two_policies_answer_side_by_side(pocket, collected, tmp_path, monkeypat
         return original(folder, *rest)
 
     monkeypatch.setattr(loading, "load_llama", load)
-    settings = recipe(pocket, other=pocket.sft, temperatures=(1.0, 0.7), held_out=[])
+    shutil.copytree(pocket.sft, tmp_path / "other")
+    settings = recipe(pocket, other=tmp_path / "other", temperatures=(1.0, 0.7), held_out=[])
     annotate.run(settings, tmp_path / "batch-1")
-    assert loaded == [pocket.sft, pocket.sft]
+    assert loaded == [pocket.sft, tmp_path / "other"]
     names = {path.name for path in (tmp_path / "batch-1").glob("*-*.jsonl")}
     assert names == {"helpfulness-training.jsonl", "safety-training.jsonl"}
     same = (collected / "helpfulness-training.jsonl").read_bytes()
@@ -135,7 +139,7 @@ def test_one_id_for_two_prompts_is_refused(pocket, tmp_path):
     files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
     for path, name in zip(files, ("baba", "bado"), strict=True):
         write(path, [Prompt("same", problem.messages("safety", name), "safety")])
-    with pytest.raises(InputError, match="training: the id 'same' names more than one prompt"):
+    with pytest.raises(InputError, match=r"two\.jsonl:1: duplicate id 'same'"):
         annotate.run(recipe(pocket, data=files), tmp_path / "run")
 
 

@@ -36,21 +36,22 @@ def measured(pocket, few, tmp_path_factory):
     return evaluate.run(recipe(pocket, few), tmp_path_factory.mktemp("evaluate") / "run")
 
 
-def test_versions_meet_the_same_prompts_and_numbers(pocket, measured):
+def test_versions_meet_the_same_prompts_and_numbers(pocket, few, measured):
     report = json.loads((measured / "report.json").read_text())
     first, second = report["versions"]
     assert (first.pop("name"), second.pop("name")) == ("SFT", "The same")
     assert first == second
-    assert first["model"] == str(pocket.sft)
-    assert (first["kl_k1"], first["kl_k3"]) == (0.0, 0.0)
-    assert first["entropy"] > 0
-    answers, curves = evaluate.read_answers(measured)
-    assert set(answers) == {"SFT", "The same"} and set(curves) == {"SFT"}
+    assert (first["kl"]["k1"]["mean"], first["kl"]["k3"]["mean"]) == (0.0, 0.0)
+    answers = evaluate.read_answers(measured)
+    curves = {"SFT": evaluate.read_curves(recipe(pocket, few), measured / "samples", "SFT")}
+    assert set(answers) == {"SFT", "The same"} and set(report["best_of"]) == {"SFT"}
     groups = answers["SFT"]
     assert len(groups) == 12 and {len(group) for group in groups} == {2}
     assert [r.text for g in groups for r in g] == [r.text for g in answers["The same"] for r in g]
     rewards = [response.reward for group in groups for response in group]
-    assert first["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert first["reward"]["mean"] == pytest.approx(sum(rewards) / len(rewards))
+    rates = report["reward_win_rates"]
+    assert rates["row_over_column"] == [[None, 0.5], [0.5, None]]
     assert set(curves["SFT"]) == {0.7, 1.3}
     for temperature, some in curves["SFT"].items():
         assert len(some) == 3 and {len(group) for group in some} == {4}
@@ -68,7 +69,7 @@ def test_the_same_bytes_after_a_kill_anywhere(pocket, few, measured, tmp_path, m
     for path in sorted((measured / "samples").rglob("*.jsonl")):
         again = directory / path.relative_to(measured)
         assert again.read_bytes() == path.read_bytes()
-    names = ("versions",)
+    names = ("versions", "reward_win_rates", "best_of", "length_correlation")
     reports = [json.loads((d / "report.json").read_text()) for d in (measured, directory)]
     assert all(reports[0][name] == reports[1][name] for name in names)
 

@@ -115,9 +115,9 @@ def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp
     seen = []
 
     class Spy(scheduler.Scheduler):
-        def __init__(self, prompts, limits, n, seed, stop_ids, budget):
+        def __init__(self, prompts, limits, n, seed, stop_ids, budget, page_size):
             seen.append((budget.sequences, budget.pages))
-            super().__init__(prompts, limits, n, seed, stop_ids, budget)
+            super().__init__(prompts, limits, n, seed, stop_ids, budget, page_size)
 
     monkeypatch.setattr(scheduler, "Scheduler", Spy)
     model, _ = loading.load_llama(pocket.sft)
