@@ -152,10 +152,6 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
         else []
         for part, paths in sources.items()
     }
-    for part, found in prompts.items():
-        repeated = [key for key, n in Counter(prompt.id for prompt in found).items() if n > 1]
-        if repeated:
-            raise InputError(f"{part}: the id {repeated[0]!r} names more than one prompt")
     if recipe.prompts is not None:
         count = min(recipe.prompts, len(prompts["training"]))
         # Not by the recipe's seed, which differs between the batches of a plan.

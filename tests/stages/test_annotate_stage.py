@@ -135,7 +135,7 @@ def test_one_id_for_two_prompts_is_refused(pocket, tmp_path):
     files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
     for path, name in zip(files, ("baba", "bado"), strict=True):
         write(path, [Prompt("same", problem.messages("safety", name), "safety")])
-    with pytest.raises(InputError, match="training: the id 'same' names more than one prompt"):
+    with pytest.raises(InputError, match=r"two.jsonl:1: duplicate id 'same'"):
         annotate.run(recipe(pocket, data=files), tmp_path / "run")
 
 
