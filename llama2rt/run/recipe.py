@@ -29,7 +29,7 @@ def whole_type(field: FieldInfo) -> Any:
     apart from it."""
     if not field.metadata:
         return field.annotation
-    return Annotated[(field.annotation, *field.metadata)]  # type: ignore[return-value]
+    return Annotated[(field.annotation, *field.metadata)]
 
 
 class Recipe(BaseModel):
