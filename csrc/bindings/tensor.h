@@ -109,16 +109,22 @@ struct type_caster<llama2rt::Tensor> {
   PYBIND11_TYPE_CASTER(llama2rt::Tensor, const_name("torch.Tensor | None"));
 
   bool load(handle source, bool) {
+    // Looking the table up costs more than using it: done once for a tensor and once for a parameter,
+    // whose types are kept alive, so that no other type can have their addresses.
     static const llama2rt::dlpack::ExchangeApi* api = nullptr;
-    static PyTypeObject* type = nullptr;
+    static PyTypeObject* known[2] = {};
+    static int next = 0;
     if (source.is_none()) return true;
-    if (Py_TYPE(source.ptr()) != type) {  // a parameter after a tensor, or the first of all
+    PyTypeObject* type = Py_TYPE(source.ptr());
+    if (type != known[0] && type != known[1]) {
       const auto* found = llama2rt::dlpack::exchange_api(source);
       if (found == nullptr) return false;
       if (found->major != 1 || found->tensor_from_object == nullptr)
         throw std::runtime_error("torch exchanges tensors by another DLPack than version 1");
       api = found;
-      type = Py_TYPE(source.ptr());
+      Py_INCREF(type);
+      known[next] = type;
+      next ^= 1;
     }
     if (api->tensor_from_object(source.ptr(), &value.of) != 0) throw error_already_set();
     return true;

@@ -296,10 +296,10 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <typename T, int DIM>
 void backward(const AttentionBackward& b) {
   const Attention& a = b;
-  auto rows = [&](const Attention::Heads& x, int length) {
+  auto rows = [&](const Heads& x, int length) {
     return heads_map<T, DIM>(x, a.tokens, a.heads, length);
   };
-  auto keys = [&](const Attention::Heads& x, int length) {
+  auto keys = [&](const Heads& x, int length) {
     return heads_map<T, DIM>(x, a.keys, a.kv_heads, length);
   };
   const auto stream = (cudaStream_t)a.stream;

@@ -354,3 +354,24 @@ def test_one_openmp_runtime_beside_torch():
     )
     for order in (("torch", "llama2rt.ops"), ("llama2rt.ops", "torch")):
         assert run_python("-c", program.format(*order)).stdout.strip() == "1"
+
+
+def test_the_boundary_refuses_what_it_cannot_read():
+    """Callers check arguments; a slip of theirs must not become a read of other memory."""
+    x = torch.ones(2, 4)
+    with pytest.raises(TypeError, match=r"torch\.Tensor"):
+        _cpu.swiglu([1.0], x, x, 1)
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        _cpu.swiglu(x.double(), x.double(), x.double(), 1)
+    with pytest.raises(ValueError, match="too few dimensions"):
+        _cpu.swiglu(x[0], x, x, 1)
+    with pytest.raises(ValueError, match="statistics are float32"):
+        _cpu.rms_norm(x, None, x[0], EPS, x.clone(), None, torch.ones(2).double(), 1)
+    with pytest.raises(ValueError, match="targets are int64"):
+        _cpu.token_logprob(x, torch.ones(2, dtype=torch.int32), 0, 1.0, *x.unbind(1), 1)
+
+
+def test_a_parameter_is_read_like_a_tensor():
+    x = torch.randn(3, 4)
+    weight = torch.nn.Parameter(torch.randn(4))
+    assert same_bits(cpu.rms_norm(x, weight, EPS), cpu.rms_norm(x, weight.detach().clone(), EPS))

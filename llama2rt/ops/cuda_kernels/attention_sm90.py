@@ -1,7 +1,7 @@
 """Attention by Hopper's own instructions (csrc/cuda/attention_sm90.cu, attention_sm90_backward.cu).
 
 Never chosen by itself: it has not yet run on a GPU. LLAMA2RT_ATTENTION=sm90 in the environment,
-read when llama2rt.ops is imported, puts it instead of the kernels for sm_80 and later; what it
+read when llama2rt.ops is imported, chooses it instead of the kernels for sm_80 and later; what it
 cannot compute is then an error. Each direction takes the other's results, and those of the kernels
 for sm_80.
 """
