@@ -26,10 +26,13 @@ EXCEPTIONS = {
         "kernels/attention.py:attention_forward_kernel": _LOOP,
         "kernels/attention_backward.py:attention_d*_kernel": _LOOP,
         "kernels/decode_attention.py:decode_attention_kernel": _LOOP,
+        "kernels/attention_backward.py:attention_backward": "two launches, one argument a line",
     },
     "call": {
         "kernels/*:*_kernel[[]*": "a Triton launch: pointers, sizes and settings, no structs",
         "kernels/*_kernel:*": "a helper of a Triton kernel: what it reads, no structs",
+        "llama2rt/ops/*:attention:*": "q, k, v, two offsets, settings, results: the op's own",
+        "llama2rt/ops/*:attention_backward:*": "the same, and what forward has saved",
         "llama2rt/text/tokenizer.py:*:sentencepiece.SentencePieceTrainer.train": (
             "every option of the trainer that tokens depend on, named, whatever its default"
         ),
