@@ -22,7 +22,7 @@ from measure import DEVICES, SMOKE, Case, Contender, SetUp, compare
 from torch import Tensor
 from torch.nn import functional as F
 
-from llama2rt.model import Llama, LlamaConfig, llama
+from llama2rt.model import Llama, LlamaConfig, transformer
 from llama2rt.ops.embedding import embedding
 
 pytest.importorskip("pydantic", reason="train options are pydantic models")
@@ -112,7 +112,7 @@ def test_training_step(capsys, monkeypatch, shape):
     times: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(STEPS + 1):
         for name, lookup in ways.items():
-            monkeypatch.setattr(llama, "embedding", lookup)
+            monkeypatch.setattr(transformer, "embedding", lookup)
             times[name].append(take_step(model, optimizer, tokens))
         if i == 0:
             times = {name: [] for name in ways} if STEPS > 1 else times
