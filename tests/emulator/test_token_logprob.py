@@ -92,13 +92,12 @@ def test_no_tokens(emulated, dtype):
 
 
 def test_rows_that_are_not_aligned_are_refused(module):
-    logits, row = torch.zeros(2, 12), torch.zeros(2)
-    for address, stride in ((logits.data_ptr() + 4, 12), (logits.data_ptr(), 10)):
+    memory, row = torch.zeros(32), torch.zeros(2)
+    targets = torch.zeros(2, dtype=torch.int64)
+    for first, stride in ((1, 12), (0, 10)):
+        logits = memory.as_strided((2, 8), (stride, 1), first)
         with pytest.raises(RuntimeError, match="aligned to 16 bytes"):
-            module.token_logprob(
-                *(0, 2, 8, address, stride, 0, 0, 1.0),
-                *(row.data_ptr(), row.data_ptr(), 0, row.data_ptr(), 0, 0),
-            )
+            module.token_logprob(logits, targets, 0, 1.0, row, row, None, row, 0, 0)
 
 
 def test_through_the_ops(module):

@@ -16,7 +16,8 @@ from strides import STRIDES
 from torch import Tensor
 
 from llama2rt import _cpu
-from llama2rt.ops import cpu
+from llama2rt.ops import cpu, logprob_tiles
+from llama2rt.ops.cpu_kernels import attention, elementwise
 
 
 def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambda x: x) -> list:
@@ -209,7 +210,11 @@ def margins(monkeypatch):
 
         return method
 
-    monkeypatch.setattr(cpu, "_empty", lambda x: allocate(tuple(x.shape), x.dtype, torch.nan))
+    def empty_like(x: Tensor) -> Tensor:
+        return allocate(tuple(x.shape), x.dtype, torch.nan)
+
+    for module in (attention, elementwise, logprob_tiles):
+        monkeypatch.setattr(module, "empty_like", empty_like)
     monkeypatch.setattr(Tensor, "new_empty", new(torch.nan))
     monkeypatch.setattr(Tensor, "new_zeros", new(0.0))
     return buffers
