@@ -30,9 +30,6 @@ PROMPT_FILES = (
     ("evaluation", "evaluation", 1 / 4, False),
 )
 
-# Share of the comparisons' prompts that are asked before RLHF-V1.
-FIRST_BATCH = 0.7
-
 
 def write(recipe: QuickstartRecipe, directory: Path) -> dict[str, Path]:
     """All generated records, by what they are for; the keys of all prompts in one file."""
@@ -50,8 +47,7 @@ def write(recipe: QuickstartRecipe, directory: Path) -> dict[str, Path]:
         count = getattr(recipe, f"{name}_prompts")
         prompts, their_keys = corpus.prompts(name, count, split, seed, safety_share)
         parts = files[name]
-        first = round(len(prompts) * (FIRST_BATCH if len(parts) > 1 else 1))
-        ends = [0, first, *[len(prompts)] * (len(parts) - 1)]
+        ends = [round(len(prompts) * i / len(parts)) for i in range(len(parts) + 1)]
         for part, (begin, end) in zip(parts, pairwise(ends), strict=True):
             readers.write(paths[part], prompts[begin:end])
         found |= their_keys
