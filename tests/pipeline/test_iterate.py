@@ -58,8 +58,9 @@ def test_versions_build_on_each_other_and_resume(pocket, tmp_path, monkeypatch):
     whole = iterate.run(settings, root)
     report = json.loads((root / "report.json").read_text())
     assert [row["name"] for row in report["versions"]] == ["SFT", "V1", "V2", "V2-ppo", "dpo"]
-    assert report["versions"][0]["kl_k1"] == 0.0
-    assert report["versions"][2]["reward"] > report["versions"][0]["reward"]
+    first, _, second, *_ = report["versions"]
+    assert first["kl"]["k1"]["mean"] == 0.0
+    assert second["reward"]["mean"] > first["reward"]["mean"]
     assert whole == root / "dpo" / "model"
     steps = {n: json.loads((root / n / "manifest.json").read_text()) for n in ("V1", "V2", "dpo")}
     assert steps["V1"]["recipe"]["earlier"] == []
@@ -73,8 +74,6 @@ def test_versions_build_on_each_other_and_resume(pocket, tmp_path, monkeypatch):
     for name in ("V1", "V2", "V2-ppo", "dpo"):
         assert problem.weights(root / name / "model") == problem.weights(other / name / "model")
     again = json.loads((other / "report.json").read_text())
-    for row in report["versions"] + again["versions"]:
-        del row["model"]
     assert again == report
 
 
@@ -132,16 +131,14 @@ def test_reward_models_are_refreshed_before_each_version(pocket, tmp_path):
 
 
 def test_the_first_reward_models_may_be_the_plans_own(pocket, tmp_path):
-    plan = planned(recipe(pocket, steps=[], rewards=None, defaults=kill_plan.DEFAULTS), tmp_path)
+    plan = planned(recipe(pocket, steps=[], rewards={}, defaults=kill_plan.DEFAULTS), tmp_path)
     assert plan["helpfulness-1"].previous is None
     assert plan["helpfulness-2"].previous == tmp_path / "helpfulness-1" / "model"
-    alone = recipe(
-        pocket, steps=[], rewards=None, defaults=kill_plan.DEFAULTS, kinds=["helpfulness"]
-    )
+    alone = recipe(pocket, steps=[], rewards={}, defaults=kill_plan.DEFAULTS, kinds=["helpfulness"])
     plan = planned(alone, tmp_path)
     assert "safety-1" not in plan and plan["RLHF-V5"].rewards.safety is None
     with pytest.raises(InputError, match="steps: RLHF-V1: rewards: Field required"):
-        planned(recipe(pocket, steps=[], rewards=None), tmp_path)
+        planned(recipe(pocket, steps=[], rewards={}), tmp_path)
 
 
 def test_pi0_is_sft_whatever_a_step_starts_from(pocket, tmp_path):

@@ -43,7 +43,7 @@ def test_page_and_numbers_of_a_finished_run(tmp_path):
         "ab" * 32,
         "runs/base",
         "Extra",
-        "Held-out accuracy",
+        "Reward models",
     ):
         assert expected in text
     assert "&lt;b&gt;" in text and "summary.intervals" not in text
