@@ -127,6 +127,8 @@ struct type_caster<llama2rt::Tensor> {
       next ^= 1;
     }
     if (api->tensor_from_object(source.ptr(), &value.of) != 0) throw error_already_set();
+    if (value.of.data == nullptr && value.items() > 0)
+      throw std::invalid_argument("a tensor has no memory: it is a fake one, or stands for others");
     return true;
   }
 };

@@ -6,6 +6,7 @@ A line is `{"pair": ID, "chosen": "first" | "second" | "neither", "rating": ...,
 cannot be decided.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from llama2rt.data.files import rows
 from llama2rt.data.records import RATINGS
 from llama2rt.errors import InputError
 
+logger = logging.getLogger("llama2rt.annotate.files")
+
 _KEYS = ("pair", "chosen", "rating", "first_safe", "second_safe")
 _CHOICES = ("first", "second", "neither")
 
 
 class FileAnnotator:
     """Judgements that are there already. InputError where a pair of `pairs_file` has none, or where
-    a line is about no pair in it, is malformed, or contradicts another one about the same pair."""
+    a line is malformed or contradicts another one about the same pair. Lines about pairs of other
+    batches, which one file may hold too, are counted."""
 
     def __init__(self, files: Sequence[Path], pairs_file: Path) -> None:
         self._files, self._pairs_file = files, pairs_file
@@ -35,7 +39,9 @@ class FileAnnotator:
                 f"annotator.files: {missing[0]}: no such file; {len(known)} pairs in "
                 f"{self._pairs_file} wait for a judgement each, then continue with --resume"
             )
-        said = self._read(set(known))
+        said = self._read()
+        if others := len(said.keys() - set(known)):
+            logger.info("%d judgements are of pairs that are not in %s", others, self._pairs_file)
         waiting = [identifier for identifier in known if identifier not in said]
         if waiting:
             raise InputError(
@@ -44,7 +50,7 @@ class FileAnnotator:
             )
         return [said[pair.id] for pair in pairs]
 
-    def _read(self, known: set[str]) -> dict[str, Judgement | None]:
+    def _read(self) -> dict[str, Judgement | None]:
         said: dict[str, Judgement | None] = {}
         for path in self._files:
             for line, row in rows(path, "judgement", None):
@@ -52,8 +58,6 @@ class FileAnnotator:
                     if isinstance(row, InputError):
                         raise row
                     identifier, judgement = parse(row)
-                    if identifier not in known:
-                        raise InputError(f"pair: {identifier!r} is none of {self._pairs_file}")
                     if said.get(identifier, judgement) != judgement:
                         raise InputError(f"pair: {identifier!r} was judged otherwise before")
                 except InputError as error:

@@ -1,7 +1,9 @@
 """The annotator as a recipe names it."""
 
 import importlib
-from collections.abc import Container
+import os
+import sys
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,21 +52,34 @@ class AnnotatorOptions(BaseModel):
             raise ValueError(f"python: expected package.module:function, got {self.python!r}")
         return self
 
-    def check(self, to_come: Container[Path] = ()) -> None:
-        """InputError for a model that could not be loaded, for a file of `python` that is not there
-        (unless they are `to_come`), and for a function that is not there."""
-        models: dict[str, type[ScalarModel] | type[Llama]] = {
-            "helpfulness": ScalarModel,
-            "safety": ScalarModel,
-            "judge": Llama,
-        }
-        for key, expected in models.items():
-            if (folder := getattr(self, key)) is not None and folder not in to_come:
-                _load(folder, expected, f"annotator.{key}", "meta")
+    def check(
+        self,
+        models: Mapping[Path, Any] | None = None,
+        files: Container[Path] = (),
+        longest: int = 0,
+    ) -> None:
+        """InputError for a model that could not be loaded or could not read an answer that is, with
+        its prompt, `longest` tokens long, for a file of `python` that is not there, and for a
+        function that is not there. What earlier steps of a plan will leave: outlines (with `config`
+        and `scalar`) of `models` by folder, and `files`."""
+        for key in ("helpfulness", "safety", "judge"):
+            if (folder := getattr(self, key)) is None:
+                continue
+            expected: type[ScalarModel] | type[Llama] = Llama if key == "judge" else ScalarModel
+            if models is not None and folder in models:
+                config, scalar = models[folder].config, models[folder].scalar
+                _require_kind(folder, scalar == (expected is ScalarModel), expected, key)
+            else:
+                config = _load(folder, expected, key, "meta")[0].config
+            if config.context < longest:
+                raise InputError(
+                    f"annotator.{key}: {folder}: its context of {config.context} tokens is shorter "
+                    f"than the longest prompt with its answer, {longest}"
+                )
         if self.python is not None:
             named_function(self.python, "annotator.python")
             for path in self.files:
-                if path not in to_come and not path.exists():
+                if path not in files and not path.exists():
                     raise InputError(f"annotator.files: {path}: no such file")
 
     def annotator(self, pairs_file: Path, device: str) -> Annotator:
@@ -73,10 +88,10 @@ class AnnotatorOptions(BaseModel):
             made: Annotator = named_function(self.python, "annotator.python")(*self.files)
             return made
         if self.judge is not None:
-            return JudgeAnnotator(*_load(self.judge, Llama, "annotator.judge", device))
+            return JudgeAnnotator(*_load(self.judge, Llama, "judge", device))
         if self.helpfulness is not None:
             models = {
-                kind: _load(folder, ScalarModel, f"annotator.{kind}", device)
+                kind: _load(folder, ScalarModel, kind, device)
                 for kind, folder in (("helpfulness", self.helpfulness), ("safety", self.safety))
                 if folder is not None
             }
@@ -88,19 +103,30 @@ def _load(
     folder: Path, expected: type[ScalarModel] | type[Llama], key: str, device: str
 ) -> tuple[Any, Tokenizer]:
     model, tokenizer = load(folder, device)
-    if not isinstance(model, expected):
+    _require_kind(folder, isinstance(model, expected), expected, key)
+    if tokenizer is None:
+        raise InputError(f"annotator.{key}: {folder}: holds no tokenizer")
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _require_kind(
+    folder: Path, fits: bool, expected: type[ScalarModel] | type[Llama], key: str
+) -> None:
+    if not fits:
         names = "reward", "language"
         wanted, found = names if expected is ScalarModel else reversed(names)
-        raise InputError(f"{key}: {folder}: expected a {wanted} model, found a {found} model")
-    if tokenizer is None:
-        raise InputError(f"{key}: {folder}: holds no tokenizer")
-    return model.requires_grad_(False).eval(), tokenizer
+        raise InputError(
+            f"annotator.{key}: {folder}: expected a {wanted} model, found a {found} model"
+        )
 
 
 def named_function(name: str, key: str) -> Any:
     """What a recipe's `key` names as package.module:function; InputError where it is not there."""
     module, _, function = name.partition(":")
+    # As python -m would find it; last, so that nothing there hides an installed package.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{key}: {name}: {error}") from None

@@ -15,6 +15,7 @@ class AnswerPair:
     """Two different answers to `prompt`, stripped, in the order in which they are shown."""
 
     id: str
+    """its own among all batches: another policy's answers to the same prompt are another pair"""
     prompt: Prompt
     first: str
     second: str
@@ -23,6 +24,7 @@ class AnswerPair:
         """A line of the file that people judge from."""
         return {
             "id": self.id,
+            "prompt_id": self.prompt.id,
             "kind": self.prompt.kind,
             "messages": self.prompt.messages,
             "first": self.first,
@@ -67,6 +69,6 @@ class Annotator(Protocol):
 
     def __call__(self, pairs: Sequence[AnswerPair], seed: str) -> Sequence[Judgement | None]:
         """A judgement of each of `pairs`, in their order; None where there is none, such as for a
-        pair that cannot be decided. `seed` differs between batches; the same pairs and seed must
-        give the same judgements, so that a killed run resumes to the same data."""
+        pair that cannot be decided. `seed` is that of the recipe and the part; the same pairs and
+        seed must give the same judgements, so that a killed run resumes to the same data."""
         ...

@@ -21,9 +21,10 @@ from llama2rt import report
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.pipeline.keys import AnyStep, PlanStep, Tables, step_type
-from llama2rt.pipeline.plan import Outputs, Resolved, Step, resolve
-from llama2rt.pipeline.run import Clock
+from llama2rt.pipeline.plan import Outputs, Resolved, Step
+from llama2rt.pipeline.run import Clock, prepare
 from llama2rt.pipeline.run import run as run_plan
+from llama2rt.report.versions import newest_batch
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed
 from llama2rt.run import Change, Recipe, Run, manifest
 from llama2rt.stages import STAGES, loading
@@ -142,10 +143,10 @@ def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path
     """All steps, then the table of versions into report.json; returns the last version's folder."""
     named = loading.file_inputs(recipe)
     inputs = {k: path for k, path in named.items() if not k.startswith(("steps.", "defaults."))}
-    steps = Plan(recipe).steps()
-    resolve(steps, directory)  # a plan that is wrong leaves nothing behind
+    # Before the run is opened: a plan that is wrong neither begins one nor becomes its recipe.
+    plan = prepare(Plan(recipe).steps(), directory)
     run = Run.open(directory, recipe, inputs=inputs, resume=resume)
-    plan = run_plan(steps, directory, Clock(directory / "phases.json"))
+    run_plan(plan, Clock(directory / "phases.json"))
     if not run.complete:
         report.finish(run, numbers(plan))
     versions = [step.directory / "model" for step in plan if step.stage.name in POLICIES]
@@ -163,9 +164,7 @@ def numbers(plan: Sequence[Resolved]) -> dict[str, Any]:
         elif step.stage.name == "reward":
             kind = summary["kind"]
             found["reward_models"][kind] = summary
-            # The newest batch alone: the earlier ones were new to the models of their time.
-            for batch, row in list(summary.get("drift", {}).items())[-1:]:
-                found["drift"].setdefault(kind, {})[batch] = row
+            found["drift"].setdefault(kind, {}).update(newest_batch(summary.get("drift", {})))
     return found
 
 
@@ -193,10 +192,18 @@ class Plan:
         for keys in (self._recipe.defaults.get(step.stage), step):
             if keys is not None:
                 given = merged(given, self._paths(keys.recipe_keys(), outputs))
+        if "rewards" in recipe_class.model_fields and "helpfulness" not in given["rewards"]:
+            raise InputError(
+                "rewards: no helpfulness model is named under [rewards], and no step before trains "
+                "one (with [defaults.annotate], which says who compares, the default steps do)"
+            )
         try:
             return recipe_class.model_validate(given)
         except ValidationError as error:
-            problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = (
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
+                for e in error.errors()
+            )
             raise InputError("; ".join(problems)) from None
 
     def _from_before(self, index: int, outputs: Outputs) -> dict[str, Any]:
@@ -210,10 +217,10 @@ class Plan:
             "init": newest,
             "policy": newest,
             "reference": recipe.sft,
-            "rewards": self._newest_rewards(before, outputs) or None,
+            "rewards": self._newest_rewards(before, outputs),
             "data": recipe.data,
             "validation": recipe.validation,
-            "sampling": recipe.sampling.model_dump(exclude_unset=True),
+            "sampling": recipe.sampling.model_dump(),
             "seed": derived_seed(recipe.seed, step.name),
         }
         if step.stage == "rejection":
@@ -235,7 +242,7 @@ class Plan:
 
     def _newest_rewards(self, before: list[PlanStep], outputs: Outputs) -> dict[str, Any]:
         """The newest reward model of each kind, and the threshold."""
-        found = self._recipe.rewards.model_dump(exclude_unset=True)
+        found = self._recipe.rewards.model_dump(exclude_none=True)
         for step in before:
             if step.stage == "reward":
                 found[self._kind(step)] = outputs.model(step.name)
@@ -278,10 +285,15 @@ class Plan:
         return str(outputs.directory(name) / rest if rest else outputs.model(name))
 
 
+# Tables that say one thing together: another annotator is no addition to the first.
+WHOLE = ("annotator", "judge", "versions")
+
+
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` with the keys of `above` in place of its own, in tables likewise."""
+    """`below` with the keys of `above` in place of its own; likewise in tables, but in those of
+    `WHOLE`."""
     result = dict(below)
     for key, value in above.items():
         tables = isinstance(value, dict) and isinstance(below.get(key), dict)
-        result[key] = merged(below[key], value) if tables else value
+        result[key] = merged(below[key], value) if tables and key not in WHOLE else value
     return result

@@ -133,8 +133,8 @@ def _tables(given: Any) -> Any:
 
 
 def _known(stage: Any) -> str:
-    if stage not in STAGES:
-        raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+    if not isinstance(stage, str) or stage not in STAGES:
+        raise ValueError(f"{stage!r} is no stage: expected one of {', '.join(STAGES)}")
     return str(stage)
 
 

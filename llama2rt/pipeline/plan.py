@@ -1,6 +1,6 @@
 """A plan: steps in order, each a stage whose recipe is a function of what earlier steps leave.
 
-What a step leaves has its place before the step has run, so the whole plan is resolved, and its
+Where a step leaves what it makes is known before it has run, so the whole plan is resolved, and its
 inputs are checked, before the first step begins.
 """
 

@@ -11,25 +11,26 @@ from pathlib import Path
 from rich.console import Console
 
 from llama2rt import atomic
+from llama2rt.errors import naming
 from llama2rt.pipeline.plan import Resolved, Step, check, resolve
-from llama2rt.run import is_complete
 
 _console = Console(stderr=True, highlight=False)
 
 
-def run(steps: Sequence[Step], directory: Path, clock: "Clock") -> list[Resolved]:
-    """Carry out `steps` below `directory`, or what is left of them; returns them as they were run.
-
-    All recipes and inputs are checked before the first step; a plan whose steps are all complete
-    checks nothing. InputError naming the step.
-    """
+def prepare(steps: Sequence[Step], directory: Path) -> list[Resolved]:
+    """The plan of `steps` below `directory`, with all recipes and inputs checked; those of steps
+    that are complete are not read again. InputError naming the step."""
     plan = resolve(steps, directory)
-    if not all(is_complete(step.directory) for step in plan):
-        check(plan)
-    for step in plan:
-        with clock.phase(step.name, step.purpose):
-            step.stage.run(step.recipe, step.directory, resume=True)
+    check(plan)
     return plan
+
+
+def run(plan: Sequence[Resolved], clock: "Clock") -> None:
+    """Carry out a plan that `prepare` has checked, or what is left of it. InputError naming the
+    step."""
+    for step in plan:
+        with clock.phase(step.name, step.purpose), naming(f"steps: {step.name}"):
+            step.stage.run(step.recipe, step.directory, resume=True)
 
 
 class Clock:

@@ -19,8 +19,7 @@ def quickstart(
     smoke_test: bool = False,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Pretrain, fine-tune and align a small chat model from nothing, and report on it: about ten
-    minutes on two cores.
+    """Pretrain, fine-tune and align a small chat model from nothing, and report on it: in minutes.
 
     Args:
         out: Run directory.

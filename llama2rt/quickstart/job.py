@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama2rt.pipeline.run import Clock
+from llama2rt.pipeline.run import Clock, prepare
 from llama2rt.pipeline.run import run as run_plan
 from llama2rt.quickstart import data, evaluation, page
 from llama2rt.quickstart.plan import KINDS, QuickstartPlan
 from llama2rt.quickstart.recipe import QuickstartRecipe
-from llama2rt.run import Run, hash_path
+from llama2rt.report.versions import newest_batch
+from llama2rt.run import Run, hash_path, manifest
 from llama2rt.stages.evaluate import read_answers
 
 # What the evaluate step measured and the report shows.
@@ -41,14 +42,14 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
         files = data.write(recipe, directory)
         data.initialise(recipe, files["documents"], files["dialogues"], directory)
     keys = data.keys_path(directory)
-    plan = run_plan(
-        QuickstartPlan(recipe, files, directory / "init", keys).steps(), directory, clock
-    )
+    steps = QuickstartPlan(recipe, files, directory / "init", keys).steps()
+    plan = prepare(steps, directory)
+    run_plan(plan, clock)
     with clock.phase("report", "the judge's verdicts, figures and tables"):
-        found = read_report(directory / "evaluate")
+        found = read_summary(directory / "evaluate")
         answers = read_answers(directory / "evaluate")
         reward_models = {
-            kind: read_report(directory / f"reward-{kind}-{recipe.batches}") for kind in KINDS
+            kind: read_summary(directory / f"reward-{kind}-{recipe.batches}") for kind in KINDS
         }
         numbers = {
             "seconds": clock.total(),
@@ -58,7 +59,9 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
             "phases": dict(clock.seconds),
             "reward_models": reward_models,
             "drift": {
-                kind: model["drift"] for kind, model in reward_models.items() if "drift" in model
+                kind: newest_batch(model["drift"])
+                for kind, model in reward_models.items()
+                if "drift" in model
             },
             **{key: found[key] for key in COMPARED},
             **evaluation.judged(answers, found["versions"], data.read_keys(keys)),
@@ -79,3 +82,9 @@ def read_report(directory: Path) -> dict[str, Any]:
     """The numbers of a run's report.json."""
     numbers: dict[str, Any] = json.loads((directory / "report.json").read_text())
     return numbers
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """What a complete run says of itself in its manifest, which is written before its report."""
+    summary: dict[str, Any] = manifest.read(directory / manifest.FILE)["summary"]
+    return summary

@@ -59,7 +59,7 @@ def compared(summary: Mapping[str, Any]) -> list[html.Section]:
     """The sections that a summary of versions, or of a reward model, calls for."""
     if "intervals" in summary:
         name = str(summary.get("kind", "reward model"))
-        drift = {name: summary["drift"]} if "drift" in summary else {}
+        drift = {name: versions.newest_batch(summary["drift"])} if "drift" in summary else {}
         return versions.sections({"reward_models": {name: summary}, "drift": drift})
     return versions.sections(summary) if "versions" in summary else []
 

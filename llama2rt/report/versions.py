@@ -56,6 +56,12 @@ def sections(
     ]
 
 
+def newest_batch(drift: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model's `diagnostics.drift` by batch, the last: what came before was no news to the
+    model that was replaced."""
+    return dict(list(drift.items())[-1:])
+
+
 def _versions(numbers: Mapping[str, Any], columns: Sequence[Column]) -> list[Block]:
     rows: Sequence[Mapping[str, Any]] = numbers.get("versions") or ()
     blocks: list[Block] = []

@@ -67,7 +67,7 @@ def score_tokens(
     try:
         done = 0
         with torch.no_grad():
-            for micro in micro_batches(examples, max(micro_tokens, int(lengths.max()))):
+            for micro in micro_batches(examples, micro_tokens):
                 batch = micro.to(device)
                 values = model(batch.tokens, batch.positions, batch.cu_seqlens)
                 read = last_token(values, batch.cu_seqlens).float().cpu().numpy()

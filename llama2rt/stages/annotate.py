@@ -8,6 +8,7 @@ and safety, for training, and apart from them, on other prompts, for testing rew
     helpfulness-training.jsonl ...     what was said, by kind and part
 """
 
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -20,7 +21,7 @@ import torch
 from pydantic import Field
 
 from llama2rt import atomic, report
-from llama2rt.annotate import AnnotatorOptions, AnswerPair
+from llama2rt.annotate import AnnotatorOptions, AnswerPair, Judgement
 from llama2rt.data import readers
 from llama2rt.data.records import KINDS, Comparison, Prompt
 from llama2rt.data.sources import Source
@@ -116,6 +117,8 @@ def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Pat
         if len(judgements) != len(shown):
             raise InputError(f"annotator: gave {len(judgements)} judgements of {len(shown)} pairs")
         for pair, judgement in zip(shown, judgements, strict=True):
+            if not isinstance(judgement, Judgement | None):
+                raise InputError(f"annotator: expected a Judgement or None, got {judgement!r}")
             if judgement is None:
                 left_out["undecided"] += 1
             elif (comparison := judgement.comparison(pair, run.directory.name)) is None:
@@ -140,7 +143,6 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
     tokenizer, models = loading.outlines(
         recipe.tokenizer, {"policy": recipe.policy, "other": recipe.other}, future
     )
-    recipe.annotator.check({*future.models, *future.files} if future is not None else ())
     cache = loading.CacheLimit(recipe.sampling.cache_bytes, torch.float32)
     policy = models.pop("policy")
     sources: dict[Part, list[Source]] = {"training": recipe.data, "held_out": recipe.held_out}
@@ -152,6 +154,12 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
         else []
         for part, paths in sources.items()
     }
+    longest = max(
+        loading.longest_sample(found, tokenizer, policy, recipe.sampling.max_tokens)
+        for found in prompts.values()
+    )
+    known = future or Future()
+    recipe.annotator.check(known.models, known.files, longest)
     if recipe.prompts is not None:
         count = min(recipe.prompts, len(prompts["training"]))
         # Not by the recipe's seed, which differs between the batches of a plan.
@@ -182,7 +190,7 @@ def shown_pairs(
     # Not splitlines(): an answer may hold any of Unicode's other line ends.
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         row = json.loads(line)
-        prompt = Prompt(row["id"].partition(":")[2], row["messages"], row["kind"])
+        prompt = Prompt(row["prompt_id"], row["messages"], row["kind"])
         found.append((row["part"], AnswerPair(row["id"], prompt, row["first"], row["second"])))
     return found
 
@@ -224,7 +232,8 @@ def pairs(
         finished = all(side.finish_reason == "stop" for side in sides)
         # A record holds no null character, which a model of byte pieces may sample.
         if finished and all(texts) and texts[0] != texts[1] and "\0" not in "".join(texts):
-            found.append(AnswerPair(f"{part}:{prompt.id}", prompt, *texts))
+            digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+            found.append(AnswerPair(f"{part}:{prompt.id}:{digest}", prompt, *texts))
     if len(found) < len(prompts):
         logger.info(
             "%s: %d of %d prompts have no two different finished answers",

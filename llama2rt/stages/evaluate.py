@@ -124,6 +124,7 @@ def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Pat
             some = inputs.prompts[: recipe.curves.prompts]
             for temperature in recipe.curves.temperatures:
                 sample(recipe, sampler, run, some, recipe.curves.samples, temperature)
+        del sampler  # before the next version is loaded
     report.finish(run, numbers(recipe, run.samples_directory, answers, kl))
     return run.directory
 
@@ -222,6 +223,10 @@ def open_inputs(recipe: EvaluateRecipe, future: Future | None = None) -> Evaluat
         models,
         loading.CacheLimit(recipe.sampling.cache_bytes, torch.float32),
     )
+    # A version with a longer context may write more after the same prompts.
+    for outline in outlines.values():
+        longest = loading.longest_sample(prompts, tokenizer, outline, recipe.sampling.max_tokens)
+        loading.require_context(models, longest)
     return EvaluateInputs(tokenizer, prompts)
 
 

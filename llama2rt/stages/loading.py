@@ -210,14 +210,28 @@ def read_prompts(
                 f"sampling.cache_bytes: expected at least {needed} for the longest prompt in "
                 f"{names} with its response, {longest} tokens, got {cache.most_bytes}"
             )
-    for name, model in (readers or {}).items():
+    require_context(readers or {}, longest)
+    return fitting
+
+
+def longest_sample(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, policy: Llama | Outline, max_tokens: int
+) -> int:
+    """Tokens of the longest prompt with a response of `max_tokens`, within the policy's context; 0
+    without prompts."""
+    lengths = [len(chat.encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
+    return min(policy.config.context, max(lengths) + max_tokens) if lengths else 0
+
+
+def require_context(readers: Mapping[str, Llama | ScalarModel | Outline], longest: int) -> None:
+    """InputError naming one of `readers` that has no room for so many tokens."""
+    for name, model in readers.items():
         if model.config.context < longest:
             raise InputError(
                 f"{name}: its context of {model.config.context} tokens is shorter than the "
                 f"longest prompt with its response, {longest}; lower sampling.max_tokens or use "
                 "another"
             )
-    return fitting
 
 
 def warn_of_shared(training: Iterable[Messages], held_out: Iterable[Messages]) -> None:

@@ -154,10 +154,7 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
     if recipe.dialogues:
         records = read(recipe.dialogues, "dialogue")
         dialogues = sft.encode(records, tokenizer, init.config.context)
-    longest = 0
-    if future is not None:  # another step may pool what this one samples
-        lengths = [len(chat.encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
-        longest = min(policy.config.context, max(lengths) + recipe.sampling.max_tokens)
+    longest = loading.longest_sample(prompts, tokenizer, policy, recipe.sampling.max_tokens)
     result = Outline(init.config, tokenizer, longest_sample=longest)
     return RejectionInputs(recipe, tokenizer, prompts, held_out, result, earlier, dialogues)
 

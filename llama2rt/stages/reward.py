@@ -222,7 +222,10 @@ def to_come(recipe: RewardRecipe, future: Future) -> bool:
     paths = {source.path for source in [*recipe.data, *recipe.mixed_in, *recipe.validation]}
     for path in sorted(paths - future.files):
         if not path.exists():
-            raise InputError(f"{path}: no such file, and no earlier step leaves it")
+            raise InputError(
+                f"{path}: no such file, and no earlier step leaves it (are there prompts of "
+                "its kind?)"
+            )
     return bool(paths & future.files)
 
 

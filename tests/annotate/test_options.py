@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from llama2rt.annotate import AnnotatorOptions
 from llama2rt.annotate.files import FileAnnotator
 from llama2rt.annotate.models import JudgeAnnotator, RewardAnnotator
-from llama2rt.checkpoint import native
+from llama2rt.checkpoint import load, native
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 
@@ -56,7 +56,7 @@ def test_a_function_gets_its_files(hook, tmp_path):
     options = AnnotatorOptions(python="hook:make", files=files)
     with pytest.raises(InputError, match=r"annotator.files: .*a: no such file"):
         options.check()
-    options.check(files)  # which an earlier step leaves
+    options.check(files=files)  # which an earlier step leaves
     files[0].touch()
     files[1].touch()
     options.check()
@@ -101,7 +101,17 @@ def test_models_are_of_their_kind(folders):
     ):
         with pytest.raises(InputError, match=said):
             AnnotatorOptions(**wrong).check()
-    AnnotatorOptions(judge=folders / "none").check({folders / "none"})
+    config = load(language, "meta")[0].config
+    for scalar in (False, True):
+        to_come = {folders / "none": SimpleNamespace(config=config, scalar=scalar)}
+        options = AnnotatorOptions(judge=folders / "none")
+        if scalar:
+            with pytest.raises(InputError, match="annotator.judge: .* found a reward model"):
+                options.check(to_come)
+            continue
+        options.check(to_come, longest=config.context)
+        with pytest.raises(InputError, match="annotator.judge: .* its context of"):
+            options.check(to_come, longest=config.context + 1)
     for right, made in (
         ({"helpfulness": reward, "safety": reward}, RewardAnnotator),
         ({"judge": language}, JudgeAnnotator),

@@ -101,7 +101,7 @@ def test_judgements_come_in_the_order_of_the_pairs(judge):
             '{"pair": "b", "chosen": "first", "second_safe": true}',
             "said.jsonl:2: first_safe, second_safe: give both or neither",
         ),
-        ('{"pair": "c", "chosen": "first"}', "said.jsonl:2: pair: 'c' is none of .*pairs.jsonl"),
+        ('{"pair": "c", "chosen": "first"}', "1 of 2 pairs in .* have no judgement, such as 'b'"),
         ('{"pair": "a", "chosen": "first"}', "said.jsonl:2: pair: 'a' was judged otherwise before"),
         (
             '{"pair": "a", "chosen": "neither"}',

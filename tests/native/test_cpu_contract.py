@@ -14,6 +14,7 @@ from numerics import same_bits
 from processes import run_python
 from strides import STRIDES
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from llama2rt import _cpu
 from llama2rt.ops import cpu, logprob_tiles
@@ -374,6 +375,8 @@ def test_the_boundary_refuses_what_it_cannot_read():
         _cpu.rms_norm(x, None, x[0], EPS, x.clone(), None, torch.ones(2).double(), 1)
     with pytest.raises(ValueError, match="targets are int64"):
         _cpu.token_logprob(x, torch.ones(2, dtype=torch.int32), 0, 1.0, *x.unbind(1), 1)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match="has no memory"):
+        _cpu.swiglu(mode.from_tensor(x), x, x, 1)
 
 
 def test_a_parameter_is_read_like_a_tensor():

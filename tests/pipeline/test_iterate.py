@@ -137,7 +137,7 @@ def test_the_first_reward_models_may_be_the_plans_own(pocket, tmp_path):
     alone = recipe(pocket, steps=[], rewards={}, defaults=kill_plan.DEFAULTS, kinds=["helpfulness"])
     plan = planned(alone, tmp_path)
     assert "safety-1" not in plan and plan["RLHF-V5"].rewards.safety is None
-    with pytest.raises(InputError, match="steps: RLHF-V1: rewards: Field required"):
+    with pytest.raises(InputError, match="steps: RLHF-V1: rewards: no helpfulness model is named"):
         planned(recipe(pocket, steps=[], rewards={}), tmp_path)
 
 
@@ -271,8 +271,8 @@ def test_the_papers_plan_is_not_resumed_with_steps(pocket, tmp_path):
         ([{"name": "", "stage": "ppo"}], "got ''"),
         ([{"name": "report.json", "stage": "ppo"}], "got 'report.json'"),
         ([{"stage": "ppo"}], r"steps\.0\.name\s+Field required"),
-        ([{"name": "V1"}], "stage: expected one of pretrain, .*, got None"),
-        ([{"name": "V1", "stage": "pppo"}], "stage: expected one of pretrain, .*, got 'pppo'"),
+        ([{"name": "V1"}], "None is no stage: expected one of pretrain, "),
+        ([{"name": "V1", "stage": "pppo"}], "'pppo' is no stage: expected one of pretrain, "),
         ([{"name": "V1", "stage": "ppo", "clipp": 0.2}], r"steps\.0\.clipp\s+Extra inputs"),
         ([{"name": "V1", "stage": "ppo", "epochs": 2}], r"steps\.0\.epochs\s+Extra inputs"),
         ([{"name": "V1", "stage": "ppo", "train": {"lrr": 1}}], r"steps\.0\.train\.lrr\s+Extra"),
@@ -352,11 +352,14 @@ def plan_text(pocket, steps: str) -> str:
             '[[steps]]\nname = "V1"\nstage = "ppo"\n[steps.train]\nlrr = 1',
             "PLAN.toml: steps.0.train.lrr: no such key in this recipe",
         ),
-        ('[[steps]]\nname = "V1"\nstage = "x"', "PLAN.toml: steps.0: stage: expected one of"),
+        (
+            '[[steps]]\nname = "V1"\nstage = "x"',
+            "PLAN.toml: steps.0: 'x' is no stage: expected one of",
+        ),
         ('[[steps]]\nstage = "ppo"', "PLAN.toml: steps.0.name: field required"),
         ('[[steps]]\nname = "../a"\nstage = "ppo"', "PLAN.toml: steps.0.name: expected the name"),
         ("[defaults.ppo]\nclipp = 1", "PLAN.toml: defaults.ppo.clipp: no such key"),
-        ("[defaults.x]\nclipp = 1", "PLAN.toml: defaults: stage: expected one of"),
+        ("[defaults.x]\nclipp = 1", "PLAN.toml: defaults: 'x' is no stage: expected one of"),
         (
             '[[steps]]\nname = "V1"\nstage = "ppo"\ninit = "@V0"',
             "iterate: steps: V1: 'V0' is no earlier step",

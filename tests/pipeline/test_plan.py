@@ -139,7 +139,7 @@ def test_a_wrong_last_step_is_found_before_the_first(
     seen = []
     monkeypatch.setattr("llama2rt.checkpoint.native.load_file", seen.append, raising=False)
     with pytest.raises(InputError, match=rf"^steps: last: .*{said}"):
-        pipeline_run.run(steps, tmp_path, Clock(tmp_path / "phases.json"))
+        pipeline_run.run(pipeline_run.prepare(steps, tmp_path), Clock(tmp_path / "phases.json"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,10 +185,11 @@ def test_steps_run_in_order_and_the_clock_adds_up(rejection, tmp_path, monkeypat
     steps = [rejection("a"), rejection("b", "a"), rejection("c", "b")]
     path = tmp_path / "phases.json"
     with pytest.raises(KeyboardInterrupt):
-        pipeline_run.run(steps, tmp_path, Clock(path))
+        pipeline_run.run(pipeline_run.prepare(steps, tmp_path), Clock(path))
     before = json.loads(path.read_text())["seconds"]
     assert set(before) == {"a", "b"}
-    plan = pipeline_run.run(steps, tmp_path, Clock(path))
+    plan = pipeline_run.prepare(steps, tmp_path)
+    pipeline_run.run(plan, Clock(path))
     assert ran == [(name, True) for name in "ab" + "abc"]
     after = json.loads(path.read_text())["seconds"]
     assert set(after) == {"a", "b", "c"} and after["b"] > before["b"]
