@@ -106,11 +106,11 @@ def test_models_are_of_their_kind(folders):
         to_come = {folders / "none": SimpleNamespace(config=config, scalar=scalar)}
         options = AnnotatorOptions(judge=folders / "none")
         if scalar:
-            with pytest.raises(InputError, match="annotator.judge: .* found a reward model"):
+            with pytest.raises(InputError, match=r"annotator\.judge: .* found a reward model"):
                 options.check(to_come)
             continue
         options.check(to_come, longest=config.context)
-        with pytest.raises(InputError, match="annotator.judge: .* its context of"):
+        with pytest.raises(InputError, match=r"annotator\.judge: .* its context of"):
             options.check(to_come, longest=config.context + 1)
     for right, made in (
         ({"helpfulness": reward, "safety": reward}, RewardAnnotator),
