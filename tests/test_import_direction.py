@@ -1,8 +1,8 @@
 """The rule: imports point strictly downward.
 
 Read from the sources, not from what happens to be loaded, so that an import hidden in a function
-counts too. Two light-weight promises are proven in a fresh interpreter: ``import llama2rt`` loads
-no torch, and ``ops`` and ``model`` load neither pydantic nor tyro.
+counts too. Two light-weight promises are proven in a fresh interpreter: `import llama2rt` loads
+no torch, and `ops` and `model` load neither pydantic nor tyro.
 """
 
 import ast
@@ -42,7 +42,7 @@ ONLY = {"cluster": {"cluster", "model"}, "integrations": {"integrations", "ops"}
 
 
 def packages_imported_by(source: str, module: str) -> set[str]:
-    """Rooms of llama2rt that `source`, the text of `module` (dotted, absolute), imports."""
+    """Packages of llama2rt that `source`, the text of `module` (dotted, absolute), imports."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []

@@ -75,14 +75,14 @@ def some_answers(
         lambda p: p.kind == "helpfulness" and len(p.messages) > 2,
         lambda p: p.kind == "safety",
     )
-    chosen = [next((i for i, p in enumerate(prompts) if kind(p)), None) for kind in kinds]
+    shown = [next((i for i, p in enumerate(prompts) if kind(p)), None) for kind in kinds]
     return [
         {
             "messages": prompts[i].messages,
             "answers": {name: groups[i][0].text for name, groups in responses.items()},
             "notes": {name: _note(groups[i][0]) for name, groups in verdicts.items()},
         }
-        for i in chosen
+        for i in shown
         if i is not None
     ]
 

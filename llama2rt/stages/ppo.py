@@ -314,9 +314,9 @@ def improve(
         members = order[begin : begin + recipe.mini_batch_size]
         tokens = int(rollout.cu_responses.diff()[torch.from_numpy(members)].sum())
         for group in groups([lengths[i] for i in members], options.micro_tokens):
-            chosen = members[group.start : group.stop]
-            batch = pack([rollout.examples[i] for i in chosen]).to(device)
-            rows = token_rows(rollout.cu_responses, torch.from_numpy(chosen).to(device))
+            packed = members[group.start : group.stop]
+            batch = pack([rollout.examples[i] for i in packed]).to(device)
+            rows = token_rows(rollout.cu_responses, torch.from_numpy(packed).to(device))
             predicts = batch.targets >= 0
 
             logprob = actors.policy(
@@ -360,7 +360,7 @@ def improve(
 
 
 def token_rows(cu_responses: Tensor, members: Tensor) -> Tensor:
-    """int64 [sum of lengths]: places of the members' tokens among all response tokens, in order."""
+    """int64 [sum of lengths]: indices of the members' tokens among all response tokens, in order."""
     lengths = cu_responses.diff()[members]
     begins = lengths.cumsum(0) - lengths
     return torch.repeat_interleave(cu_responses[members] - begins, lengths) + torch.arange(
