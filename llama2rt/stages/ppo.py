@@ -360,7 +360,7 @@ def improve(
 
 
 def token_rows(cu_responses: Tensor, members: Tensor) -> Tensor:
-    """int64 [sum of lengths]: indices of the members' tokens among all response tokens, in order."""
+    """int64 [sum of lengths]: indices of the members' tokens among all response tokens."""
     lengths = cu_responses.diff()[members]
     begins = lengths.cumsum(0) - lengths
     return torch.repeat_interleave(cu_responses[members] - begins, lengths) + torch.arange(

@@ -126,3 +126,11 @@ def test_a_file_may_judge_pairs_of_another_part(judge, tmp_path):
     judge(A + B)
     annotator = FileAnnotator([tmp_path / "said.jsonl"], tmp_path / "pairs.jsonl")
     assert annotator([pair("a")], "0") == [Judgement("second", "better")]
+
+
+def test_one_file_may_judge_several_batches(judge, caplog):
+    lines = [{"pair": name, "chosen": "first"} for name in ("a", "b", "of another batch")]
+    with caplog.at_level("INFO"):
+        said = judge("".join(json.dumps(line) + "\n" for line in lines))
+    assert [judgement.chosen for judgement in said] == ["first", "first"]
+    assert "1 judgements are of pairs that are not in" in caplog.text

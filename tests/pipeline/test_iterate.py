@@ -404,3 +404,18 @@ def test_a_plan_killed_at_random_moments_comes_to_the_same():
     options = ["--kills", 2, "--kills-a-run", 2, "--versions", 2]
     done = run_python(script, *options, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     assert "2 kills: 0 of 28 results differ" in done.stdout
+
+
+def test_a_wrong_further_step_leaves_a_complete_plan_as_it_was(pocket, tmp_path):
+    steps = [{"name": "V1", "stage": "rejection", **REJECTION, "samples": 1}]
+    begun = recipe(pocket, steps=steps)
+    iterate.run(begun, tmp_path / "run")
+    wrong = {"name": "V2", "stage": "rejection", **REJECTION, "earlier": [str(tmp_path / "none")]}
+    with pytest.raises(InputError, match=r"steps: V2: earlier: .*none: no run directory"):
+        iterate.run(recipe(pocket, steps=[*steps, wrong]), tmp_path / "run", resume=True)
+    first = iterate.run(begun, tmp_path / "run", resume=True)
+    assert first == tmp_path / "run" / "V1" / "model"
+    right = {"name": "V2", "stage": "dpo", **DPO}
+    longer = recipe(pocket, steps=[*steps, right])
+    second = iterate.run(longer, tmp_path / "run", resume=True)
+    assert second == tmp_path / "run" / "V2" / "model"

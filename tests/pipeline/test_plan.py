@@ -194,3 +194,13 @@ def test_steps_run_in_order_and_the_clock_adds_up(rejection, tmp_path, monkeypat
     after = json.loads(path.read_text())["seconds"]
     assert set(after) == {"a", "b", "c"} and after["b"] > before["b"]
     assert [step.name for step in plan] == ["a", "b", "c"]
+
+
+def test_a_step_that_fails_is_named(rejection, tmp_path, monkeypatch):
+    def run(recipe, directory, *, resume):
+        raise InputError("no response to train on")
+
+    monkeypatch.setattr(STAGES["rejection"].module, "run", run)
+    plan = pipeline_run.prepare([rejection("a")], tmp_path)
+    with pytest.raises(InputError, match=r"^steps: a: no response to train on"):
+        pipeline_run.run(plan, Clock(tmp_path / "phases.json"))

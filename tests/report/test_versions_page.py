@@ -289,3 +289,8 @@ def test_numbers_beside_dots_look_alike(values, shown):
     panel = figures.Panel("x", [(value, value, value) for value in values])
     plot = figures.by_version([f"V{i}" for i in range(len(values))], [panel])
     assert [text for text in _texts(plot) if text in shown] == shown
+
+
+def test_only_the_newest_batch_shows_what_a_refresh_was_for():
+    assert versions.newest_batch({"one": 1, "two": 2}) == {"two": 2}
+    assert versions.newest_batch({}) == {}

@@ -109,3 +109,17 @@ def test_sampled_tokens_get_no_eos(model):
     got = score_tokens(model, [open_ended, closed])
     assert got[0] == pytest.approx(_alone(model, open_ended), rel=1e-4, abs=1e-5)
     assert abs(got[0] - got[1]) > 1e-4
+
+
+def test_a_long_sequence_passes_alone_and_leaves_the_others_their_size(model, monkeypatch):
+    sizes = []
+    forward = ScalarModel.forward
+
+    def spy(self, tokens, positions, cu_seqlens):
+        sizes.append(len(tokens))
+        return forward(self, tokens, positions, cu_seqlens)
+
+    monkeypatch.setattr(ScalarModel, "forward", spy)
+    sequences = [[1, 2, 3], [1, 2, 3], [1, 2, 3], list(range(1, 13))]
+    score_tokens(model, sequences, micro_tokens=6)
+    assert sizes == [6, 3, 12]

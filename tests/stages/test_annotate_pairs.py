@@ -54,3 +54,15 @@ def test_two_different_finished_answers_are_shown(monkeypatch, first, second, sh
     assert pairs[0].id.startswith("training:a:")
     assert (pairs[0].first, pairs[0].second) == ("yes", "no")
     assert [(pair.first, pair.second) for pair in pairs[1:]] == ([shown] if shown else [])
+
+
+def test_other_answers_to_a_prompt_are_another_pair():
+    """Judgements of one batch's answers must not be taken for those of the next."""
+    prompts = [Prompt("a", [{"role": "user", "content": "a"}])]
+
+    def shown(first, second):
+        sides = ([Completion(0, [1], text, [2], [-1.0], "stop")] for text in (first, second))
+        return annotate.pairs("training", prompts, *sides)[0].id
+
+    assert shown("yes", "no") == shown("yes", "no")
+    assert len({shown("yes", "no"), shown("no", "yes"), shown("yes", "never")}) == 3

@@ -5,10 +5,12 @@ import json
 import pocket as problem
 import pytest
 
+from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
 from llama2rt.errors import InputError
+from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.rollout import sampling
-from llama2rt.stages import evaluate
+from llama2rt.stages import evaluate, loading
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,23 @@ def test_all_models_are_checked(pocket, few, strangers):
     ):
         with pytest.raises(InputError, match=said):
             evaluate.open_inputs(recipe(pocket, few, **{"curves": {}, **settings}))
+
+
+def test_a_version_that_writes_more_than_a_reward_model_reads_is_refused(
+    pocket, few, strangers, tmp_path
+):
+    """Also where another version's context is so short that its answers would fit."""
+    short, tokenizer = loading.load_llama(pocket.sft)
+    shape = LlamaConfig(**dict(vars(short.config), context=24))
+    native.save(Llama(shape).initialize(1), tokenizer, tmp_path / "short")
+    reader = LlamaConfig(**dict(vars(short.config), context=30))
+    native.save(ScalarModel(reader).initialize(1), tokenizer, tmp_path / "reader")
+    settings = {
+        "versions": {"short": tmp_path / "short", "long": pocket.sft},
+        "reference": pocket.sft,
+        "rewards": {"helpfulness": tmp_path / "reader"},
+        "sampling": {"max_tokens": 40},
+        "curves": {},
+    }
+    with pytest.raises(InputError, match=r"rewards\.helpfulness: its context of 30 tokens"):
+        evaluate.open_inputs(recipe(pocket, few, **settings))
