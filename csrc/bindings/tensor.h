@@ -127,6 +127,8 @@ struct type_caster<llama2rt::Tensor> {
       next ^= 1;
     }
     if (api->tensor_from_object(source.ptr(), &value.of) != 0) throw error_already_set();
+    // torch 2.13 exchanges a FakeTensor, or a subclass that only wraps others, as a CPU tensor at
+    // address 0, without an error.
     if (value.of.data == nullptr && value.items() > 0)
       throw std::invalid_argument("a tensor has no memory: it is a fake one, or stands for others");
     return true;
