@@ -21,7 +21,9 @@ def program(name: str) -> str | None:
 
 def environment(folder: Path, nvcc: Path | None) -> dict[str, str]:
     """This process's, but on PATH only TOOLS and `nvcc`; what is linked lies in `folder`."""
-    for tool in TOOLS:
+    # Debian's Python names its compilers by their target, and scikit-build-core goes by that.
+    named = (str(sysconfig.get_config_var(name) or "").split()[:1] for name in ("CC", "CXX"))
+    for tool in {*TOOLS, *(Path(tool).name for tools in named for tool in tools)}:
         if found := program(tool):
             (folder / tool).symlink_to(found)
     if nvcc:

@@ -102,7 +102,7 @@ def test_it_is_a_step_of_a_plan(average, pocket, models, tmp_path):
         "sampling": {"max_tokens": 8},
         "steps": [
             {"name": "soup", "stage": "average", "models": ["@sft", str(models[1])]},
-            {"name": "table", "stage": "evaluate", "versions": {"soup": "@soup"}},
+            {"name": "table", "stage": "evaluate", "versions": {"SFT": "@sft", "soup": "@soup"}},
         ],
     }
     iterate.run(iterate.IterateRecipe.model_validate(plan), tmp_path / "run")

@@ -137,7 +137,15 @@ def test_an_interrupt_finishes_the_step_and_saves(tmp_path, number):
     assert signal.getsignal(number) is handler
 
 
-def test_a_second_interrupt_stops_at_once(tmp_path):
+@pytest.fixture
+def interrupted_as_by_a_person():
+    """A shell ignores SIGINT in what it starts in the background, perhaps in this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, interrupted_as_by_a_person):
     def twice(index):
         # To this thread: another one might take os.kill's two together, and Python sees one.
         signal.raise_signal(signal.SIGINT)
