@@ -41,8 +41,8 @@ def evaluate(
     safety may rank the same two answers the other way round. Sample files, or folders of a run's
     samples, one a version, give each version's mean reward and, for every two versions, the win
     rate on the prompts that both answered. Where all prompts of a version have the same number of
-    samples (two or more), they also give the reward-length correlation and the expected max and
-    median reward among N samples. Intervals are of 95 %, over prompts.
+    samples, they also give the expected max and median reward among N samples (from two on) and the
+    reward-length correlation (from three on). Intervals are of 95 %, over prompts.
 
     Args:
         reward_model: folder of a reward model, with its tokenizer.
@@ -246,10 +246,11 @@ def _version(records: Sequence[Sample], rewards: dict[str, list[float]]) -> dict
         for record in records:
             lengths.setdefault(record.prompt_id, []).append(len(record.response))
         table = list(rewards.values())
-        correlation = length.correlation(table, [lengths[prompt] for prompt in rewards])
-        interval = correlation.mean._asdict() if correlation.mean else {"mean": None}
-        found["length_correlation"] = {**interval, "undefined": correlation.undefined}
         found["best_of"] = best_of.curves(table)
+        if min(sizes) > 2:  # two samples correlate perfectly or not at all
+            correlation = length.correlation(table, [lengths[prompt] for prompt in rewards])
+            interval = correlation.mean._asdict() if correlation.mean else {"mean": None}
+            found["length_correlation"] = {**interval, "undefined": correlation.undefined}
     return found
 
 

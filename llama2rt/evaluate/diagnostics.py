@@ -71,9 +71,10 @@ def of_versions(
 
     Gives `versions` (a row each, see `_row`), `reward_win_rates` and, with a judge, `win_rates`
     (win rates of the row over the column on the prompts, ties half, with their intervals; None on
-    the diagonal), `length_correlation` (reward with length in tokens: per prompt, None where
-    undefined, and their mean) and, with a judge, `reward_against_judge` by kind of prompt and
-    version (Rc comes from another model on each kind, and a judge may rate them on another scale).
+    the diagonal), with three samples of a prompt or more `length_correlation` (`length_bias`; two
+    correlate perfectly or not at all) and, with a judge, `reward_against_judge` by kind of prompt
+    and version (Rc comes from another model on each kind, and a judge may rate them on another
+    scale).
     ValueError where versions differ in their prompts or temperature, a prompt lacks samples that
     others have, or a number is not finite.
     """
@@ -94,11 +95,9 @@ def of_versions(
             seed,
         ),
         "reward_win_rates": _win_rates(rewards),
-        "length_correlation": {
-            name: _length_correlation(rewards[name], groups, seed)
-            for name, groups in responses.items()
-        },
     }
+    if next(iter(rewards.values())).shape[1] > 2:
+        numbers["length_correlation"] = length_bias(responses, seed=seed)
     if judged:
         numbers["win_rates"] = _win_rates(judged)
         kinds = _kinds(next(iter(responses.values())))
@@ -130,6 +129,19 @@ def sampling(responses: Mapping[str, Responses]) -> dict[str, dict[str, best_of.
             _require_rectangular(f"{name} at temperature {temperature:g}", at)
             curves[name][str(temperature)] = best_of.curves(_table(at, _reward))
     return curves
+
+
+def length_bias(responses: Mapping[str, Responses], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Correlation of reward with length in tokens, by version: of each prompt's samples
+    (`per_prompt`, None where it is `undefined`), and their mean with its interval."""
+    numbers = {}
+    for name, groups in responses.items():
+        lengths = _table(groups, lambda response: len(response.tokens))
+        found = length.correlation(_table(groups, _reward), lengths, seed=seed)
+        mean = found.mean._asdict() if found.mean else dict.fromkeys(Interval._fields)
+        per_prompt = [float(r) if np.isfinite(r) else None for r in found.per_prompt]
+        numbers[name] = {**mean, "undefined": found.undefined, "per_prompt": per_prompt}
+    return numbers
 
 
 def of_reward_model(
@@ -303,13 +315,6 @@ def _win_rates(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "low": table("low"),
         "high": table("high"),
     }
-
-
-def _length_correlation(rewards: np.ndarray, groups: Responses, seed: int) -> dict[str, Any]:
-    found = length.correlation(rewards, _table(groups, lambda r: len(r.tokens)), seed=seed)
-    mean = found.mean._asdict() if found.mean else dict.fromkeys(Interval._fields)
-    per_prompt = [float(r) if np.isfinite(r) else None for r in found.per_prompt]
-    return {**mean, "undefined": found.undefined, "per_prompt": per_prompt}
 
 
 def _accuracy(scores: tuple[ArrayLike, ArrayLike]) -> dict[str, Any]:

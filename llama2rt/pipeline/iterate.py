@@ -231,7 +231,8 @@ class Plan:
         elif step.stage == "reward":
             given |= self._comparisons(step, before, outputs)
         elif step.stage == "annotate":
-            given["batch"] = 1 + sum(s.stage == "annotate" for s in before)
+            asked = [self._key(s, "prompts") or 0 for s in before if s.stage == "annotate"]
+            given["asked"] = sum(asked)
             given["held_out"] = recipe.validation
         elif step.stage == "evaluate":
             given["versions"] = {"SFT": recipe.sft} | {n: outputs.model(n) for n in versions}
@@ -245,20 +246,20 @@ class Plan:
         found = self._recipe.rewards.model_dump(exclude_none=True)
         for step in before:
             if step.stage == "reward":
-                found[self._kind(step)] = outputs.model(step.name)
+                found[self._key(step, "kind")] = outputs.model(step.name)
         return found
 
-    def _kind(self, step: PlanStep) -> str:
-        """Which of the two reward models a step trains."""
-        defaults = self._recipe.defaults.get("reward")
+    def _key(self, step: PlanStep, key: str) -> Any:
+        """What the plan says of a key of a step's recipe, or the stage's default."""
+        defaults = self._recipe.defaults.get(step.stage)
         given = (defaults.recipe_keys() if defaults else {}) | step.recipe_keys()
-        return str(given.get("kind", "helpfulness"))
+        return given.get(key, STAGES[step.stage].recipe.model_fields[key].default)
 
     def _comparisons(
         self, step: PlanStep, before: list[PlanStep], outputs: Outputs
     ) -> dict[str, Any]:
         """All comparisons collected so far, and the reward model that is replaced."""
-        kind = self._kind(step)
+        kind = self._key(step, "kind")
         batches = [outputs.directory(s.name) for s in before if s.stage == "annotate"]
         others = [other for other in self._recipe.kinds if other != kind]
         previous = self._newest_rewards(before, outputs)

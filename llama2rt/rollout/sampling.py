@@ -159,7 +159,12 @@ def by_prompts(responses: Sequence[Response], n: int) -> list[list[Response]]:
 def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> list[Prompt]:
     """An iteration's `count` prompts, from shuffled epochs that are continued across iterations:
     none comes again before all have come."""
-    indices = range(iteration * count, (iteration + 1) * count)
+    return shuffled(prompts, count, seed, after=iteration * count)
+
+
+def shuffled(prompts: Sequence[Prompt], count: int, seed: int, *, after: int) -> list[Prompt]:
+    """`count` prompts of shuffled epochs, one behind the other, after the first `after`."""
+    indices = range(after, after + count)
     orders = {
         epoch: np.random.default_rng([seed, epoch]).permutation(len(prompts))
         for epoch in range(indices[0] // len(prompts), indices[-1] // len(prompts) + 1)

@@ -27,7 +27,7 @@ from llama2rt.data.records import KINDS, Comparison, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Completion, Engine
-from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
+from llama2rt.rollout.sampling import SamplingOptions, derived_seed, shuffled
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
 from llama2rt.stages.loading import Future, Opened
@@ -53,8 +53,8 @@ class AnnotateRecipe(Recipe):
     """prompts whose comparisons test reward models; none of them should be in data"""
     prompts: int | None = Field(default=None, gt=0)
     """how many of data; None for all"""
-    batch: int = Field(default=1, gt=0)
-    """which batch of so many prompts this is: shuffled epochs, continued across batches"""
+    asked: int = Field(default=0, ge=0)
+    """how many earlier batches have asked; these come after them, in shuffled epochs"""
     annotator: AnnotatorOptions
     """who compares"""
     temperatures: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 0.7)
@@ -163,7 +163,7 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
     if recipe.prompts is not None:
         count = min(recipe.prompts, len(prompts["training"]))
         # Not by the recipe's seed, which differs between the batches of a plan.
-        drawn = draw(prompts["training"], count, 0, recipe.batch - 1)
+        drawn = shuffled(prompts["training"], count, 0, after=recipe.asked)
         # One that ends an epoch and begins the next is shown once.
         prompts["training"] = list({prompt.id: prompt for prompt in drawn}.values())
     return AnnotateInputs(tokenizer, prompts)

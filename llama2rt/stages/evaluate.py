@@ -6,7 +6,7 @@ Goodhart's law). Best-of-N and temperature curves (Figures 7 and 8) come from fu
 some prompts.
 """
 
-import functools
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from llama2rt.annotate.options import named_function
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
-from llama2rt.evaluate import best_of, diagnostics
+from llama2rt.evaluate import diagnostics
 from llama2rt.model import Llama
 from llama2rt.rollout import sampling
 from llama2rt.rollout.logprobs import response_logprobs, segment_sums
@@ -104,13 +104,7 @@ def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Pat
     if run.complete:
         return run.directory
     inputs = open_inputs(recipe)
-    scalar = functools.partial(loading.load_scalar, tokenizer=inputs.tokenizer)
-    models = RewardModels(
-        scalar(recipe.rewards.helpfulness),
-        scalar(recipe.rewards.safety) if recipe.rewards.safety is not None else None,
-        recipe.rewards.threshold,
-        recipe.micro_tokens,
-    )
+    models = loading.load_reward_models(recipe.rewards, inputs.tokenizer, recipe.micro_tokens)
     reference = loading.load_companion(recipe.reference, inputs.tokenizer).requires_grad_(False)
     answers: Answers = {}
     kl = {}
@@ -135,7 +129,7 @@ def numbers(
     answers: Answers,
     kl: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> dict[str, Any]:
-    """`diagnostics.of_versions` and, of the curves' samples, `diagnostics.sampling`."""
+    """`diagnostics.of_versions` and, of the curves' samples, `sampling` and `length_bias`."""
     worth = None
     if recipe.judge is not None:
         judge = named_function(recipe.judge.python, "judge.python")(*recipe.judge.files)
@@ -145,23 +139,18 @@ def numbers(
         }
     found = diagnostics.of_versions(answers, worth=worth, kl=kl)
     curves = {name: read_curves(recipe, samples, name) for name in recipe.curves.versions}
-    # Two samples of a prompt correlate perfectly or not at all.
-    if recipe.samples < 3:
-        del found["length_correlation"]
     if curves:
-        found["best_of"] = {
-            name: {str(t): best_of.curves(rewards(groups)) for t, groups in by.items()}
-            for name, by in curves.items()
-        }
+        found["best_of"] = diagnostics.sampling(
+            {
+                name: [list(itertools.chain(*groups)) for groups in zip(*by.values(), strict=True)]
+                for name, by in curves.items()
+            }
+        )
         nearest = min(recipe.curves.temperatures, key=lambda temperature: abs(temperature - 1))
-        of_curves = diagnostics.of_versions({name: by[nearest] for name, by in curves.items()})
-        found["length_correlation"] = of_curves["length_correlation"]
+        found["length_correlation"] = diagnostics.length_bias(
+            {name: by[nearest] for name, by in curves.items()}
+        )
     return found
-
-
-def rewards(groups: Sequence[Sequence[Response]]) -> list[list[float]]:
-    """By prompt and sample."""
-    return [[response.reward for response in group] for group in groups]
 
 
 def read_answers(directory: Path) -> Answers:

@@ -61,13 +61,9 @@ class RolloutInputs(Opened):
     @functools.cached_property
     def reward_models(self) -> RewardModels:
         """The models that rank, in the compute dtype, frozen."""
-        options, train = self.recipe.rewards, self.recipe.train
-        scalar = functools.partial(loading.load_scalar, dtype=train.dtype, tokenizer=self.tokenizer)
-        return RewardModels(
-            scalar(options.helpfulness),
-            scalar(options.safety) if options.safety is not None else None,
-            options.threshold,
-            train.micro_tokens,
+        train = self.recipe.train
+        return loading.load_reward_models(
+            self.recipe.rewards, self.tokenizer, train.micro_tokens, train.dtype
         )
 
     @functools.cached_property

@@ -21,6 +21,7 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.generate.budget import least_bytes
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -81,6 +82,21 @@ def load_scalar(
     if tokenizer is not None:
         _require_same_tokens(folder, own, tokenizer)
     return model.requires_grad_(False).eval()
+
+
+def load_reward_models(
+    options: RewardOptions,
+    tokenizer: Tokenizer,
+    micro_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> RewardModels:
+    """The models that rank what a policy with `tokenizer` writes, frozen."""
+    return RewardModels(
+        load_scalar(options.helpfulness, dtype, tokenizer),
+        load_scalar(options.safety, dtype, tokenizer) if options.safety is not None else None,
+        options.threshold,
+        micro_tokens,
+    )
 
 
 def _require_same_tokens(folder: Path, own: Tokenizer | None, policy: Tokenizer) -> None:

@@ -95,7 +95,7 @@ def test_win_rates_by_reward_and_by_the_judge():
 def test_length_correlation_is_of_tokens_and_none_where_undefined():
     versions = _versions()
     versions["V1"][0] = _group(0, [5.0, 5.0])
-    found = diagnostics.of_versions(versions)["length_correlation"]
+    found = diagnostics.length_bias(versions)
     # Rewards rise with the number of tokens on every prompt where they differ.
     assert found["SFT"]["per_prompt"] == pytest.approx([1.0, 1.0])
     assert (found["SFT"]["mean"], found["SFT"]["undefined"]) == (pytest.approx(1.0), 0)
@@ -124,8 +124,8 @@ def test_one_sample_one_kind_and_no_safety_model():
     assert row["reward"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert row["cut_share"]["mean"] == 1.0 and row["cut_share"]["low"] < 0.5
     assert numbers["reward_win_rates"]["row_over_column"] == [[None]]
-    assert numbers["length_correlation"]["only"]["mean"] is None
-    assert numbers["length_correlation"]["only"]["undefined"] == 3
+    bias = diagnostics.length_bias(one)["only"]
+    assert (bias["mean"], bias["undefined"]) == (None, 3)
     against = numbers["reward_against_judge"]["helpfulness"]["only"]
     nothing = {"mean": None, "low": None, "high": None, "undefined": 3}
     assert against["pooled"] == nothing and against["per_prompt"] == nothing
@@ -150,7 +150,14 @@ def test_equal_rewards_tie_everywhere():
     flat = {name: [_group(0, [1.0, 1.0]), _group(1, [1.0, 1.0])] for name in ("A", "B")}
     numbers = diagnostics.of_versions(flat)
     assert numbers["reward_win_rates"]["row_over_column"] == [[None, 0.5], [0.5, None]]
-    assert numbers["length_correlation"]["A"]["undefined"] == 2
+    assert diagnostics.length_bias(flat)["A"]["undefined"] == 2
+
+
+def test_two_samples_of_a_prompt_are_too_few_for_a_correlation():
+    for samples in (1, 2, 3):
+        groups = [_group(i, [float(i + s) for s in range(samples)]) for i in range(2)]
+        found = diagnostics.of_versions({"V1": groups})
+        assert ("length_correlation" in found) == (samples > 2)
 
 
 def test_numbers_are_plain_json():

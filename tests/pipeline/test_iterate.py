@@ -99,7 +99,9 @@ def test_the_papers_course(pocket, tmp_path):
 
 
 def test_reward_models_are_refreshed_before_each_version(pocket, tmp_path):
-    settings = recipe(pocket, steps=[], versions=3, pool_from=4, defaults=kill_plan.DEFAULTS)
+    annotate = {**kill_plan.DEFAULTS["annotate"], "prompts": 4}
+    defaults = {**kill_plan.DEFAULTS, "annotate": annotate}
+    settings = recipe(pocket, steps=[], versions=3, pool_from=4, defaults=defaults)
     plan = planned(settings, tmp_path)
     assert list(plan) == [
         *("comparisons-1", "helpfulness-1", "safety-1", "RLHF-V1"),
@@ -110,9 +112,9 @@ def test_reward_models_are_refreshed_before_each_version(pocket, tmp_path):
     policies = [pocket.sft, tmp_path / "RLHF-V1" / "model", tmp_path / "RLHF-V2" / "model"]
     previous = {"helpfulness": pocket.helpfulness, "safety": pocket.safety}
     for batch, policy in enumerate(policies, start=1):
-        annotate = plan[f"comparisons-{batch}"]
-        assert (annotate.policy, annotate.batch) == (policy, batch)
-        assert [source.path for source in annotate.held_out] == [pocket.validation]
+        collected = plan[f"comparisons-{batch}"]
+        assert (collected.policy, collected.asked) == (policy, 4 * (batch - 1))
+        assert [source.path for source in collected.held_out] == [pocket.validation]
         so_far = [tmp_path / f"comparisons-{i}" for i in range(1, batch + 1)]
         for kind, other in (("helpfulness", "safety"), ("safety", "helpfulness")):
             reward = plan[f"{kind}-{batch}"]

@@ -115,16 +115,17 @@ def test_two_policies_answer_side_by_side(pocket, collected, tmp_path, monkeypat
 
 
 def test_each_batch_asks_new_prompts(pocket, tmp_path):
-    """10 prompts, 4 a batch: an epoch ends in the third batch, and none comes twice before."""
+    """10 prompts, 5, 3 and 4 of them a batch: an epoch ends in the third, and none comes twice
+    before."""
     write(tmp_path / "ten.jsonl", problem.prompts(problem.TRAINING[:5]))
     batches = [
         [
             prompt.id
             for prompt in annotate.open_inputs(
-                recipe(pocket, data=[tmp_path / "ten.jsonl"], prompts=4, batch=i, seed=i)
+                recipe(pocket, data=[tmp_path / "ten.jsonl"], prompts=n, asked=asked, seed=asked)
             ).prompts["training"]
         ]
-        for i in range(1, 6)
+        for n, asked in ((5, 0), (3, 5), (4, 8), (4, 12))
     ]
     assert len(set(batches[0] + batches[1])) == 8
     assert all(len(set(batch)) == len(batch) for batch in batches)
