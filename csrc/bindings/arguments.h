@@ -1,14 +1,14 @@
 // From the tensors of a call to the struct of its op (../ops.h): the one list of an op's arguments,
 // for `_cpu` and `_cuda`. llama2rt/ops/cpu_kernels and cuda_kernels call in this order, with
-// arguments that have passed the checks of llama2rt/ops/contract; None for a tensor there is not.
+// arguments that have passed the checks of llama2rt/ops/contract.
 #pragma once
 
 #include "tensor.h"
 
 namespace llama2rt::arguments {
 
-inline RmsNorm rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, float eps,
-                        const Tensor& y, const Tensor& summed, const Tensor& rstd) {
+inline RmsNorm rms_norm(const Tensor& x, const Optional& residual, const Tensor& weight, float eps,
+                        const Tensor& y, const Optional& summed, const Tensor& rstd) {
   RmsNorm a{};
   a.dtype = x.dtype();
   a.rows = x.size(0), a.columns = x.size(1);
@@ -18,7 +18,7 @@ inline RmsNorm rms_norm(const Tensor& x, const Tensor& residual, const Tensor& w
   return a;
 }
 
-inline RmsNormBackward rms_norm_backward(const Tensor& dy, const Tensor& dsummed, const Tensor& x,
+inline RmsNormBackward rms_norm_backward(const Tensor& dy, const Optional& dsummed, const Tensor& x,
                                          const Tensor& weight, const Tensor& rstd, const Tensor& dx,
                                          const Tensor& dweight) {
   RmsNormBackward a{};
@@ -112,7 +112,7 @@ inline const int64_t* targets_of(const Tensor& targets) {
 
 inline TokenLogprob token_logprob(const Tensor& logits, const Tensor& targets, int64_t first,
                                   float scale, const Tensor& row_max, const Tensor& row_sum,
-                                  const Tensor& weighted_sum, const Tensor& target_logit) {
+                                  const Optional& weighted_sum, const Tensor& target_logit) {
   TokenLogprob a{};
   a.dtype = logits.dtype();
   a.rows = logits.size(0), a.columns = logits.size(1);
@@ -126,8 +126,8 @@ inline TokenLogprob token_logprob(const Tensor& logits, const Tensor& targets, i
 inline TokenLogprobBackward token_logprob_backward(const Tensor& logits, const Tensor& dlogits,
                                                    const Tensor& targets, int64_t first,
                                                    float scale, const Tensor& lse,
-                                                   const Tensor& dlogprob, const Tensor& dentropy,
-                                                   const Tensor& entropy) {
+                                                   const Tensor& dlogprob, const Optional& dentropy,
+                                                   const Optional& entropy) {
   TokenLogprobBackward a{};
   a.dtype = logits.dtype();
   a.rows = logits.size(0), a.columns = logits.size(1);
@@ -148,8 +148,8 @@ inline Linear linear(const Tensor& x, const Tensor& weight, const Tensor& y) {
   return a;
 }
 
-inline WeightGradient weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& dweight,
-                                      const Tensor& sum) {
+inline WeightGradient weight_gradient(const Tensor& dy, const Tensor& x, const Optional& dweight,
+                                      const Optional& sum) {
   WeightGradient a{};
   a.dtype = x.dtype();
   a.rows = dy.size(0), a.columns = dy.size(1), a.inner = x.size(1);

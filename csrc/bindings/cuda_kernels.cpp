@@ -47,7 +47,7 @@ void sections_and_delta(AttentionBackward& op, int64_t k_section, int64_t q_sect
   op.delta = delta.floats();
 }
 
-void splits(DecodeAttention& op, uint32_t splits, const Tensor& partial, const Tensor& lse) {
+void splits(DecodeAttention& op, uint32_t splits, const Optional& partial, const Optional& lse) {
   op.splits = splits, op.partial = partial.floats(), op.lse = lse.floats();
 }
 

@@ -56,8 +56,7 @@ inline const ExchangeApi* exchange_api(pybind11::handle object) {
 
 namespace llama2rt {
 
-// A tensor, or None where `data` is null. It is valid until the call returns: its owner is one of
-// the call's arguments.
+// A tensor. It is valid until the call returns: its owner is one of the call's arguments.
 struct Tensor {
   dlpack::Tensor of = {};
 
@@ -100,13 +99,16 @@ struct Tensor {
   Indices indices() const { return {of.data, is_int64()}; }
 };
 
+// A tensor, or None, whose address is null.
+struct Optional : Tensor {};
+
 }  // namespace llama2rt
 
 namespace pybind11::detail {
 
 template <>
 struct type_caster<llama2rt::Tensor> {
-  PYBIND11_TYPE_CASTER(llama2rt::Tensor, const_name("torch.Tensor | None"));
+  PYBIND11_TYPE_CASTER(llama2rt::Tensor, const_name("torch.Tensor"));
 
   bool load(handle source, bool) {
     // Looking the table up costs more than using it: done once for a tensor and once for a parameter,
@@ -114,7 +116,6 @@ struct type_caster<llama2rt::Tensor> {
     static const llama2rt::dlpack::ExchangeApi* api = nullptr;
     static PyTypeObject* known[2] = {};
     static int next = 0;
-    if (source.is_none()) return true;
     PyTypeObject* type = Py_TYPE(source.ptr());
     if (type != known[0] && type != known[1]) {
       const auto* found = llama2rt::dlpack::exchange_api(source);
@@ -131,6 +132,19 @@ struct type_caster<llama2rt::Tensor> {
     // address 0, without an error.
     if (value.of.data == nullptr && value.items() > 0)
       throw std::invalid_argument("a tensor has no memory: it is a fake one, or stands for others");
+    return true;
+  }
+};
+
+template <>
+struct type_caster<llama2rt::Optional> {
+  PYBIND11_TYPE_CASTER(llama2rt::Optional, const_name("torch.Tensor | None"));
+
+  bool load(handle source, bool convert) {
+    if (source.is_none()) return true;
+    type_caster<llama2rt::Tensor> tensor;
+    if (!tensor.load(source, convert)) return false;
+    static_cast<llama2rt::Tensor&>(value) = tensor;
     return true;
   }
 };

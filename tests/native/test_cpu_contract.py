@@ -362,6 +362,14 @@ def test_one_openmp_runtime_beside_torch():
         assert run_python("-c", program.format(*order)).stdout.strip() == "1"
 
 
+class Wrapper(torch.Tensor):
+    """A subclass that stands for other tensors, as DTensor does, and has no memory of its own."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
 def test_the_boundary_refuses_what_it_cannot_read():
     """Callers check arguments; a slip of theirs must not become a read of other memory."""
     x = torch.ones(2, 4)
@@ -375,8 +383,13 @@ def test_the_boundary_refuses_what_it_cannot_read():
         _cpu.rms_norm(x, None, x[0], EPS, x.clone(), None, torch.ones(2).double(), 1)
     with pytest.raises(ValueError, match="targets are int64"):
         _cpu.token_logprob(x, torch.ones(2, dtype=torch.int32), 0, 1.0, *x.unbind(1), 1)
+    with pytest.raises(TypeError, match=r"torch\.Tensor"):
+        _cpu.swiglu(x, None, x, 1)
     with FakeTensorMode() as mode, pytest.raises(ValueError, match="has no memory"):
         _cpu.swiglu(mode.from_tensor(x), x, x, 1)
+    wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, x.shape, dtype=x.dtype)
+    with pytest.raises(ValueError, match="has no memory"):
+        _cpu.swiglu(wrapper, x, x, 1)
 
 
 def test_a_parameter_is_read_like_a_tensor():
