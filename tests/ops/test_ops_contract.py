@@ -470,3 +470,18 @@ def test_checkpoint_context_repeats_on_the_forward_backend(ran):
         )
     y.sum().backward()
     assert set(ran) == {"reference"} and len(ran) >= 3
+
+
+def test_a_negative_bit_is_a_sign():
+    """torch keeps the sign of `z.conj().imag` beside the memory, and its exchange with native code
+    does not tell of it (findings/dlpack_exchange.sh)."""
+    torch.manual_seed(0)
+    gate = torch.randn(2, 16, dtype=torch.complex64).conj().imag
+    assert gate.is_neg()
+    plain = torch.empty(2, 16).copy_(gate)
+    up, weight = torch.randn(2, 16), torch.ones(16)
+    assert torch.equal(ops.swiglu(gate, up), ops.swiglu(plain, up))
+    assert torch.equal(ops.rms_norm(gate, weight, 1e-5), ops.rms_norm(plain, weight, 1e-5))
+    targets = torch.tensor([1, 0])
+    found, expected = (ops.token_logprob(x, up, targets) for x in (gate, plain))
+    assert torch.equal(found, expected)
