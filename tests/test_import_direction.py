@@ -25,6 +25,7 @@ LEVELS = [
     {"rollout"},
     {"generate", "train"},
     {"run"},
+    {"parallel"},
     {"checkpoint", "data"},
     {"text", "model"},
     {"algorithms", "ops"},
