@@ -8,6 +8,19 @@ from llama2rt.model.llama import Llama
 from llama2rt.model.transformer import PackedAttention, Transformer, initialize
 
 
+def value(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [T, dim], weight [1, dim] -> fp32 [T]."""
+    # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
+    return (hidden.float() * weight.float()).sum(-1)
+
+
+class Head(nn.Linear):
+    """A Linear of one output, in fp32: [T, dim] -> [T]."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return value(hidden, self.weight)
+
+
 class ScalarModel(nn.Module):
     """A transformer under a regression head: one number per token.
 
@@ -24,7 +37,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, device, dtype)
-        self.head = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype)
+        self.head = Head(config.dim, 1, bias=False, device=device, dtype=dtype)
 
     def initialize(self, seed: int = 0) -> "ScalarModel":
         """Fresh weights from a seed (see Llama.initialize); returns the model."""
@@ -54,9 +67,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """fp32 [T]: the value at every token; a response's score is the one at its last token."""
-        hidden = self.hidden(tokens, positions, cu_seqlens)
-        # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
-        return (hidden.float() * self.head.weight.float()).sum(-1)
+        return self.head(self.hidden(tokens, positions, cu_seqlens))
 
 
 def last_token(values: Tensor, cu_seqlens: Tensor) -> Tensor:
