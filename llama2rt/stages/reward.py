@@ -293,7 +293,7 @@ def objective(recipe: RewardRecipe) -> Objective:
 
     def loss(model: ScalarModel, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         batch, extras = pairs.batch, pairs.extras
-        values = model(batch.tokens, batch.positions, batch.cu_seqlens)
+        values = model(batch.tokens, batch.positions, batch.cu_seqlens, keys=batch.keys)
         chosen, rejected = last_token(values, batch.cu_seqlens).view(-1, 2).unbind(1)
         total = losses.ranking(chosen, rejected, extras["margin"]).sum()
         metrics = {

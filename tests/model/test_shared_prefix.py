@@ -8,6 +8,7 @@ from llama2rt.data.packing import Example, pack
 from llama2rt.data.shared import pack_shared
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.model.shared_prefix import SharedPrefixAttention
+from llama2rt.train.metrics import training_flops
 
 SHAPES = [(4, 4), (4, 2), (4, 1)]
 
@@ -70,6 +71,21 @@ def test_values_and_gradients_are_those_of_whole_documents(heads, kv_heads, kind
     for name, gradient in expected_gradients.items():
         error = (gradients[name] - gradient).norm() / gradient.norm()
         assert error < 1e-5, (name, error)
+
+
+def test_a_step_counts_what_it_computes():
+    """Of a document of n tokens with p of them shared: n - p rows, n^2 - p^2 pairs of tokens."""
+    examples = groups(seed=5)
+    shared, whole = pack_shared(examples), pack(examples)
+    model = Llama(config(4, 4))
+    found, expected = (
+        training_flops(model, batch.tokens, batch.cu_seqlens, batch.weight, batch.keys)
+        for batch in (shared, whole)
+    )
+    saved = whole.cu_seqlens.diff() - shared.cu_seqlens.diff()
+    blocks = sum(p.numel() for p in model.transformer.blocks.parameters() if p.ndim == 2)
+    pairs = model.config.layers * model.config.dim * int(saved.long().square().sum())
+    assert expected - found == 6 * (blocks * int(saved.sum()) + pairs)
 
 
 def test_a_batch_gives_the_same_bits_every_time():
