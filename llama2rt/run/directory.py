@@ -20,9 +20,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from llama2rt.checkpoint.store import Store
 from llama2rt.errors import InputError
 from llama2rt.parallel import by_main, is_main, on_main
+from llama2rt.parallel.checkpoint import open_store
 from llama2rt.run import lock, manifest
 from llama2rt.run.metrics import Metrics
 
@@ -33,7 +33,7 @@ class Run:
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.store = Store(directory / "checkpoints")
+        self.store = open_store(directory / "checkpoints")
         self._metrics = Metrics(directory, manifest)
 
     @classmethod
