@@ -54,7 +54,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """fp32 [T]: the value at every token; a response's score is the one at its last token."""
-        hidden = self.hidden(tokens, positions, cu_seqlens)
+        hidden = self.transformer(tokens, positions, PackedAttention(cu_seqlens))
         # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
         return (hidden.float() * self.head.weight.float()).sum(-1)
 

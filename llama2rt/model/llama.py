@@ -73,7 +73,7 @@ class Llama(nn.Module):
         """
         # Not named here: the op drops prompt tokens' rows, and with them the hidden states.
         return ops.token_logprob(
-            self.hidden(tokens, positions, cu_seqlens),
+            self.transformer(tokens, positions, PackedAttention(cu_seqlens)),
             self.output.weight,
             targets,
             temperature=temperature,
