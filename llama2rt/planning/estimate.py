@@ -126,6 +126,9 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
     gpu = hardware.gpu(options.gpu)
     ranks = options.ranks or work.parallel.least_ranks
     degrees = work.parallel.degrees(ranks)
+    if work.train is None:
+        # What trains nothing is whole on every rank, which answers its share of the prompts.
+        degrees |= {"data": ranks, "shard": 1}
     for model in work.models:
         check(degrees, model.config)
     setting = _setting(work, degrees)

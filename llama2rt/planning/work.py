@@ -5,7 +5,7 @@ is None where the data was not read.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llama2rt.model.config import LlamaConfig
@@ -91,6 +91,10 @@ class Sampling:
     """a recipe's bound on what sampling takes"""
     readers: Sequence[Model] = ()
     """models that read each answer once: reward models, the reference policy, the critic"""
+
+    def read_by(self, readers: Sequence[Model]) -> "Sampling":
+        """The same with `readers`."""
+        return replace(self, readers=readers)
 
 
 @dataclass(frozen=True)
