@@ -18,19 +18,18 @@ from pydantic import Field
 from torch import nn
 
 from llama2rt import report
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
 from llama2rt.run import Recipe, Run
+from llama2rt.stages import adapters
 from llama2rt.stages.loading import (
     Future,
     Opened,
     Outline,
     file_inputs,
-    load_llama,
     outlines,
     warn_of_shared,
 )
@@ -38,6 +37,7 @@ from llama2rt.stages.pretrain import next_token
 from llama2rt.text.chat import encode_dialogue
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
+from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.sft")
@@ -70,6 +70,7 @@ class SftRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
     train: TrainOptions = TrainOptions(lr=2e-5)
+    lora: LoraOptions = LoraOptions()
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
@@ -83,7 +84,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     options = recipe.train
     loader = ExampleLoader(inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed)
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
-    model, _ = load_llama(recipe.init, recipe.tokenizer)
+    model = adapters.load_to_train(recipe.init, recipe.tokenizer, options, recipe.lora, recipe.seed)
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out)}
@@ -101,7 +102,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=validate if held_out else None,
     )
-    native.save(model, inputs.tokenizer, run.model_directory)
+    adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, {**result, "dialogues": len(inputs.training)})
     return run.model_directory
 
@@ -119,6 +120,7 @@ class SftInputs(Opened):
 def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
     """All that the recipe names, read and checked before any weights are loaded. InputError where
     something does not fit."""
+    recipe.lora.check()
     tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
     config = models["init"].config
     context = recipe.context or config.context

@@ -49,7 +49,8 @@ def gemm_ceiling(device_type: str, dtype: torch.dtype) -> float:
 
 
 def training_flops(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor, predicted: int) -> int:
-    """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token.
+    """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token, 2 x 2
+    for a frozen one, of which no gradient is taken.
 
     The output matrix counts for the `predicted` rows only (the others never reach it), the
     embedding not at all, causal attention over each document by itself. `model` is a Llama, or a
@@ -57,11 +58,18 @@ def training_flops(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor, predict
     """
     transformer: Any = model.transformer
     config = transformer.config
-    blocks = sum(p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
-    output = config.vocab_size * config.dim if isinstance(model, Llama) else 0
+    blocks = sum(_products(p) * p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
+    output = 0
+    if isinstance(model, Llama):
+        output = _products(model.output.weight) * config.vocab_size * config.dim
     squares = int(cu_seqlens.diff().to(torch.int64).square().sum())
     attention = config.layers * config.dim * squares  # q.k and p.v: 2 x 2 x dim x length^2 / 2
-    return 6 * (blocks * tokens.numel() + output * predicted + attention)
+    return 2 * (blocks * tokens.numel() + output * predicted + 3 * attention)
+
+
+def _products(weight: Tensor) -> int:
+    """Matrix products a training step takes with it: the result, its input's gradient, its own."""
+    return 3 if weight.requires_grad else 2
 
 
 class Throughput:
