@@ -65,7 +65,7 @@ def save(model: Llama | ScalarModel, folder: str | Path, base: str | Path) -> No
 
 @torch.no_grad()
 def load(model: Llama | ScalarModel, folder: str | Path) -> None:
-    """Give an adapted `model` the adapter that `save` wrote to `folder`. InputError naming file and
+    """Give an adapted `model` the adapter that `save` wrote to `folder`, in fp32. InputError naming file and
     tensor where it is damaged or of another shape."""
     path = Path(folder) / files.ADAPTER
     try:
@@ -79,7 +79,9 @@ def load(model: Llama | ScalarModel, folder: str | Path) -> None:
             raise InputError(
                 f"{path}: {peft_name(name)}: expected shape {list(parameter.shape)}, {found}"
             )
-        parameter.copy_(stored)
+        parameter.data = stored.to(parameter.device)
+        if hasattr(parameter, "master"):
+            del parameter.master  # of an optimizer that trained it before
     if tensors:
         raise InputError(f"{path}: {min(tensors)}: not part of this adapter")
 

@@ -86,3 +86,17 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in adapted:
             layer.enable_adapters(True)
+
+
+class WithoutAdapter(nn.Module):
+    """A model under an adapter as it is without it, on the same weights: of a policy, the one that
+    it began as. Not to be trained."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """What `model` returns with its adapter off."""
+        with adapter_off(self.model):
+            return self.model(*inputs, **options)

@@ -1,8 +1,4 @@
-"""How a stage trains a low-rank adapter: what it loads, and what it leaves.
-
-It leaves a whole model, with the adapter merged into the weights that the stage began with, so that
-whatever reads a model folder reads this one; and beside it the adapter alone, in peft's format.
-"""
+"""What a stage leaves: its model, and where it trained an adapter, that too."""
 
 from pathlib import Path
 
@@ -12,28 +8,14 @@ from llama2rt.checkpoint import adapter, load, native
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.model.adapters import layers
 from llama2rt.run import Run
-from llama2rt.stages import loading
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.lora import LoraOptions
-from llama2rt.train.options import TrainOptions
-
-
-def load_to_train(
-    folder: Path, tokenizer: Path | None, options: TrainOptions, lora: LoraOptions, seed: int
-) -> Llama:
-    """The language model in `folder` for an optimizer: in fp32; or, where `lora` says so, frozen in
-    the compute dtype under an adapter drawn from `seed`."""
-    if lora.rank is None:
-        return loading.load_llama(folder, tokenizer)[0]
-    model, _ = loading.load_llama(folder, tokenizer, options.dtype)
-    lora.adapt(model, seed)
-    return model
 
 
 def save(model: Llama | ScalarModel, tokenizer: Tokenizer, run: Run, init: Path | None) -> None:
-    """Write the run's model folder; of an adapted model, which began as the one in `init`, whole,
-    and its adapter into the run's directory. The merged weights are in fp32: `init` as it is stored
-    and not as the model holds it, which may have rounded it to bf16."""
+    """Write the run's model folder. Of an adapted model, which began as the one in `init`, it is
+    a whole model too, which whatever reads model folders reads: the adapter is merged, in fp32,
+    into `init` as it is stored, and not as the model holds it, which may have rounded it to bf16.
+    The adapter alone goes beside it, in peft's format."""
     if not layers(model):
         native.save(model, tokenizer, run.model_directory)
         return

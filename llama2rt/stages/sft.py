@@ -30,6 +30,7 @@ from llama2rt.stages.loading import (
     Opened,
     Outline,
     file_inputs,
+    load_llama,
     outlines,
     warn_of_shared,
 )
@@ -84,7 +85,8 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     options = recipe.train
     loader = ExampleLoader(inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed)
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
-    model = adapters.load_to_train(recipe.init, recipe.tokenizer, options, recipe.lora, recipe.seed)
+    model, _ = load_llama(recipe.init, recipe.tokenizer, recipe.lora.load_dtype(options))
+    recipe.lora.adapt(model, recipe.seed)
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out)}

@@ -1,13 +1,14 @@
 """The table `[lora]` of a recipe: train a low-rank adapter instead of the weights themselves."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from llama2rt.model.adapters import adapt, require_peft
 from llama2rt.run.recipe import check_integers
+from llama2rt.train.options import TrainOptions
 
 Target = Literal["query", "key", "value", "attention_output", "gate", "up", "down"]
 
@@ -42,6 +43,11 @@ class LoraOptions(BaseModel):
         if self.rank is not None:
             require_peft()
 
+    def load_dtype(self, options: TrainOptions) -> torch.dtype:
+        """In which dtype a stage loads what it trains: in fp32 for an optimizer's masters, in the
+        compute dtype below an adapter, whose masters are its own."""
+        return torch.float32 if self.rank is None else options.dtype
+
     def adapt(self, model: nn.Module, seed: int) -> None:
         """`model.adapters.adapt`, where the recipe asks for an adapter. Its dropout draws from
         torch's own generators, which `seed` starts then."""
@@ -56,3 +62,15 @@ class LoraOptions(BaseModel):
             )
         if self.dropout:
             torch.manual_seed(seed)
+
+
+def _without_dropout(options: LoraOptions) -> LoraOptions:
+    if options.dropout:
+        raise ValueError(
+            "dropout: expected 0: the policy that is trained must be the one that samples"
+        )
+    return options
+
+
+LoraWithoutDropout = Annotated[LoraOptions, AfterValidator(_without_dropout)]
+"""for PPO, whose ratios start from 1"""

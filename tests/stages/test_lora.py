@@ -2,6 +2,7 @@
 to the same bits."""
 
 import json
+import shutil
 import sys
 
 import pocket as problem
@@ -16,8 +17,9 @@ from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.model.adapters import adapt, adapter_off, layers
+from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.run import Run
-from llama2rt.stages import sft
+from llama2rt.stages import adapters, dpo, loading, ppo, rejection, reward, sft
 from llama2rt.train.lora import LoraOptions
 from llama2rt.train.metrics import training_flops
 from llama2rt.train.optimizer import Optimizer
@@ -269,3 +271,140 @@ def test_a_damaged_adapter_is_named(pocket, talks, tmp_path):
     (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="damaged or not safetensors"):
         adapted(pocket, tmp_path / "run", LORA)
+
+
+def stage_recipe(stage: str, pocket, lora=LORA, **settings):
+    """A short run of a stage that samples, or of the reward stage."""
+    if stage == "reward":
+        train = {"lr": 1e-2, "log_every": 5, "checkpoint_every": 5}
+        return problem.reward_recipe(pocket, "safety", lora=lora, train=train)
+    given = {
+        "init": pocket.sft,
+        "rewards": {"helpfulness": pocket.helpfulness, "safety": pocket.safety},
+        "data": [pocket.prompts],
+        "validation": [pocket.validation],
+        "sampling": {"max_tokens": 8},
+        "lora": lora,
+    }
+    if stage == "ppo":
+        train = {"lr": 3e-3, "validate_every": 2, "checkpoint_every": 2}
+        sizes = {"iterations": 4, "batch_size": 16, "mini_batch_size": 8, "critic_lr": 3e-3}
+        return ppo.PpoRecipe(**(given | sizes | {"train": train} | settings))
+    train = {"lr": 3e-3, "checkpoint_every": 2, "warmup_ratio": 0.0}
+    if stage == "rejection":
+        sizes = {"policy": pocket.sft, "samples": 2, "epochs": 1, "batch_size": 50}
+        return rejection.RejectionRecipe(**(given | sizes | {"train": train} | settings))
+    sizes = {"iterations": 2, "prompts_per_iteration": 30, "samples": 4, "temperatures": [1.0]}
+    sizes |= {"batch_size": 8, "epochs": 2}
+    return dpo.DpoRecipe(**(given | sizes | {"train": train} | settings))
+
+
+@pytest.mark.parametrize(
+    "stage, precision, calls",
+    [("reward", "fp32", 3), ("rejection", "fp32", 1), ("dpo", "bf16", 7), ("ppo", "fp32", 4)],
+)
+def test_every_stage_leaves_what_an_uninterrupted_run_leaves(
+    pocket, tmp_path, monkeypatch, stage, precision, calls
+):
+    run = {"reward": reward, "rejection": rejection, "dpo": dpo, "ppo": ppo}[stage].run
+    recipe = stage_recipe(stage, pocket)
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"precision": precision})}
+    )
+    whole = run(recipe, tmp_path / "whole")
+    resumed = problem.killed_and_resumed(
+        monkeypatch, Run, "log", calls, run, recipe, tmp_path / "killed"
+    )
+    assert problem.weights(whole) == problem.weights(resumed)
+    assert problem.metrics(tmp_path / "whole") == problem.metrics(tmp_path / "killed")
+
+    # The merged model is the base under the adapter that lies beside it.
+    merged, _ = llama2rt.load(whole)
+    under, _ = llama2rt.load(pocket.sft)
+    if stage == "reward":
+        under = ScalarModel.from_llama(under)
+    adapt(under, rank=1, alpha=2.0, targets=LORA["targets"])
+    adapter.load(under, tmp_path / "whole" / "adapter")
+    tokens = batch(merged.config.vocab_size)
+    with torch.no_grad():
+        a, b = (m(*tokens) if stage == "reward" else m.logits(*tokens) for m in (merged, under))
+        assert float((a - b).abs().max()) < 1e-5
+        with adapter_off(under):
+            plain = under(*tokens) if stage == "reward" else under.logits(*tokens)
+    assert float((plain - b).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("given", [None, "init", "other"])
+def test_the_reference_is_the_policy_without_its_adapter(pocket, tmp_path, given):
+    """PPO's two models of one shape, in bytes of weights that lie in memory."""
+    other = tmp_path / "other"
+    shutil.copytree(pocket.sft, other)
+    reference = {None: None, "init": pocket.sft, "other": other}[given]
+    recipe = stage_recipe("ppo", pocket, reference=reference)
+    inputs = ppo.open_inputs(recipe)
+    actors = ppo.load_actors(recipe, inputs)
+    weights = {
+        p.data_ptr(): p.nbytes
+        for model in (actors.policy, inputs.reference)
+        for p in model.parameters()
+    }
+    models = sum(weights.values()) / (4 * actors.policy.config.parameters)
+    assert models == pytest.approx(2.0 if given == "other" else 1.0, abs=0.02)
+
+    # A step on, the reference is still the model in the folder, to the bit.
+    rollout, _ = ppo.collect(recipe, inputs, actors, 0)
+    ppo.improve(recipe, actors, rollout, 0)
+    whole, _ = llama2rt.load(pocket.sft)
+    with torch.no_grad():
+        scored = [
+            response_logprobs(model, rollout.examples, 1.0, 4096)[0]
+            for model in (whole, inputs.reference, actors.policy)
+        ]
+    assert torch.equal(scored[0], scored[1]) and not torch.equal(scored[0], scored[2])
+
+
+def test_dpo_holds_one_model(pocket, tmp_path, monkeypatch):
+    """Without an adapter an iteration loads the policy to sample, the reference, the policy to
+    train; with one nothing but the base, once, and once more at each export, on the CPU."""
+    loaded = []
+
+    def counted(folder, *arguments):
+        loaded.append(folder)
+        return load(folder, *arguments)
+
+    load = loading.load
+    for module in (loading, adapters):
+        monkeypatch.setattr(module, "load", counted)
+    dpo.run(stage_recipe("dpo", pocket), tmp_path / "run")
+    weights = [folder for folder in loaded if folder == pocket.sft]
+    outlined = 1
+    assert len(weights) == outlined + 1 + 3  # two iterations and the run itself
+    assert not any(tmp_path in folder.parents for folder in loaded)
+
+
+def test_peft_puts_a_reward_adapter_and_its_head_on_the_export(pocket, tmp_path):
+    import peft
+    import transformers
+
+    reward.run(stage_recipe("reward", pocket), tmp_path / "run")
+    begun, tokenizer = llama2rt.load(pocket.sft)
+    hf.save(ScalarModel.from_llama(begun, seed=7), tokenizer, tmp_path / "export")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "export")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "run" / "adapter").eval()
+    ours, _ = llama2rt.load(tmp_path / "run" / "model")
+    tokens = torch.arange(3, 40)
+    with torch.no_grad():
+        score = float(theirs(tokens[None]).logits)
+        assert float(ours(*packed(tokens))[-1]) == pytest.approx(score, abs=1e-5)
+
+
+def test_ppo_refuses_dropout_and_a_reward_model_of_no_model_an_adapter(pocket):
+    with pytest.raises(ValueError, match=r"lora\n.*dropout: expected 0"):
+        stage_recipe("ppo", pocket, LORA | {"dropout": 0.1})
+    with pytest.raises(ValueError, match=r"lora: .*give init"):
+        reward.RewardRecipe(
+            data=[pocket.safety_comparisons],
+            model={"dim": 32, "layers": 1, "heads": 2},
+            tokenizer=pocket.tokenizer,
+            lora=LORA,
+        )
