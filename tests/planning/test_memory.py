@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llama2rt.data.packing import Example, pack
-from llama2rt.model import Llama, LlamaConfig, ScalarModel
-from llama2rt.planning import Batch, Model, Sampling, memory
+from llama2rt.model import Llama, LlamaConfig
+from llama2rt.planning import memory
 from llama2rt.planning.memory import Setting
 from llama2rt.train.recompute import recompute_blocks
 
