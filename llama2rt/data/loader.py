@@ -24,6 +24,7 @@ from llama2rt.data.packing import (
     pack,
     pack_pairs,
 )
+from llama2rt.data.shared import pack_shared
 from llama2rt.data.tokens import TokenFile, pack_windows, shares
 from llama2rt.errors import InputError
 
@@ -186,7 +187,8 @@ class ExampleLoader(_Loader[Batch]):
 
 class PairLoader(_Loader[PairBatch]):
     """Steps of `batch_size` (chosen, rejected) pairs in micro-batches of at most `micro_tokens`
-    tokens, both sides counted; each of `extras` holds one number a pair and travels with it."""
+    tokens, both sides counted; each of `extras` holds one number a pair and travels with it. The
+    prompt of a pair is in its batch once (`data.shared`)."""
 
     def __init__(
         self,
@@ -219,7 +221,7 @@ class PairLoader(_Loader[PairBatch]):
         for group in shared:
             members = indices[group]
             extras = {name: value[members] for name, value in self._extras.items()}
-            result.append(pack_pairs([self._pairs[i] for i in members], extras))
+            result.append(pack_pairs([self._pairs[i] for i in members], extras, pack_shared))
         return result + [filler_pairs(self._extras)] * missing
 
 

@@ -71,8 +71,8 @@ def _cut_after_inference(model: nn.Module) -> None:
     hidden: Any = model.hidden
 
     @functools.wraps(hidden)
-    def hidden_then_cut(*batch: Any) -> Any:
-        result = hidden(*batch)
+    def hidden_then_cut(*batch: Any, **options: Any) -> Any:
+        result = hidden(*batch, **options)
         finish()
         return result
 
