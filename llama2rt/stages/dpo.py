@@ -20,12 +20,14 @@ from torch import Tensor
 
 from llama2rt import report
 from llama2rt.algorithms import losses, rewards
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
 from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
+from llama2rt.parallel import Mesh
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.parallel.saving import save_model
 from llama2rt.rollout import metrics, sampling
 from llama2rt.rollout.logprobs import response_logprobs, segment_sums
 from llama2rt.rollout.responses import Response, response_example
@@ -62,7 +64,7 @@ class DpoRecipe(RolloutRecipe):
 
     kind: losses.Kind = "dpo"
     """the preference loss, see algorithms.losses.preference; kto takes its KL from the pairs of one
-    forward pass, so that train.micro_tokens is part of it"""
+    forward pass, so that train.micro_tokens and the number of processes are part of it"""
     beta: float = Field(default=0.1, gt=0)
     """the paper's eta"""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -171,7 +173,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         policy_folder, parents = step.model_directory, [step.directory]
 
     final = inputs.to_train(policy_folder)  # as saved: masters stay fp32
-    native.save(final, inputs.tokenizer, run.model_directory)
+    save_model(final, inputs.tokenizer, run.model_directory)
     report.finish(run, {"iterations": recipe.iterations, **numbers})
     return run.model_directory
 
@@ -222,6 +224,8 @@ def learn(
 ) -> Llama:
     """The policy after `epochs` through the history, also saved as the iteration's model."""
     model = inputs.to_train(policy_folder)
+    mesh = Mesh.build(recipe.parallel, model.config)
+    parallelize(model, mesh, recipe.train.dtype)
     examples = [(response_example(best), response_example(worst)) for best, worst in history.pairs]
     loader = PairLoader(
         examples,
@@ -229,10 +233,11 @@ def learn(
         recipe.batch_size,
         recipe.train.micro_tokens,
         derived_seed(recipe.seed, "order", iteration),
+        share=mesh.share,
     )
     steps = recipe.epochs * loader.steps_per_epoch
-    fit(step, model, loader, objective(recipe), recipe.train, steps=steps)
-    native.save(model, inputs.tokenizer, step.model_directory)
+    fit(step, model, loader, objective(recipe), recipe.train, steps=steps, mesh=mesh)
+    save_model(model, inputs.tokenizer, step.model_directory)
     return model
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.model import Llama
+from llama2rt.parallel import ParallelOptions
 from llama2rt.rollout import metrics
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
@@ -45,6 +46,7 @@ class RolloutRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     """of the order of prompts and batches, and of sampling"""
     train: TrainOptions = TrainOptions()
+    parallel: ParallelOptions = ParallelOptions()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from llama2rt import report
 from llama2rt.algorithms import losses, rewards
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.records import Comparison
@@ -28,6 +27,9 @@ from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
+from llama2rt.parallel import Mesh, ParallelOptions
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.parallel.saving import save_model
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
 from llama2rt.stages.comparisons import split
@@ -99,6 +101,7 @@ class RewardRecipe(Recipe):
     train: TrainOptions = TrainOptions(
         lr=1e-5, warmup_ratio=0.03, warmup_minimum=5, micro_tokens=16384
     )
+    parallel: ParallelOptions = ParallelOptions()
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
@@ -130,6 +133,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
     options = recipe.train
     loader = PairLoader(
         inputs.pairs,
@@ -137,11 +141,13 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         recipe.batch_size,
         options.micro_tokens,
         recipe.seed,
+        share=mesh.share,
     )
     model = initial_model(recipe, inputs.result.config)
+    parallelize(model, mesh, options.dtype)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
-        chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens)
+        chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
         accuracy = preference.accuracy(chosen, rejected, [c.rating for c in inputs.held_out])
         return {f"held_out/accuracy/{rating}": value for rating, value in accuracy.items()}
 
@@ -153,6 +159,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=held_out_accuracy if inputs.held_out and options.validate_every else None,
+        mesh=mesh,
     )
     numbers: dict[str, Any] = {
         "kind": recipe.kind,
@@ -160,13 +167,13 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         "left_out": inputs.left_out,
     }
     if inputs.held_out:
-        scores = score(model, inputs.held_out_pairs, options.micro_tokens)
+        scores = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
         numbers |= evaluate(*scores, inputs.held_out)
         if recipe.previous is not None:
             previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
-            before = score(previous, inputs.held_out_pairs, options.micro_tokens)
+            before = score(previous, inputs.held_out_pairs, options.micro_tokens, mesh)
             numbers["drift"] = drift(before, scores, inputs.held_out)
-    native.save(model, inputs.tokenizer, run.model_directory)
+    save_model(model, inputs.tokenizer, run.model_directory)
     report.finish(run, numbers)
     return run.model_directory
 
@@ -313,12 +320,16 @@ def objective(recipe: RewardRecipe) -> Objective:
 
 
 def score(
-    model: ScalarModel, pairs: Sequence[tuple[Example, Example]], micro_tokens: int
+    model: ScalarModel,
+    pairs: Sequence[tuple[Example, Example]],
+    micro_tokens: int,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Raw scores fp32 [n] of the chosen and of the rejected sides."""
+    """Raw scores fp32 [n] of the chosen and of the rejected sides, on each rank of `mesh`."""
     # Side by side, so that a pair's prompt is computed once.
     sides = [side.tokens for pair in pairs for side in pair]
-    chosen, rejected = score_tokens(model, sides, micro_tokens=micro_tokens).reshape(-1, 2).T
+    scores = score_tokens(model, sides, micro_tokens=micro_tokens, mesh=mesh)
+    chosen, rejected = scores.reshape(-1, 2).T
     return chosen, rejected
 
 

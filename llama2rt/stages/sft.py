@@ -18,12 +18,14 @@ from pydantic import Field
 from torch import nn
 
 from llama2rt import report
-from llama2rt.checkpoint import native
-from llama2rt.data.loader import ExampleLoader
-from llama2rt.data.packing import Batch, Example, micro_batches
+from llama2rt.data.loader import ExampleLoader, dealt
+from llama2rt.data.packing import Batch, Example, filler, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
+from llama2rt.parallel import Mesh, ParallelOptions
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.parallel.saving import save_model
 from llama2rt.run import Recipe, Run
 from llama2rt.stages.loading import (
     Future,
@@ -70,6 +72,7 @@ class SftRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
     train: TrainOptions = TrainOptions(lr=2e-5)
+    parallel: ParallelOptions = ParallelOptions()
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
@@ -80,13 +83,17 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
     options = recipe.train
-    loader = ExampleLoader(inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed)
+    loader = ExampleLoader(
+        inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed, share=mesh.share
+    )
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
     model, _ = load_llama(recipe.init, recipe.tokenizer)
+    parallelize(model, mesh, options.dtype)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"held_out_loss": answer_loss(model, held_out)}
+        return {"held_out_loss": answer_loss(model, held_out, mesh)}
 
     if held_out and not run.store.steps():
         run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
@@ -100,8 +107,9 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=validate if held_out else None,
+        mesh=mesh,
     )
-    native.save(model, inputs.tokenizer, run.model_directory)
+    save_model(model, inputs.tokenizer, run.model_directory)
     report.finish(run, {**result, "dialogues": len(inputs.training)})
     return run.model_directory
 
@@ -161,8 +169,11 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) ->
     return fitting
 
 
-def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Nats per answer token over `batches`."""
+def answer_loss(model: nn.Module, batches: Sequence[Batch], mesh: Mesh | None = None) -> float:
+    """Nats per answer token over `batches`, of which the ranks of `mesh` read a share each."""
+    mesh = mesh or Mesh.single()
     device = next(model.parameters()).device
-    nats = sum(float(next_token(model, batch.to(device))[0]) for batch in batches)
-    return nats / sum(batch.weight for batch in batches)
+    own = dealt(batches, mesh.share, filler())
+    nats = sum(float(next_token(model, batch.to(device))[0]) for batch in own)
+    (total,) = mesh.totals([nats])
+    return total / sum(batch.weight for batch in batches)
