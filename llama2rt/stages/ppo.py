@@ -95,7 +95,11 @@ class PpoRecipe(RolloutRecipe):
         lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
     )
 
-    neutral: ClassVar[tuple[str, ...]] = ("train.log_every", "train.checkpoint_every")
+    neutral: ClassVar[tuple[str, ...]] = (
+        "train.log_every",
+        "train.checkpoint_every",
+        "parallel.timeout_minutes",
+    )
     durations: ClassVar[tuple[str, ...]] = ("iterations",)
 
     def change(self, key: str, begun: Mapping[str, Any]) -> Change:
