@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import textwrap
+import time
 import tomllib
 import traceback
 import typing
@@ -115,8 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         else:
             _run_command(verb, rest)
-    except SystemExit:
-        raise  # help, or bad options: the handlers below would load torch to name their errors
+    except SystemExit as end:  # help, or bad options, which all ranks have read
+        if _rank() and end.code:
+            time.sleep(10)  # until rank 0 has said so: torchrun ends all when the first one ends
+        raise
     except BrokenPipeError:
         sys.exit(1)  # the reader of our output has left
     except BaseException as error:

@@ -37,14 +37,16 @@ def leave(error: BaseException, message: str, status: int, verb: str) -> typing.
     and all leave with one status."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # it ends already
+    rank = int(os.environ.get("RANK", "0"))
     if faults.watched():
         said, status = faults.last_words(error, message, status)
     else:  # the ranks have not met: each has read the same
-        said = None if int(os.environ.get("RANK", "0")) else message
+        said = None if rank else message
     if said is not None:
         print(f"llama2rt {verb}: {said}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    faults.wait_until_said(said is not None)
     # At once: what torch tears down at its end may wait for ranks that are no more.
     os._exit(status)
 

@@ -146,6 +146,15 @@ def _seconds(limit: float) -> str:
     return f"{limit / 60:.0f} minutes" if limit >= 120 else f"{limit:.0f} seconds"
 
 
+def wait_until_said(by_me: bool) -> None:
+    """Before this process ends: torchrun ends all ranks when the first one does, and the one that
+    says why must have come to it. Where the ranks have not met, that is rank 0."""
+    if _watch is not None:
+        _watch.wait_until_said(by_me)
+    elif not by_me:
+        time.sleep(2 * _WORDS_SECONDS)
+
+
 class Watch:
     """One rank's thread."""
 
@@ -257,6 +266,14 @@ class Watch:
             return self._of_this_rank(message, status)
         except RuntimeError:  # the store is gone too
             return f"rank {rank}: {message}", status
+
+    def wait_until_said(self, by_me: bool) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever kept it
+            if by_me:
+                self._store.set("said", "")
+            end = time.monotonic() + 2 * _WORDS_SECONDS
+            while not by_me and not self._store.check(["said"]) and time.monotonic() < end:
+                time.sleep(0.05)
 
     def _of_this_rank(self, message: str, status: int) -> tuple[str | None, int]:
         """Where all ranks fail alike, rank 0 says it for all."""
