@@ -223,6 +223,10 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
     # All ranks read the same, and rank 0 says what is wrong with it.
     with contextlib.redirect_stderr(sys.stdout) if _rank() else contextlib.nullcontext():
         options = _stage_options(verb, recipe_class, given, values, arguments)
+    if options.planned.dry_run:
+        lines, values = options.planned.say(verb, options.recipe, options.out)
+        print(json.dumps(values) if options.json else "\n".join(lines))
+        return
     if _ranks() == 1:
         folder = _carry_out(module, options, options.resume)
     else:
@@ -279,18 +283,24 @@ def _stage_options(
     values: dict[str, Any],
     arguments: list[str],
 ) -> Any:
-    """`recipe`, `out`, `resume` and `json` as the file and the options say."""
+    """`recipe`, `out`, `resume`, `json` and those of a dry run as the file and the options say."""
     import tyro
     from pydantic import ValidationError
 
-    from llama2rt.run import options
+    from llama2rt.pipeline.dry_run import DryRun
+    from llama2rt.run.unfinished import first_problem, registry, unfinished
 
+    dry = "--dry-run" in arguments
     source = given if given is not None else verb
-    recipe = options.unfinished(recipe_class, values, source)
+    recipe = unfinished(recipe_class, values, source)
     command = make_dataclass(
         "Options",
         [
-            ("out", Annotated[Path, tyro.conf.arg(help="run directory", metavar="DIR")]),
+            (
+                "out",
+                Annotated[Path, tyro.conf.arg(help="run directory", metavar="DIR")],
+                Path("OUT") if dry else tyro.MISSING,  # which a dry run does not touch
+            ),
             (
                 "resume",
                 Annotated[
@@ -303,6 +313,7 @@ def _stage_options(
                 Annotated[bool, tyro.conf.arg(help="print one JSON object when done")],
                 False,
             ),
+            ("planned", Annotated[DryRun, tyro.conf.arg(name="")], DryRun()),
             ("recipe", Annotated[recipe_class, tyro.conf.arg(name="")], recipe),
         ],
     )
@@ -313,18 +324,16 @@ def _stage_options(
             description=(recipe_class.__doc__ or "").strip(),
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
-            registry=options.registry(),
+            registry=registry(),
         )
     except ValidationError as error:
-        raise InputError(
-            f"{source}: {options.first_problem(error.errors(), recipe_class)}"
-        ) from None
+        raise InputError(f"{source}: {first_problem(error.errors(), recipe_class)}") from None
 
 
 def _run_command(verb: str, arguments: list[str]) -> None:
     import tyro
 
-    from llama2rt.run import options
+    from llama2rt.run.unfinished import registry
 
     module, name, _ = COMMANDS[verb]
     tyro.cli(
@@ -332,7 +341,7 @@ def _run_command(verb: str, arguments: list[str]) -> None:
         prog=f"llama2rt {verb}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
-        registry=options.registry(),
+        registry=registry(),
     )
 
 

@@ -5,6 +5,7 @@
     metrics.jsonl    one line per logged step (also TensorBoard; W&B with WANDB_PROJECT set)
     checkpoints/     step-N, complete or absent
     model/           the final weights, readable by llama2rt.load
+    adapter/         of a LoRA run: its adapter alone, readable by peft
     samples/         what the stage generated
 
 Of a group every rank holds a `Run` and calls the same methods: rank 0 locks, hashes and writes, and
@@ -20,9 +21,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from llama2rt.checkpoint.store import Store
 from llama2rt.errors import InputError
 from llama2rt.parallel import by_main, is_main, on_main
+from llama2rt.parallel.checkpoint import open_store
 from llama2rt.run import lock, manifest
 from llama2rt.run.metrics import Metrics
 
@@ -33,7 +34,7 @@ class Run:
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.store = Store(directory / "checkpoints")
+        self.store = open_store(directory / "checkpoints")
         self._metrics = Metrics(directory, manifest)
 
     @classmethod
@@ -67,6 +68,10 @@ class Run:
     @property
     def model_directory(self) -> Path:
         return self.directory / "model"
+
+    @property
+    def adapter_directory(self) -> Path:
+        return self.directory / "adapter"
 
     @property
     def samples_directory(self) -> Path:

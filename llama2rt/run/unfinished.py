@@ -1,50 +1,18 @@
-"""A recipe's keys as options of the command line, laid over those of a file.
-
-What tyro and pydantic need to know of recipes, and what people are told where a key is wrong.
-"""
+"""A recipe to which options may still add, and what is wrong with one in a sentence."""
 
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-from pydantic import BaseModel, TypeAdapter, ValidationError
-
-from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.run.recipe import Recipe, whole_type
-
-
-def registry() -> Any:
-    """How options name files of records: a path, or a table as it would stand in a recipe."""
-
-    def parse(given: list[str]) -> Source:
-        try:
-            return Source.parse(given[0])
-        except InputError as error:  # tyro would say only that it could not be parsed
-            print(f"llama2rt {error}", file=sys.stderr)
-            sys.exit(2)
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _source(info: Any) -> Any:
-        if info.type is not Source:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="PATH|TABLE",
-            instance_from_str=parse,
-            is_instance=lambda value: isinstance(value, Source),
-            str_from_instance=lambda value: [value.as_option()],
-        )
-
-    return registry
 
 
 def unfinished(recipe_class: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
     """The recipe of a file to which options may still add: its keys are checked one by one, keys
     it must have are left open, and checks across keys wait for the options."""
+    from pydantic import ValidationError
+
     try:
         recipe_class.model_validate(values)
     except ValidationError as error:
@@ -71,6 +39,9 @@ def _left_open(error: Any, recipe_class: type) -> bool:
 def _construct(table: Any, values: dict[str, Any]) -> Any:
     """`table` (a model's class) with `values`, its other keys at their defaults or left open, and
     likewise in the tables that it must have."""
+    import tyro
+    from pydantic import BaseModel, TypeAdapter
+
     fields: dict[str, Any] = {}
     for name, field in table.model_fields.items():
         annotation = field.annotation
@@ -107,3 +78,33 @@ def _in_a_table(key: str, recipe_class: Any) -> str:
     )
     table = next(tables, None)
     return "" if table is None else f"; did you mean {table}.{key}?"
+
+
+def registry() -> Any:
+    """How options name files of records: a path, or a table as it would stand in a recipe."""
+    import tyro
+
+    from llama2rt.data.sources import Source
+
+    def parse(given: list[str]) -> Source:
+        try:
+            return Source.parse(given[0])
+        except InputError as error:  # tyro would say only that it could not be parsed
+            print(f"llama2rt {error}", file=sys.stderr)
+            sys.exit(2)
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _source(info: Any) -> Any:
+        if info.type is not Source:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH|TABLE",
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, Source),
+            str_from_instance=lambda value: [value.as_option()],
+        )
+
+    return registry
