@@ -45,7 +45,6 @@ class Recipe(BaseModel):
         "train.log_every",
         "train.checkpoint_every",
         "train.validate_every",
-        "parallel.timeout_minutes",
     )
     """keys that say what is recorded and when, and change no weight"""
     durations: ClassVar[tuple[str, ...]] = ()

@@ -96,11 +96,7 @@ class PpoRecipe(RolloutRecipe):
     )
     lora: LoraWithoutDropout = LoraOptions()
 
-    neutral: ClassVar[tuple[str, ...]] = (
-        "train.log_every",
-        "train.checkpoint_every",
-        "parallel.timeout_minutes",
-    )
+    neutral: ClassVar[tuple[str, ...]] = ("train.log_every", "train.checkpoint_every")
     durations: ClassVar[tuple[str, ...]] = ("iterations",)
 
     def change(self, key: str, begun: Mapping[str, Any]) -> Change:
