@@ -27,7 +27,7 @@ from llama2rt.data.records import KINDS, Comparison, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Completion, Engine
-from llama2rt.rollout.sampling import SamplingOptions, derived_seed, shuffled
+from llama2rt.rollout.sampling import SamplingOptions, complete, derived_seed, shuffled
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
 from llama2rt.stages.loading import Future, Opened
@@ -208,8 +208,9 @@ def sample(recipe: AnnotateRecipe, inputs: AnnotateInputs) -> dict[Part, list[An
             engine = recipe.sampling.engine(model, inputs.tokenizer)
             del model
         for part, prompts in inputs.prompts.items():
-            completions = engine.generate(
-                [prompt.messages for prompt in prompts],
+            completions = complete(
+                engine,
+                prompts,
                 temperature=temperature,
                 max_tokens=recipe.sampling.max_tokens,
                 seed=derived_seed(recipe.seed, part, index),

@@ -24,8 +24,8 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics
 from llama2rt.model import Llama
-from llama2rt.rollout import sampling
-from llama2rt.rollout.logprobs import response_logprobs, segment_sums
+from llama2rt.rollout import balance, sampling
+from llama2rt.rollout.logprobs import segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed, read_samples
@@ -257,8 +257,9 @@ def divergence(
     estimators: the unbiased k1 and the never negative k3."""
     responses = [response for group in answers for response in group]
     examples = [response_example(response) for response in responses]
-    logprob, _ = response_logprobs(model, examples, 1.0, micro_tokens)
-    reference_logprob, _ = response_logprobs(reference, examples, 1.0, micro_tokens)
+    prompts = [i for i, group in enumerate(answers) for _ in group]
+    logprob, _ = balance.logprobs(model, examples, 1.0, micro_tokens, prompts)
+    reference_logprob, _ = balance.logprobs(reference, examples, 1.0, micro_tokens, prompts)
     lengths = torch.tensor([len(r.tokens) for r in responses], device=logprob.device)
     found = {}
     for estimator in ("k1", "k3"):

@@ -21,7 +21,8 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.errors import InputError, naming
-from llama2rt.rollout import sampling
+from llama2rt.parallel import on_main
+from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.responses import (
     Response,
     read_responses,
@@ -102,14 +103,14 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     sampled = sample(recipe, inputs, run.samples_directory)
     best = select(sampled, inputs.tokenizer)
     if inputs.earlier:
-        best = pool(best, inputs.reward_models.rescore(inputs.earlier))
+        best = pool(best, balance.rescored(inputs.reward_models, inputs.earlier))
     if not best:
         cut = sum(not response.finished for responses in sampled for response in responses)
         raise InputError(
             f"no response to train on: {cut} of {sum(map(len, sampled))} were cut (raise "
             "sampling.max_tokens), the others are empty or hold a tag of the chat format"
         )
-    write_responses(run.samples_directory / BEST, best)
+    on_main(lambda: write_responses(run.samples_directory / BEST, best))
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
     # The tokenizer is the policy's: init may hold none.
