@@ -6,35 +6,23 @@ gathered and none waits for another's tokens. What is shared is whole prompts wi
 samples: those read their prompt once. In one process everything is this process's, in one call.
 """
 
-import heapq
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llama2rt.data.packing import Example
-from llama2rt.model import Llama, ScalarModel
+from llama2rt.data.loader import balanced
+from llama2rt.data.packing import Batch, Example, pack
+from llama2rt.model import ScalarModel
 from llama2rt.parallel import gather, world
 from llama2rt.rollout.logprobs import response_logprobs, response_values
 from llama2rt.rollout.responses import Response
 from llama2rt.rollout.reward import RewardModels
 
 Result = TypeVar("Result")
-
-
-def shares(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """The indices of each rank, ascending: dearest first, always to the rank with least so far
-    (Graham 1969: at most 4/3 of the best possible). Ranks beyond the items get none."""
-    loads = [(0.0, rank) for rank in range(ranks)]
-    taken: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        load, rank = heapq.heappop(loads)
-        taken[rank].append(index)
-        heapq.heappush(loads, (load + costs[index], rank))
-    return [sorted(indices) for indices in taken]
 
 
 def spread(
@@ -54,7 +42,7 @@ def spread(
     cost = costs()
     keys = range(count) if together is None else together
     units = [list(unit) for _, unit in itertools.groupby(range(count), keys.__getitem__)]
-    taken = shares([sum(cost[i] for i in unit) for unit in units], world().size)
+    taken = balanced([sum(cost[i] for i in unit) for unit in units], world().size)
     indices = [[i for unit in mine for i in units[unit]] for mine in taken]
     outcome: tuple[Sequence[Result], Exception | None] = [], None
     mine = indices[world().rank]
@@ -104,18 +92,19 @@ def rescored(models: RewardModels, responses: Sequence[Response]) -> list[Respon
 
 
 def logprobs(
-    model: Llama,
+    model: nn.Module,
     examples: Sequence[Example],
     temperature: float,
     micro_tokens: int,
     together: Sequence[Hashable] | None = None,
+    packed: Callable[[Sequence[Example]], Batch] = pack,
 ) -> tuple[Tensor, Tensor]:
     """`response_logprobs`, each rank for some of the examples."""
 
     def work(part: Sequence[Example]) -> Tensor:
-        return torch.stack(response_logprobs(model, part, temperature, micro_tokens))
+        return torch.stack(response_logprobs(model, part, temperature, micro_tokens, packed))
 
-    device = model.output.weight.device
+    device = next(model.parameters()).device
     logprob, entropy = _by_token(work, examples, together, device)
     return logprob, entropy
 

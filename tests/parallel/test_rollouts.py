@@ -5,18 +5,6 @@ import pocket as problem
 import pytest
 from parallel_rollouts import rolled_out, spread_failing, spread_items
 
-from llama2rt.rollout import balance
-
-
-def test_shares_are_whole_and_even():
-    costs = [3.0, 1, 7, 2, 2, 5, 4]
-    taken = balance.shares(costs, 3)
-    assert sorted(index for mine in taken for index in mine) == list(range(7))
-    assert all(mine == sorted(mine) for mine in taken)
-    assert sorted(sum(costs[i] for i in mine) for mine in taken) == [7, 8, 9]
-    assert balance.shares([1.0, 1.0], 4) == [[0], [1], [], []]
-    assert balance.shares([], 2) == [[], []]
-
 
 def test_items_are_done_once_and_everyone_has_them_in_order(on_ranks):
     results = on_ranks(4, spread_items, [1.0] * 7)
