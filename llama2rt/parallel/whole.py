@@ -21,6 +21,7 @@ from llama2rt.checkpoint.files import weights
 from llama2rt.errors import InputError
 from llama2rt.memory import free_bytes
 from llama2rt.model import Llama, ScalarModel
+from llama2rt.parallel.parallelize import cut
 from llama2rt.parallel.world import gather, world
 
 Model = TypeVar("Model", Llama, ScalarModel)
@@ -67,6 +68,7 @@ def whole_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of each of `checkpoint.files.weights`, gathered one by one as they are
     asked for, rounded to `dtype` before they travel. All ranks must go through all of them."""
+    cut(model)
     for name, parameter in weights(model).items():
         tensor = parameter.detach()
         if dtype is not None:

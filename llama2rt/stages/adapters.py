@@ -7,6 +7,7 @@ import torch
 from llama2rt.checkpoint import adapter, load, native
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.model.adapters import layers
+from llama2rt.parallel.saving import save_model
 from llama2rt.run import Run
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -17,7 +18,7 @@ def save(model: Llama | ScalarModel, tokenizer: Tokenizer, run: Run, init: Path 
     into `init` as it is stored, and not as the model holds it, which may have rounded it to bf16.
     The adapter alone goes beside it, in peft's format."""
     if not layers(model):
-        native.save(model, tokenizer, run.model_directory)
+        save_model(model, tokenizer, run.model_directory)
         return
     assert init is not None  # the recipes' own check
     whole, _ = load(init, "cpu", torch.float32)

@@ -20,7 +20,8 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.errors import InputError, naming
-from llama2rt.parallel import on_main
+from llama2rt.parallel import Mesh, on_main
+from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.responses import (
@@ -98,6 +99,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
 
     # Sample, score and select.
     sampled = sample(recipe, inputs, run.samples_directory)
@@ -118,10 +120,13 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         model = loading.load_companion(recipe.init, inputs.tokenizer)
     else:
         model = inputs.adapted
+    parallelize(model, mesh, recipe.train.dtype)
     examples = [response_example(response) for response in best] + inputs.dialogues
-    loader = ExampleLoader(examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed)
+    loader = ExampleLoader(
+        examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed, share=mesh.share
+    )
     steps = recipe.epochs * loader.steps_per_epoch
-    fit(run, model, loader, next_token, recipe.train, steps=steps)
+    fit(run, model, loader, next_token, recipe.train, steps=steps, mesh=mesh)
     adapters.save(model, inputs.tokenizer, run, recipe.init)
 
     # Measure.

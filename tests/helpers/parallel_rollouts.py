@@ -1,5 +1,6 @@
 """What ranks do in tests/parallel/test_rollouts.py and test_whole.py."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from llama2rt.rollout import balance
 from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardModels
 from llama2rt.rollout.sampling import Sampler, SamplingOptions
-from llama2rt.stages import loading
+from llama2rt.stages import STAGES, loading, ppo
 
 CONFIG = LlamaConfig(
     dim=32, layers=2, heads=4, kv_heads=2, ffn_hidden=48, vocab_size=65, context=32
@@ -141,3 +142,33 @@ def refused() -> str:
         return str(error)
     finally:
         gathered.free_bytes = free
+
+
+def run_stage(stage: str, recipe: Any, directory: Path) -> str:
+    """A whole run of a stage by all ranks, or what is left of it."""
+    folder = STAGES[stage].run(recipe, directory, resume=True)
+    return str(folder)
+
+
+def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:
+    """The first iteration of PPO, in parts: its rollout, and one round of mini-batches."""
+    inputs = ppo.open_inputs(recipe)
+    actors = ppo.load_actors(recipe, inputs)
+    explained = ppo.start_critic(recipe, inputs, actors)
+    rollout, measured = ppo.collect(recipe, inputs, actors, 0)
+    improved = ppo.improve(recipe, actors, rollout, 0)
+    with gathered.whole(actors.policy) as policy, gathered.whole(actors.critic) as critic:
+        weights = {
+            f"{name}.{key}": tensor.detach().clone()
+            for name, model in (("policy", policy), ("critic", critic))
+            for key, tensor in model.named_parameters()
+        }
+    return {
+        "explained": explained,
+        "measured": measured,
+        "improved": improved,
+        "tokens": [example.tokens.tolist() for example in rollout.examples],
+        "advantages": rollout.advantages,
+        "values": rollout.values,
+        "weights": weights,
+    }
