@@ -1,9 +1,12 @@
 """What ranks do in tests/parallel/test_rollouts.py and test_whole.py."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from pocket import Killed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -14,7 +17,8 @@ from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.parallel import whole as gathered
 from llama2rt.parallel import world
-from llama2rt.rollout import balance
+from llama2rt.rollout import balance, sampling
+from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardModels
 from llama2rt.rollout.sampling import Sampler, SamplingOptions
@@ -145,9 +149,9 @@ def refused() -> str:
 
 
 def run_stage(stage: str, recipe: Any, directory: Path) -> str:
-    """A whole run of a stage by all ranks, or what is left of it."""
-    folder = STAGES[stage].run(recipe, directory, resume=True)
-    return str(folder)
+    """A whole run of a stage by all ranks, or what is left of it; files hold 4 prompts."""
+    with small_files():
+        return str(STAGES[stage].run(recipe, directory, resume=True))
 
 
 def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:
@@ -156,6 +160,8 @@ def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:
     actors = ppo.load_actors(recipe, inputs)
     explained = ppo.start_critic(recipe, inputs, actors)
     rollout, measured = ppo.collect(recipe, inputs, actors, 0)
+    # The path that training takes, through shards, on what was measured on gathered weights.
+    again, _ = response_logprobs(actors.policy, rollout.examples, recipe.temperature, 40)
     improved = ppo.improve(recipe, actors, rollout, 0)
     with gathered.whole(actors.policy) as policy, gathered.whole(actors.critic) as critic:
         weights = {
@@ -165,6 +171,7 @@ def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:
         }
     return {
         "explained": explained,
+        "ratio": (again - rollout.logprob).exp(),
         "measured": measured,
         "improved": improved,
         "tokens": [example.tokens.tolist() for example in rollout.examples],
@@ -172,3 +179,36 @@ def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:
         "values": rollout.values,
         "weights": weights,
     }
+
+
+def stop_sampling(stage: str, recipe: Any, directory: Path, calls: int) -> None:
+    """A run that every rank leaves, as if killed, when it would sample for the `calls`-th time;
+    files hold 4 prompts."""
+    original, count = Sampler.responses, 0
+
+    def counted(self: Sampler, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with small_files():
+        Sampler.responses = counted  # type: ignore[method-assign]
+        try:
+            STAGES[stage].run(recipe, directory)
+        except Killed:
+            return
+        finally:
+            Sampler.responses = original  # type: ignore[method-assign]
+    raise AssertionError(f"sampled {count} times")
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Inside, files of samples hold 4 prompts."""
+    before, sampling.PROMPTS_PER_FILE = sampling.PROMPTS_PER_FILE, 4
+    try:
+        yield
+    finally:
+        sampling.PROMPTS_PER_FILE = before
