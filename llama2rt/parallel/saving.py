@@ -21,13 +21,16 @@ def save_model(model: Llama | ScalarModel, tokenizer: Tokenizer | None, folder: 
     on_main(lambda: native.save(model, tokenizer, folder, weights))
 
 
-def whole_state(model: Llama | ScalarModel) -> dict[str, Tensor]:
+def whole_state(model: Llama | ScalarModel, *, trained: bool = False) -> dict[str, Tensor]:
     """Every weight whole, as the masters have it, on rank 0's CPU by parameter name; nothing on the
-    others. One is gathered after the other: no other rank ever holds two.
+    others. One is gathered after the other: no other rank ever holds two. `trained`: only those
+    that require a gradient.
     """
     cut(model)
     weights = {}
     for name, parameter in files.weights(model).items():
+        if trained and not parameter.requires_grad:
+            continue
         weight = parameter.detach()
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
