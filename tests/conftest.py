@@ -190,3 +190,12 @@ def far():
         return apart.copy_(x)
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    """`on_ranks(size, function, *arguments)`: see helpers/rank_pool.py."""
+    from rank_pool import pools
+
+    with pools() as run:
+        yield run

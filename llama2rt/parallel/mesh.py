@@ -1,0 +1,120 @@
+"""Which process has which part: the device mesh of a recipe's `[parallel]` table.
+
+Ranks of different `data` and `shard` coordinates see different micro-batches; those that differ in
+`context`, `tensor` or `pipeline` alone work on the same one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from llama2rt.errors import InputError
+from llama2rt.model import LlamaConfig
+from llama2rt.parallel.options import DIMENSIONS, ParallelOptions
+from llama2rt.parallel.world import world
+
+BATCH = ("shard", "data")
+"""dimensions whose ranks work on different micro-batches"""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of a job by what they share. `Mesh.single()` is one process."""
+
+    degrees: dict[str, int]
+    """processes along each of DIMENSIONS"""
+    devices: DeviceMesh | None
+    """with DIMENSIONS as its names; None in one process"""
+    fsdp: DeviceMesh | None
+    """what `fully_shard` takes: shard x context flattened, under data where there are replicas;
+    None where nothing is to be sharded or replicated"""
+
+    @classmethod
+    def single(cls) -> Self:
+        """One process."""
+        return cls(dict.fromkeys(DIMENSIONS, 1), None, None)
+
+    @classmethod
+    def build(cls, options: ParallelOptions, config: LlamaConfig) -> Self:
+        """The mesh of all processes of this job, called by each of them. InputError where the
+        degrees do not fit their number, or the model's shape."""
+        degrees = options.degrees(world().size)
+        check(degrees, config)
+        if world().size == 1:
+            return cls.single()
+        devices = init_device_mesh(
+            world().device.type, tuple(degrees.values()), mesh_dim_names=DIMENSIONS
+        )
+        fsdp = None
+        if degrees["data"] * degrees["shard"] * degrees["context"] > 1:
+            fsdp = devices["shard", "context"]._flatten("shard_context")
+            if degrees["data"] > 1:
+                fsdp = devices["data", "shard", "context"]._flatten("data_shard_context")
+                fsdp = fsdp._unflatten(
+                    0,
+                    (degrees["data"], degrees["shard"] * degrees["context"]),
+                    ("replicate", "sharded"),
+                )
+        return cls(degrees, devices, fsdp)
+
+    @property
+    def batch_ranks(self) -> int:
+        """How many different micro-batches are worked on at a time."""
+        return self.degrees["data"] * self.degrees["shard"]
+
+    @property
+    def batch_rank(self) -> int:
+        """Which of them is this process's."""
+        return self.index("data") * self.degrees["shard"] + self.index("shard")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(batch_rank, batch_ranks), as the loaders of `data.loader` take it."""
+        return self.batch_rank, self.batch_ranks
+
+    def index(self, dimension: str) -> int:
+        """This process's coordinate along one of DIMENSIONS."""
+        return 0 if self.devices is None else self.devices.get_local_rank(dimension)
+
+    def sum(self, values: Tensor, dimensions: Iterable[str] = BATCH) -> Tensor:
+        """`values` summed, in place, over the ranks that differ in `dimensions`: as they stand,
+        those that work on other micro-batches. The same bits on each of them."""
+        for dimension in dimensions:
+            if (group := self.group(dimension)) is not None:
+                dist.all_reduce(values, group=group)
+        return values
+
+    def totals(self, numbers: Iterable[float]) -> list[float]:
+        """Python numbers summed over the ranks that work on other micro-batches, in fp64."""
+        given = list(numbers)
+        if self.batch_ranks == 1:
+            return given
+        return self.sum(torch.tensor(given, dtype=torch.float64, device=world().device)).tolist()
+
+    def group(self, dimension: str) -> dist.ProcessGroup | None:
+        """The processes that differ from this one in `dimension` alone; None where it is alone."""
+        if self.devices is None or self.degrees[dimension] == 1:
+            return None
+        return self.devices.get_group(dimension)
+
+
+def check(degrees: dict[str, int], config: LlamaConfig) -> None:
+    """InputError naming a degree that the model's shape cannot be cut by."""
+    tensor, pipeline = degrees["tensor"], degrees["pipeline"]
+    for name in ("heads", "kv_heads", "ffn_hidden"):
+        value = getattr(config, name)
+        if value % tensor:
+            raise InputError(
+                f"parallel.tensor: {tensor} processes cannot share {name} {value}: expected a "
+                f"divisor of it"
+            )
+    if pipeline > config.layers:
+        raise InputError(
+            f"parallel.pipeline: {pipeline} stages of a model with {config.layers} layers: "
+            "expected at least one layer a stage"
+        )
