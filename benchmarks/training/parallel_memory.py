@@ -12,6 +12,7 @@ yet, and the heap is in its final shape in the second.
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import subprocess
@@ -53,11 +54,12 @@ def train(settings: dict[str, Any]) -> None:
     mesh = Mesh.build(ParallelOptions(**degrees), config)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     before, begin = resident("VmRSS"), time.perf_counter()
-    losses = steps(config, mesh, settings, 2)
-    peak = resident("VmHWM")
+    losses, peaks = steps(config, mesh, settings, 2)
+    peak = peaks[-1]
     found = {
         "before_mib": before / MIB,
         "peak_above_mib": (peak - before) / MIB,
+        "after_each_step_mib": [(peak - before) / MIB for peak in peaks],
         "seconds": time.perf_counter() - begin,
         "threads": torch.get_num_threads(),
         "losses": losses,
@@ -69,35 +71,40 @@ def train(settings: dict[str, Any]) -> None:
     stop()
 
 
-def steps(config: Any, mesh: Any, settings: dict[str, Any], count: int) -> list[float]:
-    """Losses of `count` steps of a model of that shape, each of one micro-batch a rank."""
+def steps(config: Any, mesh: Any, settings: dict[str, Any], count: int) -> Any:
+    """(losses, peaks so far) of `count` steps of a model of that shape, each of one micro-batch a
+    rank; the first peak is that before any step."""
     import numpy as np
 
     from llama2rt.data.packing import Example, pack
     from llama2rt.model import Llama
     from llama2rt.train.optimizer import Optimizer
     from llama2rt.train.options import TrainOptions
+    from llama2rt.train.recompute import recompute_blocks
 
-    options = TrainOptions(lr=1e-4, activation_checkpointing=settings["recompute"])
+    options = TrainOptions(lr=1e-4)
     model: Any = Llama(config).initialize(0)
     if mesh.devices is not None:
         from llama2rt.parallel.parallelize import parallelize
 
-        parallelize(model, mesh, options)
-    optimizer = Optimizer(model, options)
+        parallelize(model, mesh)
+    optimizer = Optimizer(model, options, mesh)
     tokens = settings["tokens"] // mesh.batch_ranks
     rng = np.random.default_rng(mesh.batch_rank)
-    losses = []
+    losses, peaks = [], [resident("VmHWM")]
     for _ in range(count):
+        recompute = recompute_blocks(model) if settings["recompute"] else contextlib.nullcontext()
         ids = rng.integers(3, config.vocab_size, tokens)
         batch = pack([Example.of(part) for part in np.array_split(ids, 2)])
-        logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
-        loss = -logprob.sum() / batch.weight
-        loss.backward()
+        with recompute:
+            logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+            loss = -logprob.sum() / batch.weight
+            loss.backward()
         losses.append(float(loss))
         del loss, logprob
         optimizer.step(options.lr)
-    return losses
+        peaks.append(resident("VmHWM"))
+    return losses, peaks
 
 
 def predicted_bytes(settings: dict[str, Any]) -> dict[str, float]:
@@ -157,7 +164,8 @@ def main() -> None:
     row["error"] = row["predicted_mib"] / row["peak_above_mib"] - 1
     print(
         f"peak {row['peak_above_mib']:.0f} MiB above start, predicted {row['predicted_mib']:.0f} "
-        f"({row['error']:+.1%}), {row['seconds']:.0f} s"
+        f"({row['error']:+.1%}), {row['seconds']:.0f} s, after the build and each step "
+        f"{[round(size) for size in row['after_each_step_mib']]}"
     )
     if given.out:
         import records
