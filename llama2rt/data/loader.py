@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llama2rt.data.packing import Batch, Example, PairBatch, groups, micro_batches, pack_pairs
+from llama2rt.data.shared import pack_shared
 from llama2rt.data.tokens import TokenFile, pack_windows, shares
 from llama2rt.errors import InputError
 
@@ -131,7 +132,8 @@ class ExampleLoader(_Loader[Batch]):
 
 class PairLoader(_Loader[PairBatch]):
     """Steps of `batch_size` (chosen, rejected) pairs in micro-batches of at most `micro_tokens`
-    tokens, both sides counted; each of `extras` holds one number a pair and travels with it."""
+    tokens, both sides counted; each of `extras` holds one number a pair and travels with it. The
+    prompt of a pair is in its batch once (`data.shared`)."""
 
     def __init__(
         self,
@@ -160,7 +162,7 @@ class PairLoader(_Loader[PairBatch]):
         for group in groups(self._lengths[indices].tolist(), self._micro_tokens):
             members = indices[group.start : group.stop]
             extras = {name: value[members] for name, value in self._extras.items()}
-            result.append(pack_pairs([self._pairs[i] for i in members], extras))
+            result.append(pack_pairs([self._pairs[i] for i in members], extras, pack_shared))
         return result
 
 

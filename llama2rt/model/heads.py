@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.llama import Llama
-from llama2rt.model.transformer import PackedAttention, Transformer, initialize
+from llama2rt.model.shared_prefix import SharedKeys, documents
+from llama2rt.model.transformer import Transformer, initialize
 
 
 class ScalarModel(nn.Module):
@@ -48,13 +49,25 @@ class ScalarModel(nn.Module):
         model.transformer.load_state_dict(llama.transformer.state_dict())
         return model._initialize_head(seed)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        keys: SharedKeys | None = None,
+    ) -> Tensor:
         """[T, dim] after the final norm."""
-        return self.transformer(tokens, positions, PackedAttention(cu_seqlens))
+        return self.transformer(tokens, positions, documents(cu_seqlens, keys))
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        keys: SharedKeys | None = None,
+    ) -> Tensor:
         """fp32 [T]: the value at every token; a response's score is the one at its last token."""
-        hidden = self.hidden(tokens, positions, cu_seqlens)
+        hidden = self.hidden(tokens, positions, cu_seqlens, keys)
         # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
         return (hidden.float() * self.head.weight.float()).sum(-1)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
+from llama2rt.parallel import on_main
 from llama2rt.report import html, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
@@ -161,6 +162,6 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
 
 
 def finish(run: Run, numbers: Mapping[str, Any]) -> None:
-    """The run complete, with its report.json and report.html."""
+    """The run complete, with its report.json and report.html. Every rank calls it."""
     run.finish(**numbers)
-    of_run(run.directory)
+    on_main(lambda: of_run(run.directory))

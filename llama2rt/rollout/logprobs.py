@@ -1,37 +1,56 @@
 """Log-probabilities and values of response tokens, by the path that training takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.model import ScalarModel
+=======
+from llama2rt.data.packing import Batch, Example, micro_batches, pack
+from llama2rt.model import Llama, ScalarModel
+>>>>>>> main
 
 
 def inference_batches(
-    examples: Sequence[Example], micro_tokens: int, device: torch.device
+    examples: Sequence[Example],
+    micro_tokens: int,
+    device: torch.device,
+    packed: Callable[[Sequence[Example]], Batch] = pack,
 ) -> list[Batch]:
     """Packed in order, on `device`."""
-    return [batch.to(device) for batch in micro_batches(examples, micro_tokens)]
+    return [batch.to(device) for batch in micro_batches(examples, micro_tokens, packed)]
 
 
 @torch.no_grad()
 def response_logprobs(
+<<<<<<< HEAD
     model: nn.Module, examples: Sequence[Example], temperature: float, micro_tokens: int
+=======
+    model: Llama,
+    examples: Sequence[Example],
+    temperature: float,
+    micro_tokens: int,
+    packed: Callable[[Sequence[Example]], Batch] = pack,
+>>>>>>> main
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy fp32 [R] of all response tokens, in order, by a language model.
 
     `temperature` must be the one the responses were sampled at: log-probabilities at another one
     belong to another policy, and a KL computed from them comes out negative or exploding.
+    `packed`: as training packs them; `data.shared.pack_shared` where prompts are computed once.
     """
     parts = []
-    for batch in inference_batches(examples, micro_tokens, next(model.parameters()).device):
+    device = next(model.parameters()).device
+    for batch in inference_batches(examples, micro_tokens, device, packed):
         logprob, entropy = model(
             batch.tokens,
             batch.positions,
             batch.cu_seqlens,
             batch.targets,
+            keys=batch.keys,
             temperature=temperature,
             entropy=True,
         )

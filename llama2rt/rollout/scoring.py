@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from llama2rt.data.packing import Example, micro_batches
+from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model.heads import ScalarModel, last_token
 from llama2rt.text import chat
@@ -41,8 +42,9 @@ def score_tokens(
 ) -> np.ndarray:
     """Score token sequences (prompt + response as sampled) at their last token -> fp32 [B].
 
-    Sequences of similar length share a micro-batch of at most `micro_tokens` tokens (a longer
-    sequence gets one of its own); the result is in the order given. Runs without gradients and in
+    Sequences share a micro-batch of at most `micro_tokens` tokens in the order given (a longer
+    sequence gets one of its own). What neighbours begin with alike, such as the prompt of several
+    responses, is computed once; it counts in each of them. Runs without gradients and in
     eval mode, and restores the model's mode. ValueError for an empty sequence,
     which has no last token, InputError for one beyond the model's context, FloatingPointError for a
     score that is not finite: it would rank as neither above nor below another.
@@ -59,19 +61,19 @@ def score_tokens(
             f"the reward model's context is {model.config.context}"
         )
 
-    order = np.argsort(lengths, kind="stable")
-    examples = [Example.of(sequences[i]) for i in order]
+    # Nothing is predicted: whatever is alike may be shared, up to the last token.
+    examples = [Example.of(sequence, np.zeros(len(sequence), bool)) for sequence in sequences]
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
         done = 0
         with torch.no_grad():
-            for micro in micro_batches(examples, micro_tokens):
+            for micro in micro_batches(examples, micro_tokens, pack_shared):
                 batch = micro.to(device)
-                values = model(batch.tokens, batch.positions, batch.cu_seqlens)
+                values = model(batch.tokens, batch.positions, batch.cu_seqlens, keys=batch.keys)
                 read = last_token(values, batch.cu_seqlens).float().cpu().numpy()
-                scores[order[done : done + len(read)]] = read
+                scores[done : done + len(read)] = read
                 done += len(read)
     finally:
         model.train(training)

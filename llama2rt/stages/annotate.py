@@ -27,6 +27,7 @@ from llama2rt.data.records import KINDS, Comparison, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Completion, Engine
+from llama2rt.parallel import by_main
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, shuffled
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
@@ -93,6 +94,7 @@ def file_name(kind: str, part: Part) -> str:
     return f"{kind}-{part}.jsonl"
 
 
+@by_main
 def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Sample, ask, write; returns the directory, which holds the comparisons."""
     named = loading.file_inputs(recipe)

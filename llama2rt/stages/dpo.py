@@ -22,6 +22,7 @@ from llama2rt import report
 from llama2rt.algorithms import losses, rewards
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
+from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
 from llama2rt.rollout import metrics, sampling
@@ -273,6 +274,7 @@ def reference_sums(reference: nn.Module, pairs: Sequence[Pair], recipe: DpoRecip
         [response_example(response) for response in responses],
         1.0,
         recipe.train.micro_tokens,
+        pack_shared,
     )
     lengths = torch.tensor([len(response.tokens) for response in responses], device=logprob.device)
     values = segment_sums(logprob, lengths)
@@ -287,7 +289,9 @@ def objective(recipe: DpoRecipe) -> Objective:
 
     def loss(model: Llama, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         batch, extras = pairs.batch, pairs.extras
-        logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+        logprob = model(
+            batch.tokens, batch.positions, batch.cu_seqlens, batch.targets, keys=batch.keys
+        )
         lengths = batch.cu_seqlens.diff().long()
         values = segment_sums(logprob, lengths)
         if recipe.kind in losses.AVERAGED:

@@ -24,6 +24,7 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics
 from llama2rt.model import Llama
+from llama2rt.parallel import by_main
 from llama2rt.rollout import sampling
 from llama2rt.rollout.logprobs import response_logprobs, segment_sums
 from llama2rt.rollout.responses import Response, response_example
@@ -98,6 +99,7 @@ class EvaluateInputs(Opened):
     result: None = None
 
 
+@by_main
 def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Sample, score, measure into report.json; returns the directory, which holds the samples."""
     run = Run.open(directory, recipe, inputs=loading.file_inputs(recipe), resume=resume)

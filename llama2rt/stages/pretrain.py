@@ -29,6 +29,7 @@ from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
+from llama2rt.parallel import by_main
 from llama2rt.run import Recipe, Run, check_integers
 from llama2rt.stages.loading import (
     Future,
@@ -210,32 +211,17 @@ def prepare(
     `directory` for a resumed run."""
     files = directory / "tokens"
     index = files / "held_out.json"  # written last: the streams it names are complete
-    texts = None if index.exists() else divide(recipe)
+    tokenise(recipe, files, index)
 
     model: Llama | None = None
-    tokenizer: Tokenizer | None = None
     if recipe.init is not None:
-        loaded, tokenizer = load(recipe.init, default_device(), torch.float32)
+        loaded, own = load(recipe.init, default_device(), torch.float32)
         if not isinstance(loaded, Llama):
             raise InputError(f"{recipe.init}: expected a language model, found a scalar model")
         model = loaded
-        _require_context(recipe, model.config)
-        tokenizer = choose_tokenizer(recipe.init, model.config, tokenizer, recipe.tokenizer)
-    elif recipe.tokenizer is not None:
-        tokenizer = Tokenizer.load(recipe.tokenizer)
-    elif recipe.vocab_size is not None:
-        # The digest inside the token files ties them to this tokenizer; training it is
-        # deterministic, so one lost to a kill comes out the same.
-        trained = files / "tokenizer.model"
-        if texts is not None:
-            training = [document.text for document in texts[0]]
-            tokenizer = Tokenizer.train(training, recipe.vocab_size, trained)
-        else:
-            tokenizer = Tokenizer.load(trained)
-    assert tokenizer is not None  # the recipe's own check
-
-    if texts is not None:
-        build(texts, tokenizer, files, index)
+        tokenizer = choose_tokenizer(recipe.init, model.config, own, recipe.tokenizer)
+    else:
+        tokenizer = Tokenizer.load(recipe.tokenizer or files / TRAINED)
     stream = TokenFile(files / "training.bin")
     held_out = {
         name: TokenFile(files / file) for name, file in json.loads(index.read_text()).items()
@@ -246,6 +232,30 @@ def prepare(
         config = recipe.model.config(tokenizer.vocab_size, recipe.context)
         model = Llama(config, default_device(), torch.float32).initialize(recipe.seed)
     return stream, held_out, tokenizer, model
+
+
+# The tokenizer that is trained on the text. The digest inside the token files ties them to it;
+# training it is deterministic, so one lost to a kill comes out the same.
+TRAINED = "tokenizer.model"
+
+
+@by_main
+def tokenise(recipe: PretrainRecipe, files: Path, index: Path) -> None:
+    """The streams in the folder `files`, the tokenizer too where the recipe names none, and last
+    `index`; nothing where it is there."""
+    if index.exists():
+        return
+    texts = divide(recipe)
+    if recipe.init is not None:
+        tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
+        _require_context(recipe, models["init"].config)
+    elif recipe.tokenizer is not None:
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+    else:
+        assert recipe.vocab_size is not None  # the recipe's own check
+        training = [document.text for document in texts[0]]
+        tokenizer = Tokenizer.train(training, recipe.vocab_size, files / TRAINED)
+    build(texts, tokenizer, files, index)
 
 
 def build(

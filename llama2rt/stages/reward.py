@@ -303,7 +303,7 @@ def objective(recipe: RewardRecipe) -> Objective:
 
     def loss(model: ScalarModel, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         batch, extras = pairs.batch, pairs.extras
-        values = model(batch.tokens, batch.positions, batch.cu_seqlens)
+        values = model(batch.tokens, batch.positions, batch.cu_seqlens, keys=batch.keys)
         chosen, rejected = last_token(values, batch.cu_seqlens).view(-1, 2).unbind(1)
         total = losses.ranking(chosen, rejected, extras["margin"]).sum()
         metrics = {
@@ -326,12 +326,10 @@ def score(
     model: ScalarModel, pairs: Sequence[tuple[Example, Example]], micro_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Raw scores fp32 [n] of the chosen and of the rejected sides."""
-    chosen, rejected = zip(*pairs, strict=True)
-    sides = [[example.tokens for example in side] for side in (chosen, rejected)]
-    return (
-        score_tokens(model, sides[0], micro_tokens=micro_tokens),
-        score_tokens(model, sides[1], micro_tokens=micro_tokens),
-    )
+    # Side by side, so that a pair's prompt is computed once.
+    sides = [side.tokens for pair in pairs for side in pair]
+    chosen, rejected = score_tokens(model, sides, micro_tokens=micro_tokens).reshape(-1, 2).T
+    return chosen, rejected
 
 
 def evaluate(

@@ -70,7 +70,7 @@ class Work(Protocol):
 def resume(run: Run, work: Work) -> int:
     """Restore `work` from the run's newest checkpoint, if it has one; returns the steps done by
     then, and drops metrics of later ones."""
-    found = run.store.latest()
+    found = run.store.latest(into=work.state()[0])
     done = 0
     if found is not None:
         done, tensors, state = found
@@ -100,6 +100,7 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
                 raise FloatingPointError(_divergence(run, done + 1, str(error))) from None
             rates.add(step)
             done += 1
+            run.store.check()
             last = done == total
             if last or _due(done, options.log_every):
                 metrics = dict(**step.metrics, **rates.read())
@@ -115,10 +116,12 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
                 run.store.save(done, *work.state())
                 rates.restart()
             if stop:
+                run.store.wait()
                 raise KeyboardInterrupt(
                     f"stopped after {work.noun} {done} of {total}; saved "
                     f"{run.store.path(done)}, continue with --resume"
                 )
+        run.store.wait()
     return done
 
 

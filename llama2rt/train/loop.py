@@ -152,7 +152,7 @@ class _Fit:
 def _cost(model: nn.Module, micro: Any) -> tuple[int, int]:
     """(tokens, FLOPs) of a Batch or of the Batch inside a PairBatch."""
     batch = getattr(micro, "batch", micro)
-    flops = training_flops(model, batch.tokens, batch.cu_seqlens, batch.weight)
+    flops = training_flops(model, batch.tokens, batch.cu_seqlens, batch.weight, batch.keys)
     return batch.tokens.numel(), flops
 
 
