@@ -167,6 +167,10 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
         raise InputError(f"the recipe comes first: llama2rt {verb} RECIPE [--key value] --out DIR")
     values = read_recipe(find_recipe(given)) if given is not None else {}
     options = _stage_options(verb, recipe_class, given, values, arguments)
+    if options.planned.dry_run:
+        lines, values = options.planned.say(verb, options.recipe, options.out)
+        print(json.dumps(values) if options.json else "\n".join(lines))
+        return
     fresh = not options.out.exists()
     try:
         folder = module.run(options.recipe, options.out, resume=options.resume)
@@ -210,16 +214,24 @@ def _stage_options(
     values: dict[str, Any],
     arguments: list[str],
 ) -> Any:
-    """`recipe`, `out`, `resume` and `json` as the file and the options say."""
+    """`recipe`, `out`, `resume`, `json` and those of a dry run as the file and the options say."""
     import tyro
     from pydantic import ValidationError
 
+    from llama2rt.pipeline.dry_run import DryRun
+    from llama2rt.run.unfinished import first_problem, unfinished
+
+    dry = "--dry-run" in arguments
     source = given if given is not None else verb
-    recipe = _unfinished(recipe_class, values, source)
+    recipe = unfinished(recipe_class, values, source)
     options = make_dataclass(
         "Options",
         [
-            ("out", Annotated[Path, tyro.conf.arg(help="run directory", metavar="DIR")]),
+            (
+                "out",
+                Annotated[Path, tyro.conf.arg(help="run directory", metavar="DIR")],
+                Path("OUT") if dry else tyro.MISSING,  # which a dry run does not touch
+            ),
             (
                 "resume",
                 Annotated[
@@ -232,6 +244,7 @@ def _stage_options(
                 Annotated[bool, tyro.conf.arg(help="print one JSON object when done")],
                 False,
             ),
+            ("planned", Annotated[DryRun, tyro.conf.arg(name="")], DryRun()),
             ("recipe", Annotated[recipe_class, tyro.conf.arg(name="")], recipe),
         ],
     )
@@ -245,7 +258,7 @@ def _stage_options(
             registry=_registry(),
         )
     except ValidationError as error:
-        raise InputError(f"{source}: {_first(error.errors(), recipe_class)}") from None
+        raise InputError(f"{source}: {first_problem(error.errors(), recipe_class)}") from None
 
 
 def _registry() -> Any:
@@ -275,80 +288,6 @@ def _registry() -> Any:
         )
 
     return registry
-
-
-def _unfinished(recipe_class: "type[Recipe]", values: dict[str, Any], source: str) -> "Recipe":
-    """The recipe of a file to which options may still add: its keys are checked one by one, keys
-    it must have are left open, and checks across keys wait for the options."""
-    from pydantic import ValidationError
-
-    try:
-        recipe_class.model_validate(values)
-    except ValidationError as error:
-        wrong = [e for e in error.errors() if e["loc"] and not _left_open(e, recipe_class)]
-        if wrong:
-            raise InputError(f"{source}: {_first(wrong, recipe_class)}") from None
-    recipe: Recipe = _construct(recipe_class, recipe_class.refine(values))
-    return recipe
-
-
-def _left_open(error: Any, recipe_class: type) -> bool:
-    """Whether an error is about a key that is not there, of the recipe or of one of its tables."""
-    if error["type"] != "missing":
-        return False
-    table: Any = recipe_class
-    for key in error["loc"][:-1]:
-        field = getattr(table, "model_fields", {}).get(key)
-        if field is None or not field.is_required():
-            return False  # an item of a list, or a table that the recipe has a default for
-        table = field.annotation
-    return True
-
-
-def _construct(table: Any, values: dict[str, Any]) -> Any:
-    """`table` (a model's class) with `values`, its other keys at their defaults or left open, and
-    likewise in the tables that it must have."""
-    import tyro
-    from pydantic import BaseModel, TypeAdapter
-
-    from llama2rt.run import whole_type
-
-    fields: dict[str, Any] = {}
-    for name, field in table.model_fields.items():
-        annotation = field.annotation
-        nested = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        if field.is_required() and nested:
-            fields[name] = _construct(annotation, values.get(name, {}))
-        elif name in values:
-            fields[name] = TypeAdapter(whole_type(field)).validate_python(values[name])
-        elif field.is_required():
-            fields[name] = tyro.MISSING
-        else:
-            fields[name] = field.get_default(call_default_factory=True)
-    return table.model_construct(**fields)
-
-
-def _first(errors: Sequence[Any], recipe_class: type) -> str:
-    """The key, what is wrong with it, and what was given, of a pydantic error list."""
-    error = errors[0]
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{key}: no such key in this recipe{_in_a_table(key, recipe_class)}"
-    message = error["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
-
-
-def _in_a_table(key: str, recipe_class: Any) -> str:
-    """Where a key that does not stand in the recipe itself belongs, if one of its tables has it."""
-    tables = (
-        name
-        for name, field in recipe_class.model_fields.items()
-        if key in getattr(field.annotation, "model_fields", {})
-    )
-    table = next(tables, None)
-    return "" if table is None else f"; did you mean {table}.{key}?"
 
 
 def _run_command(verb: str, arguments: list[str]) -> None:

@@ -14,7 +14,16 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llama2rt.data.packing import Batch, Example, PairBatch, groups, micro_batches, pack_pairs
+from llama2rt.data.packing import (
+    Batch,
+    Example,
+    PairBatch,
+    filler,
+    filler_pairs,
+    groups,
+    pack,
+    pack_pairs,
+)
 from llama2rt.data.shared import pack_shared
 from llama2rt.data.tokens import TokenFile, pack_windows, shares
 from llama2rt.errors import InputError
@@ -24,10 +33,49 @@ logger = logging.getLogger("llama2rt.data.loader")
 Step = TypeVar("Step")
 
 
-class _Loader(Generic[Step]):
-    """Order, epochs and resumption of `size` items, `batch_size` a step."""
+Share = tuple[int, int]
+"""(rank, ranks): which of how many processes that divide each step among them this one is"""
+WHOLE: Share = (0, 1)
 
-    def __init__(self, size: int, batch_size: int, seed: int, epochs: int | None) -> None:
+
+def balanced(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices of `lengths` divided among `ranks` processes, each one's in ascending order: the
+    longest first, always to the one with the fewest tokens so far (Graham 1969)."""
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = min(range(ranks), key=tokens.__getitem__)
+        parts[rank].append(index)
+        tokens[rank] += lengths[index]
+    return [sorted(part) for part in parts]
+
+
+def shared_groups(
+    lengths: Sequence[int], max_tokens: int, share: Share
+) -> tuple[list[list[int]], int]:
+    """(the micro-batches of one process of `share`, as indices of `lengths`; how many of the same
+    count as all others it has to add to them). Of one process: `packing.groups`."""
+    rank, ranks = share
+    if ranks == 1:
+        return [list(group) for group in groups(lengths, max_tokens)], 0
+    divided = [
+        [[part[i] for i in group] for group in groups([lengths[i] for i in part], max_tokens)]
+        for part in balanced(lengths, ranks)
+    ]
+    return divided[rank], max(map(len, divided)) - len(divided[rank])
+
+
+class _Loader(Generic[Step]):
+    """Order, epochs and resumption of `size` items, `batch_size` a step, divided among processes.
+
+    A step is the same items whatever the number of processes, so that a run goes on with the same
+    data on another one. All have the same number of micro-batches, with fillers where they lack
+    some.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, epochs: int | None, share: Share = WHOLE
+    ) -> None:
         if size < 1:
             raise InputError("the loader has no examples")
         if batch_size < 1:
@@ -35,7 +83,7 @@ class _Loader(Generic[Step]):
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs: expected at least 1 or None, got {epochs}")
         self._size, self._batch_size = size, batch_size
-        self._seed, self._epochs = seed, epochs
+        self._seed, self._epochs, self._share = seed, epochs, share
         self._epoch, self._position = 0, 0
         self._order: np.ndarray | None = None
 
@@ -44,7 +92,7 @@ class _Loader(Generic[Step]):
         return -(-self._size // self._batch_size)
 
     def _assemble(self, indices: np.ndarray) -> list[Step]:
-        """Micro-batches of the items `indices`."""
+        """This process's micro-batches of the items `indices`."""
         raise NotImplementedError
 
     def _start_epoch(self) -> np.ndarray:
@@ -108,7 +156,8 @@ def _warn_of_long(what: str, lengths: Sequence[int], micro_tokens: int) -> None:
 
 class ExampleLoader(_Loader[Batch]):
     """Steps of `batch_size` examples in micro-batches of at most `micro_tokens` tokens, for
-    `epochs` epochs (None: for ever). A longer example passes alone, and is said."""
+    `epochs` epochs (None: for ever). A longer example passes alone, and is said. Of several
+    processes each has about as many tokens."""
 
     def __init__(
         self,
@@ -117,8 +166,10 @@ class ExampleLoader(_Loader[Batch]):
         micro_tokens: int,
         seed: int,
         epochs: int | None = None,
+        *,
+        share: Share = WHOLE,
     ) -> None:
-        super().__init__(len(examples), batch_size, seed, epochs)
+        super().__init__(len(examples), batch_size, seed, epochs, share)
         self._examples, self._micro_tokens = examples, micro_tokens
         self._fingerprint = _fingerprint(examples)
         _warn_of_long("examples", [len(example.tokens) for example in examples], micro_tokens)
@@ -127,7 +178,11 @@ class ExampleLoader(_Loader[Batch]):
         return super()._identity() | {"content": self._fingerprint}
 
     def _assemble(self, indices: np.ndarray) -> list[Batch]:
-        return micro_batches([self._examples[i] for i in indices], self._micro_tokens)
+        examples = [self._examples[i] for i in indices]
+        lengths = [len(example.tokens) for example in examples]
+        members, missing = shared_groups(lengths, self._micro_tokens, self._share)
+        packed = [pack([examples[i] for i in group]) for group in members]
+        return packed + [filler()] * missing
 
 
 class PairLoader(_Loader[PairBatch]):
@@ -143,8 +198,10 @@ class PairLoader(_Loader[PairBatch]):
         micro_tokens: int,
         seed: int,
         epochs: int | None = None,
+        *,
+        share: Share = WHOLE,
     ) -> None:
-        super().__init__(len(pairs), batch_size, seed, epochs)
+        super().__init__(len(pairs), batch_size, seed, epochs, share)
         self._pairs, self._micro_tokens = pairs, micro_tokens
         self._extras = {name: np.asarray(value) for name, value in (extras or {}).items()}
         for name, value in self._extras.items():
@@ -159,11 +216,13 @@ class PairLoader(_Loader[PairBatch]):
 
     def _assemble(self, indices: np.ndarray) -> list[PairBatch]:
         result = []
-        for group in groups(self._lengths[indices].tolist(), self._micro_tokens):
-            members = indices[group.start : group.stop]
+        lengths = self._lengths[indices].tolist()
+        shared, missing = shared_groups(lengths, self._micro_tokens, self._share)
+        for group in shared:
+            members = indices[group]
             extras = {name: value[members] for name, value in self._extras.items()}
             result.append(pack_pairs([self._pairs[i] for i in members], extras, pack_shared))
-        return result
+        return result + [filler_pairs(self._extras)] * missing
 
 
 class TokenLoader(_Loader[Batch]):
@@ -190,6 +249,8 @@ class TokenLoader(_Loader[Batch]):
         seed: int,
         epochs: int | None = None,
         weights: Sequence[float] | None = None,
+        *,
+        share: Share = WHOLE,
     ) -> None:
         if context < 1 or batch_tokens < context or micro_tokens < context:
             raise InputError(
@@ -200,7 +261,7 @@ class TokenLoader(_Loader[Batch]):
         self._context, self._micro_windows = context, micro_tokens // context
         self._windows = [-(-(len(file) - 1) // context) for file in self._files]
         self._draws = shares(self._windows, weights)
-        super().__init__(sum(self._draws), batch_tokens // context, seed, epochs)
+        super().__init__(sum(self._draws), batch_tokens // context, seed, epochs, share)
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {
@@ -230,11 +291,15 @@ class TokenLoader(_Loader[Batch]):
         return table[np.random.default_rng([self._seed, self._epoch]).permutation(len(table))]
 
     def _assemble(self, indices: np.ndarray) -> list[Batch]:
+        rank, ranks = self._share
+        own = indices[rank::ranks]
         result = []
-        for at in range(0, len(indices), self._micro_windows):
+        for at in range(0, len(own), self._micro_windows):
             windows = [
                 self._files[file].window(begin, length)
-                for file, begin, length in indices[at : at + self._micro_windows].tolist()
+                for file, begin, length in own[at : at + self._micro_windows].tolist()
             ]
             result.append(pack_windows(windows))
-        return result
+        # Rank 0 has as many windows as any.
+        most = -(-len(indices[::ranks]) // self._micro_windows)
+        return result + [filler()] * (most - len(result))

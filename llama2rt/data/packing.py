@@ -80,15 +80,17 @@ class PairBatch:
     """2n documents: chosen 0, rejected 0, chosen 1, ..."""
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """[n] each, one value a pair (margins, ratings, reference log-probabilities)"""
+    filler: bool = False
+    """whether this only keeps a rank busy (`filler_pairs`)"""
 
     @property
     def weight(self) -> int:
-        """n"""
-        return self.batch.documents // 2
+        """n, or 0 of a filler"""
+        return 0 if self.filler else self.batch.documents // 2
 
     def to(self, device: torch.device | str) -> "PairBatch":
         moved = {name: value.to(device, non_blocking=True) for name, value in self.extras.items()}
-        return PairBatch(self.batch.to(device), moved)
+        return replace(self, batch=self.batch.to(device), extras=moved)
 
 
 def pack(examples: Sequence[Example]) -> Batch:
@@ -133,6 +135,20 @@ def pack_pairs(
             raise ValueError(f"extras[{name!r}]: expected {len(pairs)} rows, got {tensor.shape}")
         values[name] = tensor.float() if tensor.is_floating_point() else tensor
     return PairBatch(packed([example for pair in pairs for example in pair]), values)
+
+
+def filler() -> Batch:
+    """One token and nothing to predict: the micro-batch of a rank that has none left while others
+    do, so that all take part in the same collectives."""
+    return pack([Example.of([0])])
+
+
+def filler_pairs(extras: Mapping[str, ArrayLike]) -> PairBatch:
+    """What `filler` is for pairs, with the extras of `PairBatch` (any values of theirs). Its loss
+    is finite, as both sides predict a token, and whoever sums losses leaves it out."""
+    side = Example.of([0, 0])
+    zeros = {name: np.zeros_like(np.asarray(value)[:1]) for name, value in extras.items()}
+    return replace(pack_pairs([(side, side)], zeros), filler=True)
 
 
 def groups(lengths: Sequence[int], max_tokens: int) -> list[range]:

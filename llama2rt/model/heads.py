@@ -67,7 +67,7 @@ class ScalarModel(nn.Module):
         keys: SharedKeys | None = None,
     ) -> Tensor:
         """fp32 [T]: the value at every token; a response's score is the one at its last token."""
-        hidden = self.hidden(tokens, positions, cu_seqlens, keys)
+        hidden = self.transformer(tokens, positions, documents(cu_seqlens, keys))
         # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
         return (hidden.float() * self.head.weight.float()).sum(-1)
 

@@ -82,7 +82,7 @@ class Llama(nn.Module):
         """
         # Not named here: the op drops prompt tokens' rows, and with them the hidden states.
         return ops.token_logprob(
-            self.hidden(tokens, positions, cu_seqlens, keys),
+            self.transformer(tokens, positions, documents(cu_seqlens, keys)),
             self.output.weight,
             targets,
             temperature=temperature,

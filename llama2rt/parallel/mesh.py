@@ -4,16 +4,22 @@ Ranks of different `data` and `shard` coordinates see different micro-batches; t
 `context`, `tensor` or `pipeline` alone work on the same one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama2rt.errors import InputError
 from llama2rt.model import LlamaConfig
 from llama2rt.parallel.options import DIMENSIONS, ParallelOptions
 from llama2rt.parallel.world import world
+
+BATCH = ("shard", "data")
+"""dimensions whose ranks work on different micro-batches"""
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,29 @@ class Mesh:
         """Which of them is this process's."""
         return self.index("data") * self.degrees["shard"] + self.index("shard")
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """(batch_rank, batch_ranks), as the loaders of `data.loader` take it."""
+        return self.batch_rank, self.batch_ranks
+
     def index(self, dimension: str) -> int:
         """This process's coordinate along one of DIMENSIONS."""
         return 0 if self.devices is None else self.devices.get_local_rank(dimension)
+
+    def sum(self, values: Tensor, dimensions: Iterable[str] = BATCH) -> Tensor:
+        """`values` summed, in place, over the ranks that differ in `dimensions`: as they stand,
+        those that work on other micro-batches. The same bits on each of them."""
+        for dimension in dimensions:
+            if (group := self.group(dimension)) is not None:
+                dist.all_reduce(values, group=group)
+        return values
+
+    def totals(self, numbers: Iterable[float]) -> list[float]:
+        """Python numbers summed over the ranks that work on other micro-batches, in fp64."""
+        given = list(numbers)
+        if self.batch_ranks == 1:
+            return given
+        return self.sum(torch.tensor(given, dtype=torch.float64, device=world().device)).tolist()
 
     def group(self, dimension: str) -> dist.ProcessGroup | None:
         """The processes that differ from this one in `dimension` alone; None where it is alone."""

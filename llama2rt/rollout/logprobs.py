@@ -5,13 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from llama2rt.data.packing import Batch, Example, micro_batches
-from llama2rt.model import ScalarModel
-=======
 from llama2rt.data.packing import Batch, Example, micro_batches, pack
-from llama2rt.model import Llama, ScalarModel
->>>>>>> main
+from llama2rt.model import ScalarModel
 
 
 def inference_batches(
@@ -26,15 +21,11 @@ def inference_batches(
 
 @torch.no_grad()
 def response_logprobs(
-<<<<<<< HEAD
-    model: nn.Module, examples: Sequence[Example], temperature: float, micro_tokens: int
-=======
-    model: Llama,
+    model: nn.Module,
     examples: Sequence[Example],
     temperature: float,
     micro_tokens: int,
     packed: Callable[[Sequence[Example]], Batch] = pack,
->>>>>>> main
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy fp32 [R] of all response tokens, in order, by a language model.
 

@@ -28,9 +28,10 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Completion, Engine
 from llama2rt.parallel import by_main
+from llama2rt.planning import Model, Phase, Work
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, shuffled
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import loading
+from llama2rt.stages import loading, plans
 from llama2rt.stages.loading import Future, Opened
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -169,6 +170,25 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
         # One that ends an epoch and begins the next is shown once.
         prompts["training"] = list({prompt.id: prompt for prompt in drawn}.values())
     return AnnotateInputs(tokenizer, prompts)
+
+
+def plan(recipe: AnnotateRecipe, inputs: AnnotateInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: the policies answer one after the other, in fp32; what the annotator holds
+    is not counted."""
+    names = ("policy", "other") if recipe.other else ("policy",)
+    lengths = None
+    if inputs is not None:
+        found = [prompt for part in PARTS for prompt in inputs.prompts[part]]
+        lengths = plans.prompt_lengths(found, inputs.tokenizer)
+    phases = []
+    for name in names:
+        folder = recipe.policy if name == "policy" else recipe.other
+        assert folder is not None
+        answers = None if lengths is None else len(lengths) * 2 / len(names)
+        model = Model(name, shape(folder))
+        sampling = plans.sampling_of(model, recipe.sampling, lengths, answers, [])
+        phases.append(Phase(f"sampling {name}", sampling=sampling))
+    return Work(phases)
 
 
 def shown_pairs(

@@ -25,12 +25,13 @@ from llama2rt.data.packing import PairBatch
 from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
+from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.rollout import metrics, sampling
 from llama2rt.rollout.logprobs import response_logprobs, segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import adapters, loading
+from llama2rt.stages import adapters, loading, plans
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
 from llama2rt.train.loop import Objective, fit
@@ -176,6 +177,34 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
 
 
 open_inputs = open_rollout
+
+
+def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: every prompt gives a pair, and the history grows by one batch of them an
+    iteration."""
+    policy = Model("policy", shape(recipe.init))
+    ranking, reference = plans.reward_models(recipe, shape), plans.reference(recipe, shape)
+    lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
+    prompts = min(recipe.prompts_per_iteration, len(lengths or ()) or recipe.prompts_per_iteration)
+    answers = recipe.iterations * prompts * recipe.samples
+    # Of one pair a prompt the reference reads both sides; of the others nothing.
+    sampling = plans.sampling_of(policy, recipe.sampling, lengths, answers, ranking)
+    steps = sum(
+        recipe.epochs * -(-prompts * (iteration + 1) // recipe.batch_size)
+        for iteration in range(recipe.iterations)
+    )
+    return Work(
+        [
+            Phase("sampling", frozen=[*ranking, reference], sampling=sampling),
+            Phase("training", [policy], [*ranking, reference], training=True),
+        ],
+        recipe.train,
+        recipe.parallel,
+        plans.answers_batch(sampling, 2 * recipe.batch_size),
+        Count(steps, "at most: every prompt gives a pair"),
+        recipe.epochs,
+        notes=[f"{recipe.iterations} iterations over {prompts:,} prompts each"],
+    )
 
 
 def sample(

@@ -25,13 +25,14 @@ from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics
 from llama2rt.model import Llama
 from llama2rt.parallel import by_main
+from llama2rt.planning import Model, Phase, Work
 from llama2rt.rollout import sampling
 from llama2rt.rollout.logprobs import response_logprobs, segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed, read_samples
 from llama2rt.run import Recipe, Run, manifest
-from llama2rt.stages import loading
+from llama2rt.stages import loading, plans
 from llama2rt.stages.loading import Future, Opened, Outline
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -219,6 +220,25 @@ def open_inputs(recipe: EvaluateRecipe, future: Future | None = None) -> Evaluat
         longest = loading.longest_sample(prompts, tokenizer, outline, recipe.sampling.max_tokens)
         loading.require_context(models, longest)
     return EvaluateInputs(tokenizer, prompts)
+
+
+def plan(recipe: EvaluateRecipe, inputs: EvaluateInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: one version after the other beside the reference and the reward models, in
+    fp32; curves are counted, a judge is not."""
+    frozen = [*plans.reward_models(recipe, shape), Model("reference", shape(recipe.reference))]
+    lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
+    phases = []
+    for name, folder in recipe.versions.items():
+        answers = None
+        if lengths is not None:
+            answers = recipe.samples * len(lengths)
+            if name in recipe.curves.versions:
+                drawn = recipe.curves.samples * len(recipe.curves.temperatures)
+                answers += drawn * min(recipe.curves.prompts, len(lengths))
+        model = Model(name, shape(folder))
+        sampling = plans.sampling_of(model, recipe.sampling, lengths, answers, frozen)
+        phases.append(Phase(f"sampling {name}", frozen=frozen, sampling=sampling))
+    return Work(phases)
 
 
 def version(recipe: EvaluateRecipe, models: RewardModels, name: str) -> Sampler:

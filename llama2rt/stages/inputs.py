@@ -18,6 +18,7 @@ from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.model import Llama
 from llama2rt.model.adapters import WithoutAdapter
+from llama2rt.parallel import ParallelOptions
 from llama2rt.rollout import metrics
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
@@ -50,6 +51,8 @@ class RolloutRecipe(Recipe):
     """of the order of prompts and batches, and of sampling"""
     train: TrainOptions = TrainOptions()
     lora: LoraOptions = LoraOptions()
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what"""
 
 
 @dataclass(frozen=True)

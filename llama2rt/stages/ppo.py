@@ -31,7 +31,7 @@ from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardOptions
 from llama2rt.rollout.sampling import Sampler, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import adapters, critic, loading
+from llama2rt.stages import adapters, critic, loading, plans
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.train import driver
 from llama2rt.train.driver import Step
@@ -154,6 +154,7 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
 
 
 open_inputs = open_rollout
+plan = plans.of_ppo
 
 
 class Iterations:

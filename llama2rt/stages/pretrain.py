@@ -9,7 +9,7 @@ weight (`data.loader` can) and everything distributed.
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from llama2rt import atomic, report
+from llama2rt import atomic, planning, report
 from llama2rt.checkpoint import native
 from llama2rt.checkpoint.load import load
 from llama2rt.data import tokens
@@ -29,7 +29,8 @@ from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.parallel import by_main
+from llama2rt.parallel import ParallelOptions, by_main
+from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.run import Recipe, Run, check_integers
 from llama2rt.stages.loading import (
     Future,
@@ -122,6 +123,8 @@ class PretrainRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     # Section 2.2: AdamW 0.9 / 0.95 / 1e-5, decay 0.1, clip 1.0, cosine to 10 %, warm-up 2000.
     train: TrainOptions = TrainOptions(lr=3e-4, warmup_steps=2000)
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what"""
 
     durations: ClassVar[tuple[str, ...]] = ("steps", "epochs")
 
@@ -186,22 +189,59 @@ class PretrainInputs(Opened):
 
 
 def open_inputs(recipe: PretrainRecipe, future: Future | None = None) -> PretrainInputs:
-    """What a plan can know before the text is tokenised: the model's shape, and that all files are
-    there. InputError where something does not fit, and where the tokenizer is still to be trained:
-    nothing after this step could be checked."""
+    """What can be known before the text is tokenised: the model's shape, and that all files are
+    there. InputError where something does not fit, and in a plan (`future`) where the tokenizer is
+    still to be trained: nothing after this step could be checked."""
     for path in recipe.data:
         if not path.exists():
             raise InputError(f"{path}: no such file")
+    tokenizer: Tokenizer | None = None
     if recipe.init is not None:
         tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
         config = models["init"].config
     elif recipe.tokenizer is not None:
         tokenizer = Tokenizer.load(recipe.tokenizer)
         config = recipe.model.config(tokenizer.vocab_size, recipe.context)
+    elif recipe.vocab_size is not None and future is None:
+        config = recipe.model.config(recipe.vocab_size, recipe.context)
     else:
         raise InputError("tokenizer: a plan needs it before its first step; train it first")
     _require_context(recipe, config)
     return PretrainInputs(Outline(config, tokenizer))
+
+
+def plan(
+    recipe: PretrainRecipe, inputs: PretrainInputs | None, shape: Callable[[Path], LlamaConfig]
+) -> Work:
+    """For `--dry-run`. With `inputs` the text is read and divided as a run would; where the recipe
+    says epochs, steps are those of a sample's tokens a byte."""
+    if inputs is not None:
+        config = inputs.result.config
+    elif recipe.init is not None:
+        config = shape(recipe.init)
+    else:  # with the preset's vocabulary, since no tokenizer is read
+        preset = LlamaConfig.preset(recipe.model.preset or "llama2-7b")
+        config = recipe.model.config(recipe.vocab_size or preset.vocab_size, recipe.context)
+    _require_context(recipe, config)
+    windows = recipe.batch_tokens // recipe.context
+    steps = None if recipe.steps is None else Count(recipe.steps)
+    epochs, notes = recipe.epochs, []
+    if inputs is not None:
+        held = tokens.estimate(divide(recipe)[0], inputs.result.tokenizer or recipe.vocab_size or 0)
+        notes.append(f"the training text is {held.value:,.0f} tokens ({held.how})")
+        per_epoch = math.ceil(math.ceil((held.value - 1) / recipe.context) / windows)
+        if steps is None:
+            steps = Count(max(1, round((recipe.epochs or 0) * per_epoch)), held.how)
+        epochs = recipe.epochs or round(steps.value / per_epoch, 3)
+    return Work(
+        [Phase("training", trained=[Model("model", config)], training=True)],
+        recipe.train,
+        recipe.parallel,
+        planning.Batch(windows * recipe.context, recipe.context, recipe.context),
+        steps,
+        epochs,
+        notes=notes,
+    )
 
 
 def prepare(

@@ -20,6 +20,7 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.errors import InputError, naming
+from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.rollout import sampling
 from llama2rt.rollout.responses import (
     Response,
@@ -29,7 +30,7 @@ from llama2rt.rollout.responses import (
 )
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Run
-from llama2rt.stages import adapters, loading, sft
+from llama2rt.stages import adapters, loading, plans, sft
 from llama2rt.stages.inputs import (
     RolloutInputs,
     RolloutRecipe,
@@ -159,6 +160,34 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
     longest = loading.longest_sample(prompts, tokenizer, policy, recipe.sampling.max_tokens)
     result = Outline(init.config, tokenizer, longest_sample=longest)
     return RejectionInputs(recipe, tokenizer, prompts, held_out, result, earlier, dialogues)
+
+
+def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: one answer a prompt is kept, as if every prompt had a usable one."""
+    policy, init = Model("policy", shape(recipe.policy)), Model("model", shape(recipe.init))
+    ranking = plans.reward_models(recipe, shape)
+    lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
+    answers = None if lengths is None else recipe.samples * len(lengths)
+    sampling = plans.sampling_of(policy, recipe.sampling, lengths, answers, ranking)
+    steps, count = None, recipe.batch_size
+    if inputs is not None:
+        examples = len(inputs.prompts) + len(inputs.earlier) + len(inputs.dialogues)
+        count = min(count, examples)
+        steps = Count(
+            recipe.epochs * -(-examples // recipe.batch_size), "at most: one target a prompt"
+        )
+    return Work(
+        [
+            Phase("sampling", frozen=ranking, sampling=sampling),
+            # The reward models stay for the held-out prompts.
+            Phase("training", [init], ranking, training=True),
+        ],
+        recipe.train,
+        recipe.parallel,
+        plans.answers_batch(sampling, count),
+        steps,
+        recipe.epochs,
+    )
 
 
 def read_earlier(

@@ -7,7 +7,7 @@ out: pairwise preference models that read both answers at once (another stage).
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -27,6 +27,8 @@ from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
+from llama2rt.parallel import ParallelOptions
+from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters
@@ -102,6 +104,9 @@ class RewardRecipe(Recipe):
     )
     lora: LoraOptions = LoraOptions()
     """beside an adapter, the head is trained whole"""
+
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what"""
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
@@ -205,6 +210,26 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     if recipe.previous is not None:
         require_readable(outline(recipe.previous, future), tokenizer, held_out_pairs)
     return RewardInputs(tokenizer, pairs, kept, held_out_pairs, held_out_kept, left_out, result)
+
+
+def plan(
+    recipe: RewardRecipe, inputs: RewardInputs | None, shape: Callable[[Path], LlamaConfig]
+) -> Work:
+    """For `--dry-run`."""
+    if inputs is not None:
+        config = inputs.result.config
+    elif recipe.init is not None:
+        config = shape(recipe.init)
+    else:
+        config = recipe.model.config(LlamaConfig.preset("llama2-7b").vocab_size, recipe.context)
+    if inputs is None or not inputs.pairs:  # not read, or still to be collected
+        steps, batch = None, Batch.at_most(config.context, 2 * recipe.batch_size)
+    else:
+        lengths = [len(side.tokens) for pair in inputs.pairs for side in pair]
+        batch = Batch.of(lengths, 2 * min(recipe.batch_size, len(inputs.pairs)))
+        steps = Count(recipe.epochs * -(-len(inputs.pairs) // recipe.batch_size))
+    phases = [Phase("training", [Model("model", config, scalar=True)], training=True)]
+    return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs)
 
 
 def require_readable(

@@ -7,7 +7,7 @@ context distillation (section 3.3, 4.2.4), which prepare dialogues and then come
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,12 +17,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from llama2rt import report
+from llama2rt import planning, report
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
+from llama2rt.model import LlamaConfig
+from llama2rt.parallel import ParallelOptions
+from llama2rt.planning import Count, Phase, Work
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters
 from llama2rt.stages.loading import (
@@ -72,6 +75,8 @@ class SftRecipe(Recipe):
     # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
     train: TrainOptions = TrainOptions(lr=2e-5)
     lora: LoraOptions = LoraOptions()
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what"""
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
@@ -133,6 +138,28 @@ def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
         warn_of_shared(*((dialogue.messages[:-1] for dialogue in part) for part in parts))
     training, held_out = (encode(part, tokenizer, context) for part in parts)
     return SftInputs(tokenizer, training, held_out, Outline(config, tokenizer))
+
+
+def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], LlamaConfig]) -> Work:
+    """For `--dry-run`."""
+    config = shape(recipe.init)
+    if inputs is None:
+        steps, batch = (
+            None,
+            planning.Batch.at_most(recipe.context or config.context, recipe.batch_size),
+        )
+    else:
+        lengths = [len(example.tokens) for example in inputs.training]
+        batch = planning.Batch.of(lengths, min(recipe.batch_size, len(lengths)))
+        steps = Count(recipe.epochs * -(-len(lengths) // recipe.batch_size))
+    return Work(
+        [Phase("training", trained=[planning.Model("model", config)], training=True)],
+        recipe.train,
+        recipe.parallel,
+        batch,
+        steps,
+        recipe.epochs,
+    )
 
 
 def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:

@@ -20,6 +20,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from llama2rt.checkpoint.native import unrounded
 
@@ -37,7 +39,8 @@ class MasterWeights:
     Parameters that come in fp32 keep those values as their masters; those that come with masters of
     an optimizer before this one keep these. A parameter of another dtype carries its master as the
     attribute `master` (Megatron's `main_param`), where `checkpoint.native` finds it. ValueError
-    where nothing is trainable.
+    where nothing is trainable. Of a model under FSDP2 the masters are this rank's shards, which its
+    parameters are already.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -46,7 +49,10 @@ class MasterWeights:
             raise ValueError("model: expected at least one parameter that requires a gradient")
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        self.tensors: list[Tensor] = [unrounded(p).to(MASTER) for p in self.parameters]
+        if isinstance(model, FSDPModule):
+            self.tensors: list[Tensor] = [_shard(parameter) for parameter in self.parameters]
+            return
+        self.tensors = [unrounded(p).to(MASTER) for p in self.parameters]
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
@@ -61,3 +67,10 @@ class MasterWeights:
         """Round master `i` into its parameter."""
         if self.parameters[i].dtype != MASTER:
             self.parameters[i].copy_(self.tensors[i])
+
+
+def _shard(parameter: nn.Parameter) -> Tensor:
+    """The fp32 part of a parameter under FSDP2 that this rank holds, sharing its storage."""
+    if not isinstance(parameter, DTensor) or parameter.dtype != MASTER:
+        raise ValueError(f"expected an fp32 shard of FSDP2, got {type(parameter).__name__}")
+    return parameter.detach().to_local()
