@@ -88,7 +88,7 @@ def train(
     settings = {"lr": 1e-3, "checkpoint_every": 0, "micro_tokens": 90, "clip": 0.5, **options}
     train_options = TrainOptions(**settings)
     config = LlamaConfig(**{**vars(CONFIG), "tied": tied})
-    mesh = Mesh.build(parallel, config)
+    mesh = Mesh.build(parallel, config, pipelined=kind == "sft")
     model: Any = (ScalarModel if kind == "reward" else Llama)(config).initialize(0)
     loader: Any
     if kind in ("reward", "dpo"):
@@ -118,14 +118,14 @@ def first_gradients(kept: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the first step of an optimizer leaves the gradients it was given, whole."""
     original = Optimizer.step
 
-    def step(self: Optimizer, lr: float) -> float:
+    def step(self: Optimizer, lr: float, *loss: float) -> float:
         if not kept:
             for name, parameter, gradient in zip(
                 self.names, self.parameters, self._gradients, strict=True
             ):
                 assert gradient is not None, name
                 kept[name] = whole(placed(gradient.float(), parameter))
-        return original(self, lr)
+        return original(self, lr, *loss)
 
     Optimizer.step = step  # type: ignore[method-assign]
     try:
