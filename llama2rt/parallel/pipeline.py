@@ -167,13 +167,15 @@ class PipelinedLlama(Llama):
         with a first dimension of 1, and no views, as FSDP wants outputs."""
         transformer = self.transformer
         rotary = Rotary(*transformer.rotary(x.device), positions)
-        attention, residual = PackedAttention(cu_seqlens), None
+        attention = PackedAttention(cu_seqlens)
+        residual: Tensor | None = None
         if self.place.first:
             x = transformer.embedding(x)
         for block in transformer.blocks:
             if not isinstance(block, Elsewhere):
                 x, residual = transformer.run_block(block, x, residual, rotary, attention)
         if not self.place.last:
+            assert residual is not None  # a stage has a block
             return x[None] + residual[None]
         hidden = transformer.norm(x, residual)[0]
         logprob = ops.token_logprob(hidden, self.output.weight, targets)
@@ -241,7 +243,7 @@ def cut_layers(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> No
     model.__dict__["shape"] = shape
 
 
-def _of_one_shape(micros: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+def _of_one_shape(micros: list[Batch]) -> tuple[Tensor, dict[str, Any]]:
     """(tokens [n, T], {positions and targets [n, T], cu_seqlens [n, B+1]})."""
     if any(micro.keys is not None for micro in micros):
         raise NotImplementedError("a pipeline takes whole documents, got ones that share tokens")
