@@ -112,14 +112,14 @@ def first_gradients(kept: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the first step of an optimizer leaves the gradients it was given, whole."""
     original = Optimizer.step
 
-    def step(self: Optimizer, lr: float) -> float:
+    def step(self: Optimizer, *arguments: float) -> float:
         if not kept:
             for name, parameter, gradient in zip(
                 self.names, self.parameters, self._gradients, strict=True
             ):
                 assert gradient is not None, name
                 kept[name] = whole(placed(gradient.float(), parameter))
-        return original(self, lr)
+        return original(self, *arguments)
 
     Optimizer.step = step  # type: ignore[method-assign]
     try:
