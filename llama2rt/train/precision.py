@@ -56,7 +56,7 @@ class MasterWeights:
             self.tensors: list[Tensor] = [_shard(parameter) for parameter in self.parameters]
             if any(device not in (None, shard.device.type) for shard in self.tensors):
                 raise InputError("train.optimizer_device: of a model that is sharded, leave it out")
-            return
+            return  # its policy makes the copies in `dtype`
         self.tensors = [unrounded(p).to(device or p.device, MASTER) for p in self.parameters]
         for parameter in model.parameters():
             if parameter.is_floating_point():
