@@ -33,7 +33,7 @@ class Notes:
         self.rows: list[dict[str, Any]] = []
         self.store = self
 
-    def latest(self) -> None:
+    def latest(self, into: object = None) -> None:
         return None
 
     def steps(self) -> list[int]:
