@@ -41,6 +41,9 @@ class Setting:
     recompute: bool = False
     all_targets: bool = False
     cuda: bool = True
+    moment_bytes: int = FP32
+    optimizer_away: bool = False
+    """whether masters, moments and gradient sums lie in the CPU's memory"""
 
     @property
     def tensor(self) -> int:
@@ -122,16 +125,26 @@ def parts(model: Model, tensor: int = 1, pipeline: int = 1) -> Parts:
 
 def states(model: Model, setting: Setting) -> Components:
     """Weights, fp32 masters and AdamW's moments of a model that is trained, each cut by FSDP."""
-    owned = parts(model, setting.tensor, setting.pipeline).total / setting.shards
+    owned = _trained(model, setting)
     # Where the model's weights are fp32 they are the masters (train/precision.py); FSDP's shards
     # are fp32 whatever it computes in.
     narrow = setting.compute_bytes < FP32
     weights = 0 if narrow and setting.fsdp else setting.compute_bytes
+    # What an adapter leaves alone has no master and stays as it computes; a head is trained.
+    here = parts(model, setting.tensor, setting.pipeline)
+    below = (here.total - (here.output if model.scalar else 0)) / setting.shards
+    kept = below * setting.compute_bytes if model.adapter else 0.0
     return {
-        "weights": owned * weights,
-        "masters": owned * FP32 if narrow else 0.0,
-        "moments": owned * 2 * FP32,
+        "weights": kept + owned * weights,
+        "masters": owned * FP32 if narrow and not setting.optimizer_away else 0.0,
+        "moments": 0.0 if setting.optimizer_away else owned * 2 * setting.moment_bytes,
     }
+
+
+def _trained(model: Model, setting: Setting) -> float:
+    """Elements of a rank that are trained."""
+    here = parts(model, setting.tensor, setting.pipeline).total / setting.shards
+    return here * model.trained_share
 
 
 def frozen(model: Model, setting: Setting) -> float:
@@ -151,14 +164,13 @@ def training(model: Model, setting: Setting) -> Components:
 def _begin(model: Model, setting: Setting) -> Components:
     """All micro-batches' gradients but this one's, all activations, the head's own work."""
     here = parts(model, setting.tensor, setting.pipeline)
-    owned = here.total / setting.shards
-    earlier = owned * _summed_bytes(setting, setting.micro_batches - 1)
+    earlier = _trained(model, setting) * _summed_bytes(setting, setting.micro_batches - 1)
     kept = activations(model.config, setting) * here.blocks * _in_flight(setting)
     again = block_activations(model.config, setting) if setting.recompute else 0.0
     head, logits = _head(model, setting)
     return {
         # The output's gradient is the first to come; on a CPU forward has laid it out already.
-        "gradients": earlier + here.output * setting.compute_bytes,
+        "gradients": earlier + (0 if model.adapter else here.output * setting.compute_bytes),
         "activations": kept + max(again + _block_backward(model.config, setting), head),
         "logits": logits,
         "gathered": _gathered(here, setting, here.block),
@@ -168,8 +180,9 @@ def _begin(model: Model, setting: Setting) -> Components:
 def _end(model: Model, setting: Setting) -> Components:
     """All gradients of this micro-batch beside the sums of those before; the first block's own."""
     here = parts(model, setting.tensor, setting.pipeline)
-    owned = here.total / setting.shards
-    gradients = owned * (_summed_bytes(setting, setting.micro_batches - 1) + setting.gradient_bytes)
+    gradients = _trained(model, setting) * (
+        _summed_bytes(setting, setting.micro_batches - 1) + setting.gradient_bytes
+    )
     waiting = (_in_flight(setting) - 1) * here.blocks
     kept = activations(model.config, setting) * waiting
     last = block_activations(model.config, setting) + _block_backward(model.config, setting)
@@ -183,14 +196,13 @@ def _end(model: Model, setting: Setting) -> Components:
 
 def summed_gradients(model: Model, setting: Setting) -> float:
     """What a model's gradient sums take between its micro-batches."""
-    owned = parts(model, setting.tensor, setting.pipeline).total / setting.shards
-    return owned * _summed_bytes(setting, setting.micro_batches)
+    return _trained(model, setting) * _summed_bytes(setting, setting.micro_batches)
 
 
 def _summed_bytes(setting: Setting, micro_batches: int) -> int:
     """Bytes an element of the sums after so many micro-batches (Optimizer.accumulate): the first
     stays in the compute dtype, sums are fp32."""
-    if micro_batches <= 0:
+    if micro_batches <= 0 or setting.optimizer_away:
         return 0
     return setting.gradient_bytes if micro_batches == 1 else FP32
 

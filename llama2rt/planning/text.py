@@ -15,6 +15,8 @@ def lines(plan: Plan) -> list[str]:
     for model in plan.work.models:
         trained = model in plan.work.trained
         what = "trained" if trained else "frozen"
+        if model.adapter:
+            what = f"an adapter's {model.adapter:,} trained"
         found.append(_row(model.name, f"{model.parameters:,} parameters, {what}"))
     found.append(_row("mesh", shape))
     found += _memory(plan)

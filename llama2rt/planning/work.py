@@ -24,6 +24,13 @@ class Model:
     """whether a regression head of one column stands in place of the output (reward models)"""
     lent: bool = False
     """whether the weights are another model's: a policy that samples as it is being trained"""
+    adapter: int = 0
+    """weights of its adapter and head, all that is trained of it; 0 where everything is"""
+
+    @property
+    def trained_share(self) -> float:
+        """Weights that are trained, of all."""
+        return self.adapter / self.parameters if self.adapter else 1.0
 
     @property
     def parameters(self) -> int:

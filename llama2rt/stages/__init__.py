@@ -60,8 +60,9 @@ class Stage:
         from llama2rt.planning import Model, Phase, Work
 
         if own := getattr(self.module, "plan", None):
-            work: Work = own(recipe, inputs, shape)
-            return work
+            from llama2rt.stages.plans import under_adapters
+
+            return under_adapters(recipe, own(recipe, inputs, shape))
         result = getattr(inputs, "result", None)
         if result is None:
             return Work([])

@@ -6,6 +6,7 @@ are; so do the batches that are made of them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,10 @@ from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.lora import LoraOptions
 
 if TYPE_CHECKING:
+    from llama2rt.run import Recipe
     from llama2rt.stages.ppo import PpoRecipe
 
 Shape = Callable[[Path], LlamaConfig]
@@ -100,3 +103,28 @@ def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> W
         Count(recipe.iterations * updates, "at most: held-out prompts may end it earlier"),
         notes=[f"{recipe.iterations} iterations of {updates} optimizer steps; one more samples"],
     )
+
+
+def under_adapters(recipe: "Recipe", work: Work) -> Work:
+    """`work` as the recipe's `[lora]` has it: what is trained is adapters, and a reference policy
+    that is init is the model that is trained."""
+    lora: LoraOptions | None = getattr(recipe, "lora", None)
+    if lora is None or lora.rank is None:
+        return work
+
+    def trained(model: Model) -> Model:
+        return replace(model, adapter=lora.parameters(model.config, model.scalar))
+
+    def frozen(model: Model) -> Model:
+        return replace(model, lent=True) if model.name == "reference" and shared else model
+
+    shared = isinstance(recipe, RolloutRecipe) and recipe.reference in (None, recipe.init)
+    phases = [
+        replace(
+            phase,
+            trained=[trained(model) for model in phase.trained],
+            frozen=[frozen(model) for model in phase.frozen],
+        )
+        for phase in work.phases
+    ]
+    return replace(work, phases=phases)
