@@ -36,6 +36,12 @@ class Notes:
     def latest(self, into: object = None) -> None:
         return None
 
+    def check(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
     def steps(self) -> list[int]:
         return []
 
