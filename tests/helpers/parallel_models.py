@@ -17,6 +17,7 @@ from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.parallel import Mesh, ParallelOptions
 from llama2rt.parallel.context import split_micro_batches
+from llama2rt.parallel.pipeline import cut_layers
 from llama2rt.parallel.tensor import tensor_parallel
 
 SHAPE = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_hidden": 48, "vocab_size": 61}
@@ -109,15 +110,35 @@ def distance(x: Tensor, y: Tensor) -> float:
     return float((x - y).abs().max() / y.abs().max().clamp_min(1e-3))
 
 
+def said(call: Callable[[], object]) -> str:
+    """The error of `call`."""
+    try:
+        call()
+    except (InputError, NotImplementedError) as error:
+        return str(error)
+    return ""
+
+
+def pipeline_refusals() -> dict[str, str]:
+    """What is said of what a pipeline does not do."""
+    options, config = ParallelOptions(pipeline=2), LlamaConfig(**SHAPE)
+    mesh = Mesh.build(options, config, pipelined=True)
+    model = Llama(config).initialize(0)
+    cut_layers(model, mesh, torch.float32)
+    batch = micro_batch([3])
+    with torch.no_grad():
+        entropy = said(lambda: model(*batch, entropy=True))
+    return {
+        "stage of training": said(lambda: Mesh.build(options, config)),
+        "scalar": said(lambda: cut_layers(ScalarModel(config), mesh, torch.float32)),
+        "hidden": said(lambda: model.hidden(*batch[:3])),
+        "gradients": said(lambda: model(*batch)),
+        "entropy": entropy,
+    }
+
+
 def refusals() -> dict[str, str]:
     """What is said of what tensor parallelism does not do."""
-
-    def said(call: Callable[[], object]) -> str:
-        try:
-            call()
-        except (InputError, NotImplementedError) as error:
-            return str(error)
-        return ""
 
     class Paged:
         pass
