@@ -104,6 +104,13 @@ class Mesh:
             return given
         return self.sum(torch.tensor(given, dtype=torch.float64, device=world().device)).tolist()
 
+    def along(self, dimension: str) -> DeviceMesh | None:
+        """What `group` is the group of, for whoever keeps it: a group that anybody keeps outlives
+        the end of the job, and gloo's threads then abort the process."""
+        if self.devices is None or self.degrees[dimension] == 1:
+            return None
+        return self.devices[dimension]
+
     def group(self, dimension: str) -> dist.ProcessGroup | None:
         """The processes that differ from this one in `dimension` alone; None where it is alone."""
         if self.devices is None or self.degrees[dimension] == 1:
