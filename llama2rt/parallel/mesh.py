@@ -128,6 +128,11 @@ def check(degrees: dict[str, int], config: LlamaConfig) -> None:
                 f"parallel.tensor: {tensor} processes cannot share {name} {value}: expected a "
                 f"divisor of it"
             )
+    if pipeline > config.layers:
+        raise InputError(
+            f"parallel.pipeline: {pipeline} stages of a model with {config.layers} layers: "
+            "expected at least one layer a stage"
+        )
     for name in ("tensor", "context"):
         if pipeline > 1 and degrees[name] > 1:
             raise InputError(
@@ -138,9 +143,4 @@ def check(degrees: dict[str, int], config: LlamaConfig) -> None:
         raise InputError(
             "parallel.pipeline: expected a model whose output matrix is not its embedding, which "
             "are at both ends of a pipeline"
-        )
-    if pipeline > config.layers:
-        raise InputError(
-            f"parallel.pipeline: {pipeline} stages of a model with {config.layers} layers: "
-            "expected at least one layer a stage"
         )
