@@ -30,15 +30,16 @@ LOADABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARD_BYTES = 5 << 30  # Hugging Face's own default size
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends without an error.
 
-    A model folder already there is replaced by renames, so that a reader finds the old or the new
-    one; anything else there is an InputError, because it may not be ours to delete. OSError where
-    the disk does not take it: what stood there is still there.
+    A model's or an adapter's folder already there is replaced by renames, so that a reader finds
+    the old or the new one; anything else there is an InputError, because it may not be ours to
+    delete. OSError where the disk does not take it: what stood there is still there.
     """
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
@@ -67,7 +68,8 @@ def _replaceable(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    return not names or "params.json" in names or {"config.json", SINGLE} <= names or INDEX in names
+    whole = ({"params.json"}, {"config.json", SINGLE}, {INDEX}, {ADAPTER_CONFIG, ADAPTER})
+    return not names or any(files <= names for files in whole)
 
 
 def read_json(path: Path) -> dict[str, Any]:

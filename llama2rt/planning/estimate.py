@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return sum(model.parameters for model in self.work.trained)
+        return sum(model.trainable for model in self.work.trained)
 
     @property
     def peak_bytes(self) -> float:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama2rt.data.packing import Batch, Example, micro_batches, pack
-from llama2rt.model import Llama, ScalarModel
+from llama2rt.model import ScalarModel
 
 
 def inference_batches(
@@ -21,13 +21,13 @@ def inference_batches(
 
 @torch.no_grad()
 def response_logprobs(
-    model: Llama,
+    model: nn.Module,
     examples: Sequence[Example],
     temperature: float,
     micro_tokens: int,
     packed: Callable[[Sequence[Example]], Batch] = pack,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy fp32 [R] of all response tokens, in order.
+    """Log-probability and entropy fp32 [R] of all response tokens, in order, by a language model.
 
     `temperature` must be the one the responses were sampled at: log-probabilities at another one
     belong to another policy, and a KL computed from them comes out negative or exploding.

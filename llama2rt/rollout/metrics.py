@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama2rt.algorithms import advantages
 from llama2rt.data.records import Prompt
-from llama2rt.model import Llama
 from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import Response, response_example, write_responses
 from llama2rt.rollout.sampling import Sampler
@@ -17,7 +16,7 @@ from llama2rt.rollout.sampling import Sampler
 def measure(
     path: Path,
     sampler: Sampler,
-    reference: Llama,
+    reference: nn.Module,
     prompts: Sequence[Prompt],
     *,
     temperature: float = 1.0,

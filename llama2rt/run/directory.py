@@ -5,6 +5,7 @@
     metrics.jsonl    one line per logged step (also TensorBoard; W&B with WANDB_PROJECT set)
     checkpoints/     step-N, complete or absent
     model/           the final weights, readable by llama2rt.load
+    adapter/         of a LoRA run: its adapter alone, readable by peft
     samples/         what the stage generated
 
 Of a group every rank holds a `Run` and calls the same methods: rank 0 locks, hashes and writes, and
@@ -67,6 +68,10 @@ class Run:
     @property
     def model_directory(self) -> Path:
         return self.directory / "model"
+
+    @property
+    def adapter_directory(self) -> Path:
+        return self.directory / "adapter"
 
     @property
     def samples_directory(self) -> Path:

@@ -16,11 +16,10 @@ from typing import Annotated, Any, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama2rt import report
 from llama2rt.algorithms import losses, rewards
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
 from llama2rt.data.shared import pack_shared
@@ -32,7 +31,7 @@ from llama2rt.rollout.logprobs import response_logprobs, segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import loading, plans
+from llama2rt.stages import adapters, loading, plans
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
 from llama2rt.train.loop import Objective, fit
@@ -172,7 +171,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         policy_folder, parents = step.model_directory, [step.directory]
 
     final = inputs.to_train(policy_folder)  # as saved: masters stay fp32
-    native.save(final, inputs.tokenizer, run.model_directory)
+    adapters.save(final, inputs.tokenizer, run, recipe.init)
     report.finish(run, {"iterations": recipe.iterations, **numbers})
     return run.model_directory
 
@@ -212,11 +211,16 @@ def sample(
     recipe: DpoRecipe, inputs: RolloutInputs, policy_folder: Path, iteration: int, step: Run
 ) -> list[list[Response]]:
     """n scored responses of each of the iteration's prompts. The policy and its cache are gone when
-    this returns, and leave their memory to the model that is trained next."""
+    this returns, and leave their memory to the model that is trained next; with an adapter the two
+    are one model."""
     count = min(recipe.prompts_per_iteration, len(inputs.prompts))
+    if recipe.lora.rank is None:
+        policy = inputs.policy(policy_folder)
+    else:
+        policy = inputs.sampler(inputs.to_train(policy_folder), str(policy_folder))
     return sampling.sample(
         step.samples_directory,
-        inputs.policy(policy_folder),
+        policy,
         draw(inputs.prompts, count, recipe.seed, iteration),
         n=recipe.samples,
         temperatures=recipe.temperatures,
@@ -261,7 +265,7 @@ def learn(
     )
     steps = recipe.epochs * loader.steps_per_epoch
     fit(step, model, loader, objective(recipe), recipe.train, steps=steps)
-    native.save(model, inputs.tokenizer, step.model_directory)
+    adapters.save(model, inputs.tokenizer, step, recipe.init)
     return model
 
 
@@ -288,7 +292,7 @@ def best_against_worst(sampled: Sequence[Sequence[Response]], length_penalty: fl
     return pairs
 
 
-def reference_sums(reference: Llama, pairs: Sequence[Pair], recipe: DpoRecipe) -> Sums:
+def reference_sums(reference: nn.Module, pairs: Sequence[Pair], recipe: DpoRecipe) -> Sums:
     """The reference policy's log-probability of both sides of each pair, fp32 [n]: summed, or
     averaged where the kind is defined on averages; nothing for kinds without a reference."""
     if recipe.kind in losses.REFERENCE_FREE or not pairs:

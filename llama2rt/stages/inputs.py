@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
+from torch import nn
 
+from llama2rt.checkpoint import adapter
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.model import Llama
+from llama2rt.model.adapters import WithoutAdapter
 from llama2rt.parallel import ParallelOptions
 from llama2rt.rollout import metrics
 from llama2rt.rollout.reward import RewardModels, RewardOptions
@@ -23,6 +26,7 @@ from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
 from llama2rt.stages.loading import Future, Opened, Outline
 from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
 
@@ -48,6 +52,7 @@ class RolloutRecipe(Recipe):
     train: TrainOptions = TrainOptions()
     parallel: ParallelOptions = ParallelOptions()
     """how many processes share what"""
+    lora: LoraOptions = LoraOptions()
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,31 @@ class RolloutInputs(Opened):
         )
 
     @functools.cached_property
-    def reference(self) -> Llama:
-        """The reference policy, in the compute dtype, frozen."""
+    def reference(self) -> nn.Module:
+        """The reference policy, in the compute dtype, frozen. Where an adapter of init is trained
+        and the reference is init, it is that model without its adapter, and no second one."""
         folder = self.recipe.reference or self.recipe.init
+        if self.recipe.lora.rank is not None and folder.samefile(self.recipe.init):
+            return WithoutAdapter(self.adapted)
         model = loading.load_companion(folder, self.tokenizer, self.recipe.train.dtype)
         return model.requires_grad_(False)
 
+    @functools.cached_property
+    def adapted(self) -> Llama:
+        """`init` under an adapter, which is drawn from the seed: the one model of a LoRA run."""
+        recipe = self.recipe
+        model = loading.load_companion(recipe.init, self.tokenizer, recipe.train.dtype)
+        recipe.lora.adapt(model, recipe.seed)
+        return model
+
     def to_train(self, folder: Path) -> Llama:
-        """The model in `folder` in fp32, for an optimizer."""
-        return loading.load_llama(folder, self.recipe.tokenizer)[0]
+        """The model in `folder` in fp32, for an optimizer; where an adapter is trained, init under
+        the adapter beside `folder`, or, asked for init before any other, under a fresh one."""
+        if self.recipe.lora.rank is None:
+            return loading.load_llama(folder, self.recipe.tokenizer)[0]
+        if folder != self.recipe.init:
+            adapter.load(self.adapted, folder.with_name("adapter"))
+        return self.adapted
 
     def policy(self, folder: Path) -> Sampler:
         """The model in `folder`, in the compute dtype, to sample from."""
@@ -94,6 +115,7 @@ class RolloutInputs(Opened):
     def measure_held_out(self, model: Llama, run: Run) -> dict[str, float]:
         """`rollout.metrics.measure` on the held-out prompts of a model that `run` has trained: at
         temperature 1, with the same random numbers every time."""
+        model.eval()  # an adapter may have dropout
         return metrics.measure(
             run.samples_directory / "held_out.jsonl",
             self.sampler(model, str(run.directory)),
@@ -122,6 +144,7 @@ def outlines(
     """The tokenizer of the model that samples, and what each model of the recipe is by its key (see
     `loading.outlines`). `before`: models by key that come before init, the first of them samples
     then."""
+    recipe.lora.check()
     models = {
         **before,
         "init": recipe.init,

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from llama2rt import report
 from llama2rt.algorithms import advantages, losses
-from llama2rt.checkpoint import native
 from llama2rt.checkpoint.store import prefixed, unprefixed
 from llama2rt.data.packing import Example, groups, pack
 from llama2rt.data.sources import Source
@@ -32,10 +31,11 @@ from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardOptions
 from llama2rt.rollout.sampling import Sampler, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import critic, loading, plans
+from llama2rt.stages import adapters, critic, loading, plans
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.train import driver
 from llama2rt.train.driver import Step
+from llama2rt.train.lora import LoraOptions, LoraWithoutDropout
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
@@ -94,6 +94,7 @@ class PpoRecipe(RolloutRecipe):
     train: TrainOptions = TrainOptions(
         lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
     )
+    lora: LoraWithoutDropout = LoraOptions()
 
     neutral: ClassVar[tuple[str, ...]] = ("train.log_every", "train.checkpoint_every")
     durations: ClassVar[tuple[str, ...]] = ("iterations",)
@@ -146,14 +147,13 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         work.start()
     done = driver.drive(run, work, recipe.train, done=done, total=recipe.iterations)
     if not inputs.held_out:
-        native.save(actors.policy, inputs.tokenizer, run.model_directory)
+        adapters.save(actors.policy, inputs.tokenizer, run, recipe.init)
     picked = {"picked_by": PICKED_BY} if inputs.held_out else {}
     report.finish(run, {"iterations": done, **picked, **work.best})
     return run.model_directory
 
 
-open_inputs = open_rollout
-plan = plans.of_ppo
+open_inputs, plan = open_rollout, plans.of_ppo
 
 
 class Iterations:
@@ -196,7 +196,7 @@ class Iterations:
         self.waited += 1
         if not self.best or numbers["objective"] > self.best["objective"]:
             self.waited, self.best = 0, {"iteration": done, **numbers}
-            native.save(self.actors.policy, self.inputs.tokenizer, self.run.model_directory)
+            adapters.save(self.actors.policy, self.inputs.tokenizer, self.run, self.recipe.init)
         return {f"held_out/{name}": value for name, value in numbers.items()}
 
     def finished(self) -> bool:
@@ -214,17 +214,22 @@ class Iterations:
 
 
 def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
-    """Policy and critic in fp32 for their optimizers."""
+    """Policy and critic for their optimizers."""
     options = recipe.train
     policy = inputs.to_train(recipe.init)
-    critic = loading.load_scalar(recipe.rewards.helpfulness, tokenizer=inputs.tokenizer)
+    critic = loading.load_scalar(
+        recipe.rewards.helpfulness, recipe.lora.load_dtype(options), inputs.tokenizer
+    )
+    if recipe.lora.rank is None:
+        critic.requires_grad_(True)
+    recipe.lora.adapt(critic, recipe.seed)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     return Actors(
         policy=policy,
         critic=critic,
         sampler=inputs.sampler(policy, str(recipe.init)),
         optimizer=Optimizer(policy, options),
-        critic_optimizer=Optimizer(critic.requires_grad_(True), critic_options),
+        critic_optimizer=Optimizer(critic, critic_options),
     )
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from pydantic import Field
 
 from llama2rt import report
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
@@ -31,7 +30,7 @@ from llama2rt.rollout.responses import (
 )
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Run
-from llama2rt.stages import loading, plans, sft
+from llama2rt.stages import adapters, loading, plans, sft
 from llama2rt.stages.inputs import (
     RolloutInputs,
     RolloutRecipe,
@@ -114,12 +113,15 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
     # The tokenizer is the policy's: init may hold none.
-    model = loading.load_companion(recipe.init, inputs.tokenizer)
+    if recipe.lora.rank is None:
+        model = loading.load_companion(recipe.init, inputs.tokenizer)
+    else:
+        model = inputs.adapted
     examples = [response_example(response) for response in best] + inputs.dialogues
     loader = ExampleLoader(examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed)
     steps = recipe.epochs * loader.steps_per_epoch
     fit(run, model, loader, next_token, recipe.train, steps=steps)
-    native.save(model, inputs.tokenizer, run.model_directory)
+    adapters.save(model, inputs.tokenizer, run, recipe.init)
 
     # Measure.
     numbers = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}

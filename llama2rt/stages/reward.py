@@ -19,7 +19,6 @@ from torch import Tensor
 
 from llama2rt import report
 from llama2rt.algorithms import losses, rewards
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.records import Comparison
@@ -32,6 +31,7 @@ from llama2rt.parallel import ParallelOptions
 from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
+from llama2rt.stages import adapters
 from llama2rt.stages.comparisons import split
 from llama2rt.stages.loading import (
     Future,
@@ -48,6 +48,7 @@ from llama2rt.stages.pretrain import ModelShape
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import Objective, fit
+from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.reward")
@@ -101,6 +102,8 @@ class RewardRecipe(Recipe):
     train: TrainOptions = TrainOptions(
         lr=1e-5, warmup_ratio=0.03, warmup_minimum=5, micro_tokens=16384
     )
+    lora: LoraOptions = LoraOptions()
+    """beside an adapter, the head is trained whole"""
 
     parallel: ParallelOptions = ParallelOptions()
     """how many processes share what"""
@@ -111,6 +114,8 @@ class RewardRecipe(Recipe):
     def _consistent(self) -> Self:
         if self.init is None and (self.model == ModelShape() or self.tokenizer is None):
             raise ValueError("give init, or model and tokenizer")
+        if self.init is None and self.lora.rank is not None:
+            raise ValueError("lora: an adapter wants a trained model below it: give init")
         if self.init is not None and self.model != ModelShape():
             raise ValueError("init brings its own shape: leave out model")
         for key in ("data", "validation"):
@@ -171,7 +176,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
             previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
             before = score(previous, inputs.held_out_pairs, options.micro_tokens)
             numbers["drift"] = drift(before, scores, inputs.held_out)
-    native.save(model, inputs.tokenizer, run.model_directory)
+    adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, numbers)
     return run.model_directory
 
@@ -194,6 +199,7 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     """All that the recipe names, read and checked before any weights are loaded, which may take
     minutes. InputError where something does not fit. Of comparisons that an earlier step of a plan
     is still to collect nothing can be read: only the models are checked then."""
+    recipe.lora.check()
     config, tokenizer = shape(recipe, future)
     result = Outline(config, tokenizer, scalar=True)
     if future is not None and to_come(recipe, future):
@@ -270,10 +276,14 @@ def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConf
 
 
 def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
-    """The chat model with a regression head in place of its output, fp32; random without one."""
+    """The chat model with a regression head in place of its output, to train; random without
+    one."""
     if recipe.init is not None:
-        llama, _ = load_llama(recipe.init, recipe.tokenizer)
-        return ScalarModel.from_llama(llama, recipe.seed)
+        dtype = recipe.lora.load_dtype(recipe.train)
+        llama, _ = load_llama(recipe.init, recipe.tokenizer, dtype)
+        model = ScalarModel.from_llama(llama, recipe.seed)
+        recipe.lora.adapt(model, recipe.seed)
+        return model
     return ScalarModel(config, default_device(), torch.float32).initialize(recipe.seed)
 
 

@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import nn
 
 from llama2rt import planning, report
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Batch, Example, micro_batches
 from llama2rt.data.readers import read
@@ -28,6 +27,7 @@ from llama2rt.model import LlamaConfig
 from llama2rt.parallel import ParallelOptions
 from llama2rt.planning import Count, Phase, Work
 from llama2rt.run import Recipe, Run
+from llama2rt.stages import adapters
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -41,6 +41,7 @@ from llama2rt.stages.pretrain import next_token
 from llama2rt.text.chat import encode_dialogue
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
+from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.sft")
@@ -75,6 +76,7 @@ class SftRecipe(Recipe):
     train: TrainOptions = TrainOptions(lr=2e-5)
     parallel: ParallelOptions = ParallelOptions()
     """how many processes share what"""
+    lora: LoraOptions = LoraOptions()
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
@@ -88,7 +90,8 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     options = recipe.train
     loader = ExampleLoader(inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed)
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
-    model, _ = load_llama(recipe.init, recipe.tokenizer)
+    model, _ = load_llama(recipe.init, recipe.tokenizer, recipe.lora.load_dtype(options))
+    recipe.lora.adapt(model, recipe.seed)
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out)}
@@ -106,7 +109,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=validate if held_out else None,
     )
-    native.save(model, inputs.tokenizer, run.model_directory)
+    adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, {**result, "dialogues": len(inputs.training)})
     return run.model_directory
 
@@ -124,6 +127,7 @@ class SftInputs(Opened):
 def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
     """All that the recipe names, read and checked before any weights are loaded. InputError where
     something does not fit."""
+    recipe.lora.check()
     tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
     config = models["init"].config
     context = recipe.context or config.context

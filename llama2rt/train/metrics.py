@@ -56,7 +56,8 @@ def training_flops(
     predicted: int,
     keys: SharedKeys | None = None,
 ) -> int:
-    """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token.
+    """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token, 2 x 2
+    for a frozen one, of which no gradient is taken.
 
     The output matrix counts for the `predicted` rows only (the others never reach it), the
     embedding not at all, causal attention over each document by itself, and what documents share
@@ -64,14 +65,21 @@ def training_flops(
     """
     transformer: Any = model.transformer
     config = transformer.config
-    blocks = sum(p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
-    output = config.vocab_size * config.dim if isinstance(model, Llama) else 0
+    blocks = sum(_products(p) * p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
+    output = 0
+    if isinstance(model, Llama):
+        output = _products(model.output.weight) * config.vocab_size * config.dim
     own = cu_seqlens.diff().to(torch.int64)
     seen = own if keys is None else keys.cu_seqlens.diff().to(torch.int64)
     # The last `own` rows of a causal triangle of `seen`; length^2 / 2 where a document is whole.
     pairs = int((own * (2 * seen - own)).sum())
     attention = config.layers * config.dim * pairs  # q.k and p.v: 2 x 2 x dim, half of them masked
-    return 6 * (blocks * tokens.numel() + output * predicted + attention)
+    return 2 * (blocks * tokens.numel() + output * predicted + 3 * attention)
+
+
+def _products(weight: Tensor) -> int:
+    """Matrix products a training step takes with it: the result, its input's gradient, its own."""
+    return 3 if weight.requires_grad else 2
 
 
 class Throughput:

@@ -10,6 +10,7 @@ from llama2rt.data.packing import Example, pack
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.planning import Model, Sampling, memory
 from llama2rt.planning.memory import Setting
+from llama2rt.train.lora import LoraOptions
 
 # kv_heads below heads, ffn_hidden no multiple of dim: a mix-up of two of them shows.
 CONFIG = LlamaConfig(dim=32, layers=3, heads=4, kv_heads=2, ffn_hidden=88, vocab_size=300)
@@ -21,9 +22,16 @@ def setting(tokens: int = 48, count: int = 1, **changes) -> Setting:
     return replace(Setting(degrees, 4, tokens, count, cuda=False), **changes)
 
 
-def saved_bytes(config: LlamaConfig, tokens: int) -> int:
+def saved_bytes(
+    config: LlamaConfig,
+    tokens: int,
+    lora: LoraOptions | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """Distinct memory that the graph of a forward pass keeps, weights left out."""
-    model = Llama(config).initialize(0)
+    model = Llama(config).initialize(0).to(dtype)
+    if lora is not None:
+        lora.adapt(model, 0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
 
@@ -41,12 +49,23 @@ def saved_bytes(config: LlamaConfig, tokens: int) -> int:
     return sum(found.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [["query", "value"], None])
+def test_a_block_under_lora_keeps_what_autograd_keeps(dtype, targets):
+    pytest.importorskip("peft")
+    lora = LoraOptions(rank=3, **({"targets": targets} if targets else {}))
+    more = replace(CONFIG, layers=CONFIG.layers + 1)
+    kept = saved_bytes(more, 24, lora, dtype) - saved_bytes(CONFIG, 24, lora, dtype)
+    how = setting(24, compute_bytes=dtype.itemsize)
+    assert kept == memory.block_activations(Model("m", CONFIG, lora=lora), how)
+
+
 @pytest.mark.parametrize("tokens", [24, 64])
 def test_a_block_keeps_what_autograd_keeps(tokens):
     """One block more keeps exactly `block_activations` more."""
     more = replace(CONFIG, layers=CONFIG.layers + 1)
     kept = saved_bytes(more, tokens) - saved_bytes(CONFIG, tokens)
-    assert kept == memory.block_activations(CONFIG, setting(tokens))
+    assert kept == memory.block_activations(Model("m", CONFIG), setting(tokens))
 
 
 @pytest.mark.parametrize("tied", [False, True])
