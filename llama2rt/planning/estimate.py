@@ -142,6 +142,8 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
 
 def _notes(work: Work) -> list[str]:
     notes = list(work.notes)
+    if any(model.adapter for model in work.trained):
+        notes.append("time: counted as if all weights were trained; adapters save a third of it")
     if work.train is not None and work.train.precision == "fp32":
         notes.append("time: the cluster model counts bf16 products; fp32 takes several times that")
     return notes
