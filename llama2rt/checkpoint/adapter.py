@@ -5,6 +5,7 @@ on the Hugging Face export of the model it was trained on (`PeftModel.from_pretr
 the fp32 masters of the optimizer, as in model folders (`native.unrounded`).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,27 +24,39 @@ _PREFIX = "base_model.model."  # PeftModel around LoraModel around the model
 
 
 @torch.no_grad()
-def merge(model: Llama | ScalarModel, base: Llama | ScalarModel) -> None:
+def merge(
+    model: Llama | ScalarModel,
+    base: Llama | ScalarModel,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Add the adapter of `model` to the weights of `base`, in place and in fp32: alpha / rank * B A
     for each layer that has one. Other weights that were trained (a head) take the place of
     base's.
 
     `base` is the model that `model` was before `adapters.adapt`, loaded anew: `model` itself may
-    hold it rounded to bf16, which what it becomes must not be.
+    hold it rounded to bf16, which what it becomes must not be. `weights`: what was trained, by
+    parameter name, where `model` itself holds parts of it alone.
     """
     adapted = layers(model)
+    trained = weights or _weights(model)
     for name, layer in adapted.items():
-        a, b = (unrounded(matrix[NAME].weight) for matrix in (layer.lora_A, layer.lora_B))
+        a, b = (trained[f"{name}.lora_{matrix}.{NAME}.weight"] for matrix in "AB")
         weight = base.get_parameter(f"{name}.weight")
         weight += (b.float() @ a.float() * layer.scaling[NAME]).to(weight.device)
-    for name, parameter in _trained(model):
+    for name, tensor in trained.items():
         if ".lora_" not in name:
-            base.get_parameter(name).copy_(unrounded(parameter))
+            base.get_parameter(name).copy_(tensor)
 
 
-def save(model: Llama | ScalarModel, folder: str | Path, base: str | Path) -> None:
+def save(
+    model: Llama | ScalarModel,
+    folder: str | Path,
+    base: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the adapter of `model` to `folder` atomically; an adapter already there is replaced.
-    `base` is the folder of the model that it was trained on, for whoever reads its description."""
+    `base` is the folder of the model that it was trained on, for whoever reads its description;
+    `weights` as for `merge`."""
     adapted = layers(model)
     layer = next(iter(adapted.values()))
     scalar = isinstance(model, ScalarModel)
@@ -56,7 +69,8 @@ def save(model: Llama | ScalarModel, folder: str | Path, base: str | Path) -> No
         modules_to_save=["score"] if scalar else None,
         inference_mode=True,
     )
-    tensors = {peft_name(name): unrounded(parameter) for name, parameter in _trained(model)}
+    trained = weights or _weights(model)
+    tensors = {peft_name(name): tensor for name, tensor in trained.items()}
     with files.new_folder(Path(folder)) as fresh:
         config.save_pretrained(fresh)
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -65,8 +79,8 @@ def save(model: Llama | ScalarModel, folder: str | Path, base: str | Path) -> No
 
 @torch.no_grad()
 def load(model: Llama | ScalarModel, folder: str | Path) -> None:
-    """Give an adapted `model` the adapter that `save` wrote to `folder`, in fp32. InputError naming file and
-    tensor where it is damaged or of another shape."""
+    """Give an adapted `model` the adapter that `save` wrote to `folder`, in fp32. InputError naming
+    file and tensor where it is damaged or of another shape."""
     path = Path(folder) / files.ADAPTER
     try:
         tensors = load_file(path)
@@ -97,6 +111,10 @@ def peft_name(name: str) -> str:
         + "lora_"
         + (matrix.replace(f".{NAME}.", "."))
     )
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: unrounded(parameter) for name, parameter in _trained(model)}
 
 
 def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ rounded copies: `train.precision` has the rule.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,22 @@ FORMAT = "llama2rt"
 KINDS: dict[str, type[Llama] | type[ScalarModel]] = {"llama": Llama, "scalar": ScalarModel}
 
 
-def save(model: Llama | ScalarModel, tokenizer: Tokenizer | None, folder: str | Path) -> None:
+def save(
+    model: Llama | ScalarModel,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    whole: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write `folder` atomically; a model folder already there is replaced.
 
     Of a model under a `train.Optimizer` the fp32 masters are written, not their bf16 copies.
+    `whole`: all weights by parameter name, where the model's own are parts
+    (`parallel.saving`).
     """
     kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
-    weights = files.weights(model).items()
-    tensors = {stored_name(model, name): unrounded(weight) for name, weight in weights}
+    if whole is None:
+        whole = {name: unrounded(weight) for name, weight in files.weights(model).items()}
+    tensors = {stored_name(model, name): weight for name, weight in whole.items()}
     with files.new_folder(Path(folder)) as fresh:
         shape = dataclasses.asdict(model.config)
         files.write_json(fresh / "config.json", {"format": FORMAT, "kind": kind, "config": shape})

@@ -8,7 +8,8 @@ one optimizer step. There are no worker processes, since packing takes far less 
 
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from llama2rt.errors import InputError
 logger = logging.getLogger("llama2rt.data.loader")
 
 Step = TypeVar("Step")
+Item = TypeVar("Item")
 
 
 Share = tuple[int, int]
@@ -38,16 +40,25 @@ Share = tuple[int, int]
 WHOLE: Share = (0, 1)
 
 
-def balanced(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+def balanced(lengths: Sequence[float], ranks: int) -> list[list[int]]:
     """Indices of `lengths` divided among `ranks` processes, each one's in ascending order: the
     longest first, always to the one with the fewest tokens so far (Graham 1969)."""
     parts: list[list[int]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
+    tokens = [0.0] * ranks
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         rank = min(range(ranks), key=tokens.__getitem__)
         parts[rank].append(index)
         tokens[rank] += lengths[index]
     return [sorted(part) for part in parts]
+
+
+def dealt(items: Iterable[Item], share: Share, rest: Item) -> Iterator[Item]:
+    """Every `ranks`-th of `items` in turn, and `rest` where other ranks have one more: as many on
+    each."""
+    rank, ranks = share
+    remaining = iter(items)
+    while turn := list(islice(remaining, ranks)):
+        yield turn[rank] if rank < len(turn) else rest
 
 
 def shared_groups(

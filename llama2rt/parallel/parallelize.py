@@ -45,8 +45,10 @@ def shard(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> None:
     precision.
     """
     devices = mesh.fsdp if mesh.fsdp is not None else mesh.devices["shard"]  # type: ignore[index]
-    # The masters. Inputs are ids, and blocks pass on what has the dtype already.
-    model.to(torch.float32)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # a master; what an adapter leaves alone stays as it is
+            parameter.data = parameter.data.to(torch.float32)
+    # Inputs are ids, and blocks pass on what has the dtype already.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for module in (*model.transformer.blocks, model):
         fully_shard(module, mesh=devices, mp_policy=policy)
@@ -71,8 +73,8 @@ def _cut_after_inference(model: nn.Module) -> None:
     hidden: Any = model.hidden
 
     @functools.wraps(hidden)
-    def hidden_then_cut(*batch: Any) -> Any:
-        result = hidden(*batch)
+    def hidden_then_cut(*batch: Any, **options: Any) -> Any:
+        result = hidden(*batch, **options)
         finish()
         return result
 

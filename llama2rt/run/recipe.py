@@ -56,7 +56,8 @@ class Recipe(BaseModel):
 
         More steps are the same course where no step's learning rate depends on how many follow.
         """
-        if key in self.neutral:
+        # On how many processes a run goes on changes rounding alone.
+        if key in self.neutral or key.startswith("parallel."):
             return "neutral"
         before, now = begun.get(key), getattr(self, key, None)
         train = getattr(self, "train", None)

@@ -7,6 +7,8 @@ import torch
 from llama2rt.checkpoint import adapter, load, native
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.model.adapters import layers
+from llama2rt.parallel import on_main, world
+from llama2rt.parallel.saving import save_model, whole_state
 from llama2rt.run import Run
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -15,14 +17,19 @@ def save(model: Llama | ScalarModel, tokenizer: Tokenizer, run: Run, init: Path 
     """Write the run's model folder. Of an adapted model, which began as the one in `init`, it is
     a whole model too, which whatever reads model folders reads: the adapter is merged, in fp32,
     into `init` as it is stored, and not as the model holds it, which may have rounded it to bf16.
-    The adapter alone goes beside it, in peft's format."""
+    The adapter alone goes beside it, in peft's format. Every rank calls this."""
     if not layers(model):
-        native.save(model, tokenizer, run.model_directory)
+        save_model(model, tokenizer, run.model_directory)
         return
     assert init is not None  # the recipes' own check
-    whole, _ = load(init, "cpu", torch.float32)
-    if isinstance(model, ScalarModel) and isinstance(whole, Llama):
-        whole = ScalarModel.from_llama(whole)
-    adapter.merge(model, whole)
-    native.save(whole, tokenizer, run.model_directory)
-    adapter.save(model, run.adapter_directory, init)
+    weights = None if world().size == 1 else whole_state(model, trained=True)
+
+    def write() -> None:
+        whole, _ = load(init, "cpu", torch.float32)
+        if isinstance(model, ScalarModel) and isinstance(whole, Llama):
+            whole = ScalarModel.from_llama(whole)
+        adapter.merge(model, whole, weights)
+        native.save(whole, tokenizer, run.model_directory)
+        adapter.save(model, run.adapter_directory, init, weights)
+
+    on_main(write)

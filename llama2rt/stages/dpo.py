@@ -25,9 +25,11 @@ from llama2rt.data.packing import PairBatch
 from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
+from llama2rt.parallel import Mesh
+from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Model, Phase, Work
-from llama2rt.rollout import metrics, sampling
-from llama2rt.rollout.logprobs import response_logprobs, segment_sums
+from llama2rt.rollout import balance, metrics, sampling
+from llama2rt.rollout.logprobs import segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Change, Run
@@ -62,7 +64,7 @@ class DpoRecipe(RolloutRecipe):
 
     kind: losses.Kind = "dpo"
     """the preference loss, see algorithms.losses.preference; kto takes its KL from the pairs of one
-    forward pass, so that train.micro_tokens is part of it"""
+    forward pass, so that train.micro_tokens and the number of processes are part of it"""
     beta: float = Field(default=0.1, gt=0)
     """the paper's eta"""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -256,6 +258,8 @@ def learn(
 ) -> Llama:
     """The policy after `epochs` through the history, also saved as the iteration's model."""
     model = inputs.to_train(policy_folder)
+    mesh = Mesh.build(recipe.parallel, model.config)
+    parallelize(model, mesh, recipe.train.dtype)
     examples = [(response_example(best), response_example(worst)) for best, worst in history.pairs]
     loader = PairLoader(
         examples,
@@ -263,9 +267,10 @@ def learn(
         recipe.batch_size,
         recipe.train.micro_tokens,
         derived_seed(recipe.seed, "order", iteration),
+        share=mesh.share,
     )
     steps = recipe.epochs * loader.steps_per_epoch
-    fit(step, model, loader, objective(recipe), recipe.train, steps=steps)
+    fit(step, model, loader, objective(recipe), recipe.train, steps=steps, mesh=mesh)
     adapters.save(model, inputs.tokenizer, step, recipe.init)
     return model
 
@@ -299,12 +304,13 @@ def reference_sums(reference: nn.Module, pairs: Sequence[Pair], recipe: DpoRecip
     if recipe.kind in losses.REFERENCE_FREE or not pairs:
         return {}
     responses = [response for pair in pairs for response in pair]
-    logprob, _ = response_logprobs(
+    logprob, _ = balance.logprobs(
         reference,
         [response_example(response) for response in responses],
         1.0,
         recipe.train.micro_tokens,
-        pack_shared,
+        together=[i // 2 for i in range(len(responses))],
+        packed=pack_shared,
     )
     lengths = torch.tensor([len(response.tokens) for response in responses], device=logprob.device)
     values = segment_sums(logprob, lengths)

@@ -19,17 +19,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from llama2rt import atomic, planning, report
-from llama2rt.checkpoint import native
 from llama2rt.checkpoint.load import load
 from llama2rt.data import tokens
-from llama2rt.data.loader import TokenLoader
-from llama2rt.data.packing import Batch
+from llama2rt.data.loader import TokenLoader, dealt
+from llama2rt.data.packing import Batch, filler
 from llama2rt.data.readers import Reader
 from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
-from llama2rt.parallel import ParallelOptions, by_main
+from llama2rt.parallel import Mesh, ParallelOptions, by_main
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.parallel.saving import save_model
 from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.run import Recipe, Run, check_integers
 from llama2rt.stages.loading import (
@@ -39,6 +40,7 @@ from llama2rt.stages.loading import (
     choose_tokenizer,
     default_device,
     file_inputs,
+    outline,
     outlines,
 )
 from llama2rt.text.tokenizer import Tokenizer
@@ -150,9 +152,13 @@ class PretrainRecipe(Recipe):
 
 def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Tokenise, train, measure the held-out loss; returns the model folder."""
+    # What is impossible is said before hours of tokenising; the vocabulary plays no part.
     if recipe.init is None:
-        # An impossible shape is said before hours of tokenising; the vocabulary plays no part.
-        _require_context(recipe, recipe.model.config(recipe.vocab_size or 32000, recipe.context))
+        shape = recipe.model.config(recipe.vocab_size or 32000, recipe.context)
+    else:
+        shape = outline(recipe.init).config
+    _require_context(recipe, shape)
+    mesh = Mesh.build(recipe.parallel, shape)
     run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
@@ -160,12 +166,18 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
     training, held_out, tokenizer, model = prepare(recipe, run.directory)
     options = recipe.train
     loader = TokenLoader(
-        training, recipe.context, recipe.batch_tokens, options.micro_tokens, recipe.seed
+        training,
+        recipe.context,
+        recipe.batch_tokens,
+        options.micro_tokens,
+        recipe.seed,
+        share=mesh.share,
     )
+    parallelize(model, mesh, options.dtype)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return held_out_losses(model, held_out, recipe.context, options.micro_tokens)
+        return held_out_losses(model, held_out, recipe.context, options.micro_tokens, mesh)
 
     result = fit(
         run,
@@ -175,8 +187,9 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         options,
         steps=steps,
         validate=validate if held_out else None,
+        mesh=mesh,
     )
-    native.save(model, tokenizer, run.model_directory)
+    save_model(model, tokenizer, run.model_directory)
     report.finish(run, result)
     return run.model_directory
 
@@ -373,18 +386,25 @@ def next_token(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor
 
 
 def held_out_losses(
-    model: nn.Module, streams: Mapping[str, TokenFile], context: int, micro_tokens: int
+    model: nn.Module,
+    streams: Mapping[str, TokenFile],
+    context: int,
+    micro_tokens: int,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Nats per token and bits per UTF-8 byte over the whole of all `streams`, EOS included, in
     windows of `context` tokens that do not see each other; of several streams also each one's
-    bits per byte, by name."""
+    bits per byte, by name. The ranks of `mesh` read a share each."""
+    mesh = mesh or Mesh.single()
     device = next(model.parameters()).device
     nats = dict.fromkeys(streams, 0.0)
     count = 0
     for name, stream in streams.items():
-        for batch in stream.batches(context, micro_tokens):
+        for batch in dealt(stream.batches(context, micro_tokens), mesh.share, filler()):
             loss, _ = next_token(model, batch.to(device))
-            nats[name], count = nats[name] + float(loss), count + batch.weight
+            nats[name], count = nats[name] + loss.item(), count + batch.weight
+    *summed, count = mesh.totals([*nats.values(), count])
+    nats = dict(zip(streams, summed, strict=True))
     size = {name: stream.text_bytes for name, stream in streams.items()}
     each = {f"bits_per_byte/{name}": nats[name] / math.log(2) / size[name] for name in streams}
     return {

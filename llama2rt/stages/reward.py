@@ -27,7 +27,8 @@ from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
-from llama2rt.parallel import ParallelOptions
+from llama2rt.parallel import Mesh, ParallelOptions
+from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
@@ -140,6 +141,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
     options = recipe.train
     loader = PairLoader(
         inputs.pairs,
@@ -147,11 +149,13 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         recipe.batch_size,
         options.micro_tokens,
         recipe.seed,
+        share=mesh.share,
     )
     model = initial_model(recipe, inputs.result.config)
+    parallelize(model, mesh, options.dtype)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
-        chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens)
+        chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
         accuracy = preference.accuracy(chosen, rejected, [c.rating for c in inputs.held_out])
         return {f"held_out/accuracy/{rating}": value for rating, value in accuracy.items()}
 
@@ -163,6 +167,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=held_out_accuracy if inputs.held_out and options.validate_every else None,
+        mesh=mesh,
     )
     numbers: dict[str, Any] = {
         "kind": recipe.kind,
@@ -170,11 +175,11 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         "left_out": inputs.left_out,
     }
     if inputs.held_out:
-        scores = score(model, inputs.held_out_pairs, options.micro_tokens)
+        scores = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
         numbers |= evaluate(*scores, inputs.held_out)
         if recipe.previous is not None:
             previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
-            before = score(previous, inputs.held_out_pairs, options.micro_tokens)
+            before = score(previous, inputs.held_out_pairs, options.micro_tokens, mesh)
             numbers["drift"] = drift(before, scores, inputs.held_out)
     adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, numbers)
@@ -349,12 +354,16 @@ def objective(recipe: RewardRecipe) -> Objective:
 
 
 def score(
-    model: ScalarModel, pairs: Sequence[tuple[Example, Example]], micro_tokens: int
+    model: ScalarModel,
+    pairs: Sequence[tuple[Example, Example]],
+    micro_tokens: int,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Raw scores fp32 [n] of the chosen and of the rejected sides."""
+    """Raw scores fp32 [n] of the chosen and of the rejected sides, on each rank of `mesh`."""
     # Side by side, so that a pair's prompt is computed once.
     sides = [side.tokens for pair in pairs for side in pair]
-    chosen, rejected = score_tokens(model, sides, micro_tokens=micro_tokens).reshape(-1, 2).T
+    scores = score_tokens(model, sides, micro_tokens=micro_tokens, mesh=mesh)
+    chosen, rejected = scores.reshape(-1, 2).T
     return chosen, rejected
 
 

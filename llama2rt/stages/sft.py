@@ -18,13 +18,14 @@ from pydantic import Field
 from torch import nn
 
 from llama2rt import planning, report
-from llama2rt.data.loader import ExampleLoader
-from llama2rt.data.packing import Batch, Example, micro_batches
+from llama2rt.data.loader import ExampleLoader, dealt
+from llama2rt.data.packing import Batch, Example, filler, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
 from llama2rt.model import LlamaConfig
-from llama2rt.parallel import ParallelOptions
+from llama2rt.parallel import Mesh, ParallelOptions
+from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Phase, Work
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters
@@ -87,14 +88,18 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
     options = recipe.train
-    loader = ExampleLoader(inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed)
+    loader = ExampleLoader(
+        inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed, share=mesh.share
+    )
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
     model, _ = load_llama(recipe.init, recipe.tokenizer, recipe.lora.load_dtype(options))
     recipe.lora.adapt(model, recipe.seed)
+    parallelize(model, mesh, options.dtype)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"held_out_loss": answer_loss(model, held_out)}
+        return {"held_out_loss": answer_loss(model, held_out, mesh)}
 
     if held_out and not run.store.steps():
         run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
@@ -108,6 +113,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=validate if held_out else None,
+        mesh=mesh,
     )
     adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, {**result, "dialogues": len(inputs.training)})
@@ -192,8 +198,11 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) ->
     return fitting
 
 
-def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Nats per answer token over `batches`."""
+def answer_loss(model: nn.Module, batches: Sequence[Batch], mesh: Mesh | None = None) -> float:
+    """Nats per answer token over `batches`, of which the ranks of `mesh` read a share each."""
+    mesh = mesh or Mesh.single()
     device = next(model.parameters()).device
-    nats = sum(float(next_token(model, batch.to(device))[0]) for batch in batches)
-    return nats / sum(batch.weight for batch in batches)
+    own = dealt(batches, mesh.share, filler())
+    nats = sum(float(next_token(model, batch.to(device))[0]) for batch in own)
+    (total,) = mesh.totals([nats])
+    return total / sum(batch.weight for batch in batches)

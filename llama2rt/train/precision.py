@@ -51,7 +51,7 @@ class MasterWeights:
         self.parameters = [parameter for _, parameter in named]
         if isinstance(model, FSDPModule):
             self.tensors: list[Tensor] = [_shard(parameter) for parameter in self.parameters]
-            return
+            return  # its policy makes the copies in `dtype`
         self.tensors = [unrounded(p).to(MASTER) for p in self.parameters]
         for parameter in model.parameters():
             if parameter.is_floating_point():
