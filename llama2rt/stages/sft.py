@@ -159,7 +159,7 @@ def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], Ll
         batch = planning.Batch.of(lengths, min(recipe.batch_size, len(lengths)))
         steps = Count(recipe.epochs * -(-len(lengths) // recipe.batch_size))
     return Work(
-        [Phase("training", trained=[planning.Model("model", config)], training=True)],
+        [Phase("training", [planning.Model("model", config, lora=recipe.lora)], training=True)],
         recipe.train,
         recipe.parallel,
         batch,
