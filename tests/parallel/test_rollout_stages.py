@@ -7,7 +7,6 @@ from parallel_rollouts import ppo_parts, run_stage, stop_sampling
 from safetensors.torch import load_file
 
 from llama2rt.data.readers import write
-from llama2rt.parallel import ParallelOptions
 from llama2rt.rollout.responses import read_responses
 from llama2rt.stages import ppo, rejection
 
@@ -50,11 +49,15 @@ def ppo_recipe(pocket, **settings):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(2, ParallelOptions()), (4, ParallelOptions(data=2))]
+    ("ranks", "parallel", "lora"),
+    [(2, {}, {}), (4, {"data": 2}, {}), (2, {}, {"rank": 2})],
+    ids=["sharded", "hybrid", "adapter"],
 )
-def test_an_iteration_of_ppo_is_one_processs(on_ranks, pocket, ranks, parallel):
-    alone = ppo_parts(ppo_recipe(pocket))
-    results = on_ranks(ranks, ppo_parts, ppo_recipe(pocket, parallel=parallel))
+def test_an_iteration_of_ppo_is_one_processs(on_ranks, pocket, ranks, parallel, lora):
+    if lora:
+        pytest.importorskip("peft")
+    alone = ppo_parts(ppo_recipe(pocket, lora=lora))
+    results = on_ranks(ranks, ppo_parts, ppo_recipe(pocket, parallel=parallel, lora=lora))
     for result in results:
         # The gathered policy samples what the trained one says, and is still the reference.
         assert result["measured"]["kl_k1"] == result["measured"]["kl_k3"] == 0.0
