@@ -229,9 +229,7 @@ def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
     critic = loading.load_scalar(
         recipe.rewards.helpfulness, recipe.lora.load_dtype(options), inputs.tokenizer
     )
-    if recipe.lora.rank is None:
-        critic.requires_grad_(True)
-    recipe.lora.adapt(critic, recipe.seed)
+    recipe.lora.adapt(critic.requires_grad_(True), recipe.seed)
     for model in (policy, critic):
         parallelize(model, mesh, options.dtype)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})

@@ -9,6 +9,7 @@ from typing import Any
 import json_lines
 
 from llama2rt.parallel import ParallelOptions
+from llama2rt.run import lock
 from llama2rt.stages.pretrain import ModelShape, PretrainRecipe
 from llama2rt.stages.reward import RewardRecipe
 from llama2rt.stages.sft import SftRecipe
@@ -67,6 +68,8 @@ def recipe(stage: str, folder: Path, init: Path, parallel: ParallelOptions) -> A
         data = [folder / "dialogues.jsonl"]
         return SftRecipe(data=data, held_out=0.1, batch_size=8, epochs=2, **common)
     data = [folder / "comparisons.jsonl"]
+    # A loss near 0 would be compared with the rounding of scores, not with its own.
+    common["train"] = TRAIN.model_copy(update={"lr": 2e-4})
     return RewardRecipe(data=data, held_out=10, batch_size=8, epochs=2, **common)
 
 
@@ -80,6 +83,7 @@ def run_stage(
     try:
         return str(module.run(recipe(stage, folder, init, parallel), out, resume=True))
     except KeyboardInterrupt as error:
+        lock.unlock(out)  # as the end of a process does
         return str(error)
 
 
