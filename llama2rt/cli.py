@@ -3,16 +3,23 @@
 A stage's verb reads a recipe (a path, or the name of one that is shipped), takes any of its keys as
 an option, and runs the stage. The other verbs are functions whose arguments become options. Verbs
 import their code when they are called, so that `--help` answers at once; one whose module is not
-there is not offered. Exit status: 0 done, 2 bad input, 1 anything else (Ctrl-C included).
+there is not offered. Exit status: 0 done, 2 bad input, 75 saved and stopped because a scheduler
+asked for it (SIGTERM, SIGUSR1), 1 anything else (Ctrl-C included).
+
+Stages and `iterate` run under torchrun: every rank reads the command, then they meet. What they say
+alike is said once, by rank 0; what one of them says alone begins with its rank.
 """
 
+import contextlib
 import importlib
 import json
 import logging
 import os
 import sys
 import textwrap
+import time
 import tomllib
+import traceback
 import typing
 import warnings
 from collections.abc import Sequence
@@ -78,6 +85,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `llama2rt` command; leaves through SystemExit with its status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if _rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: stdout is rank 0's
     verbs = available()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(verbs))
@@ -90,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"unknown verb {verb!r}: expected one of {', '.join(verbs)}", status=2)
     # An address of pydantic's below each wrong value helps nobody who runs a command.
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    _listen()
 
     if verb != "cluster":  # most of whose subcommands need no tensors, hence no torch
         from llama2rt.train.allocator import keep_freed_memory
@@ -102,18 +110,64 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_stage(verb, rest)
         elif verb == "cluster":
             _run_cluster(rest)
+        elif _ranks() > 1:
+            raise InputError(
+                f"works in one process, and WORLD_SIZE is {_ranks()}: start it without torchrun"
+            )
         else:
             _run_command(verb, rest)
-    except SystemExit:
-        raise  # help, or bad options: the handlers below would load torch to name their errors
-    except InputError as error:
-        _fail(f"{verb}: {error}", status=2)
-    except KeyboardInterrupt as error:
-        _fail(f"{verb}: {error or 'interrupted'}", status=1)
+    except SystemExit as end:  # help, or bad options, which all ranks have read
+        if _rank() and end.code:
+            time.sleep(10)  # until rank 0 has said so: torchrun ends all when the first one ends
+        raise
     except BrokenPipeError:
         sys.exit(1)  # the reader of our output has left
-    except (FloatingPointError, OSError, _checkpoint_error()) as error:
-        _fail(f"{verb}: {error}", status=1)
+    except BaseException as error:
+        _end(error, verb)
+
+
+def _end(error: BaseException, verb: str) -> typing.NoReturn:
+    """Leave with what is to be said of `error`; a defect of the program keeps its traceback."""
+    known = _explained(error)
+    if _ranks() > 1 and verb != "cluster":  # which knows of ranks by itself
+        from llama2rt.parallel import command
+
+        command.leave(error, *(known or (traceback.format_exc().rstrip(), 1)), verb)
+    if known is None:
+        raise error
+    message, status = known
+    _fail(f"{verb}: {message}", status)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _ranks() -> int:
+    """How many processes torchrun has started of this command."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _listen() -> None:
+    """Where what the library logs and warns of is said: on stderr, of other ranks than 0 only what
+    is a warning."""
+    who = f"rank {_rank()}: " if _rank() else ""
+    level = logging.WARNING if _rank() else logging.INFO
+    logging.basicConfig(level=level, format=f"{who}%(message)s", stream=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(
+        f"{who}warning: {message}", file=sys.stderr
+    )
+
+
+def _explained(error: BaseException) -> tuple[str, int] | None:
+    """(what to say instead of a traceback, exit status); None for a defect of the program."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted", getattr(error, "status", 1)
+    if isinstance(error, FloatingPointError | OSError | _checkpoint_error()):
+        return str(error), 1
+    return None
 
 
 def with_recipe() -> dict[str, tuple[str, str]]:
@@ -156,7 +210,7 @@ files, checkpoints/ and model/. After Ctrl-C or a kill, the same command with --
   llama2rt VERB --help    all options of a verb
   llama2rt --version
 
-Exit status: 0 done, 2 bad input, 1 anything else."""
+Exit status: 0 done, 2 bad input, 75 stopped by SIGTERM and saved, 1 anything else."""
 
 
 def _run_stage(verb: str, arguments: list[str]) -> None:
@@ -166,26 +220,41 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
     if given is None and not {"-h", "--help"} & set(arguments):
         raise InputError(f"the recipe comes first: llama2rt {verb} RECIPE [--key value] --out DIR")
     values = read_recipe(find_recipe(given)) if given is not None else {}
-    options = _stage_options(verb, recipe_class, given, values, arguments)
+    # All ranks read the same, and rank 0 says what is wrong with it.
+    with contextlib.redirect_stderr(sys.stdout) if _rank() else contextlib.nullcontext():
+        options = _stage_options(verb, recipe_class, given, values, arguments)
     if options.planned.dry_run:
         lines, values = options.planned.say(verb, options.recipe, options.out)
         print(json.dumps(values) if options.json else "\n".join(lines))
         return
+    if _ranks() == 1:
+        folder = _carry_out(module, options, options.resume)
+    else:
+        from llama2rt.parallel import command
+
+        with command.joined():
+            folder = _carry_out(module, options, options.resume or command.restarted())
+    if options.json:
+        manifest = json.loads((options.out / "manifest.json").read_text())
+        result = {"out": str(options.out), "model": str(folder), "summary": manifest["summary"]}
+        print(json.dumps(result))
+    elif not _rank():
+        print(f"{verb}: done, {folder}", file=sys.stderr)
+
+
+def _carry_out(module: Any, options: Any, resume: bool) -> Path:
+    """What the stage's `run` leaves; a new directory in which nothing has happened goes where its
+    input was bad."""
     fresh = not options.out.exists()
     try:
-        folder = module.run(options.recipe, options.out, resume=options.resume)
+        folder: Path = module.run(options.recipe, options.out, resume=resume)
     except InputError:
         if fresh:
             from llama2rt.run import abandon
 
             abandon(options.out)
         raise
-    if options.json:
-        manifest = json.loads((options.out / "manifest.json").read_text())
-        result = {"out": str(options.out), "model": str(folder), "summary": manifest["summary"]}
-        print(json.dumps(result))
-    else:
-        print(f"{verb}: done, {folder}", file=sys.stderr)
+    return folder
 
 
 def find_recipe(name: str) -> Path:
@@ -219,12 +288,12 @@ def _stage_options(
     from pydantic import ValidationError
 
     from llama2rt.pipeline.dry_run import DryRun
-    from llama2rt.run.unfinished import first_problem, unfinished
+    from llama2rt.run.unfinished import first_problem, registry, unfinished
 
     dry = "--dry-run" in arguments
     source = given if given is not None else verb
     recipe = unfinished(recipe_class, values, source)
-    options = make_dataclass(
+    command = make_dataclass(
         "Options",
         [
             (
@@ -250,48 +319,21 @@ def _stage_options(
     )
     try:
         return tyro.cli(
-            options,
+            command,
             prog=f"llama2rt {verb} {given or 'RECIPE'}",
             description=(recipe_class.__doc__ or "").strip(),
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
-            registry=_registry(),
+            registry=registry(),
         )
     except ValidationError as error:
         raise InputError(f"{source}: {first_problem(error.errors(), recipe_class)}") from None
 
 
-def _registry() -> Any:
-    """How options name files of records: a path, or a table as it would stand in a recipe."""
-    import tyro
-
-    from llama2rt.data.sources import Source
-
-    def parse(given: list[str]) -> Source:
-        try:
-            return Source.parse(given[0])
-        except InputError as error:  # tyro would say only that it could not be parsed
-            _fail(str(error), status=2)
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _source(info: Any) -> Any:
-        if info.type is not Source:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="PATH|TABLE",
-            instance_from_str=parse,
-            is_instance=lambda value: isinstance(value, Source),
-            str_from_instance=lambda value: [value.as_option()],
-        )
-
-    return registry
-
-
 def _run_command(verb: str, arguments: list[str]) -> None:
     import tyro
+
+    from llama2rt.run.unfinished import registry
 
     module, name, _ = COMMANDS[verb]
     tyro.cli(
@@ -299,7 +341,7 @@ def _run_command(verb: str, arguments: list[str]) -> None:
         prog=f"llama2rt {verb}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
-        registry=_registry(),
+        registry=registry(),
     )
 
 

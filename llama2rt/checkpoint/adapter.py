@@ -79,8 +79,8 @@ def save(
 
 @torch.no_grad()
 def load(model: Llama | ScalarModel, folder: str | Path) -> None:
-    """Give an adapted `model` the adapter that `save` wrote to `folder`, in fp32. InputError naming file and
-    tensor where it is damaged or of another shape."""
+    """Give an adapted `model` the adapter that `save` wrote to `folder`, in fp32. InputError naming
+    file and tensor where it is damaged or of another shape."""
     path = Path(folder) / files.ADAPTER
     try:
         tensors = load_file(path)

@@ -40,11 +40,11 @@ Share = tuple[int, int]
 WHOLE: Share = (0, 1)
 
 
-def balanced(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+def balanced(lengths: Sequence[float], ranks: int) -> list[list[int]]:
     """Indices of `lengths` divided among `ranks` processes, each one's in ascending order: the
     longest first, always to the one with the fewest tokens so far (Graham 1969)."""
     parts: list[list[int]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
+    tokens = [0.0] * ranks
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         rank = min(range(ranks), key=tokens.__getitem__)
         parts[rank].append(index)

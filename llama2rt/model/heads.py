@@ -9,6 +9,19 @@ from llama2rt.model.shared_prefix import SharedKeys, documents
 from llama2rt.model.transformer import Transformer, initialize
 
 
+def value(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [T, dim], weight [1, dim] -> fp32 [T]."""
+    # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
+    return (hidden.float() * weight.float()).sum(-1)
+
+
+class Head(nn.Linear):
+    """A Linear of one output, in fp32: [T, dim] -> [T]."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return value(hidden, self.weight)
+
+
 class ScalarModel(nn.Module):
     """A transformer under a regression head: one number per token.
 
@@ -25,7 +38,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, device, dtype)
-        self.head = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype)
+        self.head = Head(config.dim, 1, bias=False, device=device, dtype=dtype)
 
     def initialize(self, seed: int = 0) -> "ScalarModel":
         """Fresh weights from a seed (see Llama.initialize); returns the model."""
@@ -67,9 +80,7 @@ class ScalarModel(nn.Module):
         keys: SharedKeys | None = None,
     ) -> Tensor:
         """fp32 [T]: the value at every token; a response's score is the one at its last token."""
-        hidden = self.transformer(tokens, positions, documents(cu_seqlens, keys))
-        # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
-        return (hidden.float() * self.head.weight.float()).sum(-1)
+        return self.head(self.transformer(tokens, positions, documents(cu_seqlens, keys)))
 
 
 def last_token(values: Tensor, cu_seqlens: Tensor) -> Tensor:

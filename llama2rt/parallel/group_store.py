@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -237,7 +237,7 @@ class _Writer(StorageWriter):
         results = []
         for number, items in enumerate(_files(plan.items)):
             path = self._folder / f"{plan.storage_data}-{number:05d}.safetensors"
-            tensors = {item.index.fqn: planner.resolve_data(item) for item in items}
+            tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in items}
             chunks = {
                 item.index.fqn: [list(_size(item)), list(item.index.offset or ())] for item in items
             }

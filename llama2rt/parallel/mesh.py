@@ -4,6 +4,7 @@ Ranks of different `data` and `shard` coordinates see different micro-batches; t
 `context`, `tensor` or `pipeline` alone work on the same one.
 """
 
+import datetime
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama2rt.errors import InputError
 from llama2rt.model import LlamaConfig
+from llama2rt.parallel import faults
 from llama2rt.parallel.options import DIMENSIONS, ParallelOptions
 from llama2rt.parallel.world import world
 
@@ -60,6 +62,7 @@ class Mesh:
                     (degrees["data"], degrees["shard"] * degrees["context"]),
                     ("replicate", "sharded"),
                 )
+        faults.set_limit(datetime.timedelta(minutes=options.timeout_minutes))
         return cls(degrees, devices, fsdp)
 
     @property

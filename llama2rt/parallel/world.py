@@ -19,13 +19,11 @@ import torch
 import torch.distributed as dist
 
 from llama2rt.errors import InputError
+from llama2rt.parallel import faults
 
 Result = TypeVar("Result")
 Given = ParamSpec("Given")
 
-# A rank that has not come to a collective of tensors by then hangs, or is dead without its
-# connection closed. A step takes seconds, a checkpoint or a rollout phase minutes.
-TIMEOUT = datetime.timedelta(minutes=30)
 # While rank 0 tokenises a corpus the others wait for its word.
 PATIENCE = datetime.timedelta(days=2)
 
@@ -77,13 +75,17 @@ def start() -> World:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    _control()
-    return world()
+    dist.init_process_group(backend)
+    store = dist.distributed_c10d._get_default_store()
+    here = world()
+    faults.begin(faults.Group(store, here.rank, here.size, here.device, _control()))
+    faults.set_limit(faults.LIMIT)
+    return here
 
 
 def stop() -> None:
     """Leave the processes that `start` joined."""
+    faults.end()
     _control.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -98,6 +100,7 @@ def barrier() -> None:
     """Wait until every rank is here, as long as it takes."""
     if world().size > 1:
         dist.monitored_barrier(_control(), timeout=PATIENCE)
+        faults.met()
 
 
 def broadcast(value: Result) -> Result:
@@ -115,6 +118,7 @@ def gather(value: Result) -> list[Result]:
         return [value]
     values: list[Any] = [None] * world().size
     dist.all_gather_object(values, value, group=_control())
+    faults.met()
     return values
 
 

@@ -7,7 +7,7 @@ what an allocator adds, a CUDA context, NCCL's buffers; `RESERVE` keeps a share 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 import torch
 
@@ -61,8 +61,13 @@ class Setting:
 
     @property
     def fsdp(self) -> bool:
-        """Whether FSDP holds the model, if only to reduce gradients over replicas."""
-        return self.shards * self.degrees["data"] > 1
+        """Whether FSDP holds the model: among several processes always (parallel/parallelize)."""
+        return prod(self.degrees.values()) > 1
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element of the gradient that a backward pass leaves: FSDP reduces in fp32."""
+        return FP32 if self.fsdp else self.compute_bytes
 
     @property
     def tokens(self) -> int:
@@ -118,10 +123,12 @@ def parts(model: Model, tensor: int = 1, pipeline: int = 1) -> Parts:
 def states(model: Model, setting: Setting) -> Components:
     """Weights, fp32 masters and AdamW's moments of a model that is trained, each cut by FSDP."""
     owned = parts(model, setting.tensor, setting.pipeline).total / setting.shards
+    # Where the model's weights are fp32 they are the masters (train/precision.py); FSDP's shards
+    # are fp32 whatever it computes in.
     narrow = setting.compute_bytes < FP32
+    weights = 0 if narrow and setting.fsdp else setting.compute_bytes
     return {
-        # In fp32 the masters are the weights (train/precision.py).
-        "weights": owned * setting.compute_bytes,
+        "weights": owned * weights,
         "masters": owned * FP32 if narrow else 0.0,
         "moments": owned * 2 * FP32,
     }
@@ -154,7 +161,7 @@ def _begin(model: Model, setting: Setting) -> Components:
         "gradients": earlier + here.output * setting.compute_bytes,
         "activations": kept + max(again + _block_backward(model.config, setting), head),
         "logits": logits,
-        "gathered": _gathered(here, setting),
+        "gathered": _gathered(here, setting, here.block),
     }
 
 
@@ -162,7 +169,7 @@ def _end(model: Model, setting: Setting) -> Components:
     """All gradients of this micro-batch beside the sums of those before; the first block's own."""
     here = parts(model, setting.tensor, setting.pipeline)
     owned = here.total / setting.shards
-    gradients = owned * (_summed_bytes(setting, setting.micro_batches - 1) + setting.compute_bytes)
+    gradients = owned * (_summed_bytes(setting, setting.micro_batches - 1) + setting.gradient_bytes)
     waiting = (_in_flight(setting) - 1) * here.blocks
     kept = activations(model.config, setting) * waiting
     last = block_activations(model.config, setting) + _block_backward(model.config, setting)
@@ -170,7 +177,7 @@ def _end(model: Model, setting: Setting) -> Components:
         "gradients": gradients,
         "activations": kept + last,
         "logits": 0.0,
-        "gathered": _gathered(here, setting),
+        "gathered": _gathered(here, setting, here.rest),
     }
 
 
@@ -185,7 +192,7 @@ def _summed_bytes(setting: Setting, micro_batches: int) -> int:
     stays in the compute dtype, sums are fp32."""
     if micro_batches <= 0:
         return 0
-    return setting.compute_bytes if micro_batches == 1 else FP32
+    return setting.gradient_bytes if micro_batches == 1 else FP32
 
 
 def _in_flight(setting: Setting) -> int:
@@ -193,15 +200,15 @@ def _in_flight(setting: Setting) -> int:
     return min(setting.micro_batches, setting.pipeline)
 
 
-def _gathered(here: Parts, setting: Setting) -> float:
-    """Whole weights that FSDP has gathered, and whole gradients that it has yet to reduce: two
-    blocks (one computed, one fetched ahead) with one block's gradient, and what lies outside the
-    blocks, which stays from the beginning of forward to the end of backward."""
-    if not setting.fsdp or setting.shards == 1:
+def _gathered(here: Parts, setting: Setting, reduced: float) -> float:
+    """Whole weights that FSDP has gathered: what lies outside the blocks from the beginning of
+    forward to the end of backward, and two blocks (one computed, one fetched ahead). With them the
+    `reduced` elements whose gradients are whole and copied, in fp32, for the reduction: a block's,
+    and at the end those outside the blocks."""
+    if not setting.fsdp:
         return 0.0
-    weights = 2 * here.block + here.rest
-    gradients = here.block + here.rest
-    return (weights + gradients) * setting.compute_bytes
+    weights = here.rest + (2 * here.block if reduced == here.block else 0.0)
+    return weights * setting.compute_bytes + reduced * (setting.compute_bytes + FP32)
 
 
 def activations(config: LlamaConfig, setting: Setting) -> float:

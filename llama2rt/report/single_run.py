@@ -17,6 +17,8 @@ from llama2rt.report import html, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
 
+TRAINING = "Training"
+
 
 def of_run(
     directory: str | Path,
@@ -73,7 +75,16 @@ def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section
         blocks.append(training.kl_against_reward(metrics))
     if "chosen_logprob" in keys:
         blocks.append(training.margins(metrics))
-    return [html.Section("Training", blocks)]
+    return [html.Section(TRAINING, blocks)]
+
+
+def training_again(directory: Path) -> list[html.Section]:
+    """The training sections of a run's own page, as they are drawn there, for another page; drawn
+    here where it has none."""
+    if figures := html.drawn(directory / "report.html", TRAINING):
+        return [html.Section(TRAINING, figures)]
+    metrics = read_metrics(directory / "metrics.jsonl")
+    return training_sections(metrics) if metrics else []
 
 
 def facts(directory: str | Path) -> list[html.Block]:

@@ -65,3 +65,12 @@ def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     deterministic."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))  # else bf16 stops at 256
     return torch.segment_reduce(wide, "sum", lengths=lengths, initial=0)
+
+
+def token_rows(cu_responses: Tensor, members: Tensor) -> Tensor:
+    """int64 [sum of lengths]: indices of the members' tokens among all response tokens."""
+    lengths = cu_responses.diff()[members]
+    begins = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(cu_responses[members] - begins, lengths) + torch.arange(
+        int(lengths.sum()), device=lengths.device
+    )

@@ -1,5 +1,6 @@
 """A recipe to which options may still add, and what is wrong with one in a sentence."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,3 +78,33 @@ def _in_a_table(key: str, recipe_class: Any) -> str:
     )
     table = next(tables, None)
     return "" if table is None else f"; did you mean {table}.{key}?"
+
+
+def registry() -> Any:
+    """How options name files of records: a path, or a table as it would stand in a recipe."""
+    import tyro
+
+    from llama2rt.data.sources import Source
+
+    def parse(given: list[str]) -> Source:
+        try:
+            return Source.parse(given[0])
+        except InputError as error:  # tyro would say only that it could not be parsed
+            print(f"llama2rt {error}", file=sys.stderr)
+            sys.exit(2)
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _source(info: Any) -> Any:
+        if info.type is not Source:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH|TABLE",
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, Source),
+            str_from_instance=lambda value: [value.as_option()],
+        )
+
+    return registry

@@ -28,8 +28,8 @@ from llama2rt.model import Llama
 from llama2rt.parallel import Mesh
 from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Model, Phase, Work
-from llama2rt.rollout import metrics, sampling
-from llama2rt.rollout.logprobs import response_logprobs, segment_sums
+from llama2rt.rollout import balance, metrics, sampling
+from llama2rt.rollout.logprobs import segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Change, Run
@@ -303,12 +303,13 @@ def reference_sums(reference: nn.Module, pairs: Sequence[Pair], recipe: DpoRecip
     if recipe.kind in losses.REFERENCE_FREE or not pairs:
         return {}
     responses = [response for pair in pairs for response in pair]
-    logprob, _ = response_logprobs(
+    logprob, _ = balance.logprobs(
         reference,
         [response_example(response) for response in responses],
         1.0,
         recipe.train.micro_tokens,
-        pack_shared,
+        together=[i // 2 for i in range(len(responses))],
+        packed=pack_shared,
     )
     lengths = torch.tensor([len(response.tokens) for response in responses], device=logprob.device)
     values = segment_sums(logprob, lengths)

@@ -24,10 +24,9 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics
 from llama2rt.model import Llama
-from llama2rt.parallel import by_main
 from llama2rt.planning import Model, Phase, Work
-from llama2rt.rollout import sampling
-from llama2rt.rollout.logprobs import response_logprobs, segment_sums
+from llama2rt.rollout import balance, sampling
+from llama2rt.rollout.logprobs import segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed, read_samples
@@ -100,7 +99,6 @@ class EvaluateInputs(Opened):
     result: None = None
 
 
-@by_main
 def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Sample, score, measure into report.json; returns the directory, which holds the samples."""
     run = Run.open(directory, recipe, inputs=loading.file_inputs(recipe), resume=resume)
@@ -279,8 +277,9 @@ def divergence(
     estimators: the unbiased k1 and the never negative k3."""
     responses = [response for group in answers for response in group]
     examples = [response_example(response) for response in responses]
-    logprob, _ = response_logprobs(model, examples, 1.0, micro_tokens)
-    reference_logprob, _ = response_logprobs(reference, examples, 1.0, micro_tokens)
+    prompts = [i for i, group in enumerate(answers) for _ in group]
+    logprob, _ = balance.logprobs(model, examples, 1.0, micro_tokens, prompts)
+    reference_logprob, _ = balance.logprobs(reference, examples, 1.0, micro_tokens, prompts)
     lengths = torch.tensor([len(r.tokens) for r in responses], device=logprob.device)
     found = {}
     for estimator in ("k1", "k3"):

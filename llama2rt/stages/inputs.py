@@ -19,6 +19,7 @@ from llama2rt.data.sources import Source
 from llama2rt.model import Llama
 from llama2rt.model.adapters import WithoutAdapter
 from llama2rt.parallel import ParallelOptions
+from llama2rt.parallel.whole import whole
 from llama2rt.rollout import metrics
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
@@ -116,13 +117,14 @@ class RolloutInputs(Opened):
         """`rollout.metrics.measure` on the held-out prompts of a model that `run` has trained: at
         temperature 1, with the same random numbers every time."""
         model.eval()  # an adapter may have dropout
-        return metrics.measure(
-            run.samples_directory / "held_out.jsonl",
-            self.sampler(model, str(run.directory)),
-            self.reference,
-            self.held_out,
-            seed=derived_seed(self.recipe.seed, "held-out"),
-        )
+        with whole(model, self.recipe.train.dtype) as policy:
+            return metrics.measure(
+                run.samples_directory / "held_out.jsonl",
+                self.sampler(policy, str(run.directory)),
+                self.reference,
+                self.held_out,
+                seed=derived_seed(self.recipe.seed, "held-out"),
+            )
 
 
 def open_rollout(recipe: RolloutRecipe, future: Future | None = None) -> RolloutInputs:

@@ -20,8 +20,10 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.errors import InputError, naming
+from llama2rt.parallel import Mesh, on_main
+from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Model, Phase, Work
-from llama2rt.rollout import sampling
+from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.responses import (
     Response,
     read_responses,
@@ -97,19 +99,20 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
 
     # Sample, score and select.
     sampled = sample(recipe, inputs, run.samples_directory)
     best = select(sampled, inputs.tokenizer)
     if inputs.earlier:
-        best = pool(best, inputs.reward_models.rescore(inputs.earlier))
+        best = pool(best, balance.rescored(inputs.reward_models, inputs.earlier))
     if not best:
         cut = sum(not response.finished for responses in sampled for response in responses)
         raise InputError(
             f"no response to train on: {cut} of {sum(map(len, sampled))} were cut (raise "
             "sampling.max_tokens), the others are empty or hold a tag of the chat format"
         )
-    write_responses(run.samples_directory / BEST, best)
+    on_main(lambda: write_responses(run.samples_directory / BEST, best))
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
     # The tokenizer is the policy's: init may hold none.
@@ -117,10 +120,13 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         model = loading.load_companion(recipe.init, inputs.tokenizer)
     else:
         model = inputs.adapted
+    parallelize(model, mesh, recipe.train.dtype)
     examples = [response_example(response) for response in best] + inputs.dialogues
-    loader = ExampleLoader(examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed)
+    loader = ExampleLoader(
+        examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed, share=mesh.share
+    )
     steps = recipe.epochs * loader.steps_per_epoch
-    fit(run, model, loader, next_token, recipe.train, steps=steps)
+    fit(run, model, loader, next_token, recipe.train, steps=steps, mesh=mesh)
     adapters.save(model, inputs.tokenizer, run, recipe.init)
 
     # Measure.

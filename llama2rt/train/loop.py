@@ -107,8 +107,9 @@ class _Fit:
         if not math.isfinite(means["loss"]):
             raise Diverged(f"the loss is {means['loss']}")
         lr = learning_rate(index, self.steps, self._options)
-        norm = self._optimizer.step(lr)
-        return Step(dict(**means, lr=lr, gradient_norm=norm), int(tokens), int(flops))
+        norm = self._optimizer.step(lr, means["loss"])
+        metrics = dict(**means, lr=lr, gradient_norm=norm, **self._optimizer.outliers.metrics())
+        return Step(metrics, int(tokens), int(flops))
 
     def _backward(self, micros: list[Any], weight: int) -> dict[str, float]:
         """Accumulate a step's gradients; its loss and further numbers, per unit of the step's

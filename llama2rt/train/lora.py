@@ -66,9 +66,7 @@ class LoraOptions(BaseModel):
 
 def _without_dropout(options: LoraOptions) -> LoraOptions:
     if options.dropout:
-        raise ValueError(
-            "dropout: expected 0: the policy that is trained must be the one that samples"
-        )
+        raise ValueError("dropout: expected 0, the policy that is trained is the one that samples")
     return options
 
 

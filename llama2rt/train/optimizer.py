@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from llama2rt.checkpoint.native import stored_name
 from llama2rt.parallel.mesh import DIMENSIONS, Mesh
 from llama2rt.train.options import TrainOptions
+from llama2rt.train.outliers import Outliers
 from llama2rt.train.precision import MasterWeights
 
 # Weights updated per call of the inner AdamW: bounds the fp32 copies of bf16 gradients alive at
@@ -42,6 +43,7 @@ class Optimizer:
         self._stored_names = [stored_name(model, name) for name in self.names]
         self.master = dict(zip(self.names, masters, strict=True))
         self._gradients: list[Tensor | None] = [None] * len(masters)
+        self.outliers = Outliers(options)
         decayed = [m for m in masters if m.ndim >= 2]
         plain = [m for m in masters if m.ndim < 2]
         groups = [(decayed, options.weight_decay), (plain, 0.0)]
@@ -80,17 +82,23 @@ class Optimizer:
                 self._gradients[i] = total.to(torch.float32).add_(new)
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, loss: float | None = None) -> float:
         """Clip, update and forget the accumulated gradients; returns their norm before clipping.
 
-        Gradients still on the parameters are accumulated first. Raises Diverged, with every weight
-        and moment as it was, when the norm is not finite.
+        Gradients still on the parameters are accumulated first. An outlier by its norm, or by the
+        step's `loss` where that says something, changes nothing (`outliers`). Raises Diverged, with
+        every weight and moment as it was, when the norm is not finite, or outliers are too many.
         """
         self.accumulate()
         norm = self._norm()
         if not math.isfinite(norm):
             self.zero_grad()
             raise Diverged(f"gradient norm is {norm}")
+        if not self.outliers.accept(loss, norm):
+            self.zero_grad()
+            if self.outliers.too_many:
+                raise Diverged(self.outliers.too_many)
+            return norm
         scale = min(1.0, self.options.clip / (norm + 1e-6))
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -127,7 +135,7 @@ class Optimizer:
             state[f"exp_avg.{name}"] = placed(moments["exp_avg"], parameter)
             state[f"exp_avg_sq.{name}"] = placed(moments["exp_avg_sq"], parameter)
             state[f"step.{name}"] = moments["step"]
-        return state
+        return {**state, **self.outliers.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

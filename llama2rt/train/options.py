@@ -47,6 +47,14 @@ class TrainOptions(BaseModel):
     micro_tokens: int = Field(default=4096, gt=0)
     """most tokens in one forward pass; a larger batch is accumulated over several"""
 
+    outlier_sigmas: float = Field(default=0.0, ge=0)
+    """skip a step whose loss or gradient norm is so many standard deviations above the mean of the
+    last accepted ones; 0 to take every step, as the papers do (6 is usual)"""
+    outlier_window: int = Field(default=128, gt=1)
+    """accepted steps that a step is compared with; the first so many are all taken"""
+    outlier_limit: int = Field(default=10, gt=0)
+    """skipped steps in a row that end the run"""
+
     log_every: int = Field(default=1, gt=0)
     """steps between lines in metrics.jsonl"""
     checkpoint_every: int = Field(default=200, ge=0)

@@ -1,6 +1,8 @@
 """Checkpoints of several ranks: read by any number of them, and as safe as those of one process."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,11 @@ from group_checkpoints import (
     unwritable,
     whole,
 )
+from processes import run_python
 
 from llama2rt.checkpoint.store import CheckpointError, Store
+
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def read_alone(folder) -> tuple[int, dict]:
@@ -157,3 +162,12 @@ def test_names_and_shapes_that_differ(on_ranks, tmp_path):
             "step.a": "Tensor",
         }
         assert "master.a: expected shape [8, 33], got [33, 8]" in result["said"]
+
+
+def test_ranks_killed_while_they_write_leave_the_last_checkpoint_or_the_one_before():
+    """A few of the kills that tests/helpers/kill_writers.py makes by the hundred."""
+    path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
+    done = run_python(
+        HELPERS / "kill_writers.py", "--kills", "8", env={"PYTHONPATH": path}, timeout_seconds=300
+    )
+    assert "8 kills" in done.stdout and ": 0 found wrong" in done.stdout

@@ -108,7 +108,7 @@ def test_peft_puts_the_adapter_on_the_hugging_face_export(pocket, talks, tmp_pat
     import transformers
 
     lora = {"rank": 2}
-    sft.run(sft_recipe(pocket, talks, lora), tmp_path / "run")
+    sft.run(sft_recipe(pocket, talks, lora, lr=5e-3), tmp_path / "run")
     hf.save(*llama2rt.load(pocket.sft), tmp_path / "export")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "export")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "run" / "adapter").eval()
