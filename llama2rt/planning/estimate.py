@@ -13,6 +13,7 @@ from llama2rt.parallel.mesh import check
 from llama2rt.planning import duration, memory
 from llama2rt.planning.memory import Components, Setting, added
 from llama2rt.planning.work import Model, Phase, Work
+from llama2rt.train.moments import moment_dtype
 
 GIB = 2**30
 
@@ -167,12 +168,15 @@ def _setting(work: Work, degrees: dict[str, int]) -> Setting:
         count,
         recompute=train.activation_checkpointing,
         all_targets=batch is not None and batch.all_targets,
+        moment_bytes=moment_dtype(train.moments).itemsize,
+        optimizer_away=train.optimizer_device is not None,
     )
 
 
 def _memory(phase: Phase, setting: Setting, gpu: hardware.Gpu) -> Components:
     """Bytes of a rank in a phase."""
-    always = {"frozen": sum(memory.frozen(model, setting) for model in phase.frozen)}
+    own = [model for model in phase.frozen if not model.lent]
+    always = {"frozen": sum(memory.frozen(model, setting) for model in own)}
     always = {name: value for name, value in always.items() if value}
     trained = phase.trained
     if phase.training and trained:

@@ -41,6 +41,9 @@ class Setting:
     recompute: bool = False
     all_targets: bool = False
     cuda: bool = True
+    moment_bytes: int = FP32
+    optimizer_away: bool = False
+    """whether masters, moments and gradient sums lie in the CPU's memory"""
 
     @property
     def tensor(self) -> int:
@@ -122,24 +125,21 @@ def parts(model: Model, tensor: int = 1, pipeline: int = 1) -> Parts:
 
 def states(model: Model, setting: Setting) -> Components:
     """Weights, fp32 masters and AdamW's moments of a model that is trained, each cut by FSDP."""
-    owned = parts(model, setting.tensor, setting.pipeline).total / setting.shards
+    trained = _trained(model, setting)
+    still = 0.0
     if model.adapter:
-        # FSDP's shards are fp32; one process holds what is frozen in the compute dtype.
-        width = FP32 if setting.fsdp else setting.compute_bytes
-        adapters = _trained(model, setting)
-        return {
-            "weights": owned * width + adapters * FP32,
-            "masters": 0.0,
-            "moments": adapters * 2 * FP32,
-        }
+        # What an adapter leaves alone has no master; a head is trained.
+        here = parts(model, setting.tensor, setting.pipeline)
+        still = (here.total - (here.output if model.scalar else 0)) / setting.shards
     # Where the model's weights are fp32 they are the masters (train/precision.py); FSDP's shards
     # are fp32 whatever it computes in.
     narrow = setting.compute_bytes < FP32
+    width = FP32 if setting.fsdp else setting.compute_bytes
     weights = 0 if narrow and setting.fsdp else setting.compute_bytes
     return {
-        "weights": owned * weights,
-        "masters": owned * FP32 if narrow else 0.0,
-        "moments": owned * 2 * FP32,
+        "weights": still * width + trained * weights,
+        "masters": trained * FP32 if narrow and not setting.optimizer_away else 0.0,
+        "moments": 0.0 if setting.optimizer_away else trained * 2 * setting.moment_bytes,
     }
 
 
@@ -210,7 +210,7 @@ def _trained(model: Model, setting: Setting) -> float:
 def _summed_bytes(model: Model, setting: Setting, micro_batches: int) -> int:
     """Bytes an element of the sums after so many micro-batches (Optimizer.accumulate): the first
     stays in the compute dtype, sums are fp32."""
-    if micro_batches <= 0:
+    if micro_batches <= 0 or setting.optimizer_away:
         return 0
     return setting.gradient_bytes if micro_batches == 1 and not model.adapter else FP32
 

@@ -119,7 +119,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if recipe.lora.rank is None:
         model = loading.load_companion(recipe.init, inputs.tokenizer)
     else:
-        model = inputs.adapted
+        model = inputs.to_train(recipe.init)
     parallelize(model, mesh, recipe.train.dtype)
     examples = [response_example(response) for response in best] + inputs.dialogues
     loader = ExampleLoader(

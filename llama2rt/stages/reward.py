@@ -105,7 +105,6 @@ class RewardRecipe(Recipe):
     )
     lora: LoraOptions = LoraOptions()
     """beside an adapter, the head is trained whole"""
-
     parallel: ParallelOptions = ParallelOptions()
     """how many processes share what"""
 
@@ -282,8 +281,7 @@ def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConf
 
 
 def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
-    """The chat model with a regression head in place of its output, to train; random without
-    one."""
+    """The chat model under a regression head, to train; without one, random weights."""
     if recipe.init is not None:
         dtype = recipe.lora.load_dtype(recipe.train)
         llama, _ = load_llama(recipe.init, recipe.tokenizer, dtype)

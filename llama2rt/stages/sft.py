@@ -88,7 +88,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
-    mesh = Mesh.build(recipe.parallel, inputs.result.config)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config, pipelined=True)
     options = recipe.train
     loader = ExampleLoader(
         inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed, share=mesh.share

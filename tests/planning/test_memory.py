@@ -11,6 +11,8 @@ from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.planning import Model, Sampling, memory
 from llama2rt.planning.memory import Setting
 from llama2rt.train.lora import LoraOptions
+from llama2rt.train.optimizer import Optimizer
+from llama2rt.train.options import TrainOptions
 
 # kv_heads below heads, ffn_hidden no multiple of dim: a mix-up of two of them shows.
 CONFIG = LlamaConfig(dim=32, layers=3, heads=4, kv_heads=2, ffn_hidden=88, vocab_size=300)
@@ -148,3 +150,28 @@ def test_sampling_takes_half_of_what_is_free_and_at_least_one_sequence():
     found = memory.rollout(bounded, how, free)
     assert found["kv_cache"] + found["activations"] <= 3 * 2**30
     assert memory.rollout(drawn, replace(how, degrees=ONE), free)["gathered"] == 0
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("kept, precision", [("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")])
+def test_under_an_adapter_states_are_what_the_optimizer_holds(scalar, kept, precision):
+    pytest.importorskip("peft", reason="peft (the extra lora) is not installed")
+    lora = LoraOptions(rank=3, targets=["query", "key", "down"])
+    options = TrainOptions(precision=precision, moments=kept)
+    model = (ScalarModel if scalar else Llama)(CONFIG, dtype=options.dtype).initialize(0)
+    lora.adapt(model, seed=0)
+    state = Optimizer(model, options).state_dict()
+    planned = memory.states(
+        Model("m", CONFIG, scalar, lora),
+        setting(compute_bytes=options.dtype.itemsize, moment_bytes=2 if kept == "bf16" else 4),
+    )
+    weights = sum(p.nbytes for p in model.parameters())
+    assert planned["weights"] == pytest.approx(weights)
+    held = {
+        name: sum(t.nbytes for n, t in state.items() if n.startswith(name))
+        for name in ("master.", "exp_avg")
+    }
+    assert planned["moments"] == pytest.approx(held["exp_avg"])
+    assert planned["masters"] == pytest.approx(held["master."] if precision == "bf16" else 0.0)
+    away = memory.states(Model("m", CONFIG, scalar, lora), setting(optimizer_away=True))
+    assert away["moments"] == away["masters"] == 0
