@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return sum(model.adapter or model.parameters for model in self.work.trained)
+        return sum(model.trainable for model in self.work.trained)
 
     @property
     def peak_bytes(self) -> float:
@@ -143,6 +143,8 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
 
 def _notes(work: Work) -> list[str]:
     notes = list(work.notes)
+    if any(model.adapter for model in work.trained):
+        notes.append("time: counted as if all weights were trained; adapters save a third of it")
     if work.train is not None and work.train.precision == "fp32":
         notes.append("time: the cluster model counts bf16 products; fp32 takes several times that")
     return notes

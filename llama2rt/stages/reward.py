@@ -232,7 +232,8 @@ def plan(
         lengths = [len(side.tokens) for pair in inputs.pairs for side in pair]
         batch = Batch.of(lengths, 2 * min(recipe.batch_size, len(inputs.pairs)))
         steps = Count(recipe.epochs * -(-len(inputs.pairs) // recipe.batch_size))
-    phases = [Phase("training", [Model("model", config, scalar=True)], training=True)]
+    model = Model("model", config, scalar=True, lora=recipe.lora)
+    phases = [Phase("training", [model], training=True)]
     return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs)
 
 
