@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
@@ -21,6 +22,7 @@ from llama2rt.model.adapters import WithoutAdapter
 from llama2rt.parallel import ParallelOptions, world
 from llama2rt.parallel.whole import whole
 from llama2rt.rollout import metrics
+from llama2rt.rollout.frozen import Model, offload
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
 from llama2rt.run import Recipe, Run
@@ -54,6 +56,9 @@ class RolloutRecipe(Recipe):
     parallel: ParallelOptions = ParallelOptions()
     """how many processes share what"""
     lora: LoraOptions = LoraOptions()
+    frozen: Literal["resident", "offloaded"] = "resident"
+    """where the reference policy and the models that rank are between the phases that use them: on
+    the GPU, or offloaded to the CPU's memory; without a GPU it makes no difference"""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,12 @@ class RolloutInputs(Opened):
     def reward_models(self) -> RewardModels:
         """The models that rank, in the compute dtype, frozen."""
         train = self.recipe.train
-        return loading.load_reward_models(
+        models = loading.load_reward_models(
             self.recipe.rewards, self.tokenizer, train.micro_tokens, train.dtype
         )
+        for model in models.by_name.values():
+            self._between_phases(model)
+        return models
 
     @functools.cached_property
     def reference(self) -> nn.Module:
@@ -85,7 +93,10 @@ class RolloutInputs(Opened):
         if same and world().size == 1:
             return WithoutAdapter(self.adapted)
         model = loading.load_companion(folder, self.tokenizer, self.recipe.train.dtype)
-        return model.requires_grad_(False)
+        return self._between_phases(model.requires_grad_(False))
+
+    def _between_phases(self, model: Model) -> Model:
+        return offload(model) if self.recipe.frozen == "offloaded" else model
 
     @functools.cached_property
     def adapted(self) -> Llama:

@@ -159,8 +159,7 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     return run.model_directory
 
 
-open_inputs = open_rollout
-plan = plans.of_ppo
+open_inputs, plan = open_rollout, plans.of_ppo
 
 
 class Iterations:

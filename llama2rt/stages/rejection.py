@@ -170,7 +170,8 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
 
 def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.Shape) -> Work:
     """For `--dry-run`: one answer a prompt is kept, as if every prompt had a usable one."""
-    policy, init = Model("policy", shape(recipe.policy)), Model("model", shape(recipe.init))
+    policy = Model("policy", shape(recipe.policy))
+    init = Model("model", shape(recipe.init), lora=recipe.lora)
     ranking = plans.reward_models(recipe, shape)
     lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
     answers = None if lengths is None else recipe.samples * len(lengths)
