@@ -159,8 +159,7 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     return run.model_directory
 
 
-open_inputs = open_rollout
-plan = plans.of_ppo
+open_inputs, plan = open_rollout, plans.of_ppo
 
 
 class Iterations:
@@ -231,7 +230,7 @@ def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
     )
     recipe.lora.adapt(critic.requires_grad_(True), recipe.seed)
     for model in (policy, critic):
-        parallelize(model, mesh, options.dtype)
+        parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     return Actors(
         policy=policy,

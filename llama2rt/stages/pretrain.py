@@ -158,7 +158,7 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
     else:
         shape = outline(recipe.init).config
     _require_context(recipe, shape)
-    mesh = Mesh.build(recipe.parallel, shape)
+    mesh = Mesh.build(recipe.parallel, shape, pipelined=True)
     run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory

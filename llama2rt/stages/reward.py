@@ -105,7 +105,6 @@ class RewardRecipe(Recipe):
     )
     lora: LoraOptions = LoraOptions()
     """beside an adapter, the head is trained whole"""
-
     parallel: ParallelOptions = ParallelOptions()
     """how many processes share what"""
 
@@ -233,7 +232,8 @@ def plan(
         lengths = [len(side.tokens) for pair in inputs.pairs for side in pair]
         batch = Batch.of(lengths, 2 * min(recipe.batch_size, len(inputs.pairs)))
         steps = Count(recipe.epochs * -(-len(inputs.pairs) // recipe.batch_size))
-    phases = [Phase("training", [Model("model", config, scalar=True)], training=True)]
+    model = Model("model", config, scalar=True, lora=recipe.lora)
+    phases = [Phase("training", [model], training=True)]
     return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs)
 
 
@@ -281,8 +281,7 @@ def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConf
 
 
 def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
-    """The chat model with a regression head in place of its output, to train; random without
-    one."""
+    """The chat model under a regression head, to train; without one, random weights."""
     if recipe.init is not None:
         dtype = recipe.lora.load_dtype(recipe.train)
         llama, _ = load_llama(recipe.init, recipe.tokenizer, dtype)

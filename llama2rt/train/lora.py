@@ -6,6 +6,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from llama2rt.model import LlamaConfig
 from llama2rt.model.adapters import adapt, require_peft
 from llama2rt.run.recipe import check_integers
 from llama2rt.train.options import TrainOptions
@@ -42,6 +43,23 @@ class LoraOptions(BaseModel):
         """InputError where an adapter is asked for and peft is not installed."""
         if self.rank is not None:
             require_peft()
+
+    def parameters(self, config: LlamaConfig, scalar: bool) -> int:
+        """Weights of a model that are trained: those of its adapter, and a regression head."""
+        if self.rank is None:
+            raise ValueError("rank: None: everything is trained")
+        dim, kv, hidden = config.dim, config.kv_heads * config.head_dim, config.ffn_hidden
+        inputs_and_outputs = {
+            "query": 2 * dim,
+            "key": dim + kv,
+            "value": dim + kv,
+            "attention_output": 2 * dim,
+            "gate": dim + hidden,
+            "up": dim + hidden,
+            "down": dim + hidden,
+        }
+        of_block = self.rank * sum(inputs_and_outputs[target] for target in self.targets)
+        return config.layers * of_block + (dim if scalar else 0)
 
     def load_dtype(self, options: TrainOptions) -> torch.dtype:
         """In which dtype a stage loads what it trains: in fp32 for an optimizer's masters, in the

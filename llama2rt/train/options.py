@@ -42,6 +42,12 @@ class TrainOptions(BaseModel):
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """compute precision; bf16 keeps fp32 master weights, moments and gradient sums"""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """in what AdamW's two moments are kept; bf16 halves them, rounded so that averages are right"""
+    optimizer_device: Literal["cpu"] | None = None
+    """where masters, moments and gradient sums are held and steps are taken; None for the model's
+    device. "cpu" leaves a GPU the weights and one micro-batch's gradients, for a slower step; where
+    there is no GPU it changes nothing"""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """what of a block's activations is computed again in the backward pass: nothing; all but what
     matrix products and attention gave; all but the block's inputs. true stands for full"""

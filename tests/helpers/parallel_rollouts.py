@@ -17,6 +17,7 @@ from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.parallel import whole as gathered
 from llama2rt.parallel import world
+from llama2rt.pipeline import iterate
 from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import response_example
@@ -152,6 +153,12 @@ def run_stage(stage: str, recipe: Any, directory: Path) -> str:
     """A whole run of a stage by all ranks, or what is left of it; files hold 4 prompts."""
     with small_files():
         return str(STAGES[stage].run(recipe, directory, resume=True))
+
+
+def run_plan(settings: dict[str, Any], directory: Path) -> str:
+    """`llama2rt iterate` by all ranks."""
+    recipe = iterate.IterateRecipe.model_validate(settings)
+    return str(iterate.run(recipe, directory, resume=True))
 
 
 def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:

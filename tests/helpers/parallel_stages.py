@@ -94,11 +94,11 @@ def interrupt_at(step: int) -> None:
     original = Optimizer.step
     taken = [0]
 
-    def counted(self: Optimizer, *how: float) -> float:
+    def counted(self: Optimizer, lr: float, *loss: float) -> float:
         taken[0] += 1
         if taken[0] == step:
             Optimizer.step = original  # type: ignore[method-assign]
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *how)
+        return original(self, lr, *loss)
 
     Optimizer.step = counted  # type: ignore[method-assign]

@@ -36,13 +36,14 @@ class Notes:
         self.rows: list[dict[str, Any]] = []
         self.store = self
 
-    def latest(self, into: Any = None) -> None:
+    def latest(self, into: object = None) -> None:
         return None
+
+    def wait(self) -> None:
+        pass
 
     def check(self) -> None:
         pass
-
-    wait = check
 
     def steps(self) -> list[int]:
         return []
@@ -90,7 +91,7 @@ def train(
     settings = {"lr": 1e-3, "checkpoint_every": 0, "micro_tokens": 90, "clip": 0.5, **options}
     train_options = TrainOptions(**settings)
     config = LlamaConfig(**{**vars(CONFIG), "tied": tied})
-    mesh = Mesh.build(parallel, config)
+    mesh = Mesh.build(parallel, config, pipelined=kind == "sft")
     model: Any = (ScalarModel if kind == "reward" else Llama)(config).initialize(0)
     loader: Any
     if kind in ("reward", "dpo"):
@@ -122,14 +123,14 @@ def first_gradients(kept: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the first step of an optimizer leaves the gradients it was given, whole."""
     original = Optimizer.step
 
-    def step(self: Optimizer, *how: float) -> float:
+    def step(self: Optimizer, lr: float, *loss: float) -> float:
         if not kept:
             for name, parameter, gradient in zip(
                 self.names, self.parameters, self._gradients, strict=True
             ):
                 assert gradient is not None, name
                 kept[name] = whole(placed(gradient.float(), parameter))
-        return original(self, *how)
+        return original(self, lr, *loss)
 
     Optimizer.step = step  # type: ignore[method-assign]
     try:
@@ -139,4 +140,5 @@ def first_gradients(kept: dict[str, Tensor]) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    # What no other rank has a part of, `full_tensor` gives as it is, to be changed in place.
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()

@@ -16,6 +16,16 @@ MESHES = {
     "shard-2": (2, ParallelOptions()),
     "shard-4": (4, ParallelOptions()),
     "hybrid-2x2": (4, ParallelOptions(data=2)),
+    "tensor-2": (2, ParallelOptions(tensor=2)),
+    "context-2": (2, ParallelOptions(context=2)),
+    "shard-2-tensor-2": (4, ParallelOptions(tensor=2)),
+    "context-2-tensor-2": (4, ParallelOptions(context=2, tensor=2)),
+}
+
+
+PIPELINES = {
+    "pipeline-2": (2, ParallelOptions(pipeline=2)),
+    "pipeline-2-shard-2": (4, ParallelOptions(pipeline=2)),
 }
 
 
@@ -36,6 +46,19 @@ def test_a_tied_embedding(on_ranks):
     parallel = ParallelOptions()
     results = on_ranks(2, train, "sft", parallel, True)
     agree(results, alone("sft", tied=True))
+
+
+@pytest.mark.parametrize("mesh", PIPELINES)
+def test_a_pipeline(mesh, on_ranks):
+    """Each stage has gradients and weights of its own; together they are the model's."""
+    ranks, parallel = PIPELINES[mesh]
+    results, expected = on_ranks(ranks, train, "sft", parallel), alone("sft")
+    for part in ("gradients", "weights"):
+        first, last = results[0][part], results[-1][part]
+        assert not first.keys() & last.keys()
+        for result in results:
+            result[part] = first | last
+    agree(results, expected)
 
 
 def agree(results: list[dict], expected: dict) -> None:

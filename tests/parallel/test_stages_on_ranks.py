@@ -46,8 +46,10 @@ def agree(directory, expected) -> None:
         torch.testing.assert_close(weight, same, rtol=1e-3, atol=1e-4)
 
 
-def test_pretraining(on_ranks, data, base, tmp_path):
-    folders = on_ranks(2, run_stage, "pretrain", data, data, tmp_path / "run", ParallelOptions())
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_pretraining(parallel, on_ranks, data, base, tmp_path):
+    parallel = ParallelOptions(**parallel)
+    folders = on_ranks(2, run_stage, "pretrain", data, data, tmp_path / "run", parallel)
     assert folders == [str(tmp_path / "run" / "model")] * 2
     agree(tmp_path / "run", base)
 
@@ -63,7 +65,9 @@ def test_stages_from_a_model(stage, on_ranks, data, base, tmp_path):
 
 def test_a_run_goes_on_on_another_mesh(on_ranks, data, base, tmp_path):
     out = tmp_path / "run"
-    on_ranks(4, run_stage, "pretrain", data, data, out, ParallelOptions(), 6)
+    on_ranks(4, run_stage, "pretrain", data, data, out, ParallelOptions(context=2, tensor=2), 3)
+    assert metrics(out)[-1]["step"] == 3
+    on_ranks(4, run_stage, "pretrain", data, data, out, ParallelOptions(pipeline=2), 3)
     assert metrics(out)[-1]["step"] == 6
     on_ranks(2, run_stage, "pretrain", data, data, out, ParallelOptions(), 7)
     assert metrics(out)[-1]["step"] == 13
