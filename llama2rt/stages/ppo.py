@@ -230,7 +230,7 @@ def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
     )
     recipe.lora.adapt(critic.requires_grad_(True), recipe.seed)
     for model in (policy, critic):
-        parallelize(model, mesh, options.dtype)
+        parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     return Actors(
         policy=policy,

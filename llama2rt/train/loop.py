@@ -8,7 +8,6 @@ loader stands and the state of every random generator is in the checkpoint.
 Left out: what a loss is (the stage's objective), and when to log, validate and save (`driver`).
 """
 
-import contextlib
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -73,8 +72,7 @@ def fit(
     work.steps, work.held_out = steps, validate
     done = resume(run, work)
     model.train()
-    recompute = recompute_blocks(model) if options.activation_checkpointing else None
-    with recompute or contextlib.nullcontext():
+    with recompute_blocks(model, options.activation_checkpointing):
         drive(run, work, options, done=done, total=steps)
     return work.validation
 
