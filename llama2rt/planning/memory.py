@@ -8,6 +8,7 @@ what an allocator adds, a CUDA context, NCCL's buffers; `RESERVE` keeps a share 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Literal
 
 import torch
 
@@ -38,7 +39,7 @@ class Setting:
     """tokens of the largest micro-batch"""
     micro_batches: int
     """of the busiest rank in a step"""
-    recompute: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
     all_targets: bool = False
     cuda: bool = True
     moment_bytes: int = FP32
@@ -162,7 +163,7 @@ def _begin(model: Model, setting: Setting) -> Components:
     here = parts(model, setting.tensor, setting.pipeline)
     earlier = _trained(model, setting) * _summed_bytes(model, setting, setting.micro_batches - 1)
     kept = activations(model, setting) * here.blocks * _in_flight(setting)
-    again = block_activations(model, setting) if setting.recompute else 0.0
+    again = _again(model, setting)
     first = 0.0 if model.adapter else here.output * setting.compute_bytes
     head, logits = _head(model, setting)
     return {
@@ -240,10 +241,28 @@ def _gathered(model: Model, setting: Setting, at_end: bool) -> float:
 
 def activations(model: Model, setting: Setting) -> float:
     """Bytes that a block keeps from forward to backward."""
-    if not setting.recompute:
+    if setting.recompute == "none":
         return block_activations(model, setting)
     # run_recomputed: the block's two inputs, x and the residual stream.
-    return 2 * _stream(model.config, setting)
+    config = model.config
+    inputs = 2 * _stream(config, setting)
+    if setting.recompute == "full":
+        return inputs
+    # run_selective: what query, key, value, attention, gate and up gave, and the attention's
+    # output matrix; what down gave is the next block's x.
+    kv = config.kv_heads * config.head_dim
+    elements = 3 * config.dim + 2 * kv + 2 * config.ffn_hidden
+    statistics = FP32 * config.heads
+    kept = setting.tokens * (elements * setting.compute_bytes + statistics) / setting.tensor
+    return inputs + kept
+
+
+def _again(model: Model, setting: Setting) -> float:
+    """Bytes of what a block computes again before its backward pass."""
+    if setting.recompute == "none":
+        return 0.0
+    whole = block_activations(model, setting)
+    return whole if setting.recompute == "full" else whole - activations(model, setting)
 
 
 def block_activations(model: Model, setting: Setting) -> float:

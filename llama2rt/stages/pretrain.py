@@ -132,7 +132,7 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         recipe.seed,
         share=mesh.share,
     )
-    parallelize(model, mesh, options.dtype)
+    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
 
     def validate(model: nn.Module) -> dict[str, float]:

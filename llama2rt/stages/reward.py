@@ -151,7 +151,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         share=mesh.share,
     )
     model = initial_model(recipe, inputs.result.config)
-    parallelize(model, mesh, options.dtype)
+    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
         chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
