@@ -3,7 +3,7 @@
 Text becomes one memory-mapped token stream, documents apart by BOS and EOS; a step takes random
 windows of it. The last part of each source is held out, and its loss is also given in bits per byte
 of UTF-8, which compares across tokenizers, by source and over all. Left out: mixing sources by
-weight (`data.loader` can) and everything distributed.
+weight (`data.loader` can).
 """
 
 import json
