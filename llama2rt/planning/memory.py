@@ -171,7 +171,7 @@ def _begin(model: Model, setting: Setting) -> Components:
         "gradients": earlier + first,
         "activations": kept + max(again + _block_backward(model.config, setting), head),
         "logits": logits,
-        "gathered": _gathered(model, setting, here.block),
+        "gathered": _gathered(model, setting, at_end=False),
     }
 
 
@@ -189,7 +189,7 @@ def _end(model: Model, setting: Setting) -> Components:
         "gradients": gradients,
         "activations": kept + last,
         "logits": 0.0,
-        "gathered": _gathered(model, setting, here.rest),
+        "gathered": _gathered(model, setting, at_end=True),
     }
 
 
@@ -221,18 +221,22 @@ def _in_flight(setting: Setting) -> int:
     return min(setting.micro_batches, setting.pipeline)
 
 
-def _gathered(model: Model, setting: Setting, reduced: float) -> float:
-    """Whole weights that FSDP has gathered: what lies outside the blocks from the beginning of
-    forward to the end of backward, and two blocks (one computed, one fetched ahead). With them the
-    `reduced` elements whose gradients are whole and copied, in fp32, for the reduction: a block's,
-    and at the end those outside the blocks."""
+def _gathered(model: Model, setting: Setting, at_end: bool) -> float:
+    """What FSDP holds whole. Weights: those outside the blocks from the beginning of forward to the
+    end of backward, and two blocks (one computed, one fetched ahead). Gradients of a block, or at
+    the end of backward of what lies outside the blocks: beside their weights first; then, the
+    weights cut again, in fp32 as input of the reduction, of which gloo makes a copy.
+    """
     if not setting.fsdp:
         return 0.0
     here = parts(model, setting.tensor, setting.pipeline)
-    weights = here.rest + (2 * here.block if reduced == here.block else 0.0)
+    width = setting.compute_bytes
+    ahead = 0.0 if at_end else (here.rest + here.block) * width
+    reduced = here.rest if at_end else here.block
     if model.adapter:
-        reduced = 0.0  # an adapter's gradients are a hundredth of these
-    return weights * setting.compute_bytes + reduced * (setting.compute_bytes + FP32)
+        return ahead + reduced * width  # an adapter's gradients are a hundredth of its block
+    copies = 1 if setting.cuda else 2
+    return ahead + reduced * max(2 * width, copies * FP32)
 
 
 def activations(model: Model, setting: Setting) -> float:

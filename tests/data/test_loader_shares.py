@@ -1,5 +1,7 @@
 """Steps divided among processes: together they hold what one process's step holds."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,7 +42,7 @@ def held(step):
         if micro.weight:
             batch = getattr(micro, "batch", micro)
             edges = batch.cu_seqlens.tolist()
-            for begin, end in zip(edges, edges[1:], strict=False):
+            for begin, end in itertools.pairwise(edges):
                 row = batch.tokens[begin:end].tolist(), batch.targets[begin:end].tolist()
                 found.append(row)
             found += getattr(micro, "extras", {}).get("margin", np.zeros(0)).tolist()

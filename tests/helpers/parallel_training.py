@@ -39,10 +39,10 @@ class Notes:
     def latest(self, into: object = None) -> None:
         return None
 
-    def wait(self) -> None:
+    def check(self) -> None:
         pass
 
-    def check(self) -> None:
+    def wait(self) -> None:
         pass
 
     def steps(self) -> list[int]:
@@ -123,14 +123,14 @@ def first_gradients(kept: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the first step of an optimizer leaves the gradients it was given, whole."""
     original = Optimizer.step
 
-    def step(self: Optimizer, lr: float, *loss: float) -> float:
+    def step(self: Optimizer, *arguments: float) -> float:
         if not kept:
             for name, parameter, gradient in zip(
                 self.names, self.parameters, self._gradients, strict=True
             ):
                 assert gradient is not None, name
                 kept[name] = whole(placed(gradient.float(), parameter))
-        return original(self, lr, *loss)
+        return original(self, *arguments)
 
     Optimizer.step = step  # type: ignore[method-assign]
     try:
