@@ -1,4 +1,4 @@
-"""The bytes that FSDP's collectives move are those of the theory; the benchmark of its cost runs."""
+"""The bytes that FSDP moves are those of the theory, and the benchmark of its cost runs."""
 
 import json
 import os
