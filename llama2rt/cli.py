@@ -230,11 +230,11 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
         if not _rank():
             print(json.dumps(values) if options.json else "\n".join(lines))
         return
+    from llama2rt.parallel import command
+
     if _ranks() == 1:
         folder = _carry_out(module, options, options.resume)
     else:
-        from llama2rt.parallel import command
-
         with command.joined():
             folder = _carry_out(module, options, options.resume or command.restarted())
     if options.json:
@@ -243,6 +243,8 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
         print(json.dumps(result))
     elif not _rank():
         print(f"{verb}: done, {folder}", file=sys.stderr)
+    if _ranks() > 1:
+        command.finish()
 
 
 def _carry_out(module: Any, options: Any, resume: bool) -> Path:
