@@ -67,16 +67,20 @@ class Place:
         return self.stage == self.stages - 1
 
     def stage_of(self, name: str) -> int:
-        """Which stage has the weight `name`. Blocks are shared out evenly, those that are over to
-        the first stages: the last has the output matrix."""
-        if name.startswith("transformer.embedding."):
-            return 0
-        if not name.startswith("transformer.blocks."):
-            return self.stages - 1
-        block = int(name.split(".")[2])
-        each, over = divmod(self.layers, self.stages)
-        long = over * (each + 1)
-        return block // (each + 1) if block < long else over + (block - long) // each
+        return stage_of(name, self.layers, self.stages)
+
+
+def stage_of(name: str, layers: int, stages: int) -> int:
+    """Which stage has the weight `name`. Blocks are shared out evenly, those that are over to the
+    first stages: the last has the output matrix."""
+    if name.startswith("transformer.embedding."):
+        return 0
+    if not name.startswith("transformer.blocks."):
+        return stages - 1
+    block = int(name.split(".")[2])
+    each, over = divmod(layers, stages)
+    long = over * (each + 1)
+    return block // (each + 1) if block < long else over + (block - long) // each
 
 
 class PipelinedLlama(Llama):
@@ -100,10 +104,10 @@ class PipelinedLlama(Llama):
         if positions.dim() == 2:
             chunk = (x[0] for x in (tokens, positions, cu_seqlens, targets))
             return self._run(*chunk)
-        if any(options.values()) and options != {"keys": None}:
-            raise NotImplementedError(
-                f"a pipeline takes whole documents and targets, got {options}"
-            )
+        plain = {"keys": None, "temperature": 1.0, "entropy": False}
+        asked = {name: value for name, value in options.items() if value != plain[name]}
+        if asked:
+            raise NotImplementedError(f"a pipeline takes whole documents and targets, got {asked}")
         if torch.is_grad_enabled():
             raise NotImplementedError("a pipeline's gradients are those of train.fit's steps")
         return self._in_turn(tokens, positions, cu_seqlens, targets)
@@ -120,7 +124,7 @@ class PipelinedLlama(Llama):
         place, count = self.place, len(micros)
         # The schedule fills the pipeline at least once.
         micros = micros + [filler().to(micros[0].tokens.device)] * (place.stages - count)
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor | float] = {}
 
         def loss_of(output: Tensor, number: Tensor) -> Tensor:
             micro = micros[int(number)]
@@ -130,7 +134,7 @@ class PipelinedLlama(Llama):
                 return loss * 0
             for name, value in {"loss": loss, **metrics}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] = sums.get(name, 0.0) + value
             return loss / weight
 
         tokens, others = _of_one_shape(micros)
@@ -140,7 +144,7 @@ class PipelinedLlama(Llama):
         inputs = (tokens,) if place.first else ()
         numbers = torch.arange(len(micros)) if place.last else None
         schedule.step(*inputs, target=numbers, return_outputs=False, **others)
-        result = [sums]
+        result = [{name: float(value) for name, value in sums.items()}]
         dist.broadcast_object_list(result, group=place.group, group_src=place.stages - 1)
         return result[0]
 
