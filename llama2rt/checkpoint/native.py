@@ -68,7 +68,7 @@ def unrounded(parameter: torch.nn.Parameter) -> torch.Tensor:
     hands (`load_state_dict`, an edit in place) is itself the truth.
     """
     master = getattr(parameter, "master", None)
-    if master is None or not torch.equal(master.to(parameter.dtype), parameter):
+    if master is None or not torch.equal(master.to(parameter), parameter):
         return parameter.detach()
     return master
 

@@ -42,10 +42,15 @@ class Mesh:
         return cls(dict.fromkeys(DIMENSIONS, 1), None, None)
 
     @classmethod
-    def build(cls, options: ParallelOptions, config: LlamaConfig) -> Self:
-        """The mesh of all processes of this job, called by each of them. InputError where the
-        degrees do not fit their number, or the model's shape."""
+    def build(
+        cls, options: ParallelOptions, config: LlamaConfig, *, pipelined: bool = False
+    ) -> Self:
+        """The mesh of all processes of this job, called by each of them. `pipelined`: whether its
+        stage of training can be a pipeline. InputError where the degrees do not fit the number of
+        processes, the model's shape or the stage."""
         degrees = options.degrees(world().size)
+        if degrees["pipeline"] > 1 and not pipelined:
+            raise InputError("parallel.pipeline: expected 1, but in pretraining and SFT")
         check(degrees, config)
         if world().size == 1:
             return cls.single()
@@ -116,6 +121,17 @@ def check(degrees: dict[str, int], config: LlamaConfig) -> None:
                 f"parallel.tensor: {tensor} processes cannot share {name} {value}: expected a "
                 f"divisor of it"
             )
+    for name in ("tensor", "context"):
+        if pipeline > 1 and degrees[name] > 1:
+            raise InputError(
+                f"parallel.pipeline: does not stack with parallel.{name}: expected 1 of it, got "
+                f"{degrees[name]}"
+            )
+    if pipeline > 1 and config.tied:
+        raise InputError(
+            "parallel.pipeline: expected a model whose output matrix is not its embedding, which "
+            "are at both ends of a pipeline"
+        )
     if pipeline > config.layers:
         raise InputError(
             f"parallel.pipeline: {pipeline} stages of a model with {config.layers} layers: "

@@ -14,7 +14,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as also_called
 
 from llama2rt.model import Llama, ScalarModel
+from llama2rt.parallel.context import split_micro_batches
 from llama2rt.parallel.mesh import Mesh
+from llama2rt.parallel.pipeline import Elsewhere, cut_layers
+from llama2rt.parallel.tensor import tensor_parallel
 
 
 def parallelize(
@@ -30,8 +33,14 @@ def parallelize(
     parameters are fp32 shards from here on, whatever `dtype` is: they are the masters
     (`train.precision`). In one process nothing but compilation happens.
     """
+    if mesh.degrees["pipeline"] > 1:
+        cut_layers(model, mesh, dtype)
+    if mesh.degrees["tensor"] > 1:
+        tensor_parallel(model, mesh)
+    if mesh.degrees["tensor"] * mesh.degrees["context"] > 1:
+        split_micro_batches(model, mesh)
     if compile_blocks:
-        for block in model.transformer.blocks:
+        for block in own_blocks(model):
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
     if mesh.devices is not None:
         shard(model, mesh, dtype)
@@ -50,13 +59,19 @@ def shard(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32)
     # Inputs are ids, and blocks pass on what has the dtype already.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for module in (*model.transformer.blocks, model):
+    for module in (*own_blocks(model), model):
         fully_shard(module, mesh=devices, mp_policy=policy)
         # Losses are divided by what all ranks predict together; gloo has no mean.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     also_called(model, "hidden")
     _cut_after_inference(model)
+
+
+def own_blocks(model: Llama | ScalarModel) -> list[Any]:
+    """Those that no other stage of a pipeline has."""
+    blocks: Any = model.transformer.blocks
+    return [block for block in blocks if not isinstance(block, Elsewhere)]
 
 
 def _cut_after_inference(model: nn.Module) -> None:

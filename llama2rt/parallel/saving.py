@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from llama2rt.checkpoint import files, native
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.parallel.parallelize import cut
+from llama2rt.parallel.pipeline import PipelinedLlama
 from llama2rt.parallel.world import is_main, on_main, world
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -28,6 +29,11 @@ def whole_state(model: Llama | ScalarModel, *, trained: bool = False) -> dict[st
     """
     cut(model)
     weights = {}
+    if isinstance(model, PipelinedLlama):
+        for name, weight in model.whole_weights():
+            if is_main() and weight is not None:
+                weights[name] = weight.cpu()
+        return weights
     for name, parameter in files.weights(model).items():
         if trained and not parameter.requires_grad:
             continue

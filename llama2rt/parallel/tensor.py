@@ -29,10 +29,9 @@ COLUMNWISE = ("query", "key", "value", "gate", "up")
 ROWWISE = ("attention_output", "down")
 
 
-class _Cut:
+class _Cut(nn.Module):
     """A module whose `weight` is a DTensor."""
 
-    weight: nn.Parameter
     group: ProcessGroup
     rank: int
 

@@ -117,9 +117,10 @@ def forward(_: type, op: Callable, types: Any, args: tuple = (), kwargs: Any = N
         check_targets(local_targets, cut.vocabulary)
     own_hidden, own_weight = cut.local(hidden, cut.rows), cut.local(weight, cut.weight)
     # The entropy of a row is wanted whichever rank has its target: any column stands for it.
-    results = op(own_hidden, own_weight, cut.column(local_targets, 0), *settings)
+    logprob, entropy, lse = op(own_hidden, own_weight, cut.column(local_targets, 0), *settings)
     if cut.dimension is not None:
-        results = cut.merge(*results, local_targets)
+        logprob, entropy, lse = cut.merge(logprob, entropy, lse, local_targets)
+    results = logprob, entropy, lse
     if not isinstance(hidden, DTensor):
         return results
     # Without entropy its tensor is empty.

@@ -13,6 +13,7 @@ from llama2rt.parallel.mesh import check
 from llama2rt.planning import duration, memory
 from llama2rt.planning.memory import Components, Setting, added
 from llama2rt.planning.work import Model, Phase, Work
+from llama2rt.train.moments import moment_dtype
 
 GIB = 2**30
 
@@ -63,7 +64,7 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return sum(model.parameters for model in self.work.trained)
+        return sum(model.trainable for model in self.work.trained)
 
     @property
     def peak_bytes(self) -> float:
@@ -142,6 +143,8 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
 
 def _notes(work: Work) -> list[str]:
     notes = list(work.notes)
+    if any(model.adapter for model in work.trained):
+        notes.append("time: counted as if all weights were trained; adapters save a third of it")
     if work.train is not None and work.train.precision == "fp32":
         notes.append("time: the cluster model counts bf16 products; fp32 takes several times that")
     return notes
@@ -165,12 +168,15 @@ def _setting(work: Work, degrees: dict[str, int]) -> Setting:
         count,
         recompute=train.activation_checkpointing,
         all_targets=batch is not None and batch.all_targets,
+        moment_bytes=moment_dtype(train.moments).itemsize,
+        optimizer_away=train.optimizer_device is not None,
     )
 
 
 def _memory(phase: Phase, setting: Setting, gpu: hardware.Gpu) -> Components:
     """Bytes of a rank in a phase."""
-    always = {"frozen": sum(memory.frozen(model, setting) for model in phase.frozen)}
+    own = [model for model in phase.frozen if not model.lent]
+    always = {"frozen": sum(memory.frozen(model, setting) for model in own)}
     always = {name: value for name, value in always.items() if value}
     trained = phase.trained
     if phase.training and trained:

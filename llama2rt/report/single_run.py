@@ -80,11 +80,13 @@ def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section
 
 def training_again(directory: Path) -> list[html.Section]:
     """The training sections of a run's own page, as they are drawn there, for another page; drawn
-    here where it has none."""
+    here where it has none. None of a run that logged no metrics."""
+    metrics = read_metrics(directory / "metrics.jsonl")
+    if not metrics:
+        return []
     if figures := html.drawn(directory / "report.html", TRAINING):
         return [html.Section(TRAINING, figures)]
-    metrics = read_metrics(directory / "metrics.jsonl")
-    return training_sections(metrics) if metrics else []
+    return training_sections(metrics)
 
 
 def facts(directory: str | Path) -> list[html.Block]:

@@ -18,6 +18,7 @@ from llama2rt.data.loader import balanced
 from llama2rt.data.packing import Batch, Example, pack
 from llama2rt.model import ScalarModel
 from llama2rt.parallel import gather, world
+from llama2rt.rollout.frozen import device_of
 from llama2rt.rollout.logprobs import response_logprobs, response_values
 from llama2rt.rollout.responses import Response
 from llama2rt.rollout.reward import RewardModels
@@ -104,7 +105,7 @@ def logprobs(
     def work(part: Sequence[Example]) -> Tensor:
         return torch.stack(response_logprobs(model, part, temperature, micro_tokens, packed))
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     logprob, entropy = _by_token(work, examples, together, device)
     return logprob, entropy
 

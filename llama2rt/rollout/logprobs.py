@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llama2rt.data.packing import Batch, Example, micro_batches, pack
 from llama2rt.model import ScalarModel
+from llama2rt.rollout.frozen import phase
 
 
 def inference_batches(
@@ -19,6 +20,7 @@ def inference_batches(
     return [batch.to(device) for batch in micro_batches(examples, micro_tokens, packed)]
 
 
+@phase
 @torch.no_grad()
 def response_logprobs(
     model: nn.Module,

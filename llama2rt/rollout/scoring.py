@@ -20,6 +20,7 @@ from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model.heads import ScalarModel, last_token
 from llama2rt.parallel import Mesh
+from llama2rt.rollout.frozen import phase
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -39,9 +40,10 @@ def score(
     return score_tokens(model, sequences, micro_tokens=micro_tokens)
 
 
+@phase
 def score_tokens(
     model: ScalarModel,
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int] | np.ndarray],
     *,
     micro_tokens: int = 16384,
     mesh: Mesh | None = None,

@@ -6,6 +6,7 @@ are; so do the batches that are made of them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,21 +72,23 @@ def reward_models(recipe: Any, shape: Shape) -> list[Model]:
     return found
 
 
-def reference(recipe: RolloutRecipe, shape: Shape) -> Model:
-    """The reference policy."""
-    return Model("reference", shape(recipe.reference or recipe.init))
+def reference(recipe: RolloutRecipe, shape: Shape) -> list[Model]:
+    """The reference policy; none where it is the trained model without its adapter."""
+    if recipe.lora.rank is not None and recipe.reference in (None, recipe.init):
+        return []
+    return [Model("reference", shape(recipe.reference or recipe.init))]
 
 
 def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> Work:
     """PPO: policy, critic, reference and reward models lie in memory at all times; an iteration
     samples with the policy as it is, then trains policy and critic on what it drew."""
-    policy = Model("policy", shape(recipe.init))
-    critic = Model("critic", shape(recipe.rewards.helpfulness), scalar=True)
+    policy = Model("policy", shape(recipe.init), lora=recipe.lora)
+    critic = Model("critic", shape(recipe.rewards.helpfulness), scalar=True, lora=recipe.lora)
     ranking = reward_models(recipe, shape)
-    frozen = [*ranking, reference(recipe, shape)]
+    frozen = [*ranking, *reference(recipe, shape)]
     lengths = None if inputs is None else prompt_lengths(inputs.prompts, inputs.tokenizer)
     answers = recipe.iterations * recipe.batch_size
-    lent = Model("policy", policy.config, lent=True)
+    lent = replace(policy, lent=True)
     # Policy and reference read each answer again for its log-probabilities, the critic for values.
     sampling = sampling_of(lent, recipe.sampling, lengths, answers, [*frozen, critic, policy])
     updates = -(-recipe.batch_size // recipe.mini_batch_size)

@@ -8,7 +8,6 @@ loader stands and the state of every random generator is in the checkpoint.
 Left out: what a loss is (the stage's objective), and when to log, validate and save (`driver`).
 """
 
-import contextlib
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2rt.parallel import Mesh, world
+from llama2rt.parallel.pipeline import PipelinedLlama
 from llama2rt.run import Run
 from llama2rt.train.driver import Step, drive, resume
 from llama2rt.train.metrics import gemm_ceiling, training_flops
@@ -72,8 +72,7 @@ def fit(
     work.steps, work.held_out = steps, validate
     done = resume(run, work)
     model.train()
-    recompute = recompute_blocks(model) if options.activation_checkpointing else None
-    with recompute or contextlib.nullcontext():
+    with recompute_blocks(model, options.activation_checkpointing):
         drive(run, work, options, done=done, total=steps)
     return work.validation
 
@@ -118,6 +117,11 @@ class _Fit:
         """Accumulate a step's gradients; its loss and further numbers, per unit of the step's
         `weight`."""
         sums: dict[str, Tensor | float] = {}
+        if isinstance(self._model, PipelinedLlama):
+            micros = [micro.to(self.device) for micro in micros]
+            sums |= self._model.accumulate(micros, self._objective, weight)
+            self._optimizer.accumulate()
+            micros = []
         for micro in micros:
             loss, metrics = self._objective(self._model, micro.to(self.device))
             # What fills up a rank's share weighs nothing, whatever its loss is.
@@ -167,7 +171,8 @@ class _Fit:
 def _cost(model: nn.Module, micro: Any) -> tuple[int, int]:
     """(tokens, FLOPs) of a Batch or of the Batch inside a PairBatch."""
     batch = getattr(micro, "batch", micro)
-    flops = training_flops(model, batch.tokens, batch.cu_seqlens, batch.weight, batch.keys)
+    whole = getattr(model, "shape", model)  # a stage of a pipeline has a part
+    flops = training_flops(whole, batch.tokens, batch.cu_seqlens, batch.weight, batch.keys)
     return batch.tokens.numel(), flops
 
 

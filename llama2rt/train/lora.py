@@ -1,11 +1,12 @@
 """The table `[lora]` of a recipe: train a low-rank adapter instead of the weights themselves."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from llama2rt.model import LlamaConfig
 from llama2rt.model.adapters import adapt, require_peft
 from llama2rt.run.recipe import check_integers
 from llama2rt.train.options import TrainOptions
@@ -43,6 +44,23 @@ class LoraOptions(BaseModel):
         if self.rank is not None:
             require_peft()
 
+    def parameters(self, config: LlamaConfig, scalar: bool) -> int:
+        """Weights of a model that are trained: those of its adapter, and a regression head."""
+        if self.rank is None:
+            raise ValueError("rank: None: everything is trained")
+        dim, kv, hidden = config.dim, config.kv_heads * config.head_dim, config.ffn_hidden
+        inputs_and_outputs = {
+            "query": 2 * dim,
+            "key": dim + kv,
+            "value": dim + kv,
+            "attention_output": 2 * dim,
+            "gate": dim + hidden,
+            "up": dim + hidden,
+            "down": dim + hidden,
+        }
+        of_block = self.rank * sum(inputs_and_outputs[target] for target in self.targets)
+        return config.layers * of_block + (dim if scalar else 0)
+
     def load_dtype(self, options: TrainOptions) -> torch.dtype:
         """In which dtype a stage loads what it trains: in fp32 for an optimizer's masters, in the
         compute dtype below an adapter, whose masters are its own."""
@@ -64,11 +82,8 @@ class LoraOptions(BaseModel):
             torch.manual_seed(seed)
 
 
-def _without_dropout(options: LoraOptions) -> LoraOptions:
-    if options.dropout:
-        raise ValueError("dropout: expected 0, the policy that is trained is the one that samples")
-    return options
+class LoraWithoutDropout(LoraOptions):
+    """Low-rank adapters (LoRA, Hu et al. 2021) in place of training all weights."""
 
-
-LoraWithoutDropout = Annotated[LoraOptions, AfterValidator(_without_dropout)]
-"""for PPO, whose ratios start from 1"""
+    dropout: float = Field(default=0.0, ge=0, le=0)
+    """none: the policy that is trained must be the one that has sampled"""

@@ -1,7 +1,8 @@
 """AdamW as large-model training needs it: fp32 state whatever the compute precision.
 
 Masters, moments and gradient sums are fp32, and the model's bf16 weights are copies (`precision`
-has the rule). The update itself is PyTorch's fused AdamW.
+has the rule); `moments` may keep its own in bf16 between steps. The update itself is PyTorch's
+fused AdamW.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from llama2rt.checkpoint.native import stored_name
 from llama2rt.parallel.mesh import DIMENSIONS, Mesh
+from llama2rt.train.moments import in_fp32, moment_dtype
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.outliers import Outliers
 from llama2rt.train.precision import MasterWeights
@@ -37,7 +39,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, options: TrainOptions, mesh: Mesh | None = None) -> None:
         self.options, self._mesh = options, mesh or Mesh.single()
-        self._weights = MasterWeights(model, options.dtype)
+        self._weights = MasterWeights(model, options.dtype, options.optimizer_device)
         self.names, self.parameters = self._weights.names, self._weights.parameters
         self._masters = masters = self._weights.tensors
         self._stored_names = [stored_name(model, name) for name in self.names]
@@ -57,8 +59,8 @@ class Optimizer:
         for master in masters:
             self._adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
+                "exp_avg": torch.zeros_like(master, dtype=moment_dtype(options.moments)),
+                "exp_avg_sq": torch.zeros_like(master, dtype=moment_dtype(options.moments)),
             }
 
     @torch.no_grad()
@@ -73,7 +75,7 @@ class Optimizer:
             parameter.grad = None
             if new is None:
                 continue
-            new = _local(new)
+            new = _local(new).to(self._masters[i].device)
             if total is None:
                 self._gradients[i] = new
             elif total.dtype == torch.float32:
@@ -108,7 +110,8 @@ class Optimizer:
                 if gradient is not None:
                     gradient = gradient.to(torch.float32)
                     self._masters[i].grad = gradient.mul_(scale) if scale < 1.0 else gradient
-            self._adamw.step()
+            with in_fp32({i: self._adamw.state[self._masters[i]] for i in chunk}):
+                self._adamw.step()
             for i in chunk:
                 self._masters[i].grad = None
                 self._weights.publish(i)

@@ -16,6 +16,16 @@ MESHES = {
     "shard-2": (2, ParallelOptions()),
     "shard-4": (4, ParallelOptions()),
     "hybrid-2x2": (4, ParallelOptions(data=2)),
+    "tensor-2": (2, ParallelOptions(tensor=2)),
+    "context-2": (2, ParallelOptions(context=2)),
+    "shard-2-tensor-2": (4, ParallelOptions(tensor=2)),
+    "context-2-tensor-2": (4, ParallelOptions(context=2, tensor=2)),
+}
+
+
+PIPELINES = {
+    "pipeline-2": (2, ParallelOptions(pipeline=2)),
+    "pipeline-2-shard-2": (4, ParallelOptions(pipeline=2)),
 }
 
 
@@ -38,6 +48,19 @@ def test_a_tied_embedding(on_ranks):
     agree(results, alone("sft", tied=True))
 
 
+@pytest.mark.parametrize("mesh", PIPELINES)
+def test_a_pipeline(mesh, on_ranks):
+    """Each stage has gradients and weights of its own; together they are the model's."""
+    ranks, parallel = PIPELINES[mesh]
+    results, expected = on_ranks(ranks, train, "sft", parallel), alone("sft")
+    for part in ("gradients", "weights"):
+        first, last = results[0][part], results[-1][part]
+        assert not first.keys() & last.keys()
+        for result in results:
+            result[part] = first | last
+    agree(results, expected)
+
+
 def agree(results: list[dict], expected: dict) -> None:
     metrics, gradients = expected["metrics"], expected["gradients"]
     assert metrics["gradient_norm"][0] > 0.5  # the clip
@@ -51,3 +74,26 @@ def agree(results: list[dict], expected: dict) -> None:
         for name, gradient in gradients.items():
             error = (result["gradients"][name] - gradient).abs().max()
             assert error <= 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_below_sharding(recompute, on_ranks):
+    options = {"activation_checkpointing": recompute}
+    agree(on_ranks(2, train, "sft", ParallelOptions(), False, options), alone("sft"))
+
+
+def test_compiled_blocks_below_sharding(on_ranks):
+    options = {"activation_checkpointing": "full", "compile": True}
+    agree(on_ranks(2, train, "sft", ParallelOptions(), False, options), alone("sft"))
+
+
+def test_bf16_gathers_copies_and_keeps_masters(on_ranks):
+    options = {"precision": "bf16"}
+    expected = train("sft", ParallelOptions(), False, options)
+    for result in on_ranks(4, train, "sft", ParallelOptions(data=2), False, options):
+        losses = result["metrics"]["loss"]
+        assert losses != expected["metrics"]["loss"]  # bf16 rounds other sums otherwise
+        assert losses == pytest.approx(expected["metrics"]["loss"], rel=2e-3)
+        for name, weight in result["weights"].items():
+            assert weight.dtype == torch.float32, name
+            assert not torch.equal(weight, weight.bfloat16().float()), name

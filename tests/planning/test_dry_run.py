@@ -152,6 +152,30 @@ def test_every_stage_says_what_it_holds(pocket, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("OUT*"))
 
 
+def test_under_adapters_ppo_holds_three_models_less(pocket, tmp_path, capsys):
+    """No reference, and neither policy nor critic a second time in masters and moments."""
+    sizes = {
+        "iterations": 3,
+        "batch_size": 16,
+        "mini_batch_size": 8,
+        "train": {"precision": "bf16"},
+    }
+    plans = {}
+    for name, lora in (("whole", {}), ("adapted", {"rank": 1, "targets": ["value"]})):
+        recipe = write(tmp_path / f"{name}.toml", **rollout(pocket, lora=lora, **sizes))
+        plans[name] = said(capsys, "ppo", recipe)
+    config = loading.load(pocket.sft, "meta")[0].config
+    adapter = config.layers * 2 * config.dim
+    found = plans["adapted"]["parameters"]
+    assert found["trainable"] == 2 * adapter + config.dim  # the critic's head too
+    assert plans["whole"]["parameters"]["total"] - found["total"] == config.parameters
+    whole, adapted = (plan["memory_bytes"]["training"] for plan in plans.values())
+    assert whole["frozen"] - adapted["frozen"] == 2 * config.parameters
+    assert adapted["masters"] == pytest.approx(4 * found["trainable"])
+    assert adapted["moments"] == pytest.approx(8 * found["trainable"])
+    assert adapted["gradients"] < 0.05 * whole["gradients"]
+
+
 def test_sft_takes_the_steps_that_were_said(pocket, tmp_path, capsys):
     rows = [
         {

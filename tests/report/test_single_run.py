@@ -75,6 +75,11 @@ def test_figures_of_a_runs_page_stand_in_another_as_they_are(tmp_path, monkeypat
     # But for their ids, the drawings are those that the page would have made itself.
     nameless = [re.sub(r'( id="|href="#|url\(#)[^")]+', r"\1", page) for page in (once, again)]
     assert nameless[0] == nameless[1]
+    # A run that trains nothing says so on its own page; another page leaves it out.
+    untrained = _run(tmp_path / "evaluate", [])
+    monkeypatch.undo()
+    assert "no metrics logged" in report.of_run(untrained).read_text()
+    assert training_again(untrained) == []
 
 
 def test_every_run_has_its_carbon_line(tmp_path):
