@@ -39,7 +39,7 @@ def build(
     atomic.write(index, json.dumps(names, indent=2) + "\n")
 
 
-def divide(recipe: PretrainRecipe) -> tuple[list[Document], dict[str, list[Document]]]:
+def divide(recipe: "PretrainRecipe") -> tuple[list[Document], dict[str, list[Document]]]:
     """(training documents, held-out documents by source): the end of each source is held out, so
     that the loss is not that of the last file alone. A source with too little text to cut is
     trained on whole, and said. InputError where none can be cut."""
@@ -62,7 +62,7 @@ def divide(recipe: PretrainRecipe) -> tuple[list[Document], dict[str, list[Docum
     return training, held_out
 
 
-def by_source(recipe: PretrainRecipe) -> dict[str, list[Document]]:
+def by_source(recipe: "PretrainRecipe") -> dict[str, list[Document]]:
     """All documents by source, in the order of the files."""
     reader = Reader(recipe.data, "document", recipe.skip_invalid, recipe.document_separator)
     files = reader.by_file()
