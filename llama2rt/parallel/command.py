@@ -21,6 +21,7 @@ def joined() -> Iterator[None]:
     """Inside, the ranks have met. After an error they stay so, for `leave`."""
     start()
     if world().rank == 0:
+        logger.info("%d ranks on %s", world().size, world().device.type)
         warn_of_threads()
     yield
     barrier()

@@ -164,7 +164,8 @@ class Watch:
     def __init__(self, group: Group) -> None:
         self._group = group
         # A connection of its own: on the shared one a rank may wait for a key.
-        self._store = dist.PrefixStore("watch", group.store.clone())
+        store: Any = group.store
+        self._store = dist.PrefixStore("watch", store.clone())
         self._limit = LIMIT
         self._number = 0
         self._base = 0
@@ -274,7 +275,7 @@ class Watch:
         count = 0
         for group in self._groups():
             with contextlib.suppress(RuntimeError):  # a group of another kind of device
-                backend = group._get_backend(self._group.device)
+                backend: Any = group._get_backend(self._group.device)
                 count += backend._get_sequence_number_for_group()
         return count
 

@@ -40,7 +40,8 @@ def layout(batch: Batch, setting: Setting) -> Layout:
         dp=ranks,
         cp=degrees["context"],
         sharding=sharding,  # type: ignore[arg-type]
-        recompute="full" if setting.recompute else "none",
+        # Of "selective" only cheap work is done again, which the cluster model does not count.
+        recompute="full" if setting.recompute == "full" else "none",
         stack="2024",
     )
 

@@ -8,6 +8,7 @@ what an allocator adds, a CUDA context, NCCL's buffers; `RESERVE` keeps a share 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Literal
 
 import torch
 
@@ -38,7 +39,7 @@ class Setting:
     """tokens of the largest micro-batch"""
     micro_batches: int
     """of the busiest rank in a step"""
-    recompute: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
     all_targets: bool = False
     cuda: bool = True
     moment_bytes: int = FP32
@@ -162,7 +163,7 @@ def _begin(model: Model, setting: Setting) -> Components:
     here = parts(model, setting.tensor, setting.pipeline)
     earlier = _trained(model, setting) * _summed_bytes(model, setting, setting.micro_batches - 1)
     kept = activations(model, setting) * here.blocks * _in_flight(setting)
-    again = block_activations(model, setting) if setting.recompute else 0.0
+    again = _again(model, setting)
     first = 0.0 if model.adapter else here.output * setting.compute_bytes
     head, logits = _head(model, setting)
     return {
@@ -170,7 +171,7 @@ def _begin(model: Model, setting: Setting) -> Components:
         "gradients": earlier + first,
         "activations": kept + max(again + _block_backward(model.config, setting), head),
         "logits": logits,
-        "gathered": _gathered(model, setting, here.block),
+        "gathered": _gathered(model, setting, at_end=False),
     }
 
 
@@ -188,7 +189,7 @@ def _end(model: Model, setting: Setting) -> Components:
         "gradients": gradients,
         "activations": kept + last,
         "logits": 0.0,
-        "gathered": _gathered(model, setting, here.rest),
+        "gathered": _gathered(model, setting, at_end=True),
     }
 
 
@@ -220,26 +221,48 @@ def _in_flight(setting: Setting) -> int:
     return min(setting.micro_batches, setting.pipeline)
 
 
-def _gathered(model: Model, setting: Setting, reduced: float) -> float:
-    """Whole weights that FSDP has gathered: what lies outside the blocks from the beginning of
-    forward to the end of backward, and two blocks (one computed, one fetched ahead). With them the
-    `reduced` elements whose gradients are whole and copied, in fp32, for the reduction: a block's,
-    and at the end those outside the blocks."""
+def _gathered(model: Model, setting: Setting, at_end: bool) -> float:
+    """What FSDP holds whole. Weights: those outside the blocks from the beginning of forward to the
+    end of backward, and two blocks (one computed, one fetched ahead). Gradients of a block, or at
+    the end of backward of what lies outside the blocks: beside their weights first; then, the
+    weights cut again, in fp32 as input of the reduction, of which gloo makes a copy.
+    """
     if not setting.fsdp:
         return 0.0
     here = parts(model, setting.tensor, setting.pipeline)
-    weights = here.rest + (2 * here.block if reduced == here.block else 0.0)
+    width = setting.compute_bytes
+    ahead = 0.0 if at_end else (here.rest + here.block) * width
+    reduced = here.rest if at_end else here.block
     if model.adapter:
-        reduced = 0.0  # an adapter's gradients are a hundredth of these
-    return weights * setting.compute_bytes + reduced * (setting.compute_bytes + FP32)
+        return ahead + reduced * width  # an adapter's gradients are a hundredth of its block
+    copies = 1 if setting.cuda else 2
+    return ahead + reduced * max(2 * width, copies * FP32)
 
 
 def activations(model: Model, setting: Setting) -> float:
     """Bytes that a block keeps from forward to backward."""
-    if not setting.recompute:
+    if setting.recompute == "none":
         return block_activations(model, setting)
     # run_recomputed: the block's two inputs, x and the residual stream.
-    return 2 * _stream(model.config, setting)
+    config = model.config
+    inputs = 2 * _stream(config, setting)
+    if setting.recompute == "full":
+        return inputs
+    # run_selective: what query, key, value, attention, gate and up gave, and the attention's
+    # output matrix; what down gave is the next block's x.
+    kv = config.kv_heads * config.head_dim
+    elements = 3 * config.dim + 2 * kv + 2 * config.ffn_hidden
+    statistics = FP32 * config.heads
+    kept = setting.tokens * (elements * setting.compute_bytes + statistics) / setting.tensor
+    return inputs + kept
+
+
+def _again(model: Model, setting: Setting) -> float:
+    """Bytes of what a block computes again before its backward pass."""
+    if setting.recompute == "none":
+        return 0.0
+    whole = block_activations(model, setting)
+    return whole if setting.recompute == "full" else whole - activations(model, setting)
 
 
 def block_activations(model: Model, setting: Setting) -> float:

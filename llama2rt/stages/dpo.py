@@ -259,7 +259,7 @@ def learn(
     """The policy after `epochs` through the history, also saved as the iteration's model."""
     model = inputs.to_train(policy_folder)
     mesh = Mesh.build(recipe.parallel, model.config)
-    parallelize(model, mesh, recipe.train.dtype)
+    parallelize(model, mesh, recipe.train.dtype, compile_blocks=recipe.train.compile)
     examples = [(response_example(best), response_example(worst)) for best, worst in history.pairs]
     loader = PairLoader(
         examples,

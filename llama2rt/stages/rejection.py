@@ -120,7 +120,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
         model = loading.load_companion(recipe.init, inputs.tokenizer)
     else:
         model = inputs.to_train(recipe.init)
-    parallelize(model, mesh, recipe.train.dtype)
+    parallelize(model, mesh, recipe.train.dtype, compile_blocks=recipe.train.compile)
     examples = [response_example(response) for response in best] + inputs.dialogues
     loader = ExampleLoader(
         examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed, share=mesh.share

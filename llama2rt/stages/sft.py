@@ -96,7 +96,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
     model, _ = load_llama(recipe.init, recipe.tokenizer, recipe.lora.load_dtype(options))
     recipe.lora.adapt(model, recipe.seed)
-    parallelize(model, mesh, options.dtype)
+    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out, mesh)}

@@ -15,6 +15,7 @@ from llama2rt.parallel import command, faults, world
 from llama2rt.run import Recipe, Run
 from llama2rt.train import TrainOptions
 from llama2rt.train.driver import Step, drive, resume
+from llama2rt.train.stragglers import Elapsed
 
 TOTAL = 12
 # A step takes so long that a signal meets one.
@@ -36,11 +37,15 @@ class Summing:
         if index == 5:
             (self.folder / f"reached-{world().rank}").touch()
             self.go_wrong()
+        begin = Elapsed.now()
         time.sleep(SECONDS)
+        if self.fault == "slow" and world().rank == self.rank:
+            time.sleep(0.05)
+        prepared = Elapsed.now().since(begin)
         part = torch.tensor([float((world().rank + 1) * index)])
         dist.all_reduce(part)
         self.total += part
-        return Step({"total": float(self.total)}, tokens=1)
+        return Step({"total": float(self.total)}, tokens=1, prepared=prepared)
 
     def go_wrong(self) -> None:
         if self.fault == "alike":
