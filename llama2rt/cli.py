@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_stage(verb, rest)
         elif verb == "cluster":
             _run_cluster(rest)
-        elif _ranks() > 1:
+        elif _ranks() > 1 and verb != "quickstart":
             raise InputError(
                 f"works in one process, and WORLD_SIZE is {_ranks()}: start it without torchrun"
             )

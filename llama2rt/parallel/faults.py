@@ -187,6 +187,9 @@ class Watch:
 
     def stop(self) -> None:
         self._ended.set()
+        for thread in self._threads:
+            # One that the interpreter's end meets inside the store aborts the process.
+            thread.join(_WORDS_SECONDS)
 
     def set_limit(self, limit: datetime.timedelta) -> None:
         self._limit = limit

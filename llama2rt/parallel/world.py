@@ -140,7 +140,7 @@ def on_main(function: Callable[[], Result]) -> Result:
         try:
             outcome = function(), None
         except Exception as error:
-            outcome = None, _portable(error)
+            outcome = None, portable(error)
         finally:
             _alone = False
     result, failed = broadcast(outcome)
@@ -159,7 +159,7 @@ def by_main(function: Callable[Given, Result]) -> Callable[Given, Result]:
     return called_everywhere
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """`error` marked as everyone's, or what can be said of it where pickle cannot carry it: the
     other ranks wait for it, and must not wait in vain."""
     error.everywhere = True  # type: ignore[attr-defined]
