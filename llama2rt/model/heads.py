@@ -1,11 +1,13 @@
 """A scalar in place of the next token: reward models (section 3.2.2) and PPO's critic."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.llama import Llama
-from llama2rt.model.transformer import PackedAttention, Transformer, initialize
+from llama2rt.model.transformer import PackedAttention, Transformer, fill, fresh_weights
 
 
 class ScalarModel(nn.Module):
@@ -28,17 +30,21 @@ class ScalarModel(nn.Module):
 
     def initialize(self, seed: int = 0) -> "ScalarModel":
         """Fresh weights from a seed (see Llama.initialize); returns the model."""
-        initialize(self.transformer, self.config.layers, seed)
-        return self._initialize_head(seed)
+        fill(self, self.fresh_weights(seed))
+        return self
 
-    @torch.no_grad()
-    def _initialize_head(self, seed: int) -> "ScalarModel":
+    def fresh_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """(parameter's name, fp32 values), of the transformer as in `Llama.fresh_weights`."""
+        for name, value in fresh_weights(self.transformer, self.config.layers, seed):
+            yield f"transformer.{name}", value
+        yield "head.weight", self._fresh_head(seed)
+
+    def _fresh_head(self, seed: int) -> Tensor:
         # 1/sqrt(dim + 1) keeps the first scores near unit scale for a normed hidden state
         # (Stiennon et al. 2020, appendix B.1); their mean over the head's draws is zero.
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(self.head.weight.shape, generator=generator)
-        self.head.weight.copy_(weight / (self.config.dim + 1) ** 0.5)
-        return self
+        return weight / (self.config.dim + 1) ** 0.5
 
     @classmethod
     def from_llama(cls, llama: Llama, seed: int = 0) -> "ScalarModel":
@@ -46,7 +52,8 @@ class ScalarModel(nn.Module):
         weight = llama.transformer.embedding.weight
         model = cls(llama.config, weight.device, weight.dtype)
         model.transformer.load_state_dict(llama.transformer.state_dict())
-        return model._initialize_head(seed)
+        fill(model, iter([("head.weight", model._fresh_head(seed))]))
+        return model
 
     def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[T, dim] after the final norm."""
