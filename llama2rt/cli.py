@@ -3,16 +3,23 @@
 A stage's verb reads a recipe (a path, or the name of one that is shipped), takes any of its keys as
 an option, and runs the stage. The other verbs are functions whose arguments become options. Verbs
 import their code when they are called, so that `--help` answers at once; one whose module is not
-there is not offered. Exit status: 0 done, 2 bad input, 1 anything else (Ctrl-C included).
+there is not offered. Exit status: 0 done, 2 bad input, 75 saved and stopped because a scheduler
+asked for it (SIGTERM, SIGUSR1), 1 anything else (Ctrl-C included).
+
+Stages and `iterate` run under torchrun: every rank reads the command, then they meet. What they say
+alike is said once, by rank 0; what one of them says alone begins with its rank.
 """
 
+import contextlib
 import importlib
 import json
 import logging
 import os
 import sys
 import textwrap
+import time
 import tomllib
+import traceback
 import typing
 import warnings
 from collections.abc import Sequence
@@ -78,6 +85,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `llama2rt` command; leaves through SystemExit with its status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if _rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: stdout is rank 0's
     verbs = available()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(verbs))
@@ -90,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"unknown verb {verb!r}: expected one of {', '.join(verbs)}", status=2)
     # An address of pydantic's below each wrong value helps nobody who runs a command.
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    _listen()
 
     if verb != "cluster":  # most of whose subcommands need no tensors, hence no torch
         from llama2rt.train.allocator import keep_freed_memory
@@ -102,18 +110,64 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_stage(verb, rest)
         elif verb == "cluster":
             _run_cluster(rest)
+        elif _ranks() > 1:
+            raise InputError(
+                f"works in one process, and WORLD_SIZE is {_ranks()}: start it without torchrun"
+            )
         else:
             _run_command(verb, rest)
-    except SystemExit:
-        raise  # help, or bad options: the handlers below would load torch to name their errors
-    except InputError as error:
-        _fail(f"{verb}: {error}", status=2)
-    except KeyboardInterrupt as error:
-        _fail(f"{verb}: {error or 'interrupted'}", status=1)
+    except SystemExit as end:  # help, or bad options, which all ranks have read
+        if _rank() and end.code:
+            time.sleep(10)  # until rank 0 has said so: torchrun ends all when the first one ends
+        raise
     except BrokenPipeError:
         sys.exit(1)  # the reader of our output has left
-    except (FloatingPointError, OSError, _checkpoint_error()) as error:
-        _fail(f"{verb}: {error}", status=1)
+    except BaseException as error:
+        _end(error, verb)
+
+
+def _end(error: BaseException, verb: str) -> typing.NoReturn:
+    """Leave with what is to be said of `error`; a defect of the program keeps its traceback."""
+    known = _explained(error)
+    if _ranks() > 1 and verb != "cluster":  # which knows of ranks by itself
+        from llama2rt.parallel import command
+
+        command.leave(error, *(known or (traceback.format_exc().rstrip(), 1)), verb)
+    if known is None:
+        raise error
+    message, status = known
+    _fail(f"{verb}: {message}", status)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _ranks() -> int:
+    """How many processes torchrun has started of this command."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _listen() -> None:
+    """Where what the library logs and warns of is said: on stderr, of other ranks than 0 only what
+    is a warning."""
+    who = f"rank {_rank()}: " if _rank() else ""
+    level = logging.WARNING if _rank() else logging.INFO
+    logging.basicConfig(level=level, format=f"{who}%(message)s", stream=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(
+        f"{who}warning: {message}", file=sys.stderr
+    )
+
+
+def _explained(error: BaseException) -> tuple[str, int] | None:
+    """(what to say instead of a traceback, exit status); None for a defect of the program."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted", getattr(error, "status", 1)
+    if isinstance(error, FloatingPointError | OSError | _checkpoint_error()):
+        return str(error), 1
+    return None
 
 
 def with_recipe() -> dict[str, tuple[str, str]]:
@@ -156,7 +210,7 @@ files, checkpoints/ and model/. After Ctrl-C or a kill, the same command with --
   llama2rt VERB --help    all options of a verb
   llama2rt --version
 
-Exit status: 0 done, 2 bad input, 1 anything else."""
+Exit status: 0 done, 2 bad input, 75 stopped by SIGTERM and saved, 1 anything else."""
 
 
 def _run_stage(verb: str, arguments: list[str]) -> None:
@@ -166,22 +220,41 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
     if given is None and not {"-h", "--help"} & set(arguments):
         raise InputError(f"the recipe comes first: llama2rt {verb} RECIPE [--key value] --out DIR")
     values = read_recipe(find_recipe(given)) if given is not None else {}
-    options = _stage_options(verb, recipe_class, given, values, arguments)
+    # All ranks read the same, and rank 0 says what is wrong with it.
+    with contextlib.redirect_stderr(sys.stdout) if _rank() else contextlib.nullcontext():
+        options = _stage_options(verb, recipe_class, given, values, arguments)
+    if options.planned.dry_run:
+        lines, values = options.planned.say(verb, options.recipe, options.out)
+        print(json.dumps(values) if options.json else "\n".join(lines))
+        return
+    if _ranks() == 1:
+        folder = _carry_out(module, options, options.resume)
+    else:
+        from llama2rt.parallel import command
+
+        with command.joined():
+            folder = _carry_out(module, options, options.resume or command.restarted())
+    if options.json:
+        manifest = json.loads((options.out / "manifest.json").read_text())
+        result = {"out": str(options.out), "model": str(folder), "summary": manifest["summary"]}
+        print(json.dumps(result))
+    elif not _rank():
+        print(f"{verb}: done, {folder}", file=sys.stderr)
+
+
+def _carry_out(module: Any, options: Any, resume: bool) -> Path:
+    """What the stage's `run` leaves; a new directory in which nothing has happened goes where its
+    input was bad."""
     fresh = not options.out.exists()
     try:
-        folder = module.run(options.recipe, options.out, resume=options.resume)
+        folder: Path = module.run(options.recipe, options.out, resume=resume)
     except InputError:
         if fresh:
             from llama2rt.run import abandon
 
             abandon(options.out)
         raise
-    if options.json:
-        manifest = json.loads((options.out / "manifest.json").read_text())
-        result = {"out": str(options.out), "model": str(folder), "summary": manifest["summary"]}
-        print(json.dumps(result))
-    else:
-        print(f"{verb}: done, {folder}", file=sys.stderr)
+    return folder
 
 
 def find_recipe(name: str) -> Path:
@@ -210,16 +283,24 @@ def _stage_options(
     values: dict[str, Any],
     arguments: list[str],
 ) -> Any:
-    """`recipe`, `out`, `resume` and `json` as the file and the options say."""
+    """`recipe`, `out`, `resume`, `json` and those of a dry run as the file and the options say."""
     import tyro
     from pydantic import ValidationError
 
+    from llama2rt.pipeline.dry_run import DryRun
+    from llama2rt.run.unfinished import first_problem, registry, unfinished
+
+    dry = "--dry-run" in arguments
     source = given if given is not None else verb
-    recipe = _unfinished(recipe_class, values, source)
-    options = make_dataclass(
+    recipe = unfinished(recipe_class, values, source)
+    command = make_dataclass(
         "Options",
         [
-            ("out", Annotated[Path, tyro.conf.arg(help="run directory", metavar="DIR")]),
+            (
+                "out",
+                Annotated[Path, tyro.conf.arg(help="run directory", metavar="DIR")],
+                Path("OUT") if dry else tyro.MISSING,  # which a dry run does not touch
+            ),
             (
                 "resume",
                 Annotated[
@@ -232,127 +313,27 @@ def _stage_options(
                 Annotated[bool, tyro.conf.arg(help="print one JSON object when done")],
                 False,
             ),
+            ("planned", Annotated[DryRun, tyro.conf.arg(name="")], DryRun()),
             ("recipe", Annotated[recipe_class, tyro.conf.arg(name="")], recipe),
         ],
     )
     try:
         return tyro.cli(
-            options,
+            command,
             prog=f"llama2rt {verb} {given or 'RECIPE'}",
             description=(recipe_class.__doc__ or "").strip(),
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
-            registry=_registry(),
+            registry=registry(),
         )
     except ValidationError as error:
-        raise InputError(f"{source}: {_first(error.errors(), recipe_class)}") from None
-
-
-def _registry() -> Any:
-    """How options name files of records: a path, or a table as it would stand in a recipe."""
-    import tyro
-
-    from llama2rt.data.sources import Source
-
-    def parse(given: list[str]) -> Source:
-        try:
-            return Source.parse(given[0])
-        except InputError as error:  # tyro would say only that it could not be parsed
-            _fail(str(error), status=2)
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _source(info: Any) -> Any:
-        if info.type is not Source:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="PATH|TABLE",
-            instance_from_str=parse,
-            is_instance=lambda value: isinstance(value, Source),
-            str_from_instance=lambda value: [value.as_option()],
-        )
-
-    return registry
-
-
-def _unfinished(recipe_class: "type[Recipe]", values: dict[str, Any], source: str) -> "Recipe":
-    """The recipe of a file to which options may still add: its keys are checked one by one, keys
-    it must have are left open, and checks across keys wait for the options."""
-    from pydantic import ValidationError
-
-    try:
-        recipe_class.model_validate(values)
-    except ValidationError as error:
-        wrong = [e for e in error.errors() if e["loc"] and not _left_open(e, recipe_class)]
-        if wrong:
-            raise InputError(f"{source}: {_first(wrong, recipe_class)}") from None
-    recipe: Recipe = _construct(recipe_class, recipe_class.refine(values))
-    return recipe
-
-
-def _left_open(error: Any, recipe_class: type) -> bool:
-    """Whether an error is about a key that is not there, of the recipe or of one of its tables."""
-    if error["type"] != "missing":
-        return False
-    table: Any = recipe_class
-    for key in error["loc"][:-1]:
-        field = getattr(table, "model_fields", {}).get(key)
-        if field is None or not field.is_required():
-            return False  # an item of a list, or a table that the recipe has a default for
-        table = field.annotation
-    return True
-
-
-def _construct(table: Any, values: dict[str, Any]) -> Any:
-    """`table` (a model's class) with `values`, its other keys at their defaults or left open, and
-    likewise in the tables that it must have."""
-    import tyro
-    from pydantic import BaseModel, TypeAdapter
-
-    from llama2rt.run import whole_type
-
-    fields: dict[str, Any] = {}
-    for name, field in table.model_fields.items():
-        annotation = field.annotation
-        nested = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        if field.is_required() and nested:
-            fields[name] = _construct(annotation, values.get(name, {}))
-        elif name in values:
-            fields[name] = TypeAdapter(whole_type(field)).validate_python(values[name])
-        elif field.is_required():
-            fields[name] = tyro.MISSING
-        else:
-            fields[name] = field.get_default(call_default_factory=True)
-    return table.model_construct(**fields)
-
-
-def _first(errors: Sequence[Any], recipe_class: type) -> str:
-    """The key, what is wrong with it, and what was given, of a pydantic error list."""
-    error = errors[0]
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{key}: no such key in this recipe{_in_a_table(key, recipe_class)}"
-    message = error["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
-
-
-def _in_a_table(key: str, recipe_class: Any) -> str:
-    """Where a key that does not stand in the recipe itself belongs, if one of its tables has it."""
-    tables = (
-        name
-        for name, field in recipe_class.model_fields.items()
-        if key in getattr(field.annotation, "model_fields", {})
-    )
-    table = next(tables, None)
-    return "" if table is None else f"; did you mean {table}.{key}?"
+        raise InputError(f"{source}: {first_problem(error.errors(), recipe_class)}") from None
 
 
 def _run_command(verb: str, arguments: list[str]) -> None:
     import tyro
+
+    from llama2rt.run.unfinished import registry
 
     module, name, _ = COMMANDS[verb]
     tyro.cli(
@@ -360,7 +341,7 @@ def _run_command(verb: str, arguments: list[str]) -> None:
         prog=f"llama2rt {verb}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
-        registry=_registry(),
+        registry=registry(),
     )
 
 

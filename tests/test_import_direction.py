@@ -21,7 +21,7 @@ LEVELS = [
     {"quickstart"},
     {"pipeline"},
     {"stages"},
-    {"annotate", "report", "evaluate"},
+    {"annotate", "report", "evaluate", "planning"},
     {"rollout"},
     {"generate", "train"},
     {"run"},

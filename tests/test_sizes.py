@@ -37,6 +37,7 @@ EXCEPTIONS = {
             "every option of the trainer that tokens depend on, named, whatever its default"
         ),
         "llama2rt/cluster/hardware.py::Gpu": "a data sheet: one named number a line",
+        "llama2rt/planning/duration.py:layout:Layout": "the cluster model's: a degree a line",
         "llama2rt/quickstart/*Recipe": "a recipe: one key a line, as a file would have it",
         "llama2rt/generate/scheduler.py:*:Step": "what a device needs of a step: one array a line",
         "llama2rt/rollout/*Response": "a record: one named field a line",

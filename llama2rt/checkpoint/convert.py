@@ -6,9 +6,8 @@ from typing import Literal
 
 import torch
 
-from llama2rt.checkpoint import hf, meta, native
+from llama2rt.checkpoint import files, hf, meta, native
 from llama2rt.checkpoint.load import read
-from llama2rt.checkpoint.weights import fill
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
 
@@ -38,7 +37,7 @@ def convert(
     if shards != 1 and to != "meta":
         raise InputError("shards: only a Meta folder is split into ranks")
     model, tokenizer, weights = read(source, DTYPES[dtype] if dtype else None)
-    fill(model, weights, "meta")  # for their dtype, which a description of the model names
+    files.fill(model, weights, "meta")  # for their dtype, which a description of the model names
     if tokenizer is None:
         logger.warning(
             "%s: no tokenizer, with which the ids of BOS, EOS and padding and the generation "

@@ -6,25 +6,32 @@ than a tensor at a time; safetensors' own writer wants all of a file at once.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama2rt import atomic
-from llama2rt.checkpoint.weights import Area, Stored, Weight
+from llama2rt.checkpoint.weight import Area, Stored, Weight
 from llama2rt.errors import InputError
+from llama2rt.model import Llama, ScalarModel
 
+logger = logging.getLogger("llama2rt.checkpoint.files")
+
+LOADABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARD_BYTES = 5 << 30  # Hugging Face's own default size
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 # safetensors' spelling of what a model may hold, in the order in which it lays them out.
 _DTYPES = {
     "F64": torch.float64,
@@ -39,9 +46,9 @@ _SPELLING = {dtype: name for name, dtype in _DTYPES.items()}
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends without an error.
 
-    A model folder already there is replaced by renames, so that a reader finds the old or the new
-    one; anything else there is an InputError, because it may not be ours to delete. OSError where
-    the disk does not take it: what stood there is still there.
+    A model's or an adapter's folder already there is replaced by renames, so that a reader finds
+    the old or the new one; anything else there is an InputError, because it may not be ours to
+    delete. OSError where the disk does not take it: what stood there is still there.
     """
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
@@ -68,7 +75,8 @@ def _replaceable(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    return not names or "params.json" in names or {"config.json", SINGLE} <= names or INDEX in names
+    whole = ({"params.json"}, {"config.json", SINGLE}, {INDEX}, {ADAPTER_CONFIG, ADAPTER})
+    return not names or any(files <= names for files in whole)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,48 +98,25 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_model(
     folder: str | Path,
-    weights: Mapping[str, Weight],
+    stored: Mapping[str, Weight],
     write_others: Callable[[Path], None],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model folder: one safetensors file, or files of at most `shard_bytes` and an index,
-    and beside them what `write_others` puts into the new folder.
-
-    All ranks of a group call it. They fetch each weight together, rank 0 writes, and its error is
-    raised on every rank, marked `everywhere`.
-    """
-    fetched = ((name, weights[name].read()) for name in weights)
-    error: Exception | None = None
-    if not _in_group() or dist.get_rank() == 0:
+    and beside them what `write_others` puts into the new folder. Each weight is read once, in the
+    order of `stored`, and held until it is written."""
+    with new_folder(Path(folder)) as fresh:
+        write_others(fresh)
         try:
-            with new_folder(Path(folder)) as fresh:
-                write_others(fresh)
-                try:
-                    _write_tensors(fresh, weights, fetched, shard_bytes)
-                except OSError as full:
-                    reason = f"{folder}: this model could not be written ({full})"
-                    raise OSError(reason) from full
-        except Exception as failed:
-            if not _in_group():
-                raise
-            error = failed
-    if _in_group():
-        for _ in fetched:
-            pass  # the others of a group wait for whoever does not fetch with them
-        error = _from_rank_0(error)
-    if error is not None:
-        raise error
+            _write_tensors(fresh, stored, shard_bytes)
+        except OSError as error:
+            raise OSError(f"{folder}: this model could not be written ({error})") from error
 
 
-def _write_tensors(
-    folder: Path,
-    weights: Mapping[str, Weight],
-    fetched: Iterator[tuple[str, Tensor]],
-    shard_bytes: int,
-) -> None:
+def _write_tensors(folder: Path, stored: Mapping[str, Weight], shard_bytes: int) -> None:
     shards: list[dict[str, Weight]] = [{}]
     filled = 0
-    for name, weight in weights.items():
+    for name, weight in stored.items():
         if shards[-1] and filled + weight.nbytes > shard_bytes:
             shards.append({})
             filled = 0
@@ -141,47 +126,31 @@ def _write_tensors(
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         where.update(dict.fromkeys(shard, file))
-        write_safetensors(folder / file, shard, fetched)
+        write_safetensors(folder / file, shard)
     if len(shards) > 1:
-        total = sum(weight.nbytes for weight in weights.values())
+        total = sum(weight.nbytes for weight in stored.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def write_safetensors(
-    path: Path, weights: Mapping[str, Weight], fetched: Iterator[tuple[str, Tensor]]
-) -> None:
-    """The file that safetensors' own `save_file` would write of these weights, the next ones in
-    `fetched`, as they come."""
+def write_safetensors(path: Path, stored: Mapping[str, Weight]) -> None:
+    """The file that safetensors' own `save_file` would write, but a tensor at a time."""
     order = list(_SPELLING)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in sorted(weights, key=lambda name: (order.index(weights[name].dtype), name)):
-        begin, end = end, end + weights[name].nbytes
-        shape = list(weights[name].shape)
-        kind = _SPELLING[weights[name].dtype]
+    for name in sorted(stored, key=lambda name: (order.index(stored[name].dtype), name)):
+        begin, end = end, end + stored[name].nbytes
+        shape = list(stored[name].shape)
+        kind = _SPELLING[stored[name].dtype]
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     written += b" " * (-len(written) % 8)
     with open(path, "wb") as file:
         file.write(len(written).to_bytes(8, "little") + written)
-        for _ in weights:
-            name, tensor = next(fetched)
+        for name, weight in stored.items():
             file.seek(8 + len(written) + header[name]["data_offsets"][0])
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-            del tensor  # before the next one is fetched
-
-
-def _in_group() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _from_rank_0(error: Exception | None) -> Exception | None:
-    """Rank 0's error, on every rank."""
-    errors = [error]
-    dist.broadcast_object_list(errors, src=0, device=torch.device("cpu"))
-    if errors[0] is not None:
-        errors[0].everywhere = True  # type: ignore[attr-defined]
-    return errors[0]
+            values = weight.read().contiguous().view(-1).view(torch.uint8)
+            file.write(memoryview(values.numpy()))
+            del values  # before the next one is read
 
 
 def stored_weights(folder: Path) -> Iterator[Stored]:
@@ -239,3 +208,106 @@ class _Fetch:
                 return part[area] if area else file.get_tensor(self._name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self._path}: damaged or not safetensors: {error}") from None
+
+
+OUTPUT, EMBEDDING = "output.weight", "transformer.embedding.weight"
+"""parameters of a `Llama`, which a tied one shares"""
+
+
+def weights(model: Llama | ScalarModel) -> dict[str, nn.Parameter]:
+    """Parameters by name; a tied output once, under the embedding's name (as in transformers)."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if model.config.tied:
+        named.pop(OUTPUT, None)
+    return named
+
+
+def match(
+    model: Llama | ScalarModel,
+    stored: Iterable[Stored],
+    dtype: torch.dtype | None,
+    stored_name: Callable[[str], str],
+) -> dict[str, Weight]:
+    """The weights of a model by parameter name, in the order and all in the dtype in which they
+    are to be read; InputError for one missing, left over, of the wrong shape or of a dtype that is
+    not floating point. `stored_name` turns a parameter's name into the one in the files.
+
+    dtype None keeps the stored one; where the files mix several, all become the one that holds them
+    all, and a warning says so. A tied model may come with its output under either name; where it
+    comes with two that differ, both are kept and the model's configuration is no longer tied, with
+    a warning.
+    """
+    wanted = weights(model)
+    tied = isinstance(model, Llama) and model.config.tied
+    name_of = {stored_name(name): name for name in (*wanted, *([OUTPUT] if tied else []))}
+    found: dict[str, Weight] = {}
+    kinds: dict[torch.dtype, str] = {}
+    path = None
+    for path, shown, weight in stored:
+        name = name_of.get(shown)
+        if name is None:
+            raise InputError(f"{path}: {shown}: not part of a model of this configuration")
+        _check(f"{path}: {shown}", weight, wanted[EMBEDDING if tied and name == OUTPUT else name])
+        kinds.setdefault(weight.dtype, shown)
+        found[name] = weight
+    if tied and OUTPUT in found and EMBEDDING not in found:
+        found[EMBEDDING] = found.pop(OUTPUT)
+    missing = sorted(stored_name(name) for name in wanted.keys() - found.keys())
+    if missing:
+        raise InputError(f"{path}: {missing[0]}: missing ({len(missing)} tensors in all)")
+    if tied and OUTPUT in found:
+        if _same_values(found[OUTPUT], found[EMBEDDING], dtype):
+            del found[OUTPUT]
+        else:
+            logger.warning(
+                "%s: the configuration ties the output to the embedding, but %s differs from it: "
+                "both are kept, and the model is not tied",
+                path,
+                stored_name(OUTPUT),
+            )
+            model.config = model.transformer.config = dataclasses.replace(model.config, tied=False)
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, kinds)
+        if len(kinds) > 1:
+            logger.warning(
+                "%s: %s; all become %s",
+                path,
+                ", ".join(f"{name} is {kind}" for kind, name in kinds.items()),
+                dtype,
+            )
+    return {name: weight.to(dtype) for name, weight in found.items()}
+
+
+def fill(
+    model: Llama | ScalarModel, read: Mapping[str, Weight], device: torch.device | str
+) -> None:
+    """Give a model built on the meta device its weights (`match`); on that device, only their
+    dtype."""
+    for name, weight in read.items():
+        if torch.device(device).type == "meta":
+            tensor = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        else:
+            # A copy: a mapped file that is truncated later must not take the process with it.
+            tensor = weight.read().to(device, copy=True)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+    if isinstance(model, Llama) and model.config.tied:
+        model.output.weight = model.transformer.embedding.weight
+
+
+def _check(where: str, weight: Weight, like: Tensor) -> None:
+    """InputError unless `weight` can become `like`."""
+    if weight.shape != like.shape:
+        raise InputError(f"{where}: expected shape {list(like.shape)}, got {list(weight.shape)}")
+    if weight.dtype not in LOADABLE:
+        names = (str(dtype).removeprefix("torch.") for dtype in (*LOADABLE, weight.dtype))
+        *expected, got = names
+        raise InputError(f"{where}: expected one of {', '.join(expected)}, got {got}")
+
+
+def _same_values(a: Weight, b: Weight, dtype: torch.dtype | None) -> bool:
+    """Whether two stored tensors become the same weights in `dtype` (None: in the one of the two
+    that holds both)."""
+    dtype = dtype or torch.promote_types(a.dtype, b.dtype)
+    pairs = zip(a.rows(4096), b.rows(4096), strict=True)
+    return all(torch.equal(x.to(dtype), y.to(dtype)) for x, y in pairs)

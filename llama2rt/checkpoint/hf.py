@@ -15,7 +15,7 @@ import torch
 from llama2rt.checkpoint import files
 from llama2rt.checkpoint.native import find_tokenizer, parse_config
 from llama2rt.checkpoint.tokenizer_json import write_tokenizer
-from llama2rt.checkpoint.weights import Weight, match, of_tensor, parameters
+from llama2rt.checkpoint.weight import Weight, of_tensor
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.text.folder import GENERATION, eos_ids
@@ -164,11 +164,11 @@ def save(
     """Write a folder that AutoModelForCausalLM (a ScalarModel: AutoModelForSequenceClassification)
     and AutoTokenizer load; atomic, a model folder already there is replaced.
 
-    `weights`: those to write in place of the model's own, by parameter name. Every rank of a group
-    calls it; a tensor that they share is put together when its turn comes, and rank 0 writes.
+    `weights`: those to write in place of the model's own, by parameter name; each is read once, in
+    that order.
     """
     if weights is None:
-        weights = {name: of_tensor(parameter) for name, parameter in parameters(model).items()}
+        weights = {name: of_tensor(parameter) for name, parameter in files.weights(model).items()}
 
     def write_others(fresh: Path) -> None:
         files.write_json(fresh / "config.json", write_config(model, tokenizer))
@@ -204,7 +204,7 @@ def read(
 
     # Old folders also hold a table of rotary frequencies, which is no weight.
     stored = (x for x in files.stored_weights(folder) if not x[1].endswith("rotary_emb.inv_freq"))
-    weights = match(model, stored, dtype, hf_name)
+    weights = files.match(model, stored, dtype, hf_name)
     tokenizer = find_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         logger.warning(

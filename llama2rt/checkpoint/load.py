@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from llama2rt.checkpoint import files, hf, meta, native
-from llama2rt.checkpoint.weights import Weight, fill, parameters
+from llama2rt.checkpoint.weight import Weight
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.text.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ def load(
     cannot be read.
     """
     model, tokenizer, weights = read(path, dtype)
-    fill(model, weights, device)
+    files.fill(model, weights, device)
     return model, tokenizer
 
 
@@ -45,7 +45,7 @@ def load_sharded(path: str | Path, model: Llama | ScalarModel, device: torch.dev
 
     _, _, weights = read(path)
     materialize(model, device)
-    for name, parameter in parameters(model).items():
+    for name, parameter in files.weights(model).items():
         if name not in weights:
             raise InputError(f"{path}: {name}: missing")
         place(parameter, weights[name])

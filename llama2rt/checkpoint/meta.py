@@ -20,15 +20,7 @@ from torch import Tensor
 
 from llama2rt.checkpoint import files
 from llama2rt.checkpoint.native import find_tokenizer, parse_config
-from llama2rt.checkpoint.weights import (
-    EMBEDDING,
-    Area,
-    Stored,
-    Weight,
-    match,
-    of_tensor,
-    parameters,
-)
+from llama2rt.checkpoint.weight import Area, Stored, Weight, of_tensor
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.text.tokenizer import Tokenizer
@@ -249,7 +241,7 @@ def read(
             if extra := sorted(name for name in shard.keys() - known if "rope.freqs" not in name):
                 raise InputError(f"{path}: {extra[0]}: not part of a model of this configuration")
 
-    return model, tokenizer, match(model, stored(), dtype, lambda name: _theirs(name)[0])
+    return model, tokenizer, files.match(model, stored(), dtype, lambda name: _theirs(name)[0])
 
 
 def _merged(shards: list[Shard], name: str, config: LlamaConfig) -> Weight:
@@ -260,7 +252,7 @@ def _merged(shards: list[Shard], name: str, config: LlamaConfig) -> Weight:
             raise InputError(f"{path}: {theirs}: missing")
     parts = [shard[theirs] for _, shard in shards]
     dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-    if name == EMBEDDING and parts[0].shape[1] == config.dim:
+    if name == files.EMBEDDING and parts[0].shape[1] == config.dim:
         split = 0  # Llama 3 splits its embedding over the vocabulary
     if split is None:
         return Weight(parts[0].shape, parts[0].dtype, functools.partial(_read, parts[0]))
@@ -342,7 +334,7 @@ def save(
     config = model.config
     check_shards(config, shards)
     if weights is None:
-        weights = {name: of_tensor(parameter) for name, parameter in parameters(model).items()}
+        weights = {name: of_tensor(parameter) for name, parameter in files.weights(model).items()}
     # As `load` will read it: params.json holds no context.
     unknown = dataclasses.replace(config, context=4096, tied=False)
     context = _context(Path(folder), unknown, next(iter(weights.values())).dtype)
@@ -358,7 +350,11 @@ def save(
         for number in range(shards):
             part = {
                 _theirs(name)[0]: _part(
-                    name, weights[name if name in weights else EMBEDDING], config, number, shards
+                    name,
+                    weights[name if name in weights else files.EMBEDDING],
+                    config,
+                    number,
+                    shards,
                 )
                 for name, _ in model.named_parameters(remove_duplicate=False)
             }

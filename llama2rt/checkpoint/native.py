@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llama2rt.checkpoint import files
-from llama2rt.checkpoint.weights import OUTPUT, Weight, match, of_tensor, parameters
+from llama2rt.checkpoint.weight import Weight, of_tensor
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.text.tokenizer import Tokenizer
@@ -33,12 +33,12 @@ def save(
     """Write `folder` atomically; a model folder already there is replaced.
 
     Of a model under a `train.Optimizer` the fp32 masters are written, not their bf16 copies.
-    `weights`: those to write in place of the model's own, by parameter name. Every rank of a group
-    calls it; a tensor that they share is put together when its turn comes, and rank 0 writes.
+    `weights`: those to write in place of the model's own, by parameter name; each is read once, in
+    that order.
     """
     kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
     if weights is None:
-        own = parameters(model).items()
+        own = files.weights(model).items()
         weights = {name: of_tensor(unrounded(parameter)) for name, parameter in own}
     shape = dataclasses.asdict(model.config)
 
@@ -58,7 +58,7 @@ def stored_name(model: torch.nn.Module, name: str) -> str:
     files leave out `transformer.` (of a ScalarModel they say `backbone.`), and the `.weight` of
     `output`. Other modules' names are their own.
     """
-    if isinstance(model, Llama) and name == OUTPUT:
+    if isinstance(model, Llama) and name == files.OUTPUT:
         return "output"
     if isinstance(model, Llama | ScalarModel) and name.startswith("transformer."):
         outer = "backbone." if isinstance(model, ScalarModel) else ""
@@ -73,7 +73,7 @@ def unrounded(parameter: torch.nn.Parameter) -> torch.Tensor:
     hands (`load_state_dict`, an edit in place) is itself the truth.
     """
     master = getattr(parameter, "master", None)
-    if master is None or not torch.equal(master.to(parameter.dtype), parameter):
+    if master is None or not torch.equal(master.to(parameter), parameter):
         return parameter.detach()
     return master
 
@@ -95,7 +95,7 @@ def read(
     with torch.device("meta"):
         model = KINDS[description["kind"]](config)
     named = functools.partial(stored_name, model)
-    weights = match(model, files.stored_weights(folder), dtype, named)
+    weights = files.match(model, files.stored_weights(folder), dtype, named)
     return model, find_tokenizer(folder), weights
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from llama2rt.checkpoint.weights import Weight
+from llama2rt.checkpoint.weight import Weight
 from llama2rt.model import Llama
 
 CHUNKS = "chunks"

@@ -8,25 +8,85 @@ one optimizer step. There are no worker processes, since packing takes far less 
 
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llama2rt.data.packing import Batch, Example, PairBatch, groups, micro_batches, pack_pairs
+from llama2rt.data.packing import (
+    Batch,
+    Example,
+    PairBatch,
+    filler,
+    filler_pairs,
+    groups,
+    pack,
+    pack_pairs,
+)
+from llama2rt.data.shared import pack_shared
 from llama2rt.data.tokens import TokenFile, pack_windows, shares
 from llama2rt.errors import InputError
 
 logger = logging.getLogger("llama2rt.data.loader")
 
 Step = TypeVar("Step")
+Item = TypeVar("Item")
+
+
+Share = tuple[int, int]
+"""(rank, ranks): which of how many processes that divide each step among them this one is"""
+WHOLE: Share = (0, 1)
+
+
+def balanced(lengths: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices of `lengths` divided among `ranks` processes, each one's in ascending order: the
+    longest first, always to the one with the fewest tokens so far (Graham 1969)."""
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0.0] * ranks
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = min(range(ranks), key=tokens.__getitem__)
+        parts[rank].append(index)
+        tokens[rank] += lengths[index]
+    return [sorted(part) for part in parts]
+
+
+def dealt(items: Iterable[Item], share: Share, rest: Item) -> Iterator[Item]:
+    """Every `ranks`-th of `items` in turn, and `rest` where other ranks have one more: as many on
+    each."""
+    rank, ranks = share
+    remaining = iter(items)
+    while turn := list(islice(remaining, ranks)):
+        yield turn[rank] if rank < len(turn) else rest
+
+
+def shared_groups(
+    lengths: Sequence[int], max_tokens: int, share: Share
+) -> tuple[list[list[int]], int]:
+    """(the micro-batches of one process of `share`, as indices of `lengths`; how many of the same
+    count as all others it has to add to them). Of one process: `packing.groups`."""
+    rank, ranks = share
+    if ranks == 1:
+        return [list(group) for group in groups(lengths, max_tokens)], 0
+    divided = [
+        [[part[i] for i in group] for group in groups([lengths[i] for i in part], max_tokens)]
+        for part in balanced(lengths, ranks)
+    ]
+    return divided[rank], max(map(len, divided)) - len(divided[rank])
 
 
 class _Loader(Generic[Step]):
-    """Order, epochs and resumption of `size` items, `batch_size` a step."""
+    """Order, epochs and resumption of `size` items, `batch_size` a step, divided among processes.
 
-    def __init__(self, size: int, batch_size: int, seed: int, epochs: int | None) -> None:
+    A step is the same items whatever the number of processes, so that a run goes on with the same
+    data on another one. All have the same number of micro-batches, with fillers where they lack
+    some.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, epochs: int | None, share: Share = WHOLE
+    ) -> None:
         if size < 1:
             raise InputError("the loader has no examples")
         if batch_size < 1:
@@ -34,7 +94,7 @@ class _Loader(Generic[Step]):
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs: expected at least 1 or None, got {epochs}")
         self._size, self._batch_size = size, batch_size
-        self._seed, self._epochs = seed, epochs
+        self._seed, self._epochs, self._share = seed, epochs, share
         self._epoch, self._position = 0, 0
         self._order: np.ndarray | None = None
 
@@ -43,7 +103,7 @@ class _Loader(Generic[Step]):
         return -(-self._size // self._batch_size)
 
     def _assemble(self, indices: np.ndarray) -> list[Step]:
-        """Micro-batches of the items `indices`."""
+        """This process's micro-batches of the items `indices`."""
         raise NotImplementedError
 
     def _start_epoch(self) -> np.ndarray:
@@ -107,7 +167,8 @@ def _warn_of_long(what: str, lengths: Sequence[int], micro_tokens: int) -> None:
 
 class ExampleLoader(_Loader[Batch]):
     """Steps of `batch_size` examples in micro-batches of at most `micro_tokens` tokens, for
-    `epochs` epochs (None: for ever). A longer example passes alone, and is said."""
+    `epochs` epochs (None: for ever). A longer example passes alone, and is said. Of several
+    processes each has about as many tokens."""
 
     def __init__(
         self,
@@ -116,8 +177,10 @@ class ExampleLoader(_Loader[Batch]):
         micro_tokens: int,
         seed: int,
         epochs: int | None = None,
+        *,
+        share: Share = WHOLE,
     ) -> None:
-        super().__init__(len(examples), batch_size, seed, epochs)
+        super().__init__(len(examples), batch_size, seed, epochs, share)
         self._examples, self._micro_tokens = examples, micro_tokens
         self._fingerprint = _fingerprint(examples)
         _warn_of_long("examples", [len(example.tokens) for example in examples], micro_tokens)
@@ -126,12 +189,17 @@ class ExampleLoader(_Loader[Batch]):
         return super()._identity() | {"content": self._fingerprint}
 
     def _assemble(self, indices: np.ndarray) -> list[Batch]:
-        return micro_batches([self._examples[i] for i in indices], self._micro_tokens)
+        examples = [self._examples[i] for i in indices]
+        lengths = [len(example.tokens) for example in examples]
+        members, missing = shared_groups(lengths, self._micro_tokens, self._share)
+        packed = [pack([examples[i] for i in group]) for group in members]
+        return packed + [filler()] * missing
 
 
 class PairLoader(_Loader[PairBatch]):
     """Steps of `batch_size` (chosen, rejected) pairs in micro-batches of at most `micro_tokens`
-    tokens, both sides counted; each of `extras` holds one number a pair and travels with it."""
+    tokens, both sides counted; each of `extras` holds one number a pair and travels with it. The
+    prompt of a pair is in its batch once (`data.shared`)."""
 
     def __init__(
         self,
@@ -141,8 +209,10 @@ class PairLoader(_Loader[PairBatch]):
         micro_tokens: int,
         seed: int,
         epochs: int | None = None,
+        *,
+        share: Share = WHOLE,
     ) -> None:
-        super().__init__(len(pairs), batch_size, seed, epochs)
+        super().__init__(len(pairs), batch_size, seed, epochs, share)
         self._pairs, self._micro_tokens = pairs, micro_tokens
         self._extras = {name: np.asarray(value) for name, value in (extras or {}).items()}
         for name, value in self._extras.items():
@@ -157,11 +227,13 @@ class PairLoader(_Loader[PairBatch]):
 
     def _assemble(self, indices: np.ndarray) -> list[PairBatch]:
         result = []
-        for group in groups(self._lengths[indices].tolist(), self._micro_tokens):
-            members = indices[group.start : group.stop]
+        lengths = self._lengths[indices].tolist()
+        shared, missing = shared_groups(lengths, self._micro_tokens, self._share)
+        for group in shared:
+            members = indices[group]
             extras = {name: value[members] for name, value in self._extras.items()}
-            result.append(pack_pairs([self._pairs[i] for i in members], extras))
-        return result
+            result.append(pack_pairs([self._pairs[i] for i in members], extras, pack_shared))
+        return result + [filler_pairs(self._extras)] * missing
 
 
 class TokenLoader(_Loader[Batch]):
@@ -188,6 +260,8 @@ class TokenLoader(_Loader[Batch]):
         seed: int,
         epochs: int | None = None,
         weights: Sequence[float] | None = None,
+        *,
+        share: Share = WHOLE,
     ) -> None:
         if context < 1 or batch_tokens < context or micro_tokens < context:
             raise InputError(
@@ -198,7 +272,7 @@ class TokenLoader(_Loader[Batch]):
         self._context, self._micro_windows = context, micro_tokens // context
         self._windows = [-(-(len(file) - 1) // context) for file in self._files]
         self._draws = shares(self._windows, weights)
-        super().__init__(sum(self._draws), batch_tokens // context, seed, epochs)
+        super().__init__(sum(self._draws), batch_tokens // context, seed, epochs, share)
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {
@@ -228,11 +302,15 @@ class TokenLoader(_Loader[Batch]):
         return table[np.random.default_rng([self._seed, self._epoch]).permutation(len(table))]
 
     def _assemble(self, indices: np.ndarray) -> list[Batch]:
+        rank, ranks = self._share
+        own = indices[rank::ranks]
         result = []
-        for at in range(0, len(indices), self._micro_windows):
+        for at in range(0, len(own), self._micro_windows):
             windows = [
                 self._files[file].window(begin, length)
-                for file, begin, length in indices[at : at + self._micro_windows].tolist()
+                for file, begin, length in own[at : at + self._micro_windows].tolist()
             ]
             result.append(pack_windows(windows))
-        return result
+        # Rank 0 has as many windows as any.
+        most = -(-len(indices[::ranks]) // self._micro_windows)
+        return result + [filler()] * (most - len(result))

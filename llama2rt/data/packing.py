@@ -6,13 +6,15 @@ shortened answer would teach the model to stop short; one that is longer than a 
 of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+
+from llama2rt.model.shared_prefix import SharedKeys
 
 
 class Example(NamedTuple):
@@ -50,6 +52,10 @@ class Batch:
     """int64 [T]: the document's next token where that is trainable, else -1"""
     weight: int
     """number of targets >= 0, counted on the CPU, so that nothing waits for the device"""
+    keys: SharedKeys | None = None
+    """what the documents attend to where they share tokens (`data.shared`): the tokens and
+    `cu_seqlens` are then those that a document has for itself, and positions go on behind what it
+    shares. None where each document is whole"""
 
     def to(self, device: torch.device | str) -> "Batch":
         return replace(
@@ -58,6 +64,7 @@ class Batch:
             positions=self.positions.to(device, non_blocking=True),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
+            keys=None if self.keys is None else self.keys.to(device),
         )
 
     @property
@@ -73,15 +80,17 @@ class PairBatch:
     """2n documents: chosen 0, rejected 0, chosen 1, ..."""
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """[n] each, one value a pair (margins, ratings, reference log-probabilities)"""
+    filler: bool = False
+    """whether this only keeps a rank busy (`filler_pairs`)"""
 
     @property
     def weight(self) -> int:
-        """n"""
-        return self.batch.documents // 2
+        """n, or 0 of a filler"""
+        return 0 if self.filler else self.batch.documents // 2
 
     def to(self, device: torch.device | str) -> "PairBatch":
         moved = {name: value.to(device, non_blocking=True) for name, value in self.extras.items()}
-        return PairBatch(self.batch.to(device), moved)
+        return replace(self, batch=self.batch.to(device), extras=moved)
 
 
 def pack(examples: Sequence[Example]) -> Batch:
@@ -113,7 +122,9 @@ def pack_arrays(tokens: np.ndarray, targets: np.ndarray, lengths: np.ndarray) ->
 
 
 def pack_pairs(
-    pairs: Sequence[tuple[Example, Example]], extras: Mapping[str, ArrayLike] | None = None
+    pairs: Sequence[tuple[Example, Example]],
+    extras: Mapping[str, ArrayLike] | None = None,
+    packed: Callable[[Sequence[Example]], Batch] = pack,
 ) -> PairBatch:
     """One batch of (chosen, rejected) `pairs`; each of `extras` holds one number a pair and
     becomes a tensor (floating point as fp32)."""
@@ -123,7 +134,21 @@ def pack_pairs(
         if tensor.shape[:1] != (len(pairs),):
             raise ValueError(f"extras[{name!r}]: expected {len(pairs)} rows, got {tensor.shape}")
         values[name] = tensor.float() if tensor.is_floating_point() else tensor
-    return PairBatch(pack([example for pair in pairs for example in pair]), values)
+    return PairBatch(packed([example for pair in pairs for example in pair]), values)
+
+
+def filler() -> Batch:
+    """One token and nothing to predict: the micro-batch of a rank that has none left while others
+    do, so that all take part in the same collectives."""
+    return pack([Example.of([0])])
+
+
+def filler_pairs(extras: Mapping[str, ArrayLike]) -> PairBatch:
+    """What `filler` is for pairs, with the extras of `PairBatch` (any values of theirs). Its loss
+    is finite, as both sides predict a token, and whoever sums losses leaves it out."""
+    side = Example.of([0, 0])
+    zeros = {name: np.zeros_like(np.asarray(value)[:1]) for name, value in extras.items()}
+    return replace(pack_pairs([(side, side)], zeros), filler=True)
 
 
 def groups(lengths: Sequence[int], max_tokens: int) -> list[range]:
@@ -143,7 +168,13 @@ def groups(lengths: Sequence[int], max_tokens: int) -> list[range]:
     return result
 
 
-def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
-    """`examples` packed in order into batches as `groups` says; none is split."""
+def micro_batches(
+    examples: Sequence[Example],
+    max_tokens: int,
+    packed: Callable[[Sequence[Example]], Batch] = pack,
+) -> list[Batch]:
+    """`examples` packed in order into batches as `groups` says; none is split. Tokens that
+    `packed` lets documents share count in each of them: a batch holds the same documents, in less
+    memory."""
     lengths = [len(example.tokens) for example in examples]
-    return [pack([examples[i] for i in group]) for group in groups(lengths, max_tokens)]
+    return [packed([examples[i] for i in group]) for group in groups(lengths, max_tokens)]

@@ -8,9 +8,11 @@ corpus is held in memory. A corpus may be several files: the loader takes a list
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -123,6 +125,40 @@ def build(documents: Iterable[Document | str], tokenizer: Tokenizer, path: str |
         file.seek(0)
         file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")
     return TokenFile(path)
+
+
+# Of a corpus that is read to estimate its tokens; a smaller one is read whole.
+SAMPLED_BYTES = 4 << 20
+
+
+class Estimated(NamedTuple):
+    """How many tokens a stream will have."""
+
+    value: float
+    how: str
+    """exact, or what the estimate rests on"""
+
+
+def estimate(documents: Sequence[Document], tokenizer: Tokenizer | int) -> Estimated:
+    """Tokens of the stream that `build` would make of `documents`, without writing it: of all of
+    them where they are few, else by the tokens a byte of a sample that is drawn evenly from them.
+    `tokenizer`: one that is still to be trained is given by its size; the sample trains it."""
+    total = sum(len(document.text.encode()) for document in documents)
+    every = max(1, -(-total // SAMPLED_BYTES))
+    sample = [document.text for document in documents[::every]]
+    # Few long documents: the beginning of each.
+    most = max(1, SAMPLED_BYTES // max(1, len(sample)))
+    if total > SAMPLED_BYTES:
+        sample = [text.encode()[:most].decode(errors="ignore") for text in sample]
+    read = sum(len(text.encode()) for text in sample)
+    if isinstance(tokenizer, int):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = Tokenizer.train(sample, tokenizer, Path(folder) / "tokenizer.model")
+    pieces = sum(len(ids) for ids in tokenizer.encode_batch(sample))
+    if read == total:
+        return Estimated(pieces + 2 * len(documents), "exact")
+    how = f"estimate from {read:,} of {total:,} bytes"
+    return Estimated(pieces * total / max(1, read) + 2 * len(documents), how)
 
 
 def split(

@@ -16,7 +16,14 @@ from llama2rt.errors import InputError, naming
 from llama2rt.generate import scheduler
 from llama2rt.generate.budget import Budget, plan
 from llama2rt.generate.kv_cache import PAGE_SIZE, Addresses, KVCache
-from llama2rt.generate.sampling import MOST, check_options, check_whole, choose, uniforms
+from llama2rt.generate.sampling import (
+    MOST,
+    check_options,
+    check_whole,
+    choose,
+    stream_keys,
+    uniforms,
+)
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
 from llama2rt.text import chat
@@ -69,6 +76,16 @@ class Engine:
         self.page_size, self.max_sequences = page_size, max_sequences
         self.cache_bytes = cache_bytes
 
+    def of(self, model: Llama) -> "Engine":
+        """The same sampler of another model, such as this one's weights in one piece."""
+        return Engine(
+            model,
+            self.tokenizer,
+            page_size=self.page_size,
+            max_sequences=self.max_sequences,
+            cache_bytes=self.cache_bytes,
+        )
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -79,29 +96,38 @@ class Engine:
         max_tokens: int = 256,
         seed: int = 0,
         *,
+        indices: Sequence[int] | None = None,
         on_finish: Callable[[Completion], None] | None = None,
     ) -> list[Completion]:
         """`n` samples of each prompt, in prompt order, n after n.
 
         A prompt is a list of token ids or of messages. Argmax at temperature 0; top_p 1 and top_k 0
         mean no limit. A sample depends on the weights, its prompt, `seed`, prompt index and sample
-        index only. Sequences end at EOS (any id that the folder names), `max_tokens` or the model's
-        context. `on_finish` is called with each sample as it ends, in any order (a progress bar).
-        InputError names, before the first forward pass, an option outside its range, a prompt that
-        is empty, holds an unknown token or leaves no room in the context, and one that needs more
-        than `cache_bytes`; FloatingPointError where logits are not finite.
+        index only. `indices` [P] are the prompts' where these are some of more, so that each is
+        answered as among all of them; by default they count from 0. Sequences end at EOS (any id
+        that the folder names), `max_tokens` or the model's context. `on_finish` is called with each
+        sample as it ends, in any order (a progress bar). InputError names, before the first forward
+        pass, an option outside its range, a prompt that is empty, holds an unknown token or leaves
+        no room in the context, and one that needs more than `cache_bytes`; FloatingPointError where
+        logits are not finite.
         """
         check_options(n, temperature, top_p, top_k, max_tokens, seed)
         if len(prompts) * n > MOST:
             raise InputError(f"n: expected at most {MOST} samples in all, got {len(prompts)} x {n}")
+        numbers = range(len(prompts)) if indices is None else indices
+        if len(numbers) != len(prompts):
+            raise InputError(f"indices: expected {len(prompts)}, got {len(numbers)}")
         encoded = self._encode(prompts)
         completions: list[Completion | None] = [None] * (len(prompts) * n)
-        for _, finished in self._steps(encoded, n, temperature, top_p, top_k, max_tokens, seed):
+        keys = stream_keys(seed, np.repeat(numbers, n), np.tile(np.arange(n), len(prompts)))
+        for _, finished in self._steps(
+            encoded, keys.reshape(-1, n), temperature, top_p, top_k, max_tokens
+        ):
             for sequence in finished:
                 i, tokens = sequence.prompt, sequence.tokens.tolist()
                 prompt_tokens = encoded[i].tolist()
                 completion = Completion(
-                    prompt_index=i,
+                    prompt_index=numbers[i],
                     prompt_tokens=prompt_tokens,
                     text=self._text(prompts[i], prompt_tokens, tokens),
                     tokens=tokens,
@@ -127,9 +153,8 @@ class Engine:
         encoded = self._encode([prompt])
         tokens: list[int] = []
         shown = ""
-        for sampled, finished in self._steps(
-            encoded, 1, temperature, top_p, top_k, max_tokens, seed
-        ):
+        keys = stream_keys(seed, np.zeros(1, np.int64), np.zeros(1, np.int64))[:, None]
+        for sampled, finished in self._steps(encoded, keys, temperature, top_p, top_k, max_tokens):
             tokens += sampled.tolist()
             text = self._text(prompt, encoded[0].tolist(), tokens)
             if finished or not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -171,20 +196,20 @@ class Engine:
     def _steps(
         self,
         prompts: list[np.ndarray],
-        n: int,
+        keys: np.ndarray,
         temperature: float,
         top_p: float,
         top_k: int,
         max_tokens: int,
-        seed: int,
     ) -> Iterator[tuple[np.ndarray, list[scheduler.Sequence]]]:
-        """Yields each forward pass's sampled tokens and the sequences it finished."""
+        """Yields each forward pass's sampled tokens and the sequences it finished. `keys` uint64
+        [P, n]: the random streams of each prompt's samples."""
         model, page_size = self.model, self.page_size
         lengths = np.array([len(tokens) for tokens in prompts], np.int32)
         limits = np.minimum(min(max_tokens, model.config.context), model.config.context - lengths)
-        budget = self._budget(lengths, limits, n, bool(top_k or top_p < 1))
+        budget = self._budget(lengths, limits, keys.shape[1], bool(top_k or top_p < 1))
         queue = scheduler.Scheduler(
-            prompts, limits, n, seed, self.tokenizer.stop_ids, budget, page_size
+            prompts, limits, keys, self.tokenizer.stop_ids, budget, page_size
         )
         cache = KVCache(model.config.layers, budget.pages, page_size)
         training = model.training

@@ -17,7 +17,6 @@ import numpy as np
 
 from llama2rt.generate.budget import Budget
 from llama2rt.generate.kv_cache import PagePool
-from llama2rt.generate.sampling import stream_keys
 
 
 @dataclass(slots=True)
@@ -52,8 +51,8 @@ class Step:
 
 
 class Scheduler:
-    """Runs `n` samples of each prompt (int32 arrays); `limits[i]` is prompt i's max tokens, and any
-    of `stop_ids` ends a sample.
+    """Runs n samples of each prompt (int32 arrays); `limits[i]` is prompt i's max tokens, `keys`
+    uint64 [P, n] are the samples' random streams, and any of `stop_ids` ends a sample.
 
     `budget` bounds what runs at once: its pages of `page_size` tokens, its sequences, and the
     prompt tokens that a step prefills (or one prompt that is longer). The caller has made sure that
@@ -64,8 +63,7 @@ class Scheduler:
         self,
         prompts: list[np.ndarray],
         limits: np.ndarray,
-        n: int,
-        seed: int,
+        keys: np.ndarray,
         stop_ids: tuple[int, ...],
         budget: Budget,
         page_size: int,
@@ -74,9 +72,8 @@ class Scheduler:
         self.prompts, self.limits, self.stop_ids = prompts, limits, stop_ids
         self.page_size = page_size
         self.pool = PagePool(budget.pages)
-        self.waiting = deque(Sequence(p, s) for p in range(len(prompts)) for s in range(n))
-        prompt, sample = np.divmod(np.arange(len(self.waiting)), n)
-        self._stream_keys = stream_keys(seed, prompt, sample).reshape(-1, n)
+        self.waiting = deque(Sequence(p, s) for p, s in np.ndindex(*keys.shape))
+        self._stream_keys = keys
         self.rows = np.empty(0, np.int64)  # live slots, oldest first
         # Pages of a prefilled prompt, referenced here while the queue's front holds samples of it.
         self._shared: np.ndarray | None = None

@@ -7,7 +7,21 @@ from torch import Tensor, nn
 
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.llama import Llama
-from llama2rt.model.transformer import PackedAttention, Transformer, fill, fresh_weights
+from llama2rt.model.shared_prefix import SharedKeys, documents
+from llama2rt.model.transformer import Transformer, fill, fresh_weights
+
+
+def value(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [T, dim], weight [1, dim] -> fp32 [T]."""
+    # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
+    return (hidden.float() * weight.float()).sum(-1)
+
+
+class Head(nn.Linear):
+    """A Linear of one output, in fp32: [T, dim] -> [T]."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return value(hidden, self.weight)
 
 
 class ScalarModel(nn.Module):
@@ -26,7 +40,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, device, dtype)
-        self.head = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype)
+        self.head = Head(config.dim, 1, bias=False, device=device, dtype=dtype)
 
     def initialize(self, seed: int = 0) -> "ScalarModel":
         """Fresh weights from a seed (see Llama.initialize); returns the model."""
@@ -35,8 +49,8 @@ class ScalarModel(nn.Module):
 
     def fresh_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """(parameter's name, fp32 values), of the transformer as in `Llama.fresh_weights`."""
-        for name, value in fresh_weights(self.transformer, self.config.layers, seed):
-            yield f"transformer.{name}", value
+        for name, values in fresh_weights(self.transformer, self.config.layers, seed):
+            yield f"transformer.{name}", values
         yield "head.weight", self._fresh_head(seed)
 
     def _fresh_head(self, seed: int) -> Tensor:
@@ -55,15 +69,25 @@ class ScalarModel(nn.Module):
         fill(model, iter([("head.weight", model._fresh_head(seed))]))
         return model
 
-    def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        keys: SharedKeys | None = None,
+    ) -> Tensor:
         """[T, dim] after the final norm."""
-        return self.transformer(tokens, positions, PackedAttention(cu_seqlens))
+        return self.transformer(tokens, positions, documents(cu_seqlens, keys))
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        keys: SharedKeys | None = None,
+    ) -> Tensor:
         """fp32 [T]: the value at every token; a response's score is the one at its last token."""
-        hidden = self.hidden(tokens, positions, cu_seqlens)
-        # One column: an elementwise product in fp32 is as cheap as a GEMM and rounds less.
-        return (hidden.float() * self.head.weight.float()).sum(-1)
+        return self.head(self.transformer(tokens, positions, documents(cu_seqlens, keys)))
 
 
 def last_token(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -7,21 +7,17 @@ from torch import Tensor, nn
 
 from llama2rt import ops
 from llama2rt.model.config import LlamaConfig
-from llama2rt.model.transformer import (
-    Linear,
-    PackedAttention,
-    Transformer,
-    fill,
-    fresh_weights,
-)
+from llama2rt.model.shared_prefix import SharedKeys, documents
+from llama2rt.model.transformer import Linear, Transformer, fill, fresh_weights
 
 
 class Llama(nn.Module):
     """A LLaMA-2-family language model over packed tokens.
 
     A batch is tokens [T] int64, positions [T] (each document's own, from 0) and cu_seqlens [B+1]
-    int32, the documents' offsets. `initialize` or a checkpoint fills the weights; `output.weight`
-    is [V, dim], and `transformer.embedding.weight` itself where the config ties the two.
+    int32, the documents' offsets, and, where documents share the tokens they begin with, the keys
+    that they attend to. `initialize` or a checkpoint fills the weights; `output.weight` is
+    [V, dim], and `transformer.embedding.weight` itself where the config ties the two.
     `torch.compile(fullgraph=True)` takes `hidden`, and `forward`. Its state dict is named by
     modules, as FSDP2 and tensor-parallel plans need it; files have names of their own
     (`checkpoint.native.stored_name`).
@@ -62,9 +58,15 @@ class Llama(nn.Module):
         them: also for a model on the meta device."""
         return fresh_weights(self, self.config.layers, seed)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        keys: SharedKeys | None = None,
+    ) -> Tensor:
         """[T, dim] after the final norm."""
-        return self.transformer(tokens, positions, PackedAttention(cu_seqlens))
+        return self.transformer(tokens, positions, documents(cu_seqlens, keys))
 
     def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[T, V] logits: for tests and small uses; training never holds them."""
@@ -77,6 +79,7 @@ class Llama(nn.Module):
         cu_seqlens: Tensor,
         targets: Tensor,
         *,
+        keys: SharedKeys | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -86,7 +89,7 @@ class Llama(nn.Module):
         """
         # Not named here: the op drops prompt tokens' rows, and with them the hidden states.
         return ops.token_logprob(
-            self.hidden(tokens, positions, cu_seqlens),
+            self.transformer(tokens, positions, documents(cu_seqlens, keys)),
             self.output.weight,
             targets,
             temperature=temperature,

@@ -71,6 +71,13 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
+def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of the sum, sum) of x and the residual stream, which None starts."""
+    if residual is None:
+        return ops.rms_norm(x, weight, eps), x
+    return ops.add_rms_norm(x, residual, weight, eps)
+
+
 class Norm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019), together with the residual addition in front of it."""
 
@@ -81,9 +88,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(normed sum, sum) of x and the residual stream, which None starts."""
-        if residual is None:
-            return ops.rms_norm(x, self.weight, self.eps), x
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        return norm(x, residual, self.weight, self.eps)
 
 
 class Block(nn.Module):

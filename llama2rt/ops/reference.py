@@ -242,7 +242,8 @@ def token_logprob_backward(
     predicted = targets >= 0
     upstream = torch.where(predicted, dlogprob, 0.0)[:, None]
     dlogits = -upstream * p
-    dlogits.scatter_add_(1, targets.clamp_min(0).long()[:, None], upstream)
+    column = targets.clamp(0, weight.shape[0] - 1).long()[:, None]
+    dlogits.scatter_add_(1, column, upstream * (targets < weight.shape[0])[:, None])
     if dentropy is not None and entropy is not None:
         dlogits -= torch.where(predicted, dentropy, 0.0)[:, None] * p * (log_p + entropy[:, None])
     dlogits /= temperature

@@ -2,7 +2,16 @@
 
 from llama2rt.parallel.mesh import Mesh
 from llama2rt.parallel.options import ParallelOptions
-from llama2rt.parallel.world import World, barrier, broadcast, gather, is_main, on_main, world
+from llama2rt.parallel.world import (
+    World,
+    barrier,
+    broadcast,
+    by_main,
+    gather,
+    is_main,
+    on_main,
+    world,
+)
 
 __all__ = [
     "Mesh",
@@ -10,6 +19,7 @@ __all__ = [
     "World",
     "barrier",
     "broadcast",
+    "by_main",
     "gather",
     "is_main",
     "on_main",

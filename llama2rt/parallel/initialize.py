@@ -3,7 +3,7 @@
 import torch
 
 from llama2rt.checkpoint.sharded import materialize, place
-from llama2rt.checkpoint.weights import of_tensor
+from llama2rt.checkpoint.weight import of_tensor
 from llama2rt.model import Llama, ScalarModel
 
 

@@ -4,16 +4,24 @@ Ranks of different `data` and `shard` coordinates see different micro-batches; t
 `context`, `tensor` or `pipeline` alone work on the same one.
 """
 
+import datetime
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama2rt.errors import InputError
 from llama2rt.model import LlamaConfig
+from llama2rt.parallel import faults
 from llama2rt.parallel.options import DIMENSIONS, ParallelOptions
 from llama2rt.parallel.world import world
+
+BATCH = ("shard", "data")
+"""dimensions whose ranks work on different micro-batches"""
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,15 @@ class Mesh:
         return cls(dict.fromkeys(DIMENSIONS, 1), None, None)
 
     @classmethod
-    def build(cls, options: ParallelOptions, config: LlamaConfig) -> Self:
-        """The mesh of all processes of this job, called by each of them. InputError where the
-        degrees do not fit their number, or the model's shape."""
+    def build(
+        cls, options: ParallelOptions, config: LlamaConfig, *, pipelined: bool = False
+    ) -> Self:
+        """The mesh of all processes of this job, called by each of them. `pipelined`: whether its
+        stage of training can be a pipeline. InputError where the degrees do not fit the number of
+        processes, the model's shape or the stage."""
         degrees = options.degrees(world().size)
+        if degrees["pipeline"] > 1 and not pipelined:
+            raise InputError("parallel.pipeline: expected 1, but in pretraining and SFT")
         check(degrees, config)
         if world().size == 1:
             return cls.single()
@@ -54,6 +67,7 @@ class Mesh:
                     (degrees["data"], degrees["shard"] * degrees["context"]),
                     ("replicate", "sharded"),
                 )
+        faults.set_limit(datetime.timedelta(minutes=options.timeout_minutes))
         return cls(degrees, devices, fsdp)
 
     @property
@@ -66,9 +80,29 @@ class Mesh:
         """Which of them is this process's."""
         return self.index("data") * self.degrees["shard"] + self.index("shard")
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """(batch_rank, batch_ranks), as the loaders of `data.loader` take it."""
+        return self.batch_rank, self.batch_ranks
+
     def index(self, dimension: str) -> int:
         """This process's coordinate along one of DIMENSIONS."""
         return 0 if self.devices is None else self.devices.get_local_rank(dimension)
+
+    def sum(self, values: Tensor, dimensions: Iterable[str] = BATCH) -> Tensor:
+        """`values` summed, in place, over the ranks that differ in `dimensions`: as they stand,
+        those that work on other micro-batches. The same bits on each of them."""
+        for dimension in dimensions:
+            if (group := self.group(dimension)) is not None:
+                dist.all_reduce(values, group=group)
+        return values
+
+    def totals(self, numbers: Iterable[float]) -> list[float]:
+        """Python numbers summed over the ranks that work on other micro-batches, in fp64."""
+        given = list(numbers)
+        if self.batch_ranks == 1:
+            return given
+        return self.sum(torch.tensor(given, dtype=torch.float64, device=world().device)).tolist()
 
     def group(self, dimension: str) -> dist.ProcessGroup | None:
         """The processes that differ from this one in `dimension` alone; None where it is alone."""
@@ -87,6 +121,17 @@ def check(degrees: dict[str, int], config: LlamaConfig) -> None:
                 f"parallel.tensor: {tensor} processes cannot share {name} {value}: expected a "
                 f"divisor of it"
             )
+    for name in ("tensor", "context"):
+        if pipeline > 1 and degrees[name] > 1:
+            raise InputError(
+                f"parallel.pipeline: does not stack with parallel.{name}: expected 1 of it, got "
+                f"{degrees[name]}"
+            )
+    if pipeline > 1 and config.tied:
+        raise InputError(
+            "parallel.pipeline: expected a model whose output matrix is not its embedding, which "
+            "are at both ends of a pipeline"
+        )
     if pipeline > config.layers:
         raise InputError(
             f"parallel.pipeline: {pipeline} stages of a model with {config.layers} layers: "

@@ -27,6 +27,10 @@ class ParallelOptions(BaseModel):
     pipeline: int = Field(default=1, gt=0)
     """over how many the layers are cut; pretraining and SFT alone"""
 
+    timeout_minutes: float = Field(default=30, gt=0, allow_inf_nan=False)
+    """how long a rank that does not answer, or does not come to a collective, is waited for before
+    it is named and the group ends"""
+
     @property
     def least_ranks(self) -> int:
         """Processes that these degrees need, with `shard` 1 where it is not given."""

@@ -3,26 +3,27 @@ and the few things they say to each other besides tensors. One process alone is 
 which all of this costs nothing.
 
 Files, metrics and messages belong to rank 0 (`is_main`). What only rank 0 does, such as opening a
-run directory, goes through `on_main`, so that its outcome, or its error, is every rank's.
+run directory, goes through `on_main`, so that its outcome, or its error, is every rank's. While it
+does so it is a world of one: code for one process works there as it stands.
 """
 
 import datetime
 import functools
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from llama2rt.errors import InputError
+from llama2rt.parallel import faults
 
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
 
-# A rank that has not come to a collective of tensors by then hangs, or is dead without its
-# connection closed. A step takes seconds, a checkpoint or a rollout phase minutes.
-TIMEOUT = datetime.timedelta(minutes=30)
 # While rank 0 tokenises a corpus the others wait for its word.
 PATIENCE = datetime.timedelta(days=2)
 
@@ -44,9 +45,14 @@ class World:
         return torch.device("cpu")
 
 
+# Whether rank 0 is inside `on_main`.
+_alone = False
+
+
 def world() -> World:
-    """This process among those that `start` has joined; a world of one without."""
-    if not dist.is_initialized():
+    """This process among those that `start` has joined; a world of one without, and inside
+    `on_main`."""
+    if _alone or not dist.is_initialized():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -69,13 +75,17 @@ def start() -> World:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    _control()
-    return world()
+    dist.init_process_group(backend)
+    store = dist.distributed_c10d._get_default_store()
+    here = world()
+    faults.begin(faults.Group(store, here.rank, here.size, here.device, _control()))
+    faults.set_limit(faults.LIMIT)
+    return here
 
 
 def stop() -> None:
     """Leave the processes that `start` joined."""
+    faults.end()
     _control.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -90,6 +100,7 @@ def barrier() -> None:
     """Wait until every rank is here, as long as it takes."""
     if world().size > 1:
         dist.monitored_barrier(_control(), timeout=PATIENCE)
+        faults.met()
 
 
 def broadcast(value: Result) -> Result:
@@ -107,25 +118,53 @@ def gather(value: Result) -> list[Result]:
         return [value]
     values: list[Any] = [None] * world().size
     dist.all_gather_object(values, value, group=_control())
+    faults.met()
     return values
 
 
 def on_main(function: Callable[[], Result]) -> Result:
-    """What `function` returns on rank 0, which alone calls it; what it raises there is raised on
-    every rank, marked `everywhere`, for whoever prints it to do so once."""
+    """What `function` returns on rank 0, which alone calls it, as if there were no other; what it
+    raises there is raised on every rank, marked `everywhere`, for whoever prints it to do so once.
+    Both travel by pickle."""
+    global _alone
     if world().size == 1:
         return function()
     outcome: tuple[Any, Exception | None] = (None, None)
     if is_main():
+        _alone = True
         try:
             outcome = function(), None
         except Exception as error:
-            error.everywhere = True  # type: ignore[attr-defined]
-            outcome = None, error
+            outcome = None, _portable(error)
+        finally:
+            _alone = False
     result, failed = broadcast(outcome)
     if failed is not None:
         raise failed
     return result
+
+
+def by_main(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """`function` as one that every rank calls and rank 0 alone carries out (`on_main`)."""
+
+    @functools.wraps(function)
+    def called_everywhere(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return on_main(functools.partial(function, *args, **kwargs))
+
+    return called_everywhere
+
+
+def _portable(error: Exception) -> Exception:
+    """`error` marked as everyone's, or what can be said of it where pickle cannot carry it: the
+    other ranks wait for it, and must not wait in vain."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        told.everywhere = True  # type: ignore[attr-defined]
+        return told.with_traceback(error.__traceback__)
+    return error
 
 
 @functools.cache

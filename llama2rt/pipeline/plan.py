@@ -4,9 +4,10 @@ Where a step leaves what it makes is known before it has run, so the whole plan 
 inputs are checked, before the first step begins.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llama2rt.errors import InputError, naming
 from llama2rt.run import Recipe
@@ -79,10 +80,17 @@ def resolve(steps: Sequence[Step], directory: Path) -> list[Resolved]:
 def check(plan: Sequence[Resolved]) -> None:
     """Read and check, before step one, all that the steps name: what an earlier step is still to
     leave is taken to be as its stage says. InputError naming the step."""
+    for _ in opened(plan):
+        pass
+
+
+def opened(plan: Sequence[Resolved]) -> Iterator[tuple[Resolved, Any, Future]]:
+    """(step, its opened inputs, what earlier steps will have left), step by step, as `check`."""
     future = Future()
     for step in plan:
         with naming(f"steps: {step.name}"):
             inputs = step.stage.open_inputs(step.recipe, future)
+        yield step, inputs, future
         if inputs.result is not None and not (step.directory / "model").exists():
             future.models[step.directory / "model"] = inputs.result
         future.files.update(

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from llama2rt import atomic
 from llama2rt.errors import naming
+from llama2rt.parallel import is_main, on_main, world
 from llama2rt.pipeline.plan import Resolved, Step, check, resolve
 
 _console = Console(stderr=True, highlight=False)
@@ -19,22 +20,29 @@ _console = Console(stderr=True, highlight=False)
 
 def prepare(steps: Sequence[Step], directory: Path) -> list[Resolved]:
     """The plan of `steps` below `directory`, with all recipes and inputs checked; those of steps
-    that are complete are not read again. InputError naming the step."""
+    that are complete are not read again. InputError naming the step, also where the processes
+    there are cannot share it as it says. Every rank calls this, and rank 0 reads."""
     plan = resolve(steps, directory)
-    check(plan)
+    for step in plan:
+        parallel = getattr(step.recipe, "parallel", None)
+        if parallel is not None:
+            with naming(f"steps: {step.name}"):
+                parallel.degrees(world().size)
+    on_main(lambda: check(plan))
     return plan
 
 
 def run(plan: Sequence[Resolved], clock: "Clock") -> None:
-    """Carry out a plan that `prepare` has checked, or what is left of it. InputError naming the
-    step."""
+    """Carry out a plan that `prepare` has checked, or what is left of it; every rank walks all of
+    it. InputError naming the step."""
     for step in plan:
         with clock.phase(step.name, step.purpose), naming(f"steps: {step.name}"):
             step.stage.run(step.recipe, step.directory, resume=True)
 
 
 class Clock:
-    """Seconds and peak memory by phase, kept in a file so that a resumed job adds up."""
+    """Seconds and peak memory by phase, kept in a file so that a resumed job adds up. Of several
+    ranks, rank 0 writes it and announces; what it counts is its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,7 +54,8 @@ class Clock:
     @contextmanager
     def phase(self, name: str, purpose: str) -> Iterator[None]:
         """Announce a phase and add the time it takes, also where it is interrupted."""
-        _console.print(f"[bold cyan]{name:<22}[/]{purpose}")
+        if is_main():
+            _console.print(f"[bold cyan]{name:<22}[/]{purpose}")
         begin = time.monotonic()
         self._running = name, begin
         try:
@@ -56,8 +65,11 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
             self.peak = self.peak_memory_bytes()
             kept = {"seconds": self.seconds, "peak_memory_bytes": self.peak}
-            atomic.write(self.path, json.dumps(kept, indent=2))
-        _console.print(f"[dim]{'':<22}{self.seconds[name]:.0f} s[/]")
+            # Not by on_main: where a phase has failed on this rank alone, no other comes here.
+            if is_main():
+                atomic.write(self.path, json.dumps(kept, indent=2))
+        if is_main():
+            _console.print(f"[dim]{'':<22}{self.seconds[name]:.0f} s[/]")
 
     def total(self) -> float:
         """Seconds of all phases so far, the running one included."""

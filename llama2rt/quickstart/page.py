@@ -91,8 +91,7 @@ def _training(plan: Sequence[Resolved]) -> list[report.Section]:
     sections = []
     for step in plan:
         for run in sorted(step.directory.glob("iteration-*")) or [step.directory]:
-            metrics = single_run.read_metrics(run / "metrics.jsonl")
-            for section in single_run.training_sections(metrics) if metrics else []:
+            for section in single_run.training_again(run):
                 title = step.name if run == step.directory else f"{step.name}, {run.name}"
                 sections.append(report.Section(f"Training: {title}", section.blocks))
     return sections

@@ -12,9 +12,12 @@ from typing import Any
 
 from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
+from llama2rt.parallel import on_main
 from llama2rt.report import html, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
+
+TRAINING = "Training"
 
 
 def of_run(
@@ -72,7 +75,18 @@ def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section
         blocks.append(training.kl_against_reward(metrics))
     if "chosen_logprob" in keys:
         blocks.append(training.margins(metrics))
-    return [html.Section("Training", blocks)]
+    return [html.Section(TRAINING, blocks)]
+
+
+def training_again(directory: Path) -> list[html.Section]:
+    """The training sections of a run's own page, as they are drawn there, for another page; drawn
+    here where it has none. None of a run that logged no metrics."""
+    metrics = read_metrics(directory / "metrics.jsonl")
+    if not metrics:
+        return []
+    if figures := html.drawn(directory / "report.html", TRAINING):
+        return [html.Section(TRAINING, figures)]
+    return training_sections(metrics)
 
 
 def facts(directory: str | Path) -> list[html.Block]:
@@ -161,6 +175,6 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
 
 
 def finish(run: Run, numbers: Mapping[str, Any]) -> None:
-    """The run complete, with its report.json and report.html."""
+    """The run complete, with its report.json and report.html. Every rank calls it."""
     run.finish(**numbers)
-    of_run(run.directory)
+    on_main(lambda: of_run(run.directory))

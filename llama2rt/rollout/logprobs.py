@@ -1,37 +1,49 @@
 """Log-probabilities and values of response tokens, by the path that training takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llama2rt.data.packing import Batch, Example, micro_batches
-from llama2rt.model import Llama, ScalarModel
+from llama2rt.data.packing import Batch, Example, micro_batches, pack
+from llama2rt.model import ScalarModel
+from llama2rt.rollout.frozen import phase
 
 
 def inference_batches(
-    examples: Sequence[Example], micro_tokens: int, device: torch.device
+    examples: Sequence[Example],
+    micro_tokens: int,
+    device: torch.device,
+    packed: Callable[[Sequence[Example]], Batch] = pack,
 ) -> list[Batch]:
     """Packed in order, on `device`."""
-    return [batch.to(device) for batch in micro_batches(examples, micro_tokens)]
+    return [batch.to(device) for batch in micro_batches(examples, micro_tokens, packed)]
 
 
+@phase
 @torch.no_grad()
 def response_logprobs(
-    model: Llama, examples: Sequence[Example], temperature: float, micro_tokens: int
+    model: nn.Module,
+    examples: Sequence[Example],
+    temperature: float,
+    micro_tokens: int,
+    packed: Callable[[Sequence[Example]], Batch] = pack,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy fp32 [R] of all response tokens, in order.
+    """Log-probability and entropy fp32 [R] of all response tokens, in order, by a language model.
 
     `temperature` must be the one the responses were sampled at: log-probabilities at another one
     belong to another policy, and a KL computed from them comes out negative or exploding.
+    `packed`: as training packs them; `data.shared.pack_shared` where prompts are computed once.
     """
     parts = []
-    for batch in inference_batches(examples, micro_tokens, next(model.parameters()).device):
+    device = next(model.parameters()).device
+    for batch in inference_batches(examples, micro_tokens, device, packed):
         logprob, entropy = model(
             batch.tokens,
             batch.positions,
             batch.cu_seqlens,
             batch.targets,
+            keys=batch.keys,
             temperature=temperature,
             entropy=True,
         )
@@ -55,3 +67,12 @@ def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     deterministic."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))  # else bf16 stops at 256
     return torch.segment_reduce(wide, "sum", lengths=lengths, initial=0)
+
+
+def token_rows(cu_responses: Tensor, members: Tensor) -> Tensor:
+    """int64 [sum of lengths]: indices of the members' tokens among all response tokens."""
+    lengths = cu_responses.diff()[members]
+    begins = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(cu_responses[members] - begins, lengths) + torch.arange(
+        int(lengths.sum()), device=lengths.device
+    )

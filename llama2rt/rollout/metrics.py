@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama2rt.algorithms import advantages
 from llama2rt.data.records import Prompt
-from llama2rt.model import Llama
-from llama2rt.rollout.logprobs import response_logprobs
+from llama2rt.parallel import on_main
+from llama2rt.rollout import balance
 from llama2rt.rollout.responses import Response, response_example, write_responses
 from llama2rt.rollout.sampling import Sampler
 
@@ -17,20 +17,21 @@ from llama2rt.rollout.sampling import Sampler
 def measure(
     path: Path,
     sampler: Sampler,
-    reference: Llama,
+    reference: nn.Module,
     prompts: Sequence[Prompt],
     *,
     temperature: float = 1.0,
     seed: int,
 ) -> dict[str, float]:
     """One answer to each of `prompts`, written to `path`: mean reward and scores, KL to the
-    reference in nats per response by two estimators, mean length in tokens, share cut short."""
+    reference in nats per response by two estimators, mean length in tokens, share cut short. All
+    ranks take part, and have the numbers."""
     responses = sampler.responses(prompts, temperature=temperature, seed=seed)
-    write_responses(path, responses)
+    on_main(lambda: write_responses(path, responses))
     examples = [response_example(response) for response in responses]
     micro_tokens = sampler.reward_models.micro_tokens
-    logprob, entropy = response_logprobs(sampler.engine.model, examples, temperature, micro_tokens)
-    reference_logprob, _ = response_logprobs(reference, examples, temperature, micro_tokens)
+    logprob, entropy = balance.logprobs(sampler.engine.model, examples, temperature, micro_tokens)
+    reference_logprob, _ = balance.logprobs(reference, examples, temperature, micro_tokens)
     return {
         **summary(responses),
         **kl_per_response(logprob, reference_logprob, len(responses)),

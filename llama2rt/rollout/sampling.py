@@ -1,9 +1,11 @@
 """Answers of a policy, each with its reward: drawn, scored, and kept in files as they are done."""
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llama2rt.data.records import Prompt
 from llama2rt.generate import Completion, Engine
 from llama2rt.model import Llama
+from llama2rt.parallel import on_main
+from llama2rt.rollout import balance
 from llama2rt.rollout.responses import Response, read_responses, write_responses
 from llama2rt.rollout.reward import RewardModels
 from llama2rt.run import check_integers
+from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 PROMPTS_PER_FILE = 512
@@ -60,12 +65,20 @@ class Sampler:
     policy: str
     """the name that responses carry"""
 
+    def of(self, model: Llama) -> "Sampler":
+        """The same for the policy's weights in another model (`parallel.whole`)."""
+        if model is self.engine.model:
+            return self
+        return replace(self, engine=self.engine.of(model))
+
     def complete(
         self, prompts: Sequence[Prompt], *, n: int = 1, temperature: float, seed: int
     ) -> list[Completion]:
-        """n samples of each prompt: those of the first prompt, then the second's ..."""
-        return self.engine.generate(
-            [prompt.messages for prompt in prompts],
+        """n samples of each prompt: those of the first prompt, then the second's ... All ranks take
+        part, and have them all."""
+        return complete(
+            self.engine,
+            prompts,
             n=n,
             temperature=temperature,
             max_tokens=self.max_tokens,
@@ -81,11 +94,13 @@ class Sampler:
         seed: int,
     ) -> list[Response]:
         """What was drawn for `prompts` with its reward, read at each response's last token, whether
-        EOS or cut."""
+        EOS or cut. All ranks take part, and have it all."""
         answered = [prompts[completion.prompt_index] for completion in completions]
-        reward, scores = self.reward_models.score(
+        reward, scores = balance.scores(
+            self.reward_models,
             [completion.prompt_tokens + completion.tokens for completion in completions],
             np.array([prompt.kind == "safety" for prompt in answered]),
+            [completion.prompt_index for completion in completions],
         )
         return [
             Response(
@@ -111,6 +126,39 @@ class Sampler:
         return self.score(completions, prompts, temperature=temperature, seed=seed)
 
 
+def complete(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    n: int = 1,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+) -> list[Completion]:
+    """`engine.generate` of all prompts, shared by the ranks so that each expects as many tokens.
+    The same samples whatever the number of ranks, up to the rounding of logits."""
+
+    def costs() -> list[float]:
+        longest = min(max_tokens, engine.model.config.context)
+        return [
+            len(chat.encode_prompt(engine.tokenizer, prompt.messages)) + n * longest
+            for prompt in prompts
+        ]
+
+    def work(indices: list[int]) -> list[list[Completion]]:
+        completions = engine.generate(
+            [prompts[i].messages for i in indices],
+            n=n,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            indices=indices,
+        )
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+    return list(itertools.chain(*balance.spread(costs, work, len(prompts))))
+
+
 def sample(
     folder: Path,
     sampler: Sampler,
@@ -122,15 +170,15 @@ def sample(
 ) -> list[list[Response]]:
     """n scored responses of each prompt, an equal share at each temperature.
 
-    Written to `folder` in files of 512 prompts as they are finished; a file that is there is read
-    instead of sampled again, so a killed run loses at most one.
+    Written to `folder` by rank 0 in files of 512 prompts as they are finished; a file that is there
+    is read instead of sampled again, so a killed run loses at most one.
     """
     each = n // len(temperatures)
     by_prompt: list[list[Response]] = []
     for part, begin in enumerate(range(0, len(prompts), PROMPTS_PER_FILE)):
         group = prompts[begin : begin + PROMPTS_PER_FILE]
         path = folder / f"part-{part:05d}.jsonl"
-        if not path.exists():
+        if not on_main(path.exists):
             responses: list[Response] = []
             for temperature in temperatures:
                 part_seed = derived_seed(seed, part, str(temperature))
@@ -140,8 +188,9 @@ def sample(
             # From temperature-major to prompt-major.
             grid = np.arange(len(responses)).reshape(len(temperatures), len(group), each)
             order = grid.transpose(1, 0, 2).ravel()
-            write_responses(path, [responses[i] for i in order])
-        by_prompt += by_prompts(read_responses(path), n)
+            ordered = [responses[i] for i in order]
+            on_main(functools.partial(write_responses, path, ordered))
+        by_prompt += by_prompts(on_main(functools.partial(read_responses, path)), n)
     return by_prompt
 
 

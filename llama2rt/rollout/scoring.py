@@ -14,9 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llama2rt.data.packing import Example, micro_batches
+from llama2rt.data.loader import dealt
+from llama2rt.data.packing import Example, filler, micro_batches
+from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model.heads import ScalarModel, last_token
+from llama2rt.parallel import Mesh
+from llama2rt.rollout.frozen import phase
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -36,19 +40,27 @@ def score(
     return score_tokens(model, sequences, micro_tokens=micro_tokens)
 
 
+@phase
 def score_tokens(
-    model: ScalarModel, sequences: Sequence[Sequence[int]], *, micro_tokens: int = 16384
+    model: ScalarModel,
+    sequences: Sequence[Sequence[int]],
+    *,
+    micro_tokens: int = 16384,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Score token sequences (prompt + response as sampled) at their last token -> fp32 [B].
 
-    Sequences of similar length share a micro-batch of at most `micro_tokens` tokens (a longer
-    sequence gets one of its own); the result is in the order given. Runs without gradients and in
+    Sequences share a micro-batch of at most `micro_tokens` tokens in the order given (a longer
+    sequence gets one of its own). What neighbours begin with alike, such as the prompt of several
+    responses, is computed once; it counts in each of them. Runs without gradients and in
     eval mode, and restores the model's mode. ValueError for an empty sequence,
     which has no last token, InputError for one beyond the model's context, FloatingPointError for a
-    score that is not finite: it would rank as neither above nor below another.
+    score that is not finite: it would rank as neither above nor below another. The ranks of `mesh`
+    read a share of the micro-batches each, and all have all scores.
     """
+    mesh = mesh or Mesh.single()
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    scores = np.empty(len(lengths), dtype=np.float32)
+    scores = np.zeros(len(lengths), dtype=np.float32)
     if not len(lengths):
         return scores
     if lengths.min() == 0:
@@ -59,22 +71,25 @@ def score_tokens(
             f"the reward model's context is {model.config.context}"
         )
 
-    order = np.argsort(lengths, kind="stable")
-    examples = [Example.of(sequences[i]) for i in order]
+    # Nothing is predicted: whatever is alike may be shared, up to the last token.
+    examples = [Example.of(sequence, np.zeros(len(sequence), bool)) for sequence in sequences]
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        done = 0
+        micros = micro_batches(examples, micro_tokens, pack_shared)
+        begins = np.cumsum([0, *(micro.documents for micro in micros)])
+        numbered = zip(begins.tolist(), micros, strict=False)
         with torch.no_grad():
-            for micro in micro_batches(examples, micro_tokens):
+            for begin, micro in dealt(numbered, mesh.share, (len(scores), filler())):
                 batch = micro.to(device)
-                values = model(batch.tokens, batch.positions, batch.cu_seqlens)
+                values = model(batch.tokens, batch.positions, batch.cu_seqlens, keys=batch.keys)
                 read = last_token(values, batch.cu_seqlens).float().cpu().numpy()
-                scores[order[done : done + len(read)]] = read
-                done += len(read)
+                scores[begin : begin + len(read)] = read[: len(scores) - begin]
     finally:
         model.train(training)
+    # Each rank has zeros where others have read.
+    scores = mesh.sum(torch.from_numpy(scores).to(device)).cpu().numpy()
     if not np.isfinite(scores).all():
         raise FloatingPointError("the reward model's scores are not finite: damaged weights")
     return scores

@@ -1,11 +1,15 @@
-"""A run directory, which one process at a time works in.
+"""A run directory, which one process, or one group of ranks, at a time works in.
 
     recipe.toml      the resolved recipe
     manifest.json    versions, recipe, hashes of every input and model, parent runs
     metrics.jsonl    one line per logged step (also TensorBoard; W&B with WANDB_PROJECT set)
     checkpoints/     step-N, complete or absent
     model/           the final weights, readable by llama2rt.load
+    adapter/         of a LoRA run: its adapter alone, readable by peft
     samples/         what the stage generated
+
+Of a group every rank holds a `Run` and calls the same methods: rank 0 locks, hashes and writes, and
+what it finds or what goes wrong there is everyone's.
 
 Left out: any knowledge of stages. They open a run, read `complete`, and finish it.
 """
@@ -18,6 +22,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from llama2rt.errors import InputError
+from llama2rt.parallel import by_main, is_main, on_main
 from llama2rt.parallel.checkpoint import open_store
 from llama2rt.run import lock, manifest
 from llama2rt.run.metrics import Metrics
@@ -53,32 +58,7 @@ class Run:
         work in the directory.
         """
         directory = Path(directory)
-        if directory.exists() and not directory.is_dir():
-            raise InputError(f"{directory}: expected a directory, found a file")
-        resolved = manifest.resolve(recipe)
-        hashes = manifest.hash_inputs(inputs or {})
-        if (directory / manifest.FILE).exists():
-            if not resume:
-                raise InputError(
-                    f"{directory}: holds a run already; continue it with --resume or choose "
-                    "another --out"
-                )
-            found, changes, longer = manifest.resume(directory, recipe, hashes)
-            if longer or not found["complete"]:
-                lock.lock(directory)
-                if changes:
-                    found = manifest.changed(found, resolved, changes)
-                    manifest.write_with_recipe(directory, found)
-            return cls(directory, found)
-        # A process killed while starting leaves at most recipe.toml and a half-written (hidden)
-        # file of its own: nothing to protect.
-        if {path.name for path in directory.glob("[!.]*")} - {manifest.RECIPE_FILE}:
-            raise InputError(f"{directory}: not empty, and no run of llama2rt's; choose another")
-        begun = manifest.begin(resolved, hashes, parents)
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.lock(directory)
-        manifest.write_with_recipe(directory, begun)
-        return cls(directory, begun)
+        return cls(directory, _begin_or_continue(directory, recipe, inputs or {}, parents, resume))
 
     @property
     def complete(self) -> bool:
@@ -90,31 +70,79 @@ class Run:
         return self.directory / "model"
 
     @property
+    def adapter_directory(self) -> Path:
+        return self.directory / "adapter"
+
+    @property
     def samples_directory(self) -> Path:
         return self.directory / "samples"
 
     def log(self, step: int, **metrics: float | int | str) -> None:
         """Add one line to metrics.jsonl and its numbers to TensorBoard (and W&B if asked)."""
-        self._metrics.log(step, metrics)
+        on_main(lambda: self._metrics.log(step, metrics))
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after `step` (and one that a kill cut short), so that no step is twice."""
-        self._metrics.truncate(step)
+        on_main(lambda: self._metrics.truncate(step))
 
     def finish(self, **summary: Any) -> None:
         """Mark the run complete, with what is worth knowing about it at a glance."""
+        self.manifest = on_main(lambda: self._finish(summary))
+
+    def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         self._metrics.close()
-        self.manifest = manifest.finished(self.manifest, summary)
-        manifest.write(self.directory, self.manifest)
+        finished = manifest.finished(self.manifest, summary)
+        manifest.write(self.directory, finished)
         lock.unlock(self.directory)
+        return finished
+
+
+@by_main
+def _begin_or_continue(
+    directory: Path,
+    recipe: BaseModel,
+    inputs: Mapping[str, str | os.PathLike[str]],
+    parents: Iterable[str | os.PathLike[str]],
+    resume: bool,
+) -> dict[str, Any]:
+    """The manifest of the run that `Run.open` opens, its directory locked."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: expected a directory, found a file")
+    resolved = manifest.resolve(recipe)
+    hashes = manifest.hash_inputs(inputs)
+    if (directory / manifest.FILE).exists():
+        if not resume:
+            raise InputError(
+                f"{directory}: holds a run already; continue it with --resume or choose "
+                "another --out"
+            )
+        found, changes, longer = manifest.resume(directory, recipe, hashes)
+        if longer or not found["complete"]:
+            lock.lock(directory)
+            if changes:
+                found = manifest.changed(found, resolved, changes)
+                manifest.write_with_recipe(directory, found)
+        return found
+    # A process killed while starting leaves at most recipe.toml and a half-written (hidden)
+    # file of its own: nothing to protect.
+    if {path.name for path in directory.glob("[!.]*")} - {manifest.RECIPE_FILE}:
+        raise InputError(f"{directory}: not empty, and no run of llama2rt's; choose another")
+    begun = manifest.begin(resolved, hashes, parents)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock.lock(directory)
+    manifest.write_with_recipe(directory, begun)
+    return begun
 
 
 def abandon(directory: Path) -> None:
     """Remove a run directory in which nothing has happened yet, and such directories inside it.
 
     For a command whose input turned out bad: the same command with better input finds its directory
-    free. One that holds anything but a recipe and a manifest stays.
+    free. One that holds anything but a recipe and a manifest stays. Ranks other than 0 leave it
+    to rank 0, and do not wait for it: it may have failed elsewhere.
     """
+    if not is_main():
+        return
     for child in directory.glob("*"):
         if (child / manifest.FILE).is_file():
             abandon(child)

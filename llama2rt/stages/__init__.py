@@ -3,6 +3,7 @@
 A stage is a module with a recipe class, `run(recipe, directory, *, resume=False)`, which returns
 the folder of what it leaves, and `open_inputs(recipe, future=None)`, which reads and checks all
 that the recipe names before anything expensive and says in `.result` what model the run will leave.
+It may have `plan(recipe, inputs, shape)`, which says for `--dry-run` what a run will do.
 The command line, plans (`llama2rt.pipeline`), reports and the documentation's test read the list
 below; nothing is imported before it is asked for.
 """
@@ -16,6 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llama2rt.model import LlamaConfig
+    from llama2rt.planning import Work
     from llama2rt.run import Recipe
 
 
@@ -48,6 +51,21 @@ class Stage:
     def open_inputs(self) -> Callable[..., Any]:
         open_inputs: Callable[..., Any] = self.module.open_inputs
         return open_inputs
+
+    def plan(
+        self, recipe: "Recipe", inputs: Any | None, shape: "Callable[[Path], LlamaConfig]"
+    ) -> "Work":
+        """What a run of the recipe will do. `inputs`: from `open_inputs`, None where no file is
+        read; `shape`: of the model in a folder."""
+        from llama2rt.planning import Model, Phase, Work
+
+        if own := getattr(self.module, "plan", None):
+            work: Work = own(recipe, inputs, shape)
+            return work
+        result = getattr(inputs, "result", None)
+        if result is None:
+            return Work([])
+        return Work([Phase("loaded", frozen=[Model("model", result.config, result.scalar)])])
 
 
 STAGES = {

@@ -27,9 +27,11 @@ from llama2rt.data.records import KINDS, Comparison, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Completion, Engine
-from llama2rt.rollout.sampling import SamplingOptions, derived_seed, shuffled
+from llama2rt.parallel import by_main, on_main
+from llama2rt.planning import Model, Phase, Work
+from llama2rt.rollout.sampling import SamplingOptions, complete, derived_seed, shuffled
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import loading
+from llama2rt.stages import loading, plans
 from llama2rt.stages.loading import Future, Opened
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -104,12 +106,23 @@ def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Pat
         return run.directory
     inputs = open_inputs(recipe)
     pairs = shown_pairs(recipe, inputs, run.directory / PAIRS)
+    numbers = compare(recipe, batches(inputs.prompts), pairs, run.directory)
+    report.finish(run, numbers)
+    return run.directory
+
+
+@by_main
+def compare(
+    recipe: AnnotateRecipe,
+    asked: Sequence[tuple[str, Part]],
+    pairs: Sequence[tuple[Part, AnswerPair]],
+    directory: Path,
+) -> dict[str, Any]:
+    """Ask the annotator, and write what is said in the files of the batches `asked`; how much of it
+    there is. By rank 0 alone: annotators are asked once."""
     device = loading.default_device()
-    annotator = recipe.annotator.annotator(run.directory / PAIRS, device)
-    numbers: dict[str, Any] = {}
-    said: dict[tuple[str, Part], list[Comparison]] = {
-        batch: [] for batch in batches(inputs.prompts)
-    }
+    annotator = recipe.annotator.annotator(directory / PAIRS, device)
+    said: dict[tuple[str, Part], list[Comparison]] = {batch: [] for batch in asked}
     left_out: Counter[str] = Counter()
     for part in PARTS:
         shown = [pair for its_part, pair in pairs if its_part == part]
@@ -121,21 +134,21 @@ def run(recipe: AnnotateRecipe, directory: Path, *, resume: bool = False) -> Pat
                 raise InputError(f"annotator: expected a Judgement or None, got {judgement!r}")
             if judgement is None:
                 left_out["undecided"] += 1
-            elif (comparison := judgement.comparison(pair, run.directory.name)) is None:
+            elif (comparison := judgement.comparison(pair, directory.name)) is None:
                 left_out["chosen unsafe, the other safe"] += 1
             else:
                 said[pair.prompt.kind, part].append(comparison)
     if empty := [batch for batch, comparisons in said.items() if not comparisons]:
         kind, part = empty[0]
         raise InputError(
-            f"{run.directory / PAIRS}: no comparison of {kind} came of the prompts for {part}: of "
+            f"{directory / PAIRS}: no comparison of {kind} came of the prompts for {part}: of "
             f"{len(pairs)} pairs in all {sum(left_out.values())} were left out"
         )
+    numbers: dict[str, Any] = {"pairs": len(pairs), "left_out": left_out}
     for (kind, part), comparisons in said.items():
-        readers.write(run.directory / file_name(kind, part), comparisons)
+        readers.write(directory / file_name(kind, part), comparisons)
         numbers[f"{kind}/{part}"] = len(comparisons)
-    report.finish(run, {"pairs": len(pairs), "left_out": left_out, **numbers})
-    return run.directory
+    return numbers
 
 
 def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> AnnotateInputs:
@@ -169,12 +182,31 @@ def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> Annotat
     return AnnotateInputs(tokenizer, prompts)
 
 
+def plan(recipe: AnnotateRecipe, inputs: AnnotateInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: the policies answer one after the other, in fp32; what the annotator holds
+    is not counted."""
+    names = ("policy", "other") if recipe.other else ("policy",)
+    lengths = None
+    if inputs is not None:
+        found = [prompt for part in PARTS for prompt in inputs.prompts[part]]
+        lengths = plans.prompt_lengths(found, inputs.tokenizer)
+    phases = []
+    for name in names:
+        folder = recipe.policy if name == "policy" else recipe.other
+        assert folder is not None
+        answers = None if lengths is None else len(lengths) * 2 / len(names)
+        model = Model(name, shape(folder))
+        sampling = plans.sampling_of(model, recipe.sampling, lengths, answers, [])
+        phases.append(Phase(f"sampling {name}", sampling=sampling))
+    return Work(phases)
+
+
 def shown_pairs(
     recipe: AnnotateRecipe, inputs: AnnotateInputs, path: Path
 ) -> list[tuple[Part, AnswerPair]]:
-    """The pairs to compare, out of the file at `path` where it is there, else sampled and written
-    to it."""
-    if not path.exists():
+    """The pairs to compare, out of the file at `path` where it is there, else sampled by all ranks
+    and written to it."""
+    if not on_main(path.exists):
         sampled = sample(recipe, inputs)
         rows = [
             {"part": part, **pair.to_json()} for part, found in sampled.items() for pair in found
@@ -184,11 +216,11 @@ def shown_pairs(
                 f"{path.parent}: no prompt has two different finished answers to compare; raise "
                 "sampling.max_tokens"
             )
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        atomic.write(path, "".join(f"{line}\n" for line in lines))
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        on_main(lambda: atomic.write(path, "".join(f"{line}\n" for line in lines)))
     found = []
     # Not splitlines(): an answer may hold any of Unicode's other line ends.
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in on_main(lambda: path.read_text(encoding="utf-8")).split("\n")[:-1]:
         row = json.loads(line)
         prompt = Prompt(row["prompt_id"], row["messages"], row["kind"])
         found.append((row["part"], AnswerPair(row["id"], prompt, row["first"], row["second"])))
@@ -208,8 +240,9 @@ def sample(recipe: AnnotateRecipe, inputs: AnnotateInputs) -> dict[Part, list[An
             engine = recipe.sampling.engine(model, inputs.tokenizer)
             del model
         for part, prompts in inputs.prompts.items():
-            completions = engine.generate(
-                [prompt.messages for prompt in prompts],
+            completions = complete(
+                engine,
+                prompts,
                 temperature=temperature,
                 max_tokens=recipe.sampling.max_tokens,
                 seed=derived_seed(recipe.seed, part, index),

@@ -17,7 +17,9 @@ from llama2rt.algorithms import advantages
 from llama2rt.algorithms.value_head import RidgeRegression
 from llama2rt.data.packing import Example
 from llama2rt.model import ScalarModel
+from llama2rt.parallel.whole import assign, in_shards
 from llama2rt.rollout.logprobs import inference_batches
+from llama2rt.train.optimizer import Optimizer
 
 
 @torch.no_grad()
@@ -48,3 +50,10 @@ def warm_up(
         regression.add(hidden, returns[rows], groups[rows])
     solved, explained = regression.solve()
     return solved[None], explained
+
+
+def set_head(critic: ScalarModel, optimizer: Optimizer, weight: Tensor) -> None:
+    """Give a critic, also one in shards, and its optimizer's master this head, fp32 [1, dim]."""
+    assign(critic.head.weight, weight)
+    if not in_shards(critic):  # which are the masters themselves
+        assign(optimizer.master["head.weight"], weight)

@@ -16,21 +16,24 @@ from typing import Annotated, Any, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama2rt import report
 from llama2rt.algorithms import losses, rewards
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
+from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
-from llama2rt.rollout import metrics, sampling
-from llama2rt.rollout.logprobs import response_logprobs, segment_sums
+from llama2rt.parallel import Mesh
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.planning import Count, Model, Phase, Work
+from llama2rt.rollout import balance, metrics, sampling
+from llama2rt.rollout.logprobs import segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import loading
+from llama2rt.stages import adapters, loading, plans
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
 from llama2rt.train.loop import Objective, fit
@@ -61,7 +64,7 @@ class DpoRecipe(RolloutRecipe):
 
     kind: losses.Kind = "dpo"
     """the preference loss, see algorithms.losses.preference; kto takes its KL from the pairs of one
-    forward pass, so that train.micro_tokens is part of it"""
+    forward pass, so that train.micro_tokens and the number of processes are part of it"""
     beta: float = Field(default=0.1, gt=0)
     """the paper's eta"""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -170,7 +173,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         policy_folder, parents = step.model_directory, [step.directory]
 
     final = inputs.to_train(policy_folder)  # as saved: masters stay fp32
-    native.save(final, inputs.tokenizer, run.model_directory)
+    adapters.save(final, inputs.tokenizer, run, recipe.init)
     report.finish(run, {"iterations": recipe.iterations, **numbers})
     return run.model_directory
 
@@ -178,15 +181,49 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
 open_inputs = open_rollout
 
 
+def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: every prompt gives a pair, and the history grows by one batch of them an
+    iteration."""
+    policy = Model("policy", shape(recipe.init), lora=recipe.lora)
+    ranking = plans.reward_models(recipe, shape)
+    frozen = [*ranking, *plans.reference(recipe, shape)]
+    lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
+    prompts = min(recipe.prompts_per_iteration, len(lengths or ()) or recipe.prompts_per_iteration)
+    answers = recipe.iterations * prompts * recipe.samples
+    # Of one pair a prompt the reference reads both sides; of the others nothing.
+    sampling = plans.sampling_of(policy, recipe.sampling, lengths, answers, ranking)
+    steps = sum(
+        recipe.epochs * -(-prompts * (iteration + 1) // recipe.batch_size)
+        for iteration in range(recipe.iterations)
+    )
+    return Work(
+        [
+            Phase("sampling", frozen=frozen, sampling=sampling),
+            Phase("training", [policy], frozen, training=True),
+        ],
+        recipe.train,
+        recipe.parallel,
+        plans.answers_batch(sampling, 2 * recipe.batch_size),
+        Count(steps, "at most: every prompt gives a pair"),
+        recipe.epochs,
+        notes=[f"{recipe.iterations} iterations over {prompts:,} prompts each"],
+    )
+
+
 def sample(
     recipe: DpoRecipe, inputs: RolloutInputs, policy_folder: Path, iteration: int, step: Run
 ) -> list[list[Response]]:
     """n scored responses of each of the iteration's prompts. The policy and its cache are gone when
-    this returns, and leave their memory to the model that is trained next."""
+    this returns, and leave their memory to the model that is trained next; with an adapter the two
+    are one model."""
     count = min(recipe.prompts_per_iteration, len(inputs.prompts))
+    if recipe.lora.rank is None:
+        policy = inputs.policy(policy_folder)
+    else:
+        policy = inputs.sampler(inputs.to_train(policy_folder), str(policy_folder))
     return sampling.sample(
         step.samples_directory,
-        inputs.policy(policy_folder),
+        policy,
         draw(inputs.prompts, count, recipe.seed, iteration),
         n=recipe.samples,
         temperatures=recipe.temperatures,
@@ -221,6 +258,8 @@ def learn(
 ) -> Llama:
     """The policy after `epochs` through the history, also saved as the iteration's model."""
     model = inputs.to_train(policy_folder)
+    mesh = Mesh.build(recipe.parallel, model.config)
+    parallelize(model, mesh, recipe.train.dtype)
     examples = [(response_example(best), response_example(worst)) for best, worst in history.pairs]
     loader = PairLoader(
         examples,
@@ -228,10 +267,11 @@ def learn(
         recipe.batch_size,
         recipe.train.micro_tokens,
         derived_seed(recipe.seed, "order", iteration),
+        share=mesh.share,
     )
     steps = recipe.epochs * loader.steps_per_epoch
-    fit(step, model, loader, objective(recipe), recipe.train, steps=steps)
-    native.save(model, inputs.tokenizer, step.model_directory)
+    fit(step, model, loader, objective(recipe), recipe.train, steps=steps, mesh=mesh)
+    adapters.save(model, inputs.tokenizer, step, recipe.init)
     return model
 
 
@@ -258,17 +298,19 @@ def best_against_worst(sampled: Sequence[Sequence[Response]], length_penalty: fl
     return pairs
 
 
-def reference_sums(reference: Llama, pairs: Sequence[Pair], recipe: DpoRecipe) -> Sums:
+def reference_sums(reference: nn.Module, pairs: Sequence[Pair], recipe: DpoRecipe) -> Sums:
     """The reference policy's log-probability of both sides of each pair, fp32 [n]: summed, or
     averaged where the kind is defined on averages; nothing for kinds without a reference."""
     if recipe.kind in losses.REFERENCE_FREE or not pairs:
         return {}
     responses = [response for pair in pairs for response in pair]
-    logprob, _ = response_logprobs(
+    logprob, _ = balance.logprobs(
         reference,
         [response_example(response) for response in responses],
         1.0,
         recipe.train.micro_tokens,
+        together=[i // 2 for i in range(len(responses))],
+        packed=pack_shared,
     )
     lengths = torch.tensor([len(response.tokens) for response in responses], device=logprob.device)
     values = segment_sums(logprob, lengths)
@@ -283,7 +325,9 @@ def objective(recipe: DpoRecipe) -> Objective:
 
     def loss(model: Llama, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         batch, extras = pairs.batch, pairs.extras
-        logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+        logprob = model(
+            batch.tokens, batch.positions, batch.cu_seqlens, batch.targets, keys=batch.keys
+        )
         lengths = batch.cu_seqlens.diff().long()
         values = segment_sums(logprob, lengths)
         if recipe.kind in losses.AVERAGED:

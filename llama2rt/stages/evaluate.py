@@ -24,13 +24,14 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics
 from llama2rt.model import Llama
-from llama2rt.rollout import sampling
-from llama2rt.rollout.logprobs import response_logprobs, segment_sums
+from llama2rt.planning import Model, Phase, Work
+from llama2rt.rollout import balance, sampling
+from llama2rt.rollout.logprobs import segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed, read_samples
 from llama2rt.run import Recipe, Run, manifest
-from llama2rt.stages import loading
+from llama2rt.stages import loading, plans
 from llama2rt.stages.loading import Future, Opened, Outline
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -219,6 +220,25 @@ def open_inputs(recipe: EvaluateRecipe, future: Future | None = None) -> Evaluat
     return EvaluateInputs(tokenizer, prompts)
 
 
+def plan(recipe: EvaluateRecipe, inputs: EvaluateInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: one version after the other beside the reference and the reward models, in
+    fp32; curves are counted, a judge is not."""
+    frozen = [*plans.reward_models(recipe, shape), Model("reference", shape(recipe.reference))]
+    lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
+    phases = []
+    for name, folder in recipe.versions.items():
+        answers = None
+        if lengths is not None:
+            answers = recipe.samples * len(lengths)
+            if name in recipe.curves.versions:
+                drawn = recipe.curves.samples * len(recipe.curves.temperatures)
+                answers += drawn * min(recipe.curves.prompts, len(lengths))
+        model = Model(name, shape(folder))
+        sampling = plans.sampling_of(model, recipe.sampling, lengths, answers, frozen)
+        phases.append(Phase(f"sampling {name}", frozen=frozen, sampling=sampling))
+    return Work(phases)
+
+
 def version(recipe: EvaluateRecipe, models: RewardModels, name: str) -> Sampler:
     """What samples from a version."""
     model, tokenizer = loading.load_llama(recipe.versions[name])
@@ -257,8 +277,9 @@ def divergence(
     estimators: the unbiased k1 and the never negative k3."""
     responses = [response for group in answers for response in group]
     examples = [response_example(response) for response in responses]
-    logprob, _ = response_logprobs(model, examples, 1.0, micro_tokens)
-    reference_logprob, _ = response_logprobs(reference, examples, 1.0, micro_tokens)
+    prompts = [i for i, group in enumerate(answers) for _ in group]
+    logprob, _ = balance.logprobs(model, examples, 1.0, micro_tokens, prompts)
+    reference_logprob, _ = balance.logprobs(reference, examples, 1.0, micro_tokens, prompts)
     lengths = torch.tensor([len(r.tokens) for r in responses], device=logprob.device)
     found = {}
     for estimator in ("k1", "k3"):

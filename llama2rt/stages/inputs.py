@@ -9,19 +9,27 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
+from torch import nn
 
+from llama2rt.checkpoint import adapter
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.model import Llama
+from llama2rt.model.adapters import WithoutAdapter
+from llama2rt.parallel import ParallelOptions, world
+from llama2rt.parallel.whole import whole
 from llama2rt.rollout import metrics
+from llama2rt.rollout.frozen import Model, offload
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading
 from llama2rt.stages.loading import Future, Opened, Outline
 from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
 
@@ -45,6 +53,12 @@ class RolloutRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     """of the order of prompts and batches, and of sampling"""
     train: TrainOptions = TrainOptions()
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what"""
+    lora: LoraOptions = LoraOptions()
+    frozen: Literal["resident", "offloaded"] = "resident"
+    """where the reference policy and the models that rank are between the phases that use them: on
+    the GPU, or offloaded to the CPU's memory; without a GPU it makes no difference"""
 
 
 @dataclass(frozen=True)
@@ -62,20 +76,50 @@ class RolloutInputs(Opened):
     def reward_models(self) -> RewardModels:
         """The models that rank, in the compute dtype, frozen."""
         train = self.recipe.train
-        return loading.load_reward_models(
+        models = loading.load_reward_models(
             self.recipe.rewards, self.tokenizer, train.micro_tokens, train.dtype
         )
+        for model in models.by_name.values():
+            self._between_phases(model)
+        return models
 
     @functools.cached_property
-    def reference(self) -> Llama:
-        """The reference policy, in the compute dtype, frozen."""
+    def reference(self) -> nn.Module:
+        """The reference policy, in the compute dtype, frozen, whole on every rank. Where one
+        process trains an adapter of init and the reference is init, it is that model without its
+        adapter, and no second one; ranks train it in shards, which cannot be read alone."""
         folder = self.recipe.reference or self.recipe.init
+        same = self.recipe.lora.rank is not None and folder.samefile(self.recipe.init)
+        if same and world().size == 1:
+            return WithoutAdapter(self.adapted)
         model = loading.load_companion(folder, self.tokenizer, self.recipe.train.dtype)
-        return model.requires_grad_(False)
+        return self._between_phases(model.requires_grad_(False))
+
+    def _between_phases(self, model: Model) -> Model:
+        return offload(model) if self.recipe.frozen == "offloaded" else model
+
+    @functools.cached_property
+    def adapted(self) -> Llama:
+        """`under_adapter`, once: the one model of a LoRA run in one process."""
+        return self.under_adapter()
+
+    def under_adapter(self) -> Llama:
+        """`init` under an adapter, which is drawn from the seed."""
+        recipe = self.recipe
+        model = loading.load_companion(recipe.init, self.tokenizer, recipe.train.dtype)
+        recipe.lora.adapt(model, recipe.seed)
+        return model
 
     def to_train(self, folder: Path) -> Llama:
-        """The model in `folder` in fp32, for an optimizer."""
-        return loading.load_llama(folder, self.recipe.tokenizer)[0]
+        """The model in `folder` in fp32, for an optimizer; where an adapter is trained, init under
+        the adapter beside `folder`, or, asked for init before any other, under a fresh one."""
+        if self.recipe.lora.rank is None:
+            return loading.load_llama(folder, self.recipe.tokenizer)[0]
+        # What an earlier iteration of several ranks has trained lies in shards.
+        model = self.adapted if world().size == 1 else self.under_adapter()
+        if folder != self.recipe.init:
+            adapter.load(model, folder.with_name("adapter"))
+        return model
 
     def policy(self, folder: Path) -> Sampler:
         """The model in `folder`, in the compute dtype, to sample from."""
@@ -91,13 +135,15 @@ class RolloutInputs(Opened):
     def measure_held_out(self, model: Llama, run: Run) -> dict[str, float]:
         """`rollout.metrics.measure` on the held-out prompts of a model that `run` has trained: at
         temperature 1, with the same random numbers every time."""
-        return metrics.measure(
-            run.samples_directory / "held_out.jsonl",
-            self.sampler(model, str(run.directory)),
-            self.reference,
-            self.held_out,
-            seed=derived_seed(self.recipe.seed, "held-out"),
-        )
+        model.eval()  # an adapter may have dropout
+        with whole(model, self.recipe.train.dtype) as policy:
+            return metrics.measure(
+                run.samples_directory / "held_out.jsonl",
+                self.sampler(policy, str(run.directory)),
+                self.reference,
+                self.held_out,
+                seed=derived_seed(self.recipe.seed, "held-out"),
+            )
 
 
 def open_rollout(recipe: RolloutRecipe, future: Future | None = None) -> RolloutInputs:
@@ -119,6 +165,7 @@ def outlines(
     """The tokenizer of the model that samples, and what each model of the recipe is by its key (see
     `loading.outlines`). `before`: models by key that come before init, the first of them samples
     then."""
+    recipe.lora.check()
     models = {
         **before,
         "init": recipe.init,

@@ -21,21 +21,25 @@ from torch import Tensor
 
 from llama2rt import report
 from llama2rt.algorithms import advantages, losses
-from llama2rt.checkpoint import native
 from llama2rt.checkpoint.store import prefixed, unprefixed
-from llama2rt.data.packing import Example, groups, pack
+from llama2rt.data.loader import shared_groups
+from llama2rt.data.packing import Example, filler, pack
 from llama2rt.data.sources import Source
 from llama2rt.model import Llama, ScalarModel
-from llama2rt.rollout import metrics
-from llama2rt.rollout.logprobs import response_logprobs, response_values
+from llama2rt.parallel import Mesh, broadcast
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.parallel.whole import whole
+from llama2rt.rollout import balance, metrics
+from llama2rt.rollout.logprobs import token_rows
 from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardOptions
 from llama2rt.rollout.sampling import Sampler, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import critic, loading
+from llama2rt.stages import adapters, critic, loading, plans
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.train import driver
 from llama2rt.train.driver import Step
+from llama2rt.train.lora import LoraOptions, LoraWithoutDropout
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
@@ -94,6 +98,7 @@ class PpoRecipe(RolloutRecipe):
     train: TrainOptions = TrainOptions(
         lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
     )
+    lora: LoraWithoutDropout = LoraOptions()
 
     neutral: ClassVar[tuple[str, ...]] = ("train.log_every", "train.checkpoint_every")
     durations: ClassVar[tuple[str, ...]] = ("iterations",)
@@ -129,6 +134,8 @@ class Actors:
     sampler: Sampler
     optimizer: Optimizer
     critic_optimizer: Optimizer
+    mesh: Mesh
+    """the processes that policy and critic are spread over"""
 
 
 def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
@@ -146,13 +153,13 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         work.start()
     done = driver.drive(run, work, recipe.train, done=done, total=recipe.iterations)
     if not inputs.held_out:
-        native.save(actors.policy, inputs.tokenizer, run.model_directory)
+        adapters.save(actors.policy, inputs.tokenizer, run, recipe.init)
     picked = {"picked_by": PICKED_BY} if inputs.held_out else {}
     report.finish(run, {"iterations": done, **picked, **work.best})
     return run.model_directory
 
 
-open_inputs = open_rollout
+open_inputs, plan = open_rollout, plans.of_ppo
 
 
 class Iterations:
@@ -190,12 +197,13 @@ class Iterations:
         if not self.inputs.held_out:
             return None
         path = self.run.samples_directory / f"{done:05d}.jsonl"
-        numbers = measure(self.recipe, self.inputs, self.actors, path, self.score_unit)
+        # Rank 0's, so that none stops, or saves, where another's last bit says otherwise.
+        numbers = broadcast(measure(self.recipe, self.inputs, self.actors, path, self.score_unit))
         self.score_unit = numbers["unit"]
         self.waited += 1
         if not self.best or numbers["objective"] > self.best["objective"]:
             self.waited, self.best = 0, {"iteration": done, **numbers}
-            native.save(self.actors.policy, self.inputs.tokenizer, self.run.model_directory)
+            adapters.save(self.actors.policy, self.inputs.tokenizer, self.run, self.recipe.init)
         return {f"held_out/{name}": value for name, value in numbers.items()}
 
     def finished(self) -> bool:
@@ -213,35 +221,35 @@ class Iterations:
 
 
 def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
-    """Policy and critic in fp32 for their optimizers."""
+    """Policy and critic for their optimizers."""
     options = recipe.train
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
     policy = inputs.to_train(recipe.init)
-    critic = loading.load_scalar(recipe.rewards.helpfulness, tokenizer=inputs.tokenizer)
+    critic = loading.load_scalar(
+        recipe.rewards.helpfulness, recipe.lora.load_dtype(options), inputs.tokenizer
+    )
+    recipe.lora.adapt(critic.requires_grad_(True), recipe.seed)
+    for model in (policy, critic):
+        parallelize(model, mesh, options.dtype)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     return Actors(
         policy=policy,
         critic=critic,
         sampler=inputs.sampler(policy, str(recipe.init)),
-        optimizer=Optimizer(policy, options),
-        critic_optimizer=Optimizer(critic.requires_grad_(True), critic_options),
+        optimizer=Optimizer(policy, options, mesh),
+        critic_optimizer=Optimizer(critic, critic_options, mesh),
+        mesh=mesh,
     )
 
 
 def start_critic(recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors) -> float:
-    """Give the critic the head that explains the returns of one rollout best; the share of them
-    that it explained on responses left out."""
+    """Give the critic the head that explains one rollout's returns best (`critic.warm_up`)."""
     rollout, _ = collect(recipe, inputs, actors, "warm-up")
-    weight, explained = critic.warm_up(
-        actors.critic,
-        rollout.examples,
-        rollout.rewards,
-        rollout.cu_responses,
-        recipe.gamma,
-        recipe.train.micro_tokens,
-    )
-    with torch.no_grad():
-        actors.critic.head.weight.copy_(weight)
-        actors.critic_optimizer.master["head.weight"].copy_(weight)
+    experience = rollout.examples, rollout.rewards, rollout.cu_responses, recipe.gamma
+    # Every rank for itself on all responses: one forward pass, once a run.
+    with whole(actors.critic, recipe.train.dtype) as model:
+        weight, explained = critic.warm_up(model, *experience, recipe.train.micro_tokens)
+    critic.set_head(actors.critic, actors.critic_optimizer, weight)
     return explained
 
 
@@ -255,22 +263,21 @@ def collect(
     prompts = draw(inputs.prompts, recipe.batch_size, recipe.seed, number)
 
     # Sample, and score: logit(Rc).
-    drawn: dict[str, Any] = {
-        "temperature": recipe.temperature,
-        "seed": derived_seed(recipe.seed, "rollout", iteration),
-    }
-    completions = actors.sampler.complete(prompts, **drawn)
-    responses = actors.sampler.score(completions, prompts, **drawn)
-    device = next(actors.policy.parameters()).device
+    seed = derived_seed(recipe.seed, "rollout", iteration)
+    drawn: dict[str, Any] = {"temperature": recipe.temperature, "seed": seed}
+    with whole(actors.policy, recipe.train.dtype) as policy:
+        sampler = actors.sampler.of(policy)
+        completions = sampler.complete(prompts, **drawn)
+        responses = sampler.score(completions, prompts, **drawn)
+        # Recompute, at the sampling temperature: log-probabilities of both policies, values.
+        examples = [response_example(response) for response in responses]
+        logprob, entropy = balance.logprobs(policy, examples, recipe.temperature, micro_tokens)
+    reference, _ = balance.logprobs(inputs.reference, examples, recipe.temperature, micro_tokens)
+    with whole(actors.critic, recipe.train.dtype) as value_model:
+        values = balance.values(value_model, examples, micro_tokens)
+    device = logprob.device
     reward = torch.tensor([response.reward for response in responses], device=device)
     cut = torch.tensor([not response.finished for response in responses], device=device)
-
-    # Recompute, at the sampling temperature: log-probabilities of the policy and of the
-    # reference policy, values.
-    examples = [response_example(response) for response in responses]
-    logprob, entropy = response_logprobs(actors.policy, examples, recipe.temperature, micro_tokens)
-    reference, _ = response_logprobs(inputs.reference, examples, recipe.temperature, micro_tokens)
-    values = response_values(actors.critic, examples, micro_tokens)
 
     # Shape: whitened over this iteration's batch (the paper names no population; a running mean
     # would make the reward depend on history), paid at the last token, the KL penalty at each.
@@ -302,20 +309,25 @@ def collect(
 def improve(
     recipe: PpoRecipe, actors: Actors, rollout: Rollout, iteration: int
 ) -> dict[str, float]:
-    """One gradient step of policy and critic per mini-batch, each response used once."""
+    """One gradient step of policy and critic per mini-batch, each response used once. Ranks share a
+    mini-batch; what is averaged is averaged over all of its tokens."""
     options = recipe.train
     device = actors.policy.output.weight.device
     count = len(rollout.examples)
     order = np.random.default_rng([recipe.seed, 1, iteration]).permutation(count)
     lengths = [len(example.tokens) for example in rollout.examples]
     sums = {"policy_loss": 0.0, "value_loss": 0.0, "clip_fraction": 0.0}
-    norms: list[tuple[float, float]] = []
+    norms: list[list[float]] = []
     for begin in range(0, count, recipe.mini_batch_size):
         members = order[begin : begin + recipe.mini_batch_size]
         tokens = int(rollout.cu_responses.diff()[torch.from_numpy(members)].sum())
-        for group in groups([lengths[i] for i in members], options.micro_tokens):
-            packed = members[group.start : group.stop]
-            batch = pack([rollout.examples[i] for i in packed]).to(device)
+        own, missing = shared_groups(
+            [lengths[i] for i in members], options.micro_tokens, actors.mesh.share
+        )
+        for group in own + [[]] * missing:
+            packed = members[group]
+            examples = [rollout.examples[i] for i in packed]
+            batch = (pack(examples) if examples else filler()).to(device)
             rows = token_rows(rollout.cu_responses, torch.from_numpy(packed).to(device))
             predicts = batch.targets >= 0
 
@@ -343,29 +355,19 @@ def improve(
             sums["value_loss"] += float(value_loss.detach().sum())
             sums["clip_fraction"] += float(clipped.sum())
         norms.append(
-            (
-                actors.optimizer.step(learning_rate(iteration, recipe.iterations, options)),
-                actors.critic_optimizer.step(
-                    learning_rate(iteration, recipe.iterations, actors.critic_optimizer.options)
-                ),
-            )
+            [
+                optimizer.step(learning_rate(iteration, recipe.iterations, optimizer.options))
+                for optimizer in (actors.optimizer, actors.critic_optimizer)
+            ]
         )
-    total = len(rollout.logprob)
+    tokens = len(rollout.logprob)
+    totals = zip(sums, actors.mesh.totals(sums.values()), strict=True)
     gradient_norm, critic_gradient_norm = np.mean(norms, axis=0)
     return {
-        **{name: value / total for name, value in sums.items()},
+        **{name: total / tokens for name, total in totals},
         "gradient_norm": float(gradient_norm),
         "critic_gradient_norm": float(critic_gradient_norm),
     }
-
-
-def token_rows(cu_responses: Tensor, members: Tensor) -> Tensor:
-    """int64 [sum of lengths]: indices of the members' tokens among all response tokens."""
-    lengths = cu_responses.diff()[members]
-    begins = lengths.cumsum(0) - lengths
-    return torch.repeat_interleave(cu_responses[members] - begins, lengths) + torch.arange(
-        int(lengths.sum()), device=lengths.device
-    )
 
 
 def measure(
@@ -381,14 +383,15 @@ def measure(
     each kind and then over the kinds, divided by `unit`, the standard deviation of Rc among the
     first policy's answers (None: these are they), less beta times the KL.
     """
-    numbers = metrics.measure(
-        path,
-        replace(actors.sampler, policy=path.stem),
-        inputs.reference,
-        inputs.held_out,
-        temperature=recipe.temperature,
-        seed=derived_seed(recipe.seed, "held-out"),
-    )
+    with whole(actors.policy, recipe.train.dtype) as policy:
+        numbers = metrics.measure(
+            path,
+            replace(actors.sampler.of(policy), policy=path.stem),
+            inputs.reference,
+            inputs.held_out,
+            temperature=recipe.temperature,
+            seed=derived_seed(recipe.seed, "held-out"),
+        )
     unit = max(numbers["score_deviation"], 1e-3) if unit is None else unit
     objective = numbers["score"] / unit - recipe.beta * numbers["kl_k1"]
     return {"objective": objective, "unit": unit, **numbers}

@@ -9,7 +9,7 @@ weight (`data.loader` can) and everything distributed.
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -18,17 +18,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from llama2rt import atomic, report
-from llama2rt.checkpoint import native
+from llama2rt import atomic, planning, report
 from llama2rt.checkpoint.load import load
 from llama2rt.data import tokens
-from llama2rt.data.loader import TokenLoader
-from llama2rt.data.packing import Batch
+from llama2rt.data.loader import TokenLoader, dealt
+from llama2rt.data.packing import Batch, filler
 from llama2rt.data.readers import Reader
 from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
+from llama2rt.parallel import Mesh, ParallelOptions, by_main
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.parallel.saving import save_model
+from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.run import Recipe, Run, check_integers
 from llama2rt.stages.loading import (
     Future,
@@ -37,6 +40,7 @@ from llama2rt.stages.loading import (
     choose_tokenizer,
     default_device,
     file_inputs,
+    outline,
     outlines,
 )
 from llama2rt.text.tokenizer import Tokenizer
@@ -121,6 +125,8 @@ class PretrainRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     # Section 2.2: AdamW 0.9 / 0.95 / 1e-5, decay 0.1, clip 1.0, cosine to 10 %, warm-up 2000.
     train: TrainOptions = TrainOptions(lr=3e-4, warmup_steps=2000)
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what"""
 
     durations: ClassVar[tuple[str, ...]] = ("steps", "epochs")
 
@@ -146,9 +152,13 @@ class PretrainRecipe(Recipe):
 
 def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Tokenise, train, measure the held-out loss; returns the model folder."""
+    # What is impossible is said before hours of tokenising; the vocabulary plays no part.
     if recipe.init is None:
-        # An impossible shape is said before hours of tokenising; the vocabulary plays no part.
-        _require_context(recipe, recipe.model.config(recipe.vocab_size or 32000, recipe.context))
+        shape = recipe.model.config(recipe.vocab_size or 32000, recipe.context)
+    else:
+        shape = outline(recipe.init).config
+    _require_context(recipe, shape)
+    mesh = Mesh.build(recipe.parallel, shape, pipelined=True)
     run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
@@ -156,12 +166,18 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
     training, held_out, tokenizer, model = prepare(recipe, run.directory)
     options = recipe.train
     loader = TokenLoader(
-        training, recipe.context, recipe.batch_tokens, options.micro_tokens, recipe.seed
+        training,
+        recipe.context,
+        recipe.batch_tokens,
+        options.micro_tokens,
+        recipe.seed,
+        share=mesh.share,
     )
+    parallelize(model, mesh, options.dtype)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return held_out_losses(model, held_out, recipe.context, options.micro_tokens)
+        return held_out_losses(model, held_out, recipe.context, options.micro_tokens, mesh)
 
     result = fit(
         run,
@@ -171,8 +187,9 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         options,
         steps=steps,
         validate=validate if held_out else None,
+        mesh=mesh,
     )
-    native.save(model, tokenizer, run.model_directory)
+    save_model(model, tokenizer, run.model_directory)
     report.finish(run, result)
     return run.model_directory
 
@@ -185,22 +202,59 @@ class PretrainInputs(Opened):
 
 
 def open_inputs(recipe: PretrainRecipe, future: Future | None = None) -> PretrainInputs:
-    """What a plan can know before the text is tokenised: the model's shape, and that all files are
-    there. InputError where something does not fit, and where the tokenizer is still to be trained:
-    nothing after this step could be checked."""
+    """What can be known before the text is tokenised: the model's shape, and that all files are
+    there. InputError where something does not fit, and in a plan (`future`) where the tokenizer is
+    still to be trained: nothing after this step could be checked."""
     for path in recipe.data:
         if not path.exists():
             raise InputError(f"{path}: no such file")
+    tokenizer: Tokenizer | None = None
     if recipe.init is not None:
         tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
         config = models["init"].config
     elif recipe.tokenizer is not None:
         tokenizer = Tokenizer.load(recipe.tokenizer)
         config = recipe.model.config(tokenizer.vocab_size, recipe.context)
+    elif recipe.vocab_size is not None and future is None:
+        config = recipe.model.config(recipe.vocab_size, recipe.context)
     else:
         raise InputError("tokenizer: a plan needs it before its first step; train it first")
     _require_context(recipe, config)
     return PretrainInputs(Outline(config, tokenizer))
+
+
+def plan(
+    recipe: PretrainRecipe, inputs: PretrainInputs | None, shape: Callable[[Path], LlamaConfig]
+) -> Work:
+    """For `--dry-run`. With `inputs` the text is read and divided as a run would; where the recipe
+    says epochs, steps are those of a sample's tokens a byte."""
+    if inputs is not None:
+        config = inputs.result.config
+    elif recipe.init is not None:
+        config = shape(recipe.init)
+    else:  # with the preset's vocabulary, since no tokenizer is read
+        preset = LlamaConfig.preset(recipe.model.preset or "llama2-7b")
+        config = recipe.model.config(recipe.vocab_size or preset.vocab_size, recipe.context)
+    _require_context(recipe, config)
+    windows = recipe.batch_tokens // recipe.context
+    steps = None if recipe.steps is None else Count(recipe.steps)
+    epochs, notes = recipe.epochs, []
+    if inputs is not None:
+        held = tokens.estimate(divide(recipe)[0], inputs.result.tokenizer or recipe.vocab_size or 0)
+        notes.append(f"the training text is {held.value:,.0f} tokens ({held.how})")
+        per_epoch = math.ceil(math.ceil((held.value - 1) / recipe.context) / windows)
+        if steps is None:
+            steps = Count(max(1, round((recipe.epochs or 0) * per_epoch)), held.how)
+        epochs = recipe.epochs or round(steps.value / per_epoch, 3)
+    return Work(
+        [Phase("training", trained=[Model("model", config)], training=True)],
+        recipe.train,
+        recipe.parallel,
+        planning.Batch(windows * recipe.context, recipe.context, recipe.context),
+        steps,
+        epochs,
+        notes=notes,
+    )
 
 
 def prepare(
@@ -210,32 +264,17 @@ def prepare(
     `directory` for a resumed run."""
     files = directory / "tokens"
     index = files / "held_out.json"  # written last: the streams it names are complete
-    texts = None if index.exists() else divide(recipe)
+    tokenise(recipe, files, index)
 
     model: Llama | None = None
-    tokenizer: Tokenizer | None = None
     if recipe.init is not None:
-        loaded, tokenizer = load(recipe.init, default_device(), torch.float32)
+        loaded, own = load(recipe.init, default_device(), torch.float32)
         if not isinstance(loaded, Llama):
             raise InputError(f"{recipe.init}: expected a language model, found a scalar model")
         model = loaded
-        _require_context(recipe, model.config)
-        tokenizer = choose_tokenizer(recipe.init, model.config, tokenizer, recipe.tokenizer)
-    elif recipe.tokenizer is not None:
-        tokenizer = Tokenizer.load(recipe.tokenizer)
-    elif recipe.vocab_size is not None:
-        # The digest inside the token files ties them to this tokenizer; training it is
-        # deterministic, so one lost to a kill comes out the same.
-        trained = files / "tokenizer.model"
-        if texts is not None:
-            training = [document.text for document in texts[0]]
-            tokenizer = Tokenizer.train(training, recipe.vocab_size, trained)
-        else:
-            tokenizer = Tokenizer.load(trained)
-    assert tokenizer is not None  # the recipe's own check
-
-    if texts is not None:
-        build(texts, tokenizer, files, index)
+        tokenizer = choose_tokenizer(recipe.init, model.config, own, recipe.tokenizer)
+    else:
+        tokenizer = Tokenizer.load(recipe.tokenizer or files / TRAINED)
     stream = TokenFile(files / "training.bin")
     held_out = {
         name: TokenFile(files / file) for name, file in json.loads(index.read_text()).items()
@@ -246,6 +285,30 @@ def prepare(
         config = recipe.model.config(tokenizer.vocab_size, recipe.context)
         model = Llama(config, default_device(), torch.float32).initialize(recipe.seed)
     return stream, held_out, tokenizer, model
+
+
+# The tokenizer that is trained on the text. The digest inside the token files ties them to it;
+# training it is deterministic, so one lost to a kill comes out the same.
+TRAINED = "tokenizer.model"
+
+
+@by_main
+def tokenise(recipe: PretrainRecipe, files: Path, index: Path) -> None:
+    """The streams in the folder `files`, the tokenizer too where the recipe names none, and last
+    `index`; nothing where it is there."""
+    if index.exists():
+        return
+    texts = divide(recipe)
+    if recipe.init is not None:
+        tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
+        _require_context(recipe, models["init"].config)
+    elif recipe.tokenizer is not None:
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+    else:
+        assert recipe.vocab_size is not None  # the recipe's own check
+        training = [document.text for document in texts[0]]
+        tokenizer = Tokenizer.train(training, recipe.vocab_size, files / TRAINED)
+    build(texts, tokenizer, files, index)
 
 
 def build(
@@ -323,18 +386,25 @@ def next_token(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor
 
 
 def held_out_losses(
-    model: nn.Module, streams: Mapping[str, TokenFile], context: int, micro_tokens: int
+    model: nn.Module,
+    streams: Mapping[str, TokenFile],
+    context: int,
+    micro_tokens: int,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Nats per token and bits per UTF-8 byte over the whole of all `streams`, EOS included, in
     windows of `context` tokens that do not see each other; of several streams also each one's
-    bits per byte, by name."""
+    bits per byte, by name. The ranks of `mesh` read a share each."""
+    mesh = mesh or Mesh.single()
     device = next(model.parameters()).device
     nats = dict.fromkeys(streams, 0.0)
     count = 0
     for name, stream in streams.items():
-        for batch in stream.batches(context, micro_tokens):
+        for batch in dealt(stream.batches(context, micro_tokens), mesh.share, filler()):
             loss, _ = next_token(model, batch.to(device))
-            nats[name], count = nats[name] + float(loss), count + batch.weight
+            nats[name], count = nats[name] + loss.item(), count + batch.weight
+    *summed, count = mesh.totals([*nats.values(), count])
+    nats = dict(zip(streams, summed, strict=True))
     size = {name: stream.text_bytes for name, stream in streams.items()}
     each = {f"bits_per_byte/{name}": nats[name] / math.log(2) / size[name] for name in streams}
     return {

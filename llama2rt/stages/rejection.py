@@ -16,12 +16,14 @@ import numpy as np
 from pydantic import Field
 
 from llama2rt import report
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.errors import InputError, naming
-from llama2rt.rollout import sampling
+from llama2rt.parallel import Mesh, on_main
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.planning import Count, Model, Phase, Work
+from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.responses import (
     Response,
     read_responses,
@@ -30,7 +32,7 @@ from llama2rt.rollout.responses import (
 )
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Run
-from llama2rt.stages import loading, sft
+from llama2rt.stages import adapters, loading, plans, sft
 from llama2rt.stages.inputs import (
     RolloutInputs,
     RolloutRecipe,
@@ -97,28 +99,35 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
 
     # Sample, score and select.
     sampled = sample(recipe, inputs, run.samples_directory)
     best = select(sampled, inputs.tokenizer)
     if inputs.earlier:
-        best = pool(best, inputs.reward_models.rescore(inputs.earlier))
+        best = pool(best, balance.rescored(inputs.reward_models, inputs.earlier))
     if not best:
         cut = sum(not response.finished for responses in sampled for response in responses)
         raise InputError(
             f"no response to train on: {cut} of {sum(map(len, sampled))} were cut (raise "
             "sampling.max_tokens), the others are empty or hold a tag of the chat format"
         )
-    write_responses(run.samples_directory / BEST, best)
+    on_main(lambda: write_responses(run.samples_directory / BEST, best))
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
     # The tokenizer is the policy's: init may hold none.
-    model = loading.load_companion(recipe.init, inputs.tokenizer)
+    if recipe.lora.rank is None:
+        model = loading.load_companion(recipe.init, inputs.tokenizer)
+    else:
+        model = inputs.to_train(recipe.init)
+    parallelize(model, mesh, recipe.train.dtype)
     examples = [response_example(response) for response in best] + inputs.dialogues
-    loader = ExampleLoader(examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed)
+    loader = ExampleLoader(
+        examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed, share=mesh.share
+    )
     steps = recipe.epochs * loader.steps_per_epoch
-    fit(run, model, loader, next_token, recipe.train, steps=steps)
-    native.save(model, inputs.tokenizer, run.model_directory)
+    fit(run, model, loader, next_token, recipe.train, steps=steps, mesh=mesh)
+    adapters.save(model, inputs.tokenizer, run, recipe.init)
 
     # Measure.
     numbers = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
@@ -157,6 +166,35 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
     longest = loading.longest_sample(prompts, tokenizer, policy, recipe.sampling.max_tokens)
     result = Outline(init.config, tokenizer, longest_sample=longest)
     return RejectionInputs(recipe, tokenizer, prompts, held_out, result, earlier, dialogues)
+
+
+def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: one answer a prompt is kept, as if every prompt had a usable one."""
+    policy = Model("policy", shape(recipe.policy))
+    init = Model("model", shape(recipe.init), lora=recipe.lora)
+    ranking = plans.reward_models(recipe, shape)
+    lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
+    answers = None if lengths is None else recipe.samples * len(lengths)
+    sampling = plans.sampling_of(policy, recipe.sampling, lengths, answers, ranking)
+    steps, count = None, recipe.batch_size
+    if inputs is not None:
+        examples = len(inputs.prompts) + len(inputs.earlier) + len(inputs.dialogues)
+        count = min(count, examples)
+        steps = Count(
+            recipe.epochs * -(-examples // recipe.batch_size), "at most: one target a prompt"
+        )
+    return Work(
+        [
+            Phase("sampling", frozen=ranking, sampling=sampling),
+            # The reward models stay for the held-out prompts.
+            Phase("training", [init], ranking, training=True),
+        ],
+        recipe.train,
+        recipe.parallel,
+        plans.answers_batch(sampling, count),
+        steps,
+        recipe.epochs,
+    )
 
 
 def read_earlier(

@@ -7,7 +7,7 @@ out: pairwise preference models that read both answers at once (another stage).
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from llama2rt import report
 from llama2rt.algorithms import losses, rewards
-from llama2rt.checkpoint import native
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.records import Comparison
@@ -28,8 +27,12 @@ from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
+from llama2rt.parallel import Mesh, ParallelOptions
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
+from llama2rt.stages import adapters
 from llama2rt.stages.comparisons import split
 from llama2rt.stages.loading import (
     Future,
@@ -46,6 +49,7 @@ from llama2rt.stages.pretrain import ModelShape
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import Objective, fit
+from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.reward")
@@ -99,6 +103,10 @@ class RewardRecipe(Recipe):
     train: TrainOptions = TrainOptions(
         lr=1e-5, warmup_ratio=0.03, warmup_minimum=5, micro_tokens=16384
     )
+    lora: LoraOptions = LoraOptions()
+    """beside an adapter, the head is trained whole"""
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what"""
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
@@ -106,6 +114,8 @@ class RewardRecipe(Recipe):
     def _consistent(self) -> Self:
         if self.init is None and (self.model == ModelShape() or self.tokenizer is None):
             raise ValueError("give init, or model and tokenizer")
+        if self.init is None and self.lora.rank is not None:
+            raise ValueError("lora: an adapter wants a trained model below it: give init")
         if self.init is not None and self.model != ModelShape():
             raise ValueError("init brings its own shape: leave out model")
         for key in ("data", "validation"):
@@ -130,6 +140,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
     options = recipe.train
     loader = PairLoader(
         inputs.pairs,
@@ -137,11 +148,13 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         recipe.batch_size,
         options.micro_tokens,
         recipe.seed,
+        share=mesh.share,
     )
     model = initial_model(recipe, inputs.result.config)
+    parallelize(model, mesh, options.dtype)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
-        chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens)
+        chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
         accuracy = preference.accuracy(chosen, rejected, [c.rating for c in inputs.held_out])
         return {f"held_out/accuracy/{rating}": value for rating, value in accuracy.items()}
 
@@ -153,6 +166,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=held_out_accuracy if inputs.held_out and options.validate_every else None,
+        mesh=mesh,
     )
     numbers: dict[str, Any] = {
         "kind": recipe.kind,
@@ -160,13 +174,13 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         "left_out": inputs.left_out,
     }
     if inputs.held_out:
-        scores = score(model, inputs.held_out_pairs, options.micro_tokens)
+        scores = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
         numbers |= evaluate(*scores, inputs.held_out)
         if recipe.previous is not None:
             previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
-            before = score(previous, inputs.held_out_pairs, options.micro_tokens)
+            before = score(previous, inputs.held_out_pairs, options.micro_tokens, mesh)
             numbers["drift"] = drift(before, scores, inputs.held_out)
-    native.save(model, inputs.tokenizer, run.model_directory)
+    adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, numbers)
     return run.model_directory
 
@@ -189,6 +203,7 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     """All that the recipe names, read and checked before any weights are loaded, which may take
     minutes. InputError where something does not fit. Of comparisons that an earlier step of a plan
     is still to collect nothing can be read: only the models are checked then."""
+    recipe.lora.check()
     config, tokenizer = shape(recipe, future)
     result = Outline(config, tokenizer, scalar=True)
     if future is not None and to_come(recipe, future):
@@ -199,6 +214,27 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     if recipe.previous is not None:
         require_readable(outline(recipe.previous, future), tokenizer, held_out_pairs)
     return RewardInputs(tokenizer, pairs, kept, held_out_pairs, held_out_kept, left_out, result)
+
+
+def plan(
+    recipe: RewardRecipe, inputs: RewardInputs | None, shape: Callable[[Path], LlamaConfig]
+) -> Work:
+    """For `--dry-run`."""
+    if inputs is not None:
+        config = inputs.result.config
+    elif recipe.init is not None:
+        config = shape(recipe.init)
+    else:
+        config = recipe.model.config(LlamaConfig.preset("llama2-7b").vocab_size, recipe.context)
+    if inputs is None or not inputs.pairs:  # not read, or still to be collected
+        steps, batch = None, Batch.at_most(config.context, 2 * recipe.batch_size)
+    else:
+        lengths = [len(side.tokens) for pair in inputs.pairs for side in pair]
+        batch = Batch.of(lengths, 2 * min(recipe.batch_size, len(inputs.pairs)))
+        steps = Count(recipe.epochs * -(-len(inputs.pairs) // recipe.batch_size))
+    model = Model("model", config, scalar=True, lora=recipe.lora)
+    phases = [Phase("training", [model], training=True)]
+    return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs)
 
 
 def require_readable(
@@ -245,10 +281,13 @@ def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConf
 
 
 def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
-    """The chat model with a regression head in place of its output, fp32; random without one."""
+    """The chat model under a regression head, to train; without one, random weights."""
     if recipe.init is not None:
-        llama, _ = load_llama(recipe.init, recipe.tokenizer)
-        return ScalarModel.from_llama(llama, recipe.seed)
+        dtype = recipe.lora.load_dtype(recipe.train)
+        llama, _ = load_llama(recipe.init, recipe.tokenizer, dtype)
+        model = ScalarModel.from_llama(llama, recipe.seed)
+        recipe.lora.adapt(model, recipe.seed)
+        return model
     return ScalarModel(config, default_device(), torch.float32).initialize(recipe.seed)
 
 
@@ -293,7 +332,7 @@ def objective(recipe: RewardRecipe) -> Objective:
 
     def loss(model: ScalarModel, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         batch, extras = pairs.batch, pairs.extras
-        values = model(batch.tokens, batch.positions, batch.cu_seqlens)
+        values = model(batch.tokens, batch.positions, batch.cu_seqlens, keys=batch.keys)
         chosen, rejected = last_token(values, batch.cu_seqlens).view(-1, 2).unbind(1)
         total = losses.ranking(chosen, rejected, extras["margin"]).sum()
         metrics = {
@@ -313,15 +352,17 @@ def objective(recipe: RewardRecipe) -> Objective:
 
 
 def score(
-    model: ScalarModel, pairs: Sequence[tuple[Example, Example]], micro_tokens: int
+    model: ScalarModel,
+    pairs: Sequence[tuple[Example, Example]],
+    micro_tokens: int,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Raw scores fp32 [n] of the chosen and of the rejected sides."""
-    chosen, rejected = zip(*pairs, strict=True)
-    sides = [[example.tokens for example in side] for side in (chosen, rejected)]
-    return (
-        score_tokens(model, sides[0], micro_tokens=micro_tokens),
-        score_tokens(model, sides[1], micro_tokens=micro_tokens),
-    )
+    """Raw scores fp32 [n] of the chosen and of the rejected sides, on each rank of `mesh`."""
+    # Side by side, so that a pair's prompt is computed once.
+    sides = [side.tokens for pair in pairs for side in pair]
+    scores = score_tokens(model, sides, micro_tokens=micro_tokens, mesh=mesh)
+    chosen, rejected = scores.reshape(-1, 2).T
+    return chosen, rejected
 
 
 def evaluate(

@@ -7,7 +7,7 @@ context distillation (section 3.3, 4.2.4), which prepare dialogues and then come
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,14 +17,18 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from llama2rt import report
-from llama2rt.checkpoint import native
-from llama2rt.data.loader import ExampleLoader
-from llama2rt.data.packing import Batch, Example, micro_batches
+from llama2rt import planning, report
+from llama2rt.data.loader import ExampleLoader, dealt
+from llama2rt.data.packing import Batch, Example, filler, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
+from llama2rt.model import LlamaConfig
+from llama2rt.parallel import Mesh, ParallelOptions
+from llama2rt.parallel.parallelize import parallelize
+from llama2rt.planning import Count, Phase, Work
 from llama2rt.run import Recipe, Run
+from llama2rt.stages import adapters
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -38,6 +42,7 @@ from llama2rt.stages.pretrain import next_token
 from llama2rt.text.chat import encode_dialogue
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
+from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.sft")
@@ -70,6 +75,9 @@ class SftRecipe(Recipe):
     seed: int = Field(default=0, ge=0)
     # Section 3.1: cosine, 2e-5, decay 0.1; the rest as in pretraining.
     train: TrainOptions = TrainOptions(lr=2e-5)
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what"""
+    lora: LoraOptions = LoraOptions()
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
@@ -80,13 +88,18 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config, pipelined=True)
     options = recipe.train
-    loader = ExampleLoader(inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed)
+    loader = ExampleLoader(
+        inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed, share=mesh.share
+    )
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
-    model, _ = load_llama(recipe.init, recipe.tokenizer)
+    model, _ = load_llama(recipe.init, recipe.tokenizer, recipe.lora.load_dtype(options))
+    recipe.lora.adapt(model, recipe.seed)
+    parallelize(model, mesh, options.dtype)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"held_out_loss": answer_loss(model, held_out)}
+        return {"held_out_loss": answer_loss(model, held_out, mesh)}
 
     if held_out and not run.store.steps():
         run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
@@ -100,8 +113,9 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         options,
         steps=recipe.epochs * loader.steps_per_epoch,
         validate=validate if held_out else None,
+        mesh=mesh,
     )
-    native.save(model, inputs.tokenizer, run.model_directory)
+    adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, {**result, "dialogues": len(inputs.training)})
     return run.model_directory
 
@@ -119,6 +133,7 @@ class SftInputs(Opened):
 def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
     """All that the recipe names, read and checked before any weights are loaded. InputError where
     something does not fit."""
+    recipe.lora.check()
     tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
     config = models["init"].config
     context = recipe.context or config.context
@@ -129,6 +144,28 @@ def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
         warn_of_shared(*((dialogue.messages[:-1] for dialogue in part) for part in parts))
     training, held_out = (encode(part, tokenizer, context) for part in parts)
     return SftInputs(tokenizer, training, held_out, Outline(config, tokenizer))
+
+
+def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], LlamaConfig]) -> Work:
+    """For `--dry-run`."""
+    config = shape(recipe.init)
+    if inputs is None:
+        steps, batch = (
+            None,
+            planning.Batch.at_most(recipe.context or config.context, recipe.batch_size),
+        )
+    else:
+        lengths = [len(example.tokens) for example in inputs.training]
+        batch = planning.Batch.of(lengths, min(recipe.batch_size, len(lengths)))
+        steps = Count(recipe.epochs * -(-len(lengths) // recipe.batch_size))
+    return Work(
+        [Phase("training", [planning.Model("model", config, lora=recipe.lora)], training=True)],
+        recipe.train,
+        recipe.parallel,
+        batch,
+        steps,
+        recipe.epochs,
+    )
 
 
 def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
@@ -161,8 +198,11 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) ->
     return fitting
 
 
-def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Nats per answer token over `batches`."""
+def answer_loss(model: nn.Module, batches: Sequence[Batch], mesh: Mesh | None = None) -> float:
+    """Nats per answer token over `batches`, of which the ranks of `mesh` read a share each."""
+    mesh = mesh or Mesh.single()
     device = next(model.parameters()).device
-    nats = sum(float(next_token(model, batch.to(device))[0]) for batch in batches)
-    return nats / sum(batch.weight for batch in batches)
+    own = dealt(batches, mesh.share, filler())
+    nats = sum(float(next_token(model, batch.to(device))[0]) for batch in own)
+    (total,) = mesh.totals([nats])
+    return total / sum(batch.weight for batch in batches)

@@ -6,12 +6,8 @@ checkpoint, so a run killed anywhere continues to the same bits.
 Left out: measurements before the first step, which a stage takes between `resume` and `drive`.
 """
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +15,9 @@ from torch import Tensor
 
 from llama2rt import energy
 from llama2rt.energy import EnergyMeter
+from llama2rt.parallel import faults
 from llama2rt.run import Run
+from llama2rt.train.interrupts import Interrupts, Stopped
 from llama2rt.train.metrics import EnergyUse, Throughput
 from llama2rt.train.optimizer import Diverged
 from llama2rt.train.options import TrainOptions
@@ -83,17 +81,20 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
     """Take steps until `total` are done or the work is finished; returns how many are done.
 
     Logs every `log_every` steps, validates every `validate_every`, and does both after step
-    `total`; saves every `checkpoint_every` steps. Ctrl-C and SIGTERM finish the step, save, and
-    raise KeyboardInterrupt (a second one stops at once); after the last step nothing is left to
-    interrupt. A step that diverged raises FloatingPointError; the last checkpoint stays.
+    `total`; saves every `checkpoint_every` steps. Ctrl-C, SIGTERM and SIGUSR1 on any rank finish
+    the step, save, and raise Stopped, a KeyboardInterrupt, on all (a second signal stops at once);
+    after the last step nothing is left to interrupt. A step that diverged raises
+    FloatingPointError; the last checkpoint stays.
     """
+    interrupts = Interrupts()
     with (
         ProgressLine(run.directory.resolve().name, total, done) as line,
-        _interrupts() as interrupted,
+        interrupts.noted(),
         energy.of_device(work.device) as meter,
     ):
         rates = _Rates(work.ceiling, meter)
         while done < total and not work.finished():
+            faults.doing(f"in {work.noun} {done + 1}")
             try:
                 step = work.step(done)
             except Diverged as error:
@@ -111,15 +112,17 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
                 if numbers is not None:
                     run.log(done, **numbers)
                     rates.restart()
-            stop = bool(interrupted) and not last
+            stop = 0 if last else interrupts.agreed()
             if stop or _due(done, options.checkpoint_every):
+                faults.doing(f"saving after {work.noun} {done}")
                 run.store.save(done, *work.state())
                 rates.restart()
             if stop:
                 run.store.wait()
-                raise KeyboardInterrupt(
+                raise Stopped(
                     f"stopped after {work.noun} {done} of {total}; saved "
-                    f"{run.store.path(done)}, continue with --resume"
+                    f"{run.store.path(done)}, continue with --resume",
+                    stop,
                 )
         run.store.wait()
     return done
@@ -163,25 +166,3 @@ def _divergence(run: Run, step: int, what: str) -> str:
         f"{run.directory}: training diverged, {what} at step {step}; {where}. "
         "Lower train.lr, lengthen the warm-up or look at the data of this step."
     )
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM appends to; the second has its usual effect."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers; there Ctrl-C stays immediate
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        before[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

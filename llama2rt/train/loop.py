@@ -1,7 +1,8 @@
 """The optimisation loop that pretraining, SFT, reward models and DPO share.
 
 A step is a list of micro-batches; their summed losses are divided by what the whole step predicts
-(`micro.weight` summed), never per micro-batch, so one batch of eight is eight of one. Where the
+(`micro.weight` summed, over all ranks), never per micro-batch or per rank, so one batch of eight is
+eight of one, on whatever ranks. Where the
 loader stands and the state of every random generator is in the checkpoint.
 
 Left out: what a loss is (the stage's objective), and when to log, validate and save (`driver`).
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llama2rt.parallel import Mesh, world
+from llama2rt.parallel.pipeline import PipelinedLlama
 from llama2rt.run import Run
 from llama2rt.train.driver import Step, drive, resume
 from llama2rt.train.metrics import gemm_ceiling, training_flops
@@ -49,6 +52,7 @@ def fit(
     *,
     steps: int,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Train `model` in place for `steps` steps, from the run's newest checkpoint if it has one.
 
@@ -57,11 +61,15 @@ def fit(
     `validate(model)` runs without gradients every `validate_every` steps and after the last; the
     numbers of its last call are returned.
 
+    Every rank of `mesh` calls this, with a model that `parallel.parallelize` has spread over it and
+    a loader that has the rank's share; `validate` too, which returns the same numbers everywhere.
+
     Interrupts are those of `driver.drive`. A loss or gradient norm that is not finite raises
     FloatingPointError before it reaches the weights; the last checkpoint stays.
     """
     warn_of_warmup(steps, options)
-    work = _Fit(model, loader, objective, options, steps, validate)
+    work = _Fit(model, loader, objective, options, mesh or Mesh.single())
+    work.steps, work.held_out = steps, validate
     done = resume(run, work)
     model.train()
     recompute = recompute_blocks(model) if options.activation_checkpointing else None
@@ -81,52 +89,62 @@ class _Fit:
         loader: Loader,
         objective: Objective,
         options: TrainOptions,
-        steps: int,
-        validate: Callable[[nn.Module], dict[str, float]] | None,
+        mesh: Mesh,
     ) -> None:
         self._model, self._loader, self._objective = model, loader, objective
-        self._options, self._steps, self._validate = options, steps, validate
-        self._optimizer = Optimizer(model, options)
+        self._options, self._mesh = options, mesh
+        self._optimizer = Optimizer(model, options, mesh)
         self.device = next(model.parameters()).device
-        self.ceiling: float | None = gemm_ceiling(self.device.type, options.dtype)
+        self.ceiling: float | None = gemm_ceiling(self.device.type, options.dtype) * world().size
+        self.steps = 0
+        self.held_out: Callable[[nn.Module], dict[str, float]] | None = None
         self.validation: dict[str, float] = {}
 
     def step(self, index: int) -> Step:
         micros = self._loader.next()
-        costs = [_cost(self._model, micro) for micro in micros]
-        means = self._backward(micros)
+        costs = [(micro.weight, *_cost(self._model, micro)) for micro in micros]
+        weight, tokens, flops = self._mesh.totals(sum(cost) for cost in zip(*costs, strict=True))
+        means = self._backward(micros, max(1, int(weight)))
         if not math.isfinite(means["loss"]):
             raise Diverged(f"the loss is {means['loss']}")
-        lr = learning_rate(index, self._steps, self._options)
-        norm = self._optimizer.step(lr)
-        tokens, flops = (sum(cost) for cost in zip(*costs, strict=True))
-        return Step(dict(**means, lr=lr, gradient_norm=norm), tokens, flops)
+        lr = learning_rate(index, self.steps, self._options)
+        norm = self._optimizer.step(lr, means["loss"])
+        metrics = dict(**means, lr=lr, gradient_norm=norm, **self._optimizer.outliers.metrics())
+        return Step(metrics, int(tokens), int(flops))
 
-    def _backward(self, micros: list[Any]) -> dict[str, float]:
-        """Accumulate a step's gradients; its loss and further numbers, per unit of weight."""
-        weight = max(1, sum(micro.weight for micro in micros))
+    def _backward(self, micros: list[Any], weight: int) -> dict[str, float]:
+        """Accumulate a step's gradients; its loss and further numbers, per unit of the step's
+        `weight`."""
         sums: dict[str, Tensor | float] = {}
+        if isinstance(self._model, PipelinedLlama):
+            micros = [micro.to(self.device) for micro in micros]
+            sums |= self._model.accumulate(micros, self._objective, weight)
+            self._optimizer.accumulate()
+            micros = []
         for micro in micros:
             loss, metrics = self._objective(self._model, micro.to(self.device))
-            (loss / weight).backward()
+            # What fills up a rank's share weighs nothing, whatever its loss is.
+            counts = micro.weight > 0 or self._mesh.batch_ranks == 1
+            (loss / weight if counts else loss * 0).backward()
             self._optimizer.accumulate()
             for key, value in {"loss": loss, **metrics}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
-                sums[key] = sums.get(key, 0.0) + value
+                sums[key] = sums.get(key, 0.0) + (value if counts else 0.0)
             # The next forward pass must not start while this one's output is still held.
             del loss, metrics
-        return {key: float(value) / weight for key, value in sums.items()}
+        totals = self._mesh.totals(float(value) for value in sums.values())
+        return {key: total / weight for key, total in zip(sums, totals, strict=True)}
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s MFU {metrics['mfu']:.0%}"
         return f"loss {metrics['loss']:.4f} {speed}"
 
     def validate(self, done: int) -> dict[str, float] | None:
-        if self._validate is None:
+        if self.held_out is None:
             return None
         self._model.eval()
         with torch.no_grad():
-            numbers = self._validate(self._model)
+            numbers = self.held_out(self._model)
             self.validation = {name: float(value) for name, value in numbers.items()}
         self._model.train()
         return self.validation
@@ -152,7 +170,8 @@ class _Fit:
 def _cost(model: nn.Module, micro: Any) -> tuple[int, int]:
     """(tokens, FLOPs) of a Batch or of the Batch inside a PairBatch."""
     batch = getattr(micro, "batch", micro)
-    flops = training_flops(model, batch.tokens, batch.cu_seqlens, batch.weight)
+    whole = getattr(model, "shape", model)  # a stage of a pipeline has a part
+    flops = training_flops(whole, batch.tokens, batch.cu_seqlens, batch.weight, batch.keys)
     return batch.tokens.numel(), flops
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llama2rt.energy import EnergyMeter
 from llama2rt.model.llama import Llama
+from llama2rt.model.shared_prefix import SharedKeys
 
 
 @functools.cache
@@ -48,20 +49,37 @@ def gemm_ceiling(device_type: str, dtype: torch.dtype) -> float:
     return 4 * 2 * size**3 / min(seconds(*operands) for _ in range(5))
 
 
-def training_flops(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor, predicted: int) -> int:
-    """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token.
+def training_flops(
+    model: nn.Module,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    predicted: int,
+    keys: SharedKeys | None = None,
+) -> int:
+    """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token, 2 x 2
+    for a frozen one, of which no gradient is taken.
 
     The output matrix counts for the `predicted` rows only (the others never reach it), the
-    embedding not at all, causal attention over each document by itself. `model` is a Llama, or a
-    transformer under another head.
+    embedding not at all, causal attention over each document by itself, and what documents share
+    once. `model` is a Llama, or a transformer under another head.
     """
     transformer: Any = model.transformer
     config = transformer.config
-    blocks = sum(p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
-    output = config.vocab_size * config.dim if isinstance(model, Llama) else 0
-    squares = int(cu_seqlens.diff().to(torch.int64).square().sum())
-    attention = config.layers * config.dim * squares  # q.k and p.v: 2 x 2 x dim x length^2 / 2
-    return 6 * (blocks * tokens.numel() + output * predicted + attention)
+    blocks = sum(_products(p) * p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
+    output = 0
+    if isinstance(model, Llama):
+        output = _products(model.output.weight) * config.vocab_size * config.dim
+    own = cu_seqlens.diff().to(torch.int64)
+    seen = own if keys is None else keys.cu_seqlens.diff().to(torch.int64)
+    # The last `own` rows of a causal triangle of `seen`; length^2 / 2 where a document is whole.
+    pairs = int((own * (2 * seen - own)).sum())
+    attention = config.layers * config.dim * pairs  # q.k and p.v: 2 x 2 x dim, half of them masked
+    return 2 * (blocks * tokens.numel() + output * predicted + 3 * attention)
+
+
+def _products(weight: Tensor) -> int:
+    """Matrix products a training step takes with it: the result, its input's gradient, its own."""
+    return 3 if weight.requires_grad else 2
 
 
 class Throughput:

@@ -1,7 +1,8 @@
 """AdamW as large-model training needs it: fp32 state whatever the compute precision.
 
 Masters, moments and gradient sums are fp32, and the model's bf16 weights are copies (`precision`
-has the rule). The update itself is PyTorch's fused AdamW.
+has the rule); `moments` may keep its own in bf16 between steps. The update itself is PyTorch's
+fused AdamW.
 """
 
 import math
@@ -9,9 +10,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llama2rt.checkpoint.native import stored_name
+from llama2rt.parallel.mesh import DIMENSIONS, Mesh
+from llama2rt.train.moments import in_fp32, moment_dtype
 from llama2rt.train.options import TrainOptions
+from llama2rt.train.outliers import Outliers
 from llama2rt.train.precision import MasterWeights
 
 # Weights updated per call of the inner AdamW: bounds the fp32 copies of bf16 gradients alive at
@@ -28,17 +33,19 @@ class Optimizer:
     """AdamW over a model's trainable parameters, which are put into `options.precision`.
 
     `master` names the masters: {parameter name: fp32 tensor}; in fp32 training these are the
-    parameters. ValueError where nothing is trainable.
+    parameters. Of a model that is spread over `mesh` they are this rank's shards, and every rank
+    takes each step. ValueError where nothing is trainable.
     """
 
-    def __init__(self, model: nn.Module, options: TrainOptions) -> None:
-        self.options = options
-        self._weights = MasterWeights(model, options.dtype)
+    def __init__(self, model: nn.Module, options: TrainOptions, mesh: Mesh | None = None) -> None:
+        self.options, self._mesh = options, mesh or Mesh.single()
+        self._weights = MasterWeights(model, options.dtype, options.optimizer_device)
         self.names, self.parameters = self._weights.names, self._weights.parameters
         self._masters = masters = self._weights.tensors
         self._stored_names = [stored_name(model, name) for name in self.names]
         self.master = dict(zip(self.names, masters, strict=True))
         self._gradients: list[Tensor | None] = [None] * len(masters)
+        self.outliers = Outliers(options)
         decayed = [m for m in masters if m.ndim >= 2]
         plain = [m for m in masters if m.ndim < 2]
         groups = [(decayed, options.weight_decay), (plain, 0.0)]
@@ -52,8 +59,8 @@ class Optimizer:
         for master in masters:
             self._adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
+                "exp_avg": torch.zeros_like(master, dtype=moment_dtype(options.moments)),
+                "exp_avg_sq": torch.zeros_like(master, dtype=moment_dtype(options.moments)),
             }
 
     @torch.no_grad()
@@ -68,6 +75,7 @@ class Optimizer:
             parameter.grad = None
             if new is None:
                 continue
+            new = _local(new).to(self._masters[i].device)
             if total is None:
                 self._gradients[i] = new
             elif total.dtype == torch.float32:
@@ -76,17 +84,23 @@ class Optimizer:
                 self._gradients[i] = total.to(torch.float32).add_(new)
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, loss: float | None = None) -> float:
         """Clip, update and forget the accumulated gradients; returns their norm before clipping.
 
-        Gradients still on the parameters are accumulated first. Raises Diverged, with every weight
-        and moment as it was, when the norm is not finite.
+        Gradients still on the parameters are accumulated first. An outlier by its norm, or by the
+        step's `loss` where that says something, changes nothing (`outliers`). Raises Diverged, with
+        every weight and moment as it was, when the norm is not finite, or outliers are too many.
         """
         self.accumulate()
         norm = self._norm()
         if not math.isfinite(norm):
             self.zero_grad()
             raise Diverged(f"gradient norm is {norm}")
+        if not self.outliers.accept(loss, norm):
+            self.zero_grad()
+            if self.outliers.too_many:
+                raise Diverged(self.outliers.too_many)
+            return norm
         scale = min(1.0, self.options.clip / (norm + 1e-6))
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -96,7 +110,8 @@ class Optimizer:
                 if gradient is not None:
                     gradient = gradient.to(torch.float32)
                     self._masters[i].grad = gradient.mul_(scale) if scale < 1.0 else gradient
-            self._adamw.step()
+            with in_fp32({i: self._adamw.state[self._masters[i]] for i in chunk}):
+                self._adamw.step()
             for i in chunk:
                 self._masters[i].grad = None
                 self._weights.publish(i)
@@ -111,16 +126,19 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Masters, moments and step counts by flat name (`stored_name`), for `checkpoint.store`.
 
-        The model's trainable weights follow from the masters and need no saving beside them.
+        The model's trainable weights follow from the masters and need no saving beside them. What
+        is sharded is a DTensor.
         """
         state = {}
-        for name, master in zip(self._stored_names, self._masters, strict=True):
+        for name, parameter, master in zip(
+            self._stored_names, self.parameters, self._masters, strict=True
+        ):
             moments = self._adamw.state[master]
-            state[f"master.{name}"] = master
-            state[f"exp_avg.{name}"] = moments["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+            state[f"master.{name}"] = placed(master, parameter)
+            state[f"exp_avg.{name}"] = placed(moments["exp_avg"], parameter)
+            state[f"exp_avg_sq.{name}"] = placed(moments["exp_avg_sq"], parameter)
             state[f"step.{name}"] = moments["step"]
-        return state
+        return {**state, **self.outliers.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -139,13 +157,26 @@ class Optimizer:
                     f"got {tuple(state[name].shape)}"
                 )
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            _local(tensor).copy_(_local(state[name]))
         for i in range(len(self._masters)):
             self._weights.publish(i)
 
     def _norm(self) -> float:
+        if self._mesh.devices is not None:
+            return self._norm_of_all()
         squares = [_squares(gradient) for gradient in self._gradients if gradient is not None]
         return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+
+    def _norm_of_all(self) -> float:
+        """The norm over all ranks' shards, each element counted once; the same on every rank."""
+        devices = self._mesh.devices
+        assert devices is not None
+        total = torch.zeros((), dtype=torch.float64, device=devices.device_type)
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            if gradient is not None:
+                copies = devices.size() / self._mesh.degrees["pipeline"] / _shards(parameter)
+                total += _squares(gradient).double() / copies
+        return math.sqrt(float(self._mesh.sum(total, DIMENSIONS)))
 
     def _chunks(self) -> Iterator[list[int]]:
         chunk: list[int] = []
@@ -171,3 +202,30 @@ def _squares(gradient: Tensor) -> Tensor:
         return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
     pieces = (p.to(torch.float32) for p in gradient.reshape(-1).split(_PIECE_ELEMENTS))
     return torch.stack([piece.square().sum() for piece in pieces]).sum()
+
+
+def placed(local: Tensor, like: Tensor) -> Tensor:
+    """A rank's part of what lies over the ranks as `like` does; `local` itself where that is
+    whole."""
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shards(parameter: Tensor) -> int:
+    """Into how many different parts `parameter` is cut."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())

@@ -42,10 +42,24 @@ class TrainOptions(BaseModel):
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """compute precision; bf16 keeps fp32 master weights, moments and gradient sums"""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """in what AdamW's two moments are kept; bf16 halves them, rounded so that averages are right"""
+    optimizer_device: Literal["cpu"] | None = None
+    """where masters, moments and gradient sums are held and steps are taken; None for the model's
+    device. "cpu" leaves a GPU the weights and one micro-batch's gradients, for a slower step; where
+    there is no GPU it changes nothing"""
     activation_checkpointing: bool = False
     """keep one activation per block and recompute the rest in the backward pass"""
     micro_tokens: int = Field(default=4096, gt=0)
     """most tokens in one forward pass; a larger batch is accumulated over several"""
+
+    outlier_sigmas: float = Field(default=0.0, ge=0)
+    """skip a step whose loss or gradient norm is so many standard deviations above the mean of the
+    last accepted ones; 0 to take every step, as the papers do (6 is usual)"""
+    outlier_window: int = Field(default=128, gt=1)
+    """accepted steps that a step is compared with; the first so many are all taken"""
+    outlier_limit: int = Field(default=10, gt=0)
+    """skipped steps in a row that end the run"""
 
     log_every: int = Field(default=1, gt=0)
     """steps between lines in metrics.jsonl"""

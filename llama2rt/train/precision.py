@@ -20,8 +20,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from llama2rt.checkpoint.native import unrounded
+from llama2rt.errors import InputError
 
 MASTER = torch.float32
 
@@ -37,27 +40,43 @@ class MasterWeights:
     Parameters that come in fp32 keep those values as their masters; those that come with masters of
     an optimizer before this one keep these. A parameter of another dtype carries its master as the
     attribute `master` (Megatron's `main_param`), where `checkpoint.native` finds it. ValueError
-    where nothing is trainable.
+    where nothing is trainable. Of a model under FSDP2 the masters are this rank's shards, which its
+    parameters are already. Masters on another `device` than the model's are copies in any dtype.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: expected at least one parameter that requires a gradient")
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        self.tensors: list[Tensor] = [unrounded(p).to(MASTER) for p in self.parameters]
+        if isinstance(model, FSDPModule):
+            self.tensors: list[Tensor] = [_shard(parameter) for parameter in self.parameters]
+            if any(device not in (None, shard.device.type) for shard in self.tensors):
+                raise InputError("train.optimizer_device: of a model that is sharded, leave it out")
+            return  # its policy makes the copies in `dtype`
+        self.tensors = [unrounded(p).to(device or p.device, MASTER) for p in self.parameters]
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         for parameter, master in zip(self.parameters, self.tensors, strict=True):
-            if dtype == MASTER:
-                parameter.data = master
-            else:
+            if dtype != MASTER:
                 parameter.master = master  # type: ignore[attr-defined]
+            elif master.device == parameter.device:
+                parameter.data = master
 
     @torch.no_grad()
     def publish(self, i: int) -> None:
         """Round master `i` into its parameter."""
-        if self.parameters[i].dtype != MASTER:
-            self.parameters[i].copy_(self.tensors[i])
+        parameter, master = self.parameters[i], self.tensors[i]
+        if parameter.dtype != MASTER or parameter.device != master.device:
+            parameter.copy_(master)
+
+
+def _shard(parameter: nn.Parameter) -> Tensor:
+    """The fp32 part of a parameter under FSDP2 that this rank holds, sharing its storage."""
+    if not isinstance(parameter, DTensor) or parameter.dtype != MASTER:
+        raise ValueError(f"expected an fp32 shard of FSDP2, got {type(parameter).__name__}")
+    return parameter.detach().to_local()

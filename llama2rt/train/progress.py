@@ -8,18 +8,24 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llama2rt.parallel import is_main
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressLine:
-    """`with ProgressLine("sft", steps, done) as line: line.update(step, "loss 1.23")`; stderr."""
+    """`with ProgressLine("sft", steps, done) as line: line.update(step, "loss 1.23")`; stderr.
+
+    Ranks other than 0 show nothing.
+    """
 
     def __init__(self, name: str, steps: int, done: int, stream: TextIO | None = None) -> None:
         self._name, self._steps, self._first = name, steps, done
         self._stream = stream or sys.stderr
         self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
-        if self._stream.isatty():
+        self._shown = is_main()
+        if self._shown and self._stream.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -49,6 +55,8 @@ class ProgressLine:
         end."""
         if self._bar:
             self._bar.update(self._task, completed=done, text=text)
+            return
+        if not self._shown:
             return
         now = time.monotonic()
         if now - self._last < _SECONDS_BETWEEN_LINES and done < self._steps:

@@ -33,7 +33,7 @@ def run_recomputed(block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:
         block,
         *inputs,
         use_reentrant=False,
-        # No op is random, so there is no generator to restore.
-        preserve_rng_state=False,
+        # No op is random: only an adapter's dropout has to be drawn a second time.
+        preserve_rng_state=any(isinstance(module, nn.Dropout) for module in block.modules()),
         context_fn=ops.checkpoint_context,
     )

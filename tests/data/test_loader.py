@@ -267,6 +267,14 @@ def test_pairs_keep_their_extras():
     assert weights == [4, 4, 1]
 
 
+def test_a_pairs_prompt_is_in_its_batch_once():
+    sides = [Example.of([1, 5, 6, 7, answer], [False] * 4 + [True]) for answer in (8, 9)]
+    (micro,) = PairLoader([(sides[0], sides[1])] * 3, {}, 3, 30, 0, 1).next()
+    assert micro.weight == 3 and micro.batch.documents == 6 and micro.batch.weight == 6
+    # Neighbours with the same prompt share it too.
+    assert micro.batch.tokens.tolist() == [1, 5, 6, 7, 8, 7, 9, 7, 8, 7, 9, 7, 8, 7, 9]
+
+
 def test_long_examples_pass_alone_and_are_said_once_when_the_loader_is_made(caplog):
     given = [Example.of(range(n)) for n in (1, 30, 2, 40, 20)]
     loader = ExampleLoader(given, 5, 20, 0, epochs=2)

@@ -151,6 +151,11 @@ def test_samples_do_not_depend_on_the_batch():
         )
     fewer = Engine(model, Ids()).generate(prompts[:2], **options)
     assert _samples(fewer) == _samples(expected[:6])
+    some = Engine(model, Ids()).generate([prompts[5], prompts[2]], **options, indices=[5, 2])
+    assert _samples(some) == _samples(expected[15:18] + expected[6:9])
+    assert [c.prompt_index for c in some] == [5, 5, 5, 2, 2, 2]
+    with pytest.raises(InputError, match="indices: expected 2, got 1"):
+        Engine(model, Ids()).generate(prompts[:2], indices=[5])
     assert _samples(expected) == _samples(Engine(model, Ids()).generate(prompts, **options))
 
 

@@ -26,7 +26,10 @@ def _next_token(context, key):
 
 def _run(prompts, limits, n=1, *, pages, page_size=4, max_sequences=3, eos=EOS):
     budget = Budget(pages, PREFILL_TOKENS, max_sequences)
-    scheduler = Scheduler(prompts, limits, n, 0, eos, budget, page_size)
+    keys = stream_keys(
+        0, np.repeat(np.arange(len(prompts)), n), np.tile(np.arange(n), len(prompts))
+    )
+    scheduler = Scheduler(prompts, limits, keys.reshape(-1, n), eos, budget, page_size)
     cache = np.full(pages * page_size, -1)
     finished, statistics = {}, {"prefilled": 0, "largest": 0, "steps": 0, "widest": 0}
     while scheduler.unfinished:

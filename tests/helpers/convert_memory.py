@@ -16,7 +16,8 @@ import torch
 
 from llama2rt import Llama, LlamaConfig
 from llama2rt.checkpoint import convert, hf, native
-from llama2rt.checkpoint.weights import Weight, parameters
+from llama2rt.checkpoint.files import weights
+from llama2rt.checkpoint.weight import Weight
 
 FILE_BYTES = 8 << 20
 # 40 of everything that model-parallel ranks share, as there are to be 40 of them.
@@ -52,8 +53,8 @@ def main() -> None:
     convert(folder / "warm-meta", folder / "warm-hf", "hf")
     with torch.device("meta"):
         model = Llama(CONFIG, dtype=torch.bfloat16)
-    weights = {name: made(name, p.shape) for name, p in parameters(model).items()}
-    hf.save(model, None, folder / "hf", weights=weights, shard_bytes=FILE_BYTES)
+    values = {name: made(name, p.shape) for name, p in weights(model).items()}
+    hf.save(model, None, folder / "hf", weights=values, shard_bytes=FILE_BYTES)
     found: dict[str, int] = {"files": len(list((folder / "hf").glob("model-*.safetensors")))}
     for source, to, shards in CONVERSIONS:
         target = folder / (to if to != "hf" else "again")

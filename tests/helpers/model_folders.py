@@ -10,7 +10,7 @@ from torch import Tensor
 
 import llama2rt
 from llama2rt import Llama, LlamaConfig
-from llama2rt.checkpoint.weights import parameters
+from llama2rt.checkpoint import files
 from llama2rt.errors import InputError
 
 TOKENS = torch.tensor([1, 250, 13, 77, 399, 5, 6, 300])
@@ -35,7 +35,7 @@ def logits(model: Llama) -> Tensor:
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    ours, theirs = parameters(one), parameters(other)
+    ours, theirs = files.weights(one), files.weights(other)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 

@@ -1,13 +1,15 @@
 """The page of a run directory, whatever state the run was left in."""
 
 import json
+import re
 
 import json_lines
 import pytest
 
 from llama2rt import report
 from llama2rt.errors import InputError
-from llama2rt.report.single_run import read_metrics
+from llama2rt.report import html
+from llama2rt.report.single_run import read_metrics, training_again
 
 ROW = {"rating": "better", "mean": 0.75, "low": 0.6, "high": 0.9, "pairs": 40, "ties": 0}
 
@@ -51,6 +53,33 @@ def test_page_and_numbers_of_a_finished_run(tmp_path):
     assert numbers["complete"] is True and numbers["steps"] == 39
     assert numbers["bits_per_byte"] == 2.1
     assert numbers["accuracy"] == {"better": 0.75}
+
+
+def test_figures_of_a_runs_page_stand_in_another_as_they_are(tmp_path, monkeypatch):
+    rows = [{"step": i, "loss": 2.0 / i, "kl_k1": 0.1 * i, "reward": i} for i in range(1, 40)]
+    folders = [_run(tmp_path / name, rows) for name in ("a", "b")]
+    expected = [section for f in folders for section in training_again(f)]
+    assert [len(section.blocks) for section in expected] == [2, 2]
+    once = html.page("Both", expected)
+    for folder in folders:
+        report.of_run(folder)
+
+    def refuse(*_):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(report.Plot, "svg", refuse)
+    again = html.page("Both", [section for f in folders for section in training_again(f)])
+    ids = re.findall(r' id="([^"]*)"', again)
+    assert len(ids) == len({*ids}) > 10
+    assert {*re.findall(r'(?:href="#|url\(#)([^")]+)', again)} <= {*ids}
+    # But for their ids, the drawings are those that the page would have made itself.
+    nameless = [re.sub(r'( id="|href="#|url\(#)[^")]+', r"\1", page) for page in (once, again)]
+    assert nameless[0] == nameless[1]
+    # A run that trains nothing says so on its own page; another page leaves it out.
+    untrained = _run(tmp_path / "evaluate", [])
+    monkeypatch.undo()
+    assert "no metrics logged" in report.of_run(untrained).read_text()
+    assert training_again(untrained) == []
 
 
 def test_every_run_has_its_carbon_line(tmp_path):

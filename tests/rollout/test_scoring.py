@@ -115,11 +115,34 @@ def test_a_long_sequence_passes_alone_and_leaves_the_others_their_size(model, mo
     sizes = []
     forward = ScalarModel.forward
 
-    def spy(self, tokens, positions, cu_seqlens):
+    def spy(self, tokens, positions, cu_seqlens, keys):
         sizes.append(len(tokens))
-        return forward(self, tokens, positions, cu_seqlens)
+        return forward(self, tokens, positions, cu_seqlens, keys)
 
     monkeypatch.setattr(ScalarModel, "forward", spy)
-    sequences = [[1, 2, 3], [1, 2, 3], [1, 2, 3], list(range(1, 13))]
+    sequences = [[1, 2, 3], [4, 5, 6], [7, 8, 9], list(range(1, 13))]
     score_tokens(model, sequences, micro_tokens=6)
     assert sizes == [6, 3, 12]
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 90, 16384])
+def test_responses_to_one_prompt_score_as_they_do_alone(model, monkeypatch, micro_tokens):
+    rng = np.random.default_rng(1)
+    sequences = []
+    for _ in range(10):
+        prompt = rng.integers(0, 97, int(rng.integers(1, 30))).tolist()
+        for _ in range(int(rng.integers(1, 6))):
+            # Few tokens, so that some responses are equal, and some are none.
+            sequences.append(prompt + rng.integers(0, 3, int(rng.integers(0, 8))).tolist())
+    expected = [_alone(model, tokens) for tokens in sequences]
+    sizes = []
+    forward = model.transformer.forward
+    monkeypatch.setattr(
+        model.transformer,
+        "forward",
+        lambda tokens, *rest: (sizes.append(len(tokens)), forward(tokens, *rest))[1],
+    )
+    got = score_tokens(model, sequences, micro_tokens=micro_tokens)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    if micro_tokens == 16384:
+        assert sum(sizes) < 0.6 * sum(map(len, sequences))

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from llama2rt.algorithms import losses
 from llama2rt.checkpoint import native
-from llama2rt.data.packing import pack_pairs
+from llama2rt.data.packing import pack, pack_pairs
 from llama2rt.data.readers import read
+from llama2rt.data.shared import pack_shared
 from llama2rt.rollout import sampling
 from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import read_responses, response_example
@@ -86,9 +87,9 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, 
     seen = []
     loader = dpo.PairLoader
 
-    def remember(pairs, extras, *rest):
+    def remember(pairs, extras, *rest, **share):
         seen.append((pairs, {name: value.copy() for name, value in extras.items()}))
-        return loader(pairs, extras, *rest)
+        return loader(pairs, extras, *rest, **share)
 
     monkeypatch.setattr(dpo, "PairLoader", remember)
     settings = {"prompts_per_iteration": 12, "epochs": 1, "validation": []}
@@ -230,7 +231,7 @@ def test_objective_equals_one_response_at_a_time(pocket, kind):
     extras = dpo.reference_sums(reference, pairs, settings)
     assert (extras == {}) == (kind in losses.REFERENCE_FREE)
     examples = [tuple(response_example(side) for side in pair) for pair in pairs]
-    loss, metrics = dpo.objective(settings)(model, pack_pairs(examples, extras))
+    assert pack_shared([side for pair in examples for side in pair]).keys is not None
 
     def alone(llama, side):
         logprob, _ = response_logprobs(llama, [response_example(side)], 1.0, 4096)
@@ -240,8 +241,12 @@ def test_objective_equals_one_response_at_a_time(pocket, kind):
     policy = [torch.stack([alone(model, pair[i]) for pair in pairs]) for i in (0, 1)]
     base = [torch.stack([alone(reference, pair[i]) for pair in pairs]) for i in (0, 1)]
     expected = losses.preference(*policy, *base, kind=kind, beta=0.1, **extra).sum()
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(metrics["chosen_logprob"], policy[0].sum(), rtol=1e-4, atol=1e-4)
+    for packed in (pack, pack_shared):
+        batch = pack_pairs(examples, extras, packed)
+        loss, metrics = dpo.objective(settings)(model, batch)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        chosen = metrics["chosen_logprob"]
+        torch.testing.assert_close(chosen, policy[0].sum(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("calls", [3, 8])

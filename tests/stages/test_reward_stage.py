@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from small_models import packed
 
 from llama2rt.algorithms import losses
-from llama2rt.data.packing import pack_pairs
+from llama2rt.data.packing import pack, pack_pairs
 from llama2rt.data.readers import read, write
 from llama2rt.data.records import Comparison
+from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
 from llama2rt.run import Run
@@ -42,7 +43,8 @@ def test_safety_model_recalls_unsafe_answers(pocket):
     assert report["unsafe_recall"] > 0.8
 
 
-def test_objective_reads_last_tokens_and_adds_margins(pocket):
+@pytest.mark.parametrize("layout", [pack, pack_shared])
+def test_objective_reads_last_tokens_and_adds_margins(pocket, layout):
     """Against each response alone in the model: the score is the value at its EOS."""
     llama, tokenizer = loading.load_llama(pocket.sft)
     model = ScalarModel.from_llama(llama, seed=3)
@@ -54,9 +56,9 @@ def test_objective_reads_last_tokens_and_adds_margins(pocket):
     recipe = problem.reward_recipe(pocket, "safety", margin="large", safety_coefficient=0.5)
     pairs, kept = reward.encode(records, tokenizer, 64)
     assert kept == records
-    loss, metrics = reward.objective(recipe)(
-        model, pack_pairs(pairs, reward.targets(records, recipe))
-    )
+    batch = pack_pairs(pairs, reward.targets(records, recipe), layout)
+    assert (batch.batch.keys is not None) == (layout is pack_shared)
+    loss, metrics = reward.objective(recipe)(model, batch)
     alone = []
     for example in (side for pair in pairs for side in pair):
         assert example.tokens[-1] == tokenizer.eos

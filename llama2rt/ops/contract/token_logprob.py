@@ -28,6 +28,8 @@ _run_token_logprob = define(
     " str backend) -> (Tensor, Tensor, Tensor)",
     _token_logprob_fake,
 )
+# Here a target may be V or more: a token of which another rank has the weight's row
+# (parallel.vocabulary), and of which lse and entropy know.
 _run_token_logprob_backward = define(
     "token_logprob_backward(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight,"
     " Tensor targets, Tensor lse, Tensor? entropy, float temperature, str backend)"

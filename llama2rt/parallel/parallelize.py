@@ -1,0 +1,104 @@
+"""A model spread over the processes of a mesh, in place, each technique on top of those before it.
+
+What a model is called with, and what it returns, stays as it is: a rank gives the whole packed
+micro-batch that its tensor and context neighbours give too, and has whole outputs. Activation
+checkpointing stands between compilation and sharding where blocks are called (`train.recompute`).
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method as also_called
+
+from llama2rt.model import Llama, ScalarModel
+from llama2rt.parallel.context import split_micro_batches
+from llama2rt.parallel.mesh import Mesh
+from llama2rt.parallel.pipeline import Elsewhere, cut_layers
+from llama2rt.parallel.tensor import tensor_parallel
+
+
+def parallelize(
+    model: Llama | ScalarModel,
+    mesh: Mesh,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compile_blocks: bool = False,
+) -> None:
+    """Spread a model whose weights every rank holds whole.
+
+    `dtype`: of activations and of the weights as the model sees them. Among several processes the
+    parameters are fp32 shards from here on, whatever `dtype` is: they are the masters
+    (`train.precision`). In one process nothing but compilation happens.
+    """
+    if mesh.degrees["pipeline"] > 1:
+        cut_layers(model, mesh, dtype)
+    if mesh.degrees["tensor"] > 1:
+        tensor_parallel(model, mesh)
+    if mesh.degrees["tensor"] * mesh.degrees["context"] > 1:
+        split_micro_batches(model, mesh)
+    if compile_blocks:
+        for block in own_blocks(model):
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+    if mesh.devices is not None:
+        shard(model, mesh, dtype)
+
+
+def shard(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> None:
+    """FSDP2: each block's parameters are gathered for its turn and cut again after it; those around
+    the blocks belong to the root, which keeps them between forward and backward.
+
+    A mesh without a degree to shard over still gives its parameters to FSDP, for one owner of
+    precision.
+    """
+    devices = mesh.fsdp if mesh.fsdp is not None else mesh.devices["shard"]  # type: ignore[index]
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # a master; what an adapter leaves alone stays as it is
+            parameter.data = parameter.data.to(torch.float32)
+    # Inputs are ids, and blocks pass on what has the dtype already.
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for module in (*own_blocks(model), model):
+        fully_shard(module, mesh=devices, mp_policy=policy)
+        # Losses are divided by what all ranks predict together; gloo has no mean.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    also_called(model, "hidden")
+    _cut_after_inference(model)
+
+
+def own_blocks(model: Llama | ScalarModel) -> list[Any]:
+    """Those that no other stage of a pipeline has."""
+    blocks: Any = model.transformer.blocks
+    return [block for block in blocks if not isinstance(block, Elsewhere)]
+
+
+def _cut_after_inference(model: nn.Module) -> None:
+    """After a forward pass without gradients no backward pass cuts the root's parameters again.
+
+    Whole, they would go stale with the next optimizer step, and whoever lists parameters would see
+    other tensors than the optimizer's.
+    """
+
+    def finish(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            cut(model)
+
+    hidden: Any = model.hidden
+
+    @functools.wraps(hidden)
+    def hidden_then_cut(*batch: Any, **options: Any) -> Any:
+        result = hidden(*batch, **options)
+        finish()
+        return result
+
+    model.register_forward_hook(finish)
+    model.hidden = hidden_then_cut  # type: ignore[assignment]
+
+
+def cut(model: nn.Module) -> None:
+    """Let no parameter of `model` stay gathered: `parameters()` are the shards from here on."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

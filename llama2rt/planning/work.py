@@ -1,0 +1,170 @@
+"""What a stage does, in the numbers that memory and time depend on.
+
+A stage's `plan` fills a `Work` from its recipe and its opened inputs. What only the data could say
+is None where the data was not read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from llama2rt.model.config import LlamaConfig
+from llama2rt.parallel.options import ParallelOptions
+from llama2rt.train.lora import LoraOptions
+from llama2rt.train.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a stage holds."""
+
+    name: str
+    """what it is to the stage: policy, critic, reference, ..."""
+    config: LlamaConfig
+    scalar: bool = False
+    """whether a regression head of one column stands in place of the output (reward models)"""
+    lora: LoraOptions | None = None
+    """the adapter that is trained instead of the weights"""
+    lent: bool = False
+    """whether the weights are another model's: a policy that samples as it is being trained"""
+
+    @property
+    def parameters(self) -> int:
+        """All of its weights."""
+        if not self.scalar:
+            return self.config.parameters
+        tied_or_not = 1 if self.config.tied else 2
+        config = self.config
+        vocabulary = config.vocab_size * config.dim
+        return config.parameters - tied_or_not * vocabulary + vocabulary + config.dim
+
+    @property
+    def trainable(self) -> int:
+        """Those that training moves, where it trains this model."""
+        if self.lora is None or self.lora.rank is None:
+            return self.parameters
+        return self.config.layers * self.adapter + (self.config.dim if self.scalar else 0)
+
+    @property
+    def adapter(self) -> int:
+        """Weights of one block's adapters, 0 without."""
+        if self.lora is None or self.lora.rank is None:
+            return 0
+        widths = linear_layers(self.config)
+        return sum(self.lora.rank * sum(widths[target]) for target in self.lora.targets)
+
+
+def linear_layers(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the linear layers of a block, by name."""
+    kv = config.kv_heads * config.head_dim
+    return {
+        "query": (config.dim, config.dim),
+        "key": (config.dim, kv),
+        "value": (config.dim, kv),
+        "attention_output": (config.dim, config.dim),
+        "gate": (config.dim, config.ffn_hidden),
+        "up": (config.dim, config.ffn_hidden),
+        "down": (config.ffn_hidden, config.dim),
+    }
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number and how it was found."""
+
+    value: float
+    how: str = "exact"
+    """exact, or what the estimate rests on"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step trains on."""
+
+    tokens: float
+    """a step, over all ranks: prompts and answers, chosen and rejected"""
+    sequence: float
+    """mean tokens of a document, dialogue or answer with its prompt"""
+    longest: int
+    """tokens of the longest of them"""
+    how: str = "exact"
+    """how the three were found"""
+    all_targets: bool = False
+    """whether every token is a target, so that no row is taken out before the output layer"""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], count: int) -> "Batch":
+        """Steps of `count` sequences of those `lengths` (dialogues, or both sides of pairs)."""
+        mean = sum(lengths) / len(lengths)
+        return cls(count * mean, mean, max(lengths))
+
+    @classmethod
+    def at_most(cls, length: int, count: int) -> "Batch":
+        """Steps of `count` sequences of which nothing is known but the context."""
+        return cls(count * length, length, length, "at most: every sequence fills the context")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Answers that a policy draws."""
+
+    policy: Model
+    answers: float | None
+    """in the whole run"""
+    at_once: int
+    """most sequences that a rank decodes together"""
+    prompt: float
+    """mean tokens of a prompt"""
+    longest: int
+    """tokens of the longest prompt with its answer"""
+    most: int
+    """tokens of an answer at most"""
+    cache_bytes: int | None = None
+    """a recipe's bound on what sampling takes"""
+    readers: Sequence[Model] = ()
+    """models that read each answer once: reward models, the reference policy, the critic"""
+
+    def read_by(self, readers: Sequence[Model]) -> "Sampling":
+        """The same with `readers`."""
+        return replace(self, readers=readers)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What lies in memory at one time."""
+
+    name: str
+    trained: Sequence[Model] = ()
+    frozen: Sequence[Model] = ()
+    """in the compute dtype"""
+    sampling: Sampling | None = None
+    training: bool = False
+    """whether gradients are taken in it; optimizer state lies there in any case"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a stage will do."""
+
+    phases: Sequence[Phase]
+    train: TrainOptions | None = None
+    """of a stage that trains"""
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    batch: Batch | None = None
+    steps: Count | None = None
+    epochs: float | None = None
+    noun: Literal["step", "iteration"] = "step"
+    notes: Sequence[str] = ()
+    """what a reader of the numbers should know"""
+
+    @property
+    def trained(self) -> list[Model]:
+        """Every model that the stage trains, once."""
+        return list({m.name: m for phase in self.phases for m in phase.trained}.values())
+
+    @property
+    def models(self) -> list[Model]:
+        """Every model of every phase, once."""
+        found = [m for phase in self.phases for m in (*phase.trained, *phase.frozen)]
+        found += [phase.sampling.policy for phase in self.phases if phase.sampling]
+        return list({m.name: m for m in found if not m.lent}.values())

@@ -1,0 +1,139 @@
+"""A rollout's work shared by all ranks: each takes some of the prompts or responses, and all of
+them have all results, in order.
+
+Models are whole on every rank here (`parallel.whole`), so that ranks work alone until results are
+gathered and none waits for another's tokens. What is shared is whole prompts with all their
+samples: those read their prompt once. In one process everything is this process's, in one call.
+"""
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llama2rt.data.loader import balanced
+from llama2rt.data.packing import Batch, Example, pack
+from llama2rt.model import ScalarModel
+from llama2rt.parallel import gather, world
+from llama2rt.rollout.frozen import device_of
+from llama2rt.rollout.logprobs import response_logprobs, response_values
+from llama2rt.rollout.responses import Response
+from llama2rt.rollout.reward import RewardModels
+
+Result = TypeVar("Result")
+
+
+def spread(
+    costs: Callable[[], Sequence[float]],
+    work: Callable[[list[int]], Sequence[Result]],
+    count: int,
+    together: Sequence[Hashable] | None = None,
+) -> list[Result]:
+    """The results of `count` items, in order, on every rank: each calls `work`, once, with the
+    indices that are its own (not at all where it has none).
+
+    `costs()` says what each item takes, in any unit; it is called among several ranks only.
+    Neighbours with equal values in `together` stay on one rank. What one rank raises, all raise.
+    """
+    if world().size == 1:
+        return list(work(list(range(count)))) if count else []
+    cost = costs()
+    keys = range(count) if together is None else together
+    units = [list(unit) for _, unit in itertools.groupby(range(count), keys.__getitem__)]
+    taken = balanced([sum(cost[i] for i in unit) for unit in units], world().size)
+    indices = [[i for unit in mine for i in units[unit]] for mine in taken]
+    outcome: tuple[Sequence[Result], Exception | None] = [], None
+    mine = indices[world().rank]
+    try:
+        if mine:
+            outcome = list(work(mine)), None
+    except Exception as error:
+        error.everywhere = True  # type: ignore[attr-defined]
+        outcome = [], error
+    results: dict[int, Result] = {}
+    for own, (found, failed) in zip(indices, gather(outcome), strict=True):
+        if failed is not None:
+            raise failed
+        results.update(zip(own, found, strict=True))
+    return [results[i] for i in range(count)]
+
+
+def scores(
+    models: RewardModels,
+    sequences: Sequence[list[int]],
+    is_safety: np.ndarray,
+    together: Sequence[Hashable] | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """`RewardModels.score`, each rank for some of the sequences."""
+    if world().size == 1:
+        return models.score(sequences, is_safety)
+
+    def work(indices: list[int]) -> list[tuple[float, ...]]:
+        reward, by_name = models.score([sequences[i] for i in indices], is_safety[indices])
+        return list(zip(reward.tolist(), *(by_name[n].tolist() for n in names), strict=True))
+
+    names = list(models.by_name)
+    costs = [float(len(sequence)) for sequence in sequences]
+    rows = np.array(spread(lambda: costs, work, len(sequences), together))
+    reward, *by_name = rows.reshape(-1, 1 + len(names)).T
+    return reward, dict(zip(names, by_name, strict=True))
+
+
+def rescored(models: RewardModels, responses: Sequence[Response]) -> list[Response]:
+    """`RewardModels.rescore`, each rank for some of the responses."""
+
+    def work(indices: list[int]) -> list[Response]:
+        return models.rescore([responses[i] for i in indices])
+
+    costs = [float(len(r.prompt_tokens) + len(r.tokens)) for r in responses]
+    return spread(lambda: costs, work, len(responses))
+
+
+def logprobs(
+    model: nn.Module,
+    examples: Sequence[Example],
+    temperature: float,
+    micro_tokens: int,
+    together: Sequence[Hashable] | None = None,
+    packed: Callable[[Sequence[Example]], Batch] = pack,
+) -> tuple[Tensor, Tensor]:
+    """`response_logprobs`, each rank for some of the examples."""
+
+    def work(part: Sequence[Example]) -> Tensor:
+        return torch.stack(response_logprobs(model, part, temperature, micro_tokens, packed))
+
+    device = device_of(model)
+    logprob, entropy = _by_token(work, examples, together, device)
+    return logprob, entropy
+
+
+def values(critic: ScalarModel, examples: Sequence[Example], micro_tokens: int) -> Tensor:
+    """`response_values`, each rank for some of the examples."""
+
+    def work(part: Sequence[Example]) -> Tensor:
+        return response_values(critic, part, micro_tokens)
+
+    return _by_token(work, examples, None, critic.head.weight.device)
+
+
+def _by_token(
+    work: Callable[[Sequence[Example]], Tensor],
+    examples: Sequence[Example],
+    together: Sequence[Hashable] | None,
+    device: torch.device,
+) -> Tensor:
+    """What `work` gives, fp32 [..., R] over the examples' response tokens, of all examples."""
+    if world().size == 1:
+        return work(examples)
+
+    def part(indices: list[int]) -> list[np.ndarray]:
+        found = work([examples[i] for i in indices]).cpu().numpy()
+        ends = np.cumsum([int(examples[i].trainable[1:].sum()) for i in indices])
+        return np.split(found, ends[:-1], axis=-1)
+
+    costs = [float(len(example.tokens)) for example in examples]
+    pieces = spread(lambda: costs, part, len(examples), together)
+    return torch.from_numpy(np.concatenate(pieces, axis=-1)).to(device)

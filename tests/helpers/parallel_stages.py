@@ -1,0 +1,104 @@
+"""What ranks do in tests/parallel/test_stages_on_ranks.py: whole stages, and files for them."""
+
+import importlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import json_lines
+
+from llama2rt.parallel import ParallelOptions
+from llama2rt.run import lock
+from llama2rt.stages.pretrain import ModelShape, PretrainRecipe
+from llama2rt.stages.reward import RewardRecipe
+from llama2rt.stages.sft import SftRecipe
+from llama2rt.train import TrainOptions
+
+TRAIN = TrainOptions(lr=2e-3, micro_tokens=128, validate_every=10, checkpoint_every=5, clip=0.5)
+
+
+def write_data(folder: Path) -> None:
+    """text.txt, dialogues.jsonl and comparisons.jsonl, of items of unequal length."""
+    folder.mkdir()
+    items = [f"{'na' * (i % 9)} {i} and {i * i % 7}" for i in range(90)]
+    (folder / "text.txt").write_text("\n".join(items * 3))
+
+    def asked(i: int) -> dict[str, str]:
+        return {"role": "user", "content": f"say {i} twice"}
+
+    json_lines.write(
+        folder / "dialogues.jsonl",
+        (
+            {"messages": [asked(i), {"role": "assistant", "content": item}]}
+            for i, item in enumerate(items)
+        ),
+    )
+    ratings = ("significantly_better", "better", "negligibly_better")
+    json_lines.write(
+        folder / "comparisons.jsonl",
+        (
+            {
+                "prompt": [asked(i)],
+                "chosen": item,
+                "rejected": f"{i}",
+                "rating": ratings[i % 3],
+            }
+            for i, item in enumerate(items)
+        ),
+    )
+
+
+def recipe(stage: str, folder: Path, init: Path, parallel: ParallelOptions) -> Any:
+    """20 steps of `stage` on the files of `write_data`."""
+    if stage == "pretrain":
+        return PretrainRecipe(
+            data=[folder / "text.txt"],
+            held_out=0.1,
+            vocab_size=300,
+            context=32,
+            batch_tokens=384,
+            steps=20,
+            model=ModelShape(dim=32, layers=2, heads=4, kv_heads=2, context=96),
+            train=TRAIN,
+            parallel=parallel,
+        )
+    common: dict[str, Any] = {"init": init, "train": TRAIN, "parallel": parallel}
+    if stage == "sft":
+        data = [folder / "dialogues.jsonl"]
+        return SftRecipe(data=data, held_out=0.1, batch_size=8, epochs=2, **common)
+    data = [folder / "comparisons.jsonl"]
+    # A loss near 0 would be compared with the rounding of scores, not with its own.
+    common["train"] = TRAIN.model_copy(update={"lr": 2e-4})
+    return RewardRecipe(data=data, held_out=10, batch_size=8, epochs=2, **common)
+
+
+def run_stage(
+    stage: str, folder: Path, init: Path, out: Path, parallel: ParallelOptions, stop: int = 0
+) -> str:
+    """Run `stage` into `out`, going on with what is there; `stop`: Ctrl-C during that step."""
+    module = importlib.import_module(f"llama2rt.stages.{stage}")
+    if stop:
+        interrupt_at(stop)
+    try:
+        return str(module.run(recipe(stage, folder, init, parallel), out, resume=True))
+    except KeyboardInterrupt as error:
+        lock.unlock(out)  # as the end of a process does
+        return str(error)
+
+
+def interrupt_at(step: int) -> None:
+    """Make the next `fit` of this process receive Ctrl-C during `step`."""
+    from llama2rt.train.optimizer import Optimizer
+
+    original = Optimizer.step
+    taken = [0]
+
+    def counted(self: Optimizer, lr: float, *loss: float) -> float:
+        taken[0] += 1
+        if taken[0] == step:
+            Optimizer.step = original  # type: ignore[method-assign]
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, lr, *loss)
+
+    Optimizer.step = counted  # type: ignore[method-assign]

@@ -1,0 +1,189 @@
+"""Stages that sample, on several ranks: what they draw, pick, train and log is one process's."""
+
+import json
+
+import pocket as problem
+import pytest
+import torch
+from parallel_rollouts import ppo_parts, run_plan, run_stage, stop_sampling
+from safetensors.torch import load_file
+
+from llama2rt.data.readers import write
+from llama2rt.rollout.responses import read_responses
+from llama2rt.stages import ppo, rejection
+
+
+def rollout_recipe(kind, pocket, **settings):
+    given = {
+        "init": pocket.sft,
+        "rewards.helpfulness": pocket.helpfulness,
+        "rewards.safety": pocket.safety,
+        "data": [pocket.prompts],
+        "sampling.max_tokens": 8,
+    }
+    return kind(**problem.tables(given | settings))
+
+
+def rejection_recipe(pocket, **settings):
+    """10 prompts, in files of 4."""
+    given = {
+        "policy": pocket.sft,
+        "samples": 3,
+        "batch_size": 6,
+        "epochs": 2,
+        "train": {"lr": 1e-3, "micro_tokens": 40, "checkpoint_every": 2},
+    }
+    return rollout_recipe(rejection.RejectionRecipe, pocket, **(given | settings))
+
+
+def ppo_recipe(pocket, **settings):
+    given = {
+        "iterations": 2,
+        # Not the ranks' multiple, nor the mini-batches'.
+        "batch_size": 15,
+        "mini_batch_size": 6,
+        "beta": 0.05,
+        "missing_eos_penalty": 1.0,
+        "critic_lr": 3e-3,
+        "train": {"lr": 1e-3, "micro_tokens": 40, "validate_every": 1, "checkpoint_every": 1},
+    }
+    return rollout_recipe(ppo.PpoRecipe, pocket, **(given | settings))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "lora"),
+    [(2, {}, {}), (4, {"data": 2}, {}), (2, {}, {"rank": 2})],
+    ids=["sharded", "hybrid", "adapter"],
+)
+def test_an_iteration_of_ppo_is_one_processs(on_ranks, pocket, ranks, parallel, lora):
+    if lora:
+        pytest.importorskip("peft")
+    alone = ppo_parts(ppo_recipe(pocket, lora=lora))
+    results = on_ranks(ranks, ppo_parts, ppo_recipe(pocket, parallel=parallel, lora=lora))
+    for result in results:
+        # The gathered policy samples what the trained one says, and is still the reference.
+        assert result["measured"]["kl_k1"] == result["measured"]["kl_k3"] == 0.0
+        assert result["measured"]["sampler_gap"] < 1e-4
+        torch.testing.assert_close(
+            result["ratio"], torch.ones_like(result["ratio"]), atol=1e-5, rtol=0
+        )
+        assert result["tokens"] == alone["tokens"]
+        for part in ("measured", "improved"):
+            assert result[part] == pytest.approx(alone[part], rel=1e-5, abs=1e-5), part
+        assert result["explained"] == pytest.approx(alone["explained"], rel=1e-5)
+        for part in ("advantages", "values"):
+            torch.testing.assert_close(result[part], alone[part], rtol=1e-5, atol=1e-5)
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def few(pocket, folder, count=10):
+    """Prompts to train on, and held-out ones, not as many as ranks can share evenly."""
+    write(folder / "few.jsonl", problem.prompts(problem.TRAINING)[:count])
+    write(folder / "held_out.jsonl", problem.prompts(problem.HELD_OUT)[:7])
+    return {"data": [folder / "few.jsonl"], "validation": [folder / "held_out.jsonl"]}
+
+
+def samples(directory):
+    """Prompts, tokens and rewards of every file of samples of a run."""
+    return {
+        path.name: [(r.prompt.id, r.tokens, r.policy, r.seed) for r in read_responses(path)]
+        for path in sorted((directory / "samples").glob("*.jsonl"))
+    }
+
+
+def rewards(directory):
+    return {
+        path.name: [r.reward for r in read_responses(path)]
+        for path in sorted((directory / "samples").glob("*.jsonl"))
+    }
+
+
+def assert_same_run(directory, expected, lr):
+    """Samples equal; rewards and what is logged to 1e-5; weights to what a step of `lr` rounds."""
+    named = {
+        name: [(*row[:2], row[3]) for row in rows] for name, rows in samples(directory).items()
+    }
+    theirs = {
+        name: [(*row[:2], row[3]) for row in rows] for name, rows in samples(expected).items()
+    }
+    assert named == theirs
+    assert rewards(directory) == {
+        name: pytest.approx(row, abs=1e-4) for name, row in rewards(expected).items()
+    }
+    logged, alone = problem.metrics(directory), problem.metrics(expected)
+    assert len(logged) == len(alone)
+    for line, other in zip(logged, alone, strict=True):
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-5)
+    weights, others = (load_file(d / "model" / "model.safetensors") for d in (directory, expected))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=0, atol=lr / 10)
+
+
+def test_rejection_sampling_stopped_on_two_ranks_goes_on(on_ranks, pocket, tmp_path):
+    """It keeps the files it has, picks one process's best samples, and trains the same model."""
+    recipe = rejection_recipe(pocket, **few(pocket, tmp_path))
+    run_stage("rejection", recipe, tmp_path / "alone")
+    directory = tmp_path / "ranks"
+    on_ranks(2, stop_sampling, "rejection", recipe, directory, 3)
+    parts = sorted((directory / "samples").iterdir())
+    assert [path.name for path in parts] == ["part-00000.jsonl", "part-00001.jsonl"]
+    before = [path.stat() for path in parts]
+    folders = on_ranks(2, run_stage, "rejection", recipe, directory)
+    assert folders == [str(directory / "model")] * 2
+    assert [(s.st_ino, s.st_mtime_ns) for s in before] == [
+        (path.stat().st_ino, path.stat().st_mtime_ns) for path in parts
+    ]
+    assert_same_run(directory, tmp_path / "alone", 1e-3)
+
+
+def test_fewer_prompts_than_ranks(on_ranks, pocket, tmp_path):
+    recipe = rejection_recipe(pocket, epochs=1, **few(pocket, tmp_path, count=3))
+    run_stage("rejection", recipe, tmp_path / "alone")
+    on_ranks(4, run_stage, "rejection", recipe, tmp_path / "ranks")
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+
+
+def test_ppo_of_two_iterations(on_ranks, pocket, tmp_path):
+    recipe = ppo_recipe(pocket, **few(pocket, tmp_path))
+    run_stage("ppo", recipe, tmp_path / "alone")
+    on_ranks(2, run_stage, "ppo", recipe, tmp_path / "ranks")
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+
+
+def test_a_plan_of_every_stage(on_ranks, pocket, tmp_path):
+    """Comparisons, a reward model, rejection sampling, PPO, DPO, and all versions compared."""
+    train = {"lr": 1e-4, "micro_tokens": 60, "checkpoint_every": 0}
+    steps = [
+        {"name": "asked", "stage": "annotate", "annotator": {"python": "kill_plan:annotator"}},
+        {"name": "helpfulness", "stage": "reward", "kind": "helpfulness", "batch_size": 4},
+        {"name": "V1", "stage": "rejection", "samples": 2, "epochs": 1, "batch_size": 4},
+        {"name": "V2", "stage": "ppo", "iterations": 1, "batch_size": 6, "mini_batch_size": 3},
+        {"name": "V3", "stage": "dpo", "iterations": 1, "samples": 2, "batch_size": 2},
+    ]
+    settings = {
+        "sft": pocket.sft,
+        "rewards": {"helpfulness": pocket.helpfulness, "safety": pocket.safety},
+        "sampling": {"max_tokens": 6},
+        "defaults": {step["stage"]: {"train": train} for step in steps[1:]},
+        "steps": steps,
+        **few(pocket, tmp_path),
+    }
+    run_plan(settings, tmp_path / "alone" / "run")
+    folders = on_ranks(2, run_plan, settings, tmp_path / "ranks" / "run")
+    assert folders == [str(tmp_path / "ranks" / "run" / "V3" / "model")] * 2
+    alone, ranks = tmp_path / "alone" / "run", tmp_path / "ranks" / "run"
+    assert (ranks / "asked" / "pairs.jsonl").read_bytes() == (
+        alone / "asked" / "pairs.jsonl"
+    ).read_bytes()
+    reports = [json.loads((run / "report.json").read_text()) for run in (alone, ranks)]
+    expected, found = (
+        [[row["name"], row["reward"]["mean"], row["kl"]["k1"]["mean"]] for row in r["versions"]]
+        for r in reports
+    )
+    assert [row[0] for row in found] == ["SFT", "V1", "V2", "V3"]
+    for row, other in zip(found, expected, strict=True):
+        assert row[1:] == pytest.approx(other[1:], rel=1e-3, abs=1e-4)
+    for step in ("V1", "V2", "V3"):
+        assert samples(ranks / step).keys() == samples(alone / step).keys()

@@ -1,0 +1,75 @@
+"""Whole stages on processes give what one process gives: metrics, held-out numbers, the model."""
+
+import json_lines
+import pytest
+import torch
+from parallel_stages import run_stage, write_data
+
+import llama2rt
+from llama2rt.parallel import ParallelOptions
+
+HERE = ("tokens_per_second", "mfu", "energy", "joules_per_token", "joules_per_step")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages") / "data"
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(data):
+    """One process's pretraining run."""
+    torch.set_num_threads(1)
+    run_stage("pretrain", data, data, data.parent / "pretrain", ParallelOptions())
+    return data.parent / "pretrain"
+
+
+def metrics(directory) -> list[dict]:
+    rows = json_lines.read(directory / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in HERE} for row in rows]
+
+
+def agree(directory, expected) -> None:
+    ours, theirs = metrics(directory), metrics(expected)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    assert len(ours) >= 20
+    for mine, one in zip(ours, theirs, strict=True):
+        for key, value in one.items():
+            bound = 1e-5 if "loss" in key or "bits" in key else 1e-4
+            assert mine[key] == pytest.approx(value, rel=bound, abs=1e-6), (one["step"], key)
+    model, tokenizer = llama2rt.load(directory / "model")
+    other, _ = llama2rt.load(expected / "model")
+    assert tokenizer is not None and type(model) is type(other)
+    for weight, same in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, same, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_pretraining(parallel, on_ranks, data, base, tmp_path):
+    parallel = ParallelOptions(**parallel)
+    folders = on_ranks(2, run_stage, "pretrain", data, data, tmp_path / "run", parallel)
+    assert folders == [str(tmp_path / "run" / "model")] * 2
+    agree(tmp_path / "run", base)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_stages_from_a_model(stage, on_ranks, data, base, tmp_path):
+    init = base / "model"
+    run_stage(stage, data, init, tmp_path / "alone", ParallelOptions())
+    parallel = ParallelOptions(data=2)
+    on_ranks(4, run_stage, stage, data, init, tmp_path / "run", parallel)
+    agree(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_run_goes_on_on_another_mesh(on_ranks, data, base, tmp_path):
+    out = tmp_path / "run"
+    on_ranks(4, run_stage, "pretrain", data, data, out, ParallelOptions(context=2, tensor=2), 3)
+    assert metrics(out)[-1]["step"] == 3
+    on_ranks(4, run_stage, "pretrain", data, data, out, ParallelOptions(pipeline=2), 3)
+    assert metrics(out)[-1]["step"] == 6
+    on_ranks(2, run_stage, "pretrain", data, data, out, ParallelOptions(), 7)
+    assert metrics(out)[-1]["step"] == 13
+    run_stage("pretrain", data, data, out, ParallelOptions())
+    agree(out, base)

@@ -1,0 +1,93 @@
+"""Every shipped Llama 2 recipe is a valid one, whose mesh divides its model and fits its GPU."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import llama2rt
+from llama2rt import cli
+from llama2rt.model import LlamaConfig
+from llama2rt.pipeline import dry_run
+from llama2rt.planning import Options, Plan
+from llama2rt.stages import STAGES
+
+NAME = re.compile(r"(llama2-\d+b)-([a-z]+?)(-node)?")
+FOUND = sorted(
+    path.stem for path in (Path(llama2rt.__file__).parent / "recipes").glob("llama2-*.toml")
+)
+
+
+def planned(name: str, **changes) -> Plan:
+    parts = NAME.fullmatch(name)
+    assert parts, name
+    preset, stage, _ = parts.groups()
+    recipe = STAGES[stage].recipe.model_validate(cli.read_recipe(cli.find_recipe(name)))
+    return dry_run.stage(stage, recipe.model_copy(update=changes), Options(), preset)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_it_fits_its_gpus(name):
+    plan = planned(name)
+    assert plan.fits, plan.memory
+    assert plan.ranks % 8 == 0 and plan.degrees["tensor"] in (1, 8)  # inside a node
+    text = cli.find_recipe(name).read_text()
+    assert f"on {plan.ranks} A100 of 80 GB" in text
+    verb, preset = NAME.fullmatch(name)[2], NAME.fullmatch(name)[1]
+    assert f"llama2rt {verb} {name} --dry-run --assume {preset}\n" in text
+    assert plan.trainable >= LlamaConfig.preset(preset).parameters * 0.9
+    assert plan.step_seconds is not None and plan.step_seconds.value > 0
+
+
+def test_every_size_has_every_stage():
+    sizes, stages = (
+        ("7b", "13b", "34b", "70b"),
+        ["pretrain", "sft", "reward", "rejection", "ppo", "dpo"],
+    )
+    assert {f"llama2-{size}-{stage}" for size in sizes for stage in stages} <= set(FOUND)
+
+
+def test_the_papers_values():
+    """Llama 2, sections 2.2, 3.1, 3.2.2 and 3.2.3; by size where the paper tells them apart."""
+    rates = {"pretrain": (3e-4, 3e-4, 1.5e-4, 1.5e-4), "reward": (1e-5, 1e-5, 1e-5, 5e-6)}
+    betas = (0.01, 0.01, 0.005, 0.005)
+    for i, size in enumerate(("7b", "13b", "34b", "70b")):
+        read = {
+            stage: STAGES[stage].recipe.model_validate(
+                cli.read_recipe(cli.find_recipe(f"llama2-{size}-{stage}"))
+            )
+            for stage in ("pretrain", "sft", "reward", "rejection", "ppo")
+        }
+        for stage, values in rates.items():
+            assert read[stage].train.lr == values[i]
+        assert read["pretrain"].batch_tokens * read["pretrain"].steps == pytest.approx(
+            2e12, rel=1e-5
+        )
+        assert (read["sft"].batch_size, read["sft"].epochs, read["sft"].train.lr) == (64, 2, 2e-5)
+        assert (read["reward"].batch_size, read["reward"].epochs) == (512, 1)
+        ppo = read["ppo"]
+        assert (ppo.batch_size, ppo.mini_batch_size, ppo.train.lr, ppo.beta) == (
+            512,
+            64,
+            1e-6,
+            betas[i],
+        )
+        assert ppo.train.schedule == "constant"
+
+
+def test_gpu_hours_are_the_papers_order():
+    """Table 2, whose runs were on such GPUs: 184,320 to 1,720,320 hours. Tuned steps alone, without
+    restarts and evaluation, take less, and not half of it."""
+    paper = {"7b": 184320, "13b": 368640, "34b": 1038336, "70b": 1720320}
+    for size, hours in paper.items():
+        plan = planned(f"llama2-{size}-pretrain")
+        assert plan.gpu_hours is not None
+        assert 0.5 * hours < plan.gpu_hours.value < hours
+
+
+def test_one_that_does_not_fit_says_so(capsys):
+    name = "llama2-13b-pretrain"
+    plan = dry_run.DryRun(True, gpu="a100-40gb", assume="llama2-13b")
+    recipe = STAGES["pretrain"].recipe.model_validate(cli.read_recipe(cli.find_recipe(name)))
+    lines, values = plan.say("pretrain", recipe, Path("OUT"))
+    assert values["fits"] is False and any("DOES NOT FIT" in line for line in lines)
