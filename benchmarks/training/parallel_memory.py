@@ -12,9 +12,9 @@ yet, and the heap is in its final shape in the second.
 """
 
 import argparse
-import contextlib
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,14 +41,13 @@ def train(settings: dict[str, Any]) -> None:
 
     from llama2rt.model import LlamaConfig
     from llama2rt.parallel import Mesh, ParallelOptions, gather, is_main
-    from llama2rt.parallel.world import start, stop
     from llama2rt.train.allocator import keep_freed_memory
 
-    start()
     tiny = LlamaConfig(**dict(settings["shape"], dim=64, layers=2, ffn_hidden=128, context=64))
     steps(tiny, Mesh.single(), settings | {"tokens": 32}, 1)
     ctypes.CDLL(None).malloc_trim(0)
-    keep_freed_memory()
+    if settings["allocator"] == "kept":
+        keep_freed_memory()
     config = LlamaConfig(**settings["shape"])
     degrees = {name: settings[name] for name in DEGREES}
     mesh = Mesh.build(ParallelOptions(**degrees), config)
@@ -68,7 +67,6 @@ def train(settings: dict[str, Any]) -> None:
     if is_main():
         fullest = max(everyone, key=lambda row: row["peak_above_mib"])
         print(json.dumps(fullest | {"ranks_mib": [row["peak_above_mib"] for row in everyone]}))
-    stop()
 
 
 def steps(config: Any, mesh: Any, settings: dict[str, Any], count: int) -> Any:
@@ -93,14 +91,14 @@ def steps(config: Any, mesh: Any, settings: dict[str, Any], count: int) -> Any:
     rng = np.random.default_rng(mesh.batch_rank)
     losses, peaks = [], [resident("VmHWM")]
     for _ in range(count):
-        recompute = recompute_blocks(model) if settings["recompute"] else contextlib.nullcontext()
+        recompute = recompute_blocks(model, settings["recompute"])
         ids = rng.integers(3, config.vocab_size, tokens)
         batch = pack([Example.of(part) for part in np.array_split(ids, 2)])
         with recompute:
             logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
             loss = -logprob.sum() / batch.weight
             loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         del loss, logprob
         optimizer.step(options.lr)
         peaks.append(resident("VmHWM"))
@@ -145,18 +143,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a step, over all ranks")
     parser.add_argument("--layers", type=int, default=SHAPE["layers"])
     parser.add_argument("--dim", type=int, default=SHAPE["dim"])
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    parser.add_argument(
+        "--allocator",
+        choices=["kept", "glibc"],
+        default="kept",
+        help="kept: as the command line sets it; glibc: its defaults",
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.alone:
-        train(json.loads(given.alone))
-        return
+        from llama2rt.parallel.command import joined
+
+        with joined():
+            train(json.loads(given.alone))
+        sys.stdout.flush()
+        os._exit(0)  # as the command ends: gloo's threads may abort what tears them down
     shape = SHAPE | {"layers": given.layers, "dim": given.dim}
     shape |= {"ffn_hidden": 11 * given.dim // 4}
     settings = {
         "shape": shape,
-        **{name: getattr(given, name) for name in (*DEGREES, "tokens", "recompute")},
+        **{name: getattr(given, name) for name in (*DEGREES, "tokens", "recompute", "allocator")},
     }
     parts = predicted_bytes(settings)
     row = measured(settings)

@@ -42,7 +42,7 @@ def merge(
     for name, layer in adapted.items():
         a, b = (trained[f"{name}.lora_{matrix}.{NAME}.weight"] for matrix in "AB")
         weight = base.get_parameter(f"{name}.weight")
-        weight += (b.float() @ a.float() * layer.scaling[NAME]).to(weight.device)
+        weight.add_((b.float() @ a.float() * layer.scaling[NAME]).to(weight.device))
     for name, tensor in trained.items():
         if ".lora_" not in name:
             base.get_parameter(name).copy_(tensor)
@@ -117,5 +117,5 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: unrounded(parameter) for name, parameter in _trained(model)}
 
 
-def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

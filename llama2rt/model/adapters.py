@@ -75,6 +75,17 @@ def layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
+def adapt_like(model: nn.Module, adapted: nn.Module) -> None:
+    """Put the adapter that `adapted` has, if it has one, around the layers of a model of the same
+    shape, with fresh weights."""
+    found = layers(adapted)
+    if not found:
+        return
+    layer = next(iter(found.values()))
+    targets = sorted({name.rpartition(".")[2] for name in found})
+    adapt(model, rank=layer.r[NAME], alpha=layer.lora_alpha[NAME], targets=targets)
+
+
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, `model` computes what it did before `adapt`."""

@@ -21,6 +21,7 @@ def joined() -> Iterator[None]:
     """Inside, the ranks have met. After an error they stay so, for `leave`."""
     start()
     if world().rank == 0:
+        logger.info("%d ranks on %s", world().size, world().device.type)
         warn_of_threads()
     yield
     barrier()
@@ -30,6 +31,14 @@ def joined() -> Iterator[None]:
 def restarted() -> bool:
     """Whether torchrun has started the ranks anew after one of them had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def finish() -> typing.NoReturn:
+    """End this rank after a whole run, at once: as Python takes leave, a thread of torch 2.13's
+    that still ends may abort the process, and torchrun would call the run failed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def leave(error: BaseException, message: str, status: int, verb: str) -> typing.NoReturn:

@@ -30,6 +30,9 @@ import torch.distributed as dist
 LIMIT = datetime.timedelta(minutes=30)
 # How long a rank that has lost the connection to another waits for that one's own words.
 _WORDS_SECONDS = 3.0
+# torchrun's agent keeps the group's store; without one rank 0 does.
+_AGENT = "TORCHELASTIC_RUN_ID" in os.environ
+_KEEPER = "torchrun" if _AGENT else "rank 0"
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,8 @@ class Watch:
     def __init__(self, group: Group) -> None:
         self._group = group
         # A connection of its own: on the shared one a rank may wait for a key.
-        self._store = dist.PrefixStore("watch", group.store.clone())
+        store: Any = group.store
+        self._store = dist.PrefixStore("watch", store.clone())
         self._limit = LIMIT
         self._number = 0
         self._base = 0
@@ -169,15 +173,23 @@ class Watch:
         self._heard: dict[int, Heard] = {}
         self._looked = time.monotonic()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        # The first waits for the store's answers, the second for the first.
+        self._threads = [threading.Thread(target=self._run, name="watch", daemon=True)]
+        if not _AGENT:
+            self._threads += [threading.Thread(target=self._guard, name="guard", daemon=True)]
 
     def start(self) -> None:
         self._store.set(f"process/{self._group.rank}", json.dumps(_process()))
         self._beat()
-        self._thread.start()
+        self._first = self._process(0)
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._ended.set()
+        for thread in self._threads:
+            # One that the interpreter's end meets inside the store aborts the process.
+            thread.join(_WORDS_SECONDS)
 
     def set_limit(self, limit: datetime.timedelta) -> None:
         self._limit = limit
@@ -197,7 +209,18 @@ class Watch:
             except RuntimeError:  # what the store raises
                 failures += 1
             if failures == 3 and not self._ended.is_set():
-                self._leave("torchrun, or the rank that keeps the group's store, is gone", [])
+                self._leave(f"{_KEEPER} has ended without a word; the group ends", [])
+
+    def _guard(self) -> None:
+        """Where rank 0 keeps the store and is stopped, the store does not answer either."""
+        limit, late = self._limit.total_seconds(), 0
+        while self._group.rank and not self._ended.wait(min(10.0, limit / 10)):
+            limit = self._limit.total_seconds()
+            # Twice: after a while in which this process was stopped, the first thread comes to it.
+            late = late + 1 if time.monotonic() - self._looked > limit else 0
+            if late == 2:
+                what = f"rank 0 has not been heard of for {_seconds(limit)}; the group ends"
+                self._leave(what if self._group.rank == 1 else None, [0])
 
     def _beat(self) -> None:
         self._number += 1
@@ -232,11 +255,15 @@ class Watch:
         if message is not None:
             print(f"llama2rt: {message}", file=sys.stderr, flush=True)
         for rank in ranks:
-            process = json.loads(self._store.get(f"process/{rank}"))
+            process = self._first if rank == 0 else self._process(rank)
             if process["host"] == _process()["host"] and process["pid"] != os.getpid():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process["pid"], signal.SIGKILL)
         os._exit(1)
+
+    def _process(self, rank: int) -> dict[str, Any]:
+        process: dict[str, Any] = json.loads(self._store.get(f"process/{rank}"))
+        return process
 
     def _groups(self) -> list[dist.ProcessGroup]:
         """All process groups for tensors, the default one included."""
@@ -248,7 +275,7 @@ class Watch:
         count = 0
         for group in self._groups():
             with contextlib.suppress(RuntimeError):  # a group of another kind of device
-                backend = group._get_backend(self._group.device)
+                backend: Any = group._get_backend(self._group.device)
                 count += backend._get_sequence_number_for_group()
         return count
 
@@ -264,16 +291,24 @@ class Watch:
             if lost:
                 return self._of_a_lost_rank(message, "Timed out" in str(error))
             return self._of_this_rank(message, status)
-        except RuntimeError:  # the store is gone too
+        except RuntimeError:  # the store is gone
+            if lost and rank > 1:
+                return None, status  # rank 1 says it, if it can
+            if lost:
+                return f"{_KEEPER} has ended without a word; the group ends", status
             return f"rank {rank}: {message}", status
 
     def wait_until_said(self, by_me: bool) -> None:
+        group = self._group
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever kept it
             if by_me:
                 self._store.set("said", "")
-            end = time.monotonic() + 2 * _WORDS_SECONDS
-            while not by_me and not self._store.check(["said"]) and time.monotonic() < end:
-                time.sleep(0.05)
+            else:
+                self._wait_for(["said"])
+            self._store.set(f"left/{group.rank}", "")
+            # Without torchrun rank 0 keeps the store, and leaves last.
+            if group.rank == 0 and not _AGENT:
+                self._wait_for([f"left/{rank}" for rank in range(group.size)])
 
     def _of_this_rank(self, message: str, status: int) -> tuple[str | None, int]:
         """Where all ranks fail alike, rank 0 says it for all."""
@@ -291,8 +326,8 @@ class Watch:
         others = [other for other in range(self._group.size) if other != self._group.rank]
         words = self._wait_for_words(others)
         told = [said for said in words.values() if not said["lost"]]
-        if told:
-            return None, int(told[0]["status"])
+        if told or self._store.check(["verdict"]):
+            return None, int(told[0]["status"]) if told else 1
         rank = str(self._group.rank)
         if self._store.compare_set("spoken", "", rank).decode() != rank:
             return None, 1
@@ -305,13 +340,14 @@ class Watch:
 
     def _wait_for_words(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
         """What each of `ranks` has said as it ended, waiting a while for those that have not."""
+        self._wait_for([f"words/{rank}" for rank in ranks])
+        said = [rank for rank in ranks if self._store.check([f"words/{rank}"])]
+        return {rank: json.loads(self._store.get(f"words/{rank}")) for rank in said}
+
+    def _wait_for(self, keys: list[str]) -> None:
         end = time.monotonic() + _WORDS_SECONDS
-        while True:
-            keys = {rank: f"words/{rank}" for rank in ranks if self._store.check([f"words/{rank}"])}
-            if len(keys) == len(ranks) or time.monotonic() > end:
-                break
+        while not self._store.check(keys) and time.monotonic() < end:
             time.sleep(0.05)
-        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items()}
 
 
 def _process() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from llama2rt.checkpoint.files import weights
 from llama2rt.errors import InputError
 from llama2rt.memory import free_bytes
 from llama2rt.model import Llama, ScalarModel
+from llama2rt.model.adapters import adapt_like
 from llama2rt.parallel.parallelize import cut
 from llama2rt.parallel.world import gather, world
 
@@ -43,6 +44,7 @@ def whole(model: Model, dtype: torch.dtype | None = None) -> Iterator[Model]:
     kind: type[Model] = Llama if isinstance(model, Llama) else ScalarModel
     with torch.device("meta"):
         plain = kind(model.config)
+        adapt_like(plain, model)
     for name, tensor in whole_tensors(model, dtype):
         owner, _, attribute = name.rpartition(".")
         weight = nn.Parameter(tensor, requires_grad=False)

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from llama2rt.errors import InputError
 from llama2rt.parallel import faults
@@ -75,8 +76,12 @@ def start() -> World:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend)
-    store = dist.distributed_c10d._get_default_store()
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps its store when it starts the ranks anew, and with it the addresses of dead ones
+    # (seen with torch 2.13: a new rank that asks before the other has written meets nobody).
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}-of-{size}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     here = world()
     faults.begin(faults.Group(store, here.rank, here.size, here.device, _control()))
     faults.set_limit(faults.LIMIT)
@@ -135,7 +140,7 @@ def on_main(function: Callable[[], Result]) -> Result:
         try:
             outcome = function(), None
         except Exception as error:
-            outcome = None, _portable(error)
+            outcome = None, portable(error)
         finally:
             _alone = False
     result, failed = broadcast(outcome)
@@ -154,7 +159,7 @@ def by_main(function: Callable[Given, Result]) -> Callable[Given, Result]:
     return called_everywhere
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """`error` marked as everyone's, or what can be said of it where pickle cannot carry it: the
     other ranks wait for it, and must not wait in vain."""
     error.everywhere = True  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llama2rt import report
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
+from llama2rt.parallel import ParallelOptions, on_main
 from llama2rt.pipeline.keys import AnyStep, PlanStep, Tables, step_type
 from llama2rt.pipeline.plan import Outputs, Resolved, Step
 from llama2rt.pipeline.run import Clock, prepare
@@ -82,6 +83,8 @@ class IterateRecipe(Recipe):
     ones are pooled ("up to V3 ... only from the preceding iteration")"""
     sampling: SamplingOptions = SamplingOptions()
     """length of responses, and what sampling may take, in every step and in the comparison"""
+    parallel: ParallelOptions = ParallelOptions()
+    """how many processes share what in every step that trains, where it says nothing else"""
     seed: int = Field(default=0, ge=0)
     """the steps' seeds are derived from it and their names"""
     defaults: Annotated[Tables, *NO_OPTION] = Field(default={})
@@ -109,9 +112,9 @@ class IterateRecipe(Recipe):
             if f"steps.{which}.name" not in begun:
                 # What has no steps of its own began as the paper's.
                 return "longer" if "steps.0.name" in begun else "refused"
-            if rest in STAGES[self.steps[int(which)].stage].recipe.neutral:
+            if STAGES[self.steps[int(which)].stage].recipe.is_neutral(rest):
                 return "neutral"
-        if table == "defaults" and which in STAGES and rest in STAGES[which].recipe.neutral:
+        if table == "defaults" and which in STAGES and STAGES[which].recipe.is_neutral(rest):
             return "neutral"
         return super().change(key, begun)
 
@@ -148,7 +151,7 @@ def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path
     run = Run.open(directory, recipe, inputs=inputs, resume=resume)
     run_plan(plan, Clock(directory / "phases.json"))
     if not run.complete:
-        report.finish(run, numbers(plan))
+        report.finish(run, on_main(lambda: numbers(plan)))
     versions = [step.directory / "model" for step in plan if step.stage.name in POLICIES]
     return versions[-1] if versions else recipe.sft
 
@@ -221,6 +224,7 @@ class Plan:
             "data": recipe.data,
             "validation": recipe.validation,
             "sampling": recipe.sampling.model_dump(),
+            "parallel": recipe.parallel.model_dump(),
             "seed": derived_seed(recipe.seed, step.name),
         }
         if step.stage == "rejection":

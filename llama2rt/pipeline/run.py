@@ -12,7 +12,7 @@ from rich.console import Console
 
 from llama2rt import atomic
 from llama2rt.errors import naming
-from llama2rt.parallel import is_main
+from llama2rt.parallel import is_main, on_main, world
 from llama2rt.pipeline.plan import Resolved, Step, check, resolve
 
 _console = Console(stderr=True, highlight=False)
@@ -20,15 +20,21 @@ _console = Console(stderr=True, highlight=False)
 
 def prepare(steps: Sequence[Step], directory: Path) -> list[Resolved]:
     """The plan of `steps` below `directory`, with all recipes and inputs checked; those of steps
-    that are complete are not read again. InputError naming the step."""
+    that are complete are not read again. InputError naming the step, also where the processes
+    there are cannot share it as it says. Every rank calls this, and rank 0 reads."""
     plan = resolve(steps, directory)
-    check(plan)
+    for step in plan:
+        parallel = getattr(step.recipe, "parallel", None)
+        if parallel is not None:
+            with naming(f"steps: {step.name}"):
+                parallel.degrees(world().size)
+    on_main(lambda: check(plan))
     return plan
 
 
 def run(plan: Sequence[Resolved], clock: "Clock") -> None:
-    """Carry out a plan that `prepare` has checked, or what is left of it. InputError naming the
-    step."""
+    """Carry out a plan that `prepare` has checked, or what is left of it; every rank walks all of
+    it. InputError naming the step."""
     for step in plan:
         with clock.phase(step.name, step.purpose), naming(f"steps: {step.name}"):
             step.stage.run(step.recipe, step.directory, resume=True)

@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return sum(model.adapter or model.parameters for model in self.work.trained)
+        return sum(model.trainable for model in self.work.trained)
 
     @property
     def peak_bytes(self) -> float:
@@ -143,6 +143,8 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
 
 def _notes(work: Work) -> list[str]:
     notes = list(work.notes)
+    if any(model.adapter for model in work.trained):
+        notes.append("time: counted as if all weights were trained; adapters save a third of it")
     if work.train is not None and work.train.precision == "fp32":
         notes.append("time: the cluster model counts bf16 products; fp32 takes several times that")
     return notes
@@ -214,7 +216,7 @@ def _durations(
         step = duration.ranged(seconds)
     drawn = [phase.sampling for phase in work.phases if phase.sampling is not None]
     if drawn and all(one.answers is not None for one in drawn):
-        seconds = sum(duration.sampling_seconds(one, setting, cluster) for one in drawn)
+        seconds = sum(duration.sampling_seconds(one, cluster) for one in drawn)
         sampling = duration.floor(seconds)
     parts = []
     if work.batch is not None:

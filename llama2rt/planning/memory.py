@@ -8,13 +8,14 @@ what an allocator adds, a CUDA context, NCCL's buffers; `RESERVE` keeps a share 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Literal
 
 import torch
 
 from llama2rt.generate import budget
 from llama2rt.model.config import LlamaConfig
 from llama2rt.ops import logprob_tiles
-from llama2rt.planning.work import Model, Sampling
+from llama2rt.planning.work import Model, Sampling, linear_layers
 
 # Of a GPU's memory: CUDA context (0.5 GiB), NCCL's buffers, fragments. As in cluster/workload.
 RESERVE = 0.06
@@ -38,7 +39,7 @@ class Setting:
     """tokens of the largest micro-batch"""
     micro_batches: int
     """of the busiest rank in a step"""
-    recompute: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
     all_targets: bool = False
     cuda: bool = True
     moment_bytes: int = FP32
@@ -125,26 +126,22 @@ def parts(model: Model, tensor: int = 1, pipeline: int = 1) -> Parts:
 
 def states(model: Model, setting: Setting) -> Components:
     """Weights, fp32 masters and AdamW's moments of a model that is trained, each cut by FSDP."""
-    owned = _trained(model, setting)
+    trained = _trained(model, setting)
+    still = 0.0
+    if model.adapter:
+        # What an adapter leaves alone has no master; a head is trained.
+        here = parts(model, setting.tensor, setting.pipeline)
+        still = (here.total - (here.output if model.scalar else 0)) / setting.shards
     # Where the model's weights are fp32 they are the masters (train/precision.py); FSDP's shards
     # are fp32 whatever it computes in.
     narrow = setting.compute_bytes < FP32
+    width = FP32 if setting.fsdp else setting.compute_bytes
     weights = 0 if narrow and setting.fsdp else setting.compute_bytes
-    # What an adapter leaves alone has no master and stays as it computes; a head is trained.
-    here = parts(model, setting.tensor, setting.pipeline)
-    below = (here.total - (here.output if model.scalar else 0)) / setting.shards
-    kept = below * setting.compute_bytes if model.adapter else 0.0
     return {
-        "weights": kept + owned * weights,
-        "masters": owned * FP32 if narrow and not setting.optimizer_away else 0.0,
-        "moments": 0.0 if setting.optimizer_away else owned * 2 * setting.moment_bytes,
+        "weights": still * width + trained * weights,
+        "masters": trained * FP32 if narrow and not setting.optimizer_away else 0.0,
+        "moments": 0.0 if setting.optimizer_away else trained * 2 * setting.moment_bytes,
     }
-
-
-def _trained(model: Model, setting: Setting) -> float:
-    """Elements of a rank that are trained."""
-    here = parts(model, setting.tensor, setting.pipeline).total / setting.shards
-    return here * model.trained_share
 
 
 def frozen(model: Model, setting: Setting) -> float:
@@ -164,47 +161,59 @@ def training(model: Model, setting: Setting) -> Components:
 def _begin(model: Model, setting: Setting) -> Components:
     """All micro-batches' gradients but this one's, all activations, the head's own work."""
     here = parts(model, setting.tensor, setting.pipeline)
-    earlier = _trained(model, setting) * _summed_bytes(setting, setting.micro_batches - 1)
-    kept = activations(model.config, setting) * here.blocks * _in_flight(setting)
-    again = block_activations(model.config, setting) if setting.recompute else 0.0
+    earlier = _trained(model, setting) * _summed_bytes(model, setting, setting.micro_batches - 1)
+    kept = activations(model, setting) * here.blocks * _in_flight(setting)
+    again = _again(model, setting)
+    first = 0.0 if model.adapter else here.output * setting.compute_bytes
     head, logits = _head(model, setting)
     return {
         # The output's gradient is the first to come; on a CPU forward has laid it out already.
-        "gradients": earlier + (0 if model.adapter else here.output * setting.compute_bytes),
+        "gradients": earlier + first,
         "activations": kept + max(again + _block_backward(model.config, setting), head),
         "logits": logits,
-        "gathered": _gathered(here, setting, here.block),
+        "gathered": _gathered(model, setting, at_end=False),
     }
 
 
 def _end(model: Model, setting: Setting) -> Components:
     """All gradients of this micro-batch beside the sums of those before; the first block's own."""
     here = parts(model, setting.tensor, setting.pipeline)
+    width = FP32 if model.adapter else setting.gradient_bytes
     gradients = _trained(model, setting) * (
-        _summed_bytes(setting, setting.micro_batches - 1) + setting.gradient_bytes
+        _summed_bytes(model, setting, setting.micro_batches - 1) + width
     )
     waiting = (_in_flight(setting) - 1) * here.blocks
-    kept = activations(model.config, setting) * waiting
-    last = block_activations(model.config, setting) + _block_backward(model.config, setting)
+    kept = activations(model, setting) * waiting
+    last = block_activations(model, setting) + _block_backward(model.config, setting)
     return {
         "gradients": gradients,
         "activations": kept + last,
         "logits": 0.0,
-        "gathered": _gathered(here, setting, here.rest),
+        "gathered": _gathered(model, setting, at_end=True),
     }
 
 
 def summed_gradients(model: Model, setting: Setting) -> float:
     """What a model's gradient sums take between its micro-batches."""
-    return _trained(model, setting) * _summed_bytes(setting, setting.micro_batches)
+    return _trained(model, setting) * _summed_bytes(model, setting, setting.micro_batches)
 
 
-def _summed_bytes(setting: Setting, micro_batches: int) -> int:
+def _trained(model: Model, setting: Setting) -> float:
+    """Trainable elements of a rank. Adapters are cut as what they adapt (an eighth part that
+    tensor parallelism leaves whole is too small to matter)."""
+    if model.adapter:
+        blocks = ceil(model.config.layers / setting.pipeline)
+        head = model.config.dim if model.scalar else 0
+        return (blocks * model.adapter / setting.tensor + head) / setting.shards
+    return parts(model, setting.tensor, setting.pipeline).total / setting.shards
+
+
+def _summed_bytes(model: Model, setting: Setting, micro_batches: int) -> int:
     """Bytes an element of the sums after so many micro-batches (Optimizer.accumulate): the first
     stays in the compute dtype, sums are fp32."""
     if micro_batches <= 0 or setting.optimizer_away:
         return 0
-    return setting.gradient_bytes if micro_batches == 1 else FP32
+    return setting.gradient_bytes if micro_batches == 1 and not model.adapter else FP32
 
 
 def _in_flight(setting: Setting) -> int:
@@ -212,26 +221,51 @@ def _in_flight(setting: Setting) -> int:
     return min(setting.micro_batches, setting.pipeline)
 
 
-def _gathered(here: Parts, setting: Setting, reduced: float) -> float:
-    """Whole weights that FSDP has gathered: what lies outside the blocks from the beginning of
-    forward to the end of backward, and two blocks (one computed, one fetched ahead). With them the
-    `reduced` elements whose gradients are whole and copied, in fp32, for the reduction: a block's,
-    and at the end those outside the blocks."""
+def _gathered(model: Model, setting: Setting, at_end: bool) -> float:
+    """What FSDP holds whole. Weights: those outside the blocks from the beginning of forward to the
+    end of backward, and two blocks (one computed, one fetched ahead). Gradients of a block, or at
+    the end of backward of what lies outside the blocks: beside their weights first; then, the
+    weights cut again, in fp32 as input of the reduction, of which gloo makes a copy.
+    """
     if not setting.fsdp:
         return 0.0
-    weights = here.rest + (2 * here.block if reduced == here.block else 0.0)
-    return weights * setting.compute_bytes + reduced * (setting.compute_bytes + FP32)
+    here = parts(model, setting.tensor, setting.pipeline)
+    width = setting.compute_bytes
+    ahead = 0.0 if at_end else (here.rest + here.block) * width
+    reduced = here.rest if at_end else here.block
+    if model.adapter:
+        return ahead + reduced * width  # an adapter's gradients are a hundredth of its block
+    copies = 1 if setting.cuda else 2
+    return ahead + reduced * max(2 * width, copies * FP32)
 
 
-def activations(config: LlamaConfig, setting: Setting) -> float:
+def activations(model: Model, setting: Setting) -> float:
     """Bytes that a block keeps from forward to backward."""
-    if not setting.recompute:
-        return block_activations(config, setting)
+    if setting.recompute == "none":
+        return block_activations(model, setting)
     # run_recomputed: the block's two inputs, x and the residual stream.
-    return 2 * _stream(config, setting)
+    config = model.config
+    inputs = 2 * _stream(config, setting)
+    if setting.recompute == "full":
+        return inputs
+    # run_selective: what query, key, value, attention, gate and up gave, and the attention's
+    # output matrix; what down gave is the next block's x.
+    kv = config.kv_heads * config.head_dim
+    elements = 3 * config.dim + 2 * kv + 2 * config.ffn_hidden
+    statistics = FP32 * config.heads
+    kept = setting.tokens * (elements * setting.compute_bytes + statistics) / setting.tensor
+    return inputs + kept
 
 
-def block_activations(config: LlamaConfig, setting: Setting) -> float:
+def _again(model: Model, setting: Setting) -> float:
+    """Bytes of what a block computes again before its backward pass."""
+    if setting.recompute == "none":
+        return 0.0
+    whole = block_activations(model, setting)
+    return whole if setting.recompute == "full" else whole - activations(model, setting)
+
+
+def block_activations(model: Model, setting: Setting) -> float:
     """Bytes that autograd saves in a block (model/transformer.py, in its order).
 
     attention_norm: the summed residual stream and 1/rms; its result, input of query, key, value.
@@ -240,12 +274,34 @@ def block_activations(config: LlamaConfig, setting: Setting) -> float:
     is down's input. With tensor parallelism all but the norms' results are cut: the residual stream
     by tokens (sequence parallelism), the rest by heads or columns.
     """
+    config = model.config
     kv = config.kv_heads * config.head_dim
     cut = 2 * config.dim + 2 * kv * setting.context + 3 * config.ffn_hidden
     elements = 2 * config.dim + cut / setting.tensor
     statistics = FP32 * (2 + config.heads) / setting.tensor
     streams = 2 * _stream(config, setting)
-    return setting.tokens * (elements * setting.compute_bytes + statistics) + streams
+    kept = setting.tokens * (elements * setting.compute_bytes + statistics) + streams
+    return kept + _adapter_activations(model, setting)
+
+
+def _adapter_activations(model: Model, setting: Setting) -> float:
+    """What a block under LoRA keeps beside. Each adapter keeps what its first matrix made, in fp32
+    (peft casts its input up), and in bf16 that input's copy; a frozen layer's input is kept no
+    more on its own account."""
+    if not model.adapter or model.lora is None or model.lora.rank is None:
+        return 0.0
+    config, width = model.config, setting.compute_bytes
+    inputs = {name: size for name, (size, _) in linear_layers(config).items()}
+    adapted = set(model.lora.targets)
+    kept = len(adapted) * model.lora.rank * FP32
+    if width < FP32:
+        kept += sum(inputs[name] for name in adapted) * FP32
+    # The two norms' results and the gated product, unless an fp32 adapter reads them as they are.
+    shared = ({"query", "key", "value"}, {"gate", "up"}, {"down"})
+    for readers in shared:
+        if width < FP32 or not readers & adapted:
+            kept -= inputs[min(readers)] * width
+    return setting.tokens * kept / setting.tensor
 
 
 def _stream(config: LlamaConfig, setting: Setting) -> float:
@@ -292,10 +348,11 @@ def rollout(sampling: Sampling, setting: Setting, free: float | None) -> Compone
     model, width = sampling.policy, setting.compute_bytes
     dtype = torch.float32 if width == FP32 else torch.bfloat16
     gathered = 0.0
-    if setting.shards > 1:
-        gathered = parts(model, setting.tensor, 1).total * width
+    if setting.shards * setting.tensor > 1:
+        # A plain copy on every rank, tensor parallelism undone too (parallel/whole.py).
+        gathered = parts(model).total * width
         free = None if free is None else free - gathered
-    sequence = kv_cache_bytes(model.config, width, sampling.longest) / setting.tensor
+    sequence = kv_cache_bytes(model.config, width, sampling.longest)
     forward = budget.forward_bytes(
         model.config, dtype, budget.PREFILL_TOKENS, sampling.at_once, restricted=False
     )
@@ -305,7 +362,7 @@ def rollout(sampling: Sampling, setting: Setting, free: float | None) -> Compone
         allowed = int(max(free, 0) / 2)
     if allowed is not None:
         # The engine works on fewer sequences at a time where memory is short, down to one.
-        forward = min(forward, allowed / 4)
+        forward = min(forward, allowed // 4)
         wanted = min(wanted, max(sequence, allowed - forward))
     return {"gathered": gathered, "kv_cache": wanted, "activations": forward}
 

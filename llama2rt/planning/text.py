@@ -13,11 +13,13 @@ def lines(plan: Plan) -> list[str]:
     ranks = f"{plan.ranks} x {plan.gpu.name}"
     found = [f"{plan.stage}: dry run on {ranks}; nothing is allocated, nothing is written"]
     for model in plan.work.models:
-        trained = model in plan.work.trained
-        what = "trained" if trained else "frozen"
-        if model.adapter:
-            what = f"an adapter's {model.adapter:,} trained"
+        what = "frozen"
+        if model in plan.work.trained:
+            part = model.trainable / model.parameters
+            what = "trained" if part == 1 else f"{model.trainable:,} of them trained ({part:.2%})"
         found.append(_row(model.name, f"{model.parameters:,} parameters, {what}"))
+    if len(plan.work.models) > 1:
+        found.append(_row("parameters", f"{plan.parameters:,}, {plan.trainable:,} of them trained"))
     found.append(_row("mesh", shape))
     found += _memory(plan)
     found += _course(plan)

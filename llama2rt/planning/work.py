@@ -10,6 +10,7 @@ from typing import Literal
 
 from llama2rt.model.config import LlamaConfig
 from llama2rt.parallel.options import ParallelOptions
+from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
 
@@ -22,15 +23,10 @@ class Model:
     config: LlamaConfig
     scalar: bool = False
     """whether a regression head of one column stands in place of the output (reward models)"""
+    lora: LoraOptions | None = None
+    """the adapter that is trained instead of the weights"""
     lent: bool = False
     """whether the weights are another model's: a policy that samples as it is being trained"""
-    adapter: int = 0
-    """weights of its adapter and head, all that is trained of it; 0 where everything is"""
-
-    @property
-    def trained_share(self) -> float:
-        """Weights that are trained, of all."""
-        return self.adapter / self.parameters if self.adapter else 1.0
 
     @property
     def parameters(self) -> int:
@@ -41,6 +37,35 @@ class Model:
         config = self.config
         vocabulary = config.vocab_size * config.dim
         return config.parameters - tied_or_not * vocabulary + vocabulary + config.dim
+
+    @property
+    def trainable(self) -> int:
+        """Those that training moves, where it trains this model."""
+        if self.lora is None or self.lora.rank is None:
+            return self.parameters
+        return self.config.layers * self.adapter + (self.config.dim if self.scalar else 0)
+
+    @property
+    def adapter(self) -> int:
+        """Weights of one block's adapters, 0 without."""
+        if self.lora is None or self.lora.rank is None:
+            return 0
+        widths = linear_layers(self.config)
+        return sum(self.lora.rank * sum(widths[target]) for target in self.lora.targets)
+
+
+def linear_layers(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the linear layers of a block, by name."""
+    kv = config.kv_heads * config.head_dim
+    return {
+        "query": (config.dim, config.dim),
+        "key": (config.dim, kv),
+        "value": (config.dim, kv),
+        "attention_output": (config.dim, config.dim),
+        "gate": (config.dim, config.ffn_hidden),
+        "up": (config.dim, config.ffn_hidden),
+        "down": (config.ffn_hidden, config.dim),
+    }
 
 
 @dataclass(frozen=True)

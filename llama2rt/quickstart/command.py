@@ -1,12 +1,15 @@
 """`llama2rt quickstart`: the main job from the command line."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from llama2rt.errors import InputError
+from llama2rt.parallel import command, is_main
 from llama2rt.quickstart import console, job
 from llama2rt.quickstart.recipe import QuickstartRecipe, smoke
 
@@ -31,7 +34,10 @@ def quickstart(
     if seed < 0:
         raise InputError(f"seed: expected at least 0, got {seed}")
     recipe = smoke(seed) if smoke_test else QuickstartRecipe(seed=seed)
-    numbers = job.run(recipe, out, resume=resume)
-    console.summary(out, numbers)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with command.joined() if several else contextlib.nullcontext():
+        numbers = job.run(recipe, out, resume=resume)
+        if is_main():
+            console.summary(out, numbers)
     if as_json:
         print(json.dumps(numbers))

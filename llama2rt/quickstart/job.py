@@ -6,9 +6,12 @@ the data, and let the judge read the versions at the end.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llama2rt.parallel import by_main, on_main
+from llama2rt.pipeline.plan import Resolved
 from llama2rt.pipeline.run import Clock, prepare
 from llama2rt.pipeline.run import run as run_plan
 from llama2rt.quickstart import data, evaluation, page
@@ -29,53 +32,72 @@ COMPARED = (
 
 
 def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Do the whole job, or what is left of it; returns the numbers of report.json."""
+    """Do the whole job, or what is left of it; returns the numbers of report.json. Of several ranks
+    all walk the plan, and rank 0 writes what it starts from and what it ends with."""
     # Stages compare the paths in their recipes when they resume: let them not depend on where the
     # command was given.
     directory = directory.resolve()
     job = Run.open(directory, recipe, resume=resume)
     if job.complete:
-        return read_report(directory)
+        return on_main(lambda: read_report(directory))
     clock = Clock(directory / "phases.json")
 
     with clock.phase("data", "corpus, dialogues, prompts, answer keys"):
-        files = data.write(recipe, directory)
-        data.initialise(recipe, files["documents"], files["dialogues"], directory)
+        files = prepare_data(recipe, directory)
     keys = data.keys_path(directory)
     steps = QuickstartPlan(recipe, files, directory / "init", keys).steps()
     plan = prepare(steps, directory)
     run_plan(plan, clock)
     with clock.phase("report", "the judge's verdicts, figures and tables"):
-        found = read_summary(directory / "evaluate")
-        answers = read_answers(directory / "evaluate")
-        reward_models = {
-            kind: read_summary(directory / f"reward-{kind}-{recipe.batches}") for kind in KINDS
-        }
-        numbers = {
-            "seconds": clock.total(),
-            "peak_memory_bytes": clock.peak_memory_bytes(),
-            "seed": recipe.seed,
-            "parameters": recipe.shape.parameters,
-            "phases": dict(clock.seconds),
-            "reward_models": reward_models,
-            "drift": {
-                kind: newest_batch(model["drift"])
-                for kind, model in reward_models.items()
-                if "drift" in model
-            },
-            **{key: found[key] for key in COMPARED},
-            **evaluation.judged(answers, found["versions"], data.read_keys(keys)),
-        }
-        page.write(directory, plan, numbers)
-    job.finish(
-        seconds=numbers["seconds"],
-        data={
-            str(path.relative_to(directory)): hash_path(path)
-            for folder in ("data", "judge")
-            for path in sorted((directory / folder).iterdir())
+        numbers = write_report(recipe, directory, plan, clock)
+    job.finish(seconds=numbers["seconds"], data=on_main(lambda: data_hashes(directory)))
+    return on_main(lambda: read_report(directory))
+
+
+@by_main
+def prepare_data(recipe: QuickstartRecipe, directory: Path) -> dict[str, Path]:
+    """Generated records by what they are for; beside them a tokenizer and random weights."""
+    files = data.write(recipe, directory)
+    data.initialise(recipe, files["documents"], files["dialogues"], directory)
+    return files
+
+
+def data_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of the generated files, by their paths in `directory`."""
+    return {
+        str(path.relative_to(directory)): hash_path(path)
+        for folder in ("data", "judge")
+        for path in sorted((directory / folder).iterdir())
+    }
+
+
+@by_main
+def write_report(
+    recipe: QuickstartRecipe, directory: Path, plan: Sequence[Resolved], clock: Clock
+) -> dict[str, Any]:
+    """report.html and report.json; their numbers."""
+    found = read_summary(directory / "evaluate")
+    answers = read_answers(directory / "evaluate")
+    reward_models = {
+        kind: read_summary(directory / f"reward-{kind}-{recipe.batches}") for kind in KINDS
+    }
+    numbers = {
+        "seconds": clock.total(),
+        "peak_memory_bytes": clock.peak_memory_bytes(),
+        "seed": recipe.seed,
+        "parameters": recipe.shape.parameters,
+        "phases": dict(clock.seconds),
+        "reward_models": reward_models,
+        "drift": {
+            kind: newest_batch(model["drift"])
+            for kind, model in reward_models.items()
+            if "drift" in model
         },
-    )
-    return read_report(directory)
+        **{key: found[key] for key in COMPARED},
+        **evaluation.judged(answers, found["versions"], data.read_keys(data.keys_path(directory))),
+    }
+    page.write(directory, plan, numbers)
+    return numbers
 
 
 def read_report(directory: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llama2rt.data.loader import balanced
 from llama2rt.data.packing import Batch, Example, pack
 from llama2rt.model import ScalarModel
-from llama2rt.parallel import gather, world
+from llama2rt.parallel.world import gather, portable, world
 from llama2rt.rollout.frozen import device_of
 from llama2rt.rollout.logprobs import response_logprobs, response_values
 from llama2rt.rollout.responses import Response
@@ -51,8 +51,7 @@ def spread(
         if mine:
             outcome = list(work(mine)), None
     except Exception as error:
-        error.everywhere = True  # type: ignore[attr-defined]
-        outcome = [], error
+        outcome = [], portable(error)
     results: dict[int, Result] = {}
     for own, (found, failed) in zip(indices, gather(outcome), strict=True):
         if failed is not None:

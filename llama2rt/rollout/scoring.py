@@ -43,7 +43,7 @@ def score(
 @phase
 def score_tokens(
     model: ScalarModel,
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int] | np.ndarray],
     *,
     micro_tokens: int = 16384,
     mesh: Mesh | None = None,

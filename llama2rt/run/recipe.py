@@ -50,14 +50,19 @@ class Recipe(BaseModel):
     durations: ClassVar[tuple[str, ...]] = ()
     """keys that say how long to train"""
 
+    @classmethod
+    def is_neutral(cls, key: str) -> bool:
+        """Whether a key's value changes no weight but by rounding: on how many processes a run goes
+        on is such a one."""
+        return key in cls.neutral or key.startswith("parallel.")
+
     def change(self, key: str, begun: Mapping[str, Any]) -> Change:
         """What it means to a run that began with the recipe `begun` (its values by dotted key) to
         go on with this recipe, whose `key` has another value.
 
         More steps are the same course where no step's learning rate depends on how many follow.
         """
-        # On how many processes a run goes on changes rounding alone.
-        if key in self.neutral or key.startswith("parallel."):
+        if self.is_neutral(key):
             return "neutral"
         before, now = begun.get(key), getattr(self, key, None)
         train = getattr(self, "train", None)

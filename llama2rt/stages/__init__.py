@@ -60,9 +60,8 @@ class Stage:
         from llama2rt.planning import Model, Phase, Work
 
         if own := getattr(self.module, "plan", None):
-            from llama2rt.stages.plans import under_adapters
-
-            return under_adapters(recipe, own(recipe, inputs, shape))
+            work: Work = own(recipe, inputs, shape)
+            return work
         result = getattr(inputs, "result", None)
         if result is None:
             return Work([])

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from llama2rt.data.packing import Example
 from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
+from llama2rt.text import chat
+from llama2rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama2rt.stages.reward import RewardRecipe
@@ -121,3 +124,28 @@ def mix(
     wanted = min(len(other), round(len(own) * share / (1 - share)))
     drawn = np.random.default_rng(seed).permutation(len(other))[:wanted]
     return [*own, *(other[i] for i in sorted(drawn))]
+
+
+def encode(
+    comparisons: Sequence[Comparison], tokenizer: Tokenizer, context: int
+) -> tuple[list[tuple[Example, Example]], list[Comparison]]:
+    """(chosen, rejected) token pairs, and the comparisons they stand for: one with a side longer
+    than the context is left out, because its score would be read inside a cut answer."""
+    pairs, kept = [], []
+    for comparison in comparisons:
+        with naming(f"comparison whose prompt begins {comparison.prompt[0]['content'][:60]!r}"):
+            chosen, rejected = (
+                Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
+                for text in (comparison.chosen, comparison.rejected)
+            )
+        if max(len(chosen.tokens), len(rejected.tokens)) <= context:
+            pairs.append((chosen, rejected))
+            kept.append(comparison)
+    if len(kept) < len(comparisons):
+        left_out = len(comparisons) - len(kept)
+        logger.warning("%d comparisons longer than the context of %d left out", left_out, context)
+    if comparisons and not kept:
+        raise InputError(
+            f"context: all {len(comparisons)} comparisons are longer than {context} tokens"
+        )
+    return pairs, kept

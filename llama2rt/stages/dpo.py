@@ -184,8 +184,9 @@ open_inputs = open_rollout
 def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) -> Work:
     """For `--dry-run`: every prompt gives a pair, and the history grows by one batch of them an
     iteration."""
-    policy = Model("policy", shape(recipe.init))
-    ranking, reference = plans.reward_models(recipe, shape), plans.reference(recipe, shape)
+    policy = Model("policy", shape(recipe.init), lora=recipe.lora)
+    ranking = plans.reward_models(recipe, shape)
+    frozen = [*ranking, *plans.reference(recipe, shape)]
     lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
     prompts = min(recipe.prompts_per_iteration, len(lengths or ()) or recipe.prompts_per_iteration)
     answers = recipe.iterations * prompts * recipe.samples
@@ -197,8 +198,8 @@ def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) ->
     )
     return Work(
         [
-            Phase("sampling", frozen=[*ranking, reference], sampling=sampling),
-            Phase("training", [policy], [*ranking, reference], training=True),
+            Phase("sampling", frozen=frozen, sampling=sampling),
+            Phase("training", [policy], frozen, training=True),
         ],
         recipe.train,
         recipe.parallel,
@@ -258,7 +259,7 @@ def learn(
     """The policy after `epochs` through the history, also saved as the iteration's model."""
     model = inputs.to_train(policy_folder)
     mesh = Mesh.build(recipe.parallel, model.config)
-    parallelize(model, mesh, recipe.train.dtype)
+    parallelize(model, mesh, recipe.train.dtype, compile_blocks=recipe.train.compile)
     examples = [(response_example(best), response_example(worst)) for best, worst in history.pairs]
     loader = PairLoader(
         examples,

@@ -17,9 +17,10 @@ from torch import nn
 from llama2rt.checkpoint import adapter
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
+from llama2rt.errors import InputError
 from llama2rt.model import Llama
 from llama2rt.model.adapters import WithoutAdapter
-from llama2rt.parallel import ParallelOptions
+from llama2rt.parallel import ParallelOptions, world
 from llama2rt.parallel.whole import whole
 from llama2rt.rollout import metrics
 from llama2rt.rollout.frozen import Model, offload
@@ -85,10 +86,12 @@ class RolloutInputs(Opened):
 
     @functools.cached_property
     def reference(self) -> nn.Module:
-        """The reference policy, in the compute dtype, frozen. Where an adapter of init is trained
-        and the reference is init, it is that model without its adapter, and no second one."""
+        """The reference policy, in the compute dtype, frozen, whole on every rank. Where one
+        process trains an adapter of init and the reference is init, it is that model without its
+        adapter, and no second one; ranks train it in shards, which cannot be read alone."""
         folder = self.recipe.reference or self.recipe.init
-        if self.recipe.lora.rank is not None and folder.samefile(self.recipe.init):
+        same = self.recipe.lora.rank is not None and folder.samefile(self.recipe.init)
+        if same and world().size == 1:
             return WithoutAdapter(self.adapted)
         model = loading.load_companion(folder, self.tokenizer, self.recipe.train.dtype)
         return self._between_phases(model.requires_grad_(False))
@@ -98,7 +101,11 @@ class RolloutInputs(Opened):
 
     @functools.cached_property
     def adapted(self) -> Llama:
-        """`init` under an adapter, which is drawn from the seed: the one model of a LoRA run."""
+        """`under_adapter`, once: the one model of a LoRA run in one process."""
+        return self.under_adapter()
+
+    def under_adapter(self) -> Llama:
+        """`init` under an adapter, which is drawn from the seed."""
         recipe = self.recipe
         model = loading.load_companion(recipe.init, self.tokenizer, recipe.train.dtype)
         recipe.lora.adapt(model, recipe.seed)
@@ -109,9 +116,11 @@ class RolloutInputs(Opened):
         the adapter beside `folder`, or, asked for init before any other, under a fresh one."""
         if self.recipe.lora.rank is None:
             return loading.load_llama(folder, self.recipe.tokenizer)[0]
+        # What an earlier iteration of several ranks has trained lies in shards.
+        model = self.adapted if world().size == 1 else self.under_adapter()
         if folder != self.recipe.init:
-            adapter.load(self.adapted, folder.with_name("adapter"))
-        return self.adapted
+            adapter.load(model, folder.with_name("adapter"))
+        return model
 
     def policy(self, folder: Path) -> Sampler:
         """The model in `folder`, in the compute dtype, to sample from."""
@@ -158,6 +167,10 @@ def outlines(
     `loading.outlines`). `before`: models by key that come before init, the first of them samples
     then."""
     recipe.lora.check()
+    if recipe.parallel.pipeline > 1:
+        raise InputError(
+            f"parallel.pipeline: expected 1 in a stage that samples, got {recipe.parallel.pipeline}"
+        )
     models = {
         **before,
         "init": recipe.init,

@@ -19,10 +19,8 @@ from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.lora import LoraOptions
 
 if TYPE_CHECKING:
-    from llama2rt.run import Recipe
     from llama2rt.stages.ppo import PpoRecipe
 
 Shape = Callable[[Path], LlamaConfig]
@@ -74,21 +72,23 @@ def reward_models(recipe: Any, shape: Shape) -> list[Model]:
     return found
 
 
-def reference(recipe: RolloutRecipe, shape: Shape) -> Model:
-    """The reference policy."""
-    return Model("reference", shape(recipe.reference or recipe.init))
+def reference(recipe: RolloutRecipe, shape: Shape) -> list[Model]:
+    """The reference policy; none where it is the trained model without its adapter."""
+    if recipe.lora.rank is not None and recipe.reference in (None, recipe.init):
+        return []
+    return [Model("reference", shape(recipe.reference or recipe.init))]
 
 
 def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> Work:
     """PPO: policy, critic, reference and reward models lie in memory at all times; an iteration
     samples with the policy as it is, then trains policy and critic on what it drew."""
-    policy = Model("policy", shape(recipe.init))
-    critic = Model("critic", shape(recipe.rewards.helpfulness), scalar=True)
+    policy = Model("policy", shape(recipe.init), lora=recipe.lora)
+    critic = Model("critic", shape(recipe.rewards.helpfulness), scalar=True, lora=recipe.lora)
     ranking = reward_models(recipe, shape)
-    frozen = [*ranking, reference(recipe, shape)]
+    frozen = [*ranking, *reference(recipe, shape)]
     lengths = None if inputs is None else prompt_lengths(inputs.prompts, inputs.tokenizer)
     answers = recipe.iterations * recipe.batch_size
-    lent = Model("policy", policy.config, lent=True)
+    lent = replace(policy, lent=True)
     # Policy and reference read each answer again for its log-probabilities, the critic for values.
     sampling = sampling_of(lent, recipe.sampling, lengths, answers, [*frozen, critic, policy])
     updates = -(-recipe.batch_size // recipe.mini_batch_size)
@@ -103,28 +103,3 @@ def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> W
         Count(recipe.iterations * updates, "at most: held-out prompts may end it earlier"),
         notes=[f"{recipe.iterations} iterations of {updates} optimizer steps; one more samples"],
     )
-
-
-def under_adapters(recipe: "Recipe", work: Work) -> Work:
-    """`work` as the recipe's `[lora]` has it: what is trained is adapters, and a reference policy
-    that is init is the model that is trained."""
-    lora: LoraOptions | None = getattr(recipe, "lora", None)
-    if lora is None or lora.rank is None:
-        return work
-
-    def trained(model: Model) -> Model:
-        return replace(model, adapter=lora.parameters(model.config, model.scalar))
-
-    def frozen(model: Model) -> Model:
-        return replace(model, lent=True) if model.name == "reference" and shared else model
-
-    shared = isinstance(recipe, RolloutRecipe) and recipe.reference in (None, recipe.init)
-    phases = [
-        replace(
-            phase,
-            trained=[trained(model) for model in phase.trained],
-            frozen=[frozen(model) for model in phase.frozen],
-        )
-        for phase in work.phases
-    ]
-    return replace(work, phases=phases)

@@ -39,7 +39,7 @@ from llama2rt.stages import adapters, critic, loading, plans
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.train import driver
 from llama2rt.train.driver import Step
-from llama2rt.train.lora import LoraOptions, LoraWithoutDropout
+from llama2rt.train.lora import LoraWithoutDropout
 from llama2rt.train.optimizer import Optimizer
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
@@ -98,7 +98,7 @@ class PpoRecipe(RolloutRecipe):
     train: TrainOptions = TrainOptions(
         lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
     )
-    lora: LoraWithoutDropout = LoraOptions()
+    lora: LoraWithoutDropout = LoraWithoutDropout()
 
     neutral: ClassVar[tuple[str, ...]] = ("train.log_every", "train.checkpoint_every")
     durations: ClassVar[tuple[str, ...]] = ("iterations",)
@@ -159,8 +159,7 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     return run.model_directory
 
 
-open_inputs = open_rollout
-plan = plans.of_ppo
+open_inputs, plan = open_rollout, plans.of_ppo
 
 
 class Iterations:
@@ -231,7 +230,7 @@ def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
     )
     recipe.lora.adapt(critic.requires_grad_(True), recipe.seed)
     for model in (policy, critic):
-        parallelize(model, mesh, options.dtype)
+        parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     return Actors(
         policy=policy,
@@ -368,6 +367,8 @@ def improve(
         **{name: total / tokens for name, total in totals},
         "gradient_norm": float(gradient_norm),
         "critic_gradient_norm": float(critic_gradient_norm),
+        **actors.optimizer.outliers.metrics(),
+        **{f"critic_{k}": v for k, v in actors.critic_optimizer.outliers.metrics().items()},
     }
 
 

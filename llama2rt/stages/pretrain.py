@@ -3,7 +3,7 @@
 Text becomes one memory-mapped token stream, documents apart by BOS and EOS; a step takes random
 windows of it. The last part of each source is held out, and its loss is also given in bits per byte
 of UTF-8, which compares across tokenizers, by source and over all. Left out: mixing sources by
-weight (`data.loader` can) and everything distributed.
+weight (`data.loader` can).
 """
 
 import json
@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from llama2rt import atomic, planning, report
+from llama2rt import planning, report
 from llama2rt.checkpoint.load import load
 from llama2rt.data import tokens
 from llama2rt.data.loader import TokenLoader, dealt
 from llama2rt.data.packing import Batch, filler
-from llama2rt.data.readers import Reader
-from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
@@ -32,7 +30,8 @@ from llama2rt.parallel import Mesh, ParallelOptions, by_main
 from llama2rt.parallel.parallelize import parallelize
 from llama2rt.parallel.saving import save_model
 from llama2rt.planning import Count, Model, Phase, Work
-from llama2rt.run import Recipe, Run, check_integers
+from llama2rt.run import Recipe, Run
+from llama2rt.stages import corpus
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -43,53 +42,12 @@ from llama2rt.stages.loading import (
     outline,
     outlines,
 )
+from llama2rt.stages.shape import ModelShape
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.pretrain")
-
-
-class ModelShape(BaseModel):
-    """A published shape by name, or one's own; the vocabulary comes from the tokenizer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    preset: str | None = None
-    """such as llama2-7b; fields given beside it replace its own"""
-    dim: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    """None for as many as heads (section 2.2: 8 in 34B and 70B)"""
-    ffn_hidden: int | None = None
-    """None for LLaMA's rule: 8/3 dim, rounded up to a multiple of 32"""
-    context: int | None = None
-    """longest sequence the model admits; None for the recipe's context"""
-    norm_eps: float | None = None
-    rope_theta: float | None = None
-    tied: bool | None = None
-
-    @model_validator(mode="after")
-    def _integers(self) -> Self:
-        check_integers(self)
-        return self
-
-    def config(self, vocab_size: int, context: int) -> LlamaConfig:
-        """InputError for a shape that cannot exist."""
-        given = self.model_dump(exclude={"preset"}, exclude_none=True)
-        given = {"context": context, **given, "vocab_size": vocab_size}
-        try:
-            if self.preset is not None:
-                return LlamaConfig.preset(self.preset, **given)
-            missing = [name for name in ("dim", "layers", "heads") if name not in given]
-            if missing:
-                raise ValueError(f"give preset, or {', '.join(missing)} too")
-            given.setdefault("kv_heads", given["heads"])
-            given.setdefault("ffn_hidden", -(-8 * given["dim"] // 3 // 32) * 32)
-            return LlamaConfig(**given)
-        except ValueError as error:
-            raise InputError(f"model: {error}") from None
 
 
 class PretrainRecipe(Recipe):
@@ -173,7 +131,7 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         recipe.seed,
         share=mesh.share,
     )
-    parallelize(model, mesh, options.dtype)
+    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -240,7 +198,8 @@ def plan(
     steps = None if recipe.steps is None else Count(recipe.steps)
     epochs, notes = recipe.epochs, []
     if inputs is not None:
-        held = tokens.estimate(divide(recipe)[0], inputs.result.tokenizer or recipe.vocab_size or 0)
+        training, _ = corpus.divide(recipe)
+        held = tokens.estimate(training, inputs.result.tokenizer or recipe.vocab_size or 0)
         notes.append(f"the training text is {held.value:,.0f} tokens ({held.how})")
         per_epoch = math.ceil(math.ceil((held.value - 1) / recipe.context) / windows)
         if steps is None:
@@ -298,7 +257,7 @@ def tokenise(recipe: PretrainRecipe, files: Path, index: Path) -> None:
     `index`; nothing where it is there."""
     if index.exists():
         return
-    texts = divide(recipe)
+    texts = corpus.divide(recipe)
     if recipe.init is not None:
         tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
         _require_context(recipe, models["init"].config)
@@ -308,69 +267,7 @@ def tokenise(recipe: PretrainRecipe, files: Path, index: Path) -> None:
         assert recipe.vocab_size is not None  # the recipe's own check
         training = [document.text for document in texts[0]]
         tokenizer = Tokenizer.train(training, recipe.vocab_size, files / TRAINED)
-    build(texts, tokenizer, files, index)
-
-
-def build(
-    texts: tuple[list[Document], dict[str, list[Document]]],
-    tokenizer: Tokenizer,
-    folder: Path,
-    index: Path,
-) -> None:
-    """The streams of `divide`'s two parts in `folder`, and `index`, which names them."""
-    training, held_out = texts
-    tokens.build(training, tokenizer, folder / "training.bin")
-    names = {
-        name: "held_out.bin" if len(held_out) == 1 else f"held_out.{i}.bin"
-        for i, name in enumerate(held_out)
-    }
-    for name, documents in held_out.items():
-        tokens.build(documents, tokenizer, folder / names[name])
-    atomic.write(index, json.dumps(names, indent=2) + "\n")
-
-
-# A file whose documents name more sources than this names something else (the page of each).
-MOST_SOURCES = 64
-
-
-def divide(recipe: PretrainRecipe) -> tuple[list[Document], dict[str, list[Document]]]:
-    """(training documents, held-out documents by source): the end of each source is held out, so
-    that the loss is not that of the last file alone. A source with too little text to cut is
-    trained on whole, and said. InputError where none can be cut."""
-    training: list[Document] = []
-    held_out: dict[str, list[Document]] = {}
-    for name, documents in by_source(recipe).items():
-        if not recipe.held_out:
-            training += documents
-            continue
-        try:
-            first, last = tokens.split(documents, recipe.held_out)
-        except InputError as error:
-            logger.warning("%s: nothing held out: %s", name, error)
-            training += documents
-        else:
-            training += first
-            held_out[name] = last
-    if recipe.held_out and not held_out:
-        raise InputError(f"held_out: too little text to hold out a fraction of {recipe.held_out}")
-    return training, held_out
-
-
-def by_source(recipe: PretrainRecipe) -> dict[str, list[Document]]:
-    """All documents by source, in the order of the files."""
-    reader = Reader(recipe.data, "document", recipe.skip_invalid, recipe.document_separator)
-    files = reader.by_file()
-    reader.log()
-    names = [path.name for path in recipe.data]
-    found: dict[str, list[Document]] = {}
-    for path, documents in zip(recipe.data, files, strict=True):
-        file = path.name if names.count(path.name) == 1 else str(path)
-        named = list(dict.fromkeys(document.source for document in documents))
-        one = len(named) == 1 or len(named) > MOST_SOURCES
-        for document in documents:
-            name = file if one or not document.source else f"{file}: {document.source}"
-            found.setdefault(name, []).append(document)
-    return found
+    corpus.build(texts, tokenizer, files, index)
 
 
 def _require_context(recipe: PretrainRecipe, config: LlamaConfig) -> None:
@@ -403,12 +300,12 @@ def held_out_losses(
         for batch in dealt(stream.batches(context, micro_tokens), mesh.share, filler()):
             loss, _ = next_token(model, batch.to(device))
             nats[name], count = nats[name] + loss.item(), count + batch.weight
-    *summed, count = mesh.totals([*nats.values(), count])
+    *summed, predicted = mesh.totals([*nats.values(), count])
     nats = dict(zip(streams, summed, strict=True))
     size = {name: stream.text_bytes for name, stream in streams.items()}
     each = {f"bits_per_byte/{name}": nats[name] / math.log(2) / size[name] for name in streams}
     return {
-        "held_out_loss": sum(nats.values()) / count,
+        "held_out_loss": sum(nats.values()) / predicted,
         "bits_per_byte": sum(nats.values()) / math.log(2) / sum(size.values()),
         **(each if len(streams) > 1 else {}),
     }

@@ -119,8 +119,8 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if recipe.lora.rank is None:
         model = loading.load_companion(recipe.init, inputs.tokenizer)
     else:
-        model = inputs.adapted
-    parallelize(model, mesh, recipe.train.dtype)
+        model = inputs.to_train(recipe.init)
+    parallelize(model, mesh, recipe.train.dtype, compile_blocks=recipe.train.compile)
     examples = [response_example(response) for response in best] + inputs.dialogues
     loader = ExampleLoader(
         examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed, share=mesh.share
@@ -170,7 +170,8 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
 
 def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.Shape) -> Work:
     """For `--dry-run`: one answer a prompt is kept, as if every prompt had a usable one."""
-    policy, init = Model("policy", shape(recipe.policy)), Model("model", shape(recipe.init))
+    policy = Model("policy", shape(recipe.policy))
+    init = Model("model", shape(recipe.init), lora=recipe.lora)
     ranking = plans.reward_models(recipe, shape)
     lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
     answers = None if lengths is None else recipe.samples * len(lengths)

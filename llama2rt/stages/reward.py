@@ -23,7 +23,7 @@ from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
-from llama2rt.errors import InputError, naming
+from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
@@ -33,7 +33,7 @@ from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters
-from llama2rt.stages.comparisons import split
+from llama2rt.stages.comparisons import encode, split
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -45,8 +45,7 @@ from llama2rt.stages.loading import (
     outline,
     outlines,
 )
-from llama2rt.stages.pretrain import ModelShape
-from llama2rt.text import chat
+from llama2rt.stages.shape import ModelShape
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import Objective, fit
 from llama2rt.train.lora import LoraOptions
@@ -151,7 +150,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         share=mesh.share,
     )
     model = initial_model(recipe, inputs.result.config)
-    parallelize(model, mesh, options.dtype)
+    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
         chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
@@ -222,17 +221,16 @@ def plan(
     """For `--dry-run`."""
     if inputs is not None:
         config = inputs.result.config
-    elif recipe.init is not None:
-        config = shape(recipe.init)
     else:
-        config = recipe.model.config(LlamaConfig.preset("llama2-7b").vocab_size, recipe.context)
+        config = shape(recipe.init) if recipe.init else recipe.model.config(32000, recipe.context)
     if inputs is None or not inputs.pairs:  # not read, or still to be collected
         steps, batch = None, Batch.at_most(config.context, 2 * recipe.batch_size)
     else:
         lengths = [len(side.tokens) for pair in inputs.pairs for side in pair]
         batch = Batch.of(lengths, 2 * min(recipe.batch_size, len(inputs.pairs)))
         steps = Count(recipe.epochs * -(-len(inputs.pairs) // recipe.batch_size))
-    phases = [Phase("training", [Model("model", config, scalar=True)], training=True)]
+    trained = [Model("model", config, scalar=True, lora=recipe.lora)]
+    phases = [Phase("training", trained, training=True)]
     return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs)
 
 
@@ -288,31 +286,6 @@ def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
         recipe.lora.adapt(model, recipe.seed)
         return model
     return ScalarModel(config, default_device(), torch.float32).initialize(recipe.seed)
-
-
-def encode(
-    comparisons: Sequence[Comparison], tokenizer: Tokenizer, context: int
-) -> tuple[list[tuple[Example, Example]], list[Comparison]]:
-    """(chosen, rejected) token pairs, and the comparisons they stand for: one with a side longer
-    than the context is left out, because its score would be read inside a cut answer."""
-    pairs, kept = [], []
-    for comparison in comparisons:
-        with naming(f"comparison whose prompt begins {comparison.prompt[0]['content'][:60]!r}"):
-            chosen, rejected = (
-                Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
-                for text in (comparison.chosen, comparison.rejected)
-            )
-        if max(len(chosen.tokens), len(rejected.tokens)) <= context:
-            pairs.append((chosen, rejected))
-            kept.append(comparison)
-    if len(kept) < len(comparisons):
-        left_out = len(comparisons) - len(kept)
-        logger.warning("%d comparisons longer than the context of %d left out", left_out, context)
-    if comparisons and not kept:
-        raise InputError(
-            f"context: all {len(comparisons)} comparisons are longer than {context} tokens"
-        )
-    return pairs, kept
 
 
 def targets(comparisons: Sequence[Comparison], recipe: RewardRecipe) -> dict[str, np.ndarray]:

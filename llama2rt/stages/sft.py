@@ -96,7 +96,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
     model, _ = load_llama(recipe.init, recipe.tokenizer, recipe.lora.load_dtype(options))
     recipe.lora.adapt(model, recipe.seed)
-    parallelize(model, mesh, options.dtype)
+    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out, mesh)}
@@ -159,7 +159,7 @@ def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], Ll
         batch = planning.Batch.of(lengths, min(recipe.batch_size, len(lengths)))
         steps = Count(recipe.epochs * -(-len(lengths) // recipe.batch_size))
     return Work(
-        [Phase("training", trained=[planning.Model("model", config)], training=True)],
+        [Phase("training", [planning.Model("model", config, lora=recipe.lora)], training=True)],
         recipe.train,
         recipe.parallel,
         batch,

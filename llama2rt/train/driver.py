@@ -22,6 +22,7 @@ from llama2rt.train.metrics import EnergyUse, Throughput
 from llama2rt.train.optimizer import Diverged
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.progress import ProgressLine
+from llama2rt.train.stragglers import NOTHING, Elapsed, Stragglers
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Step:
     """trained on, or sampled: the unit of throughput and energy"""
     flops: int = 0
     """that MFU counts: recomputation left out"""
+    prepared: Elapsed = NOTHING
+    """how long the rank took to have its batch"""
 
 
 class Work(Protocol):
@@ -92,19 +95,21 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
         interrupts.noted(),
         energy.of_device(work.device) as meter,
     ):
-        rates = _Rates(work.ceiling, meter)
+        rates, stragglers = _Rates(work.ceiling, meter), Stragglers(work.device)
         while done < total and not work.finished():
             faults.doing(f"in {work.noun} {done + 1}")
+            begin = Elapsed.now()
             try:
                 step = work.step(done)
             except Diverged as error:
                 raise FloatingPointError(_divergence(run, done + 1, str(error))) from None
             rates.add(step)
+            stragglers.add(Elapsed.now().since(begin), step.prepared)
             done += 1
             run.store.check()
             last = done == total
             if last or _due(done, options.log_every):
-                metrics = dict(**step.metrics, **rates.read())
+                metrics = dict(**step.metrics, **rates.read(), **stragglers.read())
                 run.log(done, **metrics)
                 line.update(done, work.describe(metrics))
             if last or _due(done, options.validate_every):

@@ -66,8 +66,8 @@ class Interrupts:
         try:
             yield
         finally:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+            for received, handler in self._before.items():
+                signal.signal(received, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:

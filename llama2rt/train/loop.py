@@ -8,7 +8,6 @@ loader stands and the state of every random generator is in the checkpoint.
 Left out: what a loss is (the stage's objective), and when to log, validate and save (`driver`).
 """
 
-import contextlib
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from llama2rt.train.optimizer import Diverged, Optimizer
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.recompute import recompute_blocks
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
+from llama2rt.train.stragglers import Elapsed
 
 Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Any]]]
 """(model, micro-batch) -> (loss summed over the micro-batch, other sums to report); each stage's
@@ -72,8 +72,7 @@ def fit(
     work.steps, work.held_out = steps, validate
     done = resume(run, work)
     model.train()
-    recompute = recompute_blocks(model) if options.activation_checkpointing else None
-    with recompute or contextlib.nullcontext():
+    with recompute_blocks(model, options.activation_checkpointing):
         drive(run, work, options, done=done, total=steps)
     return work.validation
 
@@ -101,8 +100,10 @@ class _Fit:
         self.validation: dict[str, float] = {}
 
     def step(self, index: int) -> Step:
+        begin = Elapsed.now()
         micros = self._loader.next()
         costs = [(micro.weight, *_cost(self._model, micro)) for micro in micros]
+        prepared = Elapsed.now().since(begin)
         weight, tokens, flops = self._mesh.totals(sum(cost) for cost in zip(*costs, strict=True))
         means = self._backward(micros, max(1, int(weight)))
         if not math.isfinite(means["loss"]):
@@ -110,7 +111,7 @@ class _Fit:
         lr = learning_rate(index, self.steps, self._options)
         norm = self._optimizer.step(lr, means["loss"])
         metrics = dict(**means, lr=lr, gradient_norm=norm, **self._optimizer.outliers.metrics())
-        return Step(metrics, int(tokens), int(flops))
+        return Step(metrics, int(tokens), int(flops), prepared)
 
     def _backward(self, micros: list[Any], weight: int) -> dict[str, float]:
         """Accumulate a step's gradients; its loss and further numbers, per unit of the step's

@@ -1,9 +1,9 @@
 """The table `[lora]` of a recipe: train a low-rank adapter instead of the weights themselves."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from llama2rt.model import LlamaConfig
@@ -82,11 +82,8 @@ class LoraOptions(BaseModel):
             torch.manual_seed(seed)
 
 
-def _without_dropout(options: LoraOptions) -> LoraOptions:
-    if options.dropout:
-        raise ValueError("dropout: expected 0, the policy that is trained is the one that samples")
-    return options
+class LoraWithoutDropout(LoraOptions):
+    """Low-rank adapters (LoRA, Hu et al. 2021) in place of training all weights."""
 
-
-LoraWithoutDropout = Annotated[LoraOptions, AfterValidator(_without_dropout)]
-"""for PPO, whose ratios start from 1"""
+    dropout: float = Field(default=0.0, ge=0, le=0)
+    """none: the policy that is trained must be the one that has sampled"""

@@ -4,9 +4,9 @@ Defaults are LLaMA 2's pretraining values (section 2); a stage that differs over
 the section it follows.
 """
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llama2rt.run.recipe import check_integers
 
@@ -48,8 +48,11 @@ class TrainOptions(BaseModel):
     """where masters, moments and gradient sums are held and steps are taken; None for the model's
     device. "cpu" leaves a GPU the weights and one micro-batch's gradients, for a slower step; where
     there is no GPU it changes nothing"""
-    activation_checkpointing: bool = False
-    """keep one activation per block and recompute the rest in the backward pass"""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """what of a block's activations is computed again in the backward pass: nothing; all but what
+    matrix products and attention gave; all but the block's inputs. true stands for full"""
+    compile: bool = False
+    """fuse each block's operations by torch.compile, which takes a minute before the first step"""
     micro_tokens: int = Field(default=4096, gt=0)
     """most tokens in one forward pass; a larger batch is accumulated over several"""
 
@@ -68,9 +71,17 @@ class TrainOptions(BaseModel):
     validate_every: int = Field(default=0, ge=0)
     """steps between held-out evaluations; 0 for one at the end only"""
 
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _switched(cls, given: Any) -> Any:
+        return {True: "full", False: "none"}[given] if isinstance(given, bool) else given
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_integers(self)
+        if self.compile and self.activation_checkpointing == "selective":
+            # Inside a compiled block nobody can tell one operation's result from another's.
+            raise ValueError("activation_checkpointing: selective excludes compile: take full")
         if self.warmup_steps and (self.warmup_ratio or self.warmup_minimum):
             raise ValueError(
                 "warmup_steps excludes warmup_ratio and warmup_minimum: set one side to 0"

@@ -79,4 +79,5 @@ def _shard(parameter: nn.Parameter) -> Tensor:
     """The fp32 part of a parameter under FSDP2 that this rank holds, sharing its storage."""
     if not isinstance(parameter, DTensor) or parameter.dtype != MASTER:
         raise ValueError(f"expected an fp32 shard of FSDP2, got {type(parameter).__name__}")
-    return parameter.detach().to_local()
+    local: Tensor = parameter.to_local().detach()
+    return local

@@ -17,6 +17,8 @@ from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.parallel import whole as gathered
 from llama2rt.parallel import world
+from llama2rt.pipeline import iterate
+from llama2rt.report.plot import Plot
 from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import response_example
@@ -150,8 +152,15 @@ def refused() -> str:
 
 def run_stage(stage: str, recipe: Any, directory: Path) -> str:
     """A whole run of a stage by all ranks, or what is left of it; files hold 4 prompts."""
-    with small_files():
+    with small_files(), plain_pages():
         return str(STAGES[stage].run(recipe, directory, resume=True))
+
+
+def run_plan(settings: dict[str, Any], directory: Path) -> str:
+    """`llama2rt iterate` by all ranks."""
+    recipe = iterate.IterateRecipe.model_validate(settings)
+    with plain_pages():
+        return str(iterate.run(recipe, directory, resume=True))
 
 
 def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:
@@ -202,6 +211,16 @@ def stop_sampling(stage: str, recipe: Any, directory: Path, calls: int) -> None:
         finally:
             Sampler.responses = original  # type: ignore[method-assign]
     raise AssertionError(f"sampled {count} times")
+
+
+@contextmanager
+def plain_pages() -> Iterator[None]:
+    """Inside, pages have no drawings, which take longer than runs this short."""
+    before, Plot.svg = Plot.svg, lambda plot, salt="": "<svg></svg>"  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Plot.svg = before  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import json_lines
+import pytest
+import torch
 
+import llama2rt
 from llama2rt.parallel import ParallelOptions
 from llama2rt.run import lock
-from llama2rt.stages.pretrain import ModelShape, PretrainRecipe
+from llama2rt.stages.pretrain import PretrainRecipe
 from llama2rt.stages.reward import RewardRecipe
 from llama2rt.stages.sft import SftRecipe
+from llama2rt.stages.shape import ModelShape
 from llama2rt.train import TrainOptions
 
 TRAIN = TrainOptions(lr=2e-3, micro_tokens=128, validate_every=10, checkpoint_every=5, clip=0.5)
@@ -102,3 +106,28 @@ def interrupt_at(step: int) -> None:
         return original(self, lr, *loss)
 
     Optimizer.step = counted  # type: ignore[method-assign]
+
+
+# What a process measures of itself, and not of the model.
+HERE = ("tokens_per_second", "mfu", "energy", "joules_per_token", "joules_per_step")
+
+
+def metrics(directory: Path) -> list[dict]:
+    rows = json_lines.read(directory / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in HERE} for row in rows]
+
+
+def agree(directory: Path, expected: Path) -> None:
+    """Two run directories of one recipe: the same metrics, held-out numbers and model."""
+    ours, theirs = metrics(directory), metrics(expected)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    assert len(ours) >= 20
+    for mine, one in zip(ours, theirs, strict=True):
+        for key, value in one.items():
+            bound = 1e-5 if "loss" in key or "bits" in key else 1e-4
+            assert mine[key] == pytest.approx(value, rel=bound, abs=1e-6), (one["step"], key)
+    model, tokenizer = llama2rt.load(directory / "model")
+    other, _ = llama2rt.load(expected / "model")
+    assert tokenizer is not None and type(model) is type(other)
+    for weight, same in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, same, rtol=1e-3, atol=1e-4)

@@ -88,3 +88,26 @@ def agree(results: list[dict], expected: dict) -> None:
         for name, gradient in gradients.items():
             error = (result["gradients"][name] - gradient).abs().max()
             assert error <= 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_below_sharding(recompute, on_ranks):
+    options = {"activation_checkpointing": recompute}
+    agree(on_ranks(2, train, "sft", ParallelOptions(), False, options), alone("sft"))
+
+
+def test_compiled_blocks_below_sharding(on_ranks):
+    options = {"activation_checkpointing": "full", "compile": True}
+    agree(on_ranks(2, train, "sft", ParallelOptions(), False, options), alone("sft"))
+
+
+def test_bf16_gathers_copies_and_keeps_masters(on_ranks):
+    options = {"precision": "bf16"}
+    expected = train("sft", ParallelOptions(), False, options)
+    for result in on_ranks(4, train, "sft", ParallelOptions(data=2), False, options):
+        losses = result["metrics"]["loss"]
+        assert losses != expected["metrics"]["loss"]  # bf16 rounds other sums otherwise
+        assert losses == pytest.approx(expected["metrics"]["loss"], rel=2e-3)
+        for name, weight in result["weights"].items():
+            assert weight.dtype == torch.float32, name
+            assert not torch.equal(weight, weight.bfloat16().float()), name

@@ -1,13 +1,17 @@
 """Stages that sample, on several ranks: what they draw, pick, train and log is one process's."""
 
+import json
+import sys
+
 import pocket as problem
 import pytest
+import tomli_w
 import torch
-from parallel_rollouts import ppo_parts, run_stage, stop_sampling
+from parallel_rollouts import ppo_parts, run_plan, run_stage, stop_sampling
+from processes import run_python
 from safetensors.torch import load_file
 
 from llama2rt.data.readers import write
-from llama2rt.parallel import ParallelOptions
 from llama2rt.rollout.responses import read_responses
 from llama2rt.stages import ppo, rejection
 
@@ -50,11 +54,15 @@ def ppo_recipe(pocket, **settings):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(2, ParallelOptions()), (4, ParallelOptions(data=2))]
+    ("ranks", "parallel", "lora"),
+    [(2, {}, {}), (4, {"data": 2}, {}), (2, {}, {"rank": 2})],
+    ids=["sharded", "hybrid", "adapter"],
 )
-def test_an_iteration_of_ppo_is_one_processs(on_ranks, pocket, ranks, parallel):
-    alone = ppo_parts(ppo_recipe(pocket))
-    results = on_ranks(ranks, ppo_parts, ppo_recipe(pocket, parallel=parallel))
+def test_an_iteration_of_ppo_is_one_processs(on_ranks, pocket, ranks, parallel, lora):
+    if lora:
+        pytest.importorskip("peft")
+    alone = ppo_parts(ppo_recipe(pocket, lora=lora))
+    results = on_ranks(ranks, ppo_parts, ppo_recipe(pocket, parallel=parallel, lora=lora))
     for result in results:
         # The gathered policy samples what the trained one says, and is still the reference.
         assert result["measured"]["kl_k1"] == result["measured"]["kl_k3"] == 0.0
@@ -145,3 +153,74 @@ def test_ppo_of_two_iterations(on_ranks, pocket, tmp_path):
     run_stage("ppo", recipe, tmp_path / "alone")
     on_ranks(2, run_stage, "ppo", recipe, tmp_path / "ranks")
     assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+
+
+def plan(pocket, folder, steps, train):
+    """What `llama2rt iterate` reads."""
+    stages = {step["stage"] for step in steps} - {"annotate"}
+    return {
+        "sft": pocket.sft,
+        "rewards": {"helpfulness": pocket.helpfulness, "safety": pocket.safety},
+        "sampling": {"max_tokens": 6},
+        "defaults": {stage: {"train": train} for stage in sorted(stages)},
+        "steps": steps,
+        **few(pocket, folder),
+    }
+
+
+def test_a_plan_of_every_stage(on_ranks, pocket, tmp_path):
+    """Comparisons, a reward model, rejection sampling, PPO, DPO, and all versions compared."""
+    train = {"lr": 1e-4, "micro_tokens": 60, "checkpoint_every": 0}
+    steps = [
+        {"name": "asked", "stage": "annotate", "annotator": {"python": "kill_plan:annotator"}},
+        {"name": "helpfulness", "stage": "reward", "kind": "helpfulness", "batch_size": 4},
+        {"name": "V1", "stage": "rejection", "samples": 2, "epochs": 1, "batch_size": 4},
+        {"name": "V2", "stage": "ppo", "iterations": 1, "batch_size": 6, "mini_batch_size": 3},
+        {"name": "V3", "stage": "dpo", "iterations": 1, "samples": 2, "batch_size": 2},
+    ]
+    settings = plan(pocket, tmp_path, steps, train)
+    run_plan(settings, tmp_path / "alone" / "run")
+    folders = on_ranks(2, run_plan, settings, tmp_path / "ranks" / "run")
+    assert folders == [str(tmp_path / "ranks" / "run" / "V3" / "model")] * 2
+    alone, ranks = tmp_path / "alone" / "run", tmp_path / "ranks" / "run"
+    assert (ranks / "asked" / "pairs.jsonl").read_bytes() == (
+        alone / "asked" / "pairs.jsonl"
+    ).read_bytes()
+    reports = [json.loads((run / "report.json").read_text()) for run in (alone, ranks)]
+    expected, found = (
+        [[row["name"], row["reward"]["mean"], row["kl"]["k1"]["mean"]] for row in r["versions"]]
+        for r in reports
+    )
+    assert [row[0] for row in found] == ["SFT", "V1", "V2", "V3"]
+    for row, other in zip(found, expected, strict=True):
+        assert row[1:] == pytest.approx(other[1:], rel=1e-3, abs=1e-4)
+    for step in ("V1", "V2", "V3"):
+        assert samples(ranks / step).keys() == samples(alone / step).keys()
+
+
+def torchrun(ranks, *arguments, status=0):
+    """The command under torchrun; what it says on stderr."""
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
+    command = ("--no-python", "--", sys.executable, "-P", "-m", "llama2rt.cli")
+    env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = run_python(*start, *command, *arguments, status=status, env=env, timeout_seconds=200)
+    return done.stderr
+
+
+def test_a_plan_by_torchrun(pocket, tmp_path):
+    steps = [{"name": "V1", "stage": "rejection", "samples": 2, "epochs": 1, "batch_size": 4}]
+    settings = plan(pocket, tmp_path, steps, {"lr": 1e-4, "log_every": 2})
+    path = tmp_path / "plan.toml"
+    path.write_text(tomli_w.dumps(json.loads(json.dumps(settings, default=str))))
+    out = tmp_path / "run"
+    said = torchrun(2, "iterate", path, "--parallel.tensor", "3", "--out", out, status=1)
+    assert "steps: V1: parallel: tensor 3 needs a multiple of 3 processes" in said
+    assert said.count("tensor 3 needs") == 1 and not out.exists()
+    said = torchrun(2, "iterate", path, "--out", out)
+    assert said.count(f"iterate: done, {out}") == 1 and said.count("sample K answers") == 1
+    report = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in report["versions"]] == ["SFT", "V1"]
+    assert json.loads((out / "phases.json").read_text())["seconds"].keys() == {
+        "V1",
+        "versions at V1",
+    }

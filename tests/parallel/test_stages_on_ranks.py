@@ -1,14 +1,10 @@
 """Whole stages on processes give what one process gives: metrics, held-out numbers, the model."""
 
-import json_lines
 import pytest
 import torch
-from parallel_stages import run_stage, write_data
+from parallel_stages import agree, metrics, run_stage, write_data
 
-import llama2rt
 from llama2rt.parallel import ParallelOptions
-
-HERE = ("tokens_per_second", "mfu", "energy", "joules_per_token", "joules_per_step")
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +20,6 @@ def base(data):
     torch.set_num_threads(1)
     run_stage("pretrain", data, data, data.parent / "pretrain", ParallelOptions())
     return data.parent / "pretrain"
-
-
-def metrics(directory) -> list[dict]:
-    rows = json_lines.read(directory / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in HERE} for row in rows]
-
-
-def agree(directory, expected) -> None:
-    ours, theirs = metrics(directory), metrics(expected)
-    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
-    assert len(ours) >= 20
-    for mine, one in zip(ours, theirs, strict=True):
-        for key, value in one.items():
-            bound = 1e-5 if "loss" in key or "bits" in key else 1e-4
-            assert mine[key] == pytest.approx(value, rel=bound, abs=1e-6), (one["step"], key)
-    model, tokenizer = llama2rt.load(directory / "model")
-    other, _ = llama2rt.load(expected / "model")
-    assert tokenizer is not None and type(model) is type(other)
-    for weight, same in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(weight, same, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=str)

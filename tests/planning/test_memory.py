@@ -24,9 +24,16 @@ def setting(tokens: int = 48, count: int = 1, **changes) -> Setting:
     return replace(Setting(degrees, 4, tokens, count, cuda=False), **changes)
 
 
-def saved_bytes(config: LlamaConfig, tokens: int) -> int:
+def saved_bytes(
+    config: LlamaConfig,
+    tokens: int,
+    lora: LoraOptions | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """Distinct memory that the graph of a forward pass keeps, weights left out."""
-    model = Llama(config).initialize(0)
+    model = Llama(config).initialize(0).to(dtype)
+    if lora is not None:
+        lora.adapt(model, 0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
 
@@ -44,12 +51,23 @@ def saved_bytes(config: LlamaConfig, tokens: int) -> int:
     return sum(found.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [["query", "value"], None])
+def test_a_block_under_lora_keeps_what_autograd_keeps(dtype, targets):
+    pytest.importorskip("peft")
+    lora = LoraOptions(rank=3, **({"targets": targets} if targets else {}))
+    more = replace(CONFIG, layers=CONFIG.layers + 1)
+    kept = saved_bytes(more, 24, lora, dtype) - saved_bytes(CONFIG, 24, lora, dtype)
+    how = setting(24, compute_bytes=dtype.itemsize)
+    assert kept == memory.block_activations(Model("m", CONFIG, lora=lora), how)
+
+
 @pytest.mark.parametrize("tokens", [24, 64])
 def test_a_block_keeps_what_autograd_keeps(tokens):
     """One block more keeps exactly `block_activations` more."""
     more = replace(CONFIG, layers=CONFIG.layers + 1)
     kept = saved_bytes(more, tokens) - saved_bytes(CONFIG, tokens)
-    assert kept == memory.block_activations(CONFIG, setting(tokens))
+    assert kept == memory.block_activations(Model("m", CONFIG), setting(tokens))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -112,7 +130,7 @@ def test_more_ranks_take_less_each(dimension):
 
 def test_replicas_take_nothing_off_and_recomputation_does():
     assert total(data=2) == total(data=4)
-    assert total(recompute=True) < total()
+    assert total(recompute="full") < total(recompute="selective") < total()
 
 
 def test_sampling_takes_half_of_what_is_free_and_at_least_one_sequence():
@@ -132,6 +150,8 @@ def test_sampling_takes_half_of_what_is_free_and_at_least_one_sequence():
     found = memory.rollout(bounded, how, free)
     assert found["kv_cache"] + found["activations"] <= 3 * 2**30
     assert memory.rollout(drawn, replace(how, degrees=ONE), free)["gathered"] == 0
+    cut = replace(how, degrees=ONE | {"tensor": 4})  # undone for sampling
+    assert memory.rollout(drawn, cut, free)["gathered"] == whole
 
 
 @pytest.mark.parametrize("scalar", [False, True])
@@ -143,9 +163,8 @@ def test_under_an_adapter_states_are_what_the_optimizer_holds(scalar, kept, prec
     model = (ScalarModel if scalar else Llama)(CONFIG, dtype=options.dtype).initialize(0)
     lora.adapt(model, seed=0)
     state = Optimizer(model, options).state_dict()
-    adapter = lora.parameters(CONFIG, scalar)
     planned = memory.states(
-        Model("m", CONFIG, scalar, adapter=adapter),
+        Model("m", CONFIG, scalar, lora),
         setting(compute_bytes=options.dtype.itemsize, moment_bytes=2 if kept == "bf16" else 4),
     )
     weights = sum(p.nbytes for p in model.parameters())
@@ -156,5 +175,5 @@ def test_under_an_adapter_states_are_what_the_optimizer_holds(scalar, kept, prec
     }
     assert planned["moments"] == pytest.approx(held["exp_avg"])
     assert planned["masters"] == pytest.approx(held["master."] if precision == "bf16" else 0.0)
-    away = memory.states(Model("m", CONFIG, scalar, adapter=adapter), setting(optimizer_away=True))
+    away = memory.states(Model("m", CONFIG, scalar, lora), setting(optimizer_away=True))
     assert away["moments"] == away["masters"] == 0

@@ -87,9 +87,9 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, 
     seen = []
     loader = dpo.PairLoader
 
-    def remember(pairs, extras, *rest):
+    def remember(pairs, extras, *rest, **share):
         seen.append((pairs, {name: value.copy() for name, value in extras.items()}))
-        return loader(pairs, extras, *rest)
+        return loader(pairs, extras, *rest, **share)
 
     monkeypatch.setattr(dpo, "PairLoader", remember)
     settings = {"prompts_per_iteration": 12, "epochs": 1, "validation": []}

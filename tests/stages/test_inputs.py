@@ -17,7 +17,7 @@ from llama2rt.generate.budget import forward_bytes
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.pipeline import iterate
 from llama2rt.rollout.responses import Response, write_responses
-from llama2rt.stages import dpo, loading, ppo, rejection, reward, sft
+from llama2rt.stages import comparisons, dpo, loading, ppo, rejection, reward, sft
 from llama2rt.text import backends, chat
 from llama2rt.text.template import LLAMA3_TEMPLATE
 from llama2rt.text.tokenizer import Tokenizer
@@ -424,4 +424,4 @@ def test_text_that_the_chat_template_forbids_is_named(tmp_path, small_tokenizer)
     with pytest.raises(InputError, match=f"dialogue that begins 'say <.*>': {said}"):
         sft.encode([Dialogue(answered)], tokenizer, 64)
     with pytest.raises(InputError, match=f"comparison whose prompt begins 'say <.*>': {said}"):
-        reward.encode([Comparison(asked, "a", "b")], tokenizer, 64)
+        comparisons.encode([Comparison(asked, "a", "b")], tokenizer, 64)

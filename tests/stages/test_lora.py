@@ -399,7 +399,7 @@ def test_peft_puts_a_reward_adapter_and_its_head_on_the_export(pocket, tmp_path)
 
 
 def test_ppo_refuses_dropout_and_a_reward_model_of_no_model_an_adapter(pocket):
-    with pytest.raises(ValueError, match=r"lora\n.*dropout: expected 0"):
+    with pytest.raises(ValueError, match=r"lora.dropout\n.*less than or equal to 0"):
         stage_recipe("ppo", pocket, LORA | {"dropout": 0.1})
     with pytest.raises(ValueError, match=r"lora: .*give init"):
         reward.RewardRecipe(

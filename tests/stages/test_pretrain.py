@@ -12,8 +12,9 @@ from small_models import packed
 import llama2rt
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
-from llama2rt.stages import pretrain
-from llama2rt.stages.pretrain import ModelShape, PretrainRecipe
+from llama2rt.stages import corpus, pretrain
+from llama2rt.stages.pretrain import PretrainRecipe
+from llama2rt.stages.shape import ModelShape
 from llama2rt.train import TrainOptions
 
 TEXT = "".join(
@@ -200,7 +201,7 @@ def test_each_sources_end_is_held_out_and_measured(tmp_path, caplog):
 def test_sources_that_are_pages_count_as_one(tmp_path):
     path = tmp_path / "pages.jsonl"
     json_lines.write(path, [{"text": TEXT, "source": f"http://{i}"} for i in range(65)])
-    assert list(pretrain.by_source(recipe(tmp_path, data=[path]))) == ["pages.jsonl"]
+    assert list(corpus.by_source(recipe(tmp_path, data=[path]))) == ["pages.jsonl"]
 
 
 def test_files_of_one_name_are_two_sources(tmp_path):
@@ -209,4 +210,4 @@ def test_files_of_one_name_are_two_sources(tmp_path):
         (tmp_path / folder).mkdir()
         data.append(tmp_path / folder / "text.txt")
         data[-1].write_text(TEXT)
-    assert list(pretrain.by_source(recipe(tmp_path, data=data))) == [str(path) for path in data]
+    assert list(corpus.by_source(recipe(tmp_path, data=data))) == [str(path) for path in data]

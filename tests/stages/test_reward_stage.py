@@ -54,7 +54,7 @@ def test_objective_reads_last_tokens_and_adds_margins(pocket, layout):
         comparison("lu", None, "both_unsafe"),
     ]
     recipe = problem.reward_recipe(pocket, "safety", margin="large", safety_coefficient=0.5)
-    pairs, kept = reward.encode(records, tokenizer, 64)
+    pairs, kept = comparisons.encode(records, tokenizer, 64)
     assert kept == records
     batch = pack_pairs(pairs, reward.targets(records, recipe), layout)
     assert (batch.batch.keys is not None) == (layout is pack_shared)
@@ -130,7 +130,7 @@ def test_shares_are_the_papers(pocket, tmp_path):
 def test_pairs_beyond_the_context_are_left_out_not_cut(pocket, caplog):
     _, tokenizer = loading.load_llama(pocket.sft)
     records = [comparison("baba"), comparison("lulu", answer="yes " * 60)]
-    pairs, kept = reward.encode(records, tokenizer, 64)
+    pairs, kept = comparisons.encode(records, tokenizer, 64)
     assert kept == records[:1] and len(pairs) == 1
     assert "1 comparisons longer than the context of 64 left out" in caplog.text
 
@@ -174,7 +174,7 @@ def test_scores_do_not_depend_on_neighbours(pocket):
     _, tokenizer = loading.load_llama(pocket.sft)
     model = loading.load_scalar(pocket.helpfulness)
     records = [comparison(name) for name in problem.NAMES[:9]]
-    pairs, _ = reward.encode(records, tokenizer, 64)
+    pairs, _ = comparisons.encode(records, tokenizer, 64)
     together, _ = reward.score(model, pairs, 4096)
     apart = np.concatenate([reward.score(model, [pair], 4096)[0] for pair in pairs])
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)

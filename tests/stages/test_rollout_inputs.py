@@ -55,6 +55,12 @@ def test_a_reward_model_without_room_is_refused_before_sampling(pocket, stranger
             module.run(recipe, tmp_path / module.__name__)
 
 
+def test_layers_cannot_be_cut_over_processes_where_a_stage_samples(pocket, tmp_path):
+    for module, recipe in stages(pocket, {"parallel.pipeline": 2}):
+        with pytest.raises(InputError, match=r"parallel\.pipeline: expected 1 in a stage that"):
+            module.run(recipe, tmp_path / module.__name__)
+
+
 def test_prompts_that_fill_the_context_are_left_out_and_counted(pocket, tmp_path, caplog):
     policy, tokenizer = loading.load_llama(pocket.sft)
     short = Prompt("short", [{"role": "user", "content": "may baba visit"}])

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import json_lines
@@ -12,6 +13,7 @@ import pytest
 import torch
 from processes import run_python
 from small_models import packed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama2rt import energy
 from llama2rt.data.loader import ExampleLoader
@@ -84,10 +86,18 @@ def test_recomputation_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Block, "forward", lambda *args: calls.append(1) or forward(*args))
     plain = train(tmp_path / "plain", steps=4)
     assert len(calls) == 4 * CONFIG.layers
-    recomputed = train(tmp_path / "recomputed", steps=4, activation_checkpointing=True)
-    assert len(calls) == (4 + 2 * 4) * CONFIG.layers
-    assert torch.equal(weights(plain), weights(recomputed))
-    assert recomputed.transformer.run_block is plain.transformer.run_block
+    for taken, how in enumerate(("full", "selective"), start=1):
+        recomputed = train(tmp_path / how, steps=4, activation_checkpointing=how)
+        assert len(calls) == (4 + taken * 2 * 4) * CONFIG.layers
+        assert torch.equal(weights(plain), weights(recomputed))
+        assert recomputed.transformer.run_block is plain.transformer.run_block
+
+
+def test_how_recipes_ask_for_recomputation():
+    asked = [TrainOptions(activation_checkpointing=how) for how in (True, False, "selective")]
+    assert [options.activation_checkpointing for options in asked] == ["full", "none", "selective"]
+    with pytest.raises(ValueError, match="selective excludes compile"):
+        TrainOptions(activation_checkpointing="selective", compile=True)
 
 
 def test_recomputation_keeps_one_activation_a_block():
@@ -111,6 +121,36 @@ def test_recomputation_keeps_one_activation_a_block():
     plain = saved()
     with recompute_blocks(model):
         assert saved() < plain / 3
+
+
+def test_selective_recomputation_takes_no_product_twice():
+    from llama2rt.train.recompute import recompute_blocks
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            counts[op] += 1
+            return op(*args, **(kwargs or {}))
+
+    model = Llama(CONFIG).initialize(0)
+    tokens = torch.arange(40) % 41
+    found = {}
+    for how in ("none", "selective", "full"):
+        counts: Counter = Counter()
+        with recompute_blocks(model, how), Count():
+            (-model(*packed(tokens), tokens).sum()).backward()
+        found[how] = [
+            counts[op]
+            for op in (
+                torch.ops.aten.mm.default,
+                torch.ops.llama2rt.attention.default,
+                torch.ops.llama2rt.swiglu.default,
+            )
+        ]
+    products, attention, swiglu = found["none"]
+    assert (attention, swiglu) == (CONFIG.layers, CONFIG.layers)
+    assert found["selective"] == [products, attention, 2 * swiglu]
+    # Six of a block's seven: nothing in it needs what the last one gave.
+    assert found["full"] == [products + 6 * CONFIG.layers, 2 * attention, 2 * swiglu]
 
 
 def test_resume_after_every_step_is_bit_for_bit(tmp_path):
