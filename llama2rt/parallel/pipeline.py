@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -42,13 +43,17 @@ class Elsewhere(nn.Module):
 class Place:
     """Which part of a model this rank has."""
 
-    group: dist.ProcessGroup
-    """the ranks that together have the model, by stage"""
+    devices: DeviceMesh
+    """that together have the model, by stage"""
     layers: int
     dtype: torch.dtype
     """of activations"""
     main: bool
     """whether rank 0 is one of them"""
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.devices.get_group()
 
     @property
     def stage(self) -> int:
@@ -223,8 +228,8 @@ class PipelinedLlama(Llama):
 def cut_layers(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> None:
     """Leave of a model that every rank holds whole what this rank's stage has, in place. `dtype`:
     of activations. InputError for another model than a plain `Llama`."""
-    group = mesh.group("pipeline")
-    assert group is not None
+    devices = mesh.along("pipeline")
+    assert devices is not None
     with torch.device("meta"):
         shape = Llama(model.config)
     names = set(weights(shape))
@@ -233,8 +238,8 @@ def cut_layers(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> No
             "parallel.pipeline: expected a language model without adapters: pretraining and SFT of "
             "all weights alone"
         )
-    main = 0 in dist.get_process_group_ranks(group)
-    place = Place(group, model.config.layers, dtype, main)
+    main = 0 in devices.mesh.tolist()
+    place = Place(devices, model.config.layers, dtype, main)
     for name in sorted(names, reverse=True):
         if place.stage_of(name) != place.stage:
             parts = name.split(".")
