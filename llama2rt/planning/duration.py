@@ -103,7 +103,5 @@ def sampling_seconds(sampling: Sampling, cluster: Cluster) -> float:
     decoding = rounds * sampling.most * max(read, computed)
     prefill = share * sampling.prompt * 2 * weights / rate
     tokens = share * (sampling.prompt + sampling.most)
-    scoring = sum(
-        tokens * 2 * memory.parts(reader).total / rate for reader in sampling.readers
-    )
+    scoring = sum(tokens * 2 * memory.parts(reader).total / rate for reader in sampling.readers)
     return decoding + prefill + scoring
