@@ -149,7 +149,7 @@ def write_safetensors(path: Path, stored: Mapping[str, Weight]) -> None:
         for name, weight in stored.items():
             file.seek(8 + len(written) + header[name]["data_offsets"][0])
             values = weight.read().contiguous().view(-1).view(torch.uint8)
-            file.write(memoryview(values.numpy()))
+            file.write(values.numpy().data)
             del values  # before the next one is read
 
 

@@ -294,10 +294,15 @@ class Trial:
         for moment in moments:
             group = self._start(out)
             wait = moment - reached + (self.ready if reached else 0.0)
+            begin = time.monotonic()
             if not group.ended(wait):
                 self._disturb(group, out, random_numbers.choice(KINDS), random_numbers)
             elif any(group.statuses):
                 raise Wrong(f"{name}: ended with {group.statuses}: {group.end()}")
+            else:  # the whole run met a busier machine
+                if not reached:
+                    self.seconds = min(self.seconds, time.monotonic() - begin)
+                break
             reached = moment
         self._finish(self._start(out))
         if different := differences(self.expected, results(out)):
