@@ -109,7 +109,10 @@ def interrupt_at(step: int) -> None:
 
 
 # What a process measures of itself, and not of the model.
-HERE = ("tokens_per_second", "mfu", "energy", "joules_per_token", "joules_per_step")
+HERE = (
+    *("tokens_per_second", "mfu", "energy", "joules_per_token", "joules_per_step"),
+    *("slowest_rank", "straggler_ratio"),
+)
 
 
 def metrics(directory: Path) -> list[dict]:
