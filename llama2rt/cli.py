@@ -193,6 +193,8 @@ def usage(verbs: dict[str, str]) -> str:
         return "\n".join(f"  {name:<12}{verbs[name]}" for name in names if name in verbs)
 
     recipes = ", ".join(sorted(path.stem for path in (_PACKAGE / "recipes").glob("*.toml")))
+    shipped = f"RECIPE is a TOML file or one of those shipped: {recipes}."
+    shipped = textwrap.fill(shipped, 88, break_on_hyphens=False)
     return f"""\
 usage: llama2rt VERB ...
 
@@ -202,7 +204,7 @@ Training stages: llama2rt VERB RECIPE [--key value ...] --out DIR [--resume] [--
 Everything else
 {rows(list(COMMANDS))}
 
-{textwrap.fill(f"RECIPE is a TOML file or one of those shipped: {recipes}.", 88)}
+{shipped}
 Keys of a recipe are options: --train.lr 1e-3 --data a.txt b.txt. Paths in a recipe are relative
 to the working directory. DIR receives recipe.toml, manifest.json, metrics.jsonl, TensorBoard
 files, checkpoints/ and model/. After Ctrl-C or a kill, the same command with --resume goes on.
@@ -225,13 +227,14 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
         options = _stage_options(verb, recipe_class, given, values, arguments)
     if options.planned.dry_run:
         lines, values = options.planned.say(verb, options.recipe, options.out)
-        print(json.dumps(values) if options.json else "\n".join(lines))
+        if not _rank():
+            print(json.dumps(values) if options.json else "\n".join(lines))
         return
+    from llama2rt.parallel import command
+
     if _ranks() == 1:
         folder = _carry_out(module, options, options.resume)
     else:
-        from llama2rt.parallel import command
-
         with command.joined():
             folder = _carry_out(module, options, options.resume or command.restarted())
     if options.json:
@@ -240,6 +243,8 @@ def _run_stage(verb: str, arguments: list[str]) -> None:
         print(json.dumps(result))
     elif not _rank():
         print(f"{verb}: done, {folder}", file=sys.stderr)
+    if _ranks() > 1:
+        command.finish()
 
 
 def _carry_out(module: Any, options: Any, resume: bool) -> Path:

@@ -61,8 +61,8 @@ def losses(rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 def draw(curves: Mapping[str, np.ndarray], path: Path) -> None:
-    """Losses, and below each other's weight: how far each is from one process's."""
-    from llama2rt.report.plot import SERIES, Plot, canvas
+    """Losses, and how far each is from one process's."""
+    from llama2rt.report.plot import MUTED, SERIES, Plot, canvas
 
     alone = curves[ALONE]
     step = np.arange(1, len(alone) + 1)
@@ -74,9 +74,10 @@ def draw(curves: Mapping[str, np.ndarray], path: Path) -> None:
             if name != ALONE:
                 apart = np.maximum(np.abs(curve / alone - 1.0), 1e-9)
                 right.plot(step, apart, color=colour, linewidth=1.0, label=name)
-        right.axhline(1e-5, color="#5f6672", linestyle=(0, (4, 3)), linewidth=1)
-        right.axvline(FIRST, color="#5f6672", linestyle=(0, (4, 3)), linewidth=1)
+        right.axhline(1e-5, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        right.axvline(FIRST, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
         right.set_yscale("log")
+        right.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         left.set_title("loss (nats a token)")
         right.set_title("relative difference from one process")
         for axes in (left, right):

@@ -77,7 +77,11 @@ def counted(handed: dict[str, int]) -> Any:
     """Inside, `handed` counts the bytes of whole tensors that collectives give or take."""
     import torch.distributed as dist
 
-    gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+    # What FSDP calls, by the names of torch 2.13 and of those before it.
+    names = ("all_gather_single", "reduce_scatter_single")
+    if not hasattr(dist, names[0]):
+        names = ("all_gather_into_tensor", "reduce_scatter_tensor")
+    gather, scatter = (getattr(dist, name) for name in names)
 
     def all_gather(output_tensor: Any, input_tensor: Any, *rest: Any, **options: Any) -> Any:
         handed["all_gather"] += output_tensor.nbytes
@@ -89,8 +93,8 @@ def counted(handed: dict[str, int]) -> Any:
 
     handed |= {"all_gather": 0, "reduce_scatter": 0}
     with (
-        mock.patch.object(dist, "all_gather_into_tensor", all_gather),
-        mock.patch.object(dist, "reduce_scatter_tensor", reduce_scatter),
+        mock.patch.object(dist, names[0], all_gather),
+        mock.patch.object(dist, names[1], reduce_scatter),
     ):
         yield
 
@@ -120,6 +124,7 @@ def serve(pipe: Connection, rank: int, ranks: int, port: int, precision: str) ->
             loss = take()
         pipe.send((time.perf_counter() - begin, loss, handed, expected))
     stop()
+    os._exit(0)  # as `parallel.command.finish` says
 
 
 class Side:

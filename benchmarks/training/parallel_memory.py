@@ -12,7 +12,6 @@ yet, and the heap is in its final shape in the second.
 """
 
 import argparse
-import contextlib
 import ctypes
 import json
 import os
@@ -92,7 +91,7 @@ def steps(config: Any, mesh: Any, settings: dict[str, Any], count: int) -> Any:
     rng = np.random.default_rng(mesh.batch_rank)
     losses, peaks = [], [resident("VmHWM")]
     for _ in range(count):
-        recompute = recompute_blocks(model) if settings["recompute"] else contextlib.nullcontext()
+        recompute = recompute_blocks(model, settings["recompute"])
         ids = rng.integers(3, config.vocab_size, tokens)
         batch = pack([Example.of(part) for part in np.array_split(ids, 2)])
         with recompute:
@@ -144,7 +143,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a step, over all ranks")
     parser.add_argument("--layers", type=int, default=SHAPE["layers"])
     parser.add_argument("--dim", type=int, default=SHAPE["dim"])
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument(
         "--allocator",
         choices=["kept", "glibc"],

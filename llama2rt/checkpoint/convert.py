@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from llama2rt.checkpoint import hf, meta, native
-from llama2rt.checkpoint.load import load
+from llama2rt.checkpoint import files, hf, meta, native
+from llama2rt.checkpoint.load import read
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
 
@@ -26,16 +26,18 @@ def convert(
 ) -> None:
     """Read the model folder `source` and write it as `destination`, tokenizer included.
 
-    dtype None keeps the stored one. shards: model-parallel ranks of a Meta folder. InputError when
-    the source cannot be read, the destination already holds something, or the target format cannot
-    express the model.
+    One tensor is in memory at a time or, where a Meta folder is written, one of its files. dtype
+    None keeps the stored one. shards: model-parallel ranks of a Meta folder. InputError when the
+    source cannot be read, the destination already holds something, or the target format cannot
+    express the model; then nothing has been written.
     """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"{destination}: already exists and is not empty")
     if shards != 1 and to != "meta":
         raise InputError("shards: only a Meta folder is split into ranks")
-    model, tokenizer = load(source, dtype=DTYPES[dtype] if dtype else None)
+    model, tokenizer, weights = read(source, DTYPES[dtype] if dtype else None)
+    files.fill(model, weights, "meta")  # for their dtype, which a description of the model names
     if tokenizer is None:
         logger.warning(
             "%s: no tokenizer, with which the ids of BOS, EOS and padding and the generation "
@@ -47,8 +49,9 @@ def convert(
         if isinstance(model, ScalarModel):
             raise InputError(f"{source}: a model with a scalar head has no Meta format; use hf")
         try:
-            meta.save(model, tokenizer, destination, shards=shards)
+            meta.check_shards(model.config, shards)
         except ValueError as error:
             raise InputError(str(error)) from None
+        meta.save(model, tokenizer, destination, weights=weights, shards=shards)
     else:
-        (hf if to == "hf" else native).save(model, tokenizer, destination)
+        (hf if to == "hf" else native).save(model, tokenizer, destination, weights=weights)

@@ -1,7 +1,8 @@
 """Model folders on disk: written whole or not at all, read tensor by tensor with errors that name.
 
 Weights are safetensors in Hugging Face's layout (one `model.safetensors`, or shards and an index),
-for this project's own folders too, so that one reader and one writer serve both.
+for this project's own folders too, so that one reader and one writer serve both. Neither holds more
+than a tensor at a time; safetensors' own writer wants all of a file at once.
 """
 
 import contextlib
@@ -11,16 +12,16 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llama2rt import atomic
+from llama2rt.checkpoint.weight import Area, Stored, Weight
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
 
@@ -31,6 +32,14 @@ SHARD_BYTES = 5 << 30  # Hugging Face's own default size
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+# safetensors' spelling of what a model may hold, in the order in which it lays them out.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+_SPELLING = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @contextlib.contextmanager
@@ -56,8 +65,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
             folder.rename(scratch / "old")
         fresh.rename(folder)
         atomic.sync(folder.parent)
-    except SafetensorError as error:  # which is what safetensors makes of a full disk
-        raise OSError(f"{folder}: this model could not be written ({error})") from error
     finally:
         if (scratch / "old").exists() and not folder.exists():
             (scratch / "old").rename(folder)
@@ -89,31 +96,65 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(
-    folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES
+def write_model(
+    folder: str | Path,
+    stored: Mapping[str, Weight],
+    write_others: Callable[[Path], None],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors as one safetensors file, or as shards of at most `shard_bytes` and an index."""
-    shards: list[dict[str, Tensor]] = [{}]
+    """Write a model folder: one safetensors file, or files of at most `shard_bytes` and an index,
+    and beside them what `write_others` puts into the new folder. Each weight is read once, in the
+    order of `stored`, and held until it is written."""
+    with new_folder(Path(folder)) as fresh:
+        write_others(fresh)
+        try:
+            _write_tensors(fresh, stored, shard_bytes)
+        except OSError as error:
+            raise OSError(f"{folder}: this model could not be written ({error})") from error
+
+
+def _write_tensors(folder: Path, stored: Mapping[str, Weight], shard_bytes: int) -> None:
+    shards: list[dict[str, Weight]] = [{}]
     filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+    for name, weight in stored.items():
+        if shards[-1] and filled + weight.nbytes > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
+        shards[-1][name] = weight
+        filled += weight.nbytes
     where = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         where.update(dict.fromkeys(shard, file))
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-        save_file(whole, folder / file, metadata={"format": "pt"})
+        write_safetensors(folder / file, shard)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        total = sum(weight.nbytes for weight in stored.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor) of every tensor in a folder's safetensors, one at a time."""
+def write_safetensors(path: Path, stored: Mapping[str, Weight]) -> None:
+    """The file that safetensors' own `save_file` would write, but a tensor at a time."""
+    order = list(_SPELLING)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(stored, key=lambda name: (order.index(stored[name].dtype), name)):
+        begin, end = end, end + stored[name].nbytes
+        shape = list(stored[name].shape)
+        kind = _SPELLING[stored[name].dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    written += b" " * (-len(written) % 8)
+    with open(path, "wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        for name, weight in stored.items():
+            file.seek(8 + len(written) + header[name]["data_offsets"][0])
+            values = weight.read().contiguous().view(-1).view(torch.uint8)
+            file.write(values.numpy().data)
+            del values  # before the next one is read
+
+
+def stored_weights(folder: Path) -> Iterator[Stored]:
+    """Every tensor in a folder's safetensors."""
     index = folder / INDEX
     files: dict[Path, set[str]] = {}
     if (folder / SINGLE).is_file():
@@ -145,9 +186,28 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
                 for name in sorted(names or present):
                     if name not in present:
                         raise InputError(f"{path}: {name}: listed in {index.name} but missing")
-                    yield path, name, file.get_tensor(name)
+                    part = file.get_slice(name)
+                    dtype = _DTYPES.get(part.get_dtype()) or file.get_tensor(name).dtype
+                    shape = torch.Size(part.get_shape())
+                    yield path, name, Weight(shape, dtype, _Fetch(path, name))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged or not safetensors: {error}") from None
+
+
+class _Fetch:
+    """Reads from one tensor of a file, which is open only meanwhile: a mapped file's pages count as
+    this process's memory."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+
+    def __call__(self, area: Area) -> Tensor:
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                part = file.get_slice(self._name)
+                return part[area] if area else file.get_tensor(self._name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self._path}: damaged or not safetensors: {error}") from None
 
 
 OUTPUT, EMBEDDING = "output.weight", "transformer.embedding.weight"
@@ -162,48 +222,42 @@ def weights(model: Llama | ScalarModel) -> dict[str, nn.Parameter]:
     return named
 
 
-def fill(
+def match(
     model: Llama | ScalarModel,
-    tensors: Iterator[tuple[Path, str, Tensor]],
-    device: torch.device | str,
+    stored: Iterable[Stored],
     dtype: torch.dtype | None,
     stored_name: Callable[[str], str],
-) -> None:
-    """Give a model built on the meta device its weights; InputError for one missing, left over, of
-    the wrong shape or of a dtype that is not floating point. `tensors` are (file, name there,
-    tensor); `stored_name` turns a parameter's name into the one in the files.
+) -> dict[str, Weight]:
+    """The weights of a model by parameter name, in the order and all in the dtype in which they
+    are to be read; InputError for one missing, left over, of the wrong shape or of a dtype that is
+    not floating point. `stored_name` turns a parameter's name into the one in the files.
 
     dtype None keeps the stored one; where the files mix several, all become the one that holds them
     all, and a warning says so. A tied model may come with its output under either name; where it
-    comes with two that differ, both are kept and the model is no longer tied, with a warning.
+    comes with two that differ, both are kept and the model's configuration is no longer tied, with
+    a warning.
     """
     wanted = weights(model)
     tied = isinstance(model, Llama) and model.config.tied
     name_of = {stored_name(name): name for name in (*wanted, *([OUTPUT] if tied else []))}
-    filled: dict[str, nn.Parameter] = {}
-    stored: dict[torch.dtype, str] = {}
-    # Of a tied model, as the files hold them: on the meta device a parameter has no values to tell
-    # one from the other.
-    ends: dict[str, Tensor] = {}
+    found: dict[str, Weight] = {}
+    kinds: dict[torch.dtype, str] = {}
     path = None
-    for path, shown, tensor in tensors:
+    for path, shown, weight in stored:
         name = name_of.get(shown)
         if name is None:
             raise InputError(f"{path}: {shown}: not part of a model of this configuration")
-        _check(f"{path}: {shown}", tensor, wanted[EMBEDDING if tied and name == OUTPUT else name])
-        if tied and name in (OUTPUT, EMBEDDING):
-            ends[name] = tensor
-        stored.setdefault(tensor.dtype, shown)
-        # A copy: a mapped file that is truncated later must not take the process with it.
-        filled[name] = nn.Parameter(tensor.to(device, dtype, copy=True))
-    if tied and OUTPUT in filled and EMBEDDING not in filled:
-        filled[EMBEDDING] = filled.pop(OUTPUT)
-    missing = sorted(stored_name(name) for name in wanted.keys() - filled.keys())
+        _check(f"{path}: {shown}", weight, wanted[EMBEDDING if tied and name == OUTPUT else name])
+        kinds.setdefault(weight.dtype, shown)
+        found[name] = weight
+    if tied and OUTPUT in found and EMBEDDING not in found:
+        found[EMBEDDING] = found.pop(OUTPUT)
+    missing = sorted(stored_name(name) for name in wanted.keys() - found.keys())
     if missing:
         raise InputError(f"{path}: {missing[0]}: missing ({len(missing)} tensors in all)")
-    if tied and OUTPUT in filled:
-        if _same_values(ends[OUTPUT], ends[EMBEDDING], dtype):
-            del filled[OUTPUT]
+    if tied and OUTPUT in found:
+        if _same_values(found[OUTPUT], found[EMBEDDING], dtype):
+            del found[OUTPUT]
         else:
             logger.warning(
                 "%s: the configuration ties the output to the embedding, but %s differs from it: "
@@ -212,41 +266,48 @@ def fill(
                 stored_name(OUTPUT),
             )
             model.config = model.transformer.config = dataclasses.replace(model.config, tied=False)
-    if dtype is None and len(stored) > 1:
-        filled = _promoted(path, filled, stored)
-    for name, parameter in filled.items():
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, kinds)
+        if len(kinds) > 1:
+            logger.warning(
+                "%s: %s; all become %s",
+                path,
+                ", ".join(f"{name} is {kind}" for kind, name in kinds.items()),
+                dtype,
+            )
+    return {name: weight.to(dtype) for name, weight in found.items()}
+
+
+def fill(
+    model: Llama | ScalarModel, read: Mapping[str, Weight], device: torch.device | str
+) -> None:
+    """Give a model built on the meta device its weights (`match`); on that device, only their
+    dtype."""
+    for name, weight in read.items():
+        if torch.device(device).type == "meta":
+            tensor = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        else:
+            # A copy: a mapped file that is truncated later must not take the process with it.
+            tensor = weight.read().to(device, copy=True)
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, parameter)
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
     if isinstance(model, Llama) and model.config.tied:
         model.output.weight = model.transformer.embedding.weight
 
 
-def _check(where: str, tensor: Tensor, like: Tensor) -> None:
-    """InputError unless `tensor` can become `like`."""
-    if tensor.shape != like.shape:
-        raise InputError(f"{where}: expected shape {list(like.shape)}, got {list(tensor.shape)}")
-    if tensor.dtype not in LOADABLE:
-        names = (str(dtype).removeprefix("torch.") for dtype in (*LOADABLE, tensor.dtype))
+def _check(where: str, weight: Weight, like: Tensor) -> None:
+    """InputError unless `weight` can become `like`."""
+    if weight.shape != like.shape:
+        raise InputError(f"{where}: expected shape {list(like.shape)}, got {list(weight.shape)}")
+    if weight.dtype not in LOADABLE:
+        names = (str(dtype).removeprefix("torch.") for dtype in (*LOADABLE, weight.dtype))
         *expected, got = names
         raise InputError(f"{where}: expected one of {', '.join(expected)}, got {got}")
 
 
-def _same_values(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> bool:
+def _same_values(a: Weight, b: Weight, dtype: torch.dtype | None) -> bool:
     """Whether two stored tensors become the same weights in `dtype` (None: in the one of the two
     that holds both)."""
     dtype = dtype or torch.promote_types(a.dtype, b.dtype)
-    return torch.equal(a.to(dtype), b.to(dtype))
-
-
-def _promoted(
-    path: Path | None, filled: dict[str, nn.Parameter], stored: dict[torch.dtype, str]
-) -> dict[str, nn.Parameter]:
-    """All parameters in the one dtype that holds every one in `stored` (with a tensor's name)."""
-    common = functools.reduce(torch.promote_types, stored)
-    logger.warning(
-        "%s: %s; all become %s",
-        path,
-        ", ".join(f"{name} is {kind}" for kind, name in stored.items()),
-        common,
-    )
-    return {name: nn.Parameter(weight.detach().to(common)) for name, weight in filled.items()}
+    pairs = zip(a.rows(4096), b.rows(4096), strict=True)
+    return all(torch.equal(x.to(dtype), y.to(dtype)) for x, y in pairs)

@@ -6,6 +6,7 @@ key rather than ignored, because ignoring it gives fluent nonsense.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from llama2rt.checkpoint import files
 from llama2rt.checkpoint.native import find_tokenizer, parse_config
 from llama2rt.checkpoint.tokenizer_json import write_tokenizer
+from llama2rt.checkpoint.weight import Weight, of_tensor
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.text.folder import GENERATION, eos_ids
@@ -156,14 +158,20 @@ def save(
     tokenizer: Tokenizer | None,
     folder: str | Path,
     *,
+    weights: Mapping[str, Weight] | None = None,
     shard_bytes: int = files.SHARD_BYTES,
 ) -> None:
     """Write a folder that AutoModelForCausalLM (a ScalarModel: AutoModelForSequenceClassification)
-    and AutoTokenizer load; atomic, a model folder already there is replaced."""
-    with files.new_folder(Path(folder)) as fresh:
+    and AutoTokenizer load; atomic, a model folder already there is replaced.
+
+    `weights`: those to write in place of the model's own, by parameter name; each is read once, in
+    that order.
+    """
+    if weights is None:
+        weights = {name: of_tensor(parameter) for name, parameter in files.weights(model).items()}
+
+    def write_others(fresh: Path) -> None:
         files.write_json(fresh / "config.json", write_config(model, tokenizer))
-        weights = {hf_name(name): parameter for name, parameter in files.weights(model).items()}
-        files.write_tensors(fresh, weights, shard_bytes)
         if tokenizer is not None:
             write_tokenizer(
                 tokenizer, fresh, model.config.context, pad=isinstance(model, ScalarModel)
@@ -174,15 +182,15 @@ def save(
                 ids = {"bos_token_id": tokenizer.bos, "eos_token_id": eos}
                 files.write_json(fresh / GENERATION, {**tokenizer.generation, **ids})
 
+    stored = {hf_name(name): weight for name, weight in weights.items()}
+    files.write_model(folder, stored, write_others, shard_bytes)
 
-def load(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[Llama | ScalarModel, Tokenizer | None]:
-    """Read a Hugging Face folder; a sequence classifier with one label becomes a ScalarModel.
 
-    dtype None keeps the dtype the weights are stored in. InputError names file and key.
-    """
-    folder = Path(folder)
+def read(
+    folder: Path, dtype: torch.dtype | None
+) -> tuple[Llama | ScalarModel, Tokenizer | None, dict[str, Weight]]:
+    """(model on the meta device, tokenizer, weights to read) of a Hugging Face folder; a sequence
+    classifier with one label becomes a ScalarModel. InputError names file and key."""
     path = folder / "config.json"
     config = read_config(path)
     architectures = files.read_json(path).get("architectures") or [CAUSAL]
@@ -195,8 +203,8 @@ def load(
         model = ScalarModel(config) if scalar else Llama(config)
 
     # Old folders also hold a table of rotary frequencies, which is no weight.
-    tensors = (x for x in files.read_tensors(folder) if not x[1].endswith("rotary_emb.inv_freq"))
-    files.fill(model, tensors, device, dtype, hf_name)
+    stored = (x for x in files.stored_weights(folder) if not x[1].endswith("rotary_emb.inv_freq"))
+    weights = files.match(model, stored, dtype, hf_name)
     tokenizer = find_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         logger.warning(
@@ -205,4 +213,4 @@ def load(
             tokenizer.vocab_size,
             config.vocab_size,
         )
-    return model, tokenizer
+    return model, tokenizer, weights

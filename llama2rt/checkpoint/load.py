@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from llama2rt.checkpoint import files, hf, meta, native
+from llama2rt.checkpoint.weight import Weight
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.text.tokenizer import Tokenizer
@@ -22,9 +23,39 @@ def load(
 
     The folder's kind is read from its files: params.json (Meta), or config.json with (this project)
     or without (Hugging Face) `"format": "llama2rt"`. Returns a ScalarModel where the folder holds
-    one; the tokenizer is None where it has none. dtype None keeps the stored one. InputError names
-    the file and key that cannot be read.
+    one; the tokenizer is None where it has none. dtype None keeps the stored one. On the device
+    "meta" nothing but names, shapes and dtypes is read. InputError names the file and key that
+    cannot be read.
     """
+    model, tokenizer, weights = read(path, dtype)
+    files.fill(model, weights, device)
+    return model, tokenizer
+
+
+def load_sharded(path: str | Path, model: Llama | ScalarModel, device: torch.device | str) -> None:
+    """Fill a model that is spread over ranks with the weights in a folder, of which each rank reads
+    its own parts, one tensor at a time.
+
+    `model`: what `load(path, "meta")` returned and `parallelize` cut up, or a pipeline's stage of
+    it; on the meta device still, in whose place come tensors on `device`, or on that already. Each
+    parameter keeps its dtype. InputError as of `load`, and where the folder lacks a parameter.
+    """
+    # Here, because torch.distributed.checkpoint takes a second to import.
+    from llama2rt.checkpoint.sharded import materialize, place
+
+    _, _, weights = read(path)
+    materialize(model, device)
+    for name, parameter in files.weights(model).items():
+        if name not in weights:
+            raise InputError(f"{path}: {name}: missing")
+        place(parameter, weights[name])
+
+
+def read(
+    path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[Llama | ScalarModel, Tokenizer | None, dict[str, Weight]]:
+    """(model on the meta device, tokenizer, weights that are still to be read, by parameter name);
+    as `load`, which reads them."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
@@ -38,9 +69,9 @@ def load(
         logger.warning("%s: the model beside it is read, without this adapter; %s", adapter, merge)
     if config.is_file():
         reader = native if files.read_json(config).get("format") == native.FORMAT else hf
-        return reader.load(folder, device, dtype)
+        return reader.read(folder, dtype)
     if (folder / "params.json").is_file():
-        return meta.load(folder, device, dtype)
+        return meta.read(folder, dtype)
     hint = ""
     if (folder / "model" / "config.json").is_file():
         hint = f"; its model is in {folder / 'model'}"

@@ -6,19 +6,21 @@ latter wrong gives fluent gibberish.
 """
 
 import dataclasses
+import functools
 import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama2rt.checkpoint import files
 from llama2rt.checkpoint.native import find_tokenizer, parse_config
+from llama2rt.checkpoint.weight import Area, Stored, Weight, of_tensor
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.text.tokenizer import Tokenizer
@@ -79,7 +81,22 @@ def _heads(name: str, config: LlamaConfig) -> int | None:
     return config.kv_heads if name.endswith(".key.weight") else None
 
 
-def _shards(folder: Path) -> list[tuple[Path, dict[str, Tensor]]]:
+class Part(NamedTuple):
+    """A tensor in one of the files."""
+
+    path: Path
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    begin: int
+    """where in the file, counted in elements"""
+
+
+Shard = tuple[Path, dict[str, Part]]
+"""a file of a folder and what is in it"""
+
+
+def _shards(folder: Path) -> list[Shard]:
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths:
         raise InputError(f"{folder}: no consolidated.NN.pth in this folder")
@@ -89,20 +106,39 @@ def _shards(folder: Path) -> list[tuple[Path, dict[str, Tensor]]]:
     shards = []
     for path in paths:
         try:
-            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # No values, but where they lie in the file: see `_read`.
+            shard = torch.load(path, map_location="meta", weights_only=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise InputError(f"{path}: damaged or not a checkpoint: {reason}") from None
         if not isinstance(shard, dict):
             raise InputError(f"{path}: expected tensors by name, got {type(shard).__name__}")
-        for name, tensor in shard.items():
-            if not isinstance(tensor, Tensor):
-                raise InputError(f"{path}: {name}: expected a tensor, got {type(tensor).__name__}")
-        shards.append((path, shard))
+        shards.append((path, {name: _part_of(path, name, shard[name]) for name in shard}))
     return shards
 
 
-def _config(path: Path, shards: list, tokenizer: Tokenizer | None) -> LlamaConfig:
+def _part_of(path: Path, name: str, tensor: Any) -> Part:
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{path}: {name}: expected a tensor, got {type(tensor).__name__}")
+    # From torch's notes on serialization: where a storage that was loaded without values lies.
+    offset = tensor.untyped_storage()._checkpoint_offset
+    assert offset is not None
+    begin = offset // tensor.itemsize + int(tensor.storage_offset())
+    return Part(path, tensor.shape, tensor.stride(), tensor.dtype, begin)
+
+
+def _read(part: Part, area: Area) -> Tensor:
+    """Some of a tensor, in a mapping of the file that lasts as long as what is returned: mapped
+    pages count as this process's memory, and `torch.load` keeps them all."""
+    last = sum((n - 1) * step for n, step in zip(part.shape, part.stride, strict=True))
+    size = part.path.stat().st_size // part.dtype.itemsize
+    if part.shape.numel() and part.begin + last >= size:
+        raise InputError(f"{part.path}: damaged or not a checkpoint: it is too short")
+    whole = torch.from_file(str(part.path), shared=False, size=size, dtype=part.dtype)
+    return whole.as_strided(part.shape, part.stride, part.begin)[area]
+
+
+def _config(path: Path, shards: list[Shard], tokenizer: Tokenizer | None) -> LlamaConfig:
     raw = files.read_json(path)
     for key in ("dim", "n_layers", "n_heads", "norm_eps"):
         if key not in raw:
@@ -178,15 +214,14 @@ def _generation(folder: Path, stored: torch.dtype) -> int | None:
     return {torch.float16: 1, torch.bfloat16: 2}.get(stored)
 
 
-def load(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[Llama, Tokenizer | None]:
-    """Read a Meta folder, merging its shards; what params.json says wins over any preset.
+def read(
+    folder: Path, dtype: torch.dtype | None
+) -> tuple[Llama, Tokenizer | None, dict[str, Weight]]:
+    """(model on the meta device, tokenizer, weights to read) of a Meta folder; what params.json
+    says wins over any preset. InputError names file and key.
 
     The tokenizer is tokenizer.model in the folder or, as Meta distributes it, one level above.
-    dtype None keeps the stored one. InputError names file and key.
     """
-    folder = Path(folder)
     shards = _shards(folder)
     tokenizer = find_tokenizer(folder)
     if tokenizer is None and (folder.parent / "tokenizer.model").is_file():
@@ -195,30 +230,59 @@ def load(
     with torch.device("meta"):
         model = Llama(config)
 
-    def merged() -> Iterator[tuple[Path, str, Tensor]]:
+    def stored() -> Iterator[Stored]:
         known = set()
         for name, _ in model.named_parameters():
-            theirs, split = _theirs(name)
+            theirs, _ = _theirs(name)
             known.add(theirs)
-            parts = []
-            for path, shard in shards:
-                if theirs not in shard:
-                    raise InputError(f"{path}: {theirs}: missing")
-                parts.append(shard[theirs])
-            if name == files.EMBEDDING and parts[0].shape[1] == config.dim:
-                split = 0  # Llama 3 splits its embedding over the vocabulary
-            whole = parts[0] if split is None else torch.cat(parts, split)
-            heads = _heads(name, config)
-            if heads is not None and whole.shape[0] == heads * config.head_dim:
-                whole = to_halves(whole, heads)
-            yield shards[0][0], theirs, whole
+            yield shards[0][0], theirs, _merged(shards, name, config)
         for path, shard in shards:
             # LLaMA 1's have tables of rotary frequencies, one or one a layer.
             if extra := sorted(name for name in shard.keys() - known if "rope.freqs" not in name):
                 raise InputError(f"{path}: {extra[0]}: not part of a model of this configuration")
 
-    files.fill(model, merged(), device, dtype, lambda name: _theirs(name)[0])
-    return model, tokenizer
+    return model, tokenizer, files.match(model, stored(), dtype, lambda name: _theirs(name)[0])
+
+
+def _merged(shards: list[Shard], name: str, config: LlamaConfig) -> Weight:
+    """One of our parameters, put together from the ranks' parts."""
+    theirs, split = _theirs(name)
+    for path, shard in shards:
+        if theirs not in shard:
+            raise InputError(f"{path}: {theirs}: missing")
+    parts = [shard[theirs] for _, shard in shards]
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    if name == files.EMBEDDING and parts[0].shape[1] == config.dim:
+        split = 0  # Llama 3 splits its embedding over the vocabulary
+    if split is None:
+        return Weight(parts[0].shape, parts[0].dtype, functools.partial(_read, parts[0]))
+    whole = [*parts[0].shape]
+    whole[split] = sum(part.shape[split] for part in parts)
+
+    def fetch(area: Area) -> Tensor:
+        inside, begin = [], 0
+        for part in parts:
+            first = max(area[split].start - begin, 0)
+            last = min(area[split].stop - begin, part.shape[split])
+            if first < last:
+                there = (*area[:split], slice(first, last), *area[split + 1 :])
+                inside.append(_read(part, there))
+            begin += part.shape[split]
+        return torch.cat(inside, split)
+
+    heads = _heads(name, config)
+    if heads is None or whole[0] != heads * config.head_dim:
+        return Weight(torch.Size(whole), dtype, fetch)
+
+    def halves(area: Area) -> Tensor:
+        # A head's rows trade places among themselves: whole heads are read.
+        size = config.head_dim
+        first, last = area[0].start // size, -(-area[0].stop // size)
+        rows = fetch((slice(first * size, last * size), *area[1:]))
+        halved = to_halves(rows, last - first)
+        return halved[area[0].start - first * size : area[0].stop - first * size]
+
+    return Weight(torch.Size(whole), dtype, halves)
 
 
 def params(config: LlamaConfig) -> dict[str, Any]:
@@ -244,29 +308,36 @@ def params(config: LlamaConfig) -> dict[str, Any]:
     return params
 
 
-def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path, *, shards: int = 1) -> None:
-    """Write a Meta folder of `shards` model-parallel ranks; atomic. ValueError if the shape cannot
-    be split that way. A tied output is written out in full, because Meta's code has no tying."""
-    config = model.config
+def check_shards(config: LlamaConfig, shards: int) -> None:
+    """ValueError where a model cannot be split over so many model-parallel ranks."""
     for name in ("dim", "kv_heads", "ffn_hidden", "vocab_size"):
         if shards < 1 or getattr(config, name) % shards:
             raise ValueError(
                 f"shards: expected a divisor of {name} {getattr(config, name)}, got {shards}"
             )
-    weights: list[dict[str, Tensor]] = [{} for _ in range(shards)]
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        theirs, split = _theirs(name)
-        whole = parameter.detach().cpu()
-        heads = _heads(name, config)
-        if heads is not None:
-            whole = to_pairs(whole, heads)
-        parts = [whole] * shards if split is None else whole.chunk(shards, split)
-        for shard, part in zip(weights, parts, strict=True):
-            # A clone: torch.save would store the whole tensor behind a slice.
-            shard[theirs] = part.clone(memory_format=torch.contiguous_format)
+
+
+def save(
+    model: Llama,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    *,
+    weights: Mapping[str, Weight] | None = None,
+    shards: int = 1,
+) -> None:
+    """Write a Meta folder of `shards` model-parallel ranks; atomic. ValueError if the shape cannot
+    be split that way. A tied output is written out in full, because Meta's code has no tying.
+
+    `weights`: those to write in place of the model's own, by parameter name. One file's are held at
+    a time.
+    """
+    config = model.config
+    check_shards(config, shards)
+    if weights is None:
+        weights = {name: of_tensor(parameter) for name, parameter in files.weights(model).items()}
     # As `load` will read it: params.json holds no context.
     unknown = dataclasses.replace(config, context=4096, tied=False)
-    context = _context(Path(folder), unknown, next(model.parameters()).dtype)
+    context = _context(Path(folder), unknown, next(iter(weights.values())).dtype)
     if context != config.context:
         logger.warning(
             "%s: Meta's params.json holds no context: it will be read as %d, not this model's %d",
@@ -276,11 +347,37 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path, *, shard
         )
     with files.new_folder(Path(folder)) as fresh:
         files.write_json(fresh / "params.json", params(config))
-        for number, shard in enumerate(weights):
+        for number in range(shards):
+            part = {
+                _theirs(name)[0]: _part(
+                    name,
+                    weights[name if name in weights else files.EMBEDDING],
+                    config,
+                    number,
+                    shards,
+                )
+                for name, _ in model.named_parameters(remove_duplicate=False)
+            }
             try:
-                torch.save(shard, fresh / f"consolidated.{number:02}.pth")
+                torch.save(part, fresh / f"consolidated.{number:02}.pth")
             except RuntimeError as error:  # which is what torch makes of a full disk
                 reason = str(error).splitlines()[0]
                 raise OSError(f"{folder}: this model could not be written ({reason})") from error
+            del part  # before the next one is read
         if tokenizer is not None:
             tokenizer.save(fresh)
+
+
+def _part(name: str, weight: Weight, config: LlamaConfig, number: int, shards: int) -> Tensor:
+    """What rank `number` has of one of our parameters, in memory of its own."""
+    _, split = _theirs(name)
+    area = [slice(0, size) for size in weight.shape]
+    if split is not None:
+        size = weight.shape[split] // shards
+        area[split] = slice(number * size, (number + 1) * size)
+    part = weight.read(tuple(area))
+    heads = _heads(name, config)
+    if heads is not None:
+        part = to_pairs(part, heads // shards)
+    # A clone: torch.save would store the whole tensor behind a slice.
+    return part.clone(memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llama2rt.checkpoint import files
+from llama2rt.checkpoint.weight import Weight, of_tensor
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.text.tokenizer import Tokenizer
@@ -26,24 +27,28 @@ def save(
     model: Llama | ScalarModel,
     tokenizer: Tokenizer | None,
     folder: str | Path,
-    whole: Mapping[str, torch.Tensor] | None = None,
+    *,
+    weights: Mapping[str, Weight] | None = None,
 ) -> None:
     """Write `folder` atomically; a model folder already there is replaced.
 
     Of a model under a `train.Optimizer` the fp32 masters are written, not their bf16 copies.
-    `whole`: all weights by parameter name, where the model's own are parts
-    (`parallel.saving`).
+    `weights`: those to write in place of the model's own, by parameter name; each is read once, in
+    that order.
     """
     kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
-    if whole is None:
-        whole = {name: unrounded(weight) for name, weight in files.weights(model).items()}
-    tensors = {stored_name(model, name): weight for name, weight in whole.items()}
-    with files.new_folder(Path(folder)) as fresh:
-        shape = dataclasses.asdict(model.config)
+    if weights is None:
+        own = files.weights(model).items()
+        weights = {name: of_tensor(unrounded(parameter)) for name, parameter in own}
+    shape = dataclasses.asdict(model.config)
+
+    def write_others(fresh: Path) -> None:
         files.write_json(fresh / "config.json", {"format": FORMAT, "kind": kind, "config": shape})
-        files.write_tensors(fresh, tensors)
         if tokenizer is not None:
             tokenizer.save(fresh)
+
+    stored = {stored_name(model, name): weight for name, weight in weights.items()}
+    files.write_model(folder, stored, write_others)
 
 
 def stored_name(model: torch.nn.Module, name: str) -> str:
@@ -73,11 +78,11 @@ def unrounded(parameter: torch.nn.Parameter) -> torch.Tensor:
     return master
 
 
-def load(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[Llama | ScalarModel, Tokenizer | None]:
-    """Read what `save` wrote; InputError naming file and key for a damaged or foreign folder."""
-    folder = Path(folder)
+def read(
+    folder: Path, dtype: torch.dtype | None
+) -> tuple[Llama | ScalarModel, Tokenizer | None, dict[str, Weight]]:
+    """(model on the meta device, tokenizer, weights to read) of what `save` wrote; InputError
+    naming file and key for a damaged or foreign folder."""
     path = folder / "config.json"
     description = files.read_json(path)
     if description.get("format") != FORMAT:
@@ -90,8 +95,8 @@ def load(
     with torch.device("meta"):
         model = KINDS[description["kind"]](config)
     named = functools.partial(stored_name, model)
-    files.fill(model, files.read_tensors(folder), device, dtype, named)
-    return model, find_tokenizer(folder)
+    weights = files.match(model, files.stored_weights(folder), dtype, named)
+    return model, find_tokenizer(folder), weights
 
 
 def parse_config(path: Path, fields: Any) -> LlamaConfig:

@@ -1,8 +1,9 @@
-"""Tensors that a group of ranks has written, each rank its parts, read by any number of ranks.
+"""Each rank's parts of tensors: of checkpoints that a group has written, and of model folders.
 
-The parts lie in safetensors files whose header says of each which tensor it belongs to and where it
-begins there (`CHUNKS`); a file without that entry holds whole tensors, as one process writes them.
-torch.distributed.checkpoint plans which part of which file fills which part of a DTensor.
+A checkpoint's parts lie in safetensors files whose header says of each which tensor it belongs to
+and where it begins there (`CHUNKS`); a file without that entry holds whole tensors, as one process
+writes them. torch.distributed.checkpoint plans which part of which file fills which part of a
+DTensor.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -20,6 +21,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from llama2rt.checkpoint.weight import Weight
+from llama2rt.model import Llama
 
 CHUNKS = "chunks"
 """key in a file's header: JSON {name: [shape of the whole tensor, where this part begins]}"""
@@ -120,3 +124,30 @@ class Parts:
             if stored in self.tensors:
                 return stored
         return None
+
+
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give a model on the meta device, cut up or not, memory on `device`; of no particular values.
+    One that has memory already keeps it."""
+    parameters = list(model.parameters())
+    if not any(parameter.is_meta for parameter in parameters):
+        return
+    model.to_empty(device=device)
+    if isinstance(model, Llama) and model.config.tied:
+        model.output.weight = model.transformer.embedding.weight
+
+
+@torch.no_grad()
+def place(parameter: Tensor, weight: Weight) -> None:
+    """Read what of a weight lies on this rank into its parameter, which keeps its dtype."""
+    properties = TensorProperties(weight.dtype)
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(weight.shape)), weight.shape)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    stored = TensorStorageMetadata(properties, weight.shape, [chunk])
+    planner.set_up_planner({"": parameter.detach()}, Metadata({"": stored}), is_coordinator=True)
+    for item in planner.create_local_plan().items:
+        area = tuple(
+            slice(begin, begin + length)
+            for begin, length in zip(item.storage_offsets, item.lengths, strict=True)
+        )
+        planner.resolve_tensor(item).detach().copy_(weight.read(area))

@@ -1,12 +1,14 @@
 """A scalar in place of the next token: reward models (section 3.2.2) and PPO's critic."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.llama import Llama
 from llama2rt.model.shared_prefix import SharedKeys, documents
-from llama2rt.model.transformer import Transformer, initialize
+from llama2rt.model.transformer import Transformer, fill, fresh_weights
 
 
 def value(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -42,17 +44,21 @@ class ScalarModel(nn.Module):
 
     def initialize(self, seed: int = 0) -> "ScalarModel":
         """Fresh weights from a seed (see Llama.initialize); returns the model."""
-        initialize(self.transformer, self.config.layers, seed)
-        return self._initialize_head(seed)
+        fill(self, self.fresh_weights(seed))
+        return self
 
-    @torch.no_grad()
-    def _initialize_head(self, seed: int) -> "ScalarModel":
+    def fresh_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """(parameter's name, fp32 values), of the transformer as in `Llama.fresh_weights`."""
+        for name, values in fresh_weights(self.transformer, self.config.layers, seed):
+            yield f"transformer.{name}", values
+        yield "head.weight", self._fresh_head(seed)
+
+    def _fresh_head(self, seed: int) -> Tensor:
         # 1/sqrt(dim + 1) keeps the first scores near unit scale for a normed hidden state
         # (Stiennon et al. 2020, appendix B.1); their mean over the head's draws is zero.
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(self.head.weight.shape, generator=generator)
-        self.head.weight.copy_(weight / (self.config.dim + 1) ** 0.5)
-        return self
+        return weight / (self.config.dim + 1) ** 0.5
 
     @classmethod
     def from_llama(cls, llama: Llama, seed: int = 0) -> "ScalarModel":
@@ -60,7 +66,8 @@ class ScalarModel(nn.Module):
         weight = llama.transformer.embedding.weight
         model = cls(llama.config, weight.device, weight.dtype)
         model.transformer.load_state_dict(llama.transformer.state_dict())
-        return model._initialize_head(seed)
+        fill(model, iter([("head.weight", model._fresh_head(seed))]))
+        return model
 
     def hidden(
         self,

@@ -1,12 +1,14 @@
 """The language model: a `Transformer` and the output layer that predicts the next token."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from llama2rt import ops
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.shared_prefix import SharedKeys, documents
-from llama2rt.model.transformer import Linear, Transformer, initialize
+from llama2rt.model.transformer import Linear, Transformer, fill, fresh_weights
 
 
 class Llama(nn.Module):
@@ -46,10 +48,15 @@ class Llama(nn.Module):
             self.output.weight = self.transformer.embedding.weight
 
     def initialize(self, seed: int = 0) -> "Llama":
-        """Fill the weights (`transformer.initialize` says how). The same seed gives the same
-        weights on any device and, up to rounding, in any dtype. Returns the model."""
-        initialize(self, self.config.layers, seed)
+        """Fill the weights with `fresh_weights`. The same seed gives the same weights on any device
+        and, up to rounding, in any dtype. Returns the model."""
+        fill(self, self.fresh_weights(seed))
         return self
+
+    def fresh_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """(parameter's name, fp32 values) one after the other, as `transformer.fresh_weights` draws
+        them: also for a model on the meta device."""
+        return fresh_weights(self, self.config.layers, seed)
 
     def hidden(
         self,

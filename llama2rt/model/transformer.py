@@ -8,7 +8,7 @@ LLaMA has no dropout.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -177,17 +177,23 @@ class Transformer(nn.Module):
         return self.norm(x, residual)[0]
 
 
-@torch.no_grad()
-def initialize(module: nn.Module, layers: int, seed: int) -> None:
-    """Fill the weights of a transformer or of a model around one: normal 0.02, the two projections
-    into the residual stream scaled by 1/sqrt(2 * layers) (GPT-2, section 2.3), norms 1. Drawn in
-    the order of the parameters, on the CPU in fp32."""
+def fresh_weights(module: nn.Module, layers: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 values on the CPU) for each parameter of a transformer or of a model around one:
+    normal 0.02, the two projections into the residual stream scaled by 1/sqrt(2 * layers) (GPT-2,
+    section 2.3), norms 1. Drawn in the order of the parameters, of which only the shape counts."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            yield name, torch.ones(parameter.shape)
             continue
         std = 0.02
         if name.endswith(("attention_output.weight", "down.weight")):
             std /= math.sqrt(2 * layers)
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        yield name, torch.randn(parameter.shape, generator=generator) * std
+
+
+@torch.no_grad()
+def fill(module: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
+    """Give parameters their values by name."""
+    for name, value in values:
+        module.get_parameter(name).copy_(value)

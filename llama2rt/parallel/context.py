@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from llama2rt import ops
 from llama2rt.model import Llama, ScalarModel
@@ -40,13 +41,17 @@ class Part:
     """[B+1], or [B+2] where there is such a document"""
     keys: SharedKeys | None
     """with that document's, where documents share tokens"""
-    context: ProcessGroup | None
-    """ranks that share the tokens"""
+    devices: DeviceMesh | None
+    """those that share the tokens"""
+
+    @property
+    def context(self) -> ProcessGroup | None:
+        return None if self.devices is None else self.devices.get_group()
 
     @classmethod
     def of(cls, tokens: int, cu_seqlens: Tensor, keys: SharedKeys | None, mesh: Mesh) -> Self:
-        context = mesh.group("context")
-        step = mesh.degrees["tensor"] * (1 if context is None else 2 * context.size())
+        context = mesh.degrees["context"]
+        step = mesh.degrees["tensor"] * (1 if context == 1 else 2 * context)
         padded = -(-tokens // step) * step
         if padded > tokens:
             cu_seqlens = torch.cat((cu_seqlens, cu_seqlens.new_full((1,), padded)))
@@ -55,7 +60,7 @@ class Part:
                 rows = torch.cat((keys.rows, added))
                 end = keys.cu_seqlens.new_full((1,), len(rows))
                 keys = SharedKeys(rows, torch.cat((keys.cu_seqlens, end)))
-        return cls(tokens, padded, cu_seqlens, keys, context)
+        return cls(tokens, padded, cu_seqlens, keys, mesh.along("context"))
 
     @property
     def chunks(self) -> list[slice]:
@@ -89,7 +94,7 @@ class Part:
         """What this rank's tokens attend to."""
         if self.context is None:
             return documents(self.cu_seqlens, self.keys)
-        return ContextAttention(self)
+        return ContextAttention.of(self)
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,19 @@ class ContextAttention:
     """This rank's queries see what their documents have before them, wherever it was computed."""
 
     part: Part
+    offsets: list[tuple[Tensor, Tensor]]
+    """cu_seqlens and cu_seqlens_k of each chunk's queries among all keys"""
+
+    @classmethod
+    def of(cls, part: Part) -> Self:
+        return cls(part, [_offsets(part, chunk) for chunk in part.chunks])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = self._gather(k), self._gather(v)
-        results = []
-        for chunk, queries in zip(self.part.chunks, q.chunk(2), strict=True):
-            cu_seqlens, cu_seqlens_k = self._offsets(chunk, len(k))
-            results.append(ops.attention(queries, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k))
+        results = [
+            ops.attention(queries, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+            for queries, (cu_seqlens, cu_seqlens_k) in zip(q.chunk(2), self.offsets, strict=True)
+        ]
         return torch.cat(results)
 
     def _gather(self, x: Tensor) -> Tensor:
@@ -115,22 +126,25 @@ class ContextAttention:
             return every
         return embedding(part.keys.rows, every.flatten(1)).view(-1, *x.shape[1:])
 
-    def _offsets(self, chunk: slice, keys: int) -> tuple[Tensor, Tensor]:
-        """cu_seqlens and cu_seqlens_k of `chunk`'s queries among all keys, without a look at data.
 
-        A document's queries are those inside the chunk, perhaps none, and its keys end where the
-        last of them stands: that is how the op aligns them. What keys are left belong to one more
-        document, which asks nothing.
-        """
-        own = self.part.cu_seqlens
-        ends = own if self.part.keys is None else self.part.keys.cu_seqlens
-        last = torch.searchsorted(own[1:], chunk.stop) + 1  # the document of the last query
-        end = ends[last] - (own[last] - chunk.stop)
-        queries = own.clamp(chunk.start, chunk.stop) - chunk.start
-        return (
-            torch.cat((queries, queries[-1:])),
-            torch.cat((torch.minimum(ends, end), ends.new_full((1,), keys))),
-        )
+def _offsets(part: Part, chunk: slice) -> tuple[Tensor, Tensor]:
+    """cu_seqlens and cu_seqlens_k of `chunk`'s queries among all keys, without a look at data.
+
+    A document's queries are those inside the chunk, perhaps none, and its keys end where the last
+    of them stands: that is how the op aligns them. What keys are left belong to one more document,
+    which asks nothing.
+    """
+    own = part.cu_seqlens
+    ends, keys = own, part.padded
+    if part.keys is not None:
+        ends, keys = part.keys.cu_seqlens, len(part.keys.rows)
+    last = torch.searchsorted(own[1:], chunk.stop) + 1  # the document of the last query
+    end = ends[last] - (own[last] - chunk.stop)
+    queries = own.clamp(chunk.start, chunk.stop) - chunk.start
+    return (
+        torch.cat((queries, queries[-1:])),
+        torch.cat((torch.minimum(ends, end), ends.new_full((1,), keys))),
+    )
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,13 @@ class Mesh:
             return given
         return self.sum(torch.tensor(given, dtype=torch.float64, device=world().device)).tolist()
 
+    def along(self, dimension: str) -> DeviceMesh | None:
+        """What `group` is the group of, for whoever keeps it: a group that anybody keeps outlives
+        the end of the job, and gloo's threads then abort the process."""
+        if self.devices is None or self.degrees[dimension] == 1:
+            return None
+        return self.devices[dimension]
+
     def group(self, dimension: str) -> dist.ProcessGroup | None:
         """The processes that differ from this one in `dimension` alone; None where it is alone."""
         if self.devices is None or self.degrees[dimension] == 1:
@@ -121,6 +128,11 @@ def check(degrees: dict[str, int], config: LlamaConfig) -> None:
                 f"parallel.tensor: {tensor} processes cannot share {name} {value}: expected a "
                 f"divisor of it"
             )
+    if pipeline > config.layers:
+        raise InputError(
+            f"parallel.pipeline: {pipeline} stages of a model with {config.layers} layers: "
+            "expected at least one layer a stage"
+        )
     for name in ("tensor", "context"):
         if pipeline > 1 and degrees[name] > 1:
             raise InputError(
@@ -131,9 +143,4 @@ def check(degrees: dict[str, int], config: LlamaConfig) -> None:
         raise InputError(
             "parallel.pipeline: expected a model whose output matrix is not its embedding, which "
             "are at both ends of a pipeline"
-        )
-    if pipeline > config.layers:
-        raise InputError(
-            f"parallel.pipeline: {pipeline} stages of a model with {config.layers} layers: "
-            "expected at least one layer a stage"
         )

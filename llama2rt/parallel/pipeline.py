@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -42,13 +43,17 @@ class Elsewhere(nn.Module):
 class Place:
     """Which part of a model this rank has."""
 
-    group: dist.ProcessGroup
-    """the ranks that together have the model, by stage"""
+    devices: DeviceMesh
+    """that together have the model, by stage"""
     layers: int
     dtype: torch.dtype
     """of activations"""
     main: bool
     """whether rank 0 is one of them"""
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.devices.get_group()
 
     @property
     def stage(self) -> int:
@@ -67,16 +72,20 @@ class Place:
         return self.stage == self.stages - 1
 
     def stage_of(self, name: str) -> int:
-        """Which stage has the weight `name`. Blocks are shared out evenly, those that are over to
-        the first stages: the last has the output matrix."""
-        if name.startswith("transformer.embedding."):
-            return 0
-        if not name.startswith("transformer.blocks."):
-            return self.stages - 1
-        block = int(name.split(".")[2])
-        each, over = divmod(self.layers, self.stages)
-        long = over * (each + 1)
-        return block // (each + 1) if block < long else over + (block - long) // each
+        return stage_of(name, self.layers, self.stages)
+
+
+def stage_of(name: str, layers: int, stages: int) -> int:
+    """Which stage has the weight `name`. Blocks are shared out evenly, those that are over to the
+    first stages: the last has the output matrix."""
+    if name.startswith("transformer.embedding."):
+        return 0
+    if not name.startswith("transformer.blocks."):
+        return stages - 1
+    block = int(name.split(".")[2])
+    each, over = divmod(layers, stages)
+    long = over * (each + 1)
+    return block // (each + 1) if block < long else over + (block - long) // each
 
 
 class PipelinedLlama(Llama):
@@ -100,10 +109,10 @@ class PipelinedLlama(Llama):
         if positions.dim() == 2:
             chunk = (x[0] for x in (tokens, positions, cu_seqlens, targets))
             return self._run(*chunk)
-        if any(options.values()) and options != {"keys": None}:
-            raise NotImplementedError(
-                f"a pipeline takes whole documents and targets, got {options}"
-            )
+        plain = {"keys": None, "temperature": 1.0, "entropy": False}
+        asked = {name: value for name, value in options.items() if value != plain[name]}
+        if asked:
+            raise NotImplementedError(f"a pipeline takes whole documents and targets, got {asked}")
         if torch.is_grad_enabled():
             raise NotImplementedError("a pipeline's gradients are those of train.fit's steps")
         return self._in_turn(tokens, positions, cu_seqlens, targets)
@@ -120,7 +129,7 @@ class PipelinedLlama(Llama):
         place, count = self.place, len(micros)
         # The schedule fills the pipeline at least once.
         micros = micros + [filler().to(micros[0].tokens.device)] * (place.stages - count)
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor | float] = {}
 
         def loss_of(output: Tensor, number: Tensor) -> Tensor:
             micro = micros[int(number)]
@@ -130,7 +139,7 @@ class PipelinedLlama(Llama):
                 return loss * 0
             for name, value in {"loss": loss, **metrics}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] = sums.get(name, 0.0) + value
             return loss / weight
 
         tokens, others = _of_one_shape(micros)
@@ -140,7 +149,7 @@ class PipelinedLlama(Llama):
         inputs = (tokens,) if place.first else ()
         numbers = torch.arange(len(micros)) if place.last else None
         schedule.step(*inputs, target=numbers, return_outputs=False, **others)
-        result = [sums]
+        result = [{name: float(value) for name, value in sums.items()}]
         dist.broadcast_object_list(result, group=place.group, group_src=place.stages - 1)
         return result[0]
 
@@ -219,8 +228,8 @@ class PipelinedLlama(Llama):
 def cut_layers(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> None:
     """Leave of a model that every rank holds whole what this rank's stage has, in place. `dtype`:
     of activations. InputError for another model than a plain `Llama`."""
-    group = mesh.group("pipeline")
-    assert group is not None
+    devices = mesh.along("pipeline")
+    assert devices is not None
     with torch.device("meta"):
         shape = Llama(model.config)
     names = set(weights(shape))
@@ -229,8 +238,8 @@ def cut_layers(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> No
             "parallel.pipeline: expected a language model without adapters: pretraining and SFT of "
             "all weights alone"
         )
-    main = 0 in dist.get_process_group_ranks(group)
-    place = Place(group, model.config.layers, dtype, main)
+    main = 0 in devices.mesh.tolist()
+    place = Place(devices, model.config.layers, dtype, main)
     for name in sorted(names, reverse=True):
         if place.stage_of(name) != place.stage:
             parts = name.split(".")

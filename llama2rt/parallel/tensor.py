@@ -32,8 +32,11 @@ ROWWISE = ("attention_output", "down")
 class _Cut(nn.Module):
     """A module whose `weight` is a DTensor."""
 
-    group: ProcessGroup
-    rank: int
+    devices: DeviceMesh
+
+    @property
+    def group(self) -> ProcessGroup:
+        return self.devices.get_group()
 
     @property
     def local(self) -> Tensor:
@@ -68,7 +71,7 @@ class VocabularyEmbedding(_Cut, Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight = self.local
-        row = tokens - self.rank * -(-self.num_embeddings // self.group.size())
+        row = tokens - self.group.rank() * -(-self.num_embeddings // self.group.size())
         elsewhere = (row < 0) | (row >= weight.shape[0])
         rows = embedding(row.masked_fill(elsewhere, 0), weight)
         return scatter_sum(rows.masked_fill(elsewhere[:, None], 0.0), self.group)
@@ -109,8 +112,8 @@ def tensor_parallel(model: Llama | ScalarModel, mesh: Mesh) -> None:
     must follow: inside, T is a multiple of the degree. InputError where the vocabulary is too small
     to be cut; heads and ffn_hidden were checked with the mesh.
     """
-    assert mesh.devices is not None
-    devices = mesh.devices["tensor"]
+    devices = mesh.along("tensor")
+    assert devices is not None
     ranks, vocabulary = devices.size(), model.config.vocab_size
     if -(-vocabulary // ranks) * (ranks - 1) >= vocabulary:
         raise InputError(
@@ -146,7 +149,7 @@ def _cut(module: nn.Module, kind: type, devices: DeviceMesh, placement: Placemen
     weight = module.weight
     assert isinstance(weight, Tensor)
     module.__class__ = kind
-    module.group, module.rank = devices.get_group(), devices.get_local_rank()  # type: ignore[assignment]
+    module.devices = devices  # type: ignore[assignment]
     # Every rank cuts its own copy: nothing is sent.
     cut = distribute_tensor(weight.detach(), devices, [placement], src_data_rank=None)
     module.weight = nn.Parameter(cut, requires_grad=weight.requires_grad)

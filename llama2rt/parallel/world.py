@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from llama2rt.errors import InputError
 from llama2rt.parallel import faults
@@ -75,8 +76,12 @@ def start() -> World:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend)
-    store = dist.distributed_c10d._get_default_store()
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps its store when it starts the ranks anew, and with it the addresses of dead ones
+    # (seen with torch 2.13: a new rank that asks before the other has written meets nobody).
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}-of-{size}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     here = world()
     faults.begin(faults.Group(store, here.rank, here.size, here.device, _control()))
     faults.set_limit(faults.LIMIT)

@@ -86,25 +86,22 @@ def total(parts: Sequence[Estimate]) -> Estimate:
     )
 
 
-def sampling_seconds(sampling: Sampling, setting: Setting, cluster: Cluster) -> float:
+def sampling_seconds(sampling: Sampling, cluster: Cluster) -> float:
     """Of all answers, each as long as it may get, and of the models that read them."""
     assert sampling.answers is not None
-    gpu, tensor = cluster.gpu, setting.tensor
-    replicas = cluster.gpus / tensor
-    share = sampling.answers / replicas
+    gpu = cluster.gpu
+    share = sampling.answers / cluster.gpus  # each rank has the whole model and its own prompts
     together = max(1.0, min(sampling.at_once, share))
     rounds = ceil(share / together)
-    weights = memory.parts(sampling.policy, tensor).total
+    weights = memory.parts(sampling.policy).total
     bandwidth = gpu.memory_bandwidth_bytes_per_s * _HBM_SHARE
     rate = gpu.peak_flops_per_s * gpu.matmul_share_of_a100 * calibration.FITTED.gemm_share_of_peak
     middle = round(sampling.prompt + sampling.most / 2)
-    cache = memory.kv_cache_bytes(sampling.policy.config, BF16_BYTES, middle) / tensor
+    cache = memory.kv_cache_bytes(sampling.policy.config, BF16_BYTES, middle)
     read = (weights * BF16_BYTES + together * cache) / bandwidth
     computed = 2 * weights * together / rate
     decoding = rounds * sampling.most * max(read, computed)
     prefill = share * sampling.prompt * 2 * weights / rate
     tokens = share * (sampling.prompt + sampling.most)
-    scoring = sum(
-        tokens * 2 * memory.parts(reader, tensor).total / rate for reader in sampling.readers
-    )
+    scoring = sum(tokens * 2 * memory.parts(reader).total / rate for reader in sampling.readers)
     return decoding + prefill + scoring

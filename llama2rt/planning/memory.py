@@ -348,10 +348,11 @@ def rollout(sampling: Sampling, setting: Setting, free: float | None) -> Compone
     model, width = sampling.policy, setting.compute_bytes
     dtype = torch.float32 if width == FP32 else torch.bfloat16
     gathered = 0.0
-    if setting.shards > 1:
-        gathered = parts(model, setting.tensor, 1).total * width
+    if setting.shards * setting.tensor > 1:
+        # A plain copy on every rank, tensor parallelism undone too (parallel/whole.py).
+        gathered = parts(model).total * width
         free = None if free is None else free - gathered
-    sequence = kv_cache_bytes(model.config, width, sampling.longest) / setting.tensor
+    sequence = kv_cache_bytes(model.config, width, sampling.longest)
     forward = budget.forward_bytes(
         model.config, dtype, budget.PREFILL_TOKENS, sampling.at_once, restricted=False
     )

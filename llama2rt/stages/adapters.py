@@ -8,7 +8,7 @@ from llama2rt.checkpoint import adapter, load, native
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.model.adapters import layers
 from llama2rt.parallel import on_main, world
-from llama2rt.parallel.saving import save_model, whole_state
+from llama2rt.parallel.saving import save_model, trained_weights
 from llama2rt.run import Run
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ def save(model: Llama | ScalarModel, tokenizer: Tokenizer, run: Run, init: Path 
         save_model(model, tokenizer, run.model_directory)
         return
     assert init is not None  # the recipes' own check
-    weights = None if world().size == 1 else whole_state(model, trained=True)
+    weights = None if world().size == 1 else trained_weights(model)
 
     def write() -> None:
         whole, _ = load(init, "cpu", torch.float32)

@@ -367,6 +367,8 @@ def improve(
         **{name: total / tokens for name, total in totals},
         "gradient_norm": float(gradient_norm),
         "critic_gradient_norm": float(critic_gradient_norm),
+        **actors.optimizer.outliers.metrics(),
+        **{f"critic_{k}": v for k, v in actors.critic_optimizer.outliers.metrics().items()},
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llama2rt import planning, report
@@ -30,7 +30,7 @@ from llama2rt.parallel import Mesh, ParallelOptions, by_main
 from llama2rt.parallel.parallelize import parallelize
 from llama2rt.parallel.saving import save_model
 from llama2rt.planning import Count, Model, Phase, Work
-from llama2rt.run import Recipe, Run, check_integers
+from llama2rt.run import Recipe, Run
 from llama2rt.stages import corpus
 from llama2rt.stages.loading import (
     Future,
@@ -42,53 +42,12 @@ from llama2rt.stages.loading import (
     outline,
     outlines,
 )
+from llama2rt.stages.shape import ModelShape
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
 from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.pretrain")
-
-
-class ModelShape(BaseModel):
-    """A published shape by name, or one's own; the vocabulary comes from the tokenizer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    preset: str | None = None
-    """such as llama2-7b; fields given beside it replace its own"""
-    dim: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    """None for as many as heads (section 2.2: 8 in 34B and 70B)"""
-    ffn_hidden: int | None = None
-    """None for LLaMA's rule: 8/3 dim, rounded up to a multiple of 32"""
-    context: int | None = None
-    """longest sequence the model admits; None for the recipe's context"""
-    norm_eps: float | None = None
-    rope_theta: float | None = None
-    tied: bool | None = None
-
-    @model_validator(mode="after")
-    def _integers(self) -> Self:
-        check_integers(self)
-        return self
-
-    def config(self, vocab_size: int, context: int) -> LlamaConfig:
-        """InputError for a shape that cannot exist."""
-        given = self.model_dump(exclude={"preset"}, exclude_none=True)
-        given = {"context": context, **given, "vocab_size": vocab_size}
-        try:
-            if self.preset is not None:
-                return LlamaConfig.preset(self.preset, **given)
-            missing = [name for name in ("dim", "layers", "heads") if name not in given]
-            if missing:
-                raise ValueError(f"give preset, or {', '.join(missing)} too")
-            given.setdefault("kv_heads", given["heads"])
-            given.setdefault("ffn_hidden", -(-8 * given["dim"] // 3 // 32) * 32)
-            return LlamaConfig(**given)
-        except ValueError as error:
-            raise InputError(f"model: {error}") from None
 
 
 class PretrainRecipe(Recipe):

@@ -45,7 +45,7 @@ from llama2rt.stages.loading import (
     outline,
     outlines,
 )
-from llama2rt.stages.pretrain import ModelShape
+from llama2rt.stages.shape import ModelShape
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import Objective, fit
 from llama2rt.train.lora import LoraOptions
@@ -221,18 +221,16 @@ def plan(
     """For `--dry-run`."""
     if inputs is not None:
         config = inputs.result.config
-    elif recipe.init is not None:
-        config = shape(recipe.init)
     else:
-        config = recipe.model.config(LlamaConfig.preset("llama2-7b").vocab_size, recipe.context)
+        config = shape(recipe.init) if recipe.init else recipe.model.config(32000, recipe.context)
     if inputs is None or not inputs.pairs:  # not read, or still to be collected
         steps, batch = None, Batch.at_most(config.context, 2 * recipe.batch_size)
     else:
         lengths = [len(side.tokens) for pair in inputs.pairs for side in pair]
         batch = Batch.of(lengths, 2 * min(recipe.batch_size, len(inputs.pairs)))
         steps = Count(recipe.epochs * -(-len(inputs.pairs) // recipe.batch_size))
-    model = Model("model", config, scalar=True, lora=recipe.lora)
-    phases = [Phase("training", [model], training=True)]
+    trained = [Model("model", config, scalar=True, lora=recipe.lora)]
+    phases = [Phase("training", trained, training=True)]
     return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs)
 
 

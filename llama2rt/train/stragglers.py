@@ -22,9 +22,9 @@ from llama2rt.parallel import is_main, world
 
 logger = logging.getLogger("llama2rt.train.stragglers")
 
-# So far above the median rank, so many readings in a row, a rank is worth a warning.
+# So far above the median rank at every reading for so long, a rank is worth a warning.
 WORTH_SAYING = 1.2
-READINGS = 5
+SECONDS = 30.0
 _SIZE = 2048
 
 
@@ -54,7 +54,7 @@ class Stragglers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._steps, self._wall, self._worked = 0, 0.0, 0.0
-        self._row: tuple[int, int] = (-1, 0)
+        self._slow: tuple[int, float] | None = None  # rank, since when
         self._said: set[int] = set()
 
     def add(self, step: Elapsed, prepared: Elapsed) -> None:
@@ -90,9 +90,12 @@ class Stragglers:
 
     def _warn(self, rank: int, ratio: float, worked: Sequence[float]) -> None:
         """Say once of a rank that it is slow, when that is no accident."""
-        before, readings = self._row
-        self._row = rank, (readings + 1 if rank == before else 1) if ratio > WORTH_SAYING else 0
-        if self._row[1] == READINGS and rank not in self._said:
+        now = time.monotonic()
+        if ratio <= WORTH_SAYING:
+            self._slow = None
+        elif self._slow is None or self._slow[0] != rank:
+            self._slow = rank, now
+        elif now - self._slow[1] > SECONDS and rank not in self._said:
             self._said.add(rank)
             if is_main():
                 logger.warning(

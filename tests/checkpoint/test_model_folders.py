@@ -64,7 +64,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
     def full_disk(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full_disk)
+    monkeypatch.setattr(files, "write_safetensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         native.save(make(layers=1), None, folder)
     loaded, _ = llama2rt.load(folder)

@@ -13,7 +13,7 @@ from llama2rt import cli
 from llama2rt.errors import InputError
 from llama2rt.parallel import command, faults, world
 from llama2rt.run import Recipe, Run
-from llama2rt.train import TrainOptions
+from llama2rt.train import TrainOptions, stragglers
 from llama2rt.train.driver import Step, drive, resume
 from llama2rt.train.stragglers import Elapsed
 
@@ -78,6 +78,7 @@ class Summing:
 def command_of_a_stage(out: Path, fault: str = "", rank: int = 1, limit: float = 60.0) -> None:
     """As `llama2rt` carries out a stage; the process ends in it where the run does not."""
     cli._listen()
+    stragglers.SECONDS = 4 * SECONDS
     try:
         with command.joined():
             faults.set_limit(datetime.timedelta(seconds=limit))

@@ -86,7 +86,8 @@ def world(folder: Path) -> dict[str, Path]:
 
 def recipes(folder: Path) -> dict[str, dict[str, Any]]:
     """Runs of a second or two that save every other step."""
-    train = {**TRAIN, "micro_tokens": 128}
+    # With a window of outliers, which a checkpoint holds.
+    train = {**TRAIN, "micro_tokens": 128, "outlier_sigmas": 6, "outlier_window": 4}
     rollout = {
         "init": str(folder / "sft"),
         "data": [str(folder / "prompts.jsonl")],
@@ -104,7 +105,7 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
             "context": 32,
             "batch_tokens": 256,
             "steps": 24,
-            "train": {**train, "outlier_sigmas": 6, "outlier_window": 4, "warmup_steps": 2},
+            "train": {**train, "warmup_steps": 2},
         },
         "sft": {
             "init": str(folder / "sft"),
@@ -293,10 +294,15 @@ class Trial:
         for moment in moments:
             group = self._start(out)
             wait = moment - reached + (self.ready if reached else 0.0)
+            begin = time.monotonic()
             if not group.ended(wait):
                 self._disturb(group, out, random_numbers.choice(KINDS), random_numbers)
             elif any(group.statuses):
                 raise Wrong(f"{name}: ended with {group.statuses}: {group.end()}")
+            else:  # the whole run met a busier machine
+                if not reached:
+                    self.seconds = min(self.seconds, time.monotonic() - begin)
+                break
             reached = moment
         self._finish(self._start(out))
         if different := differences(self.expected, results(out)):

@@ -4,16 +4,20 @@ beside the same model whole in each of them."""
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from small_models import packed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llama2rt.data.packing import Batch, Example
+from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.parallel import Mesh, ParallelOptions
 from llama2rt.parallel.context import split_micro_batches
+from llama2rt.parallel.pipeline import cut_layers
 from llama2rt.parallel.tensor import tensor_parallel
 
 SHAPE = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_hidden": 48, "vocab_size": 61}
@@ -37,22 +41,45 @@ def micro_batch(lengths: list[int], seed: int = 0) -> tuple[Tensor, ...]:
     return tokens, positions, cu_seqlens, targets
 
 
+def shared_batch() -> Batch:
+    """Answers of 1 to 7 tokens to two prompts, each of which is there once."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 61, n) for n in (13, 6)]
+    examples = []
+    for prompt in prompts:
+        for length in (3, 1, 7):
+            answer = random.integers(0, 61, length)
+            trainable = np.arange(len(prompt) + length) >= len(prompt)
+            examples.append(Example.of(np.concatenate([prompt, answer]), trainable))
+    return pack_shared(examples)
+
+
 def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gradients(
     options: ParallelOptions,
-    lengths: list[int],
+    lengths: list[int] | None,
     kind: type = Llama,
     shape: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Largest relative differences of outputs and gradients from one process's."""
+    """Largest relative differences of outputs and gradients from one process's. `lengths` of
+    documents; None for some that share tokens."""
     config = LlamaConfig(**{**SHAPE, "context": 64, **(shape or {})})
     mesh = Mesh.build(options, config)
-    *inputs, targets = micro_batch(lengths)
+    keys: dict[str, Any] = {}
+    if lengths is None:
+        batch = shared_batch()
+        keys["keys"] = batch.keys
+        assert batch.keys is not None and len(batch.keys.rows) > len(batch.tokens)
+        *inputs, targets = (batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+    else:
+        *inputs, targets = micro_batch(lengths)
+    settings = dict(keys)
     if kind is Llama:
         inputs.append(targets)
+        settings |= {"temperature": 0.8, "entropy": True}
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(2, len(targets), generator=generator)
     every = []
@@ -60,11 +87,11 @@ def gradients(
         model = kind(config).initialize(5)
         if parallel:
             spread(model, mesh)
-        outputs = model(*inputs, temperature=0.8, entropy=True) if kind is Llama else model(*inputs)
+        outputs = model(*inputs, **settings)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         sum((x * u).sum() for x, u in zip(outputs, upstream, strict=False)).backward()
         results = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
-        results["hidden"] = model.hidden(*inputs[:3]).detach()
+        results["hidden"] = model.hidden(*inputs[:3], **keys).detach()
         for name, p in model.named_parameters():
             gradient = full(p.grad).clone()
             if parallel and (group := mesh.group("context")) is not None:
@@ -83,15 +110,35 @@ def distance(x: Tensor, y: Tensor) -> float:
     return float((x - y).abs().max() / y.abs().max().clamp_min(1e-3))
 
 
+def said(call: Callable[[], object]) -> str:
+    """The error of `call`."""
+    try:
+        call()
+    except (InputError, NotImplementedError) as error:
+        return str(error)
+    return ""
+
+
+def pipeline_refusals() -> dict[str, str]:
+    """What is said of what a pipeline does not do."""
+    options, config = ParallelOptions(pipeline=2), LlamaConfig(**SHAPE)
+    mesh = Mesh.build(options, config, pipelined=True)
+    model = Llama(config).initialize(0)
+    cut_layers(model, mesh, torch.float32)
+    batch = micro_batch([3])
+    with torch.no_grad():
+        entropy = said(lambda: model(*batch, entropy=True))
+    return {
+        "stage of training": said(lambda: Mesh.build(options, config)),
+        "scalar": said(lambda: cut_layers(ScalarModel(config), mesh, torch.float32)),
+        "hidden": said(lambda: model.hidden(*batch[:3])),
+        "gradients": said(lambda: model(*batch)),
+        "entropy": entropy,
+    }
+
+
 def refusals() -> dict[str, str]:
     """What is said of what tensor parallelism does not do."""
-
-    def said(call: Callable[[], object]) -> str:
-        try:
-            call()
-        except (InputError, NotImplementedError) as error:
-            return str(error)
-        return ""
 
     class Paged:
         pass

@@ -13,9 +13,10 @@ import torch
 import llama2rt
 from llama2rt.parallel import ParallelOptions
 from llama2rt.run import lock
-from llama2rt.stages.pretrain import ModelShape, PretrainRecipe
+from llama2rt.stages.pretrain import PretrainRecipe
 from llama2rt.stages.reward import RewardRecipe
 from llama2rt.stages.sft import SftRecipe
+from llama2rt.stages.shape import ModelShape
 from llama2rt.train import TrainOptions
 
 TRAIN = TrainOptions(lr=2e-3, micro_tokens=128, validate_every=10, checkpoint_every=5, clip=0.5)

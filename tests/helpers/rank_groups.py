@@ -60,11 +60,11 @@ class Group:
         return [int(process.exitcode or 0) for process in self._processes]
 
     def said(self) -> list[str]:
-        """The lines that all ranks have written to stderr, rank by rank; without what torch warns
-        of where the store has gone with rank 0."""
+        """The lines that all ranks have written to stderr, rank by rank; without that they have
+        met, and what torch warns of where the store has gone with rank 0."""
         texts = [path.read_text() for path in self._said if path.exists()]
         lines = [line for text in texts for line in text.split("\n") if line]
-        return [line for line in lines if not line.startswith(_TORCH)]
+        return [line for line in lines if not line.startswith(_TORCH) and " ranks on " not in line]
 
 
 def _rank(

@@ -61,6 +61,20 @@ def test_a_pipeline(mesh, on_ranks):
     agree(results, expected)
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelOptions(tensor=2), ParallelOptions(context=2), ParallelOptions(pipeline=2)],
+    ids=["tensor-2", "context-2", "pipeline-2"],
+)
+def test_bf16(parallel, on_ranks):
+    """Within what rounding activations and sums of them to 8 bits does to a loss."""
+    settings = {"precision": "bf16"}
+    torch.set_num_threads(1)
+    expected = train("sft", ParallelOptions(), options=settings, steps=5)["metrics"]["loss"]
+    for result in on_ranks(2, train, "sft", parallel, False, settings, 5):
+        assert result["metrics"]["loss"] == pytest.approx(expected, rel=5e-3)
+
+
 def agree(results: list[dict], expected: dict) -> None:
     metrics, gradients = expected["metrics"], expected["gradients"]
     assert metrics["gradient_norm"][0] > 0.5  # the clip

@@ -22,8 +22,8 @@ def test_outputs_and_gradients(on_ranks, options, kind):
         assert max(distances.values()) < 1e-5, distances
 
 
-@pytest.mark.parametrize("lengths", [[1], [7, 9], [64]])
-def test_any_number_of_tokens(on_ranks, lengths):
+@pytest.mark.parametrize("lengths", [[1], [7, 9], [64], None], ids=str)
+def test_any_number_of_tokens_and_shared_ones(on_ranks, lengths):
     options = ParallelOptions(context=2, tensor=2)
     for distances in on_ranks(4, gradients, options, lengths):
         assert max(distances.values()) < 1e-5, distances

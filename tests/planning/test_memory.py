@@ -150,6 +150,8 @@ def test_sampling_takes_half_of_what_is_free_and_at_least_one_sequence():
     found = memory.rollout(bounded, how, free)
     assert found["kv_cache"] + found["activations"] <= 3 * 2**30
     assert memory.rollout(drawn, replace(how, degrees=ONE), free)["gathered"] == 0
+    cut = replace(how, degrees=ONE | {"tensor": 4})  # undone for sampling
+    assert memory.rollout(drawn, cut, free)["gathered"] == whole
 
 
 @pytest.mark.parametrize("scalar", [False, True])

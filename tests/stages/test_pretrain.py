@@ -13,7 +13,8 @@ import llama2rt
 from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.stages import corpus, pretrain
-from llama2rt.stages.pretrain import ModelShape, PretrainRecipe
+from llama2rt.stages.pretrain import PretrainRecipe
+from llama2rt.stages.shape import ModelShape
 from llama2rt.train import TrainOptions
 
 TEXT = "".join(

@@ -5,7 +5,7 @@ import torch
 from model_folders import make
 
 import llama2rt
-from llama2rt.checkpoint import hf, native
+from llama2rt.checkpoint import native
 from llama2rt.checkpoint.convert import convert
 from llama2rt.model import ScalarModel
 from llama2rt.train.optimizer import Optimizer
@@ -74,7 +74,7 @@ def test_frozen_uses_read_the_rounded_weights_and_exports_may_be_rounded(tmp_pat
     for a, b in zip(frozen.parameters(), model.parameters(), strict=True):
         assert a.dtype == torch.bfloat16 and torch.equal(a, b)
     convert(tmp_path / "m", tmp_path / "hf", "hf", dtype="bf16")
-    exported, _ = hf.load(tmp_path / "hf")
+    exported, _ = llama2rt.load(tmp_path / "hf")
     assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
 
 
