@@ -110,7 +110,8 @@ def train(
     gradients: dict[str, Tensor] = {}
     with first_gradients(gradients):
         fit(run, model, loader, objective, train_options, steps=steps, mesh=mesh)
-    keys = run.rows[0].keys() - {"step", "tokens_per_second", "mfu", "energy"}
+    speed = {"tokens_per_second", "mfu", "energy", "slowest_rank", "straggler_ratio"}
+    keys = run.rows[0].keys() - speed - {"step"}
     return {
         "metrics": {key: [row[key] for row in run.rows] for key in sorted(keys)},
         "gradients": gradients,

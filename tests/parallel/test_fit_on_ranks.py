@@ -62,13 +62,17 @@ def test_a_pipeline(mesh, on_ranks):
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    [ParallelOptions(tensor=2), ParallelOptions(context=2), ParallelOptions(pipeline=2)],
+    ("parallel", "recompute"),
+    [
+        (ParallelOptions(tensor=2), "selective"),
+        (ParallelOptions(context=2), "full"),
+        (ParallelOptions(pipeline=2), "full"),
+    ],
     ids=["tensor-2", "context-2", "pipeline-2"],
 )
-def test_bf16(parallel, on_ranks):
+def test_bf16_with_recomputation(parallel, recompute, on_ranks):
     """Within what rounding activations and sums of them to 8 bits does to a loss."""
-    settings = {"precision": "bf16"}
+    settings = {"precision": "bf16", "activation_checkpointing": recompute}
     torch.set_num_threads(1)
     expected = train("sft", ParallelOptions(), options=settings, steps=5)["metrics"]["loss"]
     for result in on_ranks(2, train, "sft", parallel, False, settings, 5):
