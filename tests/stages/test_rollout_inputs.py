@@ -121,9 +121,9 @@ def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp
     seen = []
 
     class Spy(scheduler.Scheduler):
-        def __init__(self, prompts, limits, n, seed, stop_ids, budget, page_size):
+        def __init__(self, prompts, limits, keys, stop_ids, budget, page_size):
             seen.append((budget.sequences, budget.pages))
-            super().__init__(prompts, limits, n, seed, stop_ids, budget, page_size)
+            super().__init__(prompts, limits, keys, stop_ids, budget, page_size)
 
     monkeypatch.setattr(scheduler, "Scheduler", Spy)
     model, _ = loading.load_llama(pocket.sft)
