@@ -3,6 +3,9 @@
 What a model is called with, and what it returns, stays as it is: a rank gives the whole packed
 micro-batch that its tensor and context neighbours give too, and has whole outputs. Activation
 checkpointing stands between compilation and sharding where blocks are called (`train.recompute`).
+
+Left out: gradients that wait. Every micro-batch's are reduced, over replicas too, so that none is
+ever held whole; with many micro-batches a step, larger ones (`train.micro_tokens`) send less.
 """
 
 import functools
