@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llama2rt import energy
+from llama2rt.checkpoint.store import CheckpointError
 from llama2rt.energy import EnergyMeter
-from llama2rt.parallel import faults
+from llama2rt.parallel import faults, on_main, world
 from llama2rt.run import Run
 from llama2rt.train.interrupts import Interrupts, Stopped
 from llama2rt.train.metrics import EnergyUse, Throughput
@@ -87,13 +88,13 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
     `total`; saves every `checkpoint_every` steps. Ctrl-C, SIGTERM and SIGUSR1 on any rank finish
     the step, save, and raise Stopped, a KeyboardInterrupt, on all (a second signal stops at once);
     after the last step nothing is left to interrupt. A step that diverged raises
-    FloatingPointError; the last checkpoint stays.
+    FloatingPointError, once the last checkpoint is complete.
     """
     interrupts = Interrupts()
     with (
         ProgressLine(run.directory.resolve().name, total, done) as line,
         interrupts.noted(),
-        energy.of_device(work.device) as meter,
+        energy.of_device(work.device, host=world().local_rank == 0) as meter,
     ):
         rates, stragglers = _Rates(work.ceiling, meter), Stragglers(work.device)
         while done < total and not work.finished():
@@ -164,10 +165,17 @@ class _Rates:
 
 
 def _divergence(run: Run, step: int, what: str) -> str:
-    """What to say of a run whose step `step` was not finite: what is left, what to try."""
-    kept = run.store.steps()
+    """What to say of a run whose step `step` was not finite: what is left, what to try. Waits for a
+    checkpoint that is still being written, which the end of the process would throw away."""
+    unwritten = ""
+    try:
+        run.store.wait()
+    except CheckpointError as error:
+        unwritten = f" {error}"
+    kept = on_main(run.store.steps)
     where = f"step-{kept[-1]} is the last good checkpoint" if kept else "no checkpoint exists yet"
     return (
         f"{run.directory}: training diverged, {what} at step {step}; {where}. "
         "Lower train.lr, lengthen the warm-up or look at the data of this step."
+        f"{unwritten}"
     )

@@ -41,6 +41,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.received = 0
         self._first = 0.0
+        self._several = False
         self._before: dict[int, Any] = {}
 
     def agreed(self) -> int:
@@ -61,6 +62,8 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers; there Ctrl-C stays immediate
             return
+        # Asked here: while rank 0 works by itself it is a world of one.
+        self._several = world().size > 1
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         try:
@@ -72,8 +75,8 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._first = number, time.monotonic()
-            if world().size == 1:
+            if not self._several:
                 signal.signal(number, self._before[number])
-        elif time.monotonic() - self._first > _SAME_WISH_SECONDS or world().size == 1:
+        elif time.monotonic() - self._first > _SAME_WISH_SECONDS or not self._several:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)

@@ -6,15 +6,16 @@ this machine's matrix multiplication really reaches in the same dtype, not by a 
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llama2rt.energy import EnergyMeter
+from llama2rt.energy import Energy, EnergyMeter
 from llama2rt.model.llama import Llama
 from llama2rt.model.shared_prefix import SharedKeys
+from llama2rt.parallel import gather
 
 
 @functools.cache
@@ -105,7 +106,8 @@ class Throughput:
 
 
 class EnergyUse:
-    """Joules per token and per step, whenever enough time has passed for the counters to tell."""
+    """Joules of all ranks per token and per step, whenever enough time has passed for the counters
+    to tell."""
 
     def __init__(self, meter: EnergyMeter) -> None:
         self._meter, self._said = meter, ""
@@ -124,10 +126,12 @@ class EnergyUse:
 
     def read(self) -> dict[str, float | str]:
         """joules_per_token and joules_per_step since the last figures; "energy" with the reason
-        where nothing is measured, said once; empty while it is too early."""
-        used = self._meter.peek()
-        if used.seconds < used.seconds_needed:
+        where nothing is measured, said once; empty while it is too early. Of all ranks, each of
+        which calls this after the same step and gets the same."""
+        parts = gather(self._meter.peek())
+        if any(part.seconds < part.seconds_needed for part in parts):
             return {}
+        used = _of_ranks(parts)
         tokens, steps = self._tokens, self._steps
         self.restart()
         per_token, per_step = used.joules_per(tokens), used.joules_per(steps)
@@ -135,6 +139,29 @@ class EnergyUse:
             said, self._said = self._said, used.describe()
             return {} if said == self._said else {"energy": self._said}
         return {"joules_per_token": per_token, "joules_per_step": per_step}
+
+
+def _of_ranks(parts: Sequence[Energy]) -> Energy:
+    """What the devices of all ranks of a job drew in the same time, no device being of two ranks.
+
+    CPUs of two machines share a name and are added under it. There are no joules where one of the
+    ranks could measure none of its devices: those of the others would pass for all. A reason that
+    several devices have is said of one.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    reasons = {why: name for part in parts for name, why in part.not_measured.items()}
+    joules: dict[str, float] = {}
+    if not any(part.not_measured and not part.joules for part in parts):
+        for name, value in (item for part in parts for item in part.joules.items()):
+            joules[name] = joules.get(name, 0.0) + value
+    return Energy(
+        max(part.seconds for part in parts),
+        joules,
+        {name: why for why, name in reasons.items()},
+        max(part.seconds_needed for part in parts),
+        {name: other for part in parts for name, other in part.mirrored.items()},
+    )
 
 
 def _synchronise(device_type: str) -> None:

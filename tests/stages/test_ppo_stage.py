@@ -339,7 +339,9 @@ def test_energy_is_logged_per_iteration_and_sampled_token(pocket, tmp_path, monk
     """50 W for 2 s of each iteration; validation and checkpoints draw power of their own."""
     now, tokens = [0.0], []
     monkeypatch.setattr(
-        energy, "of_device", lambda device: power.tree(tmp_path / "power", 50.0, lambda: now[0])
+        energy,
+        "of_device",
+        lambda device, **_: power.tree(tmp_path / "power", 50.0, lambda: now[0]),
     )
 
     def lasting(function, seconds):
@@ -366,7 +368,7 @@ def test_energy_is_logged_per_iteration_and_sampled_token(pocket, tmp_path, monk
 
 def test_energy_that_nobody_measures_is_said_once(pocket, tmp_path, monkeypatch):
     meter = energy.EnergyMeter(powercap=tmp_path / "nothing")
-    monkeypatch.setattr(energy, "of_device", lambda device: meter)
+    monkeypatch.setattr(energy, "of_device", lambda device, **_: meter)
     ppo.run(recipe(pocket, **SHORT), tmp_path / "run")
     said = [line["energy"] for line in logged(tmp_path / "run") if "energy" in line]
     assert len(said) == 1 and "not measured (CPU: no RAPL domain" in said[0]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llama2rt import energy
+from llama2rt.checkpoint.store import CheckpointError
 from llama2rt.run import Recipe, Run
 from llama2rt.train import TrainOptions
 from llama2rt.train.driver import Step, drive, resume
@@ -230,6 +231,20 @@ def test_a_step_that_diverged_names_itself_and_what_is_left(tmp_path, index, kep
     )
 
 
+def test_a_divergence_is_said_where_the_last_checkpoint_failed_too(tmp_path, monkeypatch):
+    def diverge(step):
+        raise Diverged("the loss is nan")
+
+    def failed():
+        raise CheckpointError("step-4 could not be written")
+
+    work, run = Counting(), run_of(tmp_path)
+    work.during = diverge
+    monkeypatch.setattr(run.store, "wait", failed)
+    with pytest.raises(FloatingPointError, match=r"loss is nan .* step-4 could not be written$"):
+        drive(run, work, OPTIONS, done=0, total=9)
+
+
 def test_what_else_is_not_finite_is_no_divergence(tmp_path):
     """A sampler's complaint about a damaged model says what it says."""
 
@@ -246,7 +261,9 @@ def test_energy_is_that_of_steps_alone(tmp_path, monkeypatch):
     """50 W for 2 s of each step; validation and checkpoints draw power of their own."""
     now = [0.0]
     monkeypatch.setattr(
-        energy, "of_device", lambda device: power.tree(tmp_path / "power", 50.0, lambda: now[0])
+        energy,
+        "of_device",
+        lambda device, **_: power.tree(tmp_path / "power", 50.0, lambda: now[0]),
     )
 
     def pass_time(seconds: float) -> None:

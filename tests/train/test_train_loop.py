@@ -284,7 +284,9 @@ def test_death_at_random_moments_changes_no_bit(tmp_path, seed):
 def test_energy_is_logged_per_token_and_step(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(
-        energy, "of_device", lambda device: power.tree(tmp_path / "power", 50.0, lambda: now[0])
+        energy,
+        "of_device",
+        lambda device, **_: power.tree(tmp_path / "power", 50.0, lambda: now[0]),
     )
 
     def slow(model, batch):
@@ -300,7 +302,7 @@ def test_energy_is_logged_per_token_and_step(tmp_path, monkeypatch):
 
 def test_energy_that_nobody_measures_is_said_once(tmp_path, monkeypatch):
     meter = energy.EnergyMeter(powercap=tmp_path / "nothing")
-    monkeypatch.setattr(energy, "of_device", lambda device: meter)
+    monkeypatch.setattr(energy, "of_device", lambda device, **_: meter)
     train(tmp_path / "run", steps=4)
     lines = json_lines.read(tmp_path / "run" / "metrics.jsonl")
     assert "not measured (CPU: no RAPL domain" in lines[0]["energy"]
