@@ -40,7 +40,7 @@ from llama2rt import atomic
 from llama2rt.checkpoint import store
 from llama2rt.checkpoint.sharded import CHUNKS, Parts, stored_by
 from llama2rt.checkpoint.store import CheckpointError, Store
-from llama2rt.parallel.world import PATIENCE, broadcast, gather, is_main, world
+from llama2rt.parallel.world import PATIENCE, broadcast, gather, is_main, on_main, world
 
 
 class GroupStore(Store):
@@ -107,7 +107,7 @@ class GroupStore(Store):
         """
         self.wait()
         into = into or {}
-        steps = broadcast(self.steps())
+        steps = on_main(self.steps)
         for step in reversed(steps):
             folder = self.path(step)
             index, reason = self._verified(folder)

@@ -24,7 +24,7 @@ from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
 from llama2rt.model import LlamaConfig
-from llama2rt.parallel import Mesh, ParallelOptions
+from llama2rt.parallel import Mesh, ParallelOptions, on_main
 from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Phase, Work
 from llama2rt.run import Recipe, Run
@@ -101,7 +101,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out, mesh)}
 
-    if held_out and not run.store.steps():
+    if held_out and not on_main(run.store.steps):
         run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
         with torch.no_grad():
             run.log(0, **validate(model))

@@ -1,8 +1,10 @@
 """What ranks do in tests/parallel/test_stages_on_ranks.py: whole stages, and files for them."""
 
+import contextlib
 import importlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 import llama2rt
-from llama2rt.parallel import ParallelOptions
+from llama2rt.checkpoint.store import Store
+from llama2rt.parallel import ParallelOptions, world
 from llama2rt.run import lock
 from llama2rt.stages.pretrain import PretrainRecipe
 from llama2rt.stages.reward import RewardRecipe
@@ -85,10 +88,25 @@ def run_stage(
     if stop:
         interrupt_at(stop)
     try:
-        return str(module.run(recipe(stage, folder, init, parallel), out, resume=True))
+        with only_rank_0_lists():
+            return str(module.run(recipe(stage, folder, init, parallel), out, resume=True))
     except KeyboardInterrupt as error:
         lock.unlock(out)  # as the end of a process does
         return str(error)
+
+
+@contextlib.contextmanager
+def only_rank_0_lists() -> Iterator[None]:
+    """A folder of checkpoints may look another on each machine: no rank but 0 may go by what it
+    sees there."""
+
+    def listed(self: Store) -> list[int]:
+        raise AssertionError(f"rank {world().rank} lists the checkpoints by itself")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if world().rank:
+            patch.setattr(Store, "steps", listed)
+        yield
 
 
 def interrupt_at(step: int) -> None:
