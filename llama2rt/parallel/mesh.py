@@ -18,7 +18,7 @@ from llama2rt.errors import InputError
 from llama2rt.model import LlamaConfig
 from llama2rt.parallel import faults
 from llama2rt.parallel.options import DIMENSIONS, ParallelOptions
-from llama2rt.parallel.world import world
+from llama2rt.parallel.world import until_stop, world
 
 BATCH = ("shard", "data")
 """dimensions whose ranks work on different micro-batches"""
@@ -54,19 +54,7 @@ class Mesh:
         check(degrees, config)
         if world().size == 1:
             return cls.single()
-        devices = init_device_mesh(
-            world().device.type, tuple(degrees.values()), mesh_dim_names=DIMENSIONS
-        )
-        fsdp = None
-        if degrees["data"] * degrees["shard"] * degrees["context"] > 1:
-            fsdp = devices["shard", "context"]._flatten("shard_context")
-            if degrees["data"] > 1:
-                fsdp = devices["data", "shard", "context"]._flatten("data_shard_context")
-                fsdp = fsdp._unflatten(
-                    0,
-                    (degrees["data"], degrees["shard"] * degrees["context"]),
-                    ("replicate", "sharded"),
-                )
+        devices, fsdp = _devices(*degrees.values())
         faults.set_limit(datetime.timedelta(minutes=options.timeout_minutes))
         return cls(degrees, devices, fsdp)
 
@@ -116,6 +104,21 @@ class Mesh:
         if self.devices is None or self.degrees[dimension] == 1:
             return None
         return self.devices.get_group(dimension)
+
+
+@until_stop
+def _devices(*degrees: int) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """`devices` and `fsdp` of the Mesh of these degrees, in the order of DIMENSIONS. One for all
+    models that are spread alike: a mesh is process groups, which nothing frees before the end."""
+    devices = init_device_mesh(world().device.type, degrees, mesh_dim_names=DIMENSIONS)
+    _, data, shard, context, _ = degrees
+    fsdp = None
+    if data * shard * context > 1:
+        fsdp = devices["shard", "context"]._flatten("shard_context")
+    if data > 1:
+        fsdp = devices["data", "shard", "context"]._flatten("data_shard_context")
+        fsdp = fsdp._unflatten(0, (data, shard * context), ("replicate", "sharded"))
+    return devices, fsdp
 
 
 def check(degrees: dict[str, int], config: LlamaConfig) -> None:

@@ -13,7 +13,7 @@ import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,8 @@ class World:
 
 # Whether rank 0 is inside `on_main`.
 _alone = False
+# Caches of what `until_stop` has wrapped.
+_caches: list[Any] = []
 
 
 def world() -> World:
@@ -91,9 +93,18 @@ def start() -> World:
 def stop() -> None:
     """Leave the processes that `start` joined."""
     faults.end()
-    _control.cache_clear()
+    for cache in _caches:
+        cache.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def until_stop(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """`function` with its results kept until `stop`: for process groups, which all ranks make
+    together, once, and which outlive the job where anything keeps them."""
+    kept: Any = functools.cache(function)
+    _caches.append(kept)
+    return cast(Callable[Given, Result], kept)
 
 
 def is_main() -> bool:
@@ -172,7 +183,7 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-@functools.cache
+@until_stop
 def _control() -> dist.ProcessGroup:
     """All ranks, for objects on the CPU: with the patience that tensors do not get."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -54,3 +54,12 @@ def fail_on_one() -> None:
     if world().rank == 1:
         raise ValueError("only rank 1")
     barrier()
+
+
+def groups_after(*each: ParallelOptions) -> list[int]:
+    """How many process groups there are after a mesh of each of these has been built."""
+    counts = []
+    for options in each:
+        Mesh.build(options, CONFIG)
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts

@@ -1,7 +1,7 @@
 """Who shares what with whom, by hand, and shapes that cannot be cut."""
 
 import pytest
-from parallel_world import CONFIG, layout
+from parallel_world import CONFIG, groups_after, layout
 
 from llama2rt.errors import InputError
 from llama2rt.parallel import Mesh, ParallelOptions
@@ -38,6 +38,12 @@ def test_context_ranks_share_a_batch_and_shard_the_weights(on_ranks):
     results = on_ranks(4, layout, ParallelOptions(context=2))
     assert [result["batch"] for result in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert all(result["fsdp"] == [0, 1, 2, 3] for result in results)
+
+
+def test_meshes_of_the_same_degrees_share_their_groups(on_ranks):
+    hybrid, tensor = ParallelOptions(data=2), ParallelOptions(tensor=2)
+    for _, *counts in on_ranks(4, groups_after, hybrid, tensor, hybrid, tensor):
+        assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize(

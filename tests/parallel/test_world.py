@@ -6,13 +6,21 @@ from rank_pool import RankFailed
 
 from llama2rt.errors import InputError
 from llama2rt.parallel import World, barrier, broadcast, gather, is_main, on_main, world
-from llama2rt.parallel.world import start
+from llama2rt.parallel.world import start, stop, until_stop
 
 
 def test_one_process_is_a_world_of_one():
     barrier()
     assert world() == World(rank=0, size=1)
     assert is_main() and broadcast(3) == 3 and gather(3) == [3] and on_main(lambda: 3) == 3
+
+
+def test_what_is_kept_until_the_end_is_made_once_and_then_anew():
+    made = until_stop(lambda size: [size])
+    first = made(4)
+    assert made(4) is first and made(2) == [2]
+    stop()
+    assert made(4) is not first
 
 
 def test_ranks_talk_and_what_rank_0_does_is_everyones(on_ranks, tmp_path):
