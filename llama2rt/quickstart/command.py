@@ -36,8 +36,10 @@ def quickstart(
     recipe = smoke(seed) if smoke_test else QuickstartRecipe(seed=seed)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with command.joined() if several else contextlib.nullcontext():
-        numbers = job.run(recipe, out, resume=resume)
+        numbers = job.run(recipe, out, resume=resume or command.restarted())
         if is_main():
             console.summary(out, numbers)
     if as_json:
         print(json.dumps(numbers))
+    if several:
+        command.finish()

@@ -1,5 +1,6 @@
 """The whole job on next to nothing: its report, its command, and that a kill costs nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 
 from llama2rt.data import readers
 from llama2rt.errors import InputError
-from llama2rt.quickstart import data, job
+from llama2rt.quickstart import command, data, job
 from llama2rt.quickstart.recipe import smoke
 
 COMMAND = (sys.executable, "-P", "-m", "llama2rt.cli", "quickstart", "--smoke-test", "--seed", "1")
@@ -106,3 +107,24 @@ def test_killed_anywhere_it_goes_on_to_the_same_numbers(finished, tmp_path):
     resumed = json.loads(out)
     assert resumed["versions"] == uninterrupted["versions"]
     assert resumed["reward_models"] == uninterrupted["reward_models"]
+
+
+def test_ranks_that_torchrun_starts_anew_go_on_and_leave_at_once(tmp_path, monkeypatch, capsys):
+    class Left(BaseException):
+        pass
+
+    def leave():
+        raise Left
+
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(command.command, "joined", contextlib.nullcontext)
+    monkeypatch.setattr(command.command, "finish", leave)
+    monkeypatch.setattr(command.console, "summary", lambda out, numbers: None)
+    monkeypatch.setattr(
+        command.job, "run", lambda recipe, out, *, resume: asked.append(resume) or {"seconds": 1}
+    )
+    with pytest.raises(Left):
+        command.quickstart(out=tmp_path, as_json=True)
+    assert asked == [True] and json.loads(capsys.readouterr().out) == {"seconds": 1}
