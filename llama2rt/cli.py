@@ -149,11 +149,15 @@ def _ranks() -> int:
 
 
 def _listen() -> None:
-    """Where what the library logs and warns of is said: on stderr, of other ranks than 0 only what
-    is a warning."""
+    """Where what is logged and warned of is said: on stderr. Other ranks than 0 say only what other
+    libraries warn of there: what this one warns of, all have read, or rank 0 says for all."""
     who = f"rank {_rank()}: " if _rank() else ""
     level = logging.WARNING if _rank() else logging.INFO
     logging.basicConfig(level=level, format=f"{who}%(message)s", stream=sys.stderr)
+    if _rank():
+        logging.getLogger("llama2rt").setLevel(logging.ERROR)
+    # A hint for those who write collectives, once a rank where weights are put together for a file.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_, **__: print(
         f"{who}warning: {message}", file=sys.stderr
     )

@@ -1,11 +1,13 @@
 """The command line: exit statuses, messages that name file and key, options over recipes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 from processes import run_python
@@ -231,6 +233,23 @@ def test_tables_come_from_file_and_options_together(tmp_path, begun, capsys):
 def test_a_warmup_longer_than_the_run_is_said(recipe, tmp_path, caplog):
     assert call("pretrain", recipe, "--out", tmp_path / "run", "--train.warmup-steps", "9") == 0
     assert "the warm-up of 9 steps is longer than the run of 4" in caplog.text
+
+
+def test_what_ranks_log(monkeypatch):
+    from torch.distributed.tensor import _redistribute
+
+    ours, others = logging.getLogger("llama2rt"), _redistribute.logger
+    before = warnings.showwarning, ours.level, others.level
+    try:
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            cli._listen()
+            assert ours.isEnabledFor(logging.WARNING) == (rank == "0")
+            assert not others.isEnabledFor(logging.WARNING)
+    finally:
+        warnings.showwarning = before[0]
+        ours.setLevel(before[1])
+        others.setLevel(before[2])
 
 
 def test_a_wrong_option_is_said_without_addresses(recipe, tmp_path):

@@ -15,6 +15,7 @@ from llama2rt.parallel import command, faults, world
 from llama2rt.run import Recipe, Run
 from llama2rt.train import TrainOptions, stragglers
 from llama2rt.train.driver import Step, drive, resume
+from llama2rt.train.schedule import warn_of_warmup
 from llama2rt.train.stragglers import Elapsed
 
 TOTAL = 12
@@ -49,6 +50,7 @@ class Summing:
 
     def go_wrong(self) -> None:
         if self.fault == "alike":
+            warn_of_warmup(1, TrainOptions(warmup_steps=2))
             raise InputError("data.jsonl:3: all read the same")
         if world().rank != self.rank:
             return

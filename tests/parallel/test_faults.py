@@ -90,10 +90,12 @@ def test_a_hanging_rank_is_named_with_what_it_does(tmp_path):
     goes_on(tmp_path / "out", 3)
 
 
-def test_errors_are_said_once(tmp_path):
+def test_errors_and_warnings_are_said_once(tmp_path):
     group = Group(3, tmp_path / "alike", command_of_a_stage, tmp_path / "a", "alike")
     assert group.wait() == [2, 2, 2]
-    assert group.said() == ["llama2rt sum: data.jsonl:3: all read the same"]
+    warning, error = group.said()
+    assert warning.startswith("train.warmup_steps: the warm-up of 2 steps is longer")
+    assert error == "llama2rt sum: data.jsonl:3: all read the same"
     group = Group(3, tmp_path / "alone", command_of_a_stage, tmp_path / "b", "alone", 2)
     assert group.wait() == [2, 2, 2]
     assert group.said() == ["llama2rt sum: rank 2: data-2.jsonl:3: only here"]
