@@ -8,6 +8,10 @@ itself, and the named one with it where that is on the same machine. What fails 
 the others in the store too (`last_words`), so that one message says what happened instead of one
 from every rank.
 
+Left out: a rank that hangs while ranks work apart, as on a rollout. How long their shares take is
+not known beforehand, and the others meet it in a collective of objects, which counts for nothing
+here since they wait in such a one for whatever rank 0 does by itself.
+
 All of it is nothing in one process. The collectives' own timeouts come a little after the limit:
 where the thread cannot run, they end the rank.
 """
