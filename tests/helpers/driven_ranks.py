@@ -1,4 +1,4 @@
-"""What ranks do in tests/parallel/test_driver_on_ranks.py: `drive` with steps and meters made up."""
+"""What ranks do in tests/parallel/test_driver_on_ranks.py: `drive`, steps and meters made up."""
 
 import signal
 import time
