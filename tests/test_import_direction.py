@@ -1,8 +1,9 @@
 """The rule: imports point strictly downward.
 
 Read from the sources, not from what happens to be loaded, so that an import hidden in a function
-counts too. Two light-weight promises are proven in a fresh interpreter: `import llama2rt` loads
-no torch, and `ops` and `model` load neither pydantic nor tyro.
+counts too. Three light-weight promises are proven in a fresh interpreter: `import llama2rt` loads
+no torch, `ops` and `model` load neither pydantic nor tyro, and what runs a stage loads nothing that
+only several processes need.
 """
 
 import ast
@@ -125,6 +126,18 @@ def test_the_rule_refuses_upward_and_sideways_imports() -> None:
         # What --help lists, it says before anything heavy is loaded.
         ("import llama2rt.cli, llama2rt.stages", ["torch", "pydantic", "tyro"]),
         ("import llama2rt.ops, llama2rt.model", ["pydantic", "tyro", "transformers"]),
+        # Seconds, which one process need not wait for.
+        (
+            "import llama2rt.pipeline.run, llama2rt.quickstart.job\n"
+            "[stage.module for stage in llama2rt.stages.STAGES.values()]",
+            [
+                "torch.distributed.tensor",
+                "torch.distributed.fsdp",
+                "torch.distributed.pipelining",
+                "torch.distributed.checkpoint",
+                "torch._dynamo",
+            ],
+        ),
     ],
 )
 def test_light_imports_stay_light(statement: str, forbidden: list[str]) -> None:

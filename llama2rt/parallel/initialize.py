@@ -2,7 +2,6 @@
 
 import torch
 
-from llama2rt.checkpoint.sharded import materialize, place
 from llama2rt.checkpoint.weight import of_tensor
 from llama2rt.model import Llama, ScalarModel
 
@@ -13,6 +12,9 @@ def initialize(model: Llama | ScalarModel, seed: int, device: torch.device | str
 
     Each rank draws every tensor in full, one at a time, and keeps what is its own.
     """
+    # Here, because torch.distributed.checkpoint takes a second to import.
+    from llama2rt.checkpoint.sharded import materialize, place
+
     kind = ScalarModel if isinstance(model, ScalarModel) else Llama
     with torch.device("meta"):
         whole = kind(model.config)  # a stage has not all names, whose order decides what is drawn

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method as also_called
 
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.parallel.context import split_micro_batches
 from llama2rt.parallel.mesh import Mesh
 from llama2rt.parallel.pipeline import Elsewhere, cut_layers
-from llama2rt.parallel.tensor import tensor_parallel
+from llama2rt.parallel.shards import cut
 
 
 def parallelize(
@@ -39,6 +37,9 @@ def parallelize(
     if mesh.degrees["pipeline"] > 1:
         cut_layers(model, mesh, dtype)
     if mesh.degrees["tensor"] > 1:
+        # Here, because DTensors take a second to import.
+        from llama2rt.parallel.tensor import tensor_parallel
+
         tensor_parallel(model, mesh)
     if mesh.degrees["tensor"] * mesh.degrees["context"] > 1:
         split_micro_batches(model, mesh)
@@ -56,6 +57,10 @@ def shard(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> None:
     A mesh without a degree to shard over still gives its parameters to FSDP, for one owner of
     precision.
     """
+    # Here, because FSDP2 takes seconds to import.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import register_fsdp_forward_method as also_called
+
     devices = mesh.fsdp if mesh.fsdp is not None else mesh.devices["shard"]  # type: ignore[index]
     for parameter in model.parameters():
         if parameter.requires_grad:  # a master; what an adapter leaves alone stays as it is
@@ -98,10 +103,3 @@ def _cut_after_inference(model: nn.Module) -> None:
 
     model.register_forward_hook(finish)
     model.hidden = hidden_then_cut  # type: ignore[assignment]
-
-
-def cut(model: nn.Module) -> None:
-    """Let no parameter of `model` stay gathered: `parameters()` are the shards from here on."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -14,14 +14,12 @@ Left out: schedules with several stages a rank, and the entropy, which no such o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from llama2rt import ops
@@ -31,6 +29,10 @@ from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.model.transformer import PackedAttention, Rotary
 from llama2rt.parallel.mesh import Mesh
+from llama2rt.parallel.shards import whole_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import Schedule1F1B
 
 Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Any]]]
 
@@ -143,9 +145,7 @@ class PipelinedLlama(Llama):
             return loss / weight
 
         tokens, others = _of_one_shape(micros)
-        schedule = Schedule1F1B(
-            self._stage(tokens.shape[1]), len(micros), loss_fn=loss_of, scale_grads=False
-        )
+        schedule = self._schedule(len(micros), tokens.shape[1], loss_of)
         inputs = (tokens,) if place.first else ()
         numbers = torch.arange(len(micros)) if place.last else None
         schedule.step(*inputs, target=numbers, return_outputs=False, **others)
@@ -153,15 +153,21 @@ class PipelinedLlama(Llama):
         dist.broadcast_object_list(result, group=place.group, group_src=place.stages - 1)
         return result[0]
 
-    def _stage(self, tokens: int) -> PipelineStage:
-        """Shapes are given, so that nothing runs to find them out."""
+    def _schedule(
+        self, micros: int, tokens: int, loss_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> "Schedule1F1B":
+        """The schedule of a step: so many micro-batches with so many tokens each. Shapes are given,
+        so that nothing runs to find them out."""
+        # Here, because it takes a second to import, and whoever trains imports this module.
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
         place, device = self.place, next(self.parameters()).device
         hidden = torch.empty(
             1, tokens, self.config.dim, dtype=place.dtype, device="meta", requires_grad=True
         )
         ids = torch.empty(1, tokens, dtype=torch.int64, device="meta")
         logprob = torch.empty(1, tokens, device="meta", requires_grad=True)
-        return PipelineStage(
+        stage = PipelineStage(
             self,
             place.stage,
             place.stages,
@@ -170,6 +176,7 @@ class PipelinedLlama(Llama):
             output_args=logprob if place.last else hidden,
             group=place.group,
         )
+        return Schedule1F1B(stage, micros, loss_fn=loss_of, scale_grads=False)
 
     def _run(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, targets: Tensor) -> Tensor:
         """This stage's layers: tokens [T] or the stream [T, dim] -> the stream, or logprob [T],
@@ -214,8 +221,7 @@ class PipelinedLlama(Llama):
         for name, shape in weights(self.shape).items():
             weight, stage = None, place.stage_of(name)
             if stage == place.stage:
-                weight = own[name].detach()
-                weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+                weight = whole_tensor(own[name].detach())
             if stage > 0 and place.main:
                 if weight is not None:
                     dist.send(weight.contiguous(), group=place.group, group_dst=0)

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llama2rt.checkpoint import files, native
 from llama2rt.checkpoint.weight import Area, Weight
 from llama2rt.model import Llama, ScalarModel
-from llama2rt.parallel.parallelize import cut
 from llama2rt.parallel.pipeline import PipelinedLlama
+from llama2rt.parallel.shards import cut, whole_tensor
 from llama2rt.parallel.world import is_main, on_main, world
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -69,8 +68,7 @@ def _whole_weights(model: Llama | ScalarModel) -> Iterator[tuple[str, Tensor | N
         yield from model.whole_weights()
         return
     for name, parameter in files.weights(model).items():
-        weight = parameter.detach()
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        yield name, whole_tensor(parameter.detach())
 
 
 @torch.no_grad()
@@ -81,8 +79,7 @@ def trained_weights(model: Llama | ScalarModel) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in files.weights(model).items():
         if parameter.requires_grad:
-            weight = parameter.detach()
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            whole = whole_tensor(parameter.detach())
             if is_main():
                 weights[name] = whole.cpu()
     return weights

@@ -15,14 +15,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from llama2rt.checkpoint.files import weights
 from llama2rt.errors import InputError
 from llama2rt.memory import free_bytes
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.model.adapters import adapt_like
-from llama2rt.parallel.parallelize import cut
+from llama2rt.parallel.shards import cut, is_dtensor, whole_tensor
 from llama2rt.parallel.world import gather, world
 
 Model = TypeVar("Model", Llama, ScalarModel)
@@ -62,7 +61,7 @@ def whole(model: Model, dtype: torch.dtype | None = None) -> Iterator[Model]:
 
 def in_shards(model: nn.Module) -> bool:
     """Whether ranks share the model's parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def whole_tensors(
@@ -75,14 +74,17 @@ def whole_tensors(
         tensor = parameter.detach()
         if dtype is not None:
             tensor = tensor.to(dtype)
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, whole_tensor(tensor)
 
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter, or its optimizer's master, the values of a whole tensor that every rank
     holds; each keeps its part."""
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
+        # Here, because it takes a second to import.
+        from torch.distributed.tensor import DTensor, Replicate
+
         mesh = parameter.device_mesh
         value = DTensor.from_local(
             value.to(parameter.device, parameter.dtype), mesh, [Replicate()] * mesh.ndim

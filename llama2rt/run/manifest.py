@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 import llama2rt
 from llama2rt import atomic
@@ -148,7 +148,7 @@ def _changes(
 ) -> tuple[dict[str, Any], bool]:
     """(what differs from the recipe that the run began with, by key, from what to what; whether it
     makes the run longer). InputError for a difference that would change the result."""
-    then, now = _flatten(manifest["recipe"]), _flatten(resolve(recipe))
+    then, now = _flatten(_read_anew(manifest["recipe"], type(recipe))), _flatten(resolve(recipe))
     where = manifest.get("working_directory", os.getcwd())
     changes: dict[str, Any] = {}
     longer = False
@@ -172,6 +172,23 @@ def _changes(
         said = ", ".join(f"{key} = {c['to']!r} (was {c['from']!r})" for key, c in changes.items())
         logger.warning("%s: resumed with %s; no step so far would be another", directory, said)
     return changes, longer
+
+
+def _read_anew(begun: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """The recipe that a run began with as `kind` has it now: keys newer than the run have their
+    defaults, under which they change nothing. As it stands where it is no such recipe any more.
+    """
+    try:
+        read = resolve(kind.model_validate(begun))
+    except ValidationError:
+        return begun
+    # What a manifest leaves out of a key that may be None is None.
+    nones = {
+        name
+        for name, field in kind.model_fields.items()
+        if name not in begun and type(None) in get_args(field.annotation)
+    }
+    return {key: value for key, value in read.items() if key not in nones}
 
 
 def _is_path(recipe: BaseModel, key: str) -> bool:

@@ -45,8 +45,11 @@ class Recipe(BaseModel):
         "train.log_every",
         "train.checkpoint_every",
         "train.validate_every",
+        "train.optimizer_device",
+        "train.activation_checkpointing",
     )
-    """keys that say what is recorded and when, and change no weight"""
+    """keys that say what is recorded and when, or where and how often the same is computed; not
+    `train.compile`, under which an adapter's dropout draws other numbers"""
     durations: ClassVar[tuple[str, ...]] = ()
     """keys that say how long to train"""
 

@@ -24,6 +24,7 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics
 from llama2rt.model import Llama
+from llama2rt.parallel import on_main
 from llama2rt.planning import Model, Phase, Work
 from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.logprobs import segment_sums
@@ -120,7 +121,8 @@ def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Pat
             for temperature in recipe.curves.temperatures:
                 sample(recipe, sampler, run, some, recipe.curves.samples, temperature)
         del sampler  # before the next version is loaded
-    report.finish(run, numbers(recipe, run.samples_directory, answers, kl))
+    # A judge, which may cost money, is asked once, whatever the number of ranks.
+    report.finish(run, on_main(lambda: numbers(recipe, run.samples_directory, answers, kl)))
     return run.directory
 
 

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -60,6 +60,8 @@ class RolloutRecipe(Recipe):
     frozen: Literal["resident", "offloaded"] = "resident"
     """where the reference policy and the models that rank are between the phases that use them: on
     the GPU, or offloaded to the CPU's memory; without a GPU it makes no difference"""
+
+    neutral: ClassVar[tuple[str, ...]] = (*Recipe.neutral, "frozen")
 
 
 @dataclass(frozen=True)

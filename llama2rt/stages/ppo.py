@@ -100,7 +100,7 @@ class PpoRecipe(RolloutRecipe):
     )
     lora: LoraWithoutDropout = LoraWithoutDropout()
 
-    neutral: ClassVar[tuple[str, ...]] = ("train.log_every", "train.checkpoint_every")
+    neutral: ClassVar = tuple(k for k in RolloutRecipe.neutral if k != "train.validate_every")
     durations: ClassVar[tuple[str, ...]] = ("iterations",)
 
     def change(self, key: str, begun: Mapping[str, Any]) -> Change:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llama2rt.checkpoint.native import stored_name
 from llama2rt.parallel.mesh import DIMENSIONS, Mesh
+from llama2rt.parallel.shards import is_dtensor, local_part
 from llama2rt.train.moments import in_fp32, moment_dtype
 from llama2rt.train.options import TrainOptions
 from llama2rt.train.outliers import Outliers
@@ -75,7 +75,7 @@ class Optimizer:
             parameter.grad = None
             if new is None:
                 continue
-            new = _local(new).to(self._masters[i].device)
+            new = local_part(new).to(self._masters[i].device)
             if total is None:
                 self._gradients[i] = new
             elif total.dtype == torch.float32:
@@ -157,7 +157,7 @@ class Optimizer:
                     f"got {tuple(state[name].shape)}"
                 )
         for name, tensor in own.items():
-            _local(tensor).copy_(_local(state[name]))
+            local_part(tensor).copy_(local_part(state[name]))
         for i in range(len(self._masters)):
             self._weights.publish(i)
 
@@ -207,9 +207,9 @@ def _squares(gradient: Tensor) -> Tensor:
 def placed(local: Tensor, like: Tensor) -> Tensor:
     """A rank's part of what lies over the ranks as `like` does; `local` itself where that is
     whole."""
-    if not isinstance(like, DTensor):
+    if not is_dtensor(like):
         return local
-    return DTensor.from_local(
+    return like.from_local(
         local,
         like.device_mesh,
         like.placements,
@@ -219,13 +219,9 @@ def placed(local: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _shards(parameter: Tensor) -> int:
     """Into how many different parts `parameter` is cut."""
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return 1
     sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
     return math.prod(size for size, placement in sizes if not placement.is_replicate())

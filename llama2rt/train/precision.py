@@ -20,11 +20,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from llama2rt.checkpoint.native import unrounded
 from llama2rt.errors import InputError
+from llama2rt.parallel.shards import is_dtensor, is_fsdp
 
 MASTER = torch.float32
 
@@ -52,7 +51,7 @@ class MasterWeights:
             raise ValueError("model: expected at least one parameter that requires a gradient")
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        if isinstance(model, FSDPModule):
+        if is_fsdp(model):
             self.tensors: list[Tensor] = [_shard(parameter) for parameter in self.parameters]
             if any(device not in (None, shard.device.type) for shard in self.tensors):
                 raise InputError("train.optimizer_device: of a model that is sharded, leave it out")
@@ -77,7 +76,7 @@ class MasterWeights:
 
 def _shard(parameter: nn.Parameter) -> Tensor:
     """The fp32 part of a parameter under FSDP2 that this rank holds, sharing its storage."""
-    if not isinstance(parameter, DTensor) or parameter.dtype != MASTER:
+    if not is_dtensor(parameter) or parameter.dtype != MASTER:
         raise ValueError(f"expected an fp32 shard of FSDP2, got {type(parameter).__name__}")
     local: Tensor = parameter.to_local().detach()
     return local

@@ -1,6 +1,6 @@
 """What ranks do in tests/parallel/test_rollouts.py and test_whole.py."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,18 @@ def refused() -> str:
         return str(error)
     finally:
         gathered.free_bytes = free
+
+
+def counting_judge(named: Path) -> Callable[[Prompt, str], float]:
+    """Prefers long answers; adds a line to the file whose path `named` holds for each it reads."""
+    log = Path(named.read_text())
+
+    def judge(prompt: Prompt, text: str) -> float:
+        with log.open("a") as lines:
+            lines.write(f"{prompt.id}\n")
+        return float(len(text))
+
+    return judge
 
 
 def run_stage(stage: str, recipe: Any, directory: Path) -> str:

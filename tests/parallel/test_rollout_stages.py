@@ -169,7 +169,8 @@ def plan(pocket, folder, steps, train):
 
 
 def test_a_plan_of_every_stage(on_ranks, pocket, tmp_path):
-    """Comparisons, a reward model, rejection sampling, PPO, DPO, and all versions compared."""
+    """Comparisons, a reward model, rejection sampling, PPO, DPO, and all versions compared, also by
+    a judge, who is asked once of each answer."""
     train = {"lr": 1e-4, "micro_tokens": 60, "checkpoint_every": 0}
     steps = [
         {"name": "asked", "stage": "annotate", "annotator": {"python": "kill_plan:annotator"}},
@@ -179,8 +180,15 @@ def test_a_plan_of_every_stage(on_ranks, pocket, tmp_path):
         {"name": "V3", "stage": "dpo", "iterations": 1, "samples": 2, "batch_size": 2},
     ]
     settings = plan(pocket, tmp_path, steps, train)
+    read, named = tmp_path / "read.txt", tmp_path / "judge.txt"
+    named.write_text(str(read))
+    judge = {"python": "parallel_rollouts:counting_judge", "files": [named]}
+    settings["defaults"]["evaluate"] = {"judge": judge}
     run_plan(settings, tmp_path / "alone" / "run")
+    answers = len(read.read_text().splitlines())
+    assert answers == 4 * 7
     folders = on_ranks(2, run_plan, settings, tmp_path / "ranks" / "run")
+    assert len(read.read_text().splitlines()) == 2 * answers
     assert folders == [str(tmp_path / "ranks" / "run" / "V3" / "model")] * 2
     alone, ranks = tmp_path / "alone" / "run", tmp_path / "ranks" / "run"
     assert (ranks / "asked" / "pairs.jsonl").read_bytes() == (

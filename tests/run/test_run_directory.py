@@ -91,6 +91,39 @@ def test_resume_takes_what_changes_no_result_and_says_so(tmp_path, caplog):
     assert Run.open(tmp_path, Staged(), resume=True).complete
 
 
+def test_where_and_how_often_the_same_is_computed_may_change(tmp_path, caplog):
+    Run.open(tmp_path, Staged())
+    changed = {"optimizer_device": "cpu", "activation_checkpointing": "full"}
+    Run.open(tmp_path, Staged(train=changed), resume=True)
+    assert "train.activation_checkpointing = 'full' (was 'none')" in caplog.text
+    assert "train.optimizer_device = 'cpu' (was None)" in caplog.text
+    with pytest.raises(InputError, match=r"train\.compile = False, asked to resume with True"):
+        Run.open(tmp_path, Staged(train=changed | {"compile": True}), resume=True)
+
+
+class Nullable(Staged):
+    rate: float | None = 0.5
+
+
+def test_a_run_older_than_a_key_goes_on(tmp_path, caplog):
+    """A manifest of a program that had no `train.moments` and another type of a switch."""
+    begun = Nullable(rate=None, train={"activation_checkpointing": "full"})
+    Run.open(tmp_path, begun)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recipe"]["train"]["moments"]
+    manifest["recipe"]["train"]["activation_checkpointing"] = True
+    path.write_text(json.dumps(manifest))
+    Run.open(tmp_path, begun, resume=True)
+    assert not caplog.text
+    # The default that a key had, not none at all, is what another value is compared with.
+    half = begun.model_copy(update={"train": TrainOptions(moments="bf16")})
+    with pytest.raises(InputError, match=r"train\.moments = 'fp32', asked to resume with 'bf16'"):
+        Run.open(tmp_path, half, resume=True)
+    with pytest.raises(InputError, match=r"rate = None, asked to resume with 0\.5"):
+        Run.open(tmp_path, Nullable(train=begun.train), resume=True)
+
+
 def test_more_epochs_go_on_under_a_constant_schedule(tmp_path, caplog):
     Run.open(tmp_path, Staged(train=CONSTANT)).finish(loss=1.0)
     run = Run.open(tmp_path, Staged(epochs=3, train=CONSTANT), resume=True)

@@ -31,6 +31,13 @@ def stages(pocket, settings):
     ]
 
 
+def test_where_frozen_models_wait_may_change_in_a_run(pocket):
+    for module, recipe in stages(pocket, {}):
+        assert recipe.change("frozen", {"frozen": "offloaded"}) == "neutral"
+        evaluated = recipe.change("train.validate_every", {"train.validate_every": 1})
+        assert evaluated == ("refused" if module is ppo else "neutral")
+
+
 @pytest.mark.parametrize("key", ["helpfulness", "safety"])
 def test_a_reward_model_of_another_vocabulary_is_refused(pocket, strangers, tmp_path, key):
     for module, recipe in stages(pocket, {f"rewards.{key}": strangers / "reward"}):
