@@ -9,6 +9,7 @@ from typing import Any
 import json_lines
 import pytest
 import torch
+from spread_folders import nothing_whole
 
 import llama2rt
 from llama2rt.parallel import ParallelOptions
@@ -85,7 +86,8 @@ def run_stage(
     if stop:
         interrupt_at(stop)
     try:
-        return str(module.run(recipe(stage, folder, init, parallel), out, resume=True))
+        with nothing_whole():
+            return str(module.run(recipe(stage, folder, init, parallel), out, resume=True))
     except KeyboardInterrupt as error:
         lock.unlock(out)  # as the end of a process does
         return str(error)
