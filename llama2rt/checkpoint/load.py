@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llama2rt.checkpoint import files, hf, meta, native
 from llama2rt.checkpoint.weight import Weight
@@ -37,18 +38,28 @@ def load_sharded(path: str | Path, model: Llama | ScalarModel, device: torch.dev
     its own parts, one tensor at a time.
 
     `model`: what `load(path, "meta")` returned and `parallelize` cut up, or a pipeline's stage of
-    it; on the meta device still, in whose place come tensors on `device`, or on that already. Each
-    parameter keeps its dtype. InputError as of `load`, and where the folder lacks a parameter.
+    it; on the meta device still, in whose place come tensors on `device`, or on that already. What
+    was added to a model on the meta device and has values, such as an adapter or another head,
+    keeps them. Each parameter keeps its dtype. InputError as of `load`, and where the folder lacks
+    a parameter.
     """
     # Here, because torch.distributed.checkpoint takes a second to import.
     from llama2rt.checkpoint.sharded import materialize, place
 
     _, _, weights = read(path)
+    own = files.weights(model)
+    added: dict[str, Tensor] = {}
+    if any(parameter.is_meta for parameter in own.values()):
+        added = {n: p.detach().clone() for n, p in own.items() if not p.is_meta}
     materialize(model, device)
     for name, parameter in files.weights(model).items():
-        if name not in weights:
-            raise InputError(f"{path}: {name}: missing")
-        place(parameter, weights[name])
+        stored = name.replace(".base_layer.", ".")  # below an adapter
+        if name in added:
+            parameter.detach().copy_(added[name])
+        elif stored in weights:
+            place(parameter, weights[stored])
+        else:
+            raise InputError(f"{path}: {stored}: missing")
 
 
 def read(

@@ -49,6 +49,7 @@ def adapt(
 
     A [rank, in] is drawn from `seed` as peft draws it, B [out, rank] is 0, so that nothing changes
     yet; both are fp32 whatever the model's dtype, and trainable. So is a ScalarModel's head, whole.
+    Beside weights on the meta device an adapter has values, on the CPU.
     InputError where peft is missing.
     """
     peft = require_peft()
@@ -59,7 +60,8 @@ def adapt(
     try:
         # peft draws on the CPU, wherever the model is.
         torch.random.default_generator.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model, NAME)
+        with _seemingly_on_cpu(model):
+            peft.inject_adapter_in_model(config, model, NAME)
     finally:
         torch.random.set_rng_state(state)
     for layer in layers(model).values():
@@ -67,6 +69,26 @@ def adapt(
         layer.lora_B.to(torch.float32)
     if isinstance(model, ScalarModel):
         model.head.to(torch.float32).requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _seemingly_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Inside, matrices on the meta device are on the CPU, as one number seen many times. peft moves
+    an adapter to where the matrix beside it is: on the meta device its values would be lost."""
+    found = {
+        module: module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight.is_meta
+    }
+    for module, weight in found.items():
+        seen = torch.zeros((), dtype=weight.dtype, device="cpu").expand(weight.shape)
+        module.weight = nn.Parameter(seen, requires_grad=weight.requires_grad)
+    try:
+        yield
+    finally:
+        for module, weight in found.items():
+            weight.requires_grad_(module.weight.requires_grad)
+            module.weight = weight
 
 
 def layers(model: nn.Module) -> dict[str, Any]:

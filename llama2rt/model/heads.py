@@ -62,10 +62,13 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_llama(cls, llama: Llama, seed: int = 0) -> "ScalarModel":
-        """A scalar model that starts from a copy of a language model's weights, with a new head."""
+        """A scalar model that starts from a copy of a language model's weights, with a new head. Of
+        a model on the meta device the head alone has values, on the CPU."""
         weight = llama.transformer.embedding.weight
         model = cls(llama.config, weight.device, weight.dtype)
         model.transformer.load_state_dict(llama.transformer.state_dict())
+        if weight.is_meta:
+            model.head.to_empty(device="cpu")
         fill(model, iter([("head.weight", model._fresh_head(seed))]))
         return model
 

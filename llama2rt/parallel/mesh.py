@@ -5,7 +5,7 @@ Ranks of different `data` and `shard` coordinates see different micro-batches; t
 """
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -49,9 +49,7 @@ class Mesh:
         stage of training can be a pipeline. InputError where the degrees do not fit the number of
         processes, the model's shape or the stage."""
         degrees = options.degrees(world().size)
-        if degrees["pipeline"] > 1 and not pipelined:
-            raise InputError("parallel.pipeline: expected 1, but in pretraining and SFT")
-        check(degrees, config)
+        check(degrees, config, pipelined=pipelined)
         if world().size == 1:
             return cls.single()
         devices, fsdp = _devices(*degrees.values())
@@ -121,9 +119,26 @@ def _devices(*degrees: int) -> tuple[DeviceMesh, DeviceMesh | None]:
     return devices, fsdp
 
 
-def check(degrees: dict[str, int], config: LlamaConfig) -> None:
-    """InputError naming a degree that the model's shape cannot be cut by."""
+def check(
+    degrees: Mapping[str, int],
+    config: LlamaConfig,
+    *,
+    pipelined: bool = True,
+    adapted: bool = False,
+) -> None:
+    """InputError naming a degree that a model of this shape cannot be cut by. `pipelined`: whether
+    its stage of training can be a pipeline; `adapted`: whether it is trained under an adapter."""
     tensor, pipeline = degrees["tensor"], degrees["pipeline"]
+    if pipeline > 1 and not pipelined:
+        raise InputError("parallel.pipeline: expected 1, but in pretraining and SFT")
+    for name, degree in (("tensor", tensor), ("pipeline", pipeline)):
+        if adapted and degree > 1:
+            raise InputError(f"parallel.{name}: expected 1 with lora.rank, got {degree}")
+    if -(-config.vocab_size // tensor) * (tensor - 1) >= config.vocab_size:
+        raise InputError(
+            f"parallel.tensor: {tensor} processes cannot share vocab_size {config.vocab_size}: "
+            "expected at least one token for the last"
+        )
     for name in ("heads", "kv_heads", "ffn_hidden"):
         value = getattr(config, name)
         if value % tensor:

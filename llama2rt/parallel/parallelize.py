@@ -28,7 +28,7 @@ def parallelize(
     *,
     compile_blocks: bool = False,
 ) -> None:
-    """Spread a model whose weights every rank holds whole.
+    """Spread a model whose weights every rank holds whole, or, on the meta device, none.
 
     `dtype`: of activations and of the weights as the model sees them. Among several processes the
     parameters are fp32 shards from here on, whatever `dtype` is: they are the masters

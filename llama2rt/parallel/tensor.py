@@ -23,7 +23,7 @@ from llama2rt.model.transformer import Embedding, Linear, Norm, norm
 from llama2rt.ops.embedding import embedding
 from llama2rt.ops.linear import linear
 from llama2rt.parallel.collectives import gather, gather_alike, scatter_sum, sum_gradient
-from llama2rt.parallel.mesh import Mesh
+from llama2rt.parallel.mesh import Mesh, check
 
 COLUMNWISE = ("query", "key", "value", "gate", "up")
 ROWWISE = ("attention_output", "down")
@@ -109,17 +109,12 @@ def tensor_parallel(model: Llama | ScalarModel, mesh: Mesh) -> None:
     """Cut a model whose weights every rank holds whole over `mesh`'s tensor dimension, in place.
 
     Parameters become DTensors on that dimension under the names they had. `split_micro_batches`
-    must follow: inside, T is a multiple of the degree. InputError where the vocabulary is too small
-    to be cut; heads and ffn_hidden were checked with the mesh.
+    must follow: inside, T is a multiple of the degree. InputError as of `mesh.check`, since the
+    mesh may have been built for another of the models that share it.
     """
     devices = mesh.along("tensor")
     assert devices is not None
-    ranks, vocabulary = devices.size(), model.config.vocab_size
-    if -(-vocabulary // ranks) * (ranks - 1) >= vocabulary:
-        raise InputError(
-            f"parallel.tensor: {ranks} processes cannot share vocab_size {vocabulary}: expected at "
-            "least one token for the last"
-        )
+    check(mesh.degrees, model.config)
     transformer = model.transformer
     for block in transformer.blocks:
         for name in COLUMNWISE:

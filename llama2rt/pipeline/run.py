@@ -24,10 +24,12 @@ def prepare(steps: Sequence[Step], directory: Path) -> list[Resolved]:
     there are cannot share it as it says. Every rank calls this, and rank 0 reads."""
     plan = resolve(steps, directory)
     for step in plan:
-        parallel = getattr(step.recipe, "parallel", None)
-        if parallel is not None:
+        # Not by `check`, where rank 0 takes itself to be alone.
+        parallel, train = (getattr(step.recipe, key, None) for key in ("parallel", "train"))
+        if parallel is not None and train is not None:
             with naming(f"steps: {step.name}"):
                 parallel.degrees(world().size)
+                train.check(world().size, world().device.type)
     on_main(lambda: check(plan))
     return plan
 

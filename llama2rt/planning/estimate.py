@@ -130,8 +130,11 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
     if work.train is None:
         # What trains nothing is whole on every rank, which answers its share of the prompts.
         degrees |= {"data": ranks, "shard": 1}
-    for model in work.models:
-        check(degrees, model.config)
+    else:
+        work.train.check(ranks, "cuda")
+    pipelined = any(phase.pipelined for phase in work.phases)
+    for model in work.trained:  # all others are whole on every rank
+        check(degrees, model.config, pipelined=pipelined, adapted=model.adapter > 0)
     setting = _setting(work, degrees)
     phases = {phase.name: _memory(phase, setting, gpu) for phase in work.phases}
     fabric = hardware.NVLINK if ranks <= 8 else hardware.fabric(options.fabric)

@@ -140,6 +140,8 @@ class Phase:
     sampling: Sampling | None = None
     training: bool = False
     """whether gradients are taken in it; optimizer state lies there in any case"""
+    pipelined: bool = False
+    """whether what is trained may be cut into a pipeline of layers"""
 
 
 @dataclass(frozen=True)

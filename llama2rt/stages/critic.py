@@ -19,7 +19,21 @@ from llama2rt.data.packing import Example
 from llama2rt.model import ScalarModel
 from llama2rt.parallel.whole import assign, in_shards
 from llama2rt.rollout.logprobs import inference_batches
+from llama2rt.stages.inputs import RolloutRecipe
+from llama2rt.stages.loading import load_scalar
+from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.optimizer import Optimizer
+
+
+def initial_model(
+    recipe: RolloutRecipe, tokenizer: Tokenizer, device: torch.device | str
+) -> ScalarModel:
+    """The helpfulness model, on `device`, to be trained as the critic of a policy with
+    `tokenizer`."""
+    dtype = recipe.lora.load_dtype(recipe.train)
+    model = load_scalar(recipe.rewards.helpfulness, dtype, tokenizer, device)
+    recipe.lora.adapt(model.requires_grad_(True), recipe.seed)
+    return model
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
 from llama2rt.parallel import Mesh
-from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.rollout import balance, metrics, sampling
 from llama2rt.rollout.logprobs import segment_sums
@@ -130,6 +129,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_rollout(recipe)
+    mesh = Mesh.build(recipe.parallel, inputs.result.config)
     reference = run.manifest["inputs"]["reference" if recipe.reference else "init"]["sha256"]
     run.truncate_metrics(0)
     history = History()
@@ -156,7 +156,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
 
         # Learn from the history, going on from this iteration's policy.
         if not step.complete:
-            model = learn(recipe, inputs, policy_folder, history, iteration, step)
+            model = learn(recipe, inputs, policy_folder, history, iteration, step, mesh)
             numbers = {
                 "prompts": len(sampled),
                 "new_pairs": len(new),
@@ -172,7 +172,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
         run.log(iteration + 1, **numbers)
         policy_folder, parents = step.model_directory, [step.directory]
 
-    final = inputs.to_train(policy_folder)  # as saved: masters stay fp32
+    final = inputs.to_train_on(policy_folder, mesh)  # as saved: masters stay fp32
     adapters.save(final, inputs.tokenizer, run, recipe.init)
     report.finish(run, {"iterations": recipe.iterations, **numbers})
     return run.model_directory
@@ -255,11 +255,10 @@ def learn(
     history: History,
     iteration: int,
     step: Run,
+    mesh: Mesh,
 ) -> Llama:
     """The policy after `epochs` through the history, also saved as the iteration's model."""
-    model = inputs.to_train(policy_folder)
-    mesh = Mesh.build(recipe.parallel, model.config)
-    parallelize(model, mesh, recipe.train.dtype, compile_blocks=recipe.train.compile)
+    model = inputs.to_train_on(policy_folder, mesh)
     examples = [(response_example(best), response_example(worst)) for best, worst in history.pairs]
     loader = PairLoader(
         examples,

@@ -6,7 +6,7 @@ once.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,14 +20,14 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
 from llama2rt.model.adapters import WithoutAdapter
-from llama2rt.parallel import ParallelOptions, world
+from llama2rt.parallel import Mesh, ParallelOptions, world
 from llama2rt.parallel.whole import whole
 from llama2rt.rollout import metrics
 from llama2rt.rollout.frozen import Model, offload
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import loading
+from llama2rt.stages import loading, spread
 from llama2rt.stages.loading import Future, Opened, Outline
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.lora import LoraOptions
@@ -106,23 +106,31 @@ class RolloutInputs(Opened):
         """`under_adapter`, once: the one model of a LoRA run in one process."""
         return self.under_adapter()
 
-    def under_adapter(self) -> Llama:
+    def under_adapter(self, device: loading.Device = None) -> Llama:
         """`init` under an adapter, which is drawn from the seed."""
         recipe = self.recipe
-        model = loading.load_companion(recipe.init, self.tokenizer, recipe.train.dtype)
+        model = loading.load_companion(recipe.init, self.tokenizer, recipe.train.dtype, device)
         recipe.lora.adapt(model, recipe.seed)
         return model
 
-    def to_train(self, folder: Path) -> Llama:
-        """The model in `folder` in fp32, for an optimizer; where an adapter is trained, init under
-        the adapter beside `folder`, or, asked for init before any other, under a fresh one."""
+    def to_train(self, folder: Path, device: loading.Device = None) -> Llama:
+        """The model in `folder` in fp32, for an optimizer, on `device`; where an adapter is
+        trained, init under the adapter beside `folder`, or, asked for init before any other, under
+        a fresh one."""
         if self.recipe.lora.rank is None:
-            return loading.load_llama(folder, self.recipe.tokenizer)[0]
+            return loading.load_llama(folder, self.recipe.tokenizer, device=device)[0]
         # What an earlier iteration of several ranks has trained lies in shards.
-        model = self.adapted if world().size == 1 else self.under_adapter()
+        model = self.adapted if world().size == 1 else self.under_adapter(device)
         if folder != self.recipe.init:
             adapter.load(model, folder.with_name("adapter"))
         return model
+
+    def to_train_on(self, folder: Path, mesh: Mesh) -> Llama:
+        """`to_train`, spread over `mesh`."""
+        recipe = self.recipe
+        stored = folder if recipe.lora.rank is None else recipe.init
+        build = functools.partial(self.to_train, folder)
+        return spread.from_folder(build, stored, mesh, recipe.train)
 
     def policy(self, folder: Path) -> Sampler:
         """The model in `folder`, in the compute dtype, to sample from."""
@@ -149,10 +157,15 @@ class RolloutInputs(Opened):
             )
 
 
-def open_rollout(recipe: RolloutRecipe, future: Future | None = None) -> RolloutInputs:
+def open_rollout(
+    recipe: RolloutRecipe, future: Future | None = None, trained: Sequence[str] = ("init",)
+) -> RolloutInputs:
     """Prompts and held-out prompts of a recipe whose `init` samples (ppo, dpo), read and checked
-    with all its models. InputError as `loading.outlines` and `loading.read_prompts`."""
+    with all its models, of which those under the keys `trained` are trained. InputError as
+    `spread.check`, `loading.outlines` and `loading.read_prompts`."""
     tokenizer, models = outlines(recipe, future)
+    for key in trained:
+        spread.check(recipe.parallel, models[key].config, recipe.train, recipe.lora)
     policy = models.pop("init")
     prompts, held_out = (
         read_prompts(recipe, paths, tokenizer, policy, models) if paths else []

@@ -28,16 +28,23 @@ from llama2rt.text.tokenizer import Tokenizer
 logger = logging.getLogger("llama2rt.stages.loading")
 
 
+Device = torch.device | str | None
+"""where a model is loaded; None for `default_device`"""
+
+
 def default_device() -> str:
     """The GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_llama(
-    folder: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: Device = None,
 ) -> tuple[Llama, Tokenizer]:
     """A language model and the tokenizer that belongs to it; InputError for anything else."""
-    model, own = load(folder, default_device(), dtype)
+    model, own = load(folder, device or default_device(), dtype)
     if not isinstance(model, Llama):
         raise InputError(f"{folder}: expected a language model, found a reward model")
     return model, choose_tokenizer(folder, model.config, own, tokenizer)
@@ -62,9 +69,14 @@ def choose_tokenizer(
     return tokenizer if own is None else tokenizer.with_generation_of(own)
 
 
-def load_companion(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> Llama:
+def load_companion(
+    folder: Path,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float32,
+    device: Device = None,
+) -> Llama:
     """A language model that reads what a policy with `tokenizer` writes, such as its reference."""
-    model, own = load(folder, default_device(), dtype)
+    model, own = load(folder, device or default_device(), dtype)
     if not isinstance(model, Llama):
         raise InputError(f"{folder}: expected a language model, found a reward model")
     _require_same_tokens(folder, own, tokenizer)
@@ -72,11 +84,14 @@ def load_companion(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torc
 
 
 def load_scalar(
-    folder: Path, dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Tokenizer | None = None,
+    device: Device = None,
 ) -> ScalarModel:
     """A reward model, frozen and ready to score; InputError for a language model, and for one that
     reads other tokens than `tokenizer`, the policy's, writes."""
-    model, own = load(folder, default_device(), dtype)
+    model, own = load(folder, device or default_device(), dtype)
     if not isinstance(model, ScalarModel):
         raise InputError(f"{folder}: expected a reward model, found a language model")
     if tokenizer is not None:

@@ -9,6 +9,7 @@ Before the first iteration one rollout goes to the critic's head alone (`stages.
 Left out: several epochs over a rollout, shared policy and critic trunks, adaptive KL.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,6 @@ from llama2rt.data.packing import Example, filler, pack
 from llama2rt.data.sources import Source
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.parallel import Mesh, broadcast
-from llama2rt.parallel.parallelize import parallelize
 from llama2rt.parallel.whole import whole
 from llama2rt.rollout import balance, metrics
 from llama2rt.rollout.logprobs import token_rows
@@ -35,7 +35,7 @@ from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardOptions
 from llama2rt.rollout.sampling import Sampler, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import adapters, critic, loading, plans
+from llama2rt.stages import adapters, critic, loading, plans, spread
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.train import driver
 from llama2rt.train.driver import Step
@@ -159,7 +159,9 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     return run.model_directory
 
 
-open_inputs, plan = open_rollout, plans.of_ppo
+# The critic, which is as the helpfulness model is, is trained beside the policy.
+open_inputs = functools.partial(open_rollout, trained=("init", "rewards.helpfulness"))
+plan = plans.of_ppo
 
 
 class Iterations:
@@ -224,20 +226,16 @@ def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
     """Policy and critic for their optimizers."""
     options = recipe.train
     mesh = Mesh.build(recipe.parallel, inputs.result.config)
-    policy = inputs.to_train(recipe.init)
-    critic = loading.load_scalar(
-        recipe.rewards.helpfulness, recipe.lora.load_dtype(options), inputs.tokenizer
-    )
-    recipe.lora.adapt(critic.requires_grad_(True), recipe.seed)
-    for model in (policy, critic):
-        parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
+    policy = inputs.to_train_on(recipe.init, mesh)
+    build_critic = functools.partial(critic.initial_model, recipe, inputs.tokenizer)
+    value_model = spread.from_folder(build_critic, recipe.rewards.helpfulness, mesh, options)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     return Actors(
         policy=policy,
-        critic=critic,
+        critic=value_model,
         sampler=inputs.sampler(policy, str(recipe.init)),
         optimizer=Optimizer(policy, options, mesh),
-        critic_optimizer=Optimizer(critic, critic_options, mesh),
+        critic_optimizer=Optimizer(value_model, critic_options, mesh),
         mesh=mesh,
     )
 

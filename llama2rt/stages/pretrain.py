@@ -19,7 +19,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llama2rt import planning, report
-from llama2rt.checkpoint.load import load
 from llama2rt.data import tokens
 from llama2rt.data.loader import TokenLoader, dealt
 from llama2rt.data.packing import Batch, filler
@@ -27,18 +26,16 @@ from llama2rt.data.tokens import TokenFile
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.parallel import Mesh, ParallelOptions, by_main
-from llama2rt.parallel.parallelize import parallelize
 from llama2rt.parallel.saving import save_model
 from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import corpus
+from llama2rt.stages import corpus, spread
 from llama2rt.stages.loading import (
     Future,
     Opened,
     Outline,
-    choose_tokenizer,
-    default_device,
     file_inputs,
+    load_llama,
     outline,
     outlines,
 )
@@ -115,13 +112,13 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         shape = recipe.model.config(recipe.vocab_size or 32000, recipe.context)
     else:
         shape = outline(recipe.init).config
-    _require_context(recipe, shape)
+    check(recipe, shape)
     mesh = Mesh.build(recipe.parallel, shape, pipelined=True)
     run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
 
-    training, held_out, tokenizer, model = prepare(recipe, run.directory)
+    training, held_out, tokenizer = prepare(recipe, run.directory)
     options = recipe.train
     loader = TokenLoader(
         training,
@@ -131,7 +128,7 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         recipe.seed,
         share=mesh.share,
     )
-    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
+    model = initial_model(recipe, tokenizer, mesh)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -177,7 +174,7 @@ def open_inputs(recipe: PretrainRecipe, future: Future | None = None) -> Pretrai
         config = recipe.model.config(recipe.vocab_size, recipe.context)
     else:
         raise InputError("tokenizer: a plan needs it before its first step; train it first")
-    _require_context(recipe, config)
+    check(recipe, config)
     return PretrainInputs(Outline(config, tokenizer))
 
 
@@ -206,7 +203,7 @@ def plan(
             steps = Count(max(1, round((recipe.epochs or 0) * per_epoch)), held.how)
         epochs = recipe.epochs or round(steps.value / per_epoch, 3)
     return Work(
-        [Phase("training", trained=[Model("model", config)], training=True)],
+        [Phase("training", [Model("model", config)], training=True, pipelined=True)],
         recipe.train,
         recipe.parallel,
         planning.Batch(windows * recipe.context, recipe.context, recipe.context),
@@ -218,20 +215,15 @@ def plan(
 
 def prepare(
     recipe: PretrainRecipe, directory: Path
-) -> tuple[TokenFile, dict[str, TokenFile], Tokenizer, Llama]:
-    """(training stream, held-out streams by source, tokenizer, model), each built once and kept in
+) -> tuple[TokenFile, dict[str, TokenFile], Tokenizer]:
+    """(training stream, held-out streams by source, tokenizer), each built once and kept in
     `directory` for a resumed run."""
     files = directory / "tokens"
     index = files / "held_out.json"  # written last: the streams it names are complete
     tokenise(recipe, files, index)
 
-    model: Llama | None = None
     if recipe.init is not None:
-        loaded, own = load(recipe.init, default_device(), torch.float32)
-        if not isinstance(loaded, Llama):
-            raise InputError(f"{recipe.init}: expected a language model, found a scalar model")
-        model = loaded
-        tokenizer = choose_tokenizer(recipe.init, model.config, own, recipe.tokenizer)
+        tokenizer, _ = outlines(recipe.tokenizer, {"init": recipe.init})
     else:
         tokenizer = Tokenizer.load(recipe.tokenizer or files / TRAINED)
     stream = TokenFile(files / "training.bin")
@@ -240,10 +232,20 @@ def prepare(
     }
     for file in (stream, *held_out.values()):
         file.require(tokenizer)
-    if model is None:
+    return stream, held_out, tokenizer
+
+
+def initial_model(recipe: PretrainRecipe, tokenizer: Tokenizer, mesh: Mesh) -> Llama:
+    """The model to train, spread over `mesh`: `init`, or random weights."""
+    init = recipe.init
+    if init is None:
         config = recipe.model.config(tokenizer.vocab_size, recipe.context)
-        model = Llama(config, default_device(), torch.float32).initialize(recipe.seed)
-    return stream, held_out, tokenizer, model
+        return spread.from_seed(Llama, config, recipe.seed, mesh, recipe.train)
+
+    def build(device: torch.device | str) -> Llama:
+        return load_llama(init, recipe.tokenizer, device=device)[0]
+
+    return spread.from_folder(build, init, mesh, recipe.train)
 
 
 # The tokenizer that is trained on the text. The digest inside the token files ties them to it;
@@ -268,6 +270,12 @@ def tokenise(recipe: PretrainRecipe, files: Path, index: Path) -> None:
         training = [document.text for document in texts[0]]
         tokenizer = Tokenizer.train(training, recipe.vocab_size, files / TRAINED)
     corpus.build(texts, tokenizer, files, index)
+
+
+def check(recipe: PretrainRecipe, config: LlamaConfig) -> None:
+    """InputError where a model of this shape cannot be trained as the recipe says."""
+    spread.check(recipe.parallel, config, recipe.train, pipelined=True)
+    _require_context(recipe, config)
 
 
 def _require_context(recipe: PretrainRecipe, config: LlamaConfig) -> None:

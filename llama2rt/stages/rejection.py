@@ -6,6 +6,7 @@ was sampled, measure on held-out prompts. Left out: sampling by a larger model t
 tuned, which is this stage with another `policy`.
 """
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from llama2rt import report
@@ -20,8 +22,8 @@ from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.errors import InputError, naming
+from llama2rt.model import Llama
 from llama2rt.parallel import Mesh, on_main
-from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.responses import (
@@ -32,7 +34,7 @@ from llama2rt.rollout.responses import (
 )
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Run
-from llama2rt.stages import adapters, loading, plans, sft
+from llama2rt.stages import adapters, loading, plans, sft, spread
 from llama2rt.stages.inputs import (
     RolloutInputs,
     RolloutRecipe,
@@ -115,12 +117,9 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     on_main(lambda: write_responses(run.samples_directory / BEST, best))
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
-    # The tokenizer is the policy's: init may hold none.
-    if recipe.lora.rank is None:
-        model = loading.load_companion(recipe.init, inputs.tokenizer)
-    else:
-        model = inputs.to_train(recipe.init)
-    parallelize(model, mesh, recipe.train.dtype, compile_blocks=recipe.train.compile)
+    model = spread.from_folder(
+        functools.partial(initial_model, recipe, inputs), recipe.init, mesh, recipe.train
+    )
     examples = [response_example(response) for response in best] + inputs.dialogues
     loader = ExampleLoader(
         examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed, share=mesh.share
@@ -143,6 +142,7 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
     for an earlier version that is not there or has other tokens."""
     tokenizer, models = outlines(recipe, future, policy=recipe.policy)
     policy, init = models.pop("policy"), models.pop("init")
+    spread.check(recipe.parallel, init.config, recipe.train, recipe.lora)
     reference = models.pop("reference", init)
     readers = {"init": init, **models}
     prompts = read_prompts(recipe, recipe.data, tokenizer, policy, readers)
@@ -195,6 +195,15 @@ def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.S
         steps,
         recipe.epochs,
     )
+
+
+def initial_model(
+    recipe: RejectionRecipe, inputs: RejectionInputs, device: torch.device | str
+) -> Llama:
+    """The model to fine-tune, on `device`. Its tokenizer is the policy's: init may hold none."""
+    if recipe.lora.rank is None:
+        return loading.load_companion(recipe.init, inputs.tokenizer, device=device)
+    return inputs.to_train(recipe.init, device)
 
 
 def read_earlier(

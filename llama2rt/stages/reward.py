@@ -28,17 +28,15 @@ from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import last_token
 from llama2rt.parallel import Mesh, ParallelOptions
-from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import adapters
+from llama2rt.stages import adapters, spread
 from llama2rt.stages.comparisons import encode, split
 from llama2rt.stages.loading import (
     Future,
     Opened,
     Outline,
-    default_device,
     file_inputs,
     load_llama,
     load_scalar,
@@ -149,8 +147,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         recipe.seed,
         share=mesh.share,
     )
-    model = initial_model(recipe, inputs.result.config)
-    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
+    model = initial_model(recipe, inputs.result.config, mesh)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
         chosen, rejected = score(model, inputs.held_out_pairs, options.micro_tokens, mesh)
@@ -204,6 +201,7 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     is still to collect nothing can be read: only the models are checked then."""
     recipe.lora.check()
     config, tokenizer = shape(recipe, future)
+    spread.check(recipe.parallel, config, recipe.train, recipe.lora)
     result = Outline(config, tokenizer, scalar=True)
     if future is not None and to_come(recipe, future):
         return RewardInputs(tokenizer, [], [], [], [], Counter(), result)
@@ -277,15 +275,21 @@ def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConf
     return found["init"].config, tokenizer
 
 
-def initial_model(recipe: RewardRecipe, config: LlamaConfig) -> ScalarModel:
-    """The chat model under a regression head, to train; without one, random weights."""
-    if recipe.init is not None:
+def initial_model(recipe: RewardRecipe, config: LlamaConfig, mesh: Mesh) -> ScalarModel:
+    """The chat model under a regression head, to train, spread over `mesh`; without one, random
+    weights."""
+    init = recipe.init
+    if init is None:
+        return spread.from_seed(ScalarModel, config, recipe.seed, mesh, recipe.train)
+
+    def build(device: torch.device | str) -> ScalarModel:
         dtype = recipe.lora.load_dtype(recipe.train)
-        llama, _ = load_llama(recipe.init, recipe.tokenizer, dtype)
+        llama, _ = load_llama(init, recipe.tokenizer, dtype, device)
         model = ScalarModel.from_llama(llama, recipe.seed)
         recipe.lora.adapt(model, recipe.seed)
         return model
-    return ScalarModel(config, default_device(), torch.float32).initialize(recipe.seed)
+
+    return spread.from_folder(build, init, mesh, recipe.train)
 
 
 def targets(comparisons: Sequence[Comparison], recipe: RewardRecipe) -> dict[str, np.ndarray]:

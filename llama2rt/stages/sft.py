@@ -6,6 +6,7 @@ and counted, never cut: a cut answer teaches the model to stop short. Left out: 
 context distillation (section 3.3, 4.2.4), which prepare dialogues and then come here.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,11 @@ from llama2rt.data.packing import Batch, Example, filler, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
-from llama2rt.model import LlamaConfig
+from llama2rt.model import Llama, LlamaConfig
 from llama2rt.parallel import Mesh, ParallelOptions, on_main
-from llama2rt.parallel.parallelize import parallelize
 from llama2rt.planning import Count, Phase, Work
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import adapters
+from llama2rt.stages import adapters, spread
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -94,9 +94,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed, share=mesh.share
     )
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
-    model, _ = load_llama(recipe.init, recipe.tokenizer, recipe.lora.load_dtype(options))
-    recipe.lora.adapt(model, recipe.seed)
-    parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
+    model = spread.from_folder(functools.partial(initial_model, recipe), recipe.init, mesh, options)
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out, mesh)}
@@ -136,6 +134,7 @@ def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
     recipe.lora.check()
     tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
     config = models["init"].config
+    spread.check(recipe.parallel, config, recipe.train, recipe.lora, pipelined=True)
     context = recipe.context or config.context
     if context > config.context:
         raise InputError(f"context: {context} exceeds the model's {config.context}")
@@ -158,14 +157,23 @@ def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], Ll
         lengths = [len(example.tokens) for example in inputs.training]
         batch = planning.Batch.of(lengths, min(recipe.batch_size, len(lengths)))
         steps = Count(recipe.epochs * -(-len(lengths) // recipe.batch_size))
+    trained = [planning.Model("model", config, lora=recipe.lora)]
     return Work(
-        [Phase("training", [planning.Model("model", config, lora=recipe.lora)], training=True)],
+        [Phase("training", trained, training=True, pipelined=True)],
         recipe.train,
         recipe.parallel,
         batch,
         steps,
         recipe.epochs,
     )
+
+
+def initial_model(recipe: SftRecipe, device: torch.device | str) -> Llama:
+    """The model to fine-tune, on `device`."""
+    dtype = recipe.lora.load_dtype(recipe.train)
+    model, _ = load_llama(recipe.init, recipe.tokenizer, dtype, device)
+    recipe.lora.adapt(model, recipe.seed)
+    return model
 
 
 def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:

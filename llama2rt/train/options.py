@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llama2rt.errors import InputError
 from llama2rt.run.recipe import check_integers
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ class TrainOptions(BaseModel):
                 "warmup_steps excludes warmup_ratio and warmup_minimum: set one side to 0"
             )
         return self
+
+    def check(self, ranks: int, device: str) -> None:
+        """InputError where so many processes, each with a model on `device`, cannot train so."""
+        if self.optimizer_device not in (None, device) and ranks > 1:
+            raise InputError("train.optimizer_device: of a model that is sharded, leave it out")
 
     @property
     def dtype(self) -> "torch.dtype":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pocket import Killed
+from spread_folders import nothing_whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -164,21 +165,22 @@ def counting_judge(named: Path) -> Callable[[Prompt, str], float]:
 
 def run_stage(stage: str, recipe: Any, directory: Path) -> str:
     """A whole run of a stage by all ranks, or what is left of it; files hold 4 prompts."""
-    with small_files(), plain_pages():
+    with small_files(), plain_pages(), nothing_whole():
         return str(STAGES[stage].run(recipe, directory, resume=True))
 
 
 def run_plan(settings: dict[str, Any], directory: Path) -> str:
     """`llama2rt iterate` by all ranks."""
     recipe = iterate.IterateRecipe.model_validate(settings)
-    with plain_pages():
+    with plain_pages(), nothing_whole():
         return str(iterate.run(recipe, directory, resume=True))
 
 
 def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:
     """The first iteration of PPO, in parts: its rollout, and one round of mini-batches."""
     inputs = ppo.open_inputs(recipe)
-    actors = ppo.load_actors(recipe, inputs)
+    with nothing_whole(2):
+        actors = ppo.load_actors(recipe, inputs)
     explained = ppo.start_critic(recipe, inputs, actors)
     rollout, measured = ppo.collect(recipe, inputs, actors, 0)
     # The path that training takes, through shards, on what was measured on gathered weights.

@@ -11,6 +11,7 @@ from typing import Any
 import json_lines
 import pytest
 import torch
+from spread_folders import nothing_whole
 
 import llama2rt
 from llama2rt.checkpoint.store import Store
@@ -88,7 +89,7 @@ def run_stage(
     if stop:
         interrupt_at(stop)
     try:
-        with only_rank_0_lists():
+        with only_rank_0_lists(), nothing_whole():
             return str(module.run(recipe(stage, folder, init, parallel), out, resume=True))
     except KeyboardInterrupt as error:
         lock.unlock(out)  # as the end of a process does

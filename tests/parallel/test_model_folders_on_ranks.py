@@ -3,7 +3,7 @@
 import pytest
 from model_folders import make
 from parallel_world import CONFIG
-from spread_folders import draw_parts, load_parts, save_in_the_way, save_parts
+from spread_folders import draw_parts, load_parts, save_in_the_way, save_parts, start_parts
 
 from llama2rt.checkpoint import hf, meta, native
 from llama2rt.parallel import ParallelOptions
@@ -38,6 +38,14 @@ def test_a_tied_model_is_read_once(on_ranks, tmp_path):
     native.save(make(**SHAPE, tied=True), None, tmp_path)
     parts = on_ranks(4, load_parts, tmp_path, MESHES["tensor"])
     assert all(0.24 < part < 0.27 for part in parts), parts
+
+
+@pytest.mark.parametrize(("mesh", "adapter"), [("tensor", False), ("shard", True)])
+def test_a_new_head_and_an_adapter_stand_beside_what_is_read(on_ranks, tmp_path, mesh, adapter):
+    if adapter:
+        pytest.importorskip("peft")
+    native.save(make(**SHAPE), None, tmp_path)
+    assert all(on_ranks(4, start_parts, tmp_path, adapter, MESHES[mesh]))
 
 
 @pytest.mark.parametrize("mesh", MESHES)

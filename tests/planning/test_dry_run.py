@@ -245,6 +245,24 @@ def test_what_does_not_fit_is_status_two(text, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "settings", "message"),
+    [
+        ("reward", {"parallel": {"pipeline": 2}}, "parallel.pipeline: expected 1, but in"),
+        ("sft", {"parallel": {"tensor": 2}, "lora": {"rank": 2}}, "parallel.tensor: expected 1"),
+        (
+            "sft",
+            {"parallel": {"shard": 2}, "train": {"optimizer_device": "cpu"}},
+            "train.optimizer_device: of a model that is sharded",
+        ),
+    ],
+)
+def test_what_a_mesh_cannot_train_does_not_fit(tmp_path, capsys, verb, settings, message):
+    recipe = write(tmp_path / "r.toml", init="gone", data=["gone.jsonl"], **settings)
+    assert call(verb, recipe, "--dry-run", "--assume", "llama2-7b") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_run_directory_is_still_asked_for(text, capsys):
     assert call("pretrain", text) == 2
     assert "--out" in capsys.readouterr().err
