@@ -150,7 +150,9 @@ def test_sampling_takes_half_of_what_is_free_and_at_least_one_sequence():
     found = memory.rollout(bounded, how, free)
     assert found["kv_cache"] + found["activations"] <= 3 * 2**30
     assert memory.rollout(drawn, replace(how, degrees=ONE), free)["gathered"] == 0
-    cut = replace(how, degrees=ONE     replicas = replace(how, degrees=ONE | {"data": 4})  # FSDP's too
+    cut = replace(how, degrees=ONE | {"tensor": 4})  # undone for sampling
+    assert memory.rollout(drawn, cut, free)["gathered"] == whole
+    replicas = replace(how, degrees=ONE | {"data": 4})  # FSDP's too
     assert memory.rollout(drawn, replicas, free)["gathered"] == whole
     loaded = replace(drawn, policy=Model("policy", config))  # by every rank, whole
     found = memory.rollout(loaded, how, free)
@@ -164,8 +166,6 @@ def test_what_an_adapter_leaves_alone_stays_in_the_compute_dtype():
     found = memory.states(Model("m", CONFIG, lora=lora), setting(compute_bytes=2, shard=2))
     assert found["weights"] == 2 * CONFIG.parameters / 2
     assert found["masters"] == 4 * Model("m", CONFIG, lora=lora).trainable / 2
-| {"tensor": 4})  # undone for sampling
-    assert memory.rollout(drawn, cut, free)["gathered"] == whole
 
 
 @pytest.mark.parametrize("scalar", [False, True])
