@@ -43,7 +43,7 @@ def test_context_ranks_share_a_batch_and_shard_the_weights(on_ranks):
 @pytest.mark.parametrize(
     ("options", "ranks", "message"),
     [
-        (ParallelOptions(tensor=3), 4, "tensor 3 needs a multiple of 3 processes, torchrun has st"),
+        (ParallelOptions(tensor=3), 4, "tensor 3 needs a multiple of 3 processes, got 4"),
         (ParallelOptions(shard=2), 4, "shard 2 needs 2 processes, got 4"),
         (ParallelOptions(data=2, tensor=2), 2, "data 2, tensor 2 needs a multiple of 4 processes"),
     ],
