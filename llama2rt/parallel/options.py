@@ -48,7 +48,7 @@ class ParallelOptions(BaseModel):
             expected = "a multiple of " if self.shard is None else ""
             raise InputError(
                 f"parallel: {given or 'the default'} needs {expected}{self.least_ranks} processes, "
-                f"torchrun has started {ranks}"
+                f"got {ranks}"
             )
         shard = self.shard or ranks // self.least_ranks
         return {name: shard if name == "shard" else getattr(self, name) for name in DIMENSIONS}

@@ -5,6 +5,7 @@ would have refused. With a preset assumed, no file is read: every model that the
 taken to have that shape, and what only the data can say stays open.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class DryRun:
     """check all inputs, print parameters, memory a rank, tokens, steps and GPU-hours, and end
     without touching the run directory"""
     ranks: int | None = None
-    """dry run: processes; None for as many as [parallel] asks for"""
+    """dry run: processes; None for as many as torchrun has started, or [parallel] asks for"""
     gpu: str = "a100-80gb"
     """dry run: a100-40gb, a100-80gb, h100 or h200"""
     fabric: str = "ib"
@@ -43,7 +44,7 @@ class DryRun:
     def say(self, verb: str, recipe: Recipe, directory: Path) -> tuple[list[str], dict[str, Any]]:
         """(lines for people, one JSON object) of a dry run of `verb`, whose run directory would be
         `directory`. InputError as from a run, and for a mesh that does not fit."""
-        options = Options(self.ranks, self.gpu, self.fabric)
+        options = Options(_started() if self.ranks is None else self.ranks, self.gpu, self.fabric)
         if not isinstance(recipe, IterateRecipe):
             plan = stage(verb, recipe, options, self.assume)
             return text.lines(plan), plan.as_json()
@@ -54,6 +55,12 @@ class DryRun:
         if unknown := len(plans) - len(hours):
             total += f" without {unknown} of them, whose data earlier steps make"
         return [*lines, total], {"stage": verb, "steps": [plan.as_json() for plan in plans]}
+
+
+def _started() -> int | None:
+    """Processes under torchrun; None without it."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    return started if started > 1 else None
 
 
 def stage(verb: str, recipe: Recipe, options: Options, assumed: str | None) -> Plan:

@@ -1,6 +1,6 @@
 """A dry run: a stage's `Work` on so many ranks of a named GPU, in numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -23,7 +23,7 @@ class Options:
     """What the run is planned for."""
 
     ranks: int | None = None
-    """processes; None for the product that the recipe's [parallel] asks for"""
+    """processes; None for as many as the recipe's [parallel] needs at least"""
     gpu: str = "a100-80gb"
     """a name of cluster/hardware"""
     fabric: str = "ib"
@@ -126,6 +126,7 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
     """The plan of `work`. InputError where the mesh does not divide the ranks or a model."""
     gpu = hardware.gpu(options.gpu)
     ranks = options.ranks or work.parallel.least_ranks
+    work = work.among(ranks)
     degrees = work.parallel.degrees(ranks)
     if work.train is None:
         # What trains nothing is whole on every rank, which answers its share of the prompts.
@@ -140,12 +141,21 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
     fabric = hardware.NVLINK if ranks <= 8 else hardware.fabric(options.fabric)
     cluster = Cluster(gpu, ranks, fabric, gpu.max_watts)
     return Plan(
-        stage, work, degrees, gpu, phases, *_durations(work, setting, cluster), _notes(work)
+        stage,
+        work,
+        degrees,
+        gpu,
+        phases,
+        *_durations(work, setting, cluster),
+        notes=_notes(work, setting),
     )
 
 
-def _notes(work: Work) -> list[str]:
+def _notes(work: Work, setting: Setting) -> list[str]:
     notes = list(work.notes)
+    away = sum(memory.frozen(model, setting) for model in work.models if model.offloaded)
+    if away:
+        notes.append(f"offloaded models: {away / GIB:.1f} GiB of the CPU's memory a rank, pinned")
     if any(model.adapter for model in work.trained):
         notes.append("time: counted as if all weights were trained; adapters save a third of it")
     if work.train is not None and work.train.precision == "fp32":
@@ -177,24 +187,28 @@ def _setting(work: Work, degrees: dict[str, int]) -> Setting:
 
 
 def _memory(phase: Phase, setting: Setting, gpu: hardware.Gpu) -> Components:
-    """Bytes of a rank in a phase."""
-    own = [model for model in phase.frozen if not model.lent]
-    always = {"frozen": sum(memory.frozen(model, setting) for model in own)}
-    always = {name: value for name, value in always.items() if value}
+    """Bytes of a rank in a phase. A model that waits in the CPU's memory comes alone, to read, when
+    the cache of a policy that samples is gone; the policy is still there."""
+    waiting = [model for model in phase.frozen if model.offloaded]
+    staying = sum(memory.frozen(model, setting) for model in phase.frozen if not model.offloaded)
+    always: Components = {"frozen": staying} if staying else {}
     trained = phase.trained
     if phase.training and trained:
         # One model works at a time; the others keep their states and summed gradients.
-        ways = [_training(model, trained, setting) for model in trained]
-        always = added(always, max(ways, key=lambda way: sum(way.values())))
-    else:
-        always = added(always, *(memory.states(model, setting) for model in trained))
-    if phase.sampling is None:
-        return always
-    policy = phase.sampling.policy
-    if not policy.lent:
-        always = added(always, {"weights": memory.frozen(policy, setting)})
-    free = gpu.memory_bytes * (1 - memory.RESERVE) - sum(always.values())
-    return added(always, memory.rollout(phase.sampling, setting, free))
+        return added(always, _fullest(_training(model, trained, setting) for model in trained))
+    always = added(always, *(memory.states(model, setting) for model in trained))
+    moments = [always]
+    policy: Components = {}
+    if phase.sampling is not None:
+        free = gpu.memory_bytes * (1 - memory.RESERVE) - sum(always.values())
+        moments.append(added(always, memory.rollout(phase.sampling, setting, free)))
+        policy = memory.answering(phase.sampling, setting)
+    moments += [added(always, policy, memory.reading(model, setting)) for model in waiting]
+    return _fullest(moments)
+
+
+def _fullest(moments: Iterable[Components]) -> Components:
+    return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def _training(model: Model, trained: Sequence[Model], setting: Setting) -> Components:

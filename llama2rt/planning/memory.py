@@ -133,21 +133,20 @@ def states(model: Model, setting: Setting) -> Components:
         here = parts(model, setting.tensor, setting.pipeline)
         still = (here.total - (here.output if model.scalar else 0)) / setting.shards
     # Where the model's weights are fp32 they are the masters (train/precision.py); FSDP's shards
-    # are fp32 whatever it computes in.
+    # of what is trained are fp32 whatever it computes in.
     narrow = setting.compute_bytes < FP32
-    width = FP32 if setting.fsdp else setting.compute_bytes
     weights = 0 if narrow and setting.fsdp else setting.compute_bytes
     return {
-        "weights": still * width + trained * weights,
+        "weights": still * setting.compute_bytes + trained * weights,
         "masters": trained * FP32 if narrow and not setting.optimizer_away else 0.0,
         "moments": 0.0 if setting.optimizer_away else trained * 2 * setting.moment_bytes,
     }
 
 
 def frozen(model: Model, setting: Setting) -> float:
-    """A model that only reads, in the compute dtype, spread as the trained ones are."""
-    owned = parts(model, setting.tensor, 1).total / setting.shards
-    return owned * setting.compute_bytes
+    """A model that only reads: in the compute dtype and whole on every rank, however the trained
+    ones are spread (stages/inputs.py)."""
+    return parts(model).total * setting.compute_bytes
 
 
 def training(model: Model, setting: Setting) -> Components:
@@ -339,22 +338,19 @@ def _head(model: Model, setting: Setting) -> tuple[float, float]:
 
 
 def rollout(sampling: Sampling, setting: Setting, free: float | None) -> Components:
-    """What sampling takes beside the models: whole weights where they are sharded, keys and values
-    of the sequences that run at once, one forward pass.
+    """What sampling takes: the policy, keys and values of the sequences that run at once, one
+    forward pass.
 
-    free: bytes that are left on the device before it, of which the engine takes half where the
-    recipe sets no bound (generate/engine.py); None where the device is not known.
+    free: bytes that are left on the device before it, of which the engine takes half of what the
+    policy leaves where the recipe sets no bound (generate/engine.py); None where the device is not
+    known.
     """
     model, width = sampling.policy, setting.compute_bytes
-    dtype = torch.float32 if width == FP32 else torch.bfloat16
-    gathered = 0.0
-    if setting.shards * setting.tensor > 1:
-        # A plain copy on every rank, tensor parallelism undone too (parallel/whole.py).
-        gathered = parts(model).total * width
-        free = None if free is None else free - gathered
+    policy = answering(sampling, setting)
+    free = None if free is None else free - sum(policy.values())
     sequence = kv_cache_bytes(model.config, width, sampling.longest)
     forward = budget.forward_bytes(
-        model.config, dtype, budget.PREFILL_TOKENS, sampling.at_once, restricted=False
+        model.config, _dtype(width), budget.PREFILL_TOKENS, sampling.at_once, restricted=False
     )
     wanted = sampling.at_once * sequence
     allowed = sampling.cache_bytes
@@ -364,13 +360,33 @@ def rollout(sampling: Sampling, setting: Setting, free: float | None) -> Compone
         # The engine works on fewer sequences at a time where memory is short, down to one.
         forward = min(forward, allowed // 4)
         wanted = min(wanted, max(sequence, allowed - forward))
-    return {"gathered": gathered, "kv_cache": wanted, "activations": forward}
+    return {**policy, "kv_cache": wanted, "activations": forward}
+
+
+def answering(sampling: Sampling, setting: Setting) -> Components:
+    """What the policy that samples takes beside its states."""
+    whole = parts(sampling.policy).total * setting.compute_bytes
+    if not sampling.policy.lent:
+        return {"weights": whole}  # loaded for it, by every rank
+    # A plain copy of the shards on every rank, tensor parallelism undone too (parallel/whole.py).
+    return {"gathered": whole if setting.fsdp else 0.0}
+
+
+def reading(model: Model, setting: Setting) -> Components:
+    """A frozen model that comes to the device for one forward pass over a micro-batch."""
+    forward = budget.forward_bytes(
+        model.config, _dtype(setting.compute_bytes), setting.micro_tokens, 0, restricted=False
+    )
+    return {"frozen": frozen(model, setting), "activations": forward}
 
 
 def kv_cache_bytes(config: LlamaConfig, width: int, tokens: int) -> int:
     """Keys and values of one sequence of `tokens`, in whole pages (generate/kv_cache.py)."""
-    dtype = torch.float32 if width == FP32 else torch.bfloat16
-    return budget.sequence_bytes(config, dtype, tokens)
+    return budget.sequence_bytes(config, _dtype(width), tokens)
+
+
+def _dtype(width: int) -> torch.dtype:
+    return torch.float32 if width == FP32 else torch.bfloat16
 
 
 def added(*components: Components) -> Components:

@@ -27,6 +27,11 @@ class Model:
     """the adapter that is trained instead of the weights"""
     lent: bool = False
     """whether the weights are another model's: a policy that samples as it is being trained"""
+    offloaded: bool = False
+    """whether it waits in the CPU's memory between calls (`rollout.frozen`)"""
+    under_adapter: bool = False
+    """whether one process alone reads it in the trained model, the adapter off, and holds no second
+    one"""
 
     @property
     def parameters(self) -> int:
@@ -136,7 +141,7 @@ class Phase:
     name: str
     trained: Sequence[Model] = ()
     frozen: Sequence[Model] = ()
-    """in the compute dtype"""
+    """in the compute dtype, whole on every rank"""
     sampling: Sampling | None = None
     training: bool = False
     """whether gradients are taken in it; optimizer state lies there in any case"""
@@ -158,6 +163,16 @@ class Work:
     noun: Literal["step", "iteration"] = "step"
     notes: Sequence[str] = ()
     """what a reader of the numbers should know"""
+
+    def among(self, ranks: int) -> "Work":
+        """The same as so many processes do it: one alone has no model that is `under_adapter`."""
+        if ranks > 1:
+            return self
+        phases = [
+            replace(phase, frozen=[model for model in phase.frozen if not model.under_adapter])
+            for phase in self.phases
+        ]
+        return replace(self, phases=phases)
 
     @property
     def trained(self) -> list[Model]:

@@ -186,7 +186,7 @@ def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) ->
     iteration."""
     policy = Model("policy", shape(recipe.init), lora=recipe.lora)
     ranking = plans.reward_models(recipe, shape)
-    frozen = [*ranking, *plans.reference(recipe, shape)]
+    frozen = [*ranking, plans.reference(recipe, shape)]
     lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
     prompts = min(recipe.prompts_per_iteration, len(lengths or ()) or recipe.prompts_per_iteration)
     answers = recipe.iterations * prompts * recipe.samples

@@ -79,12 +79,13 @@ class RolloutInputs(Opened):
     def reward_models(self) -> RewardModels:
         """The models that rank, in the compute dtype, frozen."""
         train = self.recipe.train
-        models = loading.load_reward_models(
-            self.recipe.rewards, self.tokenizer, train.micro_tokens, train.dtype
+        return loading.load_reward_models(
+            self.recipe.rewards,
+            self.tokenizer,
+            train.micro_tokens,
+            train.dtype,
+            self._between_phases,
         )
-        for model in models.by_name.values():
-            self._between_phases(model)
-        return models
 
     @functools.cached_property
     def reference(self) -> nn.Module:

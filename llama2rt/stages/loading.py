@@ -6,7 +6,7 @@ here, before any weights are loaded, and not hours later.
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,17 @@ def load_reward_models(
     tokenizer: Tokenizer,
     micro_tokens: int,
     dtype: torch.dtype = torch.float32,
+    place: Callable[[ScalarModel], ScalarModel] = lambda model: model,
 ) -> RewardModels:
-    """The models that rank what a policy with `tokenizer` writes, frozen."""
+    """The models that rank what a policy with `tokenizer` writes, frozen. `place`: where each
+    belongs, before the next one is loaded."""
+
+    def model(folder: Path) -> ScalarModel:
+        return place(load_scalar(folder, dtype, tokenizer))
+
     return RewardModels(
-        load_scalar(options.helpfulness, dtype, tokenizer),
-        load_scalar(options.safety, dtype, tokenizer) if options.safety is not None else None,
+        model(options.helpfulness),
+        model(options.safety) if options.safety is not None else None,
         options.threshold,
         micro_tokens,
     )

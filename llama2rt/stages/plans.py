@@ -66,17 +66,28 @@ def answers_batch(sampling: Sampling, count: float) -> Batch:
 
 def reward_models(recipe: Any, shape: Shape) -> list[Model]:
     """The models that rank, of a recipe with [rewards]."""
-    found = [Model("helpfulness", shape(recipe.rewards.helpfulness), scalar=True)]
-    if recipe.rewards.safety is not None:
-        found.append(Model("safety", shape(recipe.rewards.safety), scalar=True))
-    return found
+    folders = {"helpfulness": recipe.rewards.helpfulness, "safety": recipe.rewards.safety}
+    away = offloaded(recipe)
+    return [
+        Model(name, shape(folder), scalar=True, offloaded=away)
+        for name, folder in folders.items()
+        if folder is not None
+    ]
 
 
-def reference(recipe: RolloutRecipe, shape: Shape) -> list[Model]:
-    """The reference policy; none where it is the trained model without its adapter."""
-    if recipe.lora.rank is not None and recipe.reference in (None, recipe.init):
-        return []
-    return [Model("reference", shape(recipe.reference or recipe.init))]
+def reference(recipe: RolloutRecipe, shape: Shape) -> Model:
+    """The reference policy, which may be the trained model without its adapter."""
+    return Model(
+        "reference",
+        shape(recipe.reference or recipe.init),
+        offloaded=offloaded(recipe),
+        under_adapter=recipe.lora.rank is not None and recipe.reference in (None, recipe.init),
+    )
+
+
+def offloaded(recipe: Any) -> bool:
+    """Whether frozen models wait in the CPU's memory; they do not where a recipe cannot say so."""
+    return getattr(recipe, "frozen", "resident") == "offloaded"
 
 
 def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> Work:
@@ -85,7 +96,7 @@ def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> W
     policy = Model("policy", shape(recipe.init), lora=recipe.lora)
     critic = Model("critic", shape(recipe.rewards.helpfulness), scalar=True, lora=recipe.lora)
     ranking = reward_models(recipe, shape)
-    frozen = [*ranking, *reference(recipe, shape)]
+    frozen = [*ranking, reference(recipe, shape)]
     lengths = None if inputs is None else prompt_lengths(inputs.prompts, inputs.tokenizer)
     answers = recipe.iterations * recipe.batch_size
     lent = replace(policy, lent=True)

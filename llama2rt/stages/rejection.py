@@ -9,7 +9,7 @@ tuned, which is this stage with another `policy`.
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -183,12 +183,23 @@ def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.S
         steps = Count(
             recipe.epochs * -(-examples // recipe.batch_size), "at most: one target a prompt"
         )
+    phases = [
+        Phase("sampling", frozen=ranking, sampling=sampling),
+        # The reward models stay for the held-out prompts.
+        Phase("training", [init], ranking, training=True),
+    ]
+    if recipe.validation:
+        # AdamW's moments count here too, though they are gone by then.
+        held_out = (
+            None if inputs is None else plans.prompt_lengths(inputs.held_out, inputs.tokenizer)
+        )
+        readers = [*ranking, plans.reference(recipe, shape)]
+        answers = None if held_out is None else len(held_out)
+        lent = replace(init, lent=True)
+        measuring = plans.sampling_of(lent, recipe.sampling, held_out, answers, [*readers, lent])
+        phases.append(Phase("measuring", [init], readers, measuring))
     return Work(
-        [
-            Phase("sampling", frozen=ranking, sampling=sampling),
-            # The reward models stay for the held-out prompts.
-            Phase("training", [init], ranking, training=True),
-        ],
+        phases,
         recipe.train,
         recipe.parallel,
         plans.answers_batch(sampling, count),

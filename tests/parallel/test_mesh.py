@@ -49,8 +49,8 @@ def test_meshes_of_the_same_degrees_share_their_groups(on_ranks):
 @pytest.mark.parametrize(
     ("options", "ranks", "message"),
     [
-        (ParallelOptions(tensor=3), 4, "tensor 3 needs a multiple of 3 processes, torchrun has st"),
-        (ParallelOptions(shard=2), 4, "shard 2 needs 2 processes, torchrun has started 4"),
+        (ParallelOptions(tensor=3), 4, "tensor 3 needs a multiple of 3 processes, got 4"),
+        (ParallelOptions(shard=2), 4, "shard 2 needs 2 processes, got 4"),
         (ParallelOptions(data=2, tensor=2), 2, "data 2, tensor 2 needs a multiple of 4 processes"),
     ],
 )

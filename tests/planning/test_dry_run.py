@@ -1,6 +1,7 @@
 """`--dry-run`: what it says against what a run does, what it refuses, what it leaves alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tomli_w
@@ -10,11 +11,12 @@ from llama2rt.data import tokens
 from llama2rt.data.records import Document
 from llama2rt.data.tokens import TokenFile
 from llama2rt.model import LlamaConfig
-from llama2rt.planning import Options, Phase, Work, dry_run
-from llama2rt.planning.work import Model
+from llama2rt.parallel import ParallelOptions
+from llama2rt.planning import Model, Options, Phase, Sampling, Work, dry_run
 from llama2rt.stages import STAGES, loading
 from llama2rt.stages.loading import Outline
 from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.train.options import TrainOptions
 
 PRETRAIN = {
     "held_out": 0.1,
@@ -147,6 +149,11 @@ def test_every_stage_says_what_it_holds(pocket, tmp_path, capsys, monkeypatch):
     assert plans["rejection"]["steps"]["value"] == -(-prompts // 16)
     assert plans["dpo"]["steps"]["value"] == -(-prompts // 16) + -(-2 * prompts // 16)
     assert set(plans["ppo"]["memory_bytes"]) == {"rollout", "training"}
+    held_out = write(
+        tmp_path / "held_out.toml", **recipes["rejection"], validation=[str(pocket.validation)]
+    )
+    measuring = said(capsys, "rejection", held_out)["memory_bytes"]["measuring"]
+    assert measuring["frozen"] == 4 * (policy + 2 * scalar)  # the reference too
     assert plans["ppo"]["memory_bytes"]["rollout"]["kv_cache"] > 0
     assert devices and set(devices) == {"meta"}
     assert not list(tmp_path.glob("OUT*"))
@@ -174,6 +181,10 @@ def test_under_adapters_ppo_holds_three_models_less(pocket, tmp_path, capsys):
     assert adapted["masters"] == pytest.approx(4 * found["trainable"])
     assert adapted["moments"] == pytest.approx(8 * found["trainable"])
     assert adapted["gradients"] < 0.05 * whole["gradients"]
+    # Among several the reference is a second model, and frozen ones are whole.
+    found = said(capsys, "ppo", tmp_path / "adapted.toml", "--parallel.shard", 2)
+    assert found["parameters"]["total"] == plans["whole"]["parameters"]["total"]
+    assert found["memory_bytes"]["training"]["frozen"] == whole["frozen"]
 
 
 def test_sft_takes_the_steps_that_were_said(pocket, tmp_path, capsys):
@@ -280,6 +291,48 @@ def test_a_stage_without_a_plan_says_what_it_will_leave(monkeypatch):
     assert plan.parameters == config.parameters and plan.trainable == 0
     assert plan.as_json()["steps"] is None
     assert dry_run("x", Work([]), Options()).as_json()["peak_bytes"] == 0
+
+
+def test_frozen_models_are_whole_on_every_rank_or_come_one_by_one():
+    """7B, bf16, on 8 ranks, by hand: 2 bytes a frozen weight, 12 / 8 of a trained one."""
+    config, own, scalar = LlamaConfig.preset("llama2-7b"), 6_738_415_616, 6_607_347_712
+    policy = Model("policy", config)
+
+    def planned(offloaded: bool, cache_bytes: int) -> dict:
+        frozen = [
+            Model("helpfulness", config, scalar=True, offloaded=offloaded),
+            Model("reference", config, offloaded=offloaded),
+        ]
+        drawn = Sampling(replace(policy, lent=True), 64, 256, 1024, 2048, 1024, cache_bytes)
+        phases = [
+            Phase("rollout", [policy], frozen, drawn),
+            Phase("training", [policy], frozen, training=True),
+        ]
+        parallel = ParallelOptions(shard=4, tensor=2)
+        work = Work(phases, TrainOptions(precision="bf16"), parallel)
+        return dry_run("x", work, Options()).as_json()
+
+    stay, wait = planned(False, 2**30), planned(True, 2**30)
+    states = {"masters": 4 * own / 8, "moments": 8 * own / 8}
+    for phase in ("rollout", "training"):
+        assert stay["memory_bytes"][phase]["frozen"] == 2 * (own + scalar)
+        for name, value in states.items():
+            # Norms are not cut by tensor parallelism.
+            assert wait["memory_bytes"][phase][name] == pytest.approx(value, rel=1e-3)
+    assert "frozen" not in wait["memory_bytes"]["training"]
+    reading = wait["memory_bytes"]["rollout"]
+    assert reading["frozen"] == reading["gathered"] == 2 * own and "kv_cache" not in reading
+    # Keys and values for 256 sequences take more than the largest of those that wait.
+    sampling = planned(True, 30 * 2**30)["memory_bytes"]["rollout"]
+    assert "frozen" not in sampling and sampling["gathered"] == 2 * own
+    assert sampling["kv_cache"] + sampling["activations"] == pytest.approx(30 * 2**30)
+    assert wait["notes"][0] == "offloaded models: 24.9 GiB of the CPU's memory a rank, pinned"
+
+
+def test_torchrun_says_how_many_ranks_there_are(text, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert said(capsys, "pretrain", text)["mesh"]["shard"] == 4
+    assert said(capsys, "pretrain", text, "--ranks", 2)["ranks"] == 2
 
 
 def test_degrees_of_what_trains_nothing():

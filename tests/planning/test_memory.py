@@ -135,7 +135,7 @@ def test_replicas_take_nothing_off_and_recomputation_does():
 
 def test_sampling_takes_half_of_what_is_free_and_at_least_one_sequence():
     config = LlamaConfig.preset("llama2-7b")
-    policy = Model("policy", config)
+    policy = Model("policy", config, lent=True)
     drawn = Sampling(policy, None, at_once=256, prompt=3072, longest=4096, most=1024)
     how = setting(0, 0, compute_bytes=2, shard=4)
     # K and V of 32 layers, 4096 values each, 2 bytes: 2 GiB a sequence of 4096 tokens.
@@ -152,6 +152,20 @@ def test_sampling_takes_half_of_what_is_free_and_at_least_one_sequence():
     assert memory.rollout(drawn, replace(how, degrees=ONE), free)["gathered"] == 0
     cut = replace(how, degrees=ONE | {"tensor": 4})  # undone for sampling
     assert memory.rollout(drawn, cut, free)["gathered"] == whole
+    replicas = replace(how, degrees=ONE | {"data": 4})  # FSDP's too
+    assert memory.rollout(drawn, replicas, free)["gathered"] == whole
+    loaded = replace(drawn, policy=Model("policy", config))  # by every rank, whole
+    found = memory.rollout(loaded, how, free)
+    assert found["weights"] == whole and "gathered" not in found
+    assert found["kv_cache"] + found["activations"] == 32 * 2**30
+
+
+def test_what_an_adapter_leaves_alone_stays_in_the_compute_dtype():
+    """Also in FSDP's shards (parallel/parallelize.py)."""
+    lora = LoraOptions(rank=3)
+    found = memory.states(Model("m", CONFIG, lora=lora), setting(compute_bytes=2, shard=2))
+    assert found["weights"] == 2 * CONFIG.parameters / 2
+    assert found["masters"] == 4 * Model("m", CONFIG, lora=lora).trainable / 2
 
 
 @pytest.mark.parametrize("scalar", [False, True])

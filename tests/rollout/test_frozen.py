@@ -8,7 +8,7 @@ import torch
 
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.rollout import frozen
-from llama2rt.stages import ppo
+from llama2rt.stages import inputs, loading, ppo
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def moved(monkeypatch) -> list[int]:
     return copies
 
 
-def opened(pocket, where: str):
-    recipe = ppo.PpoRecipe(
+def recipe_of(pocket, where: str) -> ppo.PpoRecipe:
+    return ppo.PpoRecipe(
         init=pocket.sft,
         rewards={"helpfulness": pocket.helpfulness, "safety": pocket.safety},
         data=[pocket.prompts],
@@ -37,6 +37,10 @@ def opened(pocket, where: str):
         sampling={"max_tokens": 8},
         frozen=where,
     )
+
+
+def opened(pocket, where: str):
+    recipe = recipe_of(pocket, where)
     inputs = ppo.open_inputs(recipe)
     return recipe, inputs, ppo.load_actors(recipe, inputs)
 
@@ -60,6 +64,15 @@ def test_each_model_comes_once_a_phase_and_rewards_stay_the_same(pocket, moved):
     assert torch.equal(rollout.rewards, resident.rewards)
     ppo.improve(recipe, actors, rollout, 0)
     assert len(moved) == sum(len(weights) for weights in resting)
+
+
+def test_while_one_is_loaded_the_others_wait(pocket, monkeypatch):
+    done = []
+    load, offload = loading.load_scalar, inputs.offload
+    monkeypatch.setattr(loading, "load_scalar", lambda *a: done.append("load") or load(*a))
+    monkeypatch.setattr(inputs, "offload", lambda model: done.append("wait") or offload(model))
+    assert ppo.open_inputs(recipe_of(pocket, "offloaded")).reward_models.safety is not None
+    assert done == ["load", "wait"] * 2
 
 
 def test_inside_a_phase_the_weights_are_there_and_after_an_error_they_are_not(moved):
