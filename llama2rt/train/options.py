@@ -4,15 +4,23 @@ Defaults are LLaMA 2's pretraining values (section 2); a stage that differs over
 the section it follows.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from llama2rt.errors import InputError
 from llama2rt.run.recipe import check_integers
 
 if TYPE_CHECKING:
     import torch
+
+
+def _switched(given: Any) -> Any:
+    return {True: "full", False: "none"}[given] if isinstance(given, bool) else given
+
+
+# The validator belongs to the type, which plans take over without the class around it.
+Recomputed = Annotated[Literal["none", "selective", "full"], BeforeValidator(_switched)]
 
 
 class TrainOptions(BaseModel):
@@ -49,7 +57,7 @@ class TrainOptions(BaseModel):
     """where masters, moments and gradient sums are held and steps are taken; None for the model's
     device. "cpu" leaves a GPU the weights and one micro-batch's gradients, for a slower step; where
     there is no GPU it changes nothing"""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Recomputed = "none"
     """what of a block's activations is computed again in the backward pass: nothing; all but what
     matrix products and attention gave; all but the block's inputs. true stands for full"""
     compile: bool = False
@@ -71,11 +79,6 @@ class TrainOptions(BaseModel):
     """steps between checkpoints; 0 for none but the one that Ctrl-C leaves"""
     validate_every: int = Field(default=0, ge=0)
     """steps between held-out evaluations; 0 for one at the end only"""
-
-    @field_validator("activation_checkpointing", mode="before")
-    @classmethod
-    def _switched(cls, given: Any) -> Any:
-        return {True: "full", False: "none"}[given] if isinstance(given, bool) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

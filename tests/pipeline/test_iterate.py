@@ -19,6 +19,7 @@ from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.pipeline import iterate
+from llama2rt.pipeline.keys import table_type
 from llama2rt.pipeline.plan import resolve
 from llama2rt.run import Run
 from llama2rt.stages import STAGES, evaluate, loading
@@ -421,3 +422,8 @@ def test_a_wrong_further_step_leaves_a_complete_plan_as_it_was(pocket, tmp_path)
     longer = recipe(pocket, steps=[*steps, right])
     second = iterate.run(longer, tmp_path / "run", resume=True)
     assert second == tmp_path / "run" / "V2" / "model"
+
+
+def test_what_a_key_also_takes_it_takes_in_a_plan():
+    keys = table_type("sft").model_validate({"train": {"activation_checkpointing": True}})
+    assert keys.given() == {"train": {"activation_checkpointing": "full"}}
