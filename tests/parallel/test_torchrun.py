@@ -63,5 +63,5 @@ def test_bad_input_is_said_once(runs, tmp_path):
     wrong = tmp_path / "wrong.toml"
     wrong.write_text(text.replace("tensor = 1", "tensor = 3"))
     done = torchrun("sft", wrong, tmp_path / "run")
-    assert done.stderr.count("tensor 3 needs a multiple of 3 processes, got 2") == 1
+    assert done.stderr.count("parallel.tensor: 3 processes cannot share heads 4") == 1
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,8 @@ class Scripted:
     def __init__(self, answers):
         self.answers = iter(answers)
 
-    def generate(self, messages, *, temperature, max_tokens, seed):
+    def generate(self, messages, *, n, temperature, max_tokens, seed, indices):
+        assert n == 1 and list(indices) == list(range(len(messages)))
         texts = next(self.answers) if messages else []
         assert len(messages) == len(texts)
         return [

@@ -147,7 +147,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(
         rejection,
         "ExampleLoader",
-        lambda given, *rest: examples.extend(given) or loader(given, *rest),
+        lambda given, *rest, share: examples.extend(given) or loader(given, *rest, share=share),
     )
     return examples
 
