@@ -33,13 +33,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 # safetensors' spelling of what a model may hold, in the order in which it lays them out.
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-_SPELLING = {dtype: name for name, dtype in _DTYPES.items()}
+_SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextlib.contextmanager
@@ -187,7 +187,7 @@ def stored_weights(folder: Path) -> Iterator[Stored]:
                     if name not in present:
                         raise InputError(f"{path}: {name}: listed in {index.name} but missing")
                     part = file.get_slice(name)
-                    dtype = _DTYPES.get(part.get_dtype()) or file.get_tensor(name).dtype
+                    dtype = DTYPES.get(part.get_dtype()) or file.get_tensor(name).dtype
                     shape = torch.Size(part.get_shape())
                     yield path, name, Weight(shape, dtype, _Fetch(path, name))
         except (SafetensorError, OSError) as error:

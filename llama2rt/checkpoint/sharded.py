@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, ReadItem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from llama2rt.checkpoint.weight import Weight
+from llama2rt.checkpoint.files import DTYPES
+from llama2rt.checkpoint.weight import Area, Weight
 from llama2rt.model import Llama
 
 CHUNKS = "chunks"
@@ -30,15 +31,8 @@ CHUNKS = "chunks"
 RANKS_OWN = "generator."
 """tensors of such a name are each rank's own: rank 3's is stored as `generator.torch@3`"""
 
-# As safetensors spells them. Whatever else a checkpoint might hold is read to find out.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-}
+# What a checkpoint holds besides weights: counts, generators. All else is read to find out.
+_DTYPES = {**DTYPES, "I64": torch.int64, "U8": torch.uint8}
 
 
 def stored_by(name: str, rank: int) -> str:
@@ -94,10 +88,7 @@ class Parts:
             with safe_open(self._folder / file, framework="pt") as opened:
                 for item in items[file]:
                     name = item.storage_index.fqn
-                    area = tuple(
-                        slice(begin, begin + length)
-                        for begin, length in zip(item.storage_offsets, item.lengths, strict=True)
-                    )
+                    area = _area(item)
                     part = opened.get_slice(name)[area] if area else opened.get_tensor(name)
                     planner.resolve_tensor(item).detach().copy_(part)
         return {name: into[name] for name in names}
@@ -146,8 +137,12 @@ def place(parameter: Tensor, weight: Weight) -> None:
     stored = TensorStorageMetadata(properties, weight.shape, [chunk])
     planner.set_up_planner({"": parameter.detach()}, Metadata({"": stored}), is_coordinator=True)
     for item in planner.create_local_plan().items:
-        area = tuple(
-            slice(begin, begin + length)
-            for begin, length in zip(item.storage_offsets, item.lengths, strict=True)
-        )
-        planner.resolve_tensor(item).detach().copy_(weight.read(area))
+        planner.resolve_tensor(item).detach().copy_(weight.read(_area(item)))
+
+
+def _area(item: ReadItem) -> Area:
+    """What of a stored part a planned read takes."""
+    return tuple(
+        slice(begin, begin + length)
+        for begin, length in zip(item.storage_offsets, item.lengths, strict=True)
+    )

@@ -40,7 +40,15 @@ from llama2rt import atomic
 from llama2rt.checkpoint import store
 from llama2rt.checkpoint.sharded import CHUNKS, Parts, stored_by
 from llama2rt.checkpoint.store import CheckpointError, Store
-from llama2rt.parallel.world import PATIENCE, broadcast, gather, is_main, on_main, world
+from llama2rt.parallel.world import (
+    PATIENCE,
+    broadcast,
+    gather,
+    is_main,
+    on_main,
+    until_stop,
+    world,
+)
 
 
 class GroupStore(Store):
@@ -71,7 +79,7 @@ class GroupStore(Store):
         copies = {name: _copy(tensor) for name, tensor in named.items()}
         writer = _Writer(self, step)
 
-        group = _background(dist.group.WORLD)
+        group = _background()
 
         def write() -> None:
             try:
@@ -332,7 +340,7 @@ def _first(reasons: list[str | None]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-@functools.lru_cache(maxsize=1)
-def _background(everyone: dist.ProcessGroup) -> dist.ProcessGroup:
-    """All ranks, for what threads say to each other while the steps go on; once for a world."""
+@until_stop
+def _background() -> dist.ProcessGroup:
+    """All ranks, for what threads say to each other while the steps go on."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -11,6 +11,7 @@ from llama2rt.checkpoint.weight import Area, Weight
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.parallel.pipeline import PipelinedLlama
 from llama2rt.parallel.shards import cut, whole_tensor
+from llama2rt.parallel.whole import whole_tensors
 from llama2rt.parallel.world import is_main, on_main, world
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -67,8 +68,7 @@ def _whole_weights(model: Llama | ScalarModel) -> Iterator[tuple[str, Tensor | N
     if isinstance(model, PipelinedLlama):
         yield from model.whole_weights()
         return
-    for name, parameter in files.weights(model).items():
-        yield name, whole_tensor(parameter.detach())
+    yield from whole_tensors(model)
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from torch import nn
 from llama2rt.checkpoint import adapter
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
-from llama2rt.errors import InputError
 from llama2rt.model import Llama
 from llama2rt.model.adapters import WithoutAdapter
 from llama2rt.parallel import Mesh, ParallelOptions, world
@@ -183,10 +182,6 @@ def outlines(
     `loading.outlines`). `before`: models by key that come before init, the first of them samples
     then."""
     recipe.lora.check()
-    if recipe.parallel.pipeline > 1:
-        raise InputError(
-            f"parallel.pipeline: expected 1 in a stage that samples, got {recipe.parallel.pipeline}"
-        )
     models = {
         **before,
         "init": recipe.init,

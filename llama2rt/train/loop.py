@@ -2,8 +2,8 @@
 
 A step is a list of micro-batches; their summed losses are divided by what the whole step predicts
 (`micro.weight` summed, over all ranks), never per micro-batch or per rank, so one batch of eight is
-eight of one, on whatever ranks. Where the
-loader stands and the state of every random generator is in the checkpoint.
+eight of one, on whatever ranks. Where the loader stands and the state of every random generator is
+in the checkpoint.
 
 Left out: what a loss is (the stage's objective), and when to log, validate and save (`driver`).
 """

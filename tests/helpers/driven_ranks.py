@@ -2,12 +2,12 @@
 
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 import torch
+from fault_work import Silent
 
 from llama2rt import energy
 from llama2rt.checkpoint import store
@@ -20,10 +20,8 @@ from llama2rt.train.interrupts import Interrupts
 from llama2rt.train.optimizer import Diverged
 
 
-class Work:
+class Work(Silent):
     """Steps of ten tokens, of which one may diverge."""
-
-    noun, device, ceiling = "step", torch.device("cpu"), None
 
     def __init__(self, diverges_at: int = -1) -> None:
         self._diverges_at = diverges_at
@@ -32,15 +30,6 @@ class Work:
         if index == self._diverges_at:
             raise Diverged("the loss is nan")
         return Step({"index": float(index)}, tokens=10)
-
-    def describe(self, metrics: Mapping[str, Any]) -> str:
-        return ""
-
-    def validate(self, done: int) -> None:
-        return None
-
-    def finished(self) -> bool:
-        return False
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {"total": torch.zeros(1)}, {}

@@ -23,12 +23,25 @@ TOTAL = 12
 SECONDS = 0.05
 
 
-class Summing:
-    """Its state is the sum over steps and ranks of (rank + 1) * step."""
+class Silent:
+    """What `drive` wants to know of steps that have nothing to say besides."""
 
     noun = "step"
     device = torch.device("cpu")
     ceiling = None
+
+    def describe(self, metrics: Mapping[str, Any]) -> str:
+        return ""
+
+    def validate(self, done: int) -> None:
+        return None
+
+    def finished(self) -> bool:
+        return False
+
+
+class Summing(Silent):
+    """Its state is the sum over steps and ranks of (rank + 1) * step."""
 
     def __init__(self, fault: str, rank: int, folder: Path) -> None:
         self.fault, self.rank, self.folder = fault, rank, folder
@@ -60,15 +73,6 @@ class Summing:
             raise KeyError("a defect")
         if self.fault == "sleep":
             time.sleep(3600)
-
-    def describe(self, metrics: Mapping[str, Any]) -> str:
-        return ""
-
-    def validate(self, done: int) -> None:
-        return None
-
-    def finished(self) -> bool:
-        return False
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {"total": self.total}, {}

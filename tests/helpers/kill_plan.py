@@ -34,7 +34,6 @@ from llama2rt.data.readers import write
 from llama2rt.data.records import KINDS
 from llama2rt.stages import STAGES, loading
 from llama2rt.stages.annotate import PARTS, file_name
-from llama2rt.text.tokenizer import Tokenizer
 
 # What a run leaves that must be the same to the bit.
 FILES = {"pairs.jsonl", "model.safetensors"} | {
@@ -82,14 +81,7 @@ def annotator() -> Knowing:
 def world(folder: Path, versions: int) -> Path:
     """A policy that tosses coins, prompts, and the plan of so many versions; returns its file."""
     torch.set_num_threads(1)
-    texts = [
-        f"[INST] {pocket.QUESTIONS[kind].format(name)} [/INST] {answer} "
-        for name in pocket.NAMES
-        for kind, answers in pocket.ANSWERS.items()
-        for answer in answers
-    ]
-    tokenizer = Tokenizer.train(texts, 320, folder / "tokenizer")
-    pocket.fine_tune(folder / "sft", tokenizer)
+    pocket.begin(folder)
     write(folder / "prompts.jsonl", pocket.prompts(pocket.TRAINING[:16]))
     write(folder / "held_out.jsonl", pocket.prompts(pocket.HELD_OUT[:12]))
     plan = {

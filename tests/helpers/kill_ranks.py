@@ -42,7 +42,6 @@ from llama2rt.data.records import Dialogue
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.parallel import command
 from llama2rt.stages import STAGES, loading
-from llama2rt.text.tokenizer import Tokenizer
 
 RANKS = 2
 # Seconds that the others have to notice that a rank is gone, on a busy machine.
@@ -54,18 +53,11 @@ TRAIN = {"lr": 1e-3, "log_every": 2, "checkpoint_every": 2, "validate_every": 4}
 def world(folder: Path) -> dict[str, Path]:
     """The recipes by stage, and what they name, in `folder`."""
     torch.set_num_threads(1)
-    texts = [
-        f"[INST] {pocket.QUESTIONS[kind].format(name)} [/INST] {answer} "
-        for name in pocket.NAMES
-        for kind, answers in pocket.ANSWERS.items()
-        for answer in answers
-    ]
-    tokenizer = Tokenizer.train(texts, 320, folder / "tokenizer")
-    pocket.fine_tune(folder / "sft", tokenizer)
+    tokenizer = pocket.begin(folder)
     shape = loading.outline(folder / "sft").config
     reward = ScalarModel(LlamaConfig(**vars(shape))).initialize(1)
     native.save(reward, tokenizer, folder / "reward")
-    (folder / "text.txt").write_text("\n\n".join(texts))
+    (folder / "text.txt").write_text("\n\n".join(pocket.texts()))
     write(folder / "prompts.jsonl", pocket.prompts(pocket.TRAINING[:8]))
     write(folder / "held_out.jsonl", pocket.prompts(pocket.HELD_OUT[:4]))
     write(folder / "comparisons.jsonl", pocket.comparisons("helpfulness", pocket.TRAINING, 0))

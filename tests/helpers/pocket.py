@@ -181,15 +181,25 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def build(root: Path) -> Pocket:
-    """The problem on disk, reward models trained by their own stage."""
-    texts = [
+def texts() -> list[str]:
+    """All questions with each of their answers."""
+    return [
         f"[INST] {QUESTIONS[kind].format(name)} [/INST] {answer} "
         for name in NAMES
         for kind, answers in ANSWERS.items()
         for answer in answers
     ]
-    tokenizer = Tokenizer.train(texts, 320, root / "tokenizer")
+
+
+def begin(root: Path) -> Tokenizer:
+    """The tokenizer and the policy that tosses coins, in `root`/tokenizer and `root`/sft."""
+    tokenizer = Tokenizer.train(texts(), 320, root / "tokenizer")
+    fine_tune(root / "sft", tokenizer)
+    return tokenizer
+
+
+def build(root: Path) -> Pocket:
+    """The problem on disk, reward models trained by their own stage."""
     problem = Pocket(
         tokenizer=root / "tokenizer",
         sft=root / "sft",
@@ -200,7 +210,7 @@ def build(root: Path) -> Pocket:
         prompts=root / "prompts.jsonl",
         validation=root / "validation.jsonl",
     )
-    fine_tune(problem.sft, tokenizer)
+    begin(root)
     write(problem.helpfulness_comparisons, comparisons("helpfulness", TRAINING, 0))
     write(problem.safety_comparisons, comparisons("safety", TRAINING, 1))
     write(problem.prompts, prompts(TRAINING))
