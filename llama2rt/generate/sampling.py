@@ -130,9 +130,9 @@ def choose(
     crosses top_p stays. `seen` int64 [P, L]: for the rows with a repetition penalty, in order, the
     tokens that it is for, repeated at will.
     """
-    scaled = options.temperature * (options.temperature > 0) + (options.temperature == 0)
-    if (scaled != 1).any():
-        logits /= _column(scaled, logits).to(logits.dtype)
+    if ((options.temperature != 1) & (options.temperature != 0)).any():
+        temperature = np.where(options.temperature == 0, 1, options.temperature)
+        logits /= _column(temperature, logits).to(logits.dtype)
     logprobs = torch.log_softmax(logits, dim=-1)
     weights = logprobs
     if seen is not None:
@@ -176,7 +176,7 @@ def _draw(weights: Tensor, uniform: Tensor, options: RowOptions) -> Tensor:
     limited = (options.top_k > 0) | (options.top_p < 1) | (options.min_p > 0)
     way = np.where(limited, options.top_k, _PLAIN)
     way[options.temperature == 0] = _ARGMAX
-    if (way == way[:1]).all():
+    if (way == way[:1]).all():  # the usual call: no copies of rows
         return _draw_alike(weights, uniform, options, int(way[0]) if len(way) else _PLAIN)
     tokens = torch.empty(len(way), dtype=torch.int64, device=weights.device)
     for each in np.unique(way).tolist():
