@@ -6,10 +6,11 @@ Prompts share beginnings, requests arrive while others run, every tenth is abort
 there are so few pages that sequences are recomputed. Printed every thousand: the process's resident
 memory and the session's counters. Then every token of every answer is checked against a forward
 pass of its own, and one answer in twenty is compared with what the request gets alone. A token may
-differ only at a tie: argmax has the two largest logits within 1e-4, a draw has its uniform number
-within 1e-4 of the border between two tokens.
+differ only at a tie: two tokens have logits within 1e-4, or the uniform number is within 1e-4 of
+the border between them, or what top-p or min-p keeps is decided by so little.
 """
 
+import itertools
 import json
 import random
 import sys
@@ -196,19 +197,26 @@ def _drawn(model: Llama, one: Asked) -> int:
     answer = np.array(one.tokens)
     np.testing.assert_allclose(one.logprobs, _logprobs(logits, one), atol=1e-4)
 
-    def drawn(shift: float) -> np.ndarray:
-        near = (uniform + shift).clamp(0, 1)
+    def drawn(uniform_by: float = 0, top_p_by: float = 0, min_p_by: float = 0) -> np.ndarray:
         rows = options.take(np.zeros(n, np.int64))
-        return choose(logits.clone(), near, rows, seen).tokens == answer
+        rows.top_p[rows.top_p < 1] += top_p_by
+        rows.min_p[:] *= 1 + min_p_by
+        near = (uniform + uniform_by).clamp(0, 1)
+        return choose(logits.clone(), near, rows, seen).tokens
 
-    right = drawn(0)
+    expected = drawn()
+    right = expected == answer
     if right.all():
         return 0
-    close = drawn(-TIE) | drawn(TIE)
-    if one.options.temperature == 0 and seen is None:
-        best = logits.max(1).values - logits[torch.arange(n), torch.from_numpy(answer)]
-        close |= best.numpy() < TIE
-    assert (right | close).all(), f"{one}: not drawn at {np.flatnonzero(~(right | close))}"
+    near = itertools.product((-TIE, 0, TIE), repeat=3)
+    close = np.any([drawn(*each) == answer for each in near], axis=0)
+    for i in np.flatnonzero(~(right | close)).tolist():
+        # Two tokens as likely as each other: argmax, and the order of those to draw from.
+        row, held = logits[i].clone(), context[: prompt + i]
+        penalty = one.options.repetition_penalty
+        row[held] = torch.where(row[held] > 0, row[held] / penalty, row[held] * penalty)
+        gap = abs(float(row[expected[i]] - row[answer[i]]))
+        assert gap < TIE, f"{one}: {expected[i]} at {i}, by {gap}"
     return int((~right).sum())
 
 
