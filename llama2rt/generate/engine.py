@@ -16,6 +16,7 @@ from llama2rt.errors import InputError, naming
 from llama2rt.generate import scheduler
 from llama2rt.generate.budget import Budget, plan
 from llama2rt.generate.kv_cache import PAGE_SIZE, Addresses, KVCache
+from llama2rt.generate.runner import Runner, Weights
 from llama2rt.generate.sampling import (
     MOST,
     check_options,
@@ -67,6 +68,7 @@ class Engine:
         page_size: int = PAGE_SIZE,
         max_sequences: int = 256,
         cache_bytes: int | None = None,
+        weights: Weights = "same",
     ) -> None:
         check_whole("page_size", page_size, 1)
         check_whole("max_sequences", max_sequences, 1)
@@ -75,6 +77,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.page_size, self.max_sequences = page_size, max_sequences
         self.cache_bytes = cache_bytes
+        self.runner = Runner(model, weights)
 
     def of(self, model: Llama) -> "Engine":
         """The same sampler of another model, such as this one's weights in one piece."""
@@ -84,6 +87,7 @@ class Engine:
             page_size=self.page_size,
             max_sequences=self.max_sequences,
             cache_bytes=self.cache_bytes,
+            weights=self.runner.weights,
         )
 
     def generate(
@@ -205,6 +209,7 @@ class Engine:
         """Yields each forward pass's sampled tokens and the sequences it finished. `keys` uint64
         [P, n]: the random streams of each prompt's samples."""
         model, page_size = self.model, self.page_size
+        self.runner.refresh()
         lengths = np.array([len(tokens) for tokens in prompts], np.int32)
         limits = np.minimum(min(max_tokens, model.config.context), model.config.context - lengths)
         budget = self._budget(lengths, limits, keys.shape[1], bool(top_k or top_p < 1))
@@ -262,9 +267,9 @@ class Engine:
                 block_table=put(step.block_table),
                 lengths=put(step.lengths),
             )
-            hidden = self.model.transformer(put(step.tokens).long(), put(step.positions), cache)
+            tokens, positions = put(step.tokens).long(), put(step.positions)
+            logits = self.runner.forward(tokens, positions, cache, slice(prefilled, None))
             if decoding:
-                logits = self.model.output(hidden[prefilled:]).float()
                 uniform = put(uniforms(step.keys, step.counts))
                 sampled = choose(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
                 chosen, logprobs = (tensor.cpu().numpy() for tensor in sampled)
