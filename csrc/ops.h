@@ -238,15 +238,17 @@ struct PackedLlama {
   int64_t context;
 };
 
-// One forward pass of a language model: tokens of whole prompts, then one token a sequence.
+// One forward pass of a language model: tokens of whole prompts, then the new tokens of sequences that
+// have a past in the pages.
 struct ForwardPass : Where {
   PackedLlama model;
   int64_t tokens;
   Indices token_ids, positions, slots;  // [tokens]; int64_t token ids and slots
   int64_t prompts;
   Indices prompt_offsets;               // [prompts + 1], int64_t: rows of the prompts' tokens
-  int64_t sequences;
-  Indices block_table;  // as of DecodeAttention
+  int64_t prompt_tokens, sequences;
+  Indices q_offsets;  // this and the next four as of DecodeAttention
+  Indices block_table;
   int64_t block_table_columns, block_table_stride;
   Indices lengths;
   void *keys, *values;  // [layers, pages, page_size, kv_heads, head_dim]

@@ -89,8 +89,17 @@ void add_block(Llama& llama, const Tensor& attention_norm, const Tensor& ffn_nor
   m.layers = static_cast<int64_t>(llama.blocks.size());
 }
 
+void require_offsets(const Tensor& offsets) {
+  require(offsets.is_int64() && offsets.size(0) > 0, "offsets: expected int64, from 0");
+  const int64_t *at = static_cast<const int64_t*>(offsets.data()), count = offsets.size(0);
+  require(at[0] == 0, "offsets: expected int64, from 0");
+  for (int64_t i = 0; i + 1 < count; ++i)
+    require(at[i] <= at[i + 1], "offsets: expected rising values");
+}
+
 void forward(const Llama& llama, const Tensor& tokens, const Tensor& positions, const Tensor& slots,
-             const Tensor& prompt_offsets, const Tensor& block_table, const Tensor& lengths,
+             const Tensor& prompt_offsets, const Optional& q_offsets, const Tensor& block_table,
+             const Tensor& lengths,
              const Tensor& keys, const Tensor& values, const Tensor& rows, const Tensor& logits,
              int threads) {
   const PackedLlama& m = llama.model;
@@ -100,7 +109,13 @@ void forward(const Llama& llama, const Tensor& tokens, const Tensor& positions, 
   a.tokens = tokens.size(0);
   a.token_ids = tokens.indices(), a.positions = positions.indices(), a.slots = slots.indices();
   a.prompts = prompt_offsets.size(0) - 1, a.prompt_offsets = prompt_offsets.indices();
+  require_offsets(prompt_offsets);
+  a.prompt_tokens = static_cast<const int64_t*>(prompt_offsets.data())[a.prompts];
   a.sequences = lengths.size(0), a.lengths = lengths.indices();
+  if (q_offsets.of.data) {
+    require_offsets(q_offsets);
+    a.q_offsets = q_offsets.indices();
+  }
   a.block_table = block_table.indices();
   a.block_table_columns = block_table.size(1), a.block_table_stride = block_table.stride(0);
   a.keys = keys.data(), a.values = values.data();
@@ -110,13 +125,14 @@ void forward(const Llama& llama, const Tensor& tokens, const Tensor& positions, 
               a.rows.are_int64 && !a.block_table.are_int64 && !a.lengths.are_int64,
           "indices: another dtype was expected");
   require(positions.size(0) == a.tokens && slots.size(0) == a.tokens &&
-              block_table.size(0) == a.sequences && a.sequences <= a.tokens,
+              block_table.size(0) == a.sequences,
           "a forward pass's arrays have different lengths");
-  const int64_t* offsets = static_cast<const int64_t*>(a.prompt_offsets.data);
-  require(offsets[0] == 0 && offsets[a.prompts] == a.tokens - a.sequences,
-          "prompt_offsets: expected values from 0 to the number of prompt tokens");
-  for (int64_t i = 0; i < a.prompts; ++i)
-    require(offsets[i] <= offsets[i + 1], "prompt_offsets: expected rising values");
+  int64_t others = a.sequences;
+  if (a.q_offsets.data) {
+    require(q_offsets.size(0) == a.sequences + 1, "offsets: expected one more than sequences");
+    others = static_cast<const int64_t*>(a.q_offsets.data)[a.sequences];
+  }
+  require(a.prompt_tokens + others == a.tokens, "offsets: expected to end at the number of tokens");
   for (const Tensor* cache : {&keys, &values})
     require(cache->dtype() == m.dtype && cache->size(0) == m.layers && cache->size(1) == a.pages &&
                 cache->size(2) == a.page_size && cache->size(3) == m.kv_heads &&

@@ -118,7 +118,7 @@ void write(const ForwardPass& a, const Activations& from, char* keys, char* valu
 void attend(const ForwardPass& a, const Activations& in, char* keys, char* values) {
   const PackedLlama& model = a.model;
   const int64_t n = model.head_dim, width = in.dim + 2 * in.kv_dim;
-  const int64_t prompt_tokens = a.tokens - a.sequences;
+  const int64_t prompt_tokens = a.prompt_tokens;
   const float scale = 1.0f / sqrtf((float)n);
   if (prompt_tokens > 0) {
     Attention op{};
@@ -135,7 +135,7 @@ void attend(const ForwardPass& a, const Activations& in, char* keys, char* value
   if (a.sequences == 0) return;
   DecodeAttention op{};
   op.threads = a.threads, op.dtype = model.dtype;
-  op.sequences = a.sequences;
+  op.sequences = a.sequences, op.tokens = a.tokens - prompt_tokens, op.q_offsets = a.q_offsets;
   op.heads = model.heads, op.kv_heads = model.kv_heads, op.head_dim = n;
   op.q = {in.q + prompt_tokens * in.dim * in.size, in.dim, n};
   op.k_cache = {keys, a.page_size * in.kv_dim, in.kv_dim, n};

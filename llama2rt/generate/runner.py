@@ -125,7 +125,9 @@ class _Native:
         if len(self._logits) < len(rows):
             self._logits = self._logits.new_empty(len(rows), self._logits.shape[1])
         logits = self._logits[: len(rows)]
-        where = at.slots, at.prompt_cu_seqlens.long(), at.block_table, at.lengths
+        queries = None if at.cu_seqlens_q is None else at.cu_seqlens_q.long()
+        prompts = at.slots, at.prompt_cu_seqlens.long()
+        where = *prompts, queries, at.block_table, at.lengths
         threads = torch.get_num_threads()
         self._llama.forward(*(tokens, positions, *where), *(keys, values, rows, logits), threads)
         return logits

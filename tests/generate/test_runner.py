@@ -59,6 +59,7 @@ def mixed_step(model, prompts, decoding):
             longest_prompt=max(map(len, new), default=0),
             block_table=torch.tensor(table, dtype=torch.int32).view(len(old), width),
             lengths=torch.tensor([len(d) for d in old], dtype=torch.int32),
+            cu_seqlens_q=None,
         )
         tokens = torch.tensor([*chain(*new), *(d[-1] for d in old)])
         positions = torch.tensor(
