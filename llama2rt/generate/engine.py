@@ -244,7 +244,9 @@ class Engine:
         return Generation(self.runner, scheduler)
 
     def _within(self, plan: Callable[[Bounds], Budget], restricted: bool) -> Budget:
-        """What a call may hold at once; InputError where that is too little."""
+        """What a call may hold at once; InputError where that is too little. The weights are packed
+        first, if they are to be: what is free then is free for the call."""
+        self.runner.refresh()
         allowed = self.cache_bytes
         if allowed is None:
             allowed = free_bytes(self.model.output.weight.device) // 2

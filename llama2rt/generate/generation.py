@@ -14,11 +14,10 @@ from llama2rt.generate.slots import Sequence, Slots
 
 
 class Generation:
-    """Answers what is added to `scheduler`."""
+    """Answers what is added to `scheduler`; `runner` has been refreshed."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner, self.model, self.scheduler = runner, runner.model, scheduler
-        runner.refresh()
         self.cache = KVCache(self.model.config.layers, scheduler.pool.pages, scheduler.page_size)
 
     @torch.inference_mode()

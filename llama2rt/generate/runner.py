@@ -64,10 +64,18 @@ class _Weight:
         return [layer.weight.detach() for layer in self.layers]
 
 
-def _weight(storage: str, *layers: Linear) -> _Weight:
-    rows = sum(layer.weight.shape[0] for layer in layers)
-    inner = layers[0].weight.shape[1]
-    return _Weight(layers, packed.PackedWeight(storage, rows, inner))
+def _packed(storage: str, groups: list[tuple[Linear, ...]]) -> list[_Weight]:
+    """All in one piece of memory."""
+    shapes = [
+        (sum(layer.weight.shape[0] for layer in layers), layers[0].weight.shape[1])
+        for layers in groups
+    ]
+    sizes = [packed.packed_bytes(storage, *shape) for shape in shapes]
+    pieces = packed.memory(sum(sizes)).split(sizes)
+    return [
+        _Weight(layers, packed.PackedWeight(storage, *shape, piece))
+        for layers, shape, piece in zip(groups, shapes, pieces, strict=True)
+    ]
 
 
 class _Native:
@@ -76,17 +84,13 @@ class _Native:
     def __init__(self, model: Llama, storage: str) -> None:
         self.storage = storage
         blocks = cast(list[Block], model.transformer.blocks)
-        self._blocks = [
-            (
-                _weight(storage, block.query, block.key, block.value),
-                _weight(storage, block.attention_output),
-                _weight(storage, block.gate, block.up),
-                _weight(storage, block.down),
-            )
-            for block in blocks
-        ]
-        self._output = _weight(storage, model.output)
-        self._all = [*(weight for block in self._blocks for weight in block), self._output]
+        groups: list[tuple[Linear, ...]] = []
+        for block in blocks:
+            groups += [(block.query, block.key, block.value), (block.attention_output,)]
+            groups += [(block.gate, block.up), (block.down,)]
+        self._all = _packed(storage, [*groups, (model.output,)])
+        self._output = self._all[-1]
+        self._blocks = [self._all[4 * i : 4 * i + 4] for i in range(len(blocks))]
         self._fingerprint: int | None = None
         self._logits = torch.empty(0, model.config.vocab_size)
         self._llama: Any = None

@@ -6,7 +6,9 @@ front to back, once for up to 64 rows, also as int8. The copy costs as much memo
 it. Left out: activations in int8 (csrc/cpu/packed_linear.cpp says why).
 """
 
+import ctypes
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,17 +40,39 @@ def why_not(weight: Tensor) -> str:
     return ""
 
 
+_HUGE_PAGE = 2**21
+_MADV_HUGEPAGE = 14  # of Linux's madvise(2)
+
+
+def memory(nbytes: int) -> Tensor:
+    """uint8 [nbytes] for packed weights, not filled; where Linux takes such advice in pages of 2
+    MiB: a walk through weights in pages of 4 KiB waits for their addresses."""
+    whole = torch.empty(nbytes + _HUGE_PAGE, dtype=torch.uint8)
+    begin = -whole.data_ptr() % _HUGE_PAGE
+    found = whole[begin : begin + nbytes]
+    if sys.platform == "linux" and nbytes >= _HUGE_PAGE:
+        address, length = ctypes.c_void_p(found.data_ptr()), ctypes.c_size_t(nbytes)
+        ctypes.CDLL(None).madvise(address, length, _MADV_HUGEPAGE)
+    return found
+
+
+def packed_bytes(storage: str, columns: int, inner: int) -> int:
+    """Bytes of a weight [columns, inner] in panels, to a multiple of a cache line."""
+    return -(-native().packed_bytes(storage, columns, inner) // 64) * 64
+
+
 class PackedWeight:
     """The weights [N, K] of linear layers that read one input, one below another, in panels.
 
     storage: "fp32", "bf16" or "fp16", which is the weights' dtype, or "int8": each row in steps of
-    its largest absolute value / 127, which keeps it to within half such a step.
+    its largest absolute value / 127, which keeps it to within half such a step. data: the memory,
+    `packed_bytes` of uint8.
     """
 
-    def __init__(self, storage: str, columns: int, inner: int) -> None:
+    def __init__(self, storage: str, columns: int, inner: int, data: Tensor | None = None) -> None:
         module = native()
         self.shape, self.storage = (columns, inner), storage
-        self._data = torch.empty(module.packed_bytes(storage, columns, inner), dtype=torch.uint8)
+        self._data = memory(packed_bytes(storage, columns, inner)) if data is None else data
         self._scales: Tensor | None = None
         if storage == "int8":
             self._scales = torch.empty(-(-columns // COLUMNS) * COLUMNS)

@@ -6,7 +6,7 @@ from numerics import judge, same_bits
 from torch.nn import functional as F
 
 from llama2rt import _cpu
-from llama2rt.ops import packed
+from llama2rt.ops import packed, sample
 
 SHAPES = [(1, 1), (3, 5), (31, 130), (32, 128), (70, 257), (130, 515)]
 """[columns, inner]"""
@@ -94,3 +94,34 @@ def test_a_fingerprint_sees_one_bit_and_the_order():
             tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)[at] ^= 1
     assert packed.fingerprint(tensors) == before
     assert packed.fingerprint([tensors[0].flip(0), tensors[1]]) != before
+
+
+@pytest.mark.parametrize("columns", [1, 7, 513, 3000])
+def test_sampling_inverts_the_distribution(columns, isa):
+    rows = 40
+    logits = torch.randn(rows, columns) * 3
+    if columns > 1:
+        logits[1, columns // 2] = -torch.inf
+    uniform = torch.rand(rows, dtype=torch.float64)
+    uniform[2], uniform[3] = 2.0**-49, 1 - 2.0**-49
+    temperatures = torch.rand(rows) + 0.5
+    temperatures[4:6], temperatures[6] = 0, 1
+    tokens, logprobs = sample.draw(logits.clone(), temperatures, uniform)
+    argmax = temperatures == 0
+    scaled = logits.double() / torch.where(argmax, 1, temperatures)[:, None].double()
+    expected = scaled.log_softmax(-1)
+    got = expected.gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), got, rtol=1e-5, atol=2e-6)
+    cumulative = expected.exp().cumsum(-1)
+    upper = cumulative.gather(1, tokens[:, None])[:, 0]
+    lower = upper - got.exp()
+    assert ((lower <= uniform + 1e-6) & (uniform <= upper + 1e-6))[~argmax].all()
+    assert torch.equal(tokens[argmax], logits[argmax].argmax(-1))
+    torch.set_num_threads(3)
+    assert same_bits(sample.draw(logits, temperatures, uniform), (tokens, logprobs))
+    logits[0, 0] = torch.nan
+    logits[1] = -torch.inf
+    logits[2, 0] = torch.inf
+    tokens, logprobs = sample.draw(logits, temperatures, uniform)
+    assert logprobs[:3].isnan().all() and not logprobs[3:].isnan().any()
+    assert ((tokens >= 0) & (tokens < columns)).all()
