@@ -136,9 +136,9 @@ def choose(
         temperatures = torch.from_numpy(options.temperature.astype(np.float32))
         chosen, drawn = sample.draw(logits, temperatures, uniform)
         return Choice(chosen.numpy(), drawn.numpy(), [])
-    scaled = options.temperature * (options.temperature > 0) + (options.temperature == 0)
-    if (scaled != 1).any():
-        logits /= _column(scaled, logits).to(logits.dtype)
+    if ((options.temperature != 1) & (options.temperature != 0)).any():
+        temperature = np.where(options.temperature == 0, 1, options.temperature)
+        logits /= _column(temperature, logits).to(logits.dtype)
     logprobs = torch.log_softmax(logits, dim=-1)
     weights = logprobs
     if seen is not None:
@@ -186,7 +186,7 @@ def _limited_rows(options: RowOptions) -> np.ndarray:
 def _draw(weights: Tensor, uniform: Tensor, options: RowOptions) -> Tensor:
     way = np.where(_limited_rows(options), options.top_k, _PLAIN)
     way[options.temperature == 0] = _ARGMAX
-    if (way == way[:1]).all():
+    if (way == way[:1]).all():  # the usual call: no copies of rows
         return _draw_alike(weights, uniform, options, int(way[0]) if len(way) else _PLAIN)
     tokens = torch.empty(len(way), dtype=torch.int64, device=weights.device)
     for each in np.unique(way).tolist():

@@ -110,22 +110,15 @@ class Scheduler:
         """Takes what the step drew behind each decoded token and each guess; returns the sequences
         that are finished now."""
         slots, rows = self.slots, step.rows
-        tokens, logprobs = choice.tokens[:, None], choice.logprobs[:, None]
-        taken = np.ones(len(rows), np.int32)
-        if step.guesses is not None:
-            index, taken = self._check(step.guesses, rows, choice.tokens)
-            tokens, logprobs = choice.tokens[index], choice.logprobs[index]
-        ends = (tokens[:, :, None] == slots.stop_ids[rows][:, None]).any(2)
-        if step.guesses is not None:
-            ends &= np.arange(tokens.shape[1]) < taken[:, None]
-            taken = np.where(ends.any(1), ends.argmax(1) + 1, taken).astype(np.int32)
-            self.guesses += int(step.guesses.sum())
-            self.accepted += int(taken.sum()) - len(rows)
-        stopped = ends.any(1)
+        if step.guesses is None:
+            stopped = (choice.tokens[:, None] == slots.stop_ids[rows]).any(1)
+            taken = None
+            slots.append(rows, choice.tokens, choice.logprobs)
+            self.tokens += len(rows)
+        else:
+            stopped, taken = self._accept(rows, step.guesses, choice)
         if choice.top:
             self._record_top(step, choice.top, taken)
-        slots.append(rows, tokens, logprobs, taken)
-        self.tokens += int(taken.sum())
         done = stopped | (slots.counts[rows] >= slots.limits[rows])
         if not done.any():
             return []
@@ -137,28 +130,42 @@ class Scheduler:
             finished.append(sequence)
         return finished
 
-    def _check(
-        self, guesses: np.ndarray, rows: np.ndarray, drawn: np.ndarray
+    def _accept(
+        self, rows: np.ndarray, guesses: np.ndarray, choice: Choice
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Indices [B, K] of each row's drawn tokens in `drawn` [N], the last one repeated, and how
-        many of them count: up to the first that is not what was guessed."""
-        begins = (guesses + 1).cumsum() - guesses - 1
+        """Gives each row what was drawn behind its last token and behind the guesses, up to the
+        first that is not what was guessed, or that ends it. Returns [B] whether it did, and how
+        many tokens each got."""
+        slots = self.slots
         behind = np.arange(int(guesses.max()) + 1)
+        begins = (guesses + 1).cumsum() - guesses - 1
         index = begins[:, None] + np.minimum(behind, guesses[:, None])
-        places = self.slots.cached[rows][:, None] + 1 + behind[:-1]
-        guessed = self.slots.tokens[rows[:, None], places]
-        right = (drawn[index[:, :-1]] == guessed) & (behind[:-1] < guesses[:, None])
-        return index, right.cumprod(1).sum(1).astype(np.int32) + 1
+        tokens = choice.tokens[index]
+        guessed = slots.tokens[rows[:, None], slots.cached[rows][:, None] + 1 + behind[:-1]]
+        right = (tokens[:, :-1] == guessed) & (behind[:-1] < guesses[:, None])
+        taken = right.cumprod(1).sum(1) + 1
+        ends = (tokens[:, :, None] == slots.stop_ids[rows][:, None]).any(2)
+        ends &= behind < taken[:, None]
+        stopped = ends.any(1)
+        taken = np.where(stopped, ends.argmax(1) + 1, taken)
+        for j in behind.tolist():
+            some = taken > j
+            slots.append(rows[some], tokens[some, j], choice.logprobs[index[some, j]])
+        self.tokens += int(taken.sum())
+        self.guesses += int(guesses.sum())
+        self.accepted += int(taken.sum()) - len(rows)
+        return stopped, taken
 
     def _record_top(
-        self, step: Step, top: list[list[tuple[int, float]]], taken: np.ndarray
+        self, step: Step, top: list[list[tuple[int, float]]], taken: np.ndarray | None
     ) -> None:
-        each = np.ones(len(step.rows), np.int32) if step.guesses is None else step.guesses + 1
+        each = np.ones(len(step.rows), np.int64) if step.guesses is None else step.guesses + 1
         begins = each.cumsum() - each
+        ends = begins + (each if taken is None else taken)
         for i in np.flatnonzero(self.slots.options.logprobs[step.rows]).tolist():
             sequence = self.slots.sequences[step.rows[i]]
             assert sequence is not None
-            sequence.top += top[begins[i] : begins[i] + taken[i]]
+            sequence.top += top[begins[i] : ends[i]]
 
     def _grow(self) -> np.ndarray | None:
         """Gives each live sequence the pages of its next tokens. Returns the number of guesses of

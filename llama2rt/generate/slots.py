@@ -94,15 +94,10 @@ class Slots:
         tokens = self.tokens[slot, prompt + begin : prompt + count]
         return tokens, self.logprobs[slot, begin:count]
 
-    def append(
-        self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, taken: np.ndarray
-    ) -> None:
-        """Gives each of `rows` [B] the first `taken` [B] of its new tokens [B, K]."""
+    def append(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """Gives each of `rows` [B] one token [B], drawn behind a token that is in pages now."""
         counts = self.counts[rows]
-        for j in range(int(taken.max(initial=0))):
-            some = taken > j
-            at, index = rows[some], counts[some] + j
-            self.tokens[at, self.prompts[at] + index] = tokens[some, j]
-            self.logprobs[at, index] = logprobs[some, j]
-        self.counts[rows] += taken
-        self.cached[rows] += taken
+        self.tokens[rows, self.prompts[rows] + counts] = tokens
+        self.logprobs[rows, counts] = logprobs
+        self.counts[rows] = counts + 1
+        self.cached[rows] += 1
