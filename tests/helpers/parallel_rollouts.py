@@ -81,11 +81,10 @@ def rolled_out(
 
     models = RewardModels(scalar(pocket.helpfulness), scalar(pocket.safety), micro_tokens=64)
     if options is not None:
-        ranks = world().size
+        pieces = mesh.degrees["shard"] * mesh.degrees["tensor"]
         for shared in (reference, *models.by_name.values()):
-            assert (
-                held_bytes(shared) < sum(p.numel() * 4 for p in shared.parameters()) / ranks * 1.1
-            )
+            whole_bytes = sum(p.numel() * 4 for p in shared.parameters())
+            assert held_bytes(shared) < 1.1 * whole_bytes / pieces
     engine = SamplingOptions(max_tokens=8).engine(model, tokenizer)
     sampler = Sampler(engine, models, 8, "policy")
     completions = sampler.complete(prompts, n=n, temperature=1.0, seed=5)
