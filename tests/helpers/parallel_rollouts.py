@@ -23,6 +23,9 @@ from llama2rt.parallel import whole as gathered
 from llama2rt.parallel.shards import local_part
 from llama2rt.parallel.tensor_group import gathered as gathered_in_groups
 from llama2rt.pipeline import iterate
+from llama2rt.planning import Model as Planned
+from llama2rt.planning import inference
+from llama2rt.planning.memory import Setting
 from llama2rt.report.plot import Plot
 from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.logprobs import response_logprobs
@@ -81,10 +84,12 @@ def rolled_out(
 
     models = RewardModels(scalar(pocket.helpfulness), scalar(pocket.safety), micro_tokens=64)
     if options is not None:
-        pieces = mesh.degrees["shard"] * mesh.degrees["tensor"]
+        setting = Setting(mesh.degrees, 4, 64, 1)
         for shared in (reference, *models.by_name.values()):
-            whole_bytes = sum(p.numel() * 4 for p in shared.parameters())
-            assert held_bytes(shared) < 1.1 * whole_bytes / pieces
+            scalar_model = isinstance(shared, ScalarModel)
+            planned = Planned("frozen", shared.config, scalar_model, held="sharded")
+            said = inference.frozen(planned, setting)
+            assert abs(held_bytes(shared) / said - 1) < 0.1
     engine = SamplingOptions(max_tokens=8).engine(model, tokenizer)
     sampler = Sampler(engine, models, 8, "policy")
     completions = sampler.complete(prompts, n=n, temperature=1.0, seed=5)

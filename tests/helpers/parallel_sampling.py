@@ -17,6 +17,9 @@ from llama2rt.model import Llama
 from llama2rt.parallel import Mesh, ParallelOptions, tensor_group, whole, world
 from llama2rt.parallel.parallelize import parallelize
 from llama2rt.parallel.shards import local_part
+from llama2rt.planning import Model as Planned
+from llama2rt.planning import Sampling, inference
+from llama2rt.planning.memory import Setting
 
 # 401 tokens, which no two ranks share evenly; prompts of one page and of several.
 PROMPTS = [[5, 9, 17], [33], [400, 8, 8, 121, 64, 7, 250, 3, 19]]
@@ -67,6 +70,11 @@ def sampled(options: ParallelOptions, kv_heads: int, tied: bool) -> dict[str, An
             logits, one_processs = policy.logits(*batch), model.logits(*batch)
         result = {
             "share": held_bytes(policy) / held_bytes(model),
+            "planned": inference.answering(
+                Sampling(Planned("policy", model.config), None, 1, 1, 1, 1),
+                Setting(mesh.degrees, 4, 0, 0),
+            )["weights"]
+            / held_bytes(policy),
             "pages": page_bytes(policy, 4) / page_bytes(model, 4),
             "size": tensor_group.size(policy),
         }

@@ -169,9 +169,7 @@ def test_fewer_prompts_than_ranks(on_ranks, pocket, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "parallel"),
-    [("rejection", {"tensor": 2}), ("dpo", {}), ("dpo", {"tensor": 2})],
-    ids=str,
+    ("stage", "parallel"), [("rejection", {"tensor": 2}), ("dpo", {})], ids=str
 )
 def test_a_run_whose_frozen_models_are_sharded(on_ranks, pocket, tmp_path, stage, parallel):
     """And whose policy is cut over the tensor ranks while it samples."""

@@ -27,6 +27,7 @@ def test_samples_are_one_processs(on_ranks, ranks, options, kv_heads, tied):
         assert result["found"] == results[0]["found"]
         assert result["logit_error"] < 1e-5
         assert result["logits"].equal(results[0]["logits"])
+        assert result["planned"] == pytest.approx(1.0, rel=0.02)
         # Norms are whole on each, and the last rank has the smaller part of the vocabulary.
         assert 0.98 / options.tensor < result["share"] < 1.02 / options.tensor
         assert (result["size"], result["pages"]) == (options.tensor, 1 / options.tensor)
