@@ -26,6 +26,7 @@ from llama2rt.generate.sampling import (
 )
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
+from llama2rt.parallel import tensor_group
 from llama2rt.text import chat
 
 Prompt = Sequence[int] | chat.Messages
@@ -226,7 +227,8 @@ class Engine:
         """What the call may hold at once; InputError where one sample alone needs more."""
         allowed = self.cache_bytes
         if allowed is None:
-            allowed = free_bytes(self.model.output.weight.device) // 2
+            free = free_bytes(self.model.output.weight.device)
+            allowed = tensor_group.least(self.model, free) // 2
         try:
             return plan(
                 self.model,
@@ -267,6 +269,7 @@ class Engine:
                 logits = self.model.output(hidden[prefilled:]).float()
                 uniform = put(uniforms(step.keys, step.counts))
                 sampled = choose(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
+                sampled = tensor_group.first(self.model, *sampled)
                 chosen, logprobs = (tensor.cpu().numpy() for tensor in sampled)
                 if np.isnan(logprobs).any():
                     raise FloatingPointError(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llama2rt.data.records import Prompt
 from llama2rt.generate import Completion, Engine
 from llama2rt.model import Llama
-from llama2rt.parallel import on_main
+from llama2rt.parallel import on_main, tensor_group
 from llama2rt.rollout import balance
 from llama2rt.rollout.responses import Response, read_responses, write_responses
 from llama2rt.rollout.reward import RewardModels
@@ -156,7 +156,8 @@ def complete(
         )
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
-    return list(itertools.chain(*balance.spread(costs, work, len(prompts))))
+    found = balance.spread(costs, work, len(prompts), group_size=tensor_group.size(engine.model))
+    return list(itertools.chain(*found))
 
 
 def sample(
