@@ -122,16 +122,21 @@ struct AttentionBackward : Attention {  // forward's `out` and `lse` are read
 struct DecodeAttention : Where {
   DType dtype;
   int64_t sequences, heads, kv_heads, head_dim;  // CUDA: head_dim at most 256
-  Heads q;                                       // [sequences, heads, head_dim]
+  int64_t tokens;                                // rows of q
+  // [sequences + 1], rising from 0; null: each sequence has one query; on the CPU int64_t
+  Indices q_offsets;
+  Heads q;  // [tokens, heads, head_dim]
   Pages k_cache, v_cache;
   int64_t pages, page_size;
   Indices block_table;  // [sequences, block_table_columns] page numbers; on the CPU int32_t
   int64_t block_table_columns, block_table_stride;  // entries past a sequence's end are not read
-  Indices lengths;  // [sequences] cached tokens, below 2^31; 0 gives a zero row; CPU: int32_t
+  // [sequences] cached tokens, below 2^31, of which a sequence's queries are the last; a query that
+  // sees none gives a zero row; CPU: int32_t
+  Indices lengths;
   float scale;      // CUDA: above 0
-  void* out;        // [sequences, heads, head_dim]
+  void* out;        // [tokens, heads, head_dim]
   uint32_t splits;  // CUDA: of each context; at least 1
-  // CUDA: scratch, [splits, sequences, heads, head_dim] and without head_dim; none with one split.
+  // CUDA: scratch, [splits, tokens, heads, head_dim] and without head_dim; none with one split.
   float *partial, *lse;
 };
 

@@ -1,15 +1,17 @@
-"""One query per sequence against its paged cache of keys and values: a step of generation.
+"""A sequence's last queries against its paged cache of keys and values: a step of generation.
 
 Bound by memory: every key and value is read once and used by few products. So the query heads that
-share a key head are the rows of one tile, which reads the cache once for all of them; and a long
-context is split over programs (flash-decoding, Dao et al. 2023), since one program per sequence and
-key head would leave most of the GPU idle. A second kernel adds the splits' results in order.
+share a key head, of one query or of several, are the rows of one tile, which reads the cache once
+for all of them; and a long context is split over programs (flash-decoding, Dao et al. 2023), since
+one program per sequence and key head would leave most of the GPU idle. A second kernel adds the
+splits' results in order. Many queries are several tiles, each of which reads the cache.
 
 Only the device knows the lengths, and nothing waits for it: each sequence is cut into the same
 number of splits, of a size that follows from its own length. The number of splits follows from the
 batch, so a sequence may round differently in another batch, but equal calls give equal bits.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,23 +28,25 @@ from llama2rt.kernels import (
     multiprocessors,
 )
 from llama2rt.kernels.aot import Case
-from llama2rt.kernels.attention import LOG2E, load_rows
+from llama2rt.kernels.attention import LOG2E, extent, load_rows, locate, members
 
 
-@triton.jit(do_not_specialize=["sequences", "splits"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "splits"])
 def decode_attention_kernel(
     q,
     k_cache,
     v_cache,
     block_table,
     lengths,
-    out,  # [splits, sequences, heads, DIM]: the result itself if there is one split
-    lse,  # [splits, sequences, heads], in powers of 2; None if there is one split
+    cu_q,  # [sequences + 1]; None: each has one query
+    out,  # [splits, tokens, heads, DIM]: the result itself if there is one split
+    lse,  # [splits, tokens, heads], in powers of 2; None if there is one split
     scale,
     sequences,
+    tokens,
     kv_heads,
     splits,
-    q_sequence,
+    q_token,
     q_head,
     k_page,
     k_slot,
@@ -61,16 +65,35 @@ def decode_attention_kernel(
     program = tl.program_id(0)
     split = program % splits
     head = (program // splits % kv_heads).to(tl.int64)
-    sequence = (program // splits // kv_heads).to(tl.int64)
-    length = tl.load(lengths + sequence).to(tl.int32)
-    # Whole tiles to each split: of a short sequence the last splits get none.
-    share = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
-    begin = split * share
-    end = tl.minimum(begin + share, length)
-
+    tile = program // splits // kv_heads
     row = tl.arange(0, ROWS)
-    at_q = sequence * q_sequence + (head * GROUP + row) * q_head
-    q_tile = load_rows(q, at_q, row < GROUP, DIM, BLOCK_DIM, True)
+    if cu_q is None:
+        sequence = tile.to(tl.int64)
+        length = tl.load(lengths + sequence).to(tl.int32)
+        token = sequence + row * 0
+        member = row
+        exists = row < GROUP
+        last = length - 1 + row * 0
+        seen = length
+    else:
+        document, first = locate(cu_q, sequences, tile, GROUP, ROWS)
+        sequence = document.to(tl.int64)
+        length = tl.load(lengths + sequence).to(tl.int32)
+        start, queries = extent(cu_q, sequence)
+        step, member = members(first, GROUP, ROWS)
+        step += first // GROUP
+        token = start + step
+        exists = first + row < queries * GROUP
+        # The last key that a row sees; the tile's last row sees most.
+        last = length - queries + step
+        seen = tl.maximum(tl.max(tl.where(exists, last + 1, 0)), 0)
+    # Whole tiles to each split: of a short sequence the last splits get none.
+    share = tl.cdiv(tl.cdiv(seen, splits), KEYS) * KEYS
+    begin = split * share
+    end = tl.minimum(begin + share, seen)
+
+    at_q = token * q_token + (head * GROUP + member) * q_head
+    q_tile = load_rows(q, at_q, exists, DIM, BLOCK_DIM, True)
     k_cache += head * k_head
     v_cache += head * v_head
     block_table += sequence * table_row
@@ -78,33 +101,40 @@ def decode_attention_kernel(
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     scale2 = scale * LOG2E
-    for start in range(begin, end, KEYS):
-        token = start + tl.arange(0, KEYS)
-        present = token < end
-        page = tl.load(block_table + token // PAGE, mask=present, other=0).to(tl.int64)
-        slot = (token % PAGE).to(tl.int64)
+    for start_key in range(begin, end, KEYS):
+        key = start_key + tl.arange(0, KEYS)
+        present = key < end
+        page = tl.load(block_table + key // PAGE, mask=present, other=0).to(tl.int64)
+        slot = (key % PAGE).to(tl.int64)
         k_tile = load_rows(k_cache, page * k_page + slot * k_slot, present, DIM, BLOCK_DIM, True)
         v_tile = load_rows(v_cache, page * v_page + slot * v_slot, present, DIM, BLOCK_DIM, True)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        scores = tl.where(present[None, :], scores, float("-inf"))
-        higher = tl.maximum(row_max, tl.max(scores, 1))
+        if cu_q is None:
+            scores = tl.where(present[None, :], scores, float("-inf"))
+            higher = tl.maximum(row_max, tl.max(scores, 1))
+            shift = higher
+        else:
+            visible = present[None, :] & (key[None, :] <= last[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+            higher = tl.maximum(row_max, tl.max(scores, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)  # the row has seen no key yet
         # The difference of near numbers is exact; that of their rounded multiples is not.
-        p = tl.exp2((scores - higher[:, None]) * scale2)
-        decay = tl.exp2((row_max - higher) * scale2)
+        p = tl.exp2((scores - shift[:, None]) * scale2)
+        decay = tl.exp2((row_max - shift) * scale2)
         row_sum = row_sum * decay + tl.sum(p, 1)
         acc = acc * decay[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         row_max = higher
     # Without keys: 0, and minus infinity as the logarithm of an empty sum.
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)
-    at_out = (split * sequences + sequence) * (kv_heads * GROUP) + head * GROUP + row
+    at_out = (split.to(tl.int64) * tokens + token) * (kv_heads * GROUP) + head * GROUP + member
     if lse is not None:
-        tl.store(lse + at_out, row_max * scale2 + tl.log2(row_sum), mask=row < GROUP)
+        tl.store(lse + at_out, row_max * scale2 + tl.log2(row_sum), mask=exists)
     column = tl.arange(0, BLOCK_DIM)
     tl.store(
         out + (at_out * DIM)[:, None] + column[None, :],
         (acc * (1 / row_sum)[:, None]).to(out.dtype.element_ty),
-        mask=(row < GROUP)[:, None] & (column < DIM)[None, :],
+        mask=exists[:, None] & (column < DIM)[None, :],
     )
 
 
@@ -165,10 +195,19 @@ LAUNCH = {80: Launch(programs=2), 90: Launch(programs=3)}
 # value: 6 % at 256 tokens and a group of 8.
 SHORTEST_SPLIT = 256
 COMBINED = 16
+# Rows of a tile at most: what they sum up has to fit the registers beside a tile of keys.
+MOST_ROWS = 64
+
+
+def tile_rows(group: int, queries: float) -> int:
+    """Rows of a tile, for a group of query heads and so many queries a sequence on average."""
+    if queries <= 1:
+        return max(16, triton.next_power_of_2(group))
+    return min(MOST_ROWS, max(16, triton.next_power_of_2(math.ceil(group * queries))))
 
 
 def split_count(items: int, capacity: int, slots: int) -> int:
-    """Splits of each context, for `items` = sequences x key heads that may hold `capacity` tokens.
+    """Splits of each context, for `items` = tiles x key heads that may hold `capacity` tokens.
 
     As many as fit `slots`, the programs that run at once, rounded down: a second wave of programs
     would cost as much time as the first.
@@ -183,39 +222,46 @@ def decode_attention(
     block_table: Tensor,
     lengths: Tensor,
     scale: float,
+    cu_q: Tensor | None = None,
 ) -> Tensor:
-    """q [B, Hq, D], caches [pages, page, Hkv, D], block_table [B, most], lengths [B] -> out."""
+    """q [T, Hq, D], caches [pages, page, Hkv, D], block_table [B, most], lengths [B] -> out."""
     if scale <= 0:  # the kernel scales each row's maximum, which would become its minimum
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k_cache, v_cache = last_contiguous(q), last_contiguous(k_cache), last_contiguous(v_cache)
     block_table = last_contiguous(block_table)
-    sequences, heads, dim = q.shape
+    tokens, heads, dim = q.shape
+    sequences = len(block_table)
     _, page, kv_heads, _ = k_cache.shape
     out = empty_like(q)
     if q.numel() == 0:
         return out
-    if k_cache.numel() == 0 or block_table.shape[1] == 0:
+    if k_cache.numel() == 0 or block_table.numel() == 0:
         return out.zero_()
     launch = LAUNCH[architecture(q)]
+    group = heads // kv_heads
+    rows = tile_rows(group, 1 if cu_q is None else tokens / sequences)
+    # Enough for all sequences, whatever their numbers of queries: see `locate`.
+    tiles = sequences if cu_q is None else tokens * group // rows + sequences
     slots = launch.programs * multiprocessors(q)
-    splits = split_count(sequences * kv_heads, block_table.shape[1] * page, slots)
+    splits = split_count(tiles * kv_heads, block_table.shape[1] * page, slots)
     partial, lse = out, None
     if splits > 1:
         partial = q.new_empty(splits, *q.shape, dtype=torch.float32)
-        lse = q.new_empty(splits, sequences, heads, dtype=torch.float32)
-    group = heads // kv_heads
+        lse = q.new_empty(splits, tokens, heads, dtype=torch.float32)
     block_dim = max(16, triton.next_power_of_2(dim))
     with torch.cuda.device_of(q):
-        decode_attention_kernel[(sequences * kv_heads * splits,)](
+        decode_attention_kernel[(tiles * kv_heads * splits,)](
             q,
             k_cache,
             v_cache,
             block_table,
             lengths.contiguous(),
+            None if cu_q is None else cu_q.contiguous(),
             partial,
             lse,
             float(scale),
             sequences,
+            tokens,
             kv_heads,
             splits,
             *q.stride()[:2],
@@ -226,16 +272,16 @@ def decode_attention(
             DIM=dim,
             BLOCK_DIM=block_dim,
             PAGE=page,
-            ROWS=max(16, triton.next_power_of_2(group)),
+            ROWS=rows,
             KEYS=launch.keys(block_dim, q.element_size()),
             **launch_options(launch.warps(q.element_size()), launch.stages),
         )
         if lse is not None:
-            decode_attention_combine_kernel[(sequences * heads,)](
+            decode_attention_combine_kernel[(tokens * heads,)](
                 partial,
                 lse,
                 out,
-                sequences * heads,
+                tokens * heads,
                 splits,
                 DIM=dim,
                 BLOCK_DIM=block_dim,
@@ -246,13 +292,18 @@ def decode_attention(
 
 
 def aot_cases() -> Iterator[Case]:
-    """Head dimensions 64, 128 and 256, one query head and eight to a key head, split and whole."""
-    for dtype, dim, group, page, split in (
-        ("bf16", 64, 1, 16, True),
-        ("bf16", 128, 8, 16, True),
-        ("bf16", 128, 1, 256, False),
-        ("bf16", 256, 1, 16, True),
-        ("fp32", 128, 8, 16, True),
+    """Head dimensions 64, 128 and 256, one query head and eight to a key head, split and whole, one
+    query a sequence and several."""
+    for dtype, dim, group, page, split, queries in (
+        ("bf16", 64, 1, 16, True, 1),
+        ("bf16", 128, 8, 16, True, 1),
+        ("bf16", 128, 1, 256, False, 1),
+        ("bf16", 256, 1, 16, True, 1),
+        ("fp32", 128, 8, 16, True, 1),
+        ("bf16", 64, 1, 16, True, 8),
+        ("bf16", 128, 8, 16, False, 64),
+        ("bf16", 256, 1, 16, False, 64),
+        ("fp32", 128, 8, 16, False, 64),
     ):
         pointer = f"*{dtype}:16"
         element_bytes = 4 if dtype == "fp32" else 2
@@ -260,13 +311,16 @@ def aot_cases() -> Iterator[Case]:
         for arch, launch in LAUNCH.items():
             strides = [name for name in decode_attention_kernel.arg_names if _is_stride(name)]
             yield Case(
-                f"decode_attention {dtype} D {dim} group {group} page {page}" + " split" * split,
+                f"decode_attention {dtype} D {dim} group {group} page {page}"
+                + " split" * split
+                + f" {queries} queries" * (queries > 1),
                 decode_attention_kernel,
                 dict.fromkeys(("q", "k_cache", "v_cache"), pointer)
                 | dict.fromkeys(("block_table", "lengths"), "*i32:16")
                 | {"out": "*fp32:16" if split else pointer, "scale": "fp32"}
                 | ({"lse": "*fp32:16"} if split else {})
-                | dict.fromkeys(("sequences", "kv_heads", "splits"), "i32")
+                | ({"cu_q": "*i32:16"} if queries > 1 else {})
+                | dict.fromkeys(("sequences", "tokens", "kv_heads", "splits"), "i32")
                 | dict.fromkeys(strides, "i32:16")
                 | {"table_row": "i32"},
                 {
@@ -274,10 +328,11 @@ def aot_cases() -> Iterator[Case]:
                     "DIM": dim,
                     "BLOCK_DIM": block_dim,
                     "PAGE": page,
-                    "ROWS": max(16, triton.next_power_of_2(group)),
+                    "ROWS": tile_rows(group, queries),
                     "KEYS": launch.keys(block_dim, element_bytes),
                 }
-                | ({} if split else {"lse": None}),
+                | ({} if split else {"lse": None})
+                | ({} if queries > 1 else {"cu_q": None}),
                 launch.warps(element_bytes),
                 launch.stages,
                 (arch,),
@@ -298,4 +353,4 @@ def aot_cases() -> Iterator[Case]:
 
 
 def _is_stride(argument: str) -> bool:
-    return argument.endswith(("_sequence", "_head", "_page", "_slot"))
+    return argument.endswith(("_token", "_head", "_page", "_slot"))

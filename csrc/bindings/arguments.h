@@ -91,11 +91,13 @@ inline AttentionBackward attention_backward(const Tensor& dout, const Tensor& q,
 
 inline DecodeAttention decode_attention(const Tensor& q, const Tensor& k_cache,
                                         const Tensor& v_cache, const Tensor& block_table,
-                                        const Tensor& lengths, float scale, const Tensor& out) {
+                                        const Tensor& lengths, float scale, const Optional& cu_q,
+                                        const Tensor& out) {
   DecodeAttention a{};
   a.dtype = q.dtype();
-  a.sequences = q.size(0), a.heads = q.size(1), a.head_dim = q.size(2);
+  a.sequences = block_table.size(0), a.heads = q.size(1), a.head_dim = q.size(2);
   a.kv_heads = k_cache.size(2);
+  a.tokens = q.size(0), a.q_offsets = cu_q.data() ? cu_q.indices() : Indices{nullptr, false};
   a.q = q.heads(), a.k_cache = k_cache.pages(), a.v_cache = v_cache.pages();
   a.pages = k_cache.size(0), a.page_size = k_cache.size(1);
   a.block_table = block_table.indices();

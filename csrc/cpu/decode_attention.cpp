@@ -1,31 +1,46 @@
-// Attention of one new token per sequence over a paged KV cache, with grouped queries.
+// Attention of the last queries of sequences over a paged KV cache, with grouped queries.
 //
-// What counts is the speed at which the cache is read, once, from memory. So a thread takes all KV
-// heads of a sequence together, a few tokens at a time: the order in which the cache lies. The
-// processor does not guess well enough what comes next in it, so each step asks, between its
-// products, for the same heads of tokens further on. A tile of tokens has its scores, their softmax
-// (online, arXiv:1805.02867) and then its values; a key or value serves several query heads at once.
-// Everything but the products of bf16 with bf16 is fp32.
-#include "matrix.h"
-#include "parallel.h"
-
-#include <math.h>
+// With a few queries what counts is the speed at which the cache is read, once, from memory. So a
+// thread takes all KV heads of a sequence together, a few tokens at a time: the order in which the
+// cache lies. The processor does not guess well enough what comes next in it, so each step asks,
+// between its products, for the same heads of tokens further on. A tile of tokens has its scores,
+// their softmax (online, arXiv:1805.02867) and then its values; a key or value serves several rows
+// at once, query heads of one query or of several. Everything but the products of bf16 with bf16 is
+// fp32.
+#include "decode_attention.h"
 
 namespace LLAMA2RT_ISA {
 namespace {
 
-constexpr int HEADS = 4;         // query heads of a step
-constexpr int ROWS = W / HEADS;  // cached tokens of a step: its scores fill a vector
+constexpr int QUERIES = 4;           // query rows of a step
+constexpr int TOKENS = W / QUERIES;  // cached tokens of a step: its scores fill a vector
 // Chosen by trials on Zen 5: tokens of one softmax, and from the tokens in use to those that are
 // asked for.
 constexpr int64_t TILE = 32, AHEAD = 8;
-static_assert(TILE % ROWS == 0);
+static_assert(TILE % TOKENS == 0);
+// Tokens of a work item. Longer sequences are divided, whatever the number of threads, so that a few
+// long ones of few KV heads still feed them all; a long chain of sums also loses more to rounding.
+constexpr int64_t SPLIT = 512;
+static_assert(SPLIT % TILE == 0);
 
-// What a thread keeps of the query heads it works on, `count` of one sequence. Rows are padded to
-// whole vectors, heads to whole steps and, being lanes of the softmax, to vectors.
-struct QueryHeads {
-  QueryHeads(float* scratch, int64_t count, int64_t n)
+inline int64_t splits_of(const Sequence& of) {
+  return of.length <= SPLIT ? 1 : (of.length + SPLIT - 1) / SPLIT;
+}
+
+// Rows of a KV head: its query heads, of one query after the other. Those of several queries are
+// filled up to whole steps, so that the rows of a step share their keys.
+inline int64_t rows_of(const Sequence& of, int64_t group) {
+  const int64_t count = of.queries * group;
+  return of.queries == 1 || count <= 2 ? count : round_up(count, QUERIES);
+}
+
+// What a thread keeps of the query rows it works on, `count` of one sequence, `per_head` of a KV
+// head. They are padded to whole vectors, their number to whole steps and, as they are lanes of the
+// softmax, to vectors.
+struct QueryRows {
+  QueryRows(float* scratch, int64_t count, int64_t per_head, int64_t n)
       : count(count),
+        per_head(per_head),
         n(n),
         stride(row_floats(n)),
         lanes(round_up(count, W)),
@@ -34,25 +49,20 @@ struct QueryHeads {
         scores(acc + lanes * stride),
         row_max(scores + TILE * lanes),
         row_sum(row_max + lanes),
-        decay(row_sum + lanes) {}
+        decay(row_sum + lanes),
+        seen((int32_t*)(decay + lanes)) {}
   static int64_t row_floats(int64_t n) { return round_up(n, W); }
   static int64_t floats(int64_t count, int64_t n) {
-    return (2 * row_floats(n) + TILE + 3) * round_up(count, W);
+    return (2 * row_floats(n) + TILE + 4) * round_up(count, W);
   }
 
-  int64_t count, n, stride, lanes;
+  int64_t count, per_head, n, stride, lanes;
   float *queries, *acc;  // [lanes, stride], queries in units
   float* scores;         // [TILE, lanes], unscaled; the softmax makes weights of them
   // [lanes]; decay is what a tile multiplies the tiles before it by.
   float *row_max, *row_sum, *decay;
+  int32_t* seen;  // [lanes], of the sequence's tokens
 };
-
-int64_t length_of(const DecodeAttention& a, int64_t sequence) {
-  return ((const int32_t*)a.lengths.data)[sequence];
-}
-const int32_t* pages_of(const DecodeAttention& a, int64_t sequence) {
-  return (const int32_t*)a.block_table.data + sequence * a.block_table_stride;
-}
 
 // Where the KV heads of each token begin, in a tile and AHEAD tokens beyond it.
 template <typename T>
@@ -71,169 +81,271 @@ struct Rows {
   const T* at[TILE + AHEAD];
 };
 
-// The KV heads of a step, for all of its rows; SHARE query heads in a row have one in common.
+// The KV heads of a step, for all of its tokens; SHARE query rows on end have one in common.
 template <int SHARE>
 struct KvHeads {
-  static constexpr int COUNT = HEADS / SHARE;
-  KvHeads(const DecodeAttention& a, const QueryHeads& heads, int64_t head, int64_t head_stride) {
+  static constexpr int COUNT = QUERIES / SHARE;
+  KvHeads(const QueryRows& rows, int64_t row, int64_t head_stride) {
     for (int j = 0; j < COUNT; ++j) {
-      // Padding has no KV head; that of the last head will do.
-      const int64_t query = head + j * SHARE < heads.count ? head + j * SHARE : heads.count - 1;
-      offset[j] = query / (a.heads / a.kv_heads) * head_stride;
+      // Padding has no KV head; that of the last row will do.
+      const int64_t query = row + j * SHARE < rows.count ? row + j * SHARE : rows.count - 1;
+      offset[j] = query / rows.per_head * head_stride;
     }
   }
   int64_t offset[COUNT];
 };
 
-// Scores of ROWS tokens.
+// Scores of TOKENS tokens.
 template <int SHARE, typename T>
-void score(const DecodeAttention& a, const QueryHeads& heads, const T* const* keys, float* scores) {
+void score(const DecodeAttention& a, const QueryRows& rows, const T* const* keys, float* scores) {
   constexpr int64_t UNIT = unit<T>();
-  for (int64_t head = 0; head < heads.count; head += HEADS) {
-    const KvHeads<SHARE> kv(a, heads, head, a.k_cache.head_stride);
-    const float* queries = heads.queries + head * heads.stride;
+  for (int64_t row = 0; row < rows.count; row += QUERIES) {
+    const KvHeads<SHARE> kv(rows, row, a.k_cache.head_stride);
+    const float* queries = rows.queries + row * rows.stride;
     f32v dots[W] = {};
-    for (int64_t i = 0; i < heads.n; i += UNIT * W) {
-      f32v query[HEADS];
+    for (int64_t i = 0; i < rows.n; i += UNIT * W) {
+      f32v query[QUERIES];
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) query[h] = load(queries + h * heads.stride + i / UNIT);
+      for (int q = 0; q < QUERIES; ++q) query[q] = load(queries + q * rows.stride + i / UNIT);
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r)
+      for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 4
         for (int j = 0; j < kv.COUNT; ++j) {
-          __builtin_prefetch(keys[r + AHEAD] + kv.offset[j] + i);
-          const f32v key = load_units(keys[r] + kv.offset[j] + i, heads.n - i);
+          __builtin_prefetch(keys[t + AHEAD] + kv.offset[j] + i);
+          const f32v key = load_units(keys[t] + kv.offset[j] + i, rows.n - i);
 #pragma GCC unroll 4
-          for (int h = j * SHARE; h < (j + 1) * SHARE; ++h)
-            dots[r * HEADS + h] = multiply_add<UNIT>(query[h], key, dots[r * HEADS + h]);
+          for (int q = j * SHARE; q < (j + 1) * SHARE; ++q)
+            dots[t * QUERIES + q] = multiply_add<UNIT>(query[q], key, dots[t * QUERIES + q]);
         }
     }
     float dot[W];
     store(dot, sums_of_rows(dots));
-    for (int r = 0; r < ROWS; ++r)
-      memcpy(scores + r * heads.lanes + head, dot + r * HEADS, HEADS * sizeof(float));
+    for (int t = 0; t < TOKENS; ++t)
+      memcpy(scores + t * rows.lanes + row, dot + t * QUERIES, QUERIES * sizeof(float));
   }
 }
 
 // acc += weights * values of COUNT tokens.
 template <int SHARE, int COUNT, typename T>
-void add(const DecodeAttention& a, const QueryHeads& heads, const T* const* values,
+void add(const DecodeAttention& a, const QueryRows& rows, const T* const* values,
          const float* weights) {
-  for (int64_t head = 0; head < heads.count; head += HEADS) {
-    const KvHeads<SHARE> kv(a, heads, head, a.v_cache.head_stride);
-    float* acc = heads.acc + head * heads.stride;
-    f32v weight[COUNT][HEADS];
+  for (int64_t row = 0; row < rows.count; row += QUERIES) {
+    const KvHeads<SHARE> kv(rows, row, a.v_cache.head_stride);
+    float* acc = rows.acc + row * rows.stride;
+    f32v weight[COUNT][QUERIES];
 #pragma GCC unroll 4
-    for (int r = 0; r < COUNT; ++r)
+    for (int t = 0; t < COUNT; ++t)
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) weight[r][h] = broadcast(weights[r * heads.lanes + head + h]);
-    for_each_vector(heads.n, [&](int64_t i, auto lanes) {
-      f32v out[HEADS];
+      for (int q = 0; q < QUERIES; ++q) weight[t][q] = broadcast(weights[t * rows.lanes + row + q]);
+    for_each_vector(rows.n, [&](int64_t i, auto lanes) {
+      f32v out[QUERIES];
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) out[h] = load(acc + h * heads.stride + i);
+      for (int q = 0; q < QUERIES; ++q) out[q] = load(acc + q * rows.stride + i);
 #pragma GCC unroll 4
-      for (int r = 0; r < COUNT; ++r)
+      for (int t = 0; t < COUNT; ++t)
 #pragma GCC unroll 4
         for (int j = 0; j < kv.COUNT; ++j) {
-          __builtin_prefetch(values[r + AHEAD] + kv.offset[j] + i);
-          const f32v value = load(values[r] + kv.offset[j] + i, lanes);
+          __builtin_prefetch(values[t + AHEAD] + kv.offset[j] + i);
+          const f32v value = load(values[t] + kv.offset[j] + i, lanes);
 #pragma GCC unroll 4
-          for (int h = j * SHARE; h < (j + 1) * SHARE; ++h) out[h] += value * weight[r][h];
+          for (int q = j * SHARE; q < (j + 1) * SHARE; ++q) out[q] += value * weight[t][q];
         }
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) store(acc + h * heads.stride + i, out[h]);
+      for (int q = 0; q < QUERIES; ++q) store(acc + q * rows.stride + i, out[q]);
     });
   }
 }
 
-// Scores of a tile become weights, each lane those of a head, and what the tiles before it left
-// behind becomes relative to the new row_max.
-inline void softmax(const QueryHeads& heads, int64_t tokens, float scale) {
+// Scores of the tile from token `first` on become weights, each lane those of a row, and what the
+// tiles before it left behind becomes relative to the new row_max. MASKED: some row does not see
+// some of its tokens.
+template <bool MASKED>
+inline void softmax(const QueryRows& rows, int64_t first, int64_t tokens, float scale) {
   const f32v none = broadcast(-INFINITY), factor = broadcast(scale);
-  for (int64_t lane = 0; lane < heads.lanes; lane += W) {
-    float* scores = heads.scores + lane;
-    const f32v before = load(heads.row_max + lane);
+  for (int64_t lane = 0; lane < rows.lanes; lane += W) {
+    float* scores = rows.scores + lane;
+    i32v seen;
+    memcpy(&seen, rows.seen + lane, sizeof seen);
+    seen -= (int32_t)first;
+    auto shown = [&](f32v x, int64_t t) { return !MASKED ? x : seen > (int32_t)t ? x : none; };
+    const f32v before = load(rows.row_max + lane);
     f32v new_max = before;
     for (int64_t t = 0; t < tokens; ++t) {
-      const f32v x = load(scores + t * heads.lanes) * factor;
+      const f32v x = shown(load(scores + t * rows.lanes) * factor, t);
       new_max = x > new_max ? x : new_max;
     }
     // Minus infinities have no maximum to subtract; their weights must be 0, not NaN.
     const f32v shift = new_max == none ? f32v{} : new_max, decay = exp(before - shift);
-    f32v sum = load(heads.row_sum + lane) * decay;
+    f32v sum = load(rows.row_sum + lane) * decay;
     for (int64_t t = 0; t < tokens; ++t) {
       // Rounded once: of a large score, scaled and then shifted, the first rounding would be seen.
-      const f32v x = multiply_add<1>(load(scores + t * heads.lanes), factor, -shift);
+      const f32v x = shown(multiply_add<1>(load(scores + t * rows.lanes), factor, -shift), t);
       const f32v weight = x == none ? f32v{} : exp(x);
-      store(scores + t * heads.lanes, weight);
+      store(scores + t * rows.lanes, weight);
       sum += weight;
     }
-    store(heads.row_max + lane, new_max);
-    store(heads.row_sum + lane, sum);
-    store(heads.decay + lane, decay);
+    store(rows.row_max + lane, new_max);
+    store(rows.row_sum + lane, sum);
+    store(rows.decay + lane, decay);
   }
-  for (int64_t head = 0; head < heads.count; ++head)
-    for (int64_t i = 0; i < heads.stride; i += W) {
-      float* output = heads.acc + head * heads.stride + i;
-      store(output, load(output) * heads.decay[head]);
+  for (int64_t row = 0; row < rows.count; ++row)
+    for (int64_t i = 0; i < rows.stride; i += W) {
+      float* output = rows.acc + row * rows.stride + i;
+      store(output, load(output) * rows.decay[row]);
     }
 }
 
-// KV heads [begin, end) of one sequence.
+// KV heads [begin, end) of tokens [first, last) of a sequence. Where these are not all of its
+// tokens, what each row has summed goes to `partial`, [queries, heads, n + 2]: acc, row_max, row_sum.
+struct Part {
+  int64_t sequence, begin, end, first, last;
+  float* partial;
+};
+
+// SHARE divides the sequence's rows of a KV head.
 template <int SHARE, typename T>
-void some_heads(const DecodeAttention& a, int64_t sequence, int64_t begin, int64_t end,
-                float* scratch) {
-  const int64_t n = a.head_dim, group = a.heads / a.kv_heads, length = length_of(a, sequence);
-  const int32_t* pages = pages_of(a, sequence);
-  const QueryHeads heads(scratch, (end - begin) * group, n);
-  memset(scratch, 0, QueryHeads::floats(heads.count, n) * sizeof(float));
-  const T* q = (const T*)a.q.data + sequence * a.q.token_stride + begin * group * a.q.head_stride;
-  pack_rows(q, a.q.head_stride, heads.count, heads.count, n, heads.queries, heads.stride);
-  for (int64_t head = 0; head < heads.lanes; ++head) heads.row_max[head] = -INFINITY;
+void attend(const DecodeAttention& a, const Part& part, float* scratch) {
+  const Sequence sequence(a, part.sequence);
+  const int64_t n = a.head_dim, group = a.heads / a.kv_heads, length = sequence.length;
+  const int64_t per_head = rows_of(sequence, group), begin = part.begin, end = part.end;
+  const QueryRows rows(scratch, (end - begin) * per_head, per_head, n);
+  memset(scratch, 0, QueryRows::floats(rows.count, n) * sizeof(float));
+  // Calls body(row, token, head) for `group` rows of a KV head and a query, from that head on.
+  auto for_each_query = [&](auto body) {
+    for (int64_t kv_head = begin; kv_head < end; ++kv_head)
+      for (int64_t i = 0; i < sequence.queries; ++i)
+        body((kv_head - begin) * per_head + i * group, i, kv_head * group);
+  };
+  for_each_query([&](int64_t row, int64_t i, int64_t head) {
+    const T* q = (const T*)a.q.data + (sequence.first + i) * a.q.token_stride;
+    pack_rows(q + head * a.q.head_stride, a.q.head_stride, group, group, n,
+              rows.queries + row * rows.stride, rows.stride);
+    for (int64_t j = 0; j < group; ++j) rows.seen[row + j] = (int32_t)sequence.seen(i);
+  });
+  for (int64_t row = 0; row < rows.lanes; ++row) rows.row_max[row] = -INFINITY;
 
   const T* k_cache = (const T*)a.k_cache.data + begin * a.k_cache.head_stride;
   const T* v_cache = (const T*)a.v_cache.data + begin * a.v_cache.head_stride;
-  for (int64_t first = 0; first < length; first += TILE) {
-    const int64_t tokens = length - first < TILE ? length - first : TILE, lanes = heads.lanes;
-    const Rows<T> keys(k_cache, a.k_cache, a.page_size, pages, first, length);
-    const Rows<T> values(v_cache, a.v_cache, a.page_size, pages, first, length);
-    for (int64_t t = 0; t < tokens; t += ROWS)
-      score<SHARE>(a, heads, keys.at + t, heads.scores + t * lanes);
-    softmax(heads, tokens, a.scale);
+  for (int64_t first = part.first; first < part.last; first += TILE) {
+    const int64_t left = part.last - first, tokens = left < TILE ? left : TILE, lanes = rows.lanes;
+    const Rows<T> keys(k_cache, a.k_cache, a.page_size, sequence.pages, first, length);
+    const Rows<T> values(v_cache, a.v_cache, a.page_size, sequence.pages, first, length);
+    for (int64_t t = 0; t < tokens; t += TOKENS)
+      score<SHARE>(a, rows, keys.at + t, rows.scores + t * lanes);
+    if (first + tokens > sequence.seen(0))
+      softmax<true>(rows, first, tokens, a.scale);
+    else
+      softmax<false>(rows, first, tokens, a.scale);
     int64_t t = 0;
-    for (; t + ROWS <= tokens; t += ROWS)
-      add<SHARE, ROWS>(a, heads, values.at + t, heads.scores + t * lanes);
-    for (; t < tokens; ++t) add<SHARE, 1>(a, heads, values.at + t, heads.scores + t * lanes);
+    for (; t + TOKENS <= tokens; t += TOKENS)
+      add<SHARE, TOKENS>(a, rows, values.at + t, rows.scores + t * lanes);
+    for (; t < tokens; ++t) add<SHARE, 1>(a, rows, values.at + t, rows.scores + t * lanes);
   }
 
-  for (int64_t head = 0; head < heads.count; ++head) {
-    T* out = (T*)a.out + (sequence * a.heads + begin * group + head) * n;
-    const float inverse = length > 0 ? 1.0f / heads.row_sum[head] : 0.0f;
-    for_each_vector(n, [&](int64_t i, auto lanes) {
-      store(out + i, load(heads.acc + head * heads.stride + i, lanes) * inverse, lanes);
+  for_each_query([&](int64_t row, int64_t i, int64_t head) {
+    for (int64_t j = 0; j < group; ++j) {
+      const float* acc = rows.acc + (row + j) * rows.stride;
+      if (part.partial) {
+        float* to = part.partial + (i * a.heads + head + j) * (n + 2);
+        memcpy(to, acc, n * sizeof(float));
+        to[n] = rows.row_max[row + j], to[n + 1] = rows.row_sum[row + j];
+        continue;
+      }
+      T* out = (T*)a.out + ((sequence.first + i) * a.heads + head + j) * n;
+      const float inverse = sequence.seen(i) > 0 ? 1.0f / rows.row_sum[row + j] : 0.0f;
+      for_each_vector(n, [&](int64_t c, auto lanes) {
+        store(out + c, load(acc + c, lanes) * inverse, lanes);
+      });
+    }
+  });
+}
+
+// The results of the KV heads of a sequence's first part, from the sums of all splits, in order.
+template <typename T>
+void combine(const DecodeAttention& a, const Part& part) {
+  const Sequence sequence(a, part.sequence);
+  const int64_t n = a.head_dim, count = sequence.queries * a.heads, splits = splits_of(sequence);
+  const int64_t group = a.heads / a.kv_heads;
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t kv_head = row % a.heads / group;
+    if (kv_head < part.begin || kv_head >= part.end) continue;
+    auto at = [&](int64_t split) { return part.partial + (split * count + row) * (n + 2); };
+    float row_max = -INFINITY, row_sum = 0.0f;
+    for (int64_t s = 0; s < splits; ++s) row_max = maximum(row_max, at(s)[n]);
+    for (int64_t s = 0; s < splits; ++s) {
+      float& weight = at(s)[n];
+      weight = weight == -INFINITY ? 0.0f : exp(broadcast(weight - row_max))[0];
+      row_sum += weight * at(s)[n + 1];
+    }
+    const float inverse = sequence.seen(row / a.heads) > 0 ? 1.0f / row_sum : 0.0f;
+    T* out = (T*)a.out + (sequence.first * a.heads + row) * n;
+    for_each_vector(n, [&](int64_t c, auto lanes) {
+      f32v acc = {};
+      for (int64_t s = 0; s < splits; ++s) acc += load(at(s) + c, lanes) * at(s)[n];
+      store(out + c, acc * inverse, lanes);
     });
   }
 }
 
-template <int SHARE, typename T>
-void decode(const DecodeAttention& a) {
-  int64_t tokens = 0, longest = 0;
-  for (int64_t i = 0; i < a.sequences; ++i) {
-    const int64_t length = length_of(a, i);
-    tokens += length;
-    if (length > longest) longest = length;
-  }
-  // All KV heads of a sequence together read memory best; fewer, where a thread would wait for
-  // another that has the longest sequence.
+// Sequences of few queries.
+template <typename T>
+void decode_few(const DecodeAttention& a) {
+  const int64_t group = a.heads / a.kv_heads;
+  // Pairs of a query and a cached token, of all and of the split that has most.
+  int64_t pairs = 0, most = 0, rows = 0, splits = 0, divided = 0;
+  auto partial_floats = [&](const Sequence& of) {
+    return splits_of(of) == 1 ? 0 : splits_of(of) * of.queries * a.heads * (a.head_dim + 2);
+  };
+  auto for_each_sequence = [&](auto body) {
+    for (int64_t i = 0; i < a.sequences; ++i) {
+      const Sequence sequence(a, i);
+      if (sequence.few() && sequence.queries > 0) body(i, sequence);
+    }
+  };
+  for_each_sequence([&](int64_t, const Sequence& of) {
+    const int64_t its_most = of.queries * (of.length < SPLIT ? of.length : SPLIT);
+    pairs += of.queries * of.length;
+    splits += splits_of(of);
+    divided += partial_floats(of);
+    if (its_most > most) most = its_most;
+    if (rows_of(of, group) > rows) rows = rows_of(of, group);
+  });
+  // All KV heads of a split together read memory best; fewer, where a thread would wait for another
+  // that has the split of most work.
   int64_t together = a.kv_heads;
-  while (together > 1 && longest * together * a.threads > tokens * a.kv_heads)
+  while (together > 1 && most * together * a.threads > pairs * a.kv_heads)
     together = (together + 1) / 2;
-  const int64_t parts = (a.kv_heads + together - 1) / together, items = a.sequences * parts;
-  const int64_t floats = QueryHeads::floats(together * (a.heads / a.kv_heads), a.head_dim);
-  const int threads = useful_threads(items, tokens * a.heads * a.head_dim, a.threads);
+  Workspace<Part> parts((a.kv_heads + together - 1) / together * splits);
+  Workspace<> partials(divided);
+  Part* next = parts.data;
+  float* partial = partials.data;
+  for_each_sequence([&](int64_t i, const Sequence& of) {
+    for (int64_t s = 0; s < splits_of(of); ++s) {
+      const int64_t first = s * SPLIT, last = s + 1 < splits_of(of) ? first + SPLIT : of.length;
+      for (int64_t begin = 0; begin < a.kv_heads; begin += together) {
+        const int64_t end = begin + together < a.kv_heads ? begin + together : a.kv_heads;
+        *next++ = {i, begin, end, first, last, splits_of(of) == 1 ? nullptr : partial};
+      }
+      partial += partial_floats(of) / splits_of(of);
+    }
+  });
+  const int64_t items = next - parts.data;
+  const int64_t floats = QueryRows::floats(together * rows, a.head_dim);
+  const int threads = useful_threads(items, pairs * a.heads * a.head_dim, a.threads);
   share(items, threads, floats, [&](int64_t item, float* scratch) {
-    const int64_t begin = item % parts * together, end = begin + together;
-    some_heads<SHARE, T>(a, item / parts, begin, end < a.kv_heads ? end : a.kv_heads, scratch);
+    const Part& part = parts.data[item];
+    const int64_t shared = rows_of(Sequence(a, part.sequence), group);
+    if (shared % 4 == 0)
+      attend<4, T>(a, part, scratch);
+    else if (shared % 2 == 0)
+      attend<2, T>(a, part, scratch);
+    else
+      attend<1, T>(a, part, scratch);
+  });
+  if (divided == 0) return;
+  share(items, threads, 0, [&](int64_t item, float*) {
+    const Part& part = parts.data[item];
+    if (part.partial && part.first == 0) combine<T>(a, part);
   });
 }
 
@@ -241,22 +353,19 @@ void decode(const DecodeAttention& a) {
 
 void decode_attention(const DecodeAttention& a) {
   for (int64_t i = 0; i < a.sequences; ++i) {
-    const int64_t length = length_of(a, i), used = (length + a.page_size - 1) / a.page_size;
-    require(0 <= length && used <= a.block_table_columns,
+    const Sequence sequence(a, i);
+    if (sequence.queries == 0) continue;
+    const int64_t used = (sequence.length + a.page_size - 1) / a.page_size;
+    require(0 <= sequence.length && used <= a.block_table_columns,
             "lengths: a value is negative or beyond the pages of its row of block_table");
-    for (int64_t j = 0; j < used; ++j) {
-      const int32_t page = pages_of(a, i)[j];
-      require(0 <= page && page < a.pages, "block_table: a page number lies outside the caches");
-    }
+    for (int64_t j = 0; j < used; ++j)
+      require(0 <= sequence.pages[j] && sequence.pages[j] < a.pages,
+              "block_table: a page number lies outside the caches");
   }
-  const int64_t group = a.heads / a.kv_heads;
+  if (a.heads == 0) return;
   by_dtype(a.dtype, [&](auto t) {
-    if (group % 4 == 0)
-      decode<4, decltype(t)>(a);
-    else if (group % 2 == 0)
-      decode<2, decltype(t)>(a);
-    else
-      decode<1, decltype(t)>(a);
+    if (a.q_offsets.data) decode_many<decltype(t)>(a);
+    decode_few<decltype(t)>(a);
   });
 }
 

@@ -1,7 +1,8 @@
-// One query per sequence against its paged cache of keys and values: a step of generation.
+// A sequence's last queries against its paged cache of keys and values: a step of generation.
 //
-// Bound by memory, so everything serves to keep loads in flight. The query heads of one key head
-// are the rows of a tile, for which the cache is read once. A context is split over thread blocks
+// Bound by memory, so everything serves to keep loads in flight. The query heads of one key head,
+// of one query or of several, are the rows of a tile, for which the cache is read once; many queries
+// are several tiles, each of which reads it, from L2 as a rule. A context is split over thread blocks
 // (flash-decoding, Dao et al. 2023), and inside one over its warps, which share nothing until they
 // are done: each has a ring of tiles that its own asynchronous copies fill, and its own softmax.
 // The splits' results are added by a second kernel in a fixed order: equal calls give equal bits.
@@ -17,6 +18,7 @@
 
 #include <stdexcept>
 
+#include "attention.cuh"
 #include "ops.h"
 #include "vec.cuh"
 
@@ -34,9 +36,12 @@ __device__ T* chunk_at(T* tile, int row, int chunk) {
   return tile + row * DIM + (chunk ^ (row & 7)) * (16 / (int)sizeof(T));
 }
 
+// Largest scores are subtracted before exponentials are taken; that of no scores is not.
+__device__ inline float shift_of(float row_max) { return row_max == NO_KEY ? 0.0f : row_max; }
+
 // What one warp has seen of its keys, for each of ROWS query rows: the largest score, the sum of
-// exponentials relative to it, and that sum weighted with the values. A tile has KEYS keys, of which
-// the first `present` count, at least one; the rest of the tile is zeros.
+// exponentials relative to it, and that sum weighted with the values. A tile has KEYS keys from
+// `start` on; row r sees those below `seen(r)`, and what lies beyond the last row's is zeros.
 //
 // Fragments of mma.m16n8k16: a lane holds rows lane / 4 and lane / 4 + 8 of a tile, and of each
 // eight columns two, from 2 (lane % 4) on.
@@ -47,8 +52,14 @@ struct Partial {
   float sums[DIM / 8][4] = {};
   float row_max[2] = {NO_KEY, NO_KEY};
   float row_sum[2] = {};  // over this lane's columns
+  uint32_t ends[2];
 
-  __device__ void add(T* q, T* k, T* v, int present, float scale2) {
+  template <typename Seen>
+  __device__ explicit Partial(Seen seen) {
+    for (int half = 0; half < 2; ++half) ends[half] = seen(threadIdx.x % 32 / 4 + 8 * half);
+  }
+
+  __device__ void add(T* q, T* k, T* v, uint32_t start, float scale2) {
     const int lane = threadIdx.x % 32;
     float scores[2][4] = {};
 #pragma unroll
@@ -59,24 +70,25 @@ struct Partial {
       ptx::mma_m16n8k16<T>(scores[0], rows, {keys[0], keys[1]});
       ptx::mma_m16n8k16<T>(scores[1], rows, {keys[2], keys[3]});
     }
-    const int column = lane % 4 * 2;
+    const uint32_t column = start + lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float higher = row_max[half];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (i / 2 * 8 + column + i % 2 < present)
+        if (i / 2 * 8 + column + i % 2 < ends[half])
           higher = fmaxf(higher, scores[i / 2][2 * half + i % 2]);
       higher = largest_of_lanes(higher, 1, 2);
-      const float decay = ptx::exp2((row_max[half] - higher) * scale2);
+      const float shift = shift_of(higher);
+      const float decay = ptx::exp2((row_max[half] - shift) * scale2);
       row_max[half] = higher;
       row_sum[half] *= decay;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& score = scores[i / 2][2 * half + i % 2];
         // The difference of near numbers is exact; that of their rounded multiples is not.
-        const float p = ptx::exp2((score - higher) * scale2);
-        score = i / 2 * 8 + column + i % 2 < present ? p : 0.0f;
+        const float p = ptx::exp2((score - shift) * scale2);
+        score = i / 2 * 8 + column + i % 2 < ends[half] ? p : 0.0f;
         row_sum[half] += score;
       }
 #pragma unroll
@@ -126,8 +138,14 @@ struct Partial<float, DIM> {
   float sums[ROWS][DIM / 32] = {};
   float row_max[ROWS] = {NO_KEY, NO_KEY, NO_KEY, NO_KEY};
   float row_sum[ROWS] = {};  // over key lane % 8 of the tiles
+  uint32_t ends[ROWS];
 
-  __device__ void add(float* q, float* k, float* v, int present, float scale2) {
+  template <typename Seen>
+  __device__ explicit Partial(Seen seen) {
+    for (int row = 0; row < ROWS; ++row) ends[row] = seen(row);
+  }
+
+  __device__ void add(float* q, float* k, float* v, uint32_t start, float scale2) {
     const int lane = threadIdx.x % 32, key = lane % 8;
     float scores[ROWS] = {};
 #pragma unroll 4
@@ -143,11 +161,13 @@ struct Partial<float, DIM> {
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
       const float score = sum_of_lanes(scores[row], 8, 16);
-      float higher = key < present ? fmaxf(row_max[row], score) : row_max[row];
+      const bool shown = start + key < ends[row];
+      float higher = shown ? fmaxf(row_max[row], score) : row_max[row];
       higher = largest_of_lanes(higher, 1, 4);
-      const float decay = ptx::exp2((row_max[row] - higher) * scale2);
+      const float shift = shift_of(higher);
+      const float decay = ptx::exp2((row_max[row] - shift) * scale2);
       row_max[row] = higher;
-      scores[row] = key < present ? ptx::exp2((score - higher) * scale2) : 0.0f;
+      scores[row] = shown ? ptx::exp2((score - shift) * scale2) : 0.0f;
       row_sum[row] = row_sum[row] * decay + scores[row];
 #pragma unroll
       for (int i = 0; i < DIM / 32; ++i) sums[row][i] *= decay;
@@ -202,10 +222,42 @@ struct Layout {
   static_assert(WARPS * RING * sizeof(T) >= WARPS * ROWS * (DIM + 2) * sizeof(float));
 };
 
-__device__ inline int64_t index_at(const Indices& indices, int64_t i) {
-  return indices.are_int64 ? static_cast<const int64_t*>(indices.data)[i]
-                           : static_cast<const int32_t*>(indices.data)[i];
-}
+// One tile of query rows of a sequence; the keys that its last row sees are those below `end`.
+struct RowTile {
+  QueryRows rows;
+  int64_t sequence;
+  uint32_t end;
+  int diagonal;  // the last key that row 0 sees, the queries in between counted by QueryRows::step
+
+  template <int ROWS>
+  __device__ static RowTile make(const DecodeAttention& a, uint32_t tile, int64_t kv_head) {
+    const int group = (int)(a.heads / a.kv_heads);
+    Extent extent;
+    int64_t token;
+    int queries = 1;
+    if (a.q_offsets.data == nullptr) {
+      const uint32_t tiles = (group + ROWS - 1) / ROWS;
+      extent = {tile / tiles, (int)(tile % tiles * ROWS)};
+      token = extent.document;
+    } else {
+      const Offsets offsets = {a.q_offsets};
+      extent = locate<ROWS>(offsets, a.sequences, group, tile);
+      token = offsets[extent.document];
+      queries = (int)(offsets[extent.document + 1] - token);
+    }
+    const QueryRows rows(group, token, kv_head * group, extent.first,
+                         queries * group - extent.first, ROWS);
+    const auto length = (int)Offsets{a.lengths}[extent.document];
+    const int diagonal = length - queries + extent.first / group;
+    const int seen = diagonal + rows.step(max(rows.count, 1) - 1) + 1;
+    return {rows, extent.document, (uint32_t)max(seen, 0), diagonal};
+  }
+
+  // The keys that row r sees are those below.
+  __device__ uint32_t seen(int r) const {
+    return (uint32_t)max(diagonal + rows.step(min(r, rows.count - 1)) + 1, 0);
+  }
+};
 
 // One sequence's keys and values of one head.
 template <typename T, int DIM>
@@ -220,7 +272,7 @@ struct Cache {
   template <int KEYS>
   __device__ int64_t page(uint32_t start) const {
     const uint32_t token = start + threadIdx.x % KEYS;
-    return token < end ? index_at(a.block_table, table + token / (uint32_t)a.page_size) : 0;
+    return token < end ? Offsets{a.block_table}[table + token / (uint32_t)a.page_size] : 0;
   }
 
   // Starts to copy the tile at token `start`, of which this lane knows `page`; zeros for what is
@@ -257,32 +309,28 @@ __global__ void __launch_bounds__(THREADS, 2)
     decode_attention_kernel(DecodeAttention a, bool aligned) {
   using L = Layout<T, DIM>;
   constexpr int ROWS = L::ROWS, KEYS = L::KEYS;
-  const int warp = threadIdx.x / 32;
-  const uint32_t group = (uint32_t)(a.heads / a.kv_heads), row_tiles = (group + ROWS - 1) / ROWS;
-  // Blocks that read the same keys are neighbours.
-  uint32_t block = blockIdx.x;
-  const uint32_t first_row = block % row_tiles * ROWS;
-  const uint32_t split = (block /= row_tiles) % a.splits;
-  const uint32_t kv_head = (block /= a.splits) % (uint32_t)a.kv_heads;
-  const int64_t sequence = block / (uint32_t)a.kv_heads;
-  const int rows = (int)min(group - first_row, (uint32_t)ROWS), dim = (int)a.head_dim;
-  const int64_t first_head = sequence * a.heads + kv_head * group + first_row;
+  const int warp = threadIdx.x / 32, dim = (int)a.head_dim;
+  const uint32_t split = blockIdx.x % a.splits;
+  const uint32_t kv_head = blockIdx.x / a.splits % (uint32_t)a.kv_heads;
+  const uint32_t tile_index = blockIdx.x / a.splits / (uint32_t)a.kv_heads;
+  const RowTile tile_rows = RowTile::make<ROWS>(a, tile_index, kv_head);
+  const QueryRows& rows = tile_rows.rows;
+  if (rows.count <= 0) return;
+  float* const split_out = a.partial + split * a.tokens * a.heads * dim;
+  float* const split_lse = a.lse + split * a.tokens * a.heads;
 
-  // Every sequence is cut by its own length into whole tiles; of a short one the last splits get
-  // none.
+  // What a tile sees is cut into whole tiles of keys; of little the last splits get none.
   constexpr uint32_t TILE_KEYS = WARPS * KEYS;
-  const auto length = (uint32_t)index_at(a.lengths, sequence);
-  const uint32_t share =
-      ((length + a.splits - 1) / a.splits + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
-  const auto begin = (uint32_t)min((uint64_t)split * share, (uint64_t)length);
-  const uint32_t end = min(begin + share, length);
-  const int64_t partial_row = split * a.sequences * a.heads + first_head;
+  const uint32_t seen = tile_rows.end;
+  const uint32_t share = ((seen + a.splits - 1) / a.splits + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
+  const auto begin = (uint32_t)min((uint64_t)split * share, (uint64_t)seen);
+  const uint32_t end = min(begin + share, seen);
   if (begin == end) {
     if (a.splits > 1) {
-      if (threadIdx.x < rows) a.lse[partial_row + threadIdx.x] = NO_KEY;
+      if (threadIdx.x < rows.count) *rows.dense_row<float>(split_lse, a.heads, 1, threadIdx.x) = NO_KEY;
     } else {
-      for (int i = threadIdx.x; i < rows * dim; i += THREADS)
-        static_cast<T*>(a.out)[first_head * dim + i] = from_float<T>(0.0f);
+      for (int i = threadIdx.x; i < rows.count * dim; i += THREADS)
+        rows.dense_row<T>(a.out, a.heads, dim, i / dim)[i % dim] = from_float<T>(0.0f);
     }
     return;
   }
@@ -291,7 +339,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   T* ring = queries + L::QUERIES + warp * L::RING;
   const T* k = static_cast<const T*>(a.k_cache.data) + kv_head * a.k_cache.head_stride;
   const T* v = static_cast<const T*>(a.v_cache.data) + kv_head * a.v_cache.head_stride;
-  const Cache<T, DIM> cache = {a, k, v, sequence * a.block_table_stride, end, aligned};
+  const int64_t table = tile_rows.sequence * a.block_table_stride;
+  const Cache<T, DIM> cache = {a, k, v, table, end, aligned};
   // This warp's tiles lie TILE_KEYS apart. A page number is fetched one tile before it is needed.
   uint32_t next = begin + warp * KEYS;
   int64_t page = cache.template page<KEYS>(next);
@@ -306,17 +355,15 @@ __global__ void __launch_bounds__(THREADS, 2)
   };
   for (int stage = 0; stage < L::STAGES - 1; ++stage) copy_next(stage);
 
-  const T* q = static_cast<const T*>(a.q.data) + sequence * a.q.token_stride +
-               (kv_head * group + first_row) * a.q.head_stride;
   for (int i = threadIdx.x; i < L::QUERIES; i += THREADS) {
     const int row = i / DIM, column = i % DIM, per_chunk = 16 / sizeof(T);
     chunk_at<DIM>(queries, row, column / per_chunk)[column % per_chunk] =
-        row < rows && column < dim ? q[row * a.q.head_stride + column] : from_float<T>(0.0f);
+        row < rows.count && column < dim ? rows.row<T>(a.q, row)[column] : from_float<T>(0.0f);
   }
   __syncthreads();
 
   const float scale2 = a.scale * LOG2E;
-  Partial<T, DIM> partial;
+  Partial<T, DIM> partial([&](int r) { return min(end, tile_rows.seen(r)); });
   int stage = 0;
   for (uint32_t start = begin + warp * KEYS; start < end; start += TILE_KEYS) {
     ptx::cp_async_wait<L::STAGES - 2>();
@@ -324,8 +371,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     __syncwarp();
     copy_next((stage + L::STAGES - 1) % L::STAGES);
     T* tile = ring + stage * 2 * L::TILE;
-    const int present = (int)min(end - start, (uint32_t)KEYS);
-    partial.add(queries, tile, tile + L::TILE, present, scale2);
+    partial.add(queries, tile, tile + L::TILE, start, scale2);
     stage = (stage + 1) % L::STAGES;
   }
 
@@ -334,20 +380,22 @@ __global__ void __launch_bounds__(THREADS, 2)
   __syncthreads();  // the rings are no longer read
   partial.store(sums + warp * ROWS * DIM, warp_max + warp * ROWS, warp_sum + warp * ROWS);
   __syncthreads();
-  for (int i = threadIdx.x; i < rows * dim; i += THREADS) {
+  for (int i = threadIdx.x; i < rows.count * dim; i += THREADS) {
     const int row = i / dim, column = i % dim;
     float row_max = NO_KEY, row_sum = 0.0f, sum = 0.0f;
     for (int w = 0; w < WARPS; ++w) row_max = fmaxf(row_max, warp_max[w * ROWS + row]);
     for (int w = 0; w < WARPS; ++w) {
-      const float weight = ptx::exp2((warp_max[w * ROWS + row] - row_max) * scale2);
+      const float weight = ptx::exp2((warp_max[w * ROWS + row] - shift_of(row_max)) * scale2);
       row_sum += weight * warp_sum[w * ROWS + row];
       sum += weight * sums[(w * ROWS + row) * DIM + column];
     }
+    const float result = row_max == NO_KEY ? 0.0f : sum / row_sum;
     if (a.splits == 1) {
-      static_cast<T*>(a.out)[first_head * dim + i] = from_float<T>(sum / row_sum);
+      rows.dense_row<T>(a.out, a.heads, dim, row)[column] = from_float<T>(result);
     } else {
-      a.partial[partial_row * dim + i] = sum / row_sum;
-      if (column == 0) a.lse[partial_row + row] = row_max * scale2 + log2f(row_sum);
+      rows.dense_row<float>(split_out, a.heads, dim, row)[column] = result;
+      if (column == 0)
+        *rows.dense_row<float>(split_lse, a.heads, 1, row) = row_max * scale2 + log2f(row_sum);
     }
   }
 }
@@ -403,9 +451,10 @@ bool aligned_caches(const DecodeAttention& a, size_t element_bytes) {
 template <typename T, int DIM>
 void run(const DecodeAttention& a) {
   using L = Layout<T, DIM>;
-  const int64_t row_tiles = (a.heads / a.kv_heads + L::ROWS - 1) / L::ROWS;
-  const int64_t rows = a.sequences * a.heads;
-  const int64_t blocks = a.sequences * a.kv_heads * a.splits * row_tiles;
+  const int64_t group = a.heads / a.kv_heads, rows = a.tokens * a.heads;
+  const int64_t tiles = a.q_offsets.data ? tiles_for(a.tokens * group, L::ROWS, a.sequences)
+                                         : a.sequences * ((group + L::ROWS - 1) / L::ROWS);
+  const int64_t blocks = tiles * a.kv_heads * a.splits;
   if (blocks > 0x7fffffff) throw std::runtime_error("decode_attention: more than 2^31 - 1 blocks");
   const auto stream = (cudaStream_t)a.stream;
   launch<decode_attention_kernel<T, DIM>>("decode_attention", dim3((unsigned)blocks), dim3(THREADS),
@@ -429,7 +478,7 @@ void by_dim(const DecodeAttention& a) {
 }  // namespace
 
 void decode_attention(const DecodeAttention& a) {
-  if (a.sequences == 0 || a.heads == 0 || a.head_dim == 0) return;
+  if (a.tokens == 0 || a.heads == 0 || a.head_dim == 0) return;
   DeviceGuard guard(a.device);
   switch (a.dtype) {
     case DType::fp32: return by_dim<float>(a);

@@ -8,6 +8,7 @@ kernel was made, packed documents have no faster torch call.
 import torch
 from torch import Tensor
 
+from llama2rt.ops import reference
 from llama2rt.ops.reference import (  # what torch calls do no better elsewhere
     add_rms_norm,
     add_rms_norm_backward,
@@ -47,7 +48,10 @@ def decode_attention(
     block_table: Tensor,
     lengths: Tensor,
     scale: float,
+    cu_q: Tensor | None = None,
 ) -> Tensor:
+    if cu_q is not None:  # ragged queries have no faster torch call than one for each sequence
+        return reference.decode_attention(q, k_cache, v_cache, block_table, lengths, scale, cu_q)
     rows, heads, dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     longest = int(lengths.max()) if rows else 0

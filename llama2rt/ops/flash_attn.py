@@ -196,18 +196,42 @@ def attention_backward(
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    cu_q: Tensor | None = None,
 ) -> Tensor:
-    """q [B, Hq, D], caches [pages, page, Hkv, D] -> [B, Hq, D]."""
+    """q [T, Hq, D], caches [pages, page, Hkv, D] -> [T, Hq, D]."""
     if (
         not _takes(q, scale)
         or q.shape[2] % 8
         or k_cache.shape[1] % PAGE
         or not (_readable(k_cache) and _readable(v_cache))  # a cache is not copied at each step
     ):
-        return _otherwise("decode_attention", q)(q, k_cache, v_cache, block_table, lengths, scale)
+        return _otherwise("decode_attention", q)(
+            q, k_cache, v_cache, block_table, lengths, scale, cu_q
+        )
     if q.numel() == 0 or block_table.numel() == 0:
         return zeros_like(q)
+    if cu_q is not None:
+        offsets = {
+            "cu_seqlens_q": cu_q.int().contiguous(),
+            "cu_seqlens_k": F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+            # Bounds for which the device is not waited for; not 1, as in `_offsets`.
+            "max_seqlen_q": max(2, q.shape[0]),
+            "max_seqlen_k": block_table.shape[1] * k_cache.shape[1],
+        }
+        out, *_ = _interface()._flash_attn_varlen_forward(
+            *(_padded(q), k_cache, v_cache),
+            **offsets,
+            **_settings(True, scale),
+            return_softmax=False,
+            block_table=block_table.int().contiguous(),
+        )
+        return out
     out = _interface().flash_attn_with_kvcache(
         _padded(q)[:, None],
         k_cache,

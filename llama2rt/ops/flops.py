@@ -56,15 +56,18 @@ def _decode_attention(
     v_cache: Tensor,
     block_table: Tensor,
     lengths: Tensor,
+    scale: float,
+    cu_q: Tensor | None = None,
     *_: Any,
     **__: Any,
 ) -> int:
-    keys = (
-        int(lengths.sum())
-        if _holds_numbers(lengths)
-        else q.shape[0] * block_table.shape[1] * k_cache.shape[1]
-    )
-    return 2 * 2 * keys * q.shape[1] * q.shape[2]
+    if not all(_holds_numbers(x) for x in (lengths, cu_q) if x is not None):
+        pairs = q.shape[0] * block_table.shape[1] * k_cache.shape[1]
+    elif cu_q is None:
+        pairs = int(lengths.sum())
+    else:
+        pairs = int((cu_q.long().diff() * lengths.long()).sum())
+    return 2 * 2 * pairs * q.shape[1] * q.shape[2]
 
 
 def _token_logprob(hidden: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

@@ -192,18 +192,25 @@ def decode_attention(
     block_table: Tensor,
     lengths: Tensor,
     scale: float,
+    cu_q: Tensor | None = None,
 ) -> Tensor:
     group = q.shape[1] // k_cache.shape[2]
     out = zeros_like(q)
     page = k_cache.shape[1]
+    bounds = range(len(q) + 1) if cu_q is None else check_lengths(cu_q, len(q), "cu_seqlens_q")
     for row, length in enumerate(lengths.tolist()):
+        begin, end = bounds[row], bounds[row + 1]
+        if begin == end:
+            continue
+        queries = slice(max(begin, end - length), end)  # those before them see no token, and stay 0
         pages = block_table[row, : -(-length // page)].long()
         wq, wk, wv = _wide(
-            q[row], k_cache[pages].flatten(0, 1)[:length], v_cache[pages].flatten(0, 1)[:length]
+            *(q[queries], k_cache[pages].flatten(0, 1)[:length]),
+            v_cache[pages].flatten(0, 1)[:length],
         )
         wk, wv = wk.repeat_interleave(group, 1), wv.repeat_interleave(group, 1)
-        scores = torch.einsum("hd,khd->hk", wq, wk) * scale
-        out[row] = torch.einsum("hk,khd->hd", scores.softmax(-1), wv).to(q.dtype)
+        probabilities = _scores(wq, wk, True, scale).softmax(-1)
+        out[queries] = torch.einsum("hqk,khd->qhd", probabilities, wv).to(q.dtype)
     return out
 
 

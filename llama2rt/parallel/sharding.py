@@ -99,12 +99,16 @@ def _attention_backward(dout: Any, q: Any, k: Any, *_: Any) -> list[Rule]:
 
 
 @register_sharding(_OPS.decode_attention.default)
-def _decode_attention(q: Any, k_cache: Any, *_: Any) -> list[Rule]:
-    sequences = _rule((Shard(0),), (Shard(0), _WHOLE, _WHOLE, Shard(0), Shard(0)), 2)
-    rules = [_whole(1, 5, 2), sequences]
+def _decode_attention(q: Any, k_cache: Any, *others: Any) -> list[Rule]:
+    *_, cu_q, _backend = others
+    last = None, None if cu_q is None else _WHOLE  # scale and offsets
+    rules = [_rule((_WHOLE,), ((_WHOLE,) * 5 + last), 1)]
+    if cu_q is None:  # offsets of cut sequences would count from another token
+        cut = (Shard(0), _WHOLE, _WHOLE, Shard(0), Shard(0), *last)
+        rules.append(_rule((Shard(0),), cut, 1))
     if q.shape[1] == k_cache.shape[2] or k_cache.shape[2] % q.mesh.size() == 0:
-        heads = (_SECOND, Shard(2), Shard(2), _WHOLE, _WHOLE)
-        rules.append(_rule((_SECOND,), heads, 2))
+        heads = (_SECOND, Shard(2), Shard(2), _WHOLE, _WHOLE, *last)
+        rules.append(_rule((_SECOND,), heads, 1))
     return rules
 
 

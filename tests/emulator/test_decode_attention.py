@@ -6,7 +6,8 @@ The yardstick and the inputs are in `decode_cases`.
 import emulator
 import pytest
 import torch
-from decode_cases import check, make
+from attention_cases import offsets
+from decode_cases import RAGGED, check, make
 from strides import columns_first, heads_first, off_alignment, rows_apart
 
 from llama2rt import ops
@@ -38,6 +39,14 @@ def test_numerics(emulated, heads, kv_heads, dim, page, splits, dtype, seed):
     )
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page"), [(2, 2, 16, 16), (6, 2, 72, 7), (8, 1, 128, 32)]
+)
+def test_several_queries_a_sequence(emulated, heads, kv_heads, dim, page, splits, dtype, seed):
+    arguments = make(heads, kv_heads, dim, page, dtype, "normal", seed, **RAGGED)
+    check(emulated.decode_attention, arguments, dim**-0.5, queries=RAGGED["queries"])
+
+
 @pytest.mark.parametrize("kind", ["small", "tail", "offset"])
 def test_hard_inputs(emulated, kind, splits, dtype, seed):
     check(emulated.decode_attention, make(2, 1, 24, 16, dtype, kind, seed, LENGTHS), 0.2)
@@ -67,15 +76,20 @@ def test_any_strides(emulated, splits, dtype):
     for values in (heads_first(both[:, :, 1]), off_alignment(v), columns_first(v)):
         got = emulated.decode_attention(q_apart, both[:, :, 0], values, *indices, 0.2)
         assert torch.equal(got, expected)
+    cu_q = offsets([2, 0, 1, 0, 2])
+    expected = emulated.decode_attention(q, k, v, table, lengths, 0.2, cu_q)
+    arguments = q_apart, both[:, :, 0], off_alignment(v), *indices, 0.2, cu_q.long()
+    assert torch.equal(emulated.decode_attention(*arguments), expected)
 
 
 def test_the_order_of_threads_does_not_matter(module, emulated, splits, dtype):
     arguments = make(8, 2, 80, 16, dtype, "normal", 0, LENGTHS)
-    results = []
-    for seed in range(4):
-        module.set_seed(seed)
-        results.append(emulated.decode_attention(*arguments, 0.2))
-    assert all(torch.equal(results[0], other) for other in results)
+    for cu_q in (None, offsets([0, 2, 0, 3, 0])):
+        results = []
+        for seed in range(4):
+            module.set_seed(seed)
+            results.append(emulated.decode_attention(*arguments, 0.2, cu_q))
+        assert all(torch.equal(results[0], other) for other in results)
 
 
 def test_no_sequences_and_no_pages(emulated):
@@ -83,6 +97,8 @@ def test_no_sequences_and_no_pages(emulated):
     table, lengths = torch.empty(2, 0, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     assert not emulated.decode_attention(q, cache, cache, table, lengths, 0.25).any()
     none = emulated.decode_attention(q[:0], cache, cache, table[:0], lengths[:0], 0.25)
+    assert none.shape == (0, 4, 16)
+    none = emulated.decode_attention(q[:0], cache, cache, table, lengths, 0.25, offsets([0, 0]))
     assert none.shape == (0, 4, 16)
 
 

@@ -61,3 +61,22 @@ def test_decode_attention(heads, kv_heads, dim, page, kernels, seed):
     )
     results = [kernels.decode_attention(*arguments, dim**-0.5) for _ in range(2)]
     assert same_bits(*results)
+
+
+@pytest.mark.parametrize("page", [16, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (64, 1)])
+def test_decode_attention_of_several_queries(heads, kv_heads, dim, page, kernels, seed):
+    ragged = decode_cases.RAGGED
+    arguments = decode_cases.make(
+        heads, kv_heads, dim, page, torch.bfloat16, "normal", seed, **ragged
+    )
+    arguments = [x.cuda() for x in arguments]
+    decode_cases.check(
+        *(kernels.decode_attention, arguments, dim**-0.5),
+        yardstick=math(decode_cases.sdpa),
+        queries=ragged["queries"],
+    )
+    cu_q = attention_cases.offsets(ragged["queries"]).cuda()
+    results = [kernels.decode_attention(*arguments, dim**-0.5, cu_q) for _ in range(2)]
+    assert same_bits(*results)

@@ -5,7 +5,8 @@ The yardstick and the inputs are in `decode_cases`.
 
 import pytest
 import torch
-from decode_cases import check, make
+from attention_cases import offsets
+from decode_cases import RAGGED, check, make
 
 from llama2rt import ops
 
@@ -25,6 +26,23 @@ def on_gpu(arguments):
 def test_numerics(cuda, heads, kv_heads, dim, page, kind, dtype, seed):
     arguments = on_gpu(make(heads, kv_heads, dim, page, dtype, kind, seed, LENGTHS))
     check(cuda.decode_attention, arguments, dim**-0.5)
+
+
+# As chunked prefill, speculation and decoding bring them; and every edge.
+CHUNKED = {"queries": [300, 1, 5, 0, 8, 64], "lengths": [2300, 900, 4000, 17, 8, 1000]}
+
+
+@pytest.mark.parametrize("ragged", [RAGGED, CHUNKED], ids=["edges", "chunked"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page"),
+    [(32, 32, 128, 16), (64, 8, 128, 256), (8, 1, 64, 32), (4, 2, 256, 16), (6, 2, 67, 7)],
+)
+def test_several_queries_a_sequence(cuda, heads, kv_heads, dim, page, ragged, dtype, seed):
+    arguments = on_gpu(make(heads, kv_heads, dim, page, dtype, "normal", seed, **ragged))
+    check(cuda.decode_attention, arguments, dim**-0.5, queries=ragged["queries"])
+    cu_q = offsets(ragged["queries"]).cuda()
+    first, second = (cuda.decode_attention(*arguments, 0.1, cu_q) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("sequences", [1, 256])
@@ -60,6 +78,18 @@ def test_in_a_cuda_graph(cuda):
     lengths.copy_(lengths // 2)
     graph.replay()
     assert torch.equal(out, cuda.decode_attention(q, k, v, table, lengths, 0.1))
+
+
+def test_numbers_of_queries_may_change_between_replays_of_a_graph(cuda):
+    q, k, v, table, lengths = on_gpu(make(8, 2, 128, 16, torch.bfloat16, "normal", 0, LENGTHS))
+    cu_q = offsets([1, 0, 2, 3, 0, 0]).cuda()
+    cuda.decode_attention(q, k, v, table, lengths, 0.1, cu_q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cuda.decode_attention(q, k, v, table, lengths, 0.1, cu_q)
+    cu_q.copy_(offsets([0, 0, 1, 1, 2, 2]))
+    graph.replay()
+    assert torch.equal(out, cuda.decode_attention(q, k, v, table, lengths, 0.1, cu_q))
 
 
 def test_runs_where_it_is_asked_for():

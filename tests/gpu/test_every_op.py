@@ -85,8 +85,10 @@ def test_decode_attention(backend, dtype, seed):
     q = draw((3, HEADS, DIM), dtype, "normal", seed).cuda()
     caches = [draw((12, 8, KV_HEADS, DIM), dtype, "normal", seed + i).cuda() for i in (1, 2)]
     table, lengths = pages_and_lengths()
-    with ops.use(backend):
-        ours = ops.decode_attention(q, *caches, table, lengths)
-    torch.cuda.synchronize()
-    with ops.use("reference"):
-        agree([ours], [ops.decode_attention(q, *caches, table, lengths)])
+    for cu_q in (None, offsets([2, 0, 1]).cuda()):
+        with ops.use(backend):
+            ours = ops.decode_attention(q, *caches, table, lengths, cu_seqlens_q=cu_q)
+        torch.cuda.synchronize()
+        with ops.use("reference"):
+            exact = ops.decode_attention(q, *caches, table, lengths, cu_seqlens_q=cu_q)
+        agree([ours], [exact])

@@ -53,15 +53,26 @@ def _flash_attn_varlen_forward(
     for name, x in (("q", q), ("k", k), ("v", v)):
         _readable(name, x)
     _offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    _offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if block_table is None:
+        _offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    else:
+        _offsets("cu_seqlens_k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
+        assert block_table.dtype == torch.int32 and block_table.is_contiguous()
+        assert block_table.shape[1] and block_table.shape[0] == cu_seqlens_k.numel() - 1
+        assert k.shape[1] % 256 == 0 and causal
     # With one query each it reshapes q to [batch, ...].
     assert max_seqlen_q > 1 or q.shape[0] == cu_seqlens_q.numel() - 1
     assert q.numel() and k.numel(), "an empty grid"
     assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
     assert dropout_p == 0.0 and not return_softmax and softmax_scale > 0
-    out, lse = reference.attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal, softmax_scale
-    )
+    if block_table is None:
+        out, lse = reference.attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal, softmax_scale
+        )
+    else:
+        table = block_table, cu_seqlens_k.diff()
+        out = reference.decode_attention(q, k, v, *table, softmax_scale, cu_seqlens_q)
+        lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
 

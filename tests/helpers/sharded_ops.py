@@ -18,6 +18,7 @@ TOKENS, HEADS, DIM, KEYS = 11, 4, 8, 2
 Placements = dict[str, Placement]
 WHOLE, FIRST, SECOND = Replicate(), Shard(0), Shard(1)
 CU_SEQLENS = (0, 4, 4, 9, 11)
+SEVERAL_QUERIES = "decode_attention of several queries a sequence"
 
 
 def arguments(op: str) -> dict[str, Tensor]:
@@ -54,6 +55,11 @@ def arguments(op: str) -> dict[str, Tensor]:
             "block_table": torch.tensor([[1, 0], [4, 2], [3, 3]]),
             "lengths": torch.tensor([5, 8, 0]),
         },
+        SEVERAL_QUERIES: lambda: {
+            **arguments("decode_attention"),
+            "q": random(7, HEADS, DIM),
+            "cu_seqlens_q": torch.tensor([0, 4, 5, 7]),
+        },
     }[op]()
 
 
@@ -62,7 +68,7 @@ def rule(op: str, given: Placements) -> dict[str, Any]:
     {"placements": of its results, "sent": collectives of its forward, "distances": of results and
     gradients}."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
-    run: Callable = getattr(ops, op)
+    run: Callable = getattr(ops, op.partition(" ")[0])
     extra = {"eps": 1e-5} if "norm" in op else {}
     whole = arguments(op)
     cut = {name: distribute_tensor(x, mesh, [given.get(name, WHOLE)]) for name, x in whole.items()}
@@ -77,7 +83,7 @@ def rule(op: str, given: Placements) -> dict[str, Any]:
         placements = [x.placements for x in results if isinstance(x, DTensor)]
         results = tuple(full(x) for x in results)
         values = {f"result {i}": x.detach() for i, x in enumerate(results)}
-        if op != "decode_attention":
+        if not op.startswith("decode_attention"):
             sum((x * x).sum() for x in results).backward()
             values |= {name: full(inputs[name].grad) for name in learned}
         every.append(values)

@@ -5,7 +5,8 @@ The yardstick and the inputs are in `decode_cases`.
 
 import pytest
 import torch
-from decode_cases import check, make
+from attention_cases import offsets
+from decode_cases import RAGGED, check, make
 from strides import heads_first, rows_apart
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -32,6 +33,14 @@ def splits(request, monkeypatch):
 def test_numerics(heads, kv_heads, dim, page, splits, dtype, seed):
     arguments = make(heads, kv_heads, dim, page, dtype, "normal", seed, LENGTHS)
     check(kernels.decode_attention, arguments, dim**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page"), [(2, 2, 16, 16), (6, 2, 24, 7), (8, 1, 80, 32)]
+)
+def test_several_queries_a_sequence(heads, kv_heads, dim, page, splits, dtype, seed):
+    arguments = make(heads, kv_heads, dim, page, dtype, "normal", seed, **RAGGED)
+    check(kernels.decode_attention, arguments, dim**-0.5, queries=RAGGED["queries"])
 
 
 @pytest.mark.parametrize("kind", ["small", "tail", "offset"])
@@ -62,6 +71,10 @@ def test_any_strides(splits):
     values, apart = heads_first(both[:, :, 1]), rows_apart(table)
     got = kernels.decode_attention(q_apart, both[:, :, 0], values, apart, lengths.long(), 0.2)
     assert torch.equal(got, expected)
+    cu_q = offsets([2, 0, 1, 0, 2])
+    expected = kernels.decode_attention(q, k, v, table, lengths, 0.2, cu_q)
+    arguments = q_apart, both[:, :, 0], values, apart, lengths.long(), 0.2, cu_q.long()
+    assert torch.equal(kernels.decode_attention(*arguments), expected)
 
 
 def test_offsets_beyond_32_bits(splits, far):
@@ -78,6 +91,14 @@ def test_no_sequences_and_no_pages():
     assert not kernels.decode_attention(q, cache, cache, table, lengths, 0.25).any()
     none = kernels.decode_attention(q[:0], cache, cache, table[:0], lengths[:0], 0.25)
     assert none.shape == (0, 4, 16)
+    none = kernels.decode_attention(q[:0], cache, cache, table, lengths, 0.25, offsets([0, 0]))
+    assert none.shape == (0, 4, 16)
+
+
+def test_how_many_rows_a_tile_has():
+    assert kernels.tile_rows(1, 1) == 16 and kernels.tile_rows(20, 1) == 32
+    assert kernels.tile_rows(4, 4.5) == 32
+    assert kernels.tile_rows(8, 256) == kernels.tile_rows(80, 2) == 64
 
 
 def test_how_many_splits():

@@ -3,12 +3,14 @@ written outside, the same bits for any number of threads, offsets beyond 2^31, n
 """
 
 import ctypes
+import itertools
 import math
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from attention_cases import offsets
 from elementwise_cases import EPS
 from numerics import same_bits
 from processes import run_python
@@ -39,6 +41,8 @@ def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambd
     targets, per_row = torch.randint(-1, 700, (rows,)), [variant(torch.rand(rows)) for _ in "123"]
     dlogprob, dentropy, entropy = per_row
     lse = entropy + 6
+    several = torch.randint(30, (3, 5)), torch.randint(21, (3,))
+    cu_q = torch.tensor([0, min(3, rows), min(3, rows), rows])
     return [
         (cpu.rms_norm, (x, weight, EPS)),
         (cpu.rms_norm_backward, (dy, x, weight, rstd)),
@@ -51,6 +55,7 @@ def calls(dtype: torch.dtype, rows: int = 203, columns: int = 611, variant=lambd
         (cpu.attention, (q, k, v, cu, cu, 0, True, 0.2)),
         (cpu.attention_backward, (q, q, k, v, out, out_lse, cu, cu, 0, True, 0.2)),
         (cpu.decode_attention, (q, k_cache, v_cache, pages, lengths, 0.2)),
+        (cpu.decode_attention, (q, k_cache, v_cache, *several, 0.2, cu_q)),
         (cpu.token_logprob, (x, output, targets, 0.7, True)),
         (
             cpu.token_logprob_backward,
@@ -126,10 +131,34 @@ def test_a_hidden_key_weighs_nothing(isa):
     try:
         q, k, v = torch.randn(3, 2, 1, 8)
         v[1] = 3e38
-        out, _ = cpu.attention(q, k, v, *[torch.tensor([0, 2])] * 2, 2, True, 0.3)
+        cu = torch.tensor([0, 2])
+        out, _ = cpu.attention(q, k, v, cu, cu, 2, True, 0.3)
+        pages = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([2])
+        paged = cpu.decode_attention(q, k[None], v[None], *pages, 0.3, cu)
     finally:
         _cpu.select(before)
-    assert torch.equal(out[0], v[0])
+    assert torch.equal(out[0], v[0]) and torch.equal(paged[0], v[0])
+
+
+@pytest.mark.parametrize("isa", _cpu.instruction_sets())
+def test_a_few_queries_have_the_bits_that_each_has_alone(isa, dtype):
+    """What guesses ahead gives what decoding gives. Over the border of a page, of a tile and of the
+    tokens of a work item."""
+    queries, lengths = [3, 8, 1, 2], torch.tensor([35, 1029, 1500, 4])
+    q, cu_q = torch.randn(sum(queries), 4, 40).to(dtype), offsets(queries)
+    caches = torch.randn(2, 30, 64, 2, 40).to(dtype)
+    table = torch.stack([torch.randperm(30) for _ in queries])
+    before = _cpu.isa()
+    _cpu.select(isa)
+    try:
+        several = cpu.decode_attention(q, *caches, table, lengths, 0.3, cu_q)
+        for sequence, (begin, end) in enumerate(itertools.pairwise(cu_q.tolist())):
+            for row in range(begin, end):
+                of_row = table[sequence, None], lengths[sequence, None] - (end - 1 - row)
+                alone = cpu.decode_attention(q[row, None], *caches, *of_row, 0.3)
+                assert torch.equal(several[row], alone[0])
+    finally:
+        _cpu.select(before)
 
 
 def test_inputs_are_left_alone(dtype):

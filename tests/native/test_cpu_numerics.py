@@ -167,6 +167,34 @@ def test_decode_attention(heads, kv_heads, dim, scale, dtype, seed):
     decode_cases.check(cpu.decode_attention, arguments, scale, decode_cases.sdpa)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page"),
+    [(2, 2, 16, 8), (6, 2, 72, 16), (8, 2, 40, 7), (8, 1, 256, 128)],
+)
+def test_decode_attention_of_several_queries(heads, kv_heads, dim, page, dtype, seed):
+    ragged = decode_cases.RAGGED
+    arguments = decode_cases.make(
+        heads, kv_heads, dim, page, dtype, "tail", seed, key_kind="normal", **ragged
+    )
+    for scale in (dim**-0.5, -1.0):
+        decode_cases.check(
+            cpu.decode_attention, arguments, scale, decode_cases.sdpa, queries=ragged["queries"]
+        )
+
+
+def test_decode_attention_in_parts(dtype, seed):
+    """Sequences of more than the 1024 tokens of a work item; threads do not change the sums."""
+    case = {"queries": [1, 3, 8, 1], "lengths": [1025, 2050, 1028, 1024]}
+    arguments = decode_cases.make(4, 2, 24, 16, dtype, "tail", seed, key_kind="normal", **case)
+    run = (cpu.decode_attention, arguments, 0.2, decode_cases.sdpa)
+    decode_cases.check(*run, queries=case["queries"])
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu.decode_attention(*arguments, 0.2, offsets(case["queries"])))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "small", "tail"])
 @pytest.mark.parametrize(

@@ -155,6 +155,15 @@ def test_decode_attention_over_caches_it_cannot_read(calls):
     assert calls == ["flash_attn_with_kvcache"], "only the second call"
 
 
+@pytest.mark.parametrize("page", [256, 16])
+@pytest.mark.parametrize("queries", [[2, 1, 0], [1, 0, 2]])
+def test_several_queries_a_sequence(page, queries, calls):
+    arguments, cu_q = decode_arguments(page), offsets(queries).long()
+    ours = ops.decode_attention(*arguments, cu_seqlens_q=cu_q)
+    torch.testing.assert_close(ours, reference.decode_attention(*arguments, 0.25, cu_q))
+    assert calls == (["_flash_attn_varlen_forward"] if page == 256 else [])
+
+
 def test_other_ops_run_as_without_it(calls):
     x = torch.randn(3, 8)
     found = ops.backends()

@@ -74,6 +74,10 @@ def test_decode_attention(grad):
     with torch.set_grad_enabled(grad):
         found = counted(lambda: ops.decode_attention(q, *caches, table, lengths))
     assert found == {"decode_attention": 4 * (5 + 9) * 4 * 8}
+    cu_q = torch.tensor([0, 2, 2, 3])  # a rectangle a sequence, as attention counts documents
+    with torch.set_grad_enabled(grad):
+        found = counted(lambda: ops.decode_attention(q, *caches, table, lengths, cu_seqlens_q=cu_q))
+    assert found == {"decode_attention": 4 * (2 * 5 + 9) * 4 * 8}
 
 
 @pytest.mark.parametrize("tokens", [6, 40])
@@ -135,8 +139,11 @@ def test_offsets_without_numbers_give_an_upper_bound():
     assert formula(q, q, q, cu, cu, 0, True, 1.0, "reference") == 4 * 8 * 8 * 2 * 4
     table = torch.empty(8, 3, device="meta")
     cache = torch.empty(6, 16, 2, 4, device="meta")
-    found = flops.FORMULAS["decode_attention"](q, cache, cache, table, cu, 1.0, "reference")
-    assert found == 4 * 8 * 3 * 16 * 2 * 4
+    for lengths, cu_q in ((cu, None), (torch.ones(8), cu)):
+        found = flops.FORMULAS["decode_attention"](
+            q, cache, cache, table, lengths, 1.0, cu_q, "reference"
+        )
+        assert found == 4 * 8 * 3 * 16 * 2 * 4
 
 
 def test_ops_do_not_import_the_counter_and_either_order_registers():

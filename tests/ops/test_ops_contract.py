@@ -161,9 +161,18 @@ def decode_arguments() -> list[Tensor]:
     return [torch.randn(3, 4, 8), *cache, table, torch.tensor([7, 0, 3], dtype=torch.int32)]
 
 
-def test_opcheck_decode_attention(on_backend):
+@pytest.mark.parametrize("cu_q", [None, torch.tensor([0, 0, 2, 3])])
+def test_opcheck_decode_attention(cu_q, on_backend):
     overload = torch.ops.llama2rt.decode_attention.default
-    torch.library.opcheck(overload, (*decode_arguments(), 0.25, on_backend))
+    torch.library.opcheck(overload, (*decode_arguments(), 0.25, cu_q, on_backend))
+
+
+def test_compiled_decode_attention_of_several_queries(on_backend):
+    arguments, cu_q = decode_arguments(), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.decode_attention, fullgraph=True, backend="aot_eager")
+    got = compiled(*arguments, cu_seqlens_q=cu_q)
+    torch.testing.assert_close(got, ops.decode_attention(*arguments, cu_seqlens_q=cu_q))
 
 
 def model_like(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -316,6 +325,8 @@ def test_empty_tensors(on_backend):
     caches = torch.randn(2, 3, 4, 2, 4).unbind()
     table = torch.empty(0, 2, dtype=torch.int32)
     assert ops.decode_attention(heads, *caches, table, none[:0]).shape == (0, 2, 4)
+    nothing = ops.decode_attention(heads, *caches, table, none[:0], cu_seqlens_q=none)
+    assert nothing.shape == (0, 2, 4)
 
 
 def test_leading_dimensions_of_rowwise_ops(on_backend):
@@ -369,6 +380,29 @@ BAD_VALUES = [
         "targets: expected ids below the vocabulary size 13, got 13",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, r"block_table: expected shape \[10, 3\], got \[2, 3\]"),
+        ({"cu_seqlens_q": CU}, r"cu_seqlens_q: expected shape \[3\], got \[5\]"),
+        ({"cu_seqlens_q": CU.float()[:3]}, "cu_seqlens_q: expected dtype int32 or int64"),
+        ({"cu_seqlens_q": CU[:3], "lengths": CU[:3]}, r"lengths: expected shape \[2\], got \[3\]"),
+    ],
+)
+def test_argument_errors_of_decode_attention(changed, message, on_backend):
+    caches, table = torch.randn(2, 6, 4, 2, 8), torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        ops.decode_attention(H, *caches, table, **{"lengths": CU[:2], **changed})
+
+
+@pytest.mark.parametrize("bad", [CU[:3], CU[[4, 0, 4]], CU[[1, 1, 4]]])
+@pytest.mark.parametrize("name", [name for name in USABLE if name != "triton"])
+def test_offsets_of_decode_attention_that_do_not_rise(bad, name):
+    caches, table = torch.randn(2, 6, 4, 2, 8), torch.zeros(2, 3, dtype=torch.int32)
+    with ops.use(name), pytest.raises(ValueError, match="cu_seqlens_q: expected offsets rising"):
+        ops.decode_attention(H, *caches, table, CU[:2], cu_seqlens_q=bad)
 
 
 @pytest.mark.parametrize(("op", "values", "message"), BAD)

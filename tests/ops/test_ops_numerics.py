@@ -74,6 +74,32 @@ def test_decode_attention(heads, kv_heads, run, dtype, seed):
     decode_cases.check(run.decode_attention, arguments, 24**-0.5, decode_cases.sdpa)
 
 
+def test_decode_attention_of_several_queries(run, dtype, seed):
+    ragged = decode_cases.RAGGED
+    arguments = decode_cases.make(4, 2, 24, 16, dtype, "normal", seed, **ragged)
+    decode_cases.check(
+        run.decode_attention, arguments, 24**-0.5, decode_cases.sdpa, queries=ragged["queries"]
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_queries_of_a_sequence_are_one_after_the_other(backend):
+    """Several at once are what each gives alone, when the cache ended with it."""
+    q, caches = torch.randn(9, 4, 8), torch.randn(2, 6, 4, 2, 8)
+    table = torch.tensor([[3, 1, 5], [2, 0, 4]])
+    lengths, queries = torch.tensor([11, 9]), [3, 6]
+    with ops.use(backend):
+        together = ops.decode_attention(q, *caches, table, lengths, cu_seqlens_q=offsets(queries))
+        seen = torch.tensor([9, 10, 11, 4, 5, 6, 7, 8, 9])
+        rows = table.repeat_interleave(torch.tensor(queries), 0)
+        torch.testing.assert_close(together, ops.decode_attention(q, *caches, rows, seen))
+        k, v = (x[table].flatten(1, 2) for x in caches)
+        packed = (torch.cat((x[0, :11], x[1, :9])) for x in (k, v))
+        cu_q, cu_k = (offsets(n) for n in (queries, lengths.tolist()))
+        attention = ops.attention(q, *packed, cu_q, cu_seqlens_k=cu_k)
+        torch.testing.assert_close(together, attention)
+
+
 @pytest.mark.parametrize("kind", ["normal", "small", "tail"])
 @pytest.mark.parametrize(
     ("tokens", "dim", "vocabulary"), [(1, 8, 3), (70, 32, 500), (1100, 24, 1100), (2100, 8, 2100)]

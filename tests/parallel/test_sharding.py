@@ -1,7 +1,7 @@
 """Every DTensor rule against the op on whole tensors, forward and gradients."""
 
 import pytest
-from sharded_ops import FIRST, SECOND, WHOLE
+from sharded_ops import FIRST, SECOND, SEVERAL_QUERIES, WHOLE
 from torch.distributed.tensor import Shard
 
 ROWS = {"x": FIRST, "residual": FIRST, "gate": FIRST, "up": FIRST, "positions": FIRST}
@@ -20,6 +20,8 @@ TAKEN = [
     ("attention", {"q": SECOND, "k": SECOND, "v": SECOND}, SECOND),
     ("decode_attention", {"q": SECOND, "k_cache": Shard(2), "v_cache": Shard(2)}, SECOND),
     ("decode_attention", {"q": FIRST, "block_table": FIRST, "lengths": FIRST}, FIRST),
+    (SEVERAL_QUERIES, {}, WHOLE),
+    (SEVERAL_QUERIES, {"q": SECOND, "k_cache": Shard(2), "v_cache": Shard(2)}, SECOND),
 ]
 # Placements that an op cannot take: torch gathers or cuts to what it takes.
 GATHERED = [
@@ -29,6 +31,7 @@ GATHERED = [
     ("rope", {"q": Shard(2), "k": SECOND}),
     ("attention", {"q": FIRST, "k": FIRST, "v": SECOND}),
     ("decode_attention", {"q": Shard(2), "k_cache": FIRST}),
+    (SEVERAL_QUERIES, {"q": FIRST, "block_table": FIRST, "lengths": FIRST}),
 ]
 
 

@@ -94,7 +94,7 @@ def attention(
 
 _run_decode_attention = define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths,"
-    " float scale, str backend) -> Tensor",
+    " float scale, Tensor? cu_q, str backend) -> Tensor",
     lambda q, *_: empty_like(q),
 )
 
@@ -106,18 +106,25 @@ def decode_attention(
     block_table: Tensor,
     lengths: Tensor,
     *,
+    cu_seqlens_q: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """One query per sequence against its paged key/value cache: a step of generation.
+    """The last queries of each sequence against its paged key/value cache: a step of generation.
 
-    q [B, Hq, D]; k_cache and v_cache [pages, page, Hkv, D], same dtype; block_table [B, most] int32
-    or int64: entry j is the page of tokens j*page ... (j+1)*page - 1, entries past a sequence's end
-    are not read; lengths [B]: tokens in the cache, this one included. Length 0 gives 0. Not
-    differentiable. Returns [B, Hq, D] in q's dtype. Source: Kwon et al. 2023 (paged attention).
+    q [T, Hq, D]; k_cache and v_cache [pages, page, Hkv, D], same dtype, Hq a multiple of Hkv;
+    block_table [B, most] int32 or int64: entry j is the page of tokens j*page ... (j+1)*page - 1,
+    entries past a sequence's end are not read; lengths [B]: tokens in the cache, those of the
+    sequence's own queries included. cu_seqlens_q [B+1] int32 or int64 holds the sequences' offsets
+    in q; without it each has one query, T = B. Causal, aligned bottom-right as in `attention`: of a
+    sequence's n queries, query i sees its first length - n + i + 1 tokens, and gives 0 where those
+    are none. Sequences without a query are legal. scale defaults to 1/sqrt(D). Not differentiable.
+    Returns [T, Hq, D] in q's dtype; equal calls give equal bits. ValueError on a mismatch, and
+    (reference, CPU) on offsets that do not rise from 0 to T. Source: Kwon et al. 2023 (paged
+    attention).
     """
     check_floating("q", q)
     if q.dim() != 3:
-        raise mismatch("q", "shape [B, Hq, D]", q.shape)
+        raise mismatch("q", "shape [T, Hq, D]", q.shape)
     if k_cache.dim() != 4 or k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
         raise mismatch(
             "k_cache",
@@ -128,9 +135,14 @@ def decode_attention(
     check_like("v_cache", v_cache, k_cache, "k_cache", k_cache.shape)
     if block_table.dim() != 2:
         raise mismatch("block_table", "shape [B, pages]", block_table.shape)
-    check_index("block_table", block_table, q, "q", (q.shape[0], block_table.shape[1]))
-    check_index("lengths", lengths, q, "q", (q.shape[0],))
+    sequences = q.shape[0] if cu_seqlens_q is None else block_table.shape[0]
+    check_index("block_table", block_table, q, "q", (sequences, block_table.shape[1]))
+    check_index("lengths", lengths, q, "q", (sequences,))
+    if cu_seqlens_q is not None:
+        check_index("cu_seqlens_q", cu_seqlens_q, q, "q", (sequences + 1,))
     if scale is None:
         scale = 1 / math.sqrt(q.shape[2])
     choice = backend.resolve(q)
-    return _run_decode_attention(q, k_cache, v_cache, block_table, lengths, scale, choice)
+    return _run_decode_attention(
+        q, k_cache, v_cache, block_table, lengths, scale, cu_seqlens_q, choice
+    )

@@ -1,4 +1,4 @@
-"""Attention over packed documents, and of one query per sequence against its paged cache."""
+"""Attention over packed documents, and of sequences' last queries against their paged caches."""
 
 import torch
 from torch import Tensor
@@ -56,11 +56,22 @@ def attention_backward(
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    cu_q: Tensor | None = None,
 ) -> Tensor:
-    """q [B, Hq, D], caches [pages, page, Hkv, D] -> [B, Hq, D]. ValueError on a page or length."""
+    """q [T, Hq, D], caches [pages, page, Hkv, D] -> [T, Hq, D]. ValueError on a page, length or
+    offset."""
     q, caches = last_contiguous(q), (last_contiguous(k_cache), last_contiguous(v_cache))
     table = block_table.int().contiguous(), lengths.int().contiguous()
+    offsets = None
+    if cu_q is not None:
+        check_lengths(cu_q, q.shape[0], "cu_seqlens_q")
+        offsets = _offsets(cu_q)
     out = empty_like(q)
-    _cpu.decode_attention(q, *caches, *table, scale, out, torch.get_num_threads())
+    _cpu.decode_attention(q, *caches, *table, scale, offsets, out, torch.get_num_threads())
     return out

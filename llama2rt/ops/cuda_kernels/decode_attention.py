@@ -1,4 +1,4 @@
-"""One query per sequence against its paged cache of keys and values."""
+"""A sequence's last queries against its paged cache of keys and values."""
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ WIDEST_HEAD = 256
 # A tile of 16-bit keys for each warp of a block. What shorter splits would cost in a batch of any
 # size is little: there are at most as many as blocks at once, and their results stay in the cache.
 SHORTEST_SPLIT = 64
+TILE_ROWS = {2: 16, 4: 4}
+"""Query rows of a tile, by the bytes of an element."""
 
 
 def blocks_at_once(dim: int, multiprocessors: int) -> int:
@@ -18,7 +20,7 @@ def blocks_at_once(dim: int, multiprocessors: int) -> int:
 
 
 def split_count(items: int, capacity: int, slots: int) -> int:
-    """Splits of each context, for `items` = sequences x key heads that may hold `capacity` tokens.
+    """Splits of each context, for `items` = tiles x key heads that may hold `capacity` tokens.
 
     As many as fit `slots`, the thread blocks that run at once, rounded down: a second wave of
     blocks would cost as much time as the first.
@@ -34,13 +36,14 @@ def decode_attention(
     block_table: Tensor,
     lengths: Tensor,
     scale: float,
+    cu_q: Tensor | None = None,
 ) -> Tensor:
-    """q [B, Hq, D], caches [pages, page, Hkv, D], block_table [B, most], lengths [B] -> [B, Hq, D].
+    """q [T, Hq, D], caches [pages, page, Hkv, D], block_table [B, most], lengths [B] -> [T, Hq, D].
 
     Lengths are below 2^31. ValueError for D above 256. Caches whose rows are not aligned to 16
     bytes are right, but slow.
     """
-    sequences, heads, dim = q.shape
+    tokens, heads, dim = q.shape
     _, page, kv_heads, _ = k_cache.shape
     if dim > WIDEST_HEAD:
         raise ValueError(f"q: expected a head dimension of at most {WIDEST_HEAD}, got {dim}")
@@ -50,15 +53,19 @@ def decode_attention(
     out = empty_like(q)
     if q.numel() == 0:
         return out
-    if k_cache.numel() == 0 or block_table.shape[1] == 0:
+    if k_cache.numel() == 0 or block_table.numel() == 0:
         return out.zero_()
     slots = blocks_at_once(dim, on.multiprocessors(q))
-    splits = split_count(sequences * kv_heads, block_table.shape[1] * page, slots)
+    tiles = len(block_table)
+    if cu_q is not None:  # enough for all, whatever the sequences' numbers of queries
+        cu_q = cu_q.contiguous()
+        tiles += tokens * (heads // kv_heads) // TILE_ROWS[q.element_size()]
+    splits = split_count(tiles * kv_heads, block_table.shape[1] * page, slots)
     partial = lse = None
     if splits > 1:
         partial = q.new_empty(splits, *q.shape, dtype=torch.float32)
-        lse = q.new_empty(splits, sequences, heads, dtype=torch.float32)
+        lse = q.new_empty(splits, tokens, heads, dtype=torch.float32)
     cache = k_cache, v_cache, block_table, lengths
     grid = splits, partial, lse, *on.stream(q)
-    on.native.decode_attention(q, *cache, scale, out, *grid)
+    on.native.decode_attention(q, *cache, scale, cu_q, out, *grid)
     return out
