@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -116,14 +117,19 @@ def least(model: nn.Module, value: int) -> int:
     return int(found)
 
 
-def first(model: nn.Module, tokens: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+def first(
+    model: nn.Module, tokens: np.ndarray, logprobs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """int64 and fp32 [B], as the first of the ranks that read `model` together has them."""
     group = _group(model)
-    if group is None:
+    if group is None or not len(tokens):
         return tokens, logprobs
-    both = torch.stack((tokens.double(), logprobs.double()))  # which holds either exactly
+    # float64 holds either exactly.
+    both = torch.from_numpy(np.stack((tokens, logprobs)).astype(np.float64))
+    both = both.to(next(model.parameters()).device)
     dist.broadcast(both, group=group, group_src=0)
-    return both[0].long(), both[1].float()
+    chosen, drawn = both.cpu().numpy()
+    return chosen.astype(tokens.dtype), drawn.astype(logprobs.dtype)
 
 
 def _group(model: Any) -> dist.ProcessGroup | None:
