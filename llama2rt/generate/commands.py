@@ -42,7 +42,15 @@ class Sampling:
         return vars(self).copy()
 
 
-def _engine(model: Path, device: str | None, cache_bytes: int | None = None) -> Engine:
+def open_engine(
+    model: Path,
+    device: str | None,
+    cache_bytes: int | None = None,
+    *,
+    max_sequences: int = 256,
+) -> Engine:
+    """The model in a folder, ready to sample; `device` None: the GPU where there is one. InputError
+    for a device or a folder that cannot be used."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -54,7 +62,7 @@ def _engine(model: Path, device: str | None, cache_bytes: int | None = None) -> 
         raise InputError(f"{model}: a reward model or critic scores text, it does not write any")
     if tokenizer is None:
         raise InputError(f"{model}: no tokenizer.model and no tokenizer.json in this folder")
-    return Engine(loaded, tokenizer, cache_bytes=cache_bytes)
+    return Engine(loaded, tokenizer, max_sequences=max_sequences, cache_bytes=cache_bytes)
 
 
 def generate(
@@ -93,7 +101,7 @@ def generate(
     if cache_bytes is not None:
         check_whole("cache_bytes", cache_bytes, 1, 2**63 - 1)
     records = _prompts(prompt, prompts, raw)
-    engine = _engine(model, device, cache_bytes)
+    engine = open_engine(model, device, cache_bytes)
     encoded = [
         engine.tokenizer.encode(record.messages[0]["content"], bos=True) if raw else record.messages
         for record in records
@@ -178,7 +186,7 @@ def chat(
         device: cpu, cuda, ...; by default cuda where there is one.
     """
     check_options(1, **sampling.options())
-    engine = _engine(model, device)
+    engine = open_engine(model, device)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     turn = 0
