@@ -77,5 +77,5 @@ def weights_digest(model: Llama) -> str:
     for name, weight in files.weights(model).items():
         flat = weight.detach().cpu().contiguous().flatten()
         digest.update(name.encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
