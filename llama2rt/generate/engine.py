@@ -1,29 +1,26 @@
 """Sampling of many prompts at once from a `Llama`: what rollouts, rejection sampling and chat use.
 
 The engine owns no weights: it reads the model's as they are at each forward pass, so a policy may
-be updated between calls. Nothing is kept from one call to the next; the cache lives for one call.
-Left out: serving (a request queue that outlives a call), speculative decoding, quantised caches.
+be updated between calls. `generate` and `stream` keep nothing from one call to the next; a
+`session` keeps its cache until it is closed. Left out: quantised caches.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from llama2rt.errors import InputError, naming
-from llama2rt.generate import scheduler
-from llama2rt.generate.budget import Budget, plan
-from llama2rt.generate.kv_cache import PAGE_SIZE, Addresses, KVCache
-from llama2rt.generate.sampling import (
-    MOST,
-    check_options,
-    check_whole,
-    choose,
-    stream_keys,
-    uniforms,
-)
+from llama2rt.generate.budget import Bounds, Budget, plan, plan_session
+from llama2rt.generate.generation import Generation
+from llama2rt.generate.kv_cache import PAGE_SIZE
+from llama2rt.generate.request import Request, SamplingOptions
+from llama2rt.generate.sampling import MOST, check_options, check_whole, stream_keys
+from llama2rt.generate.scheduler import Scheduler
+from llama2rt.generate.session import Session
+from llama2rt.generate.text import TextStream
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
 from llama2rt.text import chat
@@ -56,7 +53,9 @@ class Engine:
     `page_size` tokens. A call takes, beside the model, at most `cache_bytes` for the cache and its
     forward passes (`budget`), by default half of the memory that is free on the model's device when
     the call begins. Where that is less than all sequences can need, they wait or are recomputed,
-    with the same samples.
+    with the same samples. `speculate`: guess up to so many tokens behind each decoded one where
+    its prompt or answer has gone on before, and check them in one forward pass (`speculate.py`):
+    faster where answers repeat and a pass costs little more for more tokens; the same samples.
     """
 
     def __init__(
@@ -67,14 +66,16 @@ class Engine:
         page_size: int = PAGE_SIZE,
         max_sequences: int = 256,
         cache_bytes: int | None = None,
+        speculate: int = 0,
     ) -> None:
         check_whole("page_size", page_size, 1)
         check_whole("max_sequences", max_sequences, 1)
+        check_whole("speculate", speculate, 0, 64)
         if cache_bytes is not None:
             check_whole("cache_bytes", cache_bytes, 1, 2**63 - 1)
         self.model, self.tokenizer = model, tokenizer
         self.page_size, self.max_sequences = page_size, max_sequences
-        self.cache_bytes = cache_bytes
+        self.cache_bytes, self.speculate = cache_bytes, speculate
 
     def of(self, model: Llama) -> "Engine":
         """The same sampler of another model, such as this one's weights in one piece."""
@@ -84,6 +85,7 @@ class Engine:
             page_size=self.page_size,
             max_sequences=self.max_sequences,
             cache_bytes=self.cache_bytes,
+            speculate=self.speculate,
         )
 
     def generate(
@@ -112,31 +114,33 @@ class Engine:
         logits are not finite.
         """
         check_options(n, temperature, top_p, top_k, max_tokens, seed)
+        options = SamplingOptions(temperature, top_p, top_k, max_tokens=max_tokens, seed=seed)
         if len(prompts) * n > MOST:
             raise InputError(f"n: expected at most {MOST} samples in all, got {len(prompts)} x {n}")
         numbers = range(len(prompts)) if indices is None else indices
         if len(numbers) != len(prompts):
             raise InputError(f"indices: expected {len(prompts)}, got {len(numbers)}")
-        encoded = self._encode(prompts)
-        completions: list[Completion | None] = [None] * (len(prompts) * n)
+        encoded = [self.encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         keys = stream_keys(seed, np.repeat(numbers, n), np.tile(np.arange(n), len(prompts)))
-        for _, finished in self._steps(
-            encoded, keys.reshape(-1, n), temperature, top_p, top_k, max_tokens
-        ):
-            for sequence in finished:
-                i, tokens = sequence.prompt, sequence.tokens.tolist()
-                prompt_tokens = encoded[i].tolist()
-                completion = Completion(
-                    prompt_index=numbers[i],
-                    prompt_tokens=prompt_tokens,
-                    text=self._text(prompts[i], prompt_tokens, tokens),
-                    tokens=tokens,
-                    logprobs=sequence.logprobs.tolist(),
-                    finish_reason=sequence.finish_reason,
-                )
-                completions[i * n + sequence.sample] = completion
-                if on_finish is not None:
-                    on_finish(completion)
+        generation = self._generation(encoded, keys, options)
+        completions: list[Completion | None] = [None] * (len(prompts) * n)
+        with self._sampling():
+            while generation.scheduler.unfinished:
+                _, finished = generation.advance()
+                for sequence in finished:
+                    i = sequence.request.id // n
+                    tokens, prompt_tokens = sequence.tokens.tolist(), encoded[i].tolist()
+                    completion = Completion(
+                        prompt_index=numbers[i],
+                        prompt_tokens=prompt_tokens,
+                        text=self._text(prompts[i], prompt_tokens, tokens),
+                        tokens=tokens,
+                        logprobs=sequence.logprobs.tolist(),
+                        finish_reason=cast(str, sequence.finish_reason),
+                    )
+                    completions[sequence.request.id] = completion
+                    if on_finish is not None:
+                        on_finish(completion)
         return cast(list[Completion], completions)
 
     def stream(
@@ -149,37 +153,58 @@ class Engine:
         seed: int = 0,
     ) -> Iterator[str]:
         """One sample of one prompt as pieces of text; a character is held back until complete."""
-        check_options(1, temperature, top_p, top_k, max_tokens, seed)
-        encoded = self._encode([prompt])
-        tokens: list[int] = []
-        shown = ""
-        keys = stream_keys(seed, np.zeros(1, np.int64), np.zeros(1, np.int64))[:, None]
-        for sampled, finished in self._steps(encoded, keys, temperature, top_p, top_k, max_tokens):
-            tokens += sampled.tolist()
-            text = self._text(prompt, encoded[0].tolist(), tokens)
-            if finished or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[len(shown) :]
-                shown = text
+        options = SamplingOptions(temperature, top_p, top_k, max_tokens=max_tokens, seed=seed)
+        encoded = self.encode(prompt, "prompt 0")
+        keys = stream_keys(seed, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        generation = self._generation([encoded], keys, options)
+        text = self.text_stream(prompt, encoded.tolist())
+        shown = 0
+        with self._sampling():
+            while generation.scheduler.unfinished:
+                step, finished = generation.advance()
+                if finished:
+                    tokens = finished[0].with_text[shown:]
+                else:
+                    tokens = generation.scheduler.slots.answer(int(step.rows[0]), shown)[0]
+                shown += text.add(tokens.tolist())
+                yield text.show(final=bool(finished))
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    def session(self) -> Session:
+        """Where requests with options of their own come and go: see `Session`. InputError where
+        `cache_bytes` holds no page."""
+        budget = self._within(lambda bounds: plan_session(self.model, bounds), restricted=True)
+        scheduler = Scheduler(
+            budget,
+            self.page_size,
+            self.model.config.context,
+            speculate=self.speculate,
+            keep_answers=True,
+        )
+        return Session(self, scheduler)
+
+    def encode(self, prompt: Prompt, name: str) -> np.ndarray:
+        """int32 tokens of a prompt that the model can answer; InputError beginning with `name`."""
         config = self.model.config
-        encoded = []
-        for i, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise InputError(f"prompt {i}: empty")
-            if isinstance(prompt[0], Mapping):
-                with naming(f"prompt {i}"):
-                    prompt = chat.encode_prompt(self.tokenizer, cast(chat.Messages, prompt))
-            tokens = np.asarray(prompt)  # int32 only when all are known to fit it
-            if len(tokens) >= config.context:
-                raise InputError(
-                    f"prompt {i}: {len(tokens)} tokens leave no room in the context of "
-                    f"{config.context}"
-                )
-            if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-                raise InputError(f"prompt {i}: token id outside 0..{config.vocab_size - 1}")
-            encoded.append(tokens.astype(np.int32))
-        return encoded
+        if len(prompt) == 0:
+            raise InputError(f"{name}: empty")
+        if isinstance(prompt[0], Mapping):
+            with naming(name):
+                prompt = chat.encode_prompt(self.tokenizer, cast(chat.Messages, prompt))
+        tokens = np.asarray(prompt)  # int32 only when all are known to fit it
+        if len(tokens) >= config.context:
+            raise InputError(
+                f"{name}: {len(tokens)} tokens leave no room in the context of {config.context}"
+            )
+        if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+            raise InputError(f"{name}: token id outside 0..{config.vocab_size - 1}")
+        return tokens.astype(np.int32)
+
+    def text_stream(
+        self, prompt: Prompt, tokens: list[int], stop: tuple[str, ...] = ()
+    ) -> TextStream:
+        """Text of the answer to `prompt`, which encodes to `tokens`, as it comes."""
+        message = isinstance(prompt[0], Mapping)
+        return TextStream(self.tokenizer, tokens, strip=message, stop=stop)
 
     def _text(self, prompt: Prompt, prompt_tokens: list[int], tokens: list[int]) -> str:
         if tokens and tokens[-1] in self.tokenizer.stop_ids:
@@ -192,87 +217,45 @@ class Engine:
         # Decoded alone, a continuation would lose the space in front of its first word.
         return decode(prompt_tokens + tokens)[len(decode(prompt_tokens)) :]
 
-    @torch.inference_mode()
-    def _steps(
-        self,
-        prompts: list[np.ndarray],
-        keys: np.ndarray,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_tokens: int,
-    ) -> Iterator[tuple[np.ndarray, list[scheduler.Sequence]]]:
-        """Yields each forward pass's sampled tokens and the sequences it finished. `keys` uint64
-        [P, n]: the random streams of each prompt's samples."""
-        model, page_size = self.model, self.page_size
+    def _generation(
+        self, prompts: list[np.ndarray], keys: np.ndarray, options: SamplingOptions
+    ) -> Generation:
+        """What answers `prompts` with the random streams `keys` uint64 [P * n], n for each."""
+        context = self.model.config.context
+        n = len(keys) // max(1, len(prompts))
         lengths = np.array([len(tokens) for tokens in prompts], np.int32)
-        limits = np.minimum(min(max_tokens, model.config.context), model.config.context - lengths)
-        budget = self._budget(lengths, limits, keys.shape[1], bool(top_k or top_p < 1))
-        queue = scheduler.Scheduler(
-            prompts, limits, keys, self.tokenizer.stop_ids, budget, page_size
+        limits = np.minimum(min(options.max_tokens, context), context - lengths)
+        budget = self._within(
+            lambda bounds: plan(self.model, lengths, limits, n, bounds),
+            restricted=bool(options.top_k or options.top_p < 1),
         )
-        cache = KVCache(model.config.layers, budget.pages, page_size)
-        training = model.training
-        model.eval()
-        try:
-            while queue.unfinished:
-                step = queue.step()
-                tokens, logprobs = self._forward(step, cache, temperature, top_p, top_k)
-                yield tokens, queue.record(step, tokens, logprobs)
-        finally:
-            model.train(training)
+        longest = int((lengths + limits).max(initial=0))
+        scheduler = Scheduler(budget, self.page_size, longest, speculate=self.speculate)
+        stop_ids = self.tokenizer.stop_ids
+        for i, key in enumerate(keys):
+            p = i // n
+            scheduler.add(Request(i, prompts[p], options, key, int(limits[p]), stop_ids))
+        return Generation(self.model, scheduler)
 
-    def _budget(self, lengths: np.ndarray, limits: np.ndarray, n: int, restricted: bool) -> Budget:
-        """What the call may hold at once; InputError where one sample alone needs more."""
+    def _within(self, plan: Callable[[Bounds], Budget], restricted: bool) -> Budget:
+        """What a call may hold at once; InputError where that is too little."""
         allowed = self.cache_bytes
         if allowed is None:
             allowed = free_bytes(self.model.output.weight.device) // 2
+        bounds = Bounds(
+            allowed, self.page_size, self.max_sequences, self.speculate, restricted=restricted
+        )
         try:
-            return plan(
-                self.model,
-                lengths,
-                limits,
-                n,
-                allowed=allowed,
-                page_size=self.page_size,
-                max_sequences=self.max_sequences,
-                restricted=restricted,
-            )
+            return plan(bounds)
         except InputError as error:
             default = " (half of the free memory)" if self.cache_bytes is None else ""
             raise InputError(f"{error}{default}") from None
 
-    def _forward(
-        self, step: scheduler.Step, cache: KVCache, temperature: float, top_p: float, top_k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        device = self.model.output.weight.device
-
-        def put(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
-
-        decoding = len(step.lengths)
-        prefilled = len(step.tokens) - decoding
-        chosen, logprobs = np.empty(0, np.int32), np.empty(0, np.float32)
-        if len(step.tokens):
-            cache.addresses = Addresses(
-                slots=put(step.slots),
-                prompt_cu_seqlens=put(step.cu_seqlens),
-                prompt_tokens=prefilled,
-                longest_prompt=int(np.diff(step.cu_seqlens).max(initial=0)),
-                block_table=put(step.block_table),
-                lengths=put(step.lengths),
-            )
-            hidden = self.model.transformer(put(step.tokens).long(), put(step.positions), cache)
-            if decoding:
-                logits = self.model.output(hidden[prefilled:]).float()
-                uniform = put(uniforms(step.keys, step.counts))
-                sampled = choose(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
-                chosen, logprobs = (tensor.cpu().numpy() for tensor in sampled)
-                if np.isnan(logprobs).any():
-                    raise FloatingPointError(
-                        "the model's logits are not finite: its weights are damaged, training "
-                        "diverged, or the temperature is too small to divide by"
-                    )
-        if step.copies.size:
-            cache.copy(*put(step.copies))
-        return chosen, logprobs
+    @contextlib.contextmanager
+    def _sampling(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)

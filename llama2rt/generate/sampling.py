@@ -1,12 +1,15 @@
-"""From logits to tokens: temperature, top-k, top-p, and each sequence's own random stream.
+"""From logits to tokens: each row by its own options and its own random stream.
 
 A sample must depend on its seed, prompt index and sample index and on nothing else, so the torch
 generator (one stream, consumed in batch order) is not used: a counter-based generator gives
 sequence s at step t its own uniform number, and the token is read off the inverse of the
-cumulative distribution. Penalties, stop strings and constrained decoding are left out.
+cumulative distribution. Rows that are drawn alike are drawn together, and nothing of a row depends
+on another. Frequency and presence penalties and constrained decoding are left out.
 """
 
 import math
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,27 +73,128 @@ def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return (bits.astype(np.float64) + 0.5) * 2.0**-48
 
 
-def choose(
-    logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [B] and their logprobs fp32 [B] from fp32 logits [B, V] (overwritten).
+@dataclass(frozen=True, slots=True)
+class RowOptions:
+    """`SamplingOptions` of B rows of logits, one array [B] for each that `choose` reads."""
 
-    `uniform` float64 [B] decides each row. The logprob is that of the log-softmax of
-    logits/temperature over the whole vocabulary, before top-k and top-p, so it equals the training
-    path's; at temperature 0 (argmax) that of temperature 1. top_k 0 and top_p 1 mean no limit;
-    with both, top_p counts the probabilities renormalised after top_k. The top-p mask is
-    cumulative - p > top_p, as Llama 2's: the token that crosses top_p stays.
+    temperature: np.ndarray
+    """float64"""
+    top_p: np.ndarray
+    """float64"""
+    top_k: np.ndarray
+    """int64"""
+    min_p: np.ndarray
+    """float64"""
+    repetition_penalty: np.ndarray
+    """float64"""
+    logprobs: np.ndarray
+    """int64"""
+
+    @classmethod
+    def empty(cls, rows: int) -> "RowOptions":
+        """Rows that are drawn plainly, to be `put` or used as they are."""
+        ones, zeros, none = np.ones(rows), np.zeros(rows), np.zeros(rows, np.int64)
+        return cls(ones, ones.copy(), none, zeros, ones.copy(), none.copy())
+
+    def put(self, row: int, options: Any) -> None:
+        """Row `row` from what has these fields as numbers."""
+        for field in fields(self):
+            getattr(self, field.name)[row] = getattr(options, field.name)
+
+    def take(self, rows: np.ndarray) -> "RowOptions":
+        """The options of these rows, repeated as `rows` repeats them."""
+        return RowOptions(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was drawn for B rows, on the host."""
+
+    tokens: np.ndarray
+    """int64 [B]"""
+    logprobs: np.ndarray
+    """fp32 [B]"""
+    top: list[list[tuple[int, float]]]
+    """likeliest tokens with their logprobs of each row, as many as it asks for; [] if none does"""
+
+
+def choose(
+    logits: Tensor, uniform: Tensor, options: RowOptions, seen: np.ndarray | None = None
+) -> Choice:
+    """Tokens from fp32 logits [B, V] (overwritten), whose rows float64 `uniform` [B] decides.
+
+    The logprobs are those of the log-softmax of logits/temperature over the whole vocabulary,
+    before anything else, so they equal the training path's; at temperature 0 (argmax) those of
+    temperature 1. top_k 0, top_p 1 and min_p 0 mean no limit; top_p counts the probabilities
+    renormalised after top_k. The top-p mask is cumulative - p > top_p, as Llama 2's: the token that
+    crosses top_p stays. `seen` int64 [P, L]: for the rows with a repetition penalty, in order, the
+    tokens that it is for, repeated at will.
     """
-    if temperature not in (0.0, 1.0):
-        logits /= temperature
+    scaled = options.temperature * (options.temperature > 0) + (options.temperature == 0)
+    if (scaled != 1).any():
+        logits /= _column(scaled, logits).to(logits.dtype)
     logprobs = torch.log_softmax(logits, dim=-1)
-    if temperature == 0:
-        tokens = logprobs.argmax(dim=-1)
-    elif top_k or top_p < 1:
-        tokens = _restricted(logprobs.exp(), uniform, top_p, top_k)
-    else:
-        tokens = _invert(logprobs.exp().cumsum(dim=-1, dtype=torch.float64), uniform)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    weights = logprobs
+    if seen is not None:
+        rows = _index(np.flatnonzero(options.repetition_penalty != 1), logits)
+        penalty = _column(options.repetition_penalty, logits)[rows].to(logits.dtype)
+        tokens = torch.from_numpy(seen).to(logits.device)
+        changed = logits[rows]
+        found = changed.gather(1, tokens)
+        found = torch.where(found > 0, found / penalty, found * penalty)
+        weights = logprobs.clone()
+        weights[rows] = torch.log_softmax(changed.scatter(1, tokens, found), dim=-1)
+    chosen = _draw(weights, uniform, options)
+    drawn = logprobs.gather(1, chosen[:, None])[:, 0]
+    return Choice(chosen.cpu().numpy(), drawn.cpu().numpy(), _top(logprobs, options.logprobs))
+
+
+def _index(rows: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(rows).to(like.device)
+
+
+def _column(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)[:, None]
+
+
+def _top(logprobs: Tensor, wanted: np.ndarray) -> list[list[tuple[int, float]]]:
+    most = min(int(wanted.max(initial=0)), logprobs.shape[1])
+    if not most:
+        return []
+    rows = np.flatnonzero(wanted)
+    values, tokens = logprobs[_index(rows, logprobs)].topk(most, dim=-1)
+    top: list[list[tuple[int, float]]] = [[] for _ in wanted]
+    for row, ids, each in zip(rows.tolist(), tokens.tolist(), values.tolist(), strict=True):
+        top[row] = list(zip(ids, each, strict=True))[: wanted[row]]
+    return top
+
+
+_ARGMAX, _PLAIN = -2, -1  # how a row is drawn; from 0 on: with this top_k and other limits
+
+
+def _draw(weights: Tensor, uniform: Tensor, options: RowOptions) -> Tensor:
+    limited = (options.top_k > 0) | (options.top_p < 1) | (options.min_p > 0)
+    way = np.where(limited, options.top_k, _PLAIN)
+    way[options.temperature == 0] = _ARGMAX
+    if (way == way[:1]).all():
+        return _draw_alike(weights, uniform, options, int(way[0]) if len(way) else _PLAIN)
+    tokens = torch.empty(len(way), dtype=torch.int64, device=weights.device)
+    for each in np.unique(way).tolist():
+        rows = np.flatnonzero(way == each)
+        index = _index(rows, weights)
+        tokens[index] = _draw_alike(weights[index], uniform[index], options.take(rows), each)
+    return tokens
+
+
+def _draw_alike(weights: Tensor, uniform: Tensor, options: RowOptions, way: int) -> Tensor:
+    if way == _ARGMAX:
+        return weights.argmax(dim=-1)
+    if way == _PLAIN:
+        return _invert(weights.exp().cumsum(dim=-1, dtype=torch.float64), uniform)
+    # Without a limit nothing is cut, whatever a sum of rounded probabilities exceeds 1 by.
+    top_p = np.where(options.top_p == 1, np.inf, options.top_p)
+    limits = _column(top_p, weights), _column(options.min_p, weights)
+    return _limited(weights.exp(), uniform, *limits, way)
 
 
 def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
@@ -101,22 +205,30 @@ def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
     return found.clamp(max=cumulative.shape[1] - 1)
 
 
-def _restricted(
-    probabilities: Tensor, uniform: Tensor, top_p: float, top_k: int, full: bool = False
+def _limited(
+    probabilities: Tensor,
+    uniform: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    top_k: int,
+    full: bool = False,
 ) -> Tensor:
+    """`top_p` and `min_p` [B, 1]."""
     vocabulary = probabilities.shape[1]
     width = min(top_k or (vocabulary if full else _NUCLEUS_WIDTH), vocabulary)
     values, candidates = probabilities.topk(width, dim=-1)
     values = values.double()
+    likely = values >= min_p * values[:, :1]
     if top_k:
         values /= values.sum(dim=-1, keepdim=True)
     cumulative = values.cumsum(dim=-1)
-    kept = torch.where(cumulative - values > top_p, 0.0, values).cumsum(dim=-1)
+    dropped = (cumulative - values > top_p) | ~likely
+    kept = torch.where(dropped, 0.0, values).cumsum(dim=-1)
     tokens = candidates.gather(1, _invert(kept, uniform)[:, None])[:, 0]
     if not top_k and width < vocabulary:
-        open_rows = (cumulative[:, -1] <= top_p).nonzero()[:, 0]
+        more = (cumulative[:, -1:] <= top_p) & likely[:, -1:]
+        open_rows = more[:, 0].nonzero()[:, 0]
         if len(open_rows):
-            tokens[open_rows] = _restricted(
-                probabilities[open_rows], uniform[open_rows], top_p, 0, full=True
-            )
+            rest = (each[open_rows] for each in (probabilities, uniform, top_p, min_p))
+            tokens[open_rows] = _limited(*rest, 0, full=True)
     return tokens

@@ -10,6 +10,7 @@ from small_models import Ids, far_from_flat, packed, transformers_twin
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.generate.budget import forward_bytes
+from llama2rt.generate.generation import Generation
 from llama2rt.generate.kv_cache import page_bytes
 
 
@@ -273,15 +274,13 @@ def test_the_largest_options_are_taken():
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """(cache, step) of all forward passes."""
+    """(cache, batch) of all forward passes."""
     found = []
-    forward = Engine._forward
+    forward = Generation._forward
     monkeypatch.setattr(
-        Engine,
+        Generation,
         "_forward",
-        lambda self, step, cache, *rest: (
-            found.append((cache, step)) or forward(self, step, cache, *rest)
-        ),
+        lambda self, batch: found.append((self.cache, batch)) or forward(self, batch),
     )
     return found
 

@@ -5,7 +5,15 @@ import pytest
 import torch
 from scipy import stats
 
-from llama2rt.generate.sampling import _INCREMENT, _mix, choose, stream_keys, uniforms
+from llama2rt.generate.request import SamplingOptions
+from llama2rt.generate.sampling import (
+    _INCREMENT,
+    RowOptions,
+    _mix,
+    choose,
+    stream_keys,
+    uniforms,
+)
 
 DRAWS = 40_000
 
@@ -16,9 +24,23 @@ def _uniform(draws=DRAWS, seed=0):
     return torch.from_numpy(uniforms(keys, np.zeros(draws, np.int32)))
 
 
+def _rows(*options):
+    """Rows of logits with these options each."""
+    rows = RowOptions.empty(len(options))
+    for i, each in enumerate(options):
+        rows.put(i, SamplingOptions(**each))
+    return rows
+
+
+def _choose(logits, uniform, **options):
+    """Tokens and logprobs of rows with the same options."""
+    rows = _rows(options).take(np.zeros(len(logits), np.int64))
+    choice = choose(logits, uniform, rows)
+    return torch.from_numpy(choice.tokens), torch.from_numpy(choice.logprobs)
+
+
 def _counts(logits, **options):
-    options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **options}
-    tokens, logprobs = choose(logits.repeat(DRAWS, 1), _uniform(), **options)
+    tokens, logprobs = _choose(logits.repeat(DRAWS, 1), _uniform(), **options)
     return torch.bincount(tokens, minlength=len(logits)), tokens, logprobs
 
 
@@ -78,9 +100,9 @@ def test_nucleus_wider_than_the_partial_sort():
     flat, peaked = torch.randn(2, 1000, generator=generator) * torch.tensor([[0.1], [6.0]])
     uniform = _uniform(512)
     options = {"temperature": 1.0, "top_p": 0.9, "top_k": 0}
-    both, _ = choose(torch.stack([flat, peaked]).repeat(256, 1), uniform, **options)
+    both, _ = _choose(torch.stack([flat, peaked]).repeat(256, 1), uniform, **options)
     for row, logits in enumerate((flat, peaked)):
-        alone, _ = choose(logits.repeat(256, 1), uniform[row::2], **options)
+        alone, _ = _choose(logits.repeat(256, 1), uniform[row::2], **options)
         assert torch.equal(both[row::2], alone)
         ordered, order = logits.softmax(0).sort(descending=True)
         kept = order[ordered.cumsum(0) - ordered <= 0.9]
@@ -97,7 +119,7 @@ def test_nucleus_wider_than_the_partial_sort():
 
 
 def test_argmax_and_its_logprob(logits):
-    tokens, logprobs = choose(
+    tokens, logprobs = _choose(
         logits.clone()[None], torch.tensor([0.5]).double(), temperature=0.0, top_p=0.5, top_k=3
     )
     assert tokens.item() == logits.argmax()
@@ -107,7 +129,7 @@ def test_argmax_and_its_logprob(logits):
 def test_extreme_uniforms_never_choose_impossible_tokens():
     logits = torch.tensor([[-torch.inf, 2.0, 1.0, -torch.inf], [-torch.inf, 2.0, 1.0, -torch.inf]])
     uniform = torch.tensor([2.0**-49, 1 - 2.0**-49], dtype=torch.float64)
-    tokens, _ = choose(logits, uniform, temperature=1.0, top_p=1.0, top_k=0)
+    tokens, _ = _choose(logits, uniform, temperature=1.0, top_p=1.0, top_k=0)
     assert tokens.tolist() == [1, 2]
 
 

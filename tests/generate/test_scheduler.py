@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama2rt.generate.batch import layout
 from llama2rt.generate.budget import PREFILL_TOKENS, Budget
 from llama2rt.generate.kv_cache import PagePool
-from llama2rt.generate.sampling import stream_keys
+from llama2rt.generate.request import Request, SamplingOptions
+from llama2rt.generate.sampling import Choice, stream_keys
 from llama2rt.generate.scheduler import Scheduler
 
 EOS = 2
@@ -24,37 +26,67 @@ def _next_token(context, key):
     return value % 17  # EOS now and then
 
 
-def _run(prompts, limits, n=1, *, pages, page_size=4, max_sequences=3, eos=EOS):
-    budget = Budget(pages, PREFILL_TOKENS, max_sequences)
-    keys = stream_keys(
-        0, np.repeat(np.arange(len(prompts)), n), np.tile(np.arange(n), len(prompts))
-    )
-    scheduler = Scheduler(prompts, limits, keys.reshape(-1, n), eos, budget, page_size)
-    cache = np.full(pages * page_size, -1)
-    finished, statistics = {}, {"prefilled": 0, "largest": 0, "steps": 0, "widest": 0}
-    while scheduler.unfinished:
+class FakeModel:
+    """Runs a scheduler's steps; checks each of them."""
+
+    def __init__(self, scheduler, pages, page_size, max_sequences):
+        self.scheduler, self.page_size, self.most = scheduler, page_size, max_sequences
+        self.cache = np.full(pages * page_size, -1)
+        self.pages = pages
+        self.statistics = {"prefilled": 0, "largest": 0, "steps": 0, "widest": 0}
+
+    def advance(self):
+        """One step: the sequences that it finished."""
+        scheduler, page_size = self.scheduler, self.page_size
         step = scheduler.step()
-        decoding = len(step.lengths)
-        assert decoding <= max_sequences
-        assert len(step.tokens) or step.copies.size or scheduler.rows.size  # no idle step
-        assert len(np.unique(step.slots)) == len(step.slots) == len(step.tokens)
-        cache[step.slots] = step.tokens
-        sampled = np.empty(decoding, np.int32)
-        for i, (table, length) in enumerate(zip(step.block_table, step.lengths, strict=True)):
-            context = cache.reshape(-1, page_size)[table].ravel()[:length]
-            assert step.positions[len(step.tokens) - decoding + i] == length - 1
-            sampled[i] = _next_token(context.tolist(), step.keys[i])
-        blocks = cache.reshape(-1, page_size)
-        blocks[step.copies[1]] = blocks[step.copies[0]]
-        for sequence in scheduler.record(step, sampled, -sampled.astype(np.float32)):
-            finished[sequence.prompt, sequence.sample] = sequence
-        statistics["prefilled"] += int(step.cu_seqlens[-1])
-        statistics["largest"] = max(statistics["largest"], int(step.cu_seqlens[-1]))
-        statistics["steps"] += 1
-        statistics["widest"] = max(statistics["widest"], decoding)
+        batch = layout(step, scheduler.slots)
+        assert len(step.rows) <= self.most
+        assert len(batch.tokens) or batch.copies.size or scheduler.rows.size  # no idle step
+        assert len(np.unique(batch.slots)) == len(batch.slots) == len(batch.tokens)
+        self.cache[batch.slots] = batch.tokens
+        blocks = self.cache.reshape(-1, page_size)
+        behind = int(batch.cu_seqlens[-1])  # tokens of whole prompts
+        offsets = batch.cu_seqlens_q
+        if offsets is None:
+            offsets = np.arange(len(batch.lengths) + 1)
+        assert behind + offsets[-1] == len(batch.tokens)
+        contexts = []
+        for i, (table, length) in enumerate(zip(batch.block_table, batch.lengths, strict=True)):
+            context = blocks[table].ravel()[:length].tolist()
+            begin, end = offsets[i], offsets[i + 1]
+            expected = np.arange(length - (end - begin), length)
+            assert np.array_equal(batch.positions[behind + begin : behind + end], expected)
+            contexts += [context[: position + 1] for position in expected]
+        keys = scheduler.slots.keys[batch.drawn]
+        drawn = contexts[len(contexts) - len(keys) :]
+        sampled = np.array(
+            [_next_token(context, key) for context, key in zip(drawn, keys, strict=True)], np.int64
+        )
+        blocks[batch.copies[1]] = blocks[batch.copies[0]]
+        prefilled = len(batch.tokens) - len(keys)
+        self.statistics["prefilled"] += prefilled
+        self.statistics["largest"] = max(self.statistics["largest"], prefilled)
+        self.statistics["steps"] += 1
+        self.statistics["widest"] = max(self.statistics["widest"], len(step.rows))
+        return scheduler.record(step, Choice(sampled, -sampled.astype(np.float32), []))
+
+
+def _run(prompts, limits, n=1, *, pages, page_size=4, max_sequences=3, eos=EOS, **options):
+    budget = Budget(pages, options.pop("prefill_tokens", PREFILL_TOKENS), max_sequences)
+    longest = max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=0)
+    scheduler = Scheduler(budget, page_size, longest, **options)
+    pairs = [(p, s) for p in range(len(prompts)) for s in range(n)]
+    keys = stream_keys(0, *np.array(pairs).T)
+    for i, ((p, _), key) in enumerate(zip(pairs, keys, strict=True)):
+        scheduler.add(Request(i, prompts[p], SamplingOptions(), key, int(limits[p]), (eos,)))
+    model = FakeModel(scheduler, pages, page_size, max_sequences)
+    finished = {}
+    while scheduler.unfinished:
+        for sequence in model.advance():
+            finished[pairs[sequence.request.id]] = sequence
     assert scheduler.pool.free == pages, "pages leaked"
-    assert sorted(finished) == [(p, s) for p in range(len(prompts)) for s in range(n)]
-    return finished, statistics
+    assert sorted(finished) == pairs
+    return finished, model.statistics
 
 
 def _alone(prompt, limit, key):
@@ -127,9 +159,10 @@ def test_newcomers_leave_room_to_grow():
 
 
 def test_prefill_of_a_step_is_bounded():
-    prompts = [np.full(size, 3, np.int32) for size in (3000, 1000, 200, 6000, 10)]
+    sizes = (3000, 1000, 200, 6000, 10)
+    prompts = [np.full(size, 3 + i, np.int32) for i, size in enumerate(sizes)]
     _, statistics = _run(prompts, np.full(5, 2, np.int32), pages=3000, max_sequences=5)
-    assert statistics["largest"] == 5999  # alone; the others at most 4096 together
+    assert statistics["largest"] == 4096  # a longer one in chunks
     assert statistics["prefilled"] == 10210 - 5
     assert statistics["steps"] >= 4
 

@@ -8,7 +8,7 @@ from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
 from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
-from llama2rt.generate import scheduler
+from llama2rt.generate import engine, scheduler
 from llama2rt.generate.budget import forward_bytes
 from llama2rt.generate.kv_cache import page_bytes
 from llama2rt.model import Llama, LlamaConfig
@@ -128,11 +128,11 @@ def test_max_sequences_and_cache_bytes_bound_what_is_sampled_at_once(pocket, tmp
     seen = []
 
     class Spy(scheduler.Scheduler):
-        def __init__(self, prompts, limits, keys, stop_ids, budget, page_size):
+        def __init__(self, budget, *rest, **options):
             seen.append((budget.sequences, budget.pages))
-            super().__init__(prompts, limits, keys, stop_ids, budget, page_size)
+            super().__init__(budget, *rest, **options)
 
-    monkeypatch.setattr(scheduler, "Scheduler", Spy)
+    monkeypatch.setattr(engine, "Scheduler", Spy)
     model, _ = loading.load_llama(pocket.sft)
     page = page_bytes(model, 16)
     few = 10 * page + forward_bytes(
