@@ -1,6 +1,7 @@
 """The server's process: it listens, answers, and ends when it is told to."""
 
 import contextlib
+import logging
 import signal
 import socket
 import sys
@@ -41,6 +42,8 @@ def run(app: FastAPI, shared: Server, listener: socket.socket, host: str) -> Non
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}"
     print(f"{shared.name} at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    # It warns of every client that leaves in the middle of an answer.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     with _signals_ignored():
         server.run(sockets=[listener])
     if shared.worker.failure is not None:

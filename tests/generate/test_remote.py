@@ -280,10 +280,10 @@ def test_llamacpp_whose_eos_is_only_a_reason(small_tokenizer) -> None:
 def test_transformers_which_reads_text_and_gives_one_answer(engine) -> None:
     paths = {"/load_model": {}, "/reset": {}}
     standing = Standing(engine, "", text_only, openapi_json={"paths": paths})
-    ids = engine.tokenizer.encode("the quick brown", bos=True)
+    other = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "jump"}]
     with standing.sampler() as sampler:
-        found = sampler.generate([MESSAGES, ids], n=2, temperature=0.0, max_tokens=12)
-        here = engine.generate([MESSAGES, ids], temperature=0.0, max_tokens=12)
+        found = sampler.generate([MESSAGES, other], n=2, temperature=0.0, max_tokens=12)
+        here = engine.generate([MESSAGES, other], temperature=0.0, max_tokens=12)
         texts = [c.text for c in found]
         assert texts[::2] == texts[1::2] == [c.text for c in here]
         # Tokens are those of the text, and their log-probabilities ours.
@@ -291,11 +291,22 @@ def test_transformers_which_reads_text_and_gives_one_answer(engine) -> None:
         assert len({body["seed"] for body in standing.bodies}) == 4
         config = json.loads(standing.bodies[0]["generation_config"])
         assert config["do_sample"] is False and config["max_new_tokens"] == 12
-        sampler.generate([ids], temperature=0.5, max_tokens=2)
+        sampler.generate([other], temperature=0.5, max_tokens=2)
         config = json.loads(standing.bodies[-1]["generation_config"])
         assert config["do_sample"] is True and config["top_k"] == 0
-        with pytest.raises(InputError, match=r"prompt 0: .*no text encodes to these"):
-            sampler.generate([[5, 5, 1, 5]], max_tokens=2)
+        with pytest.raises(InputError, match=r"prompt 0: token ids: .* by messages"):
+            sampler.generate([[1, 5]], max_tokens=2)
+
+
+def test_a_server_that_says_no_ids(engine) -> None:
+    standing = Standing(engine, "sglang", text_only)
+    ids = engine.tokenizer.encode("the quick brown", bos=True)
+    with standing.sampler() as sampler:
+        found = sampler.generate([MESSAGES, ids], n=2, temperature=0.0, max_tokens=12)
+    here = engine.generate([MESSAGES, ids], temperature=0.0, max_tokens=12)
+    assert [c.text for c in found[::2]] == [c.text for c in here]
+    assert all(len(c.logprobs) == len(c.tokens) for c in found)
+    assert standing.bodies[0]["top_k"] == -1 and len(standing.bodies) == 2
 
 
 def replies(engine: Engine, reply: object) -> Callable[[str, dict | None], tuple]:

@@ -1,10 +1,10 @@
 """How servers of OpenAI's API differ where it matters to a sampler: what a prompt may be, who says
 which tokens were drawn, and what happens to a field that the server does not know.
 
-A completion is asked for by token ids, so that nobody else's chat template or BOS comes between;
-a server that reads text alone gets the messages, or text that encodes to the same ids, and its
-count of the prompt's tokens is compared. Everything that a server would otherwise take from the
-model's generation_config.json is said explicitly.
+A completion is asked for by token ids, so that nobody else's chat template or BOS comes between; a
+server that reads text alone gets the messages, and its count of the prompt's tokens is compared.
+Everything that a server would otherwise take from the model's generation_config.json is said
+explicitly.
 """
 
 import json
@@ -66,7 +66,7 @@ class Dialect:
     def request(self, ask: Ask, model: str, tokenizer: Any) -> tuple[str, dict[str, Any]]:
         """Path and body."""
         if not self.ids:
-            return _text_request(ask, model, tokenizer)
+            return _chat_request(ask, model, tokenizer)
         body = {
             "model": model,
             "prompt": ask.tokens,
@@ -154,8 +154,8 @@ def _kind(client: Client, owners: Mapping[str, str]) -> str:
     return "transformers" if {"/load_model", "/reset"} <= paths.keys() else "openai"
 
 
-def _text_request(ask: Ask, model: str, tokenizer: Any) -> tuple[str, dict[str, Any]]:
-    """For `transformers serve`, which drops n, top_k and log-probabilities without a word, and
+def _chat_request(ask: Ask, model: str, tokenizer: Any) -> tuple[str, dict[str, Any]]:
+    """For `transformers serve`, which drops n and logprobs without a word, refuses top_k, and
     samples only if the model's generation_config.json says so: all of it is in `generation_config`,
     which replaces that file."""
     config: dict[str, Any] = {
@@ -168,13 +168,11 @@ def _text_request(ask: Ask, model: str, tokenizer: Any) -> tuple[str, dict[str, 
     if ask.temperature > 0:
         config |= {"temperature": ask.temperature, "top_p": ask.top_p, "top_k": ask.top_k}
     body = {"model": model, "seed": ask.seed, "generation_config": json.dumps(config)}
-    if isinstance(ask.prompt[0], Mapping):
-        messages = [dict(message) for message in ask.prompt]
-        return "/v1/chat/completions", {**body, "messages": messages}
-    text = tokenizer.decode(ask.tokens)
-    if tokenizer.encode(text, bos=True) != ask.tokens:
-        raise InputError("the server reads text alone, and no text encodes to these token ids")
-    return "/v1/completions", {**body, "prompt": text}
+    if not isinstance(ask.prompt[0], Mapping):
+        # It decodes a continuation alone, which loses the space in front of its first word.
+        raise InputError("token ids: transformers serve can only be asked by messages")
+    messages = [dict(message) for message in ask.prompt]
+    return "/v1/chat/completions", {**body, "messages": messages}
 
 
 def _answer(choice: Mapping[str, Any], ask: Ask, tokenizer: Any) -> Answer:
@@ -204,15 +202,15 @@ def _answer(choice: Mapping[str, Any], ask: Ask, tokenizer: Any) -> Answer:
 def _retokenised(choice: Mapping[str, Any], ask: Ask, tokenizer: Any, finish: str) -> list[int]:
     """The tokens of an answer that came as text: those that its text encodes to, which a model may
     have written in other pieces."""
+    text = choice["text"] if "text" in choice else choice["message"]["content"] or ""
     if isinstance(ask.prompt[0], Mapping):
-        text = choice["message"]["content"] or ""
         every, _ = chat.encode_response(tokenizer, ask.prompt, text)
         tokens = every[len(ask.tokens) :]
         while tokens and tokens[-1] in tokenizer.stop_ids:
             tokens.pop()
     else:
         before = tokenizer.decode(ask.tokens)
-        every = tokenizer.encode(before + choice["text"], bos=True)
+        every = tokenizer.encode(before + text, bos=True)
         if every[: len(ask.tokens)] != ask.tokens:
             raise InputError("the server's text joins the prompt's last token; ask by messages")
         tokens = every[len(ask.tokens) :]
