@@ -132,12 +132,10 @@ class Request(BaseModel):
     def options(self, max_tokens: int, logprobs: int) -> SamplingOptions:
         """As the engine takes them; `logprobs`: alternatives a token."""
         seed = secrets.randbits(63) if self.seed is None else self.seed % 2**63
+        same = ("temperature", "top_p", "min_p", "repetition_penalty")
         return SamplingOptions(
-            temperature=self.temperature,
-            top_p=self.top_p,
+            **{name: getattr(self, name) for name in same},
             top_k=max(0, self.top_k),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
             stop=tuple(self.stop),
             stop_ids=tuple(self.stop_token_ids),
             max_tokens=max_tokens,
