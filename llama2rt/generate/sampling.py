@@ -229,6 +229,7 @@ def _limited(
         more = (cumulative[:, -1:] <= top_p) & likely[:, -1:]
         open_rows = more[:, 0].nonzero()[:, 0]
         if len(open_rows):
-            rest = (each[open_rows] for each in (probabilities, uniform, top_p, min_p))
-            tokens[open_rows] = _limited(*rest, 0, full=True)
+            wide = probabilities[open_rows]
+            limits = top_p[open_rows], min_p[open_rows]
+            tokens[open_rows] = _limited(wide, uniform[open_rows], *limits, 0, full=True)
     return tokens

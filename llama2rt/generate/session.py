@@ -4,7 +4,7 @@ A session outlives its requests and keeps pages that later prompts may begin wit
 thread's: what other threads want, they ask that thread for between two steps.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,7 +33,8 @@ class Session:
 
     An answer depends on the weights, its prompt, its options and its sample number alone: it is
     that of `Engine.generate([prompt], n, seed=seed)`, whatever runs beside it. Weights may change
-    between steps: what runs is then computed again with the new ones, from the tokens it has.
+    between steps: what runs is then computed again with the new ones, from the tokens it has. The
+    model is in evaluation mode while its session is open.
     """
 
     def __init__(self, engine: "Engine", scheduler: Scheduler) -> None:
@@ -43,7 +44,10 @@ class Session:
         self._aborted: list[Update] = []
         self._next_id = 0
         self._last_prompt = np.empty(0, np.int32)
-        self._weights = _version(engine.model)
+        self._parameters = list(engine.model.parameters())
+        self._weights = self._version()
+        self._training = engine.model.training
+        engine.model.eval()
         self._closed = False
 
     def __enter__(self) -> "Session":
@@ -113,29 +117,23 @@ class Session:
         return sequence is not None
 
     def reset(self) -> None:
-        """Forgets all keys and values, as `step` does where it sees other weights: those changed
-        in place by torch, or replaced."""
+        """Forgets all keys and values, as `step` does where torch has written to a parameter or
+        given it other data; for whoever changes weights in another way."""
         self._scheduler.reset()
-        self._weights = _version(self._engine.model)
+        self._weights = self._version()
 
     def step(self) -> list[Update]:
         """One forward pass: what it added to each answer, and what ended since the last."""
         updates, self._aborted = self._aborted, []
         if not self._scheduler.unfinished:
             return updates
-        if _version(self._engine.model) != self._weights:
+        if self._version() != self._weights:
             self.reset()
-        training = self._engine.model.training
-        if training:
-            self._engine.model.eval()
         try:
             step, finished = self._generation.advance()
         except BaseException:
             self.reset()  # pages may not hold what they were to hold
             raise
-        finally:
-            if training:
-                self._engine.model.train()
         updates += [self._finished(sequence) for sequence in finished]
         sequences = self._scheduler.slots.sequences
         for slot in step.rows.tolist():
@@ -153,6 +151,7 @@ class Session:
         self._scheduler.reset()
         self._scheduler.waiting.clear()
         del self._generation  # and the pages
+        self._engine.model.train(self._training)
         self._shown.clear()
         self._aborted.clear()
 
@@ -193,10 +192,9 @@ class Session:
             sequence.finish_reason,
         )
 
-
-def _version(model: Any) -> list[tuple[int, int]]:
-    """Changes whenever torch writes to a weight, or another tensor takes its place."""
-    return [
-        (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        for weight in model.parameters()
-    ]
+    def _version(self) -> list[tuple[int, int]]:
+        """Changes whenever torch writes to a weight or gives it other data."""
+        return [
+            (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            for weight in self._parameters
+        ]
