@@ -139,7 +139,7 @@ def own_server(options: argparse.Namespace) -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGTERM)
             try:
-                status = server.wait(60)
+                status = server.wait(120)
             except subprocess.TimeoutExpired:
                 server.kill()
                 raise SystemExit("the server did not end") from None
@@ -175,6 +175,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("serve", nargs="*", help="further options of llama2rt serve, after --")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with it the server
     options.seconds = min(options.seconds, 600.0)
     given = contextlib.nullcontext(options.url) if options.url else own_server(options)
     with given as url:
