@@ -59,6 +59,30 @@ class Sampling:
         return vars(self).copy()
 
 
+def open_engine(
+    model: Path,
+    device: str | None,
+    dtype: Dtype | None = None,
+    cache_bytes: int | None = None,
+    *,
+    max_sequences: int = 256,
+) -> Engine:
+    """The model in a folder or a GGUF file, ready to sample; `device` None: the GPU where there is
+    one; `dtype` None: the weights' own. InputError for a device or a model that cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device: {device!r} cannot be used: {reason}") from None
+    loaded, tokenizer = load(model, device=device, dtype=DTYPES[dtype] if dtype else None)
+    if not isinstance(loaded, Llama):
+        raise InputError(f"{model}: a reward model or critic scores text, it does not write any")
+    if tokenizer is None:
+        raise InputError(f"{model}: has no tokenizer.model, tokenizer.json or vocabulary")
+    return Engine(loaded, tokenizer, max_sequences=max_sequences, cache_bytes=cache_bytes)
+
+
 def generate(
     model: tyro.conf.Positional[Path],
     /,
@@ -112,7 +136,7 @@ def generate(
         if out is not None:
             asked = work.asked(model, dtype)
             file = stack.enter_context(Unfinished(out, asked, resume=resume))
-        engine = _engine(model, device, dtype, cache_bytes)
+        engine = open_engine(model, device, dtype, cache_bytes)
         before = len(file.finished) if file else 0
         started = time.perf_counter()
         finished = work.carry_out(engine, file)
@@ -129,23 +153,6 @@ def generate(
         for sample, *_ in finished:
             alone = len(finished) == 1
             print(sample.response if alone else f"[{sample.prompt_id}] {sample.response}")
-
-
-def _engine(
-    model: Path, device: str | None, dtype: Dtype | None, cache_bytes: int | None = None
-) -> Engine:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device: {device!r} cannot be used: {reason}") from None
-    loaded, tokenizer = load(model, device=device, dtype=DTYPES[dtype] if dtype else None)
-    if not isinstance(loaded, Llama):
-        raise InputError(f"{model}: a reward model or critic scores text, it does not write any")
-    if tokenizer is None:
-        raise InputError(f"{model}: has no tokenizer.model, tokenizer.json or vocabulary")
-    return Engine(loaded, tokenizer, cache_bytes=cache_bytes)
 
 
 def _hash(model: Path) -> str:
@@ -320,5 +327,5 @@ def chat(
         device: cpu, cuda, ...; by default cuda where there is one.
     """
     check_options(1, **sampling.options())
-    engine = _engine(model, device, dtype)
+    engine = open_engine(model, device, dtype)
     Chat(engine, sampling.options(), system or None, source=str(model)).run()

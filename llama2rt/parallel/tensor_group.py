@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from llama2rt.checkpoint.files import weights
 from llama2rt.checkpoint.load import load_sharded

@@ -66,6 +66,16 @@ class RolloutRecipe(Recipe):
 
     neutral: ClassVar[tuple[str, ...]] = (*Recipe.neutral, "frozen")
 
+    @property
+    def samples_trained(self) -> bool:
+        """Whether weights that the run has trained answer prompts in it."""
+        return True
+
+    def check_server(self) -> None:
+        """InputError where `sampling.server` cannot do what the run needs."""
+        changes = "the model that is trained answers prompts" if self.samples_trained else None
+        self.sampling.check_server(changes, adapter=self.lora.rank is not None)
+
 
 @dataclass(frozen=True)
 class RolloutInputs(Opened):
@@ -178,7 +188,9 @@ def open_rollout(
 ) -> RolloutInputs:
     """Prompts and held-out prompts of a recipe whose `init` samples (ppo, dpo), read and checked
     with all its models, of which those under the keys `trained` are trained. InputError as
-    `spread.check`, `outlines` and `loading.read_prompts`."""
+    `spread.check`, `loading.outlines`, `loading.read_prompts` and `SamplingOptions.check_server`.
+    """
+    recipe.check_server()
     tokenizer, models = outlines(recipe, future)
     for key in trained:
         spread.check(recipe.parallel, models[key].config, recipe.train, recipe.lora)

@@ -1,7 +1,7 @@
 """Ranks that stay: gloo processes that run one function after the other, started once a session.
 
-Tests share two groups of them, forked from a process that has imported what ranks need, which costs
-seconds of CPU. A function is found by its name in a module of tests/helpers (a test module cannot be
+Tests share two groups of them, forked from a process that has imported what ranks need, which takes
+seconds. A function is found by its name in a module of tests/helpers (a test module cannot be
 imported by its own); what it returns is pickled. A rank that raises fails the test with its
 traceback, and the group, whose other ranks may wait in a collective, is started anew.
 """
