@@ -13,6 +13,8 @@ from llama2rt.checkpoint import convert, gguf_file
 from llama2rt.checkpoint.commands import convert as convert_command
 from llama2rt.checkpoint.load import read
 from llama2rt.errors import InputError
+from llama2rt.generate.commands import _hash
+from llama2rt.run.manifest import hash_path
 from llama2rt.text.chat import encode_prompt
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -232,7 +234,11 @@ def test_several_files_are_one_model(tmp_path, model, settings):
     for part in (parts[0], parts[2]):
         loaded, tokenizer = llama2rt.load(part)
         assert same_weights(loaded, model) and tokenizer is not None
-    whole = parts[1].read_bytes()
+    # One model too for `generate --resume`, until one of its files is another.
+    assert _hash(parts[0]) == _hash(parts[2]) != hash_path(parts[0])
+    whole, before = parts[1].read_bytes(), _hash(parts[0])
+    parts[1].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert _hash(parts[0]) != before
     parts[1].write_bytes(parts[2].read_bytes())
     with pytest.raises(InputError, match=r"m-00002-of-00004\.gguf: split\.no: expected 1 of 4"):
         read(first)
