@@ -203,8 +203,6 @@ class _Task:
             answers = await server.worker.add(self.given, options, asked.n)
         except InputError as error:
             raise _refused(error) from None
-        except EngineStopped as error:
-            raise ApiError(503, str(error)) from None
         server.metrics.count("prompt_tokens", sum(map(len, self.prompts)))
         if asked.stream:
             body = self._events(answers, shape, deadline)
@@ -226,10 +224,7 @@ class _Task:
         try:
             await asyncio.wait({work, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                try:
-                    work.result()
-                except EngineStopped as error:
-                    raise ApiError(500, str(error)) from None
+                work.result()
                 return JSONResponse(shape.whole(choices))
             if gone.done():
                 self.server.metrics.count("dropped")
@@ -371,6 +366,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
         return error.response()
+
+    @app.exception_handler(EngineStopped)
+    async def stopped(_: Request, error: EngineStopped) -> Response:
+        return ApiError(503, str(error)).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from served import KEY, served, small_engine
 from small_models import far_from_flat
 
 from llama2rt.errors import InputError
@@ -28,10 +29,6 @@ def engine(small_tokenizer):
 @pytest.fixture(scope="module")
 def ours(small_tokenizer, tmp_path_factory):
     """`llama2rt serve` of the same weights; it reads others below a folder."""
-    pytest.importorskip("fastapi", reason="fastapi is not installed (extra serve)")
-    pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
-    from served import served, small_engine
-
     folder = tmp_path_factory.mktemp("weights")
     with served(small_engine(small_tokenizer, cache_bytes=2**26), weights_from=folder) as found:
         yield found, folder
@@ -43,8 +40,6 @@ def _no_waiting(monkeypatch) -> None:
 
 
 def remote(server, engine, tolerance: float = 1e-4, **options) -> Remote:
-    from served import KEY
-
     return Remote(
         server.url,
         engine.model,

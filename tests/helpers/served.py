@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
+import pytest
 from small_models import far_from_flat
 
 from llama2rt.generate import Engine
-from llama2rt.serve.app import Server, build
 from llama2rt.serve.options import Limits
 from llama2rt.serve.worker import Worker
 
@@ -23,7 +22,7 @@ LIMITS = Limits()
 @dataclass(frozen=True)
 class Served:
     url: str
-    shared: Server
+    shared: Any  # serve.app.Server
     engine: Engine
 
     def wait(self, holds: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -46,7 +45,11 @@ def small_engine(tokenizer: Any, **options: Any) -> Engine:
 def served(
     engine: Engine, *, limits: Limits = LIMITS, api_key: str | None = KEY, **options: Any
 ) -> Iterator[Served]:
-    """`engine` behind HTTP, until the block ends."""
+    """`engine` behind HTTP, until the block ends; a skip where fastapi or uvicorn is missing."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed (extra serve)")
+    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
+    from llama2rt.serve.app import Server, build
+
     shared = Server(Worker(engine), NAME, limits, **options)
     config = uvicorn.Config(build(shared, api_key=api_key), port=0, log_level="error")
     server = uvicorn.Server(config)

@@ -1,10 +1,6 @@
 """One small server for all tests of this folder, and OpenAI's own client of it."""
 
 import pytest
-
-pytest.importorskip("fastapi", reason="fastapi is not installed (extra serve)")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
-
 from served import KEY, served, small_engine
 
 

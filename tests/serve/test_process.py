@@ -37,6 +37,8 @@ def test_hosts_that_need_no_key() -> None:
 
 
 def test_other_bad_options(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("fastapi", reason="fastapi is not installed (extra serve)")
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
     with pytest.raises(InputError, match="max-choices"):
         commands.serve(tmp_path, Limits(max_choices=0))
     with (
@@ -55,6 +57,8 @@ def test_other_bad_options(tmp_path, monkeypatch) -> None:
 
 
 def test_sigterm_lets_an_answer_end(small_tokenizer, tmp_path) -> None:
+    pytest.importorskip("fastapi", reason="fastapi is not installed (extra serve)")
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
     httpx2 = pytest.importorskip("httpx2", reason="httpx2 is not installed")
     from small_models import far_from_flat
 

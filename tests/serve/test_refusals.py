@@ -260,7 +260,7 @@ def test_a_full_queue_a_late_answer_and_the_end(small_tokenizer) -> None:
         # A defect of the model ends the engine: everybody hears of it, and nobody waits.
         with torch.no_grad():
             engine.model.output.weight.fill_(float("nan"))
-        refused(http.post("/v1/completions", json=TEXT), 500, "not finite")
+        refused(http.post("/v1/completions", json=TEXT), 503, "not finite")
         refused(http.post("/v1/completions", json=TEXT), 503, "not finite")
         assert http.get("/health").json()["status"] == "failed"
 

@@ -6,6 +6,7 @@ import json
 
 import pocket as problem
 import pytest
+from served import KEY, served
 
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
@@ -13,14 +14,9 @@ from llama2rt.parallel import world
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.stages import annotate, dpo, loading, ppo, rejection
 
-pytest.importorskip("fastapi", reason="fastapi is not installed (extra serve)")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
-
 
 @pytest.fixture(scope="module")
 def server(pocket, tmp_path_factory):
-    from served import served
-
     folder = tmp_path_factory.mktemp("weights")
     model, tokenizer = loading.load_llama(pocket.sft)
     engine = Engine(model, tokenizer, cache_bytes=2**26)
@@ -30,8 +26,6 @@ def server(pocket, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _key(monkeypatch) -> None:
-    from served import KEY
-
     monkeypatch.setenv("LLAMA2RT_API_KEY", KEY)
 
 
