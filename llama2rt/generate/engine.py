@@ -24,6 +24,7 @@ from llama2rt.generate.session import Session
 from llama2rt.generate.text import TextStream
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
+from llama2rt.parallel import tensor_group
 from llama2rt.text import chat
 
 Prompt = Sequence[int] | chat.Messages
@@ -249,7 +250,8 @@ class Engine:
         self.runner.refresh()
         allowed = self.cache_bytes
         if allowed is None:
-            allowed = free_bytes(self.model.output.weight.device) // 2
+            free = free_bytes(self.model.output.weight.device)
+            allowed = tensor_group.least(self.model, free) // 2
         bounds = Bounds(
             allowed, self.page_size, self.max_sequences, self.speculate, restricted=restricted
         )

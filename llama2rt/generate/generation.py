@@ -2,6 +2,8 @@
 it gives out, and the model whose weights are read as they are at each pass.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -11,6 +13,7 @@ from llama2rt.generate.runner import Runner
 from llama2rt.generate.sampling import choose, uniforms
 from llama2rt.generate.scheduler import Scheduler
 from llama2rt.generate.slots import Sequence, Slots
+from llama2rt.parallel import tensor_group
 
 
 class Generation:
@@ -33,6 +36,8 @@ class Generation:
         penalised = options.repetition_penalty != 1
         seen = _seen(slots, batch, penalised) if penalised.any() else None
         choice = choose(logits, uniform, options, seen)
+        tokens, logprobs = tensor_group.first(self.model, choice.tokens, choice.logprobs)
+        choice = replace(choice, tokens=tokens, logprobs=logprobs)
         if np.isnan(choice.logprobs).any():
             raise FloatingPointError(
                 "the model's logits are not finite: its weights are damaged, training diverged, or "
