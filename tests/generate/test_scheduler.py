@@ -4,6 +4,8 @@ The cache here holds token ids, written through `slots`, copied through `copies`
 `block_table`, so a page that is shared, moved or freed wrongly changes what a sequence generates.
 """
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from llama2rt.generate.batch import layout
 from llama2rt.generate.budget import PREFILL_TOKENS, Budget
 from llama2rt.generate.kv_cache import PagePool
+from llama2rt.generate.prefix import PrefixCache
 from llama2rt.generate.request import Request, SamplingOptions
 from llama2rt.generate.sampling import Choice, stream_keys
 from llama2rt.generate.scheduler import Scheduler
+from llama2rt.generate.speculate import look_up
 
 EOS = 2
 
@@ -184,3 +188,102 @@ def test_pages_are_counted():
     assert pool.free == 4
     with pytest.raises(AssertionError, match="5 pages taken, 4 free"):
         pool.take(5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    asked=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 12), st.integers(1, 9), st.integers(1, 16)),
+        min_size=1,
+        max_size=12,
+    ),
+    page_size=st.integers(1, 4),
+    spare=st.integers(0, 9),
+    chunk=st.integers(1, 9),
+    speculate=st.integers(0, 3),
+    keep_answers=st.booleans(),
+    data=st.data(),
+)
+def test_requests_come_and_go(asked, page_size, spare, chunk, speculate, keep_answers, data):
+    """Prompts that begin alike, in chunks, while others decode behind guesses and are aborted."""
+    rng = np.random.default_rng(5)
+    openings = rng.integers(3, 6, (3, 12))
+    prompts = [
+        np.append(openings[which, :shared], rng.integers(3, 9, own)).astype(np.int32)
+        for which, shared, own, _ in asked
+    ]
+    limits = [limit for *_, limit in asked]
+    longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+    budget = Budget(-(-longest // page_size) + spare, chunk, 4)
+    keys = stream_keys(0, np.arange(len(asked)), np.zeros(len(asked), np.int64))
+    finished, todo, steps = {}, list(range(len(asked))), 0
+    with mock.patch("llama2rt.generate.prefix.LEAST_TOKENS", 1):
+        scheduler = Scheduler(
+            budget, page_size, longest, speculate=speculate, keep_answers=keep_answers
+        )
+        model = FakeModel(scheduler, budget.pages, page_size, 4)
+        while todo or scheduler.unfinished:
+            for _ in range(min(len(todo), data.draw(st.integers(0, 3)))):
+                i = todo.pop(0)
+                request = Request(i, prompts[i], SamplingOptions(), keys[i], limits[i], (EOS,))
+                scheduler.add(request)
+            if data.draw(st.integers(0, 5)) == 0:
+                i = data.draw(st.integers(0, len(asked) - 1))
+                sequence = scheduler.abort(i)
+                assert (sequence is None) == (i in todo or i in finished)
+                if sequence is not None:
+                    finished[i] = sequence
+            if data.draw(st.integers(0, 15)) == 0:
+                scheduler.reset()
+            if scheduler.unfinished:
+                for sequence in model.advance():
+                    finished[sequence.request.id] = sequence
+            steps += 1
+            assert steps < 1000
+    assert model.statistics["largest"] <= chunk
+    assert scheduler.pool.free == budget.pages, "pages leaked"
+    assert sorted(finished) == list(range(len(asked)))
+    for i, sequence in finished.items():
+        tokens = _alone(prompts[i], limits[i], keys[i])
+        if sequence.finish_reason == "abort":
+            tokens = tokens[: len(sequence.tokens)]
+        assert sequence.tokens.tolist() == tokens
+        assert sequence.logprobs.tolist() == [-t for t in tokens]
+
+
+def test_beginnings_are_found_until_their_pages_are_needed():
+    prefix = PrefixCache(pages=20, page_size=4)
+    tokens = np.arange(80, dtype=np.int32)
+    chain = prefix.chain(tokens)
+    pages = prefix.pool.take(20)
+    prefix.add(chain, pages)
+    prefix.pool.release(pages)
+    assert (prefix.pool.free, prefix.pool.cached) == (20, 20)
+    assert prefix.find(chain).tolist() == pages.tolist()
+    other = tokens.copy()
+    other[66] = 0  # in the seventeenth page
+    assert prefix.find(prefix.chain(other)).tolist() == pages[:16].tolist()
+    other[3] = 0
+    assert not len(prefix.find(prefix.chain(other)))
+    assert not len(prefix.find(chain[:15])), "shorter than it is worth"
+    prefix.pool.take(3)  # the last pages of what is known
+    assert prefix.find(chain).tolist() == pages[:17].tolist()
+    prefix.pool.share(pages[:17])
+    assert (prefix.pool.free, prefix.pool.cached) == (0, 0)
+    prefix.clear()
+    prefix.pool.release(pages[:17])
+    assert (prefix.pool.free, prefix.pool.cached) == (17, 0)
+    assert not len(prefix.find(chain))
+
+
+def test_guesses_go_on_as_before():
+    tokens = np.zeros((4, 12), np.int32)
+    for row, text in zip(
+        tokens, ([5, 6, 7, 8, 5, 6], [1, 2, 3], [4, 4, 4, 4], [9, 8, 9, 8, 7]), strict=True
+    ):
+        row[: len(text)] = text
+    lengths = np.array([6, 3, 4, 5])
+    counts = look_up(tokens, lengths, np.array([3, 3, 2, 3]))
+    assert counts.tolist() == [3, 0, 1, 0]
+    assert tokens[0, 6:9].tolist() == [7, 8, 5]
+    assert tokens[2, 4] == 4

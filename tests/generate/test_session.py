@@ -31,12 +31,15 @@ def _answers(session):
 def test_every_answer_as_if_alone(tmp_path, speculate):
     """The small one of tests/helpers/many_requests.py, which runs ten thousand."""
     tight = many_requests.engine(many_requests.FewPages, tmp_path, speculate=speculate)
-    asked = many_requests.draw(150, tight.model.config.vocab_size, seed=3)
+    asked = many_requests.draw(60, tight.model.config.vocab_size, seed=3)
     result = many_requests.run(tight, asked, most_waiting=20)
     assert result["preemptions"] > 0 and result["prefix_hits"] > 0
     assert (result["accepted"] > 0) == (speculate > 0)
-    found = many_requests.compare(many_requests.engine(Engine, tmp_path), asked)
-    assert found["equal"] > 100 and found["tied"] <= 2 and found["aborted"] > 0
+    checked = many_requests.verify(tight, asked)
+    assert checked["drawn"] == sum(len(one.tokens) for one in asked) - checked["ties"]
+    assert checked["ties"] <= 2
+    found = many_requests.compare(many_requests.engine(Engine, tmp_path), asked[::4])
+    assert found["equal"] > 8 and found["tied"] <= 1
 
 
 def test_answers_are_those_of_generate(tokenizer):
