@@ -26,6 +26,7 @@ from llama2rt.generate.sampling import (
 )
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
+from llama2rt.parallel import faults
 from llama2rt.text import chat
 
 Prompt = Sequence[int] | chat.Messages
@@ -216,6 +217,7 @@ class Engine:
         model.eval()
         try:
             while queue.unfinished:
+                faults.moved()
                 step = queue.step()
                 tokens, logprobs = self._forward(step, cache, temperature, top_p, top_k)
                 yield tokens, queue.record(step, tokens, logprobs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llama2rt.data.loader import balanced
 from llama2rt.data.packing import Batch, Example, pack
 from llama2rt.model import ScalarModel
+from llama2rt.parallel import faults
 from llama2rt.parallel.world import gather, portable, world
 from llama2rt.rollout.frozen import device_of
 from llama2rt.rollout.logprobs import response_logprobs, response_values
@@ -49,7 +50,8 @@ def spread(
     mine = indices[world().rank]
     try:
         if mine:
-            outcome = list(work(mine)), None
+            with faults.apart():
+                outcome = list(work(mine)), None
     except Exception as error:
         outcome = [], portable(error)
     results: dict[int, Result] = {}

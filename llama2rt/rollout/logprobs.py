@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llama2rt.data.packing import Batch, Example, micro_batches, pack
 from llama2rt.model import ScalarModel
+from llama2rt.parallel import faults
 from llama2rt.rollout.frozen import phase
 
 
@@ -38,6 +39,7 @@ def response_logprobs(
     parts = []
     device = next(model.parameters()).device
     for batch in inference_batches(examples, micro_tokens, device, packed):
+        faults.moved()
         logprob, entropy = model(
             batch.tokens,
             batch.positions,
@@ -57,6 +59,7 @@ def response_values(critic: ScalarModel, examples: Sequence[Example], micro_toke
     """Value fp32 [R] of the state before each response token, aligned with `response_logprobs`."""
     parts = []
     for batch in inference_batches(examples, micro_tokens, critic.head.weight.device):
+        faults.moved()
         values = critic(batch.tokens, batch.positions, batch.cu_seqlens)
         parts.append(values[batch.targets >= 0])
     return torch.cat(parts)
