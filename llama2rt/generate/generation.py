@@ -13,7 +13,7 @@ from llama2rt.generate.runner import Runner
 from llama2rt.generate.sampling import choose, uniforms
 from llama2rt.generate.scheduler import Scheduler
 from llama2rt.generate.slots import Sequence, Slots
-from llama2rt.parallel import tensor_group
+from llama2rt.parallel import faults, tensor_group
 
 
 class Generation:
@@ -27,6 +27,7 @@ class Generation:
     def advance(self) -> tuple[Step, list[Sequence]]:
         """One forward pass: what it was, and the sequences that it finished. FloatingPointError
         where logits are not finite."""
+        faults.moved()
         step = self.scheduler.step()
         batch = layout(step, self.scheduler.slots)
         logits = self._forward(batch)

@@ -21,7 +21,7 @@ from llama2rt.data.loader import balanced
 from llama2rt.data.packing import Batch, Example, pack
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
-from llama2rt.parallel import tensor_group
+from llama2rt.parallel import faults, tensor_group
 from llama2rt.parallel.world import gather, portable, world
 from llama2rt.rollout.frozen import device_of, shared_over
 from llama2rt.rollout.logprobs import response_logprobs, response_values
@@ -57,7 +57,8 @@ def spread(
     group, number = divmod(world().rank, group_size)
     try:
         if indices[group]:
-            found = list(work(indices[group]))
+            with faults.apart():
+                found = list(work(indices[group]))
             outcome = [] if number else found, None
     except Exception as error:
         if group_size > 1 and not isinstance(error, InputError | FloatingPointError):

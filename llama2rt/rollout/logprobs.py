@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llama2rt.data.loader import dealt
 from llama2rt.data.packing import Batch, Example, filler, micro_batches, pack
 from llama2rt.model import ScalarModel
-from llama2rt.parallel import Mesh
+from llama2rt.parallel import Mesh, faults
 from llama2rt.rollout.frozen import phase
 
 
@@ -47,6 +47,7 @@ def response_logprobs(
     found = torch.zeros(2, begins[-1], device=device)
     numbered = zip(begins, micros, strict=False)
     for begin, micro in dealt(numbered, mesh.share, (begins[-1], filler())):
+        faults.moved()
         batch = micro.to(device)
         logprob, entropy = model(
             batch.tokens,
@@ -68,6 +69,7 @@ def response_values(critic: ScalarModel, examples: Sequence[Example], micro_toke
     """Value fp32 [R] of the state before each response token, aligned with `response_logprobs`."""
     parts = []
     for batch in inference_batches(examples, micro_tokens, critic.head.weight.device):
+        faults.moved()
         values = critic(batch.tokens, batch.positions, batch.cu_seqlens)
         parts.append(values[batch.targets >= 0])
     return torch.cat(parts)

@@ -8,7 +8,8 @@ Among several processes blocks from 4 MiB on stay with mmap: FSDP takes and free
 sizes between activations, and a heap that never shrinks then grew beyond what one process takes
 (350M parameters in fp32, two ranks: 7.1 GiB each, 3.3 GiB with mmap; 4.1 GiB with mmap from 32 MiB
 on). glibc 2.36 takes an aligned block only from a hole that is larger by its alignment, so the one
-just freed does not serve the next of its size.
+just freed does not serve the next of its size. And it asks the heap first, whatever the size, which
+has a large block where it has grown by more than it was asked for: so it grows in small steps.
 """
 
 import ctypes
@@ -29,8 +30,8 @@ def keep_freed_memory() -> bool:
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     # mallopt sign-extends to size_t: -1 is the largest threshold there is.
-    mmap = (_M_MMAP_MAX, 0)
+    large, growth = (_M_MMAP_MAX, 0), 64 << 20
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        mmap = (_M_MMAP_THRESHOLD, 4 << 20)
-    settings = (mmap, (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
+        large, growth = (_M_MMAP_THRESHOLD, 4 << 20), 1 << 20
+    settings = (large, (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, growth))
     return all(mallopt(name, value) == 1 for name, value in settings)
