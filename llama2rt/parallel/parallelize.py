@@ -74,6 +74,9 @@ def shard(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> None:
         if communication is not None:
             module.set_custom_all_gather(communication[0])
             module.set_custom_reduce_scatter(communication[1])
+            # Nothing is fetched while something else is computed: of itself, which is there, and
+            # not of the block before, which would take memory for nothing.
+            module.set_modules_to_backward_prefetch([module])
         # Losses are divided by what all ranks predict together; gloo has no mean.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -35,12 +35,15 @@ KEPT_BYTES = 1 << 20
 class Pool:
     """Memory of the collectives' tensors, taken again by the next of the same size.
 
-    Each step gathers and reduces the same sizes. Given back to the kernel and taken anew, memory is
-    zeroed page by page, which costs more than what is done with it; in the heap tensors so large,
-    of which some live until the optimizer's step, leave holes (`train.allocator`).
+    Each block gathers and reduces the same sizes. Given back to the kernel and taken anew, memory
+    is zeroed page by page, which costs more than what is done with it. What is much larger than
+    what is asked for, as are the tensors of the weights around the blocks, is given back: it would
+    lie idle while gradients pile up. `ranks`: a reduce-scatter's result is so much smaller than
+    what goes into it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
         self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
 
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
@@ -48,6 +51,9 @@ class Pool:
         size = elements * dtype.itemsize
         if size < KEPT_BYTES:
             return torch.empty(elements, dtype=dtype)
+        for other, idle in self._free.items():
+            if other > 2 * self._ranks * size:
+                idle.clear()
         free = self._free[size]
         memory = free.pop() if free else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
         # The tensor's storage, and with it every view, holds this object.
@@ -60,7 +66,8 @@ class Segments:
     """Two pieces of memory of each rank of a group, by rank; every rank reads all of them."""
 
     def __init__(self, memories: Sequence[Tensor], rank: int) -> None:
-        self.rank, self.size, self.pool = rank, len(memories), Pool()
+        self.rank, self.size = rank, len(memories)
+        self.pool = Pool(self.size)
         self.others = [other for other in range(self.size) if other != rank]
         self._memories = [memory.view(2, -1) for memory in memories]
         self._half = 0

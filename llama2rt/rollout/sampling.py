@@ -214,7 +214,8 @@ def complete(
             seed=seed,
             indices=indices,
         )
-        engine.runner.release()  # what follows scores or trains, and needs the memory
+        if isinstance(engine, Engine):
+            engine.runner.release()  # what follows scores or trains, and needs the memory
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     found = balance.spread(costs, work, len(prompts), group_size=tensor_group.size(engine.model))

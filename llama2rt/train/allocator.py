@@ -4,12 +4,11 @@ glibc serves blocks above 128 KiB-32 MiB by mmap and unmaps them on free, so a C
 faults in every activation anew, zeroed page by page: measured, about half of its time. Commands
 call `keep_freed_memory` once; importing llama2rt never changes its host's allocator.
 
-Among several processes blocks from 4 MiB on stay with mmap: FSDP takes and frees weights of many
+Among several processes blocks from 1 MiB on stay with mmap: FSDP gathers and frees weights of many
 sizes between activations, and a heap that never shrinks then grew beyond what one process takes
-(350M parameters in fp32, two ranks: 7.1 GiB each, 3.3 GiB with mmap; 4.1 GiB with mmap from 32 MiB
-on). glibc 2.36 takes an aligned block only from a hole that is larger by its alignment, so the one
-just freed does not serve the next of its size. And it asks the heap first, whatever the size, which
-has a large block where it has grown by more than it was asked for: so it grows in small steps.
+(350M parameters in fp32, two ranks: 7.1 GiB each, 3.3 GiB with mmap). glibc asks the heap first,
+whatever the size, and has a large block there where the heap has grown by more than it was asked
+for: so it grows in small steps.
 """
 
 import ctypes
@@ -32,6 +31,6 @@ def keep_freed_memory() -> bool:
     # mallopt sign-extends to size_t: -1 is the largest threshold there is.
     large, growth = (_M_MMAP_MAX, 0), 64 << 20
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        large, growth = (_M_MMAP_THRESHOLD, 4 << 20), 1 << 20
+        large, growth = (_M_MMAP_THRESHOLD, 1 << 20), 1 << 20
     settings = (large, (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, growth))
     return all(mallopt(name, value) == 1 for name, value in settings)

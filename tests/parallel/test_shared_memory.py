@@ -45,7 +45,7 @@ def test_a_sharded_model_has_the_gradients_that_it_has_by_gloo(on_ranks, ranks, 
 
 
 def test_memory_serves_again_once_no_view_of_it_is_left():
-    pool = Pool()
+    pool = Pool(ranks=2)
     first = pool.empty(KEPT_BYTES // 4, torch.float32)
     where, view = first.data_ptr(), first[5:].view(-1, 1)
     del first
@@ -54,3 +54,10 @@ def test_memory_serves_again_once_no_view_of_it_is_left():
     del view
     assert pool.empty(KEPT_BYTES // 2, torch.bfloat16).data_ptr() == where
     assert pool.empty(KEPT_BYTES, torch.float32).data_ptr() != where
+    del second
+    pool.empty(KEPT_BYTES // 4, torch.float32)
+    assert len(pool._free[4 * KEPT_BYTES]) == 1  # a reduction's result asks for less than it took
+    big = pool.empty(2 * KEPT_BYTES, torch.float32)
+    del big
+    pool.empty(KEPT_BYTES // 4, torch.float32)
+    assert pool._free[8 * KEPT_BYTES] == []
