@@ -4,6 +4,7 @@ holds whole."""
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from parallel_rollouts import held_bytes
 from small_models import Ids, far_from_flat, packed
 
 from llama2rt.errors import InputError
-from llama2rt.generate import Engine, engine
+from llama2rt.generate import Engine, engine, generation
 from llama2rt.generate.kv_cache import page_bytes
+from llama2rt.generate.sampling import Choice
 from llama2rt.model import Llama
 from llama2rt.parallel import Mesh, ParallelOptions, tensor_group, whole, world
 from llama2rt.parallel.parallelize import parallelize
@@ -93,19 +95,19 @@ def disagreeing(mesh: Mesh) -> Iterator[None]:
     """Inside, tensor ranks other than the first have another amount of memory free, and always
     choose token 0."""
     number = mesh.index("tensor")
-    free, choose = engine.free_bytes, engine.choose
+    free, choose = engine.free_bytes, generation.choose
 
-    def other(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, logprobs = choose(*given, **options)
-        return (tokens, logprobs) if number == 0 else (tokens * 0, logprobs * 0)
+    def other(*given: Any) -> Choice:
+        choice = choose(*given)
+        return replace(choice, tokens=choice.tokens * 0) if number else choice
 
     # Enough for the sequences that may run at once, and for one.
     engine.free_bytes = lambda device: 10**6 if number else 1_600_000
-    engine.choose = other
+    generation.choose = other
     try:
         yield
     finally:
-        engine.free_bytes, engine.choose = free, choose
+        engine.free_bytes, generation.choose = free, choose
 
 
 def refused(options: ParallelOptions) -> str:
