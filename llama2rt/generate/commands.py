@@ -26,6 +26,7 @@ from llama2rt.data.records import Prompt, Sample
 from llama2rt.errors import InputError
 from llama2rt.generate.chat import Chat
 from llama2rt.generate.engine import Completion, Engine
+from llama2rt.generate.runner import Weights
 from llama2rt.generate.sampling import check_options, check_whole
 from llama2rt.generate.unfinished import Finished, Unfinished
 from llama2rt.model import Llama
@@ -59,42 +60,56 @@ class Sampling:
         return vars(self).copy()
 
 
-def open_engine(
-    model: Path,
-    device: str | None,
-    dtype: Dtype | None = None,
-    cache_bytes: int | None = None,
-    *,
-    max_sequences: int = 256,
-) -> Engine:
-    """The model in a folder or a GGUF file, ready to sample; `device` None: the GPU where there is
-    one; `dtype` None: the weights' own. InputError for a device or a model that cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device: {device!r} cannot be used: {reason}") from None
-    loaded, tokenizer = load(model, device=device, dtype=DTYPES[dtype] if dtype else None)
-    if not isinstance(loaded, Llama):
-        raise InputError(f"{model}: a reward model or critic scores text, it does not write any")
-    if tokenizer is None:
-        raise InputError(f"{model}: has no tokenizer.model, tokenizer.json or vocabulary")
-    return Engine(loaded, tokenizer, max_sequences=max_sequences, cache_bytes=cache_bytes)
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How a model is held while it answers."""
+
+    dtype: Dtype | None = None
+    """Dtype of the weights; None keeps what is there."""
+    weights: Weights = "same"
+    """int8, on a CPU, reads half of bf16's bytes for each token and is a little less exact."""
+    speculate: int = 0
+    """Guess up to this many tokens where the text has gone on before; the same samples."""
+    device: str | None = None
+    """cpu, cuda, ...; by default cuda where there is one."""
+
+    def engine(self, model: Path, *, cache_bytes: int | None = None, at_once: int = 256) -> Engine:
+        """The model in a folder or a GGUF file, ready for `at_once` sequences. InputError for a
+        device or a model that cannot be used."""
+        check_whole("speculate", self.speculate, 0, 64)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device: {device!r} cannot be used: {reason}") from None
+        dtype = DTYPES[self.dtype] if self.dtype else None
+        loaded, tokenizer = load(model, device=device, dtype=dtype)
+        if not isinstance(loaded, Llama):
+            raise InputError(f"{model}: a reward model or critic scores text and writes none")
+        if tokenizer is None:
+            raise InputError(f"{model}: has no tokenizer.model, tokenizer.json or vocabulary")
+        return Engine(
+            loaded,
+            tokenizer,
+            max_sequences=at_once,
+            cache_bytes=cache_bytes,
+            speculate=self.speculate,
+            weights=self.weights,
+        )
 
 
 def generate(
     model: tyro.conf.Positional[Path],
     /,
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
+    opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening(),
     *,
     prompt: str | None = None,
     prompts: Path | None = None,
     n: int = 1,
     raw: bool = False,
     cache_bytes: int | None = None,
-    dtype: Dtype | None = None,
-    device: str | None = None,
     out: Path | None = None,
     resume: bool = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -109,8 +124,6 @@ def generate(
         raw: Continue the text as it is instead of answering it in the chat format (base models).
         cache_bytes: Most memory that sampling takes beside the model; by default half of what is
             free. Less of it is slower, with the same samples.
-        dtype: Dtype of the weights; None keeps what is there.
-        device: cpu, cuda, ...; by default cuda where there is one.
         out: Write the samples here, as sample records. While they come, they are in OUT.partial.
         resume: Go on with the samples in OUT.partial, or leave them if all are in OUT.
         json_output: Print one JSON object.
@@ -134,9 +147,9 @@ def generate(
     with contextlib.ExitStack() as stack:
         file = None
         if out is not None:
-            asked = work.asked(model, dtype)
+            asked = work.asked(model, opening)
             file = stack.enter_context(Unfinished(out, asked, resume=resume))
-        engine = open_engine(model, device, dtype, cache_bytes)
+        engine = opening.engine(model, cache_bytes=cache_bytes)
         before = len(file.finished) if file else 0
         started = time.perf_counter()
         finished = work.carry_out(engine, file)
@@ -175,7 +188,7 @@ class _Work:
     policy: str
     tokens: int = 0
 
-    def asked(self, model: Path, dtype: Dtype | None) -> dict[str, Any]:
+    def asked(self, model: Path, opening: Opening) -> dict[str, Any]:
         """Everything that decides the samples; of models and prompts their hashes."""
         records = json.dumps([dataclasses.asdict(record) for record in self.prompts])
         return {
@@ -183,7 +196,8 @@ class _Work:
             "prompts": hashlib.sha256(records.encode()).hexdigest(),
             "n": self.n,
             "raw": self.raw,
-            "dtype": dtype,
+            "dtype": opening.dtype,
+            "weights": opening.weights,
             **self.sampling.options(),
         }
 
@@ -313,19 +327,16 @@ def chat(
     model: tyro.conf.Positional[Path],
     /,
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
+    opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening(),
     *,
     system: str | None = None,
-    dtype: Dtype | None = None,
-    device: str | None = None,
 ) -> None:
     """Talk to a model. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves.
 
     Args:
         model: Folder of this project, Hugging Face or Meta; or a GGUF file.
         system: A system message for the whole conversation.
-        dtype: Dtype of the weights; None keeps what is there.
-        device: cpu, cuda, ...; by default cuda where there is one.
     """
     check_options(1, **sampling.options())
-    engine = open_engine(model, device, dtype)
+    engine = opening.engine(model)
     Chat(engine, sampling.options(), system or None, source=str(model)).run()

@@ -11,18 +11,19 @@ from typing import Annotated
 import tyro
 
 from llama2rt.errors import InputError
-from llama2rt.generate.commands import open_engine
+from llama2rt.generate.commands import Opening
 from llama2rt.generate.sampling import check_whole
 from llama2rt.serve.options import Limits
 
 KEY_VARIABLE = "LLAMA2RT_API_KEY"
-_LIMITS = Limits()
+_LIMITS, _OPENING = Limits(), Opening()
 
 
 def serve(
     model: tyro.conf.Positional[Path],
     /,
     limits: Annotated[Limits, tyro.conf.arg(name="")] = _LIMITS,
+    opening: Annotated[Opening, tyro.conf.arg(name="")] = _OPENING,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -31,13 +32,12 @@ def serve(
     max_sequences: int = 64,
     cache_bytes: int | None = None,
     weights_from: Path | None = None,
-    device: str | None = None,
 ) -> None:
     """Serve a model by OpenAI's API, with a page to talk to it at /. SIGTERM and Ctrl-C end it,
     once the answers under way are complete.
 
     Args:
-        model: Folder of this project, Hugging Face or Meta.
+        model: Folder of this project, Hugging Face or Meta; or a GGUF file.
         host: Address to listen at; another than a loopback one only with an API key.
         port: 0 takes a free one, and says which.
         api_key: What clients must send as Authorization: Bearer KEY. LLAMA2RT_API_KEY in the
@@ -48,7 +48,6 @@ def serve(
             free.
         weights_from: Folder below which clients may name other weights of this model, by
             POST /update_weights_from_disk; by default nowhere.
-        device: cpu, cuda, ...; by default cuda where there is one.
     """
     limits.check()
     check_whole("port", port, 0, 65535)
@@ -65,7 +64,7 @@ def serve(
         raise InputError(f"needs {error.name}: pip install 'llama2rt[serve]'") from None
 
     with listening(host, port) as listener:  # before the weights are read
-        engine = open_engine(model, device, cache_bytes=cache_bytes, max_sequences=max_sequences)
+        engine = opening.engine(model, cache_bytes=cache_bytes, at_once=max_sequences)
         shared = Server(
             Worker(engine), name or model.resolve().name, limits, weights_from=weights_from
         )

@@ -120,6 +120,7 @@ def test_only_what_was_asked_for_is_resumed(folder, prompts, stopped, tokenizer,
         ("--top-k", 7, "top_k: begun with 0, resumed with 7"),
         ("--n", 2, "n: begun with 1, resumed with 2"),
         ("--dtype", "bf16", "dtype: begun with None, resumed with 'bf16'"),
+        ("--weights", "int8", "weights: begun with 'same', resumed with 'int8'"),
     ):
         with pytest.raises(InputError, match=rf"out\.jsonl\.partial:1: {pattern}"):
             generate(folder, prompts, stopped, "--resume", key, value)
