@@ -20,6 +20,7 @@ from rank_pool import pools
 from llama2rt.parallel import ParallelOptions
 
 STEPS = 20
+SECONDS = 1800  # for each number of ranks, reached only where something hangs
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
             if ranks == 1:
                 said = run_stage(*arguments)
             else:
-                said = on_ranks(ranks, run_stage, *arguments)[0]
+                said = on_ranks(ranks, run_stage, *arguments, seconds=SECONDS)[0]
             done = metrics(out)[-1]["step"]
             print(f"{ranks} ranks, step {done} of {STEPS}: {said.replace(name, '')}", flush=True)
         agree(out, folder / "whole")
