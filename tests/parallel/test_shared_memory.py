@@ -10,7 +10,6 @@ from shared_memory_ranks import (
 )
 
 from llama2rt.parallel import ParallelOptions
-from llama2rt.parallel.shared_memory import KEPT_BYTES, Pool
 
 # fp32 elements of a piece; what fills pieces exactly, and what does not.
 FULL = PIECE // 4
@@ -42,22 +41,3 @@ def test_a_sharded_model_has_the_gradients_that_it_has_by_gloo(on_ranks, ranks, 
             if ranks == 2 or options.data == 2:  # two terms have one sum
                 assert one.equal(other)
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
-
-
-def test_memory_serves_again_once_no_view_of_it_is_left():
-    pool = Pool(ranks=2)
-    first = pool.empty(KEPT_BYTES // 4, torch.float32)
-    where, view = first.data_ptr(), first[5:].view(-1, 1)
-    del first
-    second = pool.empty(KEPT_BYTES // 4, torch.float32)
-    assert second.data_ptr() != where  # the view may be read
-    del view
-    assert pool.empty(KEPT_BYTES // 2, torch.bfloat16).data_ptr() == where
-    assert pool.empty(KEPT_BYTES, torch.float32).data_ptr() != where
-    del second
-    pool.empty(KEPT_BYTES // 4, torch.float32)
-    assert len(pool._free[4 * KEPT_BYTES]) == 1  # a reduction's result asks for less than it took
-    big = pool.empty(2 * KEPT_BYTES, torch.float32)
-    del big
-    pool.empty(KEPT_BYTES // 4, torch.float32)
-    assert pool._free[8 * KEPT_BYTES] == []
