@@ -189,4 +189,83 @@ struct AddTo : Where {  // sum += x
   float* sum;
 };
 
+// How the numbers of a packed weight are stored (cpu/panels.h); the first three as DType has them.
+enum class Storage : int { fp32 = 0, bf16 = 1, fp16 = 2, int8 = 3 };
+
+struct PackedWeight {  // [columns, inner]
+  void* data;
+  float* scales;  // of int8 numbers: one a column, to a multiple of 32 columns; otherwise null
+  Storage storage;
+  int64_t columns, inner;
+};
+
+struct WeightPart {  // [columns, inner]
+  Matrix weight;
+  int64_t columns;
+};
+
+struct PackWeight : Where {
+  DType dtype;
+  WeightPart parts[3];  // one below another, those that there are first
+  PackedWeight to;
+};
+
+struct PackedLinear : Where {  // y = x weight^T; the weight in x's dtype or int8
+  DType dtype;
+  int64_t rows;
+  Matrix x;  // [rows, weight.inner]
+  PackedWeight weight;
+  void* y;  // [rows, weight.columns]
+  int64_t y_stride;
+  bool y_is_fp32;  // otherwise of x's dtype
+};
+
+struct PackedBlock {
+  const void *attention_norm, *ffn_norm;  // [dim]
+  // Query, key and value one below another; gate and up.
+  PackedWeight qkv, attention_output, gate_up, down;
+};
+
+struct PackedLlama {
+  DType dtype;
+  int64_t dim, heads, kv_heads, head_dim, ffn_hidden, vocab_size, layers;
+  float eps;
+  const void* embedding;  // [vocab_size, dim]
+  const PackedBlock* blocks;
+  const void* norm;
+  PackedWeight output;
+  const float *cos, *sin;  // [context, head_dim / 2]
+  int64_t context;
+};
+
+// One forward pass of a language model: tokens of whole prompts, then the new tokens of sequences that
+// have a past in the pages.
+struct ForwardPass : Where {
+  PackedLlama model;
+  int64_t tokens;
+  Indices token_ids, positions, slots;  // [tokens]; int64_t token ids and slots
+  int64_t prompts;
+  Indices prompt_offsets;               // [prompts + 1], int64_t: rows of the prompts' tokens
+  int64_t prompt_tokens, sequences;
+  Indices q_offsets;  // this and the next four as of DecodeAttention
+  Indices block_table;
+  int64_t block_table_columns, block_table_stride;
+  Indices lengths;
+  void *keys, *values;  // [layers, pages, page_size, kv_heads, head_dim]
+  int64_t pages, page_size;
+  int64_t sampled;
+  Indices rows;   // [sampled], int64_t: tokens whose logits are wanted
+  float* logits;  // [sampled, vocab_size]
+};
+
+struct Sample : Where {
+  int64_t rows, columns;
+  const float* logits;
+  int64_t logits_stride;
+  const float* temperatures;  // [rows]; 0 takes the largest logit
+  const double* uniform;      // [rows], in (0, 1)
+  int64_t* tokens;            // [rows]
+  float* logprobs;            // [rows]: at the temperature, at 0 that of temperature 1
+};
+
 }  // namespace llama2rt

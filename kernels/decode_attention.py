@@ -195,15 +195,24 @@ LAUNCH = {80: Launch(programs=2), 90: Launch(programs=3)}
 # value: 6 % at 256 tokens and a group of 8.
 SHORTEST_SPLIT = 256
 COMBINED = 16
-# Rows of a tile at most: what they sum up has to fit the registers beside a tile of keys.
-MOST_ROWS = 64
+# Of several queries, rows of a tile and numbers they sum up at most: more than these spill.
+MOST_ROWS, MOST_SUMS = 64, 64 * 128
 
 
-def tile_rows(group: int, queries: float) -> int:
+def tile_rows(group: int, queries: float, block_dim: int) -> int:
     """Rows of a tile, for a group of query heads and so many queries a sequence on average."""
     if queries <= 1:
         return max(16, triton.next_power_of_2(group))
-    return min(MOST_ROWS, max(16, triton.next_power_of_2(math.ceil(group * queries))))
+    rows = max(16, triton.next_power_of_2(math.ceil(group * queries)))
+    return min(rows, MOST_ROWS, MOST_SUMS // block_dim)
+
+
+def sums_of_splits(q: Tensor, out: Tensor, splits: int) -> tuple[Tensor, Tensor | None]:
+    """Memory for [splits, *q.shape] and their logarithms: the result itself if there is one."""
+    if splits == 1:
+        return out, None
+    partial = q.new_empty(splits, *q.shape, dtype=torch.float32)
+    return partial, q.new_empty(partial.shape[:3], dtype=torch.float32)
 
 
 def split_count(items: int, capacity: int, slots: int) -> int:
@@ -233,22 +242,16 @@ def decode_attention(
     sequences = len(block_table)
     _, page, kv_heads, _ = k_cache.shape
     out = empty_like(q)
-    if q.numel() == 0:
-        return out
-    if k_cache.numel() == 0 or block_table.numel() == 0:
+    if 0 in (q.numel(), k_cache.numel(), block_table.numel()):
         return out.zero_()
     launch = LAUNCH[architecture(q)]
-    group = heads // kv_heads
-    rows = tile_rows(group, 1 if cu_q is None else tokens / sequences)
+    group, block_dim = heads // kv_heads, max(16, triton.next_power_of_2(dim))
+    rows = tile_rows(group, 1 if cu_q is None else tokens / sequences, block_dim)
     # Enough for all sequences, whatever their numbers of queries: see `locate`.
     tiles = sequences if cu_q is None else tokens * group // rows + sequences
     slots = launch.programs * multiprocessors(q)
     splits = split_count(tiles * kv_heads, block_table.shape[1] * page, slots)
-    partial, lse = out, None
-    if splits > 1:
-        partial = q.new_empty(splits, *q.shape, dtype=torch.float32)
-        lse = q.new_empty(splits, tokens, heads, dtype=torch.float32)
-    block_dim = max(16, triton.next_power_of_2(dim))
+    partial, lse = sums_of_splits(q, out, splits)
     with torch.cuda.device_of(q):
         decode_attention_kernel[(tiles * kv_heads * splits,)](
             q,
@@ -328,7 +331,7 @@ def aot_cases() -> Iterator[Case]:
                     "DIM": dim,
                     "BLOCK_DIM": block_dim,
                     "PAGE": page,
-                    "ROWS": tile_rows(group, queries),
+                    "ROWS": tile_rows(group, queries, block_dim),
                     "KEYS": launch.keys(block_dim, element_bytes),
                 }
                 | ({} if split else {"lse": None})

@@ -69,6 +69,7 @@ COMMANDS = {
     ),
     "generate": ("generate.commands", "generate", "sample answers to prompts"),
     "chat": ("generate.commands", "chat", "talk to a model"),
+    "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
     "evaluate": (
         "evaluate.commands",
         "command",

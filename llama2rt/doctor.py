@@ -171,6 +171,21 @@ def _ops() -> dict[str, Any]:
         return {"reason": f"llama2rt.ops does not import: {error!r}"}
 
 
+def _decoding() -> dict[str, str]:
+    """What a plain model's forward passes on a CPU run on in the engine, and why not faster."""
+    try:
+        import torch
+
+        from llama2rt.ops import packed
+
+        reason = packed.why_not(torch.empty(1))
+    except Exception as error:
+        reason = repr(error)
+    if not reason:
+        return {"runs_on": "packed weights"}
+    return {"runs_on": "the model's own modules", "reason": reason}
+
+
 def examine() -> dict[str, Any]:
     """The report as a dictionary; `problems` lists what keeps the library from working at all."""
     # torch first: the native module then finds its OpenMP runtime loaded.
@@ -184,6 +199,7 @@ def examine() -> dict[str, Any]:
         "_cuda": _cuda(),
         "triton": _triton(),
         "ops": _ops(),
+        "decoding": _decoding(),
         "openmp": _openmp(),
         "optional": {
             name: _optional(name, purpose, get) for name, (purpose, get) in OPTIONAL.items()
@@ -226,6 +242,9 @@ def _facts(report: dict[str, Any]) -> "Table":
         facts.add_row("", ", ".join(cpu["kernels"]))
     else:
         facts.add_row("_cpu", cpu["reason"])
+    decoding = report["decoding"]
+    why = f": {decoding['reason']}" if "reason" in decoding else ""
+    facts.add_row("decoding", f"on a CPU by {decoding['runs_on']}{why}")
     if "kernels" in cuda:
         facts.add_row("_cuda", f"built for {', '.join(cuda['architectures'])}")
         facts.add_row("", ", ".join(cuda["kernels"]))

@@ -3,7 +3,7 @@
 The step is that of `step.py`: 134M weights, 4 documents of 512 tokens, forward, backward, clip,
 AdamW on fp32 masters. Both sides stay loaded and take turns, round by round, so that what else the
 machine does falls on both; medians are compared. The bytes that each rank hands to all-gather and
-reduce-scatter are counted at torch.distributed and compared with what FSDP should move:
+reduce-scatter are counted where FSDP calls them and compared with what it should move:
 
     all-gather      every block's weights twice (forward and backward), the rest once, in the
                     compute dtype
@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -74,28 +74,29 @@ def set_up(precision: str) -> tuple[Callable[[], float], dict[str, int]]:
 
 @contextmanager
 def counted(handed: dict[str, int]) -> Any:
-    """Inside, `handed` counts the bytes of whole tensors that collectives give or take."""
-    import torch.distributed as dist
+    """Inside, `handed` counts the bytes of whole tensors that FSDP's collectives give or take,
+    through shared memory or, where there is none, by torch.distributed."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as by_torch
 
-    # What FSDP calls, by the names of torch 2.13 and of those before it.
-    names = ("all_gather_single", "reduce_scatter_single")
-    if not hasattr(dist, names[0]):
-        names = ("all_gather_into_tensor", "reduce_scatter_tensor")
-    gather, scatter = (getattr(dist, name) for name in names)
+    from llama2rt.parallel import shared_memory as by_memory
 
-    def all_gather(output_tensor: Any, input_tensor: Any, *rest: Any, **options: Any) -> Any:
-        handed["all_gather"] += output_tensor.nbytes
-        return gather(output_tensor, input_tensor, *rest, **options)
+    def counts(name: str, whole: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(self: Any, **tensors: Any) -> Any:
+            handed[name] += tensors[whole].nbytes
+            return call(self, **tensors)
 
-    def reduce_scatter(output: Any = None, input: Any = None, *rest: Any, **options: Any) -> Any:
-        handed["reduce_scatter"] += input.nbytes
-        return scatter(output, input, *rest, **options)
+        return counting
 
     handed |= {"all_gather": 0, "reduce_scatter": 0}
-    with (
-        mock.patch.object(dist, names[0], all_gather),
-        mock.patch.object(dist, names[1], reduce_scatter),
-    ):
+    with ExitStack() as patches:
+        for kind, name, whole in (
+            (by_torch.DefaultAllGather, "all_gather", "output_tensor"),
+            (by_torch.DefaultReduceScatter, "reduce_scatter", "input_tensor"),
+            (by_memory.SharedAllGather, "all_gather", "output_tensor"),
+            (by_memory.SharedReduceScatter, "reduce_scatter", "input_tensor"),
+        ):
+            counting = counts(name, whole, kind.__call__)
+            patches.enter_context(mock.patch.object(kind, "__call__", counting))
         yield
 
 

@@ -168,4 +168,37 @@ inline AddTo add_to(const Tensor& x, const Tensor& sum) {
   return a;
 }
 
+inline PackWeight pack_weight(const Tensor& first, const Optional& second, const Optional& third,
+                              const PackedWeight& to) {
+  PackWeight a{};
+  a.dtype = first.dtype();
+  a.parts[0] = {first.matrix(), first.size(0)};
+  if (second.of.data) a.parts[1] = {second.matrix(), second.size(0)};
+  if (third.of.data) a.parts[2] = {third.matrix(), third.size(0)};
+  a.to = to;
+  return a;
+}
+
+inline PackedLinear packed_linear(const Tensor& x, const PackedWeight& weight, const Tensor& y) {
+  PackedLinear a{};
+  a.dtype = x.dtype();
+  a.rows = x.size(0);
+  a.x = x.matrix(), a.weight = weight;
+  a.y = y.data(), a.y_stride = y.stride(0);
+  a.y_is_fp32 = y.dtype() == DType::fp32;
+  return a;
+}
+
+inline Sample sample(const Tensor& logits, const Tensor& temperatures, const Tensor& uniform,
+                     const Tensor& tokens, const Tensor& logprobs) {
+  Sample a{};
+  a.rows = logits.size(0), a.columns = logits.size(1);
+  a.logits = logits.floats(), a.logits_stride = logits.stride(0);
+  if (!uniform.is(dlpack::FLOAT, 64)) throw std::invalid_argument("uniform numbers are float64");
+  if (!tokens.is_int64()) throw std::invalid_argument("tokens are int64");
+  a.temperatures = temperatures.floats(), a.uniform = static_cast<const double*>(uniform.data());
+  a.tokens = static_cast<int64_t*>(tokens.data()), a.logprobs = logprobs.floats();
+  return a;
+}
+
 }  // namespace llama2rt::arguments

@@ -5,6 +5,7 @@
 
 #include "../cpu/ops.h"
 #include "arguments.h"
+#include "packed.h"
 
 namespace py = pybind11;
 using namespace llama2rt;
@@ -68,4 +69,8 @@ PYBIND11_MODULE(_cpu, m) {
   bind(m, "linear", arguments::linear, &Kernels::linear);
   bind(m, "weight_gradient", arguments::weight_gradient, &Kernels::weight_gradient);
   bind(m, "add_to", arguments::add_to, &Kernels::add_to);
+  bind(m, "sample", arguments::sample, &Kernels::sample);
+  bind_packed(m);
+  bind(m, "pack_weight", arguments::pack_weight, &Kernels::pack_weight);
+  bind(m, "packed_linear", arguments::packed_linear, &Kernels::packed_linear);
 }

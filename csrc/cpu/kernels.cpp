@@ -19,5 +19,9 @@ const Kernels table = {TEXT(LLAMA2RT_ISA),
                        token_logprob_backward,
                        add_to,
                        linear,
-                       weight_gradient};
+                       weight_gradient,
+                       pack_weight,
+                       packed_linear,
+                       forward_pass,
+                       sample};
 }  // namespace LLAMA2RT_ISA

@@ -21,6 +21,10 @@ struct Kernels {
   void (*add_to)(const AddTo&);
   void (*linear)(const Linear&);
   void (*weight_gradient)(const WeightGradient&);
+  void (*pack_weight)(const PackWeight&);
+  void (*packed_linear)(const PackedLinear&);
+  void (*forward_pass)(const ForwardPass&);
+  void (*sample)(const Sample&);
 };
 
 // The table in use: the widest instruction set of this processor unless another was selected.
@@ -56,5 +60,9 @@ void token_logprob_backward(const TokenLogprobBackward&);
 void add_to(const AddTo&);
 void linear(const Linear&);
 void weight_gradient(const WeightGradient&);
+void pack_weight(const PackWeight&);
+void packed_linear(const PackedLinear&);
+void forward_pass(const ForwardPass&);
+void sample(const Sample&);
 }  // namespace LLAMA2RT_ISA
 #endif

@@ -1,4 +1,4 @@
-"""Models on disk in three formats, and the atomic store that training resumes from."""
+"""Models on disk: three kinds of folders, GGUF files, the store that training resumes from."""
 
 from llama2rt.checkpoint.convert import convert
 from llama2rt.checkpoint.load import load

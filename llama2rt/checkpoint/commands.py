@@ -1,4 +1,4 @@
-"""`llama2rt convert`: a model folder into another format."""
+"""`llama2rt convert`: a model folder or GGUF file into another format."""
 
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ def convert(
     """Write a model folder in another format, tokenizer included.
 
     Args:
-        source: Folder of this project, Hugging Face or Meta.
+        source: Folder of this project, Hugging Face or Meta; or a GGUF file.
         destination: A new folder.
         to: Its format.
         dtype: Dtype of the weights; None keeps what is there.

@@ -1,4 +1,4 @@
-"""`llama2rt convert SRC DST --to hf|meta|native`: one model folder into another format."""
+"""`llama2rt convert SRC DST --to hf|meta|native`: a model folder or GGUF file in another format."""
 
 import logging
 from pathlib import Path
@@ -24,7 +24,7 @@ def convert(
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     shards: int = 1,
 ) -> None:
-    """Read the model folder `source` and write it as `destination`, tokenizer included.
+    """Write the model folder or GGUF file `source` as the folder `destination`, tokenizer included.
 
     One tensor is in memory at a time or, where a Meta folder is written, one of its files. dtype
     None keeps the stored one. shards: model-parallel ranks of a Meta folder. InputError when the

@@ -1,4 +1,4 @@
-"""`llama2rt.load`: any model folder, whoever wrote it."""
+"""`llama2rt.load`: any model folder or GGUF file, whoever wrote it."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama2rt.checkpoint import files, hf, meta, native
+from llama2rt.checkpoint import files, gguf, gguf_file, hf, meta, native
 from llama2rt.checkpoint.weight import Weight
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
@@ -20,9 +20,10 @@ _WEIGHTS = ("model*.safetensors", files.INDEX, "pytorch_model*.bin", "consolidat
 def load(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Llama | ScalarModel, Tokenizer | None]:
-    """(model, tokenizer) from a folder of this project, of Hugging Face or of Meta.
+    """(model, tokenizer) from a folder of this project, of Hugging Face or of Meta, or from a GGUF
+    file (of a model in several files, any one).
 
-    The folder's kind is read from its files: params.json (Meta), or config.json with (this project)
+    A folder's kind is read from its files: params.json (Meta), or config.json with (this project)
     or without (Hugging Face) `"format": "llama2rt"`. Returns a ScalarModel where the folder holds
     one; the tokenizer is None where it has none. dtype None keeps the stored one. On the device
     "meta" nothing but names, shapes and dtypes is read. InputError names the file and key that
@@ -68,6 +69,10 @@ def read(
     """(model on the meta device, tokenizer, weights that are still to be read, by parameter name);
     as `load`, which reads them."""
     folder = Path(path)
+    if folder.is_file():
+        if not gguf_file.is_gguf(folder):
+            raise InputError(f"{folder}: neither a model folder nor a GGUF file")
+        return gguf.read(folder, dtype)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
     config = folder / "config.json"
@@ -86,4 +91,6 @@ def read(
     hint = ""
     if (folder / "model" / "config.json").is_file():
         hint = f"; its model is in {folder / 'model'}"
+    elif found := sorted(folder.glob("*.gguf")):
+        hint = f"; name the GGUF file itself, such as {found[0]}"
     raise InputError(f"{folder}: no config.json and no params.json, so not a model folder{hint}")

@@ -29,10 +29,11 @@ _ALLOCATOR = 3.25
 _LOGIT_BYTES, _SORTED_LOGIT_BYTES = 20, 64
 
 
-def least_bytes(config: LlamaConfig, dtype: torch.dtype, tokens: int) -> int:
+def least_bytes(config: LlamaConfig, dtype: torch.dtype, tokens: int, tensor: int = 1) -> int:
     """The smallest `cache_bytes` in which one sequence of `tokens` can be sampled, before there is
-    a model, without top-k or top-p and in pages of the usual size."""
-    pages = sequence_bytes(config, dtype, tokens)
+    a model, without top-k or top-p and in pages of the usual size. `tensor`: ranks that share the
+    heads."""
+    pages = sequence_bytes(config, dtype, tokens) // tensor
     return pages + forward_bytes(config, dtype, tokens, 1, restricted=False)
 
 

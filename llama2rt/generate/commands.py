@@ -2,26 +2,44 @@
 stdout, progress to stderr; the command line turns these functions' arguments into options.
 """
 
+import contextlib
+import dataclasses
+import hashlib
 import json
+import logging
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama2rt.checkpoint import load
+from llama2rt.checkpoint import gguf_file, load
+from llama2rt.checkpoint.convert import DTYPES
 from llama2rt.data import readers
 from llama2rt.data.records import Prompt, Sample
 from llama2rt.errors import InputError
+from llama2rt.generate.chat import Chat
 from llama2rt.generate.engine import Completion, Engine
+from llama2rt.generate.runner import Weights
 from llama2rt.generate.sampling import check_options, check_whole
+from llama2rt.generate.unfinished import Finished, Unfinished
 from llama2rt.model import Llama
-from llama2rt.text.chat import check_messages
+from llama2rt.run.manifest import hash_path
+
+logger = logging.getLogger("llama2rt.generate")
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+# Samples of one prompt are known by their order, which the engine gives when a call ends; so with
+# several a prompt, a file of samples grows by calls of this many.
+_SAMPLES_PER_CALL = 1024
+_SECONDS_BETWEEN_LINES = 30.0  # of progress, where stderr is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,111 +60,254 @@ class Sampling:
         return vars(self).copy()
 
 
-def _engine(model: Path, device: str | None, cache_bytes: int | None = None) -> Engine:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device: {device!r} cannot be used: {reason}") from None
-    loaded, tokenizer = load(model, device=device)
-    if not isinstance(loaded, Llama):
-        raise InputError(f"{model}: a reward model or critic scores text, it does not write any")
-    if tokenizer is None:
-        raise InputError(f"{model}: no tokenizer.model and no tokenizer.json in this folder")
-    return Engine(loaded, tokenizer, cache_bytes=cache_bytes)
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How a model is held while it answers."""
+
+    dtype: Dtype | None = None
+    """Dtype of the weights; None keeps what is there."""
+    weights: Weights = "same"
+    """int8, on a CPU, reads half of bf16's bytes for each token and is a little less exact."""
+    speculate: int = 0
+    """Guess up to this many tokens where the text has gone on before; the same samples."""
+    device: str | None = None
+    """cpu, cuda, ...; by default cuda where there is one."""
+
+    def engine(self, model: Path, *, cache_bytes: int | None = None, at_once: int = 256) -> Engine:
+        """The model in a folder or a GGUF file, ready for `at_once` sequences. InputError for a
+        device or a model that cannot be used."""
+        check_whole("speculate", self.speculate, 0, 64)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device: {device!r} cannot be used: {reason}") from None
+        dtype = DTYPES[self.dtype] if self.dtype else None
+        loaded, tokenizer = load(model, device=device, dtype=dtype)
+        if not isinstance(loaded, Llama):
+            raise InputError(f"{model}: a reward model or critic scores text and writes none")
+        if tokenizer is None:
+            raise InputError(f"{model}: has no tokenizer.model, tokenizer.json or vocabulary")
+        return Engine(
+            loaded,
+            tokenizer,
+            max_sequences=at_once,
+            cache_bytes=cache_bytes,
+            speculate=self.speculate,
+            weights=self.weights,
+        )
 
 
 def generate(
     model: tyro.conf.Positional[Path],
     /,
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
+    opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening(),
     *,
     prompt: str | None = None,
     prompts: Path | None = None,
     n: int = 1,
     raw: bool = False,
     cache_bytes: int | None = None,
-    device: str | None = None,
     out: Path | None = None,
+    resume: bool = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Sample answers to one prompt, or to a file of them.
 
     Args:
-        model: Folder of this project, Hugging Face or Meta.
+        model: Folder of this project, Hugging Face or Meta; or a GGUF file.
         prompt: The prompt's text.
         prompts: A file of prompt records; with --raw of documents to continue.
         n: Samples for each prompt.
         raw: Continue the text as it is instead of answering it in the chat format (base models).
         cache_bytes: Most memory that sampling takes beside the model; by default half of what is
             free. Less of it is slower, with the same samples.
-        device: cpu, cuda, ...; by default cuda where there is one.
-        out: Write the samples here, as sample records.
+        out: Write the samples here, as sample records. While they come, they are in OUT.partial.
+        resume: Go on with the samples in OUT.partial, or leave them if all are in OUT.
         json_output: Print one JSON object.
     """
     if (prompt is None) == (prompts is None):
         raise InputError("give either --prompt TEXT or --prompts FILE")
     if out is not None and out.is_dir():
         raise InputError(f"out: expected a file, {out} is a folder")
+    if resume and out is None:
+        raise InputError("resume: expected --out FILE, whose samples are to be completed")
     check_options(n, **sampling.options())  # before the model is loaded
     if cache_bytes is not None:
         check_whole("cache_bytes", cache_bytes, 1, 2**63 - 1)
-    records = _prompts(prompt, prompts, raw)
-    engine = _engine(model, device, cache_bytes)
-    encoded = [
-        engine.tokenizer.encode(record.messages[0]["content"], bos=True) if raw else record.messages
-        for record in records
-    ]
-    started = time.perf_counter()
-    completions = _with_progress(engine, encoded, n, sampling)
+    work = _Work(_prompts(prompt, prompts, raw), n, raw, sampling, str(model))
+    done = work.found_in(out) if resume and out is not None else None
+    if done is not None:
+        print(f"generate: all samples are in {out}", file=sys.stderr)
+        if json_output:
+            print(json.dumps({"samples": [s.to_json() for s in done], "resumed": len(done)}))
+        return
+    with contextlib.ExitStack() as stack:
+        file = None
+        if out is not None:
+            asked = work.asked(model, opening)
+            file = stack.enter_context(Unfinished(out, asked, resume=resume))
+        engine = opening.engine(model, cache_bytes=cache_bytes)
+        before = len(file.finished) if file else 0
+        started = time.perf_counter()
+        finished = work.carry_out(engine, file)
     seconds = time.perf_counter() - started
-    samples = [
-        Sample(
-            prompt_id=records[completion.prompt_index].id,
-            messages=records[completion.prompt_index].messages,
-            response=completion.text,
-            policy=str(model),
-            temperature=sampling.temperature,
-            seed=sampling.seed,
-        )
-        for completion in completions
-    ]
-    if out is not None:
-        readers.write(out, samples)
     if json_output:
         rows = [
-            {**sample.to_json(), "finish_reason": c.finish_reason, "tokens": len(c.tokens)}
-            for sample, c in zip(samples, completions, strict=True)
+            {**sample.to_json(), "finish_reason": reason, "tokens": tokens}
+            for sample, tokens, reason in finished
         ]
-        tokens = sum(len(completion.tokens) for completion in completions)
-        summary = {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
-        print(json.dumps({"samples": rows, **summary}, ensure_ascii=False))
+        done_now = {"tokens": work.tokens, "seconds": seconds}
+        rate = {"tokens_per_s": work.tokens / seconds, "resumed": before}
+        print(json.dumps({"samples": rows, **done_now, **rate}, ensure_ascii=False))
     elif out is None:
-        for sample in samples:
-            print(
-                sample.response if len(samples) == 1 else f"[{sample.prompt_id}] {sample.response}"
-            )
+        for sample, *_ in finished:
+            alone = len(finished) == 1
+            print(sample.response if alone else f"[{sample.prompt_id}] {sample.response}")
 
 
-def _with_progress(
-    engine: Engine, prompts: Sequence[Any], n: int, sampling: Sampling
-) -> list[Completion]:
-    """n samples of each of `prompts`, with a bar on the terminal."""
-    columns = (
-        *(TextColumn("sampling"), BarColumn(), MofNCompleteColumn()),
-        *(TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn()),
-    )
-    started, tokens = time.perf_counter(), 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(prompts) * n, rate=0.0)
+def _hash(model: Path) -> str:
+    """SHA-256 of a model's folder or file; of several GGUF files, of their hashes."""
+    if model.is_dir() or not model.is_file() or not gguf_file.is_gguf(model):
+        return hash_path(model)
+    tensors = gguf_file.read(model).tensors.values()
+    hashes = [hash_path(path) for path in sorted({tensor.path for tensor in tensors})]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
-        def advance(completion: Completion) -> None:
-            nonlocal tokens
-            tokens += len(completion.tokens)
-            progress.update(task, advance=1, rate=tokens / (time.perf_counter() - started))
 
-        return engine.generate(prompts, n, **sampling.options(), on_finish=advance)
+@dataclass
+class _Work:
+    """What `generate` was asked for, and how much of it this process has done."""
+
+    prompts: list[Prompt]
+    n: int
+    raw: bool
+    sampling: Sampling
+    policy: str
+    tokens: int = 0
+
+    def asked(self, model: Path, opening: Opening) -> dict[str, Any]:
+        """Everything that decides the samples; of models and prompts their hashes."""
+        records = json.dumps([dataclasses.asdict(record) for record in self.prompts])
+        return {
+            "model": _hash(model),
+            "prompts": hashlib.sha256(records.encode()).hexdigest(),
+            "n": self.n,
+            "raw": self.raw,
+            "dtype": opening.dtype,
+            "weights": opening.weights,
+            **self.sampling.options(),
+        }
+
+    def found_in(self, out: Path) -> list[Sample] | None:
+        """The samples in `out`, None where they are yet to be completed. InputError where there are
+        others in it."""
+        if not out.exists() or Unfinished.path_of(out).exists():
+            return None
+        ids = [record.id for record in self.prompts for _ in range(self.n)]
+        expected = (ids, {self.policy}, {self.sampling.temperature}, {self.sampling.seed})
+        samples = readers.read(out, "sample")
+        found = (
+            [sample.prompt_id for sample in samples],
+            {sample.policy for sample in samples},
+            {sample.temperature for sample in samples},
+            {sample.seed for sample in samples},
+        )
+        if found != expected:
+            raise InputError(f"{out}: exists, and holds other samples than are asked for")
+        return samples
+
+    def carry_out(self, engine: Engine, file: Unfinished | None) -> list[Finished]:
+        """All samples in the prompts' order: those in the file, and those that it lacks."""
+        if file is None:
+            with _Progress(len(self.prompts) * self.n, 0) as progress:
+                found = self._sample(engine, range(len(self.prompts)), progress.advance)
+            return [self._finished(completion) for completion in found]
+        lacking = [
+            i
+            for i in range(len(self.prompts))
+            if any((i, j) not in file.finished for j in range(self.n))
+        ]
+        most = len(lacking) if self.n == 1 else max(1, _SAMPLES_PER_CALL // self.n)
+
+        def add(index: int, completion: Completion) -> None:
+            file.add(completion.prompt_index, index, self._finished(completion))
+
+        total = len(self.prompts) * self.n
+        with _Progress(total, total - len(lacking) * self.n) as progress:
+
+            def advance(completion: Completion) -> None:
+                if self.n == 1:
+                    add(0, completion)
+                progress.advance(completion)
+
+            try:
+                for begin in range(0, len(lacking), most or 1):
+                    found = self._sample(engine, lacking[begin : begin + most], advance)
+                    for number, completion in enumerate(found):
+                        add(number % self.n, completion)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"interrupted: {len(file.finished)} of {total} samples are in {file.path}; "
+                    "--resume goes on"
+                ) from None
+        return file.complete()
+
+    def _sample(
+        self, engine: Engine, indices: Sequence[int], on_finish: Callable[[Completion], None]
+    ) -> list[Completion]:
+        encode = engine.tokenizer.encode
+        asked = [self.prompts[i].messages for i in indices]
+        encoded = [encode(m[0]["content"], bos=True) for m in asked] if self.raw else asked
+        options = self.sampling.options()
+        found = engine.generate(encoded, self.n, **options, indices=indices, on_finish=on_finish)
+        self.tokens += sum(len(completion.tokens) for completion in found)
+        return found
+
+    def _finished(self, completion: Completion) -> Finished:
+        record = self.prompts[completion.prompt_index]
+        sample = Sample(
+            prompt_id=record.id,
+            messages=record.messages,
+            response=completion.text,
+            policy=self.policy,
+            temperature=self.sampling.temperature,
+            seed=self.sampling.seed,
+        )
+        return Finished(sample, len(completion.tokens), completion.finish_reason)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere, such as in a log file, a line now and then."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._done, self._tokens = total, done, 0
+        self._started = self._said = time.perf_counter()
+        columns = (
+            *(TextColumn("sampling"), BarColumn(), MofNCompleteColumn()),
+            *(TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn()),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("", total=total, completed=done, rate=0.0)
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, completion: Completion) -> None:
+        self._done += 1
+        self._tokens += len(completion.tokens)
+        now = time.perf_counter()
+        rate = self._tokens / (now - self._started)
+        self._bar.update(self._task, advance=1, rate=rate)
+        if not self._bar.console.is_terminal and now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
+            logger.info("%d of %d samples, %.0f tokens/s", self._done, self._total, rate)
 
 
 def _prompts(prompt: str | None, path: Path | None, raw: bool) -> list[Prompt]:
@@ -166,49 +327,16 @@ def chat(
     model: tyro.conf.Positional[Path],
     /,
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
+    opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening(),
     *,
     system: str | None = None,
-    device: str | None = None,
 ) -> None:
-    """Talk to a model. /reset forgets the conversation; Ctrl-C stops an answer, Ctrl-D leaves.
+    """Talk to a model. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves.
 
     Args:
-        model: Folder of this project, Hugging Face or Meta.
+        model: Folder of this project, Hugging Face or Meta; or a GGUF file.
         system: A system message for the whole conversation.
-        device: cpu, cuda, ...; by default cuda where there is one.
     """
     check_options(1, **sampling.options())
-    engine = _engine(model, device)
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    turn = 0
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if text == "/reset":
-            messages = list(opening)
-        if text in ("", "/reset"):
-            continue
-        asked = [*messages, {"role": "user", "content": text}]
-        pieces = []
-        options = sampling.options() | {"seed": (sampling.seed + turn) % 2**63}
-        turn += 1
-        try:
-            for piece in engine.stream(asked, **options):
-                print(piece, end="", flush=True)
-                pieces.append(piece)
-        except KeyboardInterrupt:
-            pass
-        except InputError as error:
-            print(f"{error} (/reset starts afresh)", end="")
-        print()
-        answered = [*asked, {"role": "assistant", "content": "".join(pieces).strip()}]
-        try:  # an empty answer, or one with format tags in it, cannot be part of a prompt
-            check_messages(answered, last="assistant")
-            messages = answered
-        except InputError:
-            if pieces:
-                print("(this exchange is not remembered)")
+    engine = opening.engine(model)
+    Chat(engine, sampling.options(), system or None, source=str(model)).run()

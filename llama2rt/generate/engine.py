@@ -17,12 +17,14 @@ from llama2rt.generate.budget import Bounds, Budget, plan, plan_session
 from llama2rt.generate.generation import Generation
 from llama2rt.generate.kv_cache import PAGE_SIZE
 from llama2rt.generate.request import Request, SamplingOptions
+from llama2rt.generate.runner import Runner, Weights
 from llama2rt.generate.sampling import MOST, check_options, check_whole, stream_keys
 from llama2rt.generate.scheduler import Scheduler
 from llama2rt.generate.session import Session
 from llama2rt.generate.text import TextStream
 from llama2rt.memory import free_bytes
 from llama2rt.model.llama import Llama
+from llama2rt.parallel import tensor_group
 from llama2rt.text import chat
 
 Prompt = Sequence[int] | chat.Messages
@@ -56,6 +58,8 @@ class Engine:
     with the same samples. `speculate`: guess up to so many tokens behind each decoded one where
     its prompt or answer has gone on before, and check them in one forward pass (`speculate.py`):
     faster where answers repeat and a pass costs little more for more tokens; the same samples.
+    `weights`: "same" as the model's, or "int8" on a CPU: half of bf16's bytes, a little less exact.
+    `runner` says what forward passes run on; on a CPU it keeps a packed copy of the weights.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Engine:
         max_sequences: int = 256,
         cache_bytes: int | None = None,
         speculate: int = 0,
+        weights: Weights = "same",
     ) -> None:
         check_whole("page_size", page_size, 1)
         check_whole("max_sequences", max_sequences, 1)
@@ -76,6 +81,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.page_size, self.max_sequences = page_size, max_sequences
         self.cache_bytes, self.speculate = cache_bytes, speculate
+        self.runner = Runner(model, weights)
 
     def of(self, model: Llama) -> "Engine":
         """The same sampler of another model, such as this one's weights in one piece."""
@@ -86,6 +92,7 @@ class Engine:
             max_sequences=self.max_sequences,
             cache_bytes=self.cache_bytes,
             speculate=self.speculate,
+            weights=self.runner.weights,
         )
 
     def generate(
@@ -235,13 +242,16 @@ class Engine:
         for i, key in enumerate(keys):
             p = i // n
             scheduler.add(Request(i, prompts[p], options, key, int(limits[p]), stop_ids))
-        return Generation(self.model, scheduler)
+        return Generation(self.runner, scheduler)
 
     def _within(self, plan: Callable[[Bounds], Budget], restricted: bool) -> Budget:
-        """What a call may hold at once; InputError where that is too little."""
+        """What a call may hold at once; InputError where that is too little. The weights are packed
+        first, if they are to be: what is free then is free for the call."""
+        self.runner.refresh()
         allowed = self.cache_bytes
         if allowed is None:
-            allowed = free_bytes(self.model.output.weight.device) // 2
+            free = free_bytes(self.model.output.weight.device)
+            allowed = tensor_group.least(self.model, free) // 2
         bounds = Bounds(
             allowed, self.page_size, self.max_sequences, self.speculate, restricted=restricted
         )

@@ -2,28 +2,32 @@
 it gives out, and the model whose weights are read as they are at each pass.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from llama2rt.generate.batch import Batch, Step, layout
 from llama2rt.generate.kv_cache import Addresses, KVCache
+from llama2rt.generate.runner import Runner
 from llama2rt.generate.sampling import choose, uniforms
 from llama2rt.generate.scheduler import Scheduler
 from llama2rt.generate.slots import Sequence, Slots
-from llama2rt.model.llama import Llama
+from llama2rt.parallel import faults, tensor_group
 
 
 class Generation:
-    """Answers what is added to `scheduler`."""
+    """Answers what is added to `scheduler`; `runner` has been refreshed."""
 
-    def __init__(self, model: Llama, scheduler: Scheduler) -> None:
-        self.model, self.scheduler = model, scheduler
-        self.cache = KVCache(model.config.layers, scheduler.pool.pages, scheduler.page_size)
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+        self.runner, self.model, self.scheduler = runner, runner.model, scheduler
+        self.cache = KVCache(self.model.config.layers, scheduler.pool.pages, scheduler.page_size)
 
     @torch.inference_mode()
     def advance(self) -> tuple[Step, list[Sequence]]:
         """One forward pass: what it was, and the sequences that it finished. FloatingPointError
         where logits are not finite."""
+        faults.moved()
         step = self.scheduler.step()
         batch = layout(step, self.scheduler.slots)
         logits = self._forward(batch)
@@ -33,6 +37,8 @@ class Generation:
         penalised = options.repetition_penalty != 1
         seen = _seen(slots, batch, penalised) if penalised.any() else None
         choice = choose(logits, uniform, options, seen)
+        tokens, logprobs = tensor_group.first(self.model, choice.tokens, choice.logprobs)
+        choice = replace(choice, tokens=tokens, logprobs=logprobs)
         if np.isnan(choice.logprobs).any():
             raise FloatingPointError(
                 "the model's logits are not finite: its weights are damaged, training diverged, or "
@@ -59,8 +65,8 @@ class Generation:
                 cu_seqlens_q=None if batch.cu_seqlens_q is None else put(batch.cu_seqlens_q),
             )
             tokens, positions = put(batch.tokens).long(), put(batch.positions)
-            hidden = self.model.transformer(tokens, positions, pages)
-            logits = self.model.output(hidden[len(hidden) - drawn :]).float()
+            rows = slice(len(tokens) - drawn, None)
+            logits = self.runner.forward(tokens, positions, pages, rows)
         if batch.copies.size:
             pages.copy(*put(batch.copies))
         return logits

@@ -6,7 +6,7 @@ is never written again. Swapping pages to host memory is left out.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -152,12 +152,10 @@ class KVCache:
         The first call allocates, so that head counts, dtype and device are those of the model as
         it runs (sharded or not) and not of its configuration.
         """
-        if self.keys is None or self.values is None:
-            shape = (self.layers, self.pages, self.page_size, *k.shape[1:])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        all_keys, all_values = self.allocate(k.shape[1:], k)
         at = self.addresses
         assert at is not None, "addresses are set before each forward pass"
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = all_keys[layer], all_values[layer]
         keys.view(-1, *k.shape[1:]).index_copy_(0, at.slots, k)
         values.view(-1, *v.shape[1:]).index_copy_(0, at.slots, v)
         n = at.prompt_tokens
@@ -169,6 +167,14 @@ class KVCache:
         if n == len(q):
             return prompts
         return torch.cat([prompts, self._paged(q[n:], keys, values, at)])
+
+    def allocate(self, heads: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys, values) of all layers; `heads` (Hkv, D) and `like`, of the model's dtype and
+        device, are the first call's to say."""
+        if self.keys is None or self.values is None:
+            shape = (self.layers, self.pages, self.page_size, *heads)
+            self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        return self.keys, self.values
 
     @staticmethod
     def _paged(q: Tensor, keys: Tensor, values: Tensor, at: Addresses) -> Tensor:

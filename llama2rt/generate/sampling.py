@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama2rt.errors import InputError
+from llama2rt.ops import sample
 
 # SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
 # Its state only adds the increment, so number t of stream `key` is mix(key + (t + 1) * increment).
@@ -130,6 +131,11 @@ def choose(
     crosses top_p stays. `seen` int64 [P, L]: for the rows with a repetition penalty, in order, the
     tokens that it is for, repeated at will.
     """
+    limited = _limited_rows(options)
+    if seen is None and not (limited.any() or options.logprobs.any()) and sample.usable(logits):
+        temperatures = torch.from_numpy(options.temperature.astype(np.float32))
+        chosen, drawn = sample.draw(logits, temperatures, uniform)
+        return Choice(chosen.numpy(), drawn.numpy(), [])
     if ((options.temperature != 1) & (options.temperature != 0)).any():
         temperature = np.where(options.temperature == 0, 1, options.temperature)
         logits /= _column(temperature, logits).to(logits.dtype)
@@ -172,9 +178,13 @@ def _top(logprobs: Tensor, wanted: np.ndarray) -> list[list[tuple[int, float]]]:
 _ARGMAX, _PLAIN = -2, -1  # how a row is drawn; from 0 on: with this top_k and other limits
 
 
+def _limited_rows(options: RowOptions) -> np.ndarray:
+    """bool [B]: which rows a limit may cut, unless they are argmax's."""
+    return (options.top_k > 0) | (options.top_p < 1) | (options.min_p > 0)
+
+
 def _draw(weights: Tensor, uniform: Tensor, options: RowOptions) -> Tensor:
-    limited = (options.top_k > 0) | (options.top_p < 1) | (options.min_p > 0)
-    way = np.where(limited, options.top_k, _PLAIN)
+    way = np.where(_limited_rows(options), options.top_k, _PLAIN)
     way[options.temperature == 0] = _ARGMAX
     if (way == way[:1]).all():  # the usual call: no copies of rows
         return _draw_alike(weights, uniform, options, int(way[0]) if len(way) else _PLAIN)

@@ -39,7 +39,7 @@ class Session:
 
     def __init__(self, engine: "Engine", scheduler: Scheduler) -> None:
         self._engine, self._scheduler = engine, scheduler
-        self._generation = Generation(engine.model, scheduler)
+        self._generation = Generation(engine.runner, scheduler)
         self._shown: dict[int, _Shown] = {}
         self._aborted: list[Update] = []
         self._next_id = 0
@@ -119,6 +119,7 @@ class Session:
     def reset(self) -> None:
         """Forgets all keys and values, as `step` does where torch has written to a parameter or
         given it other data; for whoever changes weights in another way."""
+        self._engine.runner.refresh()
         self._scheduler.reset()
         self._weights = self._version()
 

@@ -148,6 +148,21 @@ def _offsets(part: Part, chunk: slice) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
+class _Unpadded:
+    """The attention of `tokens`, such as a cache of keys, which the added document is none of."""
+
+    tokens: int
+    attention: Attention
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = self.tokens
+        result = self.attention.attend(layer, q[:n], k[:n], v[:n])
+        if n == len(q):
+            return result
+        return nn.functional.pad(result, (0, 0, 0, 0, 0, len(q) - n))
+
+
+@dataclass(frozen=True)
 class _Joined:
     """The attention of a transformer that is called by itself, whose output is made whole."""
 
@@ -182,17 +197,21 @@ def split_micro_batches(model: Llama | ScalarModel, mesh: Mesh) -> None:
 
     def attend_to_part(_: nn.Module, args: tuple) -> tuple:
         tokens, positions, attention = args
-        if not isinstance(attention, PackedAttention | SharedPrefixAttention):
+        if isinstance(attention, PackedAttention | SharedPrefixAttention):
+            part: Any = attention.cu_seqlens
+            if isinstance(part, Part):
+                return tokens, positions, part.attention()
+            part = Part.of(len(tokens), part, getattr(attention, "keys", None), mesh)
+            inner = part.attention()
+        elif mesh.degrees["context"] == 1:
+            part = Part.of(len(tokens), positions.new_zeros(1), None, mesh)
+            inner = _Unpadded(len(tokens), attention)
+        else:
             raise NotImplementedError(
-                f"a model cut over tensor or context ranks: expected packed documents, got "
-                f"{type(attention).__name__}; generate with whole weights"
+                f"a model cut over context ranks: expected packed documents, got "
+                f"{type(attention).__name__}; generate with `parallel.tensor_group`"
             )
-        part: Any = attention.cu_seqlens
-        if isinstance(part, Part):
-            return tokens, positions, part.attention()
-        part = Part.of(len(tokens), part, getattr(attention, "keys", None), mesh)
-        inputs = part.take(tokens, 0), part.take(positions, 0)
-        return *inputs, _Joined(part, part.attention())
+        return part.take(tokens, 0), part.take(positions, 0), _Joined(part, inner)
 
     def join_hidden(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return args[2].part.whole(output) if isinstance(args[2], _Joined) else output

@@ -8,9 +8,10 @@ itself, and the named one with it where that is on the same machine. What fails 
 the others in the store too (`last_words`), so that one message says what happened instead of one
 from every rank.
 
-Left out: a rank that hangs while ranks work apart, as on a rollout. How long their shares take is
-not known beforehand, and the others meet it in a collective of objects, which counts for nothing
-here since they wait in such a one for whatever rank 0 does by itself.
+While ranks work apart, as on a rollout, the others meet them in a collective of objects, which
+counts for nothing here since ranks wait in such a one for whatever rank 0 does by itself. How long
+a share takes is not known beforehand, but each forward pass of one is said (`moved`): a rank that
+says none for the limit inside its share is named too. Left out: what rank 0 does by itself.
 
 All of it is nothing in one process. The collectives' own timeouts come a little after the limit:
 where the thread cannot run, they end the rank.
@@ -25,7 +26,8 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +50,10 @@ class Beat:
     entered: int
     """collectives of tensors since the ranks last met"""
     doing: str
+    apart: bool = False
+    """whether the rank works by itself on a share of what all do"""
+    passes: int = 0
+    """forward passes begun in such shares"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,26 @@ def doing(what: str) -> None:
         _watch.doing = what
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, this rank works by itself on its share of what all do."""
+    if _watch is None:
+        yield
+        return
+    _watch.apart = True
+    moved()
+    try:
+        yield
+    finally:
+        _watch.apart = False
+
+
+def moved() -> None:
+    """This rank begins another forward pass, which says that it comes on where it works `apart`."""
+    if _watch is not None and _watch.apart:
+        _watch.passes += 1
+
+
 def met() -> None:
     """Every rank has come to this point: collectives are counted anew."""
     if _watch is not None:
@@ -124,18 +150,25 @@ class Heard:
     def hear(self, beat: Beat, now: float) -> None:
         if beat.number != self.beat.number:
             self.said = now
-        if (beat.entered, beat.doing) != (self.beat.entered, self.beat.doing):
+        if replace(beat, number=0) != replace(self.beat, number=0):
             self.moved = now
         self.beat = beat
 
 
 def missing(heard: dict[int, Heard], now: float, limit: float) -> tuple[list[int], str] | None:
     """(ranks that are missing, what to say of them), or None where none is: they have been silent
-    for `limit` seconds; or nothing has moved for so long on any rank, while some wait in a
-    collective that these have not entered."""
+    for `limit` seconds; or have stood still for so long in their share of what ranks do apart; or
+    nothing has moved for so long on any rank, while some wait in a collective that these have not
+    entered."""
     silent = [rank for rank, other in heard.items() if now - other.said > limit]
     if silent:
         return silent, f"{_named(silent, heard)} not been heard of for {_seconds(limit)}"
+    still = [
+        rank for rank, other in heard.items() if other.beat.apart and now - other.moved > limit
+    ]
+    if still:
+        what = f"stood still in a share of the work for {_seconds(limit)}"
+        return still, f"{_named(still, heard)} {what}"
     entered = [other.beat.entered for other in heard.values()]
     if min(entered) < max(entered) and all(now - other.moved > limit for other in heard.values()):
         late = [rank for rank, other in heard.items() if other.beat.entered == min(entered)]
@@ -174,6 +207,7 @@ class Watch:
         self._number = 0
         self._base = 0
         self.doing = "at its start"
+        self.apart, self.passes = False, 0
         self._heard: dict[int, Heard] = {}
         self._looked = time.monotonic()
         self._ended = threading.Event()
@@ -228,7 +262,8 @@ class Watch:
 
     def _beat(self) -> None:
         self._number += 1
-        beat = Beat(self._number, self._collectives() - self._base, self.doing)
+        entered = self._collectives() - self._base
+        beat = Beat(self._number, entered, self.doing, self.apart, self.passes)
         self._store.set(f"beat/{self._group.rank}", json.dumps(asdict(beat)))
 
     def _listen(self) -> None:

@@ -6,7 +6,7 @@ Ranks of different `data` and `shard` coordinates see different micro-batches; t
 
 import datetime
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -55,6 +55,12 @@ class Mesh:
         devices, fsdp = _devices(*degrees.values())
         faults.set_limit(datetime.timedelta(minutes=options.timeout_minutes))
         return cls(degrees, devices, fsdp)
+
+    @property
+    def tensor_alone(self) -> Self:
+        """Of these processes those that this one shares every matrix with, and no others."""
+        degrees = dict.fromkeys(DIMENSIONS, 1) | {"tensor": self.degrees["tensor"]}
+        return replace(self, degrees=degrees, fsdp=None)
 
     @property
     def batch_ranks(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.parallel.context import split_micro_batches
@@ -67,13 +68,34 @@ def shard(model: Llama | ScalarModel, mesh: Mesh, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32)
     # Inputs are ids, and blocks pass on what has the dtype already.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    communication = _communication(devices)
     for module in (*own_blocks(model), model):
         fully_shard(module, mesh=devices, mp_policy=policy)
+        if communication is not None:
+            module.set_custom_all_gather(communication[0])
+            module.set_custom_reduce_scatter(communication[1])
+            # Nothing is fetched while something else is computed: of itself, which is there, and
+            # not of the block before, which would take memory for nothing.
+            module.set_modules_to_backward_prefetch([module])
         # Losses are divided by what all ranks predict together; gloo has no mean.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     also_called(model, "hidden")
     _cut_after_inference(model)
+
+
+def _communication(devices: DeviceMesh) -> tuple[Any, Any] | None:
+    """(all-gather, reduce-scatter) of ranks that share memory; None: torch's own."""
+    group = devices.get_group(devices.ndim - 1)  # before it are replicas
+    if devices.device_type != "cpu" or group.size() == 1:
+        return None
+    # Here, because FSDP2 takes seconds to import.
+    from llama2rt.parallel import shared_memory
+
+    shared = shared_memory.segments(group)
+    if shared is None:
+        return None
+    return shared_memory.SharedAllGather(shared), shared_memory.SharedReduceScatter(shared)
 
 
 def own_blocks(model: Llama | ScalarModel) -> list[Any]:

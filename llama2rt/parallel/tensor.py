@@ -7,13 +7,15 @@ gate and up are cut by outputs, the two matrices back by inputs, embedding and o
 
 Weights are DTensors, for FSDP2, optimizers and checkpoints; modules compute on their local parts
 with plain activations. That is less than a DTensor at each operation costs a host, and `view`,
-backends and compilation see what they see in one process.
+backends and compilation see what they see in one process. A model that only reads (`local_weights`)
+has plain local parts from the beginning: it makes a pass a token.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 import llama2rt.parallel.sharding  # noqa: F401  (the rule of token_logprob on a cut weight)
 from llama2rt.errors import InputError
@@ -24,13 +26,14 @@ from llama2rt.ops.embedding import embedding
 from llama2rt.ops.linear import linear
 from llama2rt.parallel.collectives import gather, gather_alike, scatter_sum, sum_gradient
 from llama2rt.parallel.mesh import Mesh, check
+from llama2rt.parallel.shards import is_dtensor, local_part
 
 COLUMNWISE = ("query", "key", "value", "gate", "up")
 ROWWISE = ("attention_output", "down")
 
 
 class _Cut(nn.Module):
-    """A module whose `weight` is a DTensor."""
+    """A module whose `weight` is a DTensor, or this rank's part of one."""
 
     devices: DeviceMesh
 
@@ -40,8 +43,8 @@ class _Cut(nn.Module):
 
     @property
     def local(self) -> Tensor:
-        assert isinstance(self.weight, DTensor)
-        return self.weight.to_local()
+        assert isinstance(self.weight, Tensor)
+        return local_part(self.weight)
 
 
 class ColumnwiseLinear(_Cut, Linear):
@@ -52,10 +55,15 @@ class ColumnwiseLinear(_Cut, Linear):
 
 
 class VocabularyOutput(_Cut, Linear):
-    """A weight for `ops.token_logprob`, which takes it cut."""
+    """[T, dim], the same on all ranks -> logits [T, V] on all, the same bits. Its weight is for
+    `ops.token_logprob` too, which takes it cut."""
 
     def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("logits of a vocabulary that is cut over tensor ranks")
+        own = linear(sum_gradient(x, self.group), self.local)
+        share = -(-self.out_features // self.group.size())  # the last rank may have less
+        own = nn.functional.pad(own, (0, share - own.shape[1]))
+        every = gather_alike(own[None], self.group)
+        return every.transpose(0, 1).flatten(1)[:, : self.out_features]
 
 
 class RowwiseLinear(_Cut, Linear):
@@ -127,10 +135,23 @@ def tensor_parallel(model: Llama | ScalarModel, mesh: Mesh) -> None:
     _cut(transformer.embedding, VocabularyEmbedding, devices, Shard(0))
     if isinstance(model, ScalarModel):
         _cut(model.head, WholeHead, devices, Replicate())
-    elif model.config.tied:
-        model.output.weight = transformer.embedding.weight
     else:
         _cut(model.output, VocabularyOutput, devices, Shard(0))
+        if model.config.tied:
+            model.output.weight = transformer.embedding.weight
+
+
+@torch.no_grad()
+def local_weights(model: Llama | ScalarModel) -> None:
+    """Let a model that `tensor_parallel` has cut, and nothing else, hold its parts as plain frozen
+    tensors, in place: they have the shapes that this rank computes with, and asking a DTensor for
+    its part at each product costs a host some 10 us. The output's stays one, for
+    `ops.token_logprob`."""
+    kept = {id(model.output.weight)} if isinstance(model, Llama) else set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if is_dtensor(parameter) and id(parameter) not in kept:
+                setattr(module, name, nn.Parameter(local_part(parameter), requires_grad=False))
 
 
 def _cut(module: nn.Module, kind: type, devices: DeviceMesh, placement: Placement) -> None:

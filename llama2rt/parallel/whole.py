@@ -3,10 +3,9 @@
 FSDP gathers each block's weights anew for every forward pass. Training makes a few of those a step;
 sampling makes one a token, and Llama 2's came out some 20 times slower for it, whatever the batch.
 The remedy is the paper's (section 3.2.3): gather all weights once before generation, free them
-after. Every rank then has a plain model and samples, scores and measures on its own.
-
-Left out: an engine whose model stays cut. What is gathered must fit one process beside its shards;
-70B parameters in bf16 are 138 GB, which no GPU of 80 GB takes: `whole` then refuses.
+after. Every rank then has a plain model and samples, scores and measures on its own. What is
+gathered must fit one process beside its shards, or `whole` refuses; 70B parameters in bf16 are 138
+GB, which ranks of one machine hold together (`parallel.tensor_group`).
 """
 
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ def whole(model: Model, dtype: torch.dtype | None = None) -> Iterator[Model]:
     if not in_shards(model):
         yield model
         return
-    _require_room(model, dtype)
+    require_room(model, dtype)
     kind: type[Model] = Llama if isinstance(model, Llama) else ScalarModel
     with torch.device("meta"):
         plain = kind(model.config)
@@ -92,13 +91,16 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def _require_room(model: nn.Module, dtype: torch.dtype | None) -> None:
+def require_room(model: nn.Module, dtype: torch.dtype | None, ranks: int = 1) -> None:
+    """InputError, on all ranks, where one of them has less memory free than what it is to hold of
+    the model, which `ranks` share evenly."""
     parameters = list(model.parameters())
-    needed = sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
+    needed = sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters) / ranks
     least = min(gather(free_bytes(parameters[0].device)))
     if needed > least:
+        part = "whole model" if ranks == 1 else f"part of the model that is one of {ranks}"
         raise InputError(
-            f"parallel: the whole model, which sampling gathers on each of {world().size} "
+            f"parallel: the {part}, which sampling gathers on each of {world().size} "
             f"processes, takes {needed / 1e9:.1f} GB, and one of them has {least / 1e9:.1f} GB "
             "free; sample with a smaller model, or give each process more memory"
         )

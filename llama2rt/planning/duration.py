@@ -12,7 +12,7 @@ from llama2rt.cluster import calibration, step_time
 from llama2rt.cluster.estimate import Estimate
 from llama2rt.cluster.hardware import Cluster
 from llama2rt.cluster.workload import BF16_BYTES, Layout, Shape
-from llama2rt.planning import memory
+from llama2rt.planning import inference, memory
 from llama2rt.planning.memory import Setting
 from llama2rt.planning.work import Batch, Model, Sampling
 
@@ -86,22 +86,24 @@ def total(parts: Sequence[Estimate]) -> Estimate:
     )
 
 
-def sampling_seconds(sampling: Sampling, cluster: Cluster) -> float:
-    """Of all answers, each as long as it may get, and of the models that read them."""
+def sampling_seconds(sampling: Sampling, tensor: int, cluster: Cluster) -> float:
+    """Of all answers, each as long as it may get, and of the models that read them. `tensor` ranks
+    share the weights and the sequences; what they say to each other is not counted."""
     assert sampling.answers is not None
     gpu = cluster.gpu
-    share = sampling.answers / cluster.gpus  # each rank has the whole model and its own prompts
+    # Each group has the whole model and its own prompts.
+    share = sampling.answers * tensor / cluster.gpus
     together = max(1.0, min(sampling.at_once, share))
     rounds = ceil(share / together)
-    weights = memory.parts(sampling.policy).total
+    weights = memory.parts(sampling.policy).total / tensor
     bandwidth = gpu.memory_bandwidth_bytes_per_s * _HBM_SHARE
     rate = gpu.peak_flops_per_s * gpu.matmul_share_of_a100 * calibration.FITTED.gemm_share_of_peak
     middle = round(sampling.prompt + sampling.most / 2)
-    cache = memory.kv_cache_bytes(sampling.policy.config, BF16_BYTES, middle)
+    cache = inference.kv_cache_bytes(sampling.policy.config, BF16_BYTES, middle) / tensor
     read = (weights * BF16_BYTES + together * cache) / bandwidth
     computed = 2 * weights * together / rate
     decoding = rounds * sampling.most * max(read, computed)
     prefill = share * sampling.prompt * 2 * weights / rate
-    tokens = share * (sampling.prompt + sampling.most)
+    tokens = sampling.answers / cluster.gpus * (sampling.prompt + sampling.most)
     scoring = sum(tokens * 2 * memory.parts(reader).total / rate for reader in sampling.readers)
     return decoding + prefill + scoring

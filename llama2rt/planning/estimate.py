@@ -10,7 +10,7 @@ from llama2rt.cluster.estimate import Estimate
 from llama2rt.cluster.hardware import Cluster
 from llama2rt.errors import InputError
 from llama2rt.parallel.mesh import check
-from llama2rt.planning import duration, memory
+from llama2rt.planning import duration, inference, memory
 from llama2rt.planning.memory import Components, Setting, added
 from llama2rt.planning.work import Model, Phase, Work
 from llama2rt.train.moments import moment_dtype
@@ -134,7 +134,7 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
     else:
         work.train.check(ranks, "cuda")
     pipelined = any(phase.pipelined for phase in work.phases)
-    for model in work.trained:  # all others are whole on every rank
+    for model in work.cut:  # all others are whole on every rank
         check(degrees, model.config, pipelined=pipelined, adapted=model.adapter > 0)
     setting = _setting(work, degrees)
     phases = {phase.name: _memory(phase, setting, gpu) for phase in work.phases}
@@ -153,7 +153,9 @@ def dry_run(stage: str, work: Work, options: Options) -> Plan:
 
 def _notes(work: Work, setting: Setting) -> list[str]:
     notes = list(work.notes)
-    away = sum(memory.frozen(model, setting) for model in work.models if model.offloaded)
+    away = sum(
+        inference.frozen(model, setting) for model in work.models if model.held == "offloaded"
+    )
     if away:
         notes.append(f"offloaded models: {away / GIB:.1f} GiB of the CPU's memory a rank, pinned")
     if any(model.adapter for model in work.trained):
@@ -188,9 +190,10 @@ def _setting(work: Work, degrees: dict[str, int]) -> Setting:
 
 def _memory(phase: Phase, setting: Setting, gpu: hardware.Gpu) -> Components:
     """Bytes of a rank in a phase. A model that waits in the CPU's memory comes alone, to read, when
-    the cache of a policy that samples is gone; the policy is still there."""
-    waiting = [model for model in phase.frozen if model.offloaded]
-    staying = sum(memory.frozen(model, setting) for model in phase.frozen if not model.offloaded)
+    the cache of a policy that samples is gone; the policy is still there. One in shards is there at
+    all times, and a block of it gathered as it reads."""
+    readers = [model for model in phase.frozen if model.held != "resident"]
+    staying = sum(inference.frozen(m, setting) for m in phase.frozen if m.held != "offloaded")
     always: Components = {"frozen": staying} if staying else {}
     trained = phase.trained
     if phase.training and trained:
@@ -201,9 +204,9 @@ def _memory(phase: Phase, setting: Setting, gpu: hardware.Gpu) -> Components:
     policy: Components = {}
     if phase.sampling is not None:
         free = gpu.memory_bytes * (1 - memory.RESERVE) - sum(always.values())
-        moments.append(added(always, memory.rollout(phase.sampling, setting, free)))
-        policy = memory.answering(phase.sampling, setting)
-    moments += [added(always, policy, memory.reading(model, setting)) for model in waiting]
+        moments.append(added(always, inference.rollout(phase.sampling, setting, free)))
+        policy = inference.answering(phase.sampling, setting)
+    moments += [added(always, policy, inference.reading(model, setting)) for model in readers]
     return _fullest(moments)
 
 
@@ -233,7 +236,7 @@ def _durations(
         step = duration.ranged(seconds)
     drawn = [phase.sampling for phase in work.phases if phase.sampling is not None]
     if drawn and all(one.answers is not None for one in drawn):
-        seconds = sum(duration.sampling_seconds(one, cluster) for one in drawn)
+        seconds = sum(duration.sampling_seconds(one, setting.tensor, cluster) for one in drawn)
         sampling = duration.floor(seconds)
     parts = []
     if work.batch is not None:

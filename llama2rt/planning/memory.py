@@ -1,4 +1,5 @@
-"""Bytes that a rank holds at its fullest, by component: a pure function of shapes and degrees.
+"""Bytes that a rank holds at its fullest of what it trains, by component: a pure function of shapes
+and degrees. What it only reads or samples from is in `inference`.
 
 Each formula counts what the code keeps alive, and says where. Activations are counted from the
 tensors that autograd saves (tests/planning compares them with a real graph, to the byte). Left out:
@@ -10,12 +11,9 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Literal
 
-import torch
-
-from llama2rt.generate import budget
 from llama2rt.model.config import LlamaConfig
 from llama2rt.ops import logprob_tiles
-from llama2rt.planning.work import Model, Sampling, linear_layers
+from llama2rt.planning.work import Model, linear_layers
 
 # Of a GPU's memory: CUDA context (0.5 GiB), NCCL's buffers, fragments. As in cluster/workload.
 RESERVE = 0.06
@@ -141,12 +139,6 @@ def states(model: Model, setting: Setting) -> Components:
         "masters": trained * FP32 if narrow and not setting.optimizer_away else 0.0,
         "moments": 0.0 if setting.optimizer_away else trained * 2 * setting.moment_bytes,
     }
-
-
-def frozen(model: Model, setting: Setting) -> float:
-    """A model that only reads: in the compute dtype and whole on every rank, however the trained
-    ones are spread (stages/inputs.py)."""
-    return parts(model).total * setting.compute_bytes
 
 
 def training(model: Model, setting: Setting) -> Components:
@@ -335,58 +327,6 @@ def _head(model: Model, setting: Setting) -> tuple[float, float]:
     if rows < tokens:
         gradient += columns * config.dim * FP32  # the weight's, summed over tiles of rows
     return kept + gradient, rows * columns * setting.compute_bytes
-
-
-def rollout(sampling: Sampling, setting: Setting, free: float | None) -> Components:
-    """What sampling takes: the policy, keys and values of the sequences that run at once, one
-    forward pass.
-
-    free: bytes that are left on the device before it, of which the engine takes half of what the
-    policy leaves where the recipe sets no bound (generate/engine.py); None where the device is not
-    known.
-    """
-    model, width = sampling.policy, setting.compute_bytes
-    policy = answering(sampling, setting)
-    free = None if free is None else free - sum(policy.values())
-    sequence = kv_cache_bytes(model.config, width, sampling.longest)
-    forward = budget.forward_bytes(
-        model.config, _dtype(width), budget.PREFILL_TOKENS, sampling.at_once, restricted=False
-    )
-    wanted = sampling.at_once * sequence
-    allowed = sampling.cache_bytes
-    if allowed is None and free is not None:
-        allowed = int(max(free, 0) / 2)
-    if allowed is not None:
-        # The engine works on fewer sequences at a time where memory is short, down to one.
-        forward = min(forward, allowed // 4)
-        wanted = min(wanted, max(sequence, allowed - forward))
-    return {**policy, "kv_cache": wanted, "activations": forward}
-
-
-def answering(sampling: Sampling, setting: Setting) -> Components:
-    """What the policy that samples takes beside its states."""
-    whole = parts(sampling.policy).total * setting.compute_bytes
-    if not sampling.policy.lent:
-        return {"weights": whole}  # loaded for it, by every rank
-    # A plain copy of the shards on every rank, tensor parallelism undone too (parallel/whole.py).
-    return {"gathered": whole if setting.fsdp else 0.0}
-
-
-def reading(model: Model, setting: Setting) -> Components:
-    """A frozen model that comes to the device for one forward pass over a micro-batch."""
-    forward = budget.forward_bytes(
-        model.config, _dtype(setting.compute_bytes), setting.micro_tokens, 0, restricted=False
-    )
-    return {"frozen": frozen(model, setting), "activations": forward}
-
-
-def kv_cache_bytes(config: LlamaConfig, width: int, tokens: int) -> int:
-    """Keys and values of one sequence of `tokens`, in whole pages (generate/kv_cache.py)."""
-    return budget.sequence_bytes(config, _dtype(width), tokens)
-
-
-def _dtype(width: int) -> torch.dtype:
-    return torch.float32 if width == FP32 else torch.bfloat16
 
 
 def added(*components: Components) -> Components:

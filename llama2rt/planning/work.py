@@ -27,8 +27,9 @@ class Model:
     """the adapter that is trained instead of the weights"""
     lent: bool = False
     """whether the weights are another model's: a policy that samples as it is being trained"""
-    offloaded: bool = False
-    """whether it waits in the CPU's memory between calls (`rollout.frozen`)"""
+    held: Literal["resident", "offloaded", "sharded"] = "resident"
+    """where it is if it is frozen: whole on every rank, in the CPU's memory between calls, or cut
+    over all ranks as what is trained is (`rollout.frozen`)"""
     under_adapter: bool = False
     """whether one process alone reads it in the trained model, the adapter off, and holds no second
     one"""
@@ -117,7 +118,7 @@ class Sampling:
     answers: float | None
     """in the whole run"""
     at_once: int
-    """most sequences that a rank decodes together"""
+    """most sequences that a rank, or a group of tensor ranks, decodes together"""
     prompt: float
     """mean tokens of a prompt"""
     longest: int
@@ -141,7 +142,7 @@ class Phase:
     name: str
     trained: Sequence[Model] = ()
     frozen: Sequence[Model] = ()
-    """in the compute dtype, whole on every rank"""
+    """in the compute dtype; whole on every rank but for those in shards"""
     sampling: Sampling | None = None
     training: bool = False
     """whether gradients are taken in it; optimizer state lies there in any case"""
@@ -178,6 +179,13 @@ class Work:
     def trained(self) -> list[Model]:
         """Every model that the stage trains, once."""
         return list({m.name: m for phase in self.phases for m in phase.trained}.values())
+
+    @property
+    def cut(self) -> list[Model]:
+        """Every model that ranks share: those that are trained or sampled from, and frozen ones in
+        shards."""
+        drawn = [phase.sampling.policy for phase in self.phases if phase.sampling]
+        return [*self.trained, *drawn, *(model for model in self.models if model.held == "sharded")]
 
     @property
     def models(self) -> list[Model]:

@@ -2,6 +2,7 @@
 
 A phase is one call of a function under `phase`. The weights wait in pinned CPU memory; since nobody
 changes them, they are copied to the GPU when a phase begins and simply dropped there when it ends.
+Or they lie in shards over all ranks, which then read together (`share`).
 """
 
 import contextlib
@@ -11,6 +12,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from llama2rt.parallel import Mesh
 
 Arguments = ParamSpec("Arguments")
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,6 +30,19 @@ def offload(model: Model) -> Model:
             parameter.data = weight
         model.offloaded = _Offloaded(device, resting)  # type: ignore[assignment]
     return model
+
+
+def share(model: Model, mesh: Mesh) -> Model:
+    """Let `model`, which lies in shards over `mesh`, be read by all ranks of it together."""
+    model.shared_over = mesh  # type: ignore[assignment]
+    return model
+
+
+def shared_over(model: nn.Module) -> Mesh | None:
+    """The processes that have to read `model` together, each some of the micro-batches and all the
+    same number of them; None where whoever has it reads it alone."""
+    found: Any = getattr(model, "shared_over", None)
+    return found
 
 
 class _Offloaded:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama2rt.data.packing import Batch, Example, micro_batches, pack
+from llama2rt.data.loader import dealt
+from llama2rt.data.packing import Batch, Example, filler, micro_batches, pack
 from llama2rt.model import ScalarModel
+from llama2rt.parallel import Mesh, faults
 from llama2rt.rollout.frozen import phase
 
 
@@ -28,16 +31,24 @@ def response_logprobs(
     temperature: float,
     micro_tokens: int,
     packed: Callable[[Sequence[Example]], Batch] = pack,
+    mesh: Mesh | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy fp32 [R] of all response tokens, in order, by a language model.
 
     `temperature` must be the one the responses were sampled at: log-probabilities at another one
     belong to another policy, and a KL computed from them comes out negative or exploding.
     `packed`: as training packs them; `data.shared.pack_shared` where prompts are computed once.
+    The ranks of `mesh` read a share of the micro-batches each, and all have all of it.
     """
-    parts = []
+    mesh = mesh or Mesh.single()
     device = next(model.parameters()).device
-    for batch in inference_batches(examples, micro_tokens, device, packed):
+    micros = list(micro_batches(examples, micro_tokens, packed))
+    begins = np.cumsum([0, *(int((micro.targets >= 0).sum()) for micro in micros)]).tolist()
+    found = torch.zeros(2, begins[-1], device=device)
+    numbered = zip(begins, micros, strict=False)
+    for begin, micro in dealt(numbered, mesh.share, (begins[-1], filler())):
+        faults.moved()
+        batch = micro.to(device)
         logprob, entropy = model(
             batch.tokens,
             batch.positions,
@@ -47,8 +58,9 @@ def response_logprobs(
             temperature=temperature,
             entropy=True,
         )
-        parts.append(torch.stack([logprob, entropy])[:, batch.targets >= 0])
-    logprob, entropy = torch.cat(parts, dim=1)
+        own = torch.stack([logprob, entropy])[:, batch.targets >= 0]
+        found[:, begin : begin + own.shape[1]] = own
+    logprob, entropy = mesh.sum(found)  # each rank has zeros where others have read
     return logprob, entropy
 
 
@@ -57,6 +69,7 @@ def response_values(critic: ScalarModel, examples: Sequence[Example], micro_toke
     """Value fp32 [R] of the state before each response token, aligned with `response_logprobs`."""
     parts = []
     for batch in inference_batches(examples, micro_tokens, critic.head.weight.device):
+        faults.moved()
         values = critic(batch.tokens, batch.positions, batch.cu_seqlens)
         parts.append(values[batch.targets >= 0])
     return torch.cat(parts)

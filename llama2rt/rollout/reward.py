@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llama2rt.algorithms import rewards
 from llama2rt.model import ScalarModel
+from llama2rt.rollout.frozen import shared_over
 from llama2rt.rollout.responses import Response
 from llama2rt.rollout.scoring import score_tokens
 
@@ -43,6 +44,11 @@ class RewardModels:
         models = {"helpfulness": self.helpfulness}
         return models if self.safety is None else models | {"safety": self.safety}
 
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks have to read together."""
+        return any(shared_over(model) is not None for model in self.by_name.values())
+
     def score(
         self, sequences: Sequence[list[int]], is_safety: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -50,15 +56,17 @@ class RewardModels:
 
         The reward is logit(Rc), Rc the piecewise rule of section 3.2.3 (`rewards.combine`):
         unwhitened, so comparable between iterations. `sequences` are prompts with responses as
-        sampled, `is_safety` is bool [n].
+        sampled, `is_safety` is bool [n]. Where models are `shared`, all ranks call this with the
+        same.
         """
-        scores = {
-            # In fp64: in fp32 the sigmoid of 17 is already 1 and its logit lost.
-            name: torch.from_numpy(score_tokens(model, sequences, micro_tokens=self.micro_tokens))
-            .double()
-            .sigmoid()
+        raw = {
+            name: score_tokens(
+                model, sequences, micro_tokens=self.micro_tokens, mesh=shared_over(model)
+            )
             for name, model in self.by_name.items()
         }
+        # In fp64: in fp32 the sigmoid of 17 is already 1 and its logit lost.
+        scores = {name: torch.from_numpy(x).double().sigmoid() for name, x in raw.items()}
         combined = scores["helpfulness"]
         if self.safety is not None:
             combined = rewards.combine(

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama2rt.data.records import Prompt
+from llama2rt.errors import InputError
 from llama2rt.generate import Completion, Engine
+from llama2rt.generate.remote import Handover, Remote, RemoteOptions
 from llama2rt.model import Llama
-from llama2rt.parallel import on_main
+from llama2rt.parallel import on_main, tensor_group, world
 from llama2rt.rollout import balance
 from llama2rt.rollout.responses import Response, read_responses, write_responses
 from llama2rt.rollout.reward import RewardModels
@@ -36,17 +39,74 @@ class SamplingOptions(BaseModel):
     """sampled at once"""
     cache_bytes: int | None = Field(default=None, gt=0)
     """most memory that sampling takes beside the model; None for half of what is free"""
+    server: str | None = None
+    """URL of a server of OpenAI's API that samples instead of this process, its key in
+    LLAMA2RT_API_KEY; None for none"""
+    server_model: str | None = None
+    """the model's name at the server; None for the only one that it lists"""
+    server_kind: str = "auto"
+    """auto, llama2rt, vllm, sglang, llamacpp, transformers or openai"""
+    weights: str | None = None
+    """folder that the server reads weights from, which are written there when they have changed"""
+    reload: str | None = None
+    """how the server is told: a URL, or a command, which has the folder in LLAMA2RT_WEIGHTS"""
+    tolerance: float = Field(default=0.25, gt=0)
+    """how far a token's log-probability at the server may be from the model's here, in nats"""
 
     @model_validator(mode="after")
-    def _integers(self) -> "SamplingOptions":
+    def _consistent(self) -> "SamplingOptions":
         check_integers(self)
+        if (self.weights is None) != (self.reload is None):
+            raise ValueError("weights and reload: one says where, the other how; give both")
+        for name in ("server_model", "weights"):
+            if self.server is None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: only with server")
         return self
 
-    def engine(self, model: Llama, tokenizer: Tokenizer) -> Engine:
-        """What samples from `model` within these bounds."""
-        return Engine(
-            model, tokenizer, max_sequences=self.max_sequences, cache_bytes=self.cache_bytes
+    def engine(self, model: Llama, tokenizer: Tokenizer) -> Engine | Remote:
+        """What samples from `model` within these bounds. InputError where a server is named and
+        none of its kind answers."""
+        if self.server is None:
+            return Engine(
+                model, tokenizer, max_sequences=self.max_sequences, cache_bytes=self.cache_bytes
+            )
+        handover = None
+        if self.weights is not None and self.reload is not None:
+            handover = Handover(Path(self.weights), self.reload)
+        return Remote(
+            self.server,
+            model,
+            tokenizer,
+            api_key=os.environ.get("LLAMA2RT_API_KEY"),
+            options=RemoteOptions(
+                name=self.server_model,
+                kind=self.server_kind,
+                tolerance=self.tolerance,
+                concurrency=self.max_sequences,
+            ),
+            handover=handover,
         )
+
+    def check_server(self, changes: str | None, *, adapter: bool = False) -> None:
+        """InputError where a server is named and cannot do what a stage needs. `changes`: why the
+        stage samples from other weights than the server began with, or None where it does not."""
+        if self.server is None:
+            return
+        if world().size > 1:
+            raise InputError(
+                f"sampling.server: {world().size} processes would each hand their weights over; "
+                "start one"
+            )
+        if changes is not None and self.weights is None:
+            raise InputError(
+                f"sampling.server: {changes}, and the server never gets those weights; give "
+                "sampling.weights and sampling.reload, or sample here"
+            )
+        if changes is not None and adapter:
+            raise InputError(
+                "sampling.server: weights under an adapter cannot be handed over; train without "
+                "[lora], or sample here"
+            )
 
 
 def derived_seed(seed: int, *parts: int | str) -> int:
@@ -59,7 +119,7 @@ def derived_seed(seed: int, *parts: int | str) -> int:
 class Sampler:
     """A policy that answers, and the models that score its answers."""
 
-    engine: Engine
+    engine: Engine | Remote
     reward_models: RewardModels
     max_tokens: int
     policy: str
@@ -127,7 +187,7 @@ class Sampler:
 
 
 def complete(
-    engine: Engine,
+    engine: Engine | Remote,
     prompts: Sequence[Prompt],
     *,
     n: int = 1,
@@ -154,9 +214,12 @@ def complete(
             seed=seed,
             indices=indices,
         )
+        if isinstance(engine, Engine):
+            engine.runner.release()  # what follows scores or trains, and needs the memory
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
-    return list(itertools.chain(*balance.spread(costs, work, len(prompts))))
+    found = balance.spread(costs, work, len(prompts), group_size=tensor_group.size(engine.model))
+    return list(itertools.chain(*found))
 
 
 def sample(

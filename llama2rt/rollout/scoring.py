@@ -19,7 +19,7 @@ from llama2rt.data.packing import Example, filler, micro_batches
 from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model.heads import ScalarModel, last_token
-from llama2rt.parallel import Mesh
+from llama2rt.parallel import Mesh, faults
 from llama2rt.rollout.frozen import phase
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
@@ -82,6 +82,7 @@ def score_tokens(
         numbered = zip(begins.tolist(), micros, strict=False)
         with torch.no_grad():
             for begin, micro in dealt(numbered, mesh.share, (len(scores), filler())):
+                faults.moved()
                 batch = micro.to(device)
                 values = model(batch.tokens, batch.positions, batch.cu_seqlens, keys=batch.keys)
                 read = last_token(values, batch.cu_seqlens).float().cpu().numpy()

@@ -27,6 +27,7 @@ from llama2rt.data.records import KINDS, Comparison, Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.generate import Completion, Engine
+from llama2rt.generate.remote import Remote
 from llama2rt.parallel import by_main, on_main
 from llama2rt.planning import Model, Phase, Work
 from llama2rt.rollout.sampling import SamplingOptions, complete, derived_seed, shuffled
@@ -153,6 +154,7 @@ def compare(
 
 def open_inputs(recipe: AnnotateRecipe, future: Future | None = None) -> AnnotateInputs:
     """All that the recipe names, read and checked before any weights are loaded."""
+    recipe.sampling.check_server("other answers after policy" if recipe.other else None)
     tokenizer, models = loading.outlines(
         recipe.tokenizer, {"policy": recipe.policy, "other": recipe.other}, future
     )
@@ -232,7 +234,7 @@ def sample(recipe: AnnotateRecipe, inputs: AnnotateInputs) -> dict[Part, list[An
     before the next one is loaded."""
     answers: dict[Part, list[list[Completion]]] = {part: [] for part in inputs.prompts}
     policies = (recipe.policy, recipe.other or recipe.policy)
-    engine: Engine | None = None
+    engine: Engine | Remote | None = None
     for index, (temperature, folder) in enumerate(zip(recipe.temperatures, policies, strict=True)):
         if engine is None or folder != policies[index - 1]:
             del engine

@@ -79,6 +79,10 @@ class DpoRecipe(RolloutRecipe):
         lr=5e-7, warmup_ratio=0.03, min_lr_ratio=0.0, micro_tokens=16384
     )
 
+    @property
+    def samples_trained(self) -> bool:
+        return self.iterations > 1 or bool(self.validation)
+
     def change(self, key: str, begun: Mapping[str, Any]) -> Change:
         """Further iterations follow those there are, whatever the schedule: each has its own."""
         if key == "iterations" and self.iterations > begun[key]:

@@ -106,7 +106,11 @@ def run(recipe: EvaluateRecipe, directory: Path, *, resume: bool = False) -> Pat
     if run.complete:
         return run.directory
     inputs = open_inputs(recipe)
-    models = loading.load_reward_models(recipe.rewards, inputs.tokenizer, recipe.micro_tokens)
+    models = loading.load_reward_models(
+        recipe.rewards,
+        recipe.micro_tokens,
+        lambda folder: loading.load_scalar(folder, tokenizer=inputs.tokenizer),
+    )
     reference = loading.load_companion(recipe.reference, inputs.tokenizer).requires_grad_(False)
     answers: Answers = {}
     kl = {}

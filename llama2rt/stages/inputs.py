@@ -6,28 +6,30 @@ once.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from llama2rt.checkpoint import adapter
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
-from llama2rt.model import Llama
+from llama2rt.errors import naming
+from llama2rt.model import Llama, ScalarModel
 from llama2rt.model.adapters import WithoutAdapter
-from llama2rt.parallel import Mesh, ParallelOptions, world
-from llama2rt.parallel.whole import whole
+from llama2rt.parallel import Mesh, ParallelOptions, tensor_group, world
 from llama2rt.rollout import metrics
-from llama2rt.rollout.frozen import Model, offload
+from llama2rt.rollout.frozen import offload
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import loading, spread
 from llama2rt.stages.loading import Future, Opened, Outline
+from llama2rt.stages.spread import Model
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
@@ -56,11 +58,23 @@ class RolloutRecipe(Recipe):
     parallel: ParallelOptions = ParallelOptions()
     """how many processes share what"""
     lora: LoraOptions = LoraOptions()
-    frozen: Literal["resident", "offloaded"] = "resident"
-    """where the reference policy and the models that rank are between the phases that use them: on
-    the GPU, or offloaded to the CPU's memory; without a GPU it makes no difference"""
+    frozen: Literal["resident", "offloaded", "sharded"] = "resident"
+    """where the reference policy and the models that rank are: whole on every process's GPU; there
+    in the phases that use them alone and offloaded to the CPU's memory between (without a GPU it
+    makes no difference); or sharded over all processes as what is trained is, which then read every
+    answer together (one process has them whole)"""
 
     neutral: ClassVar[tuple[str, ...]] = (*Recipe.neutral, "frozen")
+
+    @property
+    def samples_trained(self) -> bool:
+        """Whether weights that the run has trained answer prompts in it."""
+        return True
+
+    def check_server(self) -> None:
+        """InputError where `sampling.server` cannot do what the run needs."""
+        changes = "the model that is trained answers prompts" if self.samples_trained else None
+        self.sampling.check_server(changes, adapter=self.lora.rank is not None)
 
 
 @dataclass(frozen=True)
@@ -78,28 +92,36 @@ class RolloutInputs(Opened):
     def reward_models(self) -> RewardModels:
         """The models that rank, in the compute dtype, frozen."""
         train = self.recipe.train
-        return loading.load_reward_models(
-            self.recipe.rewards,
-            self.tokenizer,
-            train.micro_tokens,
-            train.dtype,
-            self._between_phases,
-        )
+
+        def load(folder: Path) -> ScalarModel:
+            build = functools.partial(loading.load_scalar, folder, train.dtype, self.tokenizer)
+            return self._frozen(build, folder)
+
+        return loading.load_reward_models(self.recipe.rewards, train.micro_tokens, load)
 
     @functools.cached_property
     def reference(self) -> nn.Module:
-        """The reference policy, in the compute dtype, frozen, whole on every rank. Where one
-        process trains an adapter of init and the reference is init, it is that model without its
-        adapter, and no second one; ranks train it in shards, which cannot be read alone."""
+        """The reference policy, in the compute dtype, frozen, as the recipe's `frozen` says. Where
+        one process trains an adapter of init and the reference is init, it is that model without
+        its adapter, and no second one; ranks train it in shards, which cannot be read alone."""
         folder = self.recipe.reference or self.recipe.init
         same = self.recipe.lora.rank is not None and folder.samefile(self.recipe.init)
         if same and world().size == 1:
             return WithoutAdapter(self.adapted)
-        model = loading.load_companion(folder, self.tokenizer, self.recipe.train.dtype)
-        return self._between_phases(model.requires_grad_(False))
+        dtype = self.recipe.train.dtype
+        build = functools.partial(loading.load_companion, folder, self.tokenizer, dtype)
+        return self._frozen(build, folder)
 
-    def _between_phases(self, model: Model) -> Model:
+    def _frozen(self, build: Callable[[loading.Device], Model], folder: Path) -> Model:
+        if self.recipe.frozen == "sharded":
+            return spread.to_read(build, folder, self.mesh, self.recipe.train.dtype)
+        model = build(None).requires_grad_(False)
         return offload(model) if self.recipe.frozen == "offloaded" else model
+
+    @property
+    def mesh(self) -> Mesh:
+        """The processes that share this run's models; all of them ask for it at once."""
+        return Mesh.build(self.recipe.parallel, self.result.config)
 
     @functools.cached_property
     def adapted(self) -> Llama:
@@ -134,8 +156,12 @@ class RolloutInputs(Opened):
 
     def policy(self, folder: Path) -> Sampler:
         """The model in `folder`, in the compute dtype, to sample from."""
-        model, _ = loading.load_llama(folder, self.recipe.tokenizer, self.recipe.train.dtype)
-        return self.sampler(model, str(folder))
+
+        def build(device: torch.device | str) -> Llama:
+            dtype = self.recipe.train.dtype
+            return loading.load_llama(folder, self.recipe.tokenizer, dtype, device)[0]
+
+        return self.sampler(spread.to_sample(build, folder, self.mesh), str(folder))
 
     def sampler(self, model: Llama, policy: str) -> Sampler:
         """What samples from `model` as it is at each call, and scores its answers."""
@@ -147,7 +173,7 @@ class RolloutInputs(Opened):
         """`rollout.metrics.measure` on the held-out prompts of a model that `run` has trained: at
         temperature 1, with the same random numbers every time."""
         model.eval()  # an adapter may have dropout
-        with whole(model, self.recipe.train.dtype) as policy:
+        with tensor_group.gathered(model, self.mesh, self.recipe.train.dtype) as policy:
             return metrics.measure(
                 run.samples_directory / "held_out.jsonl",
                 self.sampler(policy, str(run.directory)),
@@ -162,7 +188,9 @@ def open_rollout(
 ) -> RolloutInputs:
     """Prompts and held-out prompts of a recipe whose `init` samples (ppo, dpo), read and checked
     with all its models, of which those under the keys `trained` are trained. InputError as
-    `spread.check`, `loading.outlines` and `loading.read_prompts`."""
+    `spread.check`, `loading.outlines`, `loading.read_prompts` and `SamplingOptions.check_server`.
+    """
+    recipe.check_server()
     tokenizer, models = outlines(recipe, future)
     for key in trained:
         spread.check(recipe.parallel, models[key].config, recipe.train, recipe.lora)
@@ -180,7 +208,8 @@ def outlines(
 ) -> tuple[Tokenizer, dict[str, Outline]]:
     """The tokenizer of the model that samples, and what each model of the recipe is by its key (see
     `loading.outlines`). `before`: models by key that come before init, the first of them samples
-    then."""
+    then. InputError too where a model that is only sampled from, or read, cannot be cut as the
+    recipe says."""
     recipe.lora.check()
     models = {
         **before,
@@ -189,7 +218,13 @@ def outlines(
         "rewards.helpfulness": recipe.rewards.helpfulness,
         "rewards.safety": recipe.rewards.safety,
     }
-    return loading.outlines(recipe.tokenizer, models, future)
+    tokenizer, found = loading.outlines(recipe.tokenizer, models, future)
+    sampling = next(iter(found))
+    for key, model in found.items():
+        if key != "init" and (key == sampling or recipe.frozen == "sharded"):
+            with naming(key):
+                spread.check(recipe.parallel, model.config, recipe.train)
+    return tokenizer, found
 
 
 def read_prompts(
@@ -200,7 +235,9 @@ def read_prompts(
     readers: Mapping[str, Outline],
 ) -> list[Prompt]:
     """`loading.read_prompts` within what the recipe lets sampling take."""
-    cache = loading.CacheLimit(recipe.sampling.cache_bytes, recipe.train.dtype)
+    cache = loading.CacheLimit(
+        recipe.sampling.cache_bytes, recipe.train.dtype, recipe.parallel.tensor
+    )
     return loading.read_prompts(
         paths, tokenizer, policy, recipe.sampling.max_tokens, readers, cache
     )

@@ -100,21 +100,13 @@ def load_scalar(
 
 
 def load_reward_models(
-    options: RewardOptions,
-    tokenizer: Tokenizer,
-    micro_tokens: int,
-    dtype: torch.dtype = torch.float32,
-    place: Callable[[ScalarModel], ScalarModel] = lambda model: model,
+    options: RewardOptions, micro_tokens: int, load: Callable[[Path], ScalarModel]
 ) -> RewardModels:
-    """The models that rank what a policy with `tokenizer` writes, frozen. `place`: where each
-    belongs, before the next one is loaded."""
-
-    def model(folder: Path) -> ScalarModel:
-        return place(load_scalar(folder, dtype, tokenizer))
-
+    """The models that rank, frozen. `load`: each from its folder to where it belongs, before the
+    next one is loaded."""
     return RewardModels(
-        model(options.helpfulness),
-        model(options.safety) if options.safety is not None else None,
+        load(options.helpfulness),
+        load(options.safety) if options.safety is not None else None,
         options.threshold,
         micro_tokens,
     )
@@ -209,6 +201,8 @@ class CacheLimit:
     most_bytes: int | None
     """a recipe's cache_bytes; None for what is free when its turn comes"""
     dtype: torch.dtype
+    tensor: int = 1
+    """ranks that share the heads"""
 
 
 def read_prompts(
@@ -241,7 +235,7 @@ def read_prompts(
         logger.warning("%d prompts that fill the context of %d left out", left_out, context)
     longest = min(context, max(n for n in lengths if n < context) + max_tokens)
     if cache is not None and cache.most_bytes is not None:
-        needed = least_bytes(policy.config, cache.dtype, longest)
+        needed = least_bytes(policy.config, cache.dtype, longest, cache.tensor)
         if needed > cache.most_bytes:
             raise InputError(
                 f"sampling.cache_bytes: expected at least {needed} for the longest prompt in "

@@ -67,9 +67,8 @@ def answers_batch(sampling: Sampling, count: float) -> Batch:
 def reward_models(recipe: Any, shape: Shape) -> list[Model]:
     """The models that rank, of a recipe with [rewards]."""
     folders = {"helpfulness": recipe.rewards.helpfulness, "safety": recipe.rewards.safety}
-    away = offloaded(recipe)
     return [
-        Model(name, shape(folder), scalar=True, offloaded=away)
+        Model(name, shape(folder), scalar=True, held=held(recipe))
         for name, folder in folders.items()
         if folder is not None
     ]
@@ -80,14 +79,14 @@ def reference(recipe: RolloutRecipe, shape: Shape) -> Model:
     return Model(
         "reference",
         shape(recipe.reference or recipe.init),
-        offloaded=offloaded(recipe),
+        held=held(recipe),
         under_adapter=recipe.lora.rank is not None and recipe.reference in (None, recipe.init),
     )
 
 
-def offloaded(recipe: Any) -> bool:
-    """Whether frozen models wait in the CPU's memory; they do not where a recipe cannot say so."""
-    return getattr(recipe, "frozen", "resident") == "offloaded"
+def held(recipe: Any) -> Any:
+    """Where frozen models are: resident where a recipe cannot say so."""
+    return getattr(recipe, "frozen", "resident")
 
 
 def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> Work:

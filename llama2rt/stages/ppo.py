@@ -28,7 +28,7 @@ from llama2rt.data.packing import Example, filler, pack
 from llama2rt.data.sources import Source
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.parallel import Mesh, broadcast
-from llama2rt.parallel.whole import whole
+from llama2rt.parallel.tensor_group import gathered
 from llama2rt.rollout import balance, metrics
 from llama2rt.rollout.logprobs import token_rows
 from llama2rt.rollout.responses import response_example
@@ -244,8 +244,8 @@ def start_critic(recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors) -> fl
     """Give the critic the head that explains one rollout's returns best (`critic.warm_up`)."""
     rollout, _ = collect(recipe, inputs, actors, "warm-up")
     experience = rollout.examples, rollout.rewards, rollout.cu_responses, recipe.gamma
-    # Every rank for itself on all responses: one forward pass, once a run.
-    with whole(actors.critic, recipe.train.dtype) as model:
+    # Every rank, or tensor group, for itself on all responses: one forward pass, once a run.
+    with gathered(actors.critic, actors.mesh, recipe.train.dtype) as model:
         weight, explained = critic.warm_up(model, *experience, recipe.train.micro_tokens)
     critic.set_head(actors.critic, actors.critic_optimizer, weight)
     return explained
@@ -263,7 +263,7 @@ def collect(
     # Sample, and score: logit(Rc).
     seed = derived_seed(recipe.seed, "rollout", iteration)
     drawn: dict[str, Any] = {"temperature": recipe.temperature, "seed": seed}
-    with whole(actors.policy, recipe.train.dtype) as policy:
+    with gathered(actors.policy, actors.mesh, recipe.train.dtype) as policy:
         sampler = actors.sampler.of(policy)
         completions = sampler.complete(prompts, **drawn)
         responses = sampler.score(completions, prompts, **drawn)
@@ -271,7 +271,7 @@ def collect(
         examples = [response_example(response) for response in responses]
         logprob, entropy = balance.logprobs(policy, examples, recipe.temperature, micro_tokens)
     reference, _ = balance.logprobs(inputs.reference, examples, recipe.temperature, micro_tokens)
-    with whole(actors.critic, recipe.train.dtype) as value_model:
+    with gathered(actors.critic, actors.mesh, recipe.train.dtype) as value_model:
         values = balance.values(value_model, examples, micro_tokens)
     device = logprob.device
     reward = torch.tensor([response.reward for response in responses], device=device)
@@ -383,7 +383,7 @@ def measure(
     each kind and then over the kinds, divided by `unit`, the standard deviation of Rc among the
     first policy's answers (None: these are they), less beta times the KL.
     """
-    with whole(actors.policy, recipe.train.dtype) as policy:
+    with gathered(actors.policy, actors.mesh, recipe.train.dtype) as policy:
         numbers = metrics.measure(
             path,
             replace(actors.sampler.of(policy), policy=path.stem),

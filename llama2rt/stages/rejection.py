@@ -83,6 +83,10 @@ class RejectionRecipe(RolloutRecipe):
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
+    @property
+    def samples_trained(self) -> bool:
+        return bool(self.validation)
+
 
 @dataclass(frozen=True)
 class RejectionInputs(RolloutInputs):
@@ -140,6 +144,7 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
     """All that the recipe names, read and checked before any weights are loaded. The fine-tuned
     model, which answers the held-out prompts, is as `init` is. InputError as from `loading`, and
     for an earlier version that is not there or has other tokens."""
+    recipe.check_server()
     tokenizer, models = outlines(recipe, future, policy=recipe.policy)
     policy, init = models.pop("policy"), models.pop("init")
     spread.check(recipe.parallel, init.config, recipe.train, recipe.lora)

@@ -1,6 +1,6 @@
 """What a stage trains, spread over the processes there are: in one process a plain model on its
 device; among several ranks each reads from the folder, or draws, its own parts alone, and no rank
-ever holds a whole model for it.
+ever holds a whole model for it. And what it only reads or samples from, where that is spread too.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,11 @@ import torch
 
 from llama2rt.checkpoint.load import load_sharded
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
-from llama2rt.parallel import Mesh, ParallelOptions, world
+from llama2rt.parallel import Mesh, ParallelOptions, tensor_group, world
 from llama2rt.parallel.mesh import check as check_degrees
 from llama2rt.parallel.options import DIMENSIONS
 from llama2rt.parallel.parallelize import parallelize
+from llama2rt.rollout.frozen import share
 from llama2rt.stages.loading import default_device
 from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
@@ -52,6 +53,30 @@ def from_folder(
     model = build("meta")
     parallelize(model, mesh, options.dtype, compile_blocks=options.compile)
     load_sharded(folder, model, default_device())
+    return model
+
+
+def to_read(
+    build: Callable[[torch.device | str], Model], folder: Path, mesh: Mesh, dtype: torch.dtype
+) -> Model:
+    """A frozen model with the weights in `folder`, in `dtype`, which all ranks of `mesh` read
+    together: cut as what is trained is, with weights gathered for a block's turn and no optimizer.
+    `build` as of `from_folder`."""
+    if mesh.devices is None:
+        return build(default_device()).requires_grad_(False)
+    model = build("meta").requires_grad_(False)
+    parallelize(model, mesh, dtype)
+    load_sharded(folder, model, default_device())
+    return share(model, mesh)
+
+
+def to_sample(build: Callable[[torch.device | str], Llama], folder: Path, mesh: Mesh) -> Llama:
+    """A language model with the weights in `folder` to sample from: whole on every rank, or cut
+    over the tensor ranks of `mesh`. `build` as of `from_folder`."""
+    if mesh.degrees["tensor"] == 1:
+        return build(default_device())
+    model = build("meta")
+    tensor_group.load(model, folder, mesh, default_device())
     return model
 
 

@@ -2,17 +2,19 @@
 
 The library's processor gives neither the settings nor which scores are equal, and its protobuf
 module clashes with the copy inside transformers 4 (two different files of one name in one
-descriptor pool), so the few fields needed are read from the wire format here. Field numbers:
-sentencepiece_model.proto of SentencePiece 0.2.
+descriptor pool), so the few fields needed are read and written in the wire format here. Field
+numbers: sentencepiece_model.proto of SentencePiece 0.2.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+# Fields of the trainer's settings that name a special piece: (number of its id, of its text).
+_SPECIAL = {"unk": (40, 45), "bos": (41, 46), "eos": (42, 47), "pad": (43, 48)}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,47 @@ def read(definition: bytes) -> Model:
     model.escape_whitespaces = bool(normalizer.get(5, 1))
     model.has_denormalization_table = bool(denormalizer.get(2))
     return model
+
+
+def write(model: Model, special: Mapping[str, int]) -> bytes:
+    """A tokenizer.model with these pieces and settings. `special`: ids of "unk", "bos", "eos" and
+    "pad", those that there are; the library finds them by their pieces, whose types (one UNKNOWN,
+    the others CONTROL) must fit. Normalization tables are not written."""
+    kinds = {name: number for number, name in MODEL_TYPES.items()}
+    message = b""
+    for piece in model.pieces:
+        score = _tag(2, 5) + struct.pack("<f", piece.score)
+        message += _bytes(1, _bytes(1, piece.text.encode()) + score + _number(3, piece.type))
+    trainer = _number(3, kinds[model.type]) + _number(4, len(model.pieces))
+    trainer += _number(24, model.whitespace_as_suffix) + _number(35, model.byte_fallback)
+    for name, (identifier, text) in _SPECIAL.items():
+        trainer += _number(identifier, special.get(name, -1))
+        if name in special:
+            trainer += _bytes(text, model.pieces[special[name]].text.encode())
+    normalizer = _bytes(1, model.normalization.encode()) + _number(3, model.add_dummy_prefix)
+    normalizer += _number(4, model.remove_extra_whitespaces) + _number(5, model.escape_whitespaces)
+    return message + _bytes(2, trainer) + _bytes(3, normalizer)
+
+
+def _tag(number: int, kind: int) -> bytes:
+    return _as_varint(number << 3 | kind)
+
+
+def _number(number: int, value: int) -> bytes:
+    return _tag(number, 0) + _as_varint(value)
+
+
+def _bytes(number: int, value: bytes) -> bytes:
+    return _tag(number, 2) + _as_varint(len(value)) + value
+
+
+def _as_varint(value: int) -> bytes:
+    value &= 2**64 - 1  # a negative number is its two's complement
+    written = bytearray()
+    while value > 0x7F:
+        written.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*written, value])
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:

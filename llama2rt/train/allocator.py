@@ -6,7 +6,9 @@ call `keep_freed_memory` once; importing llama2rt never changes its host's alloc
 
 Among several processes blocks from 1 MiB on stay with mmap: FSDP gathers and frees weights of many
 sizes between activations, and a heap that never shrinks then grew beyond what one process takes
-(350M parameters in fp32, two ranks: 7.1 GiB each, 3.3 GiB with mmap).
+(350M parameters in fp32, two ranks: 7.1 GiB each, 3.3 GiB with mmap). glibc asks the heap first,
+whatever the size, and has a large block there where the heap has grown by more than it was asked
+for: so it grows in small steps.
 """
 
 import ctypes
@@ -27,8 +29,8 @@ def keep_freed_memory() -> bool:
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     # mallopt sign-extends to size_t: -1 is the largest threshold there is.
-    mmap = (_M_MMAP_MAX, 0)
+    large, growth = (_M_MMAP_MAX, 0), 64 << 20
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        mmap = (_M_MMAP_THRESHOLD, 1 << 20)
-    settings = (mmap, (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
+        large, growth = (_M_MMAP_THRESHOLD, 1 << 20), 1 << 20
+    settings = (large, (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, growth))
     return all(mallopt(name, value) == 1 for name, value in settings)

@@ -29,6 +29,10 @@ def test_another_apex_is_not_taken_for_nvidias(monkeypatch):
 def test_triton_is_listed_with_its_kernels_or_a_reason(monkeypatch):
     found = doctor.examine()
     assert found["ops"] == {device: ops.backends(device) for device in ("cpu", "cuda")}
+    with ops.use("reference"):
+        reference = doctor.examine()["decoding"]
+    assert reference["reason"] == "ops run on the backend 'reference'"
+    assert found["decoding"]["runs_on"] in ("packed weights", reference["runs_on"])
     if "reason" not in found["triton"]:
         assert {"rms_norm", "swiglu", "rope"} <= set(found["triton"]["kernels"])
     monkeypatch.setitem(sys.modules, "llama2rt.ops.triton", None)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from llama2rt import cli
 from llama2rt.errors import InputError
 from llama2rt.parallel import command, faults, world
+from llama2rt.rollout import balance
 from llama2rt.run import Recipe, Run
 from llama2rt.train import TrainOptions, stragglers
 from llama2rt.train.driver import Step, drive, resume
@@ -62,6 +63,8 @@ class Summing(Silent):
         return Step({"total": float(self.total)}, tokens=1, prepared=prepared)
 
     def go_wrong(self) -> None:
+        if self.fault == "share":
+            balance.spread(lambda: [1.0] * world().size, self.share, world().size)
         if self.fault == "alike":
             warn_of_warmup(1, TrainOptions(warmup_steps=2))
             raise InputError("data.jsonl:3: all read the same")
@@ -73,6 +76,15 @@ class Summing(Silent):
             raise KeyError("a defect")
         if self.fault == "sleep":
             time.sleep(3600)
+
+    def share(self, indices: list[int]) -> list[int]:
+        """Forward passes of a while, of which one rank's comes to no end."""
+        for _ in range(4):
+            faults.moved()
+            time.sleep(SECONDS)
+        if world().rank == self.rank:
+            time.sleep(3600)
+        return indices
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {"total": self.total}, {}

@@ -1,5 +1,6 @@
 """What ranks do in tests/parallel/test_rollouts.py and test_whole.py."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,18 +15,25 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llama2rt.checkpoint.files import weights
 from llama2rt.data.records import Prompt
+from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.parallel import Mesh, ParallelOptions, world
 from llama2rt.parallel import whole as gathered
-from llama2rt.parallel import world
+from llama2rt.parallel.shards import local_part
+from llama2rt.parallel.tensor_group import gathered as gathered_in_groups
 from llama2rt.pipeline import iterate
+from llama2rt.planning import Model as Planned
+from llama2rt.planning import inference
+from llama2rt.planning.memory import Setting
 from llama2rt.report.plot import Plot
 from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardModels
 from llama2rt.rollout.sampling import Sampler, SamplingOptions
-from llama2rt.stages import STAGES, loading, ppo
+from llama2rt.stages import STAGES, loading, ppo, spread
+from llama2rt.train import TrainOptions
 
 CONFIG = LlamaConfig(
     dim=32, layers=2, heads=4, kv_heads=2, ffn_hidden=48, vocab_size=65, context=32
@@ -57,18 +65,46 @@ def spread_failing(costs: list[float]) -> tuple[str, bool]:
     raise AssertionError("nothing was raised")
 
 
-def rolled_out(pocket: Any, prompts: list[Prompt], n: int) -> dict[str, Any]:
-    """Responses to the prompts, and everything that is measured of them."""
+def rolled_out(
+    pocket: Any, prompts: list[Prompt], n: int, options: ParallelOptions | None = None
+) -> dict[str, Any]:
+    """Responses to the prompts, and everything that is measured of them: by models that are whole
+    on every rank, or spread over them as `options` say."""
     model, tokenizer = loading.load_llama(pocket.sft)
-    models = RewardModels(
-        loading.load_scalar(pocket.helpfulness), loading.load_scalar(pocket.safety)
-    )
+    reference = model
+    if options is not None:
+        mesh = Mesh.build(options, model.config)
+        language = functools.partial(loading.load_companion, pocket.sft, tokenizer, torch.float32)
+        model = spread.to_sample(language, pocket.sft, mesh)
+        reference = spread.to_read(language, pocket.sft, mesh, torch.float32)
+
+    def scalar(folder: Path) -> ScalarModel:
+        build = functools.partial(loading.load_scalar, folder, torch.float32, tokenizer)
+        return build() if options is None else spread.to_read(build, folder, mesh, torch.float32)
+
+    models = RewardModels(scalar(pocket.helpfulness), scalar(pocket.safety), micro_tokens=64)
+    if options is not None:
+        setting = Setting(mesh.degrees, 4, 64, 1)
+        for shared in (reference, *models.by_name.values()):
+            scalar_model = isinstance(shared, ScalarModel)
+            planned = Planned("frozen", shared.config, scalar_model, held="sharded")
+            said = inference.frozen(planned, setting)
+            assert abs(held_bytes(shared) / said - 1) < 0.1
     engine = SamplingOptions(max_tokens=8).engine(model, tokenizer)
     sampler = Sampler(engine, models, 8, "policy")
     completions = sampler.complete(prompts, n=n, temperature=1.0, seed=5)
     responses = sampler.score(completions, prompts, temperature=1.0, seed=5)
     examples = [response_example(response) for response in responses]
     logprob, entropy = balance.logprobs(model, examples, 1.0, 64)
+    paired = [i // 2 for i in range(len(examples))]
+    of_reference, _ = balance.logprobs(reference, examples, 1.0, 64, paired, pack_shared)
+    if options is None:
+        values = balance.values(models.helpfulness, examples, 64)
+    else:
+        build = functools.partial(loading.load_scalar, pocket.helpfulness, torch.float32, tokenizer)
+        critic = spread.from_folder(build, pocket.helpfulness, mesh, TrainOptions())
+        with gathered_in_groups(critic, mesh, torch.float32) as whole_critic:
+            values = balance.values(whole_critic, examples, 64)
     return {
         "tokens": [response.tokens for response in responses],
         "prompts": [response.prompt.id for response in responses],
@@ -77,8 +113,14 @@ def rolled_out(pocket: Any, prompts: list[Prompt], n: int) -> dict[str, Any]:
         "sampled": [p for completion in completions for p in completion.logprobs],
         "logprob": logprob.tolist(),
         "entropy": entropy.tolist(),
-        "values": balance.values(models.helpfulness, examples, 64).tolist(),
+        "reference": of_reference.tolist(),
+        "values": values.tolist(),
     }
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Of a model's weights, what this rank has."""
+    return sum(local_part(parameter.detach()).nbytes for parameter in model.parameters())
 
 
 def model_of(kind: str, tied: bool = False) -> Llama | ScalarModel:

@@ -3,7 +3,6 @@ what they need, since importing takes longer than their work. No torchrun: a gro
 one too.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,9 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rank_pool import free_port
-
-PRELOAD = ["llama2rt.cli", "llama2rt.parallel.command", "llama2rt.train.loop", "fault_work"]
+from rank_pool import forking, free_port
 
 _TORCH = ("[rank", "[W", "Exception raised from", "frame #", "<omitting python frames>")
 
@@ -27,8 +24,7 @@ class Group:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._said = [folder / f"rank-{rank}.log" for rank in range(size)]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forking()
         port = free_port()
         self._processes = [
             context.Process(

@@ -1,13 +1,14 @@
 """Ranks that stay: gloo processes that run one function after the other, started once a session.
 
-Starting a rank costs three seconds of CPU (importing torch), so tests share two groups of them. A
-function is found by its name in a module of tests/helpers (a test module cannot be imported by its
-own); what it returns is pickled. A rank that raises fails the test
-with its traceback, and the group, whose other ranks may wait in a collective, is started anew.
+Tests share two groups of them, forked from a process that has imported what ranks need, which takes
+seconds. A function is found by its name in a module of tests/helpers (a test module cannot be
+imported by its own); what it returns is pickled. A rank that raises fails the test with its
+traceback, and the group, whose other ranks may wait in a collective, is started anew.
 """
 
 import importlib
 import multiprocessing
+import multiprocessing.context
 import os
 import socket
 import sys
@@ -18,6 +19,23 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 SECONDS = 240
+# torch._dynamo: what DTensor imports at its first use.
+PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "llama2rt.cli",
+    "llama2rt.parallel.command",
+    "llama2rt.train.loop",
+]
+
+
+def forking() -> multiprocessing.context.ForkServerContext:
+    """Processes forked from one that has imported all that ranks need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 class RankFailed(AssertionError):
@@ -66,7 +84,7 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         port = free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -96,9 +96,10 @@ def test_no_sequences_and_no_pages():
 
 
 def test_how_many_rows_a_tile_has():
-    assert kernels.tile_rows(1, 1) == 16 and kernels.tile_rows(20, 1) == 32
-    assert kernels.tile_rows(4, 4.5) == 32
-    assert kernels.tile_rows(8, 256) == kernels.tile_rows(80, 2) == 64
+    assert kernels.tile_rows(1, 1, 64) == 16 and kernels.tile_rows(20, 1, 64) == 32
+    assert kernels.tile_rows(4, 4.5, 64) == 32
+    assert kernels.tile_rows(8, 256, 128) == kernels.tile_rows(80, 2, 64) == 64
+    assert kernels.tile_rows(8, 256, 256) == 32
 
 
 def test_how_many_splits():

@@ -90,6 +90,17 @@ def test_a_hanging_rank_is_named_with_what_it_does(tmp_path):
     goes_on(tmp_path / "out", 3)
 
 
+def test_a_rank_that_hangs_in_its_share_of_a_rollout_is_named(tmp_path):
+    group = Group(3, tmp_path / "said", command_of_a_stage, tmp_path / "out", "share", 1, LIMIT)
+    statuses = group.wait()
+    assert statuses[0] == statuses[2] == 1 and statuses[1] in (1, -signal.SIGKILL)
+    (line,) = group.said()
+    assert line == (
+        "llama2rt: rank 1 (in step 6) has stood still in a share of the work for 3 seconds; the "
+        "group ends"
+    )
+
+
 def test_errors_and_warnings_are_said_once(tmp_path):
     group = Group(3, tmp_path / "alike", command_of_a_stage, tmp_path / "a", "alike")
     assert group.wait() == [2, 2, 2]
@@ -121,6 +132,16 @@ def test_who_is_missing():
         [1],
         "rank 1 (in step 3) has been waited for by the others for 10 seconds",
     )
+    # Shares may take as long as they like while they come on.
+    apart = {0: heard(4, 95, 50), 1: Heard(Beat(1, 4, "in step 3", True, 7), 95, 92)}
+    assert missing(apart, 100, 10) is None
+    apart[1].hear(Beat(2, 4, "in step 3", True, 7), 101)
+    assert missing(apart, 103, 10) == (
+        [1],
+        "rank 1 (in step 3) has stood still in a share of the work for 10 seconds",
+    )
+    apart[1].hear(Beat(3, 4, "in step 3", True, 8), 103)
+    assert missing(apart, 104, 10) is None
     ranks, what = missing({r: heard(3, 100 - 20 * (r > 0), 95) for r in range(11)}, 100, 10)
     assert ranks == list(range(1, 11))
     assert what.endswith(", 8 (in step 3) and 2 more have not been heard of for 10 seconds")

@@ -13,7 +13,19 @@ from safetensors.torch import load_file
 
 from llama2rt.data.readers import write
 from llama2rt.rollout.responses import read_responses
-from llama2rt.stages import ppo, rejection
+from llama2rt.stages import dpo, ppo, rejection
+
+
+def dpo_recipe(pocket, **settings):
+    given = {
+        "iterations": 2,
+        "samples": 2,
+        "prompts_per_iteration": 6,
+        "batch_size": 3,
+        "epochs": 1,
+        "train": {"lr": 1e-3, "micro_tokens": 40, "checkpoint_every": 0},
+    }
+    return rollout_recipe(dpo.DpoRecipe, pocket, **(given | settings))
 
 
 def rollout_recipe(kind, pocket, **settings):
@@ -54,18 +66,26 @@ def ppo_recipe(pocket, **settings):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "lora"),
-    [(2, {}, {}), (4, {"data": 2}, {}), (2, {}, {"rank": 2})],
-    ids=["sharded", "hybrid", "adapter"],
+    ("ranks", "parallel", "lora", "frozen"),
+    [
+        (2, {}, {}, "resident"),
+        (4, {"data": 2}, {}, "resident"),
+        (2, {}, {"rank": 2}, "resident"),
+        (4, {"tensor": 2}, {}, "sharded"),
+    ],
+    ids=["sharded", "hybrid", "adapter", "cut"],
 )
-def test_an_iteration_of_ppo_is_one_processs(on_ranks, pocket, ranks, parallel, lora):
+def test_an_iteration_of_ppo_is_one_processs(on_ranks, pocket, ranks, parallel, lora, frozen):
     if lora:
         pytest.importorskip("peft")
     alone = ppo_parts(ppo_recipe(pocket, lora=lora))
-    results = on_ranks(ranks, ppo_parts, ppo_recipe(pocket, parallel=parallel, lora=lora))
+    recipe = ppo_recipe(pocket, parallel=parallel, lora=lora, frozen=frozen)
+    results = on_ranks(ranks, ppo_parts, recipe)
     for result in results:
-        # The gathered policy samples what the trained one says, and is still the reference.
-        assert result["measured"]["kl_k1"] == result["measured"]["kl_k3"] == 0.0
+        # The gathered policy samples what the trained one says, and is still the reference, which
+        # in shards is read in other micro-batches.
+        kl = [result["measured"][f"kl_{estimator}"] for estimator in ("k1", "k3")]
+        assert kl == ([0.0, 0.0] if frozen == "resident" else pytest.approx([0.0, 0.0], abs=1e-5))
         assert result["measured"]["sampler_gap"] < 1e-4
         torch.testing.assert_close(
             result["ratio"], torch.ones_like(result["ratio"]), atol=1e-5, rtol=0
@@ -145,6 +165,19 @@ def test_fewer_prompts_than_ranks(on_ranks, pocket, tmp_path):
     recipe = rejection_recipe(pocket, epochs=1, **few(pocket, tmp_path, count=3))
     run_stage("rejection", recipe, tmp_path / "alone")
     on_ranks(4, run_stage, "rejection", recipe, tmp_path / "ranks")
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "parallel"), [("rejection", {"tensor": 2}), ("dpo", {})], ids=str
+)
+def test_a_run_whose_frozen_models_are_sharded(on_ranks, pocket, tmp_path, stage, parallel):
+    """And whose policy is cut over the tensor ranks while it samples."""
+    recipe_of = {"rejection": rejection_recipe, "dpo": dpo_recipe}[stage]
+    few_prompts = few(pocket, tmp_path)
+    run_stage(stage, recipe_of(pocket, **few_prompts), tmp_path / "alone")
+    recipe = recipe_of(pocket, frozen="sharded", parallel=parallel, **few_prompts)
+    on_ranks(2, run_stage, stage, recipe, tmp_path / "ranks")
     assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
 
 

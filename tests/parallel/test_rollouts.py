@@ -5,6 +5,8 @@ import pocket as problem
 import pytest
 from parallel_rollouts import rolled_out, spread_failing, spread_items
 
+from llama2rt.parallel import ParallelOptions
+
 
 def test_items_are_done_once_and_everyone_has_them_in_order(on_ranks):
     results = on_ranks(4, spread_items, [1.0] * 7)
@@ -29,12 +31,23 @@ def test_what_one_rank_raises_all_raise(on_ranks):
     assert on_ranks(4, spread_failing, [1.0] * 5) == [("rank 1's prompt", True)] * 4
 
 
-@pytest.mark.parametrize(("count", "n"), [(7, 2), (3, 1)])
-def test_rollouts_are_one_processs(on_ranks, pocket, count, n):
+@pytest.mark.parametrize(
+    ("count", "n", "ranks", "options"),
+    [
+        (7, 2, 4, None),
+        (3, 1, 4, None),
+        (7, 2, 2, ParallelOptions()),
+        (7, 2, 4, ParallelOptions(tensor=2)),
+        (1, 1, 4, ParallelOptions(data=2, tensor=2)),
+    ],
+    ids=["whole", "few", "sharded", "cut", "cut-one"],
+)
+def test_rollouts_are_one_processs(on_ranks, pocket, count, n, ranks, options):
+    """By models that are whole on every rank, and by those that ranks share."""
     prompts = problem.prompts(problem.HELD_OUT)[:count]
     expected = rolled_out(pocket, prompts, n)
     assert expected["prompts"] == [prompt.id for prompt in prompts for _ in range(n)]
-    results = on_ranks(4, rolled_out, pocket, prompts, n)
+    results = on_ranks(ranks, rolled_out, pocket, prompts, n, options)
     assert all(result == results[0] for result in results)
     for name, value in results[0].items():
         if name in ("tokens", "prompts"):

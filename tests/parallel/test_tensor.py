@@ -36,13 +36,12 @@ def test_other_shapes(on_ranks, shape):
 
 
 def test_what_cannot_be_done_is_refused_by_name(on_ranks):
-    for said in on_ranks(2, refusals):
+    for said in on_ranks(4, refusals):
         assert said == {
             "vocabulary": "parallel.tensor: 2 processes cannot share vocab_size 1: expected at "
             "least one token for the last",
             "kind": "parallel.tensor: expected a llama2rt.model.transformer.Linear to cut, got "
             "torch.nn.modules.linear.Linear",
-            "logits": "logits of a vocabulary that is cut over tensor ranks",
-            "generate": "a model cut over tensor or context ranks: expected packed documents, got "
-            "Paged; generate with whole weights",
+            "generate": "a model cut over context ranks: expected packed documents, got Paged; "
+            "generate with `parallel.tensor_group`",
         }

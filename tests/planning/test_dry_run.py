@@ -293,15 +293,16 @@ def test_a_stage_without_a_plan_says_what_it_will_leave(monkeypatch):
     assert dry_run("x", Work([]), Options()).as_json()["peak_bytes"] == 0
 
 
-def test_frozen_models_are_whole_on_every_rank_or_come_one_by_one():
-    """7B, bf16, on 8 ranks, by hand: 2 bytes a frozen weight, 12 / 8 of a trained one."""
+def test_frozen_models_are_whole_on_every_rank_or_come_one_by_one_or_are_shared():
+    """7B, bf16, on 8 ranks, by hand: 2 bytes a frozen weight, 12 / 8 of a trained one; two tensor
+    ranks share the policy that samples."""
     config, own, scalar = LlamaConfig.preset("llama2-7b"), 6_738_415_616, 6_607_347_712
     policy = Model("policy", config)
 
-    def planned(offloaded: bool, cache_bytes: int) -> dict:
+    def planned(where: str, cache_bytes: int) -> dict:
         frozen = [
-            Model("helpfulness", config, scalar=True, offloaded=offloaded),
-            Model("reference", config, offloaded=offloaded),
+            Model("helpfulness", config, scalar=True, held=where),
+            Model("reference", config, held=where),
         ]
         drawn = Sampling(replace(policy, lent=True), 64, 256, 1024, 2048, 1024, cache_bytes)
         phases = [
@@ -312,7 +313,7 @@ def test_frozen_models_are_whole_on_every_rank_or_come_one_by_one():
         work = Work(phases, TrainOptions(precision="bf16"), parallel)
         return dry_run("x", work, Options()).as_json()
 
-    stay, wait = planned(False, 2**30), planned(True, 2**30)
+    stay, wait, share = (planned(where, 2**30) for where in ("resident", "offloaded", "sharded"))
     states = {"masters": 4 * own / 8, "moments": 8 * own / 8}
     for phase in ("rollout", "training"):
         assert stay["memory_bytes"][phase]["frozen"] == 2 * (own + scalar)
@@ -321,12 +322,21 @@ def test_frozen_models_are_whole_on_every_rank_or_come_one_by_one():
             assert wait["memory_bytes"][phase][name] == pytest.approx(value, rel=1e-3)
     assert "frozen" not in wait["memory_bytes"]["training"]
     reading = wait["memory_bytes"]["rollout"]
-    assert reading["frozen"] == reading["gathered"] == 2 * own and "kv_cache" not in reading
+    assert reading["frozen"] == 2 * own and "kv_cache" not in reading
+    assert reading["gathered"] == pytest.approx(own, rel=1e-3)
     # Keys and values for 256 sequences take more than the largest of those that wait.
-    sampling = planned(True, 30 * 2**30)["memory_bytes"]["rollout"]
-    assert "frozen" not in sampling and sampling["gathered"] == 2 * own
+    sampling = planned("offloaded", 30 * 2**30)["memory_bytes"]["rollout"]
+    assert "frozen" not in sampling
+    assert sampling["gathered"] == pytest.approx(own, rel=1e-3)
     assert sampling["kv_cache"] + sampling["activations"] == pytest.approx(30 * 2**30)
     assert wait["notes"][0] == "offloaded models: 24.9 GiB of the CPU's memory a rank, pinned"
+    # In shards all are there at all times, and as one reads, two blocks and what is around them.
+    for phase in ("rollout", "training"):
+        held = share["memory_bytes"][phase]["frozen"]
+        assert held == pytest.approx(2 * (own + scalar) / 8, rel=1e-3)
+    block = 4 * config.dim**2 + 3 * config.dim * config.ffn_hidden
+    read = 2 * (2 * block + 2 * config.vocab_size * config.dim) / 2
+    assert share["memory_bytes"]["rollout"]["gathered"] == pytest.approx(own + read, rel=1e-3)
 
 
 def test_torchrun_says_how_many_ranks_there_are(text, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 from llama2rt.data.packing import Example, pack
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
-from llama2rt.planning import Model, Sampling, memory
+from llama2rt.planning import Model, Sampling, inference, memory
 from llama2rt.planning.memory import Setting
 from llama2rt.train.lora import LoraOptions
 from llama2rt.train.optimizer import Optimizer
@@ -139,23 +139,27 @@ def test_sampling_takes_half_of_what_is_free_and_at_least_one_sequence():
     drawn = Sampling(policy, None, at_once=256, prompt=3072, longest=4096, most=1024)
     how = setting(0, 0, compute_bytes=2, shard=4)
     # K and V of 32 layers, 4096 values each, 2 bytes: 2 GiB a sequence of 4096 tokens.
-    assert memory.kv_cache_bytes(config, 2, 4096) == 2 * 32 * 4096 * 2 * 4096 == 2**31
+    assert inference.kv_cache_bytes(config, 2, 4096) == 2 * 32 * 4096 * 2 * 4096 == 2**31
     whole = 2 * config.parameters
     free = whole + 64 * 2**30
-    found = memory.rollout(drawn, how, free)
+    found = inference.rollout(drawn, how, free)
     assert found["gathered"] == whole
     assert found["kv_cache"] + found["activations"] == 32 * 2**30
-    assert memory.rollout(drawn, how, 0)["kv_cache"] == 2**31
+    assert inference.rollout(drawn, how, 0)["kv_cache"] == 2**31
     bounded = replace(drawn, cache_bytes=3 * 2**30)
-    found = memory.rollout(bounded, how, free)
+    found = inference.rollout(bounded, how, free)
     assert found["kv_cache"] + found["activations"] <= 3 * 2**30
-    assert memory.rollout(drawn, replace(how, degrees=ONE), free)["gathered"] == 0
-    cut = replace(how, degrees=ONE | {"tensor": 4})  # undone for sampling
-    assert memory.rollout(drawn, cut, free)["gathered"] == whole
+    assert inference.rollout(drawn, replace(how, degrees=ONE), free)["gathered"] == 0
+    # A group of tensor ranks shares matrices and heads, and holds norms whole.
+    cut = replace(how, degrees=ONE | {"tensor": 4})
+    norms = 2 * (2 * config.layers + 1) * config.dim
+    found = inference.rollout(drawn, cut, free)
+    assert found["gathered"] == (whole - norms) / 4 + norms
+    assert inference.rollout(drawn, cut, 0)["kv_cache"] == 2**29
     replicas = replace(how, degrees=ONE | {"data": 4})  # FSDP's too
-    assert memory.rollout(drawn, replicas, free)["gathered"] == whole
+    assert inference.rollout(drawn, replicas, free)["gathered"] == whole
     loaded = replace(drawn, policy=Model("policy", config))  # by every rank, whole
-    found = memory.rollout(loaded, how, free)
+    found = inference.rollout(loaded, how, free)
     assert found["weights"] == whole and "gathered" not in found
     assert found["kv_cache"] + found["activations"] == 32 * 2**30
 

@@ -6,7 +6,7 @@ import torch
 
 from llama2rt.checkpoint import native
 from llama2rt.errors import InputError
-from llama2rt.model import LlamaConfig, ScalarModel
+from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.stages import dpo, loading, ppo, rejection, reward, sft
 
 
@@ -54,6 +54,35 @@ def test_the_critic_must_be_cut_too(pocket, tmp_path):
     given = {"init": pocket.sft, "data": [pocket.prompts], **settings}
     with pytest.raises(InputError, match="2 processes cannot share heads 1"):
         ppo.open_inputs(ppo.PpoRecipe(**problem.tables(given)))
+
+
+def test_what_is_only_read_or_sampled_from_must_be_cut_too(pocket, tmp_path):
+    """The policy over tensor ranks, frozen models where they are sharded."""
+    policy, tokenizer = loading.load_llama(pocket.sft)
+    shape = LlamaConfig(**dict(vars(policy.config), heads=1, kv_heads=1))
+    native.save(ScalarModel(shape).initialize(1), tokenizer, tmp_path / "scalar")
+    native.save(Llama(shape).initialize(1), tokenizer, tmp_path / "llama")
+    given = {
+        "init": pocket.sft,
+        "policy": pocket.sft,
+        "rewards.helpfulness": pocket.helpfulness,
+        "data": [pocket.prompts],
+        "sampling.max_tokens": 4,
+        "parallel.tensor": 2,
+        "frozen": "sharded",
+    }
+
+    def opened(**settings):
+        recipe = rejection.RejectionRecipe(**problem.tables(given | settings))
+        return rejection.open_inputs(recipe)
+
+    opened()
+    scalar = {"rewards.safety": tmp_path / "scalar"}
+    opened(**scalar, frozen="resident")
+    with pytest.raises(InputError, match=r"rewards\.safety: .* 2 processes cannot share heads 1"):
+        opened(**scalar)
+    with pytest.raises(InputError, match=r"policy: .* 2 processes cannot share heads 1"):
+        opened(policy=tmp_path / "llama", frozen="resident")
 
 
 def test_layers_are_cut_where_a_stage_can(pocket, tmp_path):

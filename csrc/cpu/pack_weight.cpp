@@ -1,0 +1,123 @@
+// A weight as a checkpoint has it, [columns, inner] by row, into panels (panels.h).
+//
+// A row of the weight is a column of the product, so lanes of 32 bits are transposed W by W. int8
+// numbers are rounded on the way, each column to steps of its largest absolute value / 127.
+#include "panels.h"
+#include "parallel.h"
+
+namespace LLAMA2RT_ISA {
+namespace {
+
+// Row `column` of the parts one below another; null beyond the last.
+template <typename T>
+const T* row_of(const PackWeight& a, int64_t column) {
+  for (const WeightPart& part : a.parts) {
+    if (column < part.columns) return (const T*)part.weight.data + column * part.weight.stride;
+    column -= part.columns;
+  }
+  return nullptr;
+}
+
+template <typename T>
+float largest(const T* row, int64_t n) {
+  f32v most = {};
+  for_each_vector(n, [&](int64_t i, auto lanes) {
+    const f32v v = load(row + i, lanes), positive = v < 0.0f ? -v : v;
+    most = positive > most ? positive : most;
+  });
+  float lanes[W], result = 0;
+  store(lanes, most);
+  for (float lane : lanes) result = maximum(result, lane);
+  return result;
+}
+
+inline void store_bytes(uint8_t* to, f32v x) {
+  typedef int8_t bytes __attribute__((vector_size(W)));
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
+  const f32v magic = broadcast(12582912.0f);
+  const bytes result = __builtin_convertvector((i32v)(x + magic) - (i32v)magic, bytes);
+  memcpy(to, &result, sizeof result);
+}
+
+// W lanes of a row from number i on; what the row does not have is zero. `inverse`: 1 / scale.
+template <typename T>
+f32v exact_lanes(const T* row, int64_t i, int64_t n, float) {
+  constexpr int64_t COUNT = 4 / sizeof(T) * W;
+  T numbers[COUNT] = {};
+  if (row) memcpy(numbers, row + i, (n - i < COUNT ? n - i : COUNT) * sizeof(T));
+  f32v v;
+  memcpy(&v, numbers, sizeof v);
+  return v;
+}
+template <typename T>
+f32v int8_lanes(const T* row, int64_t i, int64_t n, float inverse) {
+  uint8_t numbers[4 * W] = {};
+  if (row)
+    for (int64_t j = 0; j < 4 * W && i + j < n; j += W) {
+      const int64_t left = n - i - j;
+      store_bytes(numbers + j,
+                  (left < W ? load(row + i + j, Part{left}) : load(row + i + j)) * inverse);
+    }
+  f32v v;
+  memcpy(&v, numbers, sizeof v);
+  return v;
+}
+
+// One panel in lanes of 32 bits, of NUMBERS numbers each.
+template <int NUMBERS, typename T, typename Lanes>
+void pack_panel_of_lanes(const PackWeight& a, int64_t panel, Lanes lanes_of) {
+  const int64_t n = a.to.inner, steps = steps_of(a.to);
+  float* to = (float*)a.to.data + panel * steps * PANEL_COLUMNS;
+  for (int64_t first = 0; first < PANEL_COLUMNS; first += W) {
+    const T* rows[W];
+    float inverse[W];
+    for (int j = 0; j < W; ++j) {
+      const int64_t column = panel * PANEL_COLUMNS + first + j;
+      rows[j] = row_of<T>(a, column);
+      const float most = rows[j] && NUMBERS == 4 ? largest(rows[j], n) : 0.0f;
+      inverse[j] = most > 0 ? 127.0f / most : 0.0f;
+      if (a.to.scales) a.to.scales[column] = most / 127.0f;
+    }
+    for (int64_t s = 0; s < steps; s += W) {
+      f32v v[W];
+      for (int j = 0; j < W; ++j) v[j] = lanes_of(rows[j], s * NUMBERS, n, inverse[j]);
+      transpose<>(v);
+      for (int64_t u = 0; u < W && s + u < steps; ++u)
+        store(to + (s + u) * PANEL_COLUMNS + first, v[u]);
+    }
+  }
+}
+
+void pack_panel_of_halves(const PackWeight& a, int64_t panel) {
+  const int64_t n = a.to.inner;
+  f16* to = (f16*)a.to.data + panel * n * PANEL_COLUMNS;
+  for (int64_t j = 0; j < PANEL_COLUMNS; ++j) {
+    const f16* row = row_of<f16>(a, panel * PANEL_COLUMNS + j);
+    for (int64_t i = 0; i < n; ++i) to[i * PANEL_COLUMNS + j] = row ? row[i] : f16{0};
+  }
+}
+
+template <typename T>
+void pack(const PackWeight& a) {
+  const int64_t panels = (a.to.columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
+  parallel(panels, a.to.columns * a.to.inner, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      if (a.to.storage == Storage::int8)
+        pack_panel_of_lanes<4, T>(a, panel, int8_lanes<T>);
+      else if (a.to.storage == Storage::fp16)
+        pack_panel_of_halves(a, panel);
+      else
+        pack_panel_of_lanes<4 / sizeof(T), T>(a, panel, exact_lanes<T>);
+    }
+  });
+}
+
+}  // namespace
+
+void pack_weight(const PackWeight& a) {
+  require(a.to.storage == Storage::int8 || a.to.storage == (Storage)a.dtype,
+          "a weight is packed in its own dtype or as int8");
+  by_dtype(a.dtype, [&](auto t) { pack<decltype(t)>(a); });
+}
+
+}  // namespace LLAMA2RT_ISA

@@ -1,0 +1,127 @@
+"""Weights in panels: every instruction set, any shape, the same bits whatever rows there are."""
+
+import pytest
+import torch
+from numerics import judge, same_bits
+from torch.nn import functional as F
+
+from llama2rt import _cpu
+from llama2rt.ops import packed, sample
+
+SHAPES = [(1, 1), (3, 5), (31, 130), (32, 128), (70, 257), (130, 515)]
+"""[columns, inner]"""
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product(shape, isa, dtype):
+    columns, inner = shape
+    weight = torch.randn(columns, inner).to(dtype)
+    taken = packed.pack([weight])
+    for rows in (1, 2, 3, 4, 5, 7, 13, 67):
+        x = torch.randn(rows, inner).to(dtype)
+        reference, theirs = F.linear(x.double(), weight.double()), F.linear(x, weight)
+        judge(f"{rows} rows", taken.linear(x), reference, theirs)
+        judge(f"{rows} rows, fp32", taken.linear(x, torch.float32), reference, theirs.float())
+
+
+def test_a_row_has_the_same_bits_beside_any_others(isa, dtype):
+    weight = torch.randn(75, 390).to(dtype)
+    x = torch.randn(530, 390).to(dtype)
+    for storage in (None, "int8"):
+        taken = packed.pack([weight], storage)
+        torch.set_num_threads(3)
+        everything = taken.linear(x)
+        torch.set_num_threads(1)
+        for first, rows in ((0, 1), (7, 2), (100, 3), (3, 4), (500, 5), (64, 70)):
+            part = slice(first, first + rows)
+            assert same_bits(taken.linear(x[part]), everything[part]), (storage, rows)
+        assert same_bits(taken.linear(x.T.contiguous().T), everything)
+
+
+def test_several_weights_stand_one_below_another(isa, dtype):
+    weights = [torch.randn(rows, 36).to(dtype) for rows in (40, 8, 24)]
+    x = torch.randn(6, 36).to(dtype)
+    for storage in (None, "int8"):
+        together = packed.pack(weights, storage).linear(x)
+        apart = [packed.pack([weight], storage).linear(x) for weight in weights]
+        assert same_bits(together, torch.cat(apart, 1))
+
+
+@pytest.mark.parametrize("inner", [1, 37, 256])
+def test_int8_keeps_a_row_to_half_a_step(inner, isa, dtype):
+    weight = torch.randn(45, inner).mul(torch.rand(45, 1) * 30).to(dtype)
+    weight[3] = 0
+    taken = packed.pack([weight], "int8")
+    got = taken.linear(torch.eye(inner).to(dtype), torch.float32).T
+    step = weight.float().abs().amax(1, keepdim=True) / 127
+    assert ((got - weight.float()).abs() <= step * (0.5 + 1e-5)).all()
+    steps = got / step.clamp(min=1e-30)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert steps.abs().amax().round() == 127 and not got[3].any()
+    x = torch.randn(9, inner).to(dtype)
+    judge(
+        "int8",
+        taken.linear(x),
+        F.linear(x.double(), got.double()),
+        F.linear(x, got.to(dtype)),
+    )
+
+
+def test_what_does_not_fit_is_refused():
+    weight = torch.randn(8, 16)
+    with pytest.raises(ValueError, match=r"x: expected shape \[T, 16\], got \[3, 15\]"):
+        packed.pack([weight]).linear(torch.randn(3, 15))
+    with pytest.raises(ValueError, match="of its input's dtype or int8"):
+        packed.pack([weight]).linear(torch.randn(3, 16).bfloat16())
+    with pytest.raises(ValueError, match="in its own dtype or as int8"):
+        packed.pack([weight], "bf16")
+    with pytest.raises(ValueError, match="storage: expected fp32, bf16, fp16 or int8, got 'int4'"):
+        packed.pack([weight], "int4")
+    data = torch.empty(100, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="data: too small"):
+        _cpu.PackedWeight(data, None, 8, 16, "fp32")
+
+
+def test_a_fingerprint_sees_one_bit_and_the_order():
+    tensors = [torch.randn(300_000), torch.randn(3).bfloat16()]
+    before = packed.fingerprint(tensors)
+    torch.set_num_threads(3)
+    assert packed.fingerprint([t.clone() for t in tensors]) == before
+    for tensor in tensors:
+        for at in (0, -1):
+            tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)[at] ^= 1
+            assert packed.fingerprint(tensors) != before
+            tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)[at] ^= 1
+    assert packed.fingerprint(tensors) == before
+    assert packed.fingerprint([tensors[0].flip(0), tensors[1]]) != before
+
+
+@pytest.mark.parametrize("columns", [1, 7, 513, 3000])
+def test_sampling_inverts_the_distribution(columns, isa):
+    rows = 40
+    logits = torch.randn(rows, columns) * 3
+    if columns > 1:
+        logits[1, columns // 2] = -torch.inf
+    uniform = torch.rand(rows, dtype=torch.float64)
+    uniform[2], uniform[3] = 2.0**-49, 1 - 2.0**-49
+    temperatures = torch.rand(rows) + 0.5
+    temperatures[4:6], temperatures[6] = 0, 1
+    tokens, logprobs = sample.draw(logits.clone(), temperatures, uniform)
+    argmax = temperatures == 0
+    scaled = logits.double() / torch.where(argmax, 1, temperatures)[:, None].double()
+    expected = scaled.log_softmax(-1)
+    got = expected.gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), got, rtol=1e-5, atol=2e-6)
+    cumulative = expected.exp().cumsum(-1)
+    upper = cumulative.gather(1, tokens[:, None])[:, 0]
+    lower = upper - got.exp()
+    assert ((lower <= uniform + 1e-6) & (uniform <= upper + 1e-6))[~argmax].all()
+    assert torch.equal(tokens[argmax], logits[argmax].argmax(-1))
+    torch.set_num_threads(3)
+    assert same_bits(sample.draw(logits, temperatures, uniform), (tokens, logprobs))
+    logits[0, 0] = torch.nan
+    logits[1] = -torch.inf
+    logits[2, 0] = torch.inf
+    tokens, logprobs = sample.draw(logits, temperatures, uniform)
+    assert logprobs[:3].isnan().all() and not logprobs[3:].isnan().any()
+    assert ((tokens >= 0) & (tokens < columns)).all()
