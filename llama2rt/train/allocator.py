@@ -27,8 +27,9 @@ def keep_freed_memory() -> bool:
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     # mallopt sign-extends to size_t: -1 is the largest threshold there is.
-    mmap = (_M_MMAP_MAX, 0)
+    mmap, ahead = (_M_MMAP_MAX, 0), 64 << 20
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        mmap = (_M_MMAP_THRESHOLD, 1 << 20)
-    settings = (mmap, (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
+        # What the heap has at its end serves large blocks too, so it has little there.
+        mmap, ahead = (_M_MMAP_THRESHOLD, 1 << 20), 1 << 20
+    settings = (mmap, (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, ahead))
     return all(mallopt(name, value) == 1 for name, value in settings)
