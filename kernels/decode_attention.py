@@ -84,13 +84,17 @@ def decode_attention_kernel(
         step += first // GROUP
         token = start + step
         exists = first + row < queries * GROUP
-        # The last key that a row sees; the tile's last row sees most.
-        last = length - queries + step
-        seen = tl.maximum(tl.max(tl.where(exists, last + 1, 0)), 0)
+        last = length - queries + step  # key that a row sees
+        # The tile's last row sees most; past the end of a sequence there is none. From `tl.max` of
+        # `last` Triton 3.9 would learn nothing of the loop's addresses: a copy for each element.
+        end_row = tl.minimum(first + ROWS, queries * GROUP)
+        seen = tl.where(first < end_row, length - queries + (end_row + GROUP - 1) // GROUP, 0)
+        seen = tl.maximum(seen, 0)
     # Whole tiles to each split: of a short sequence the last splits get none.
     share = tl.cdiv(tl.cdiv(seen, splits), KEYS) * KEYS
     begin = split * share
     end = tl.minimum(begin + share, seen)
+    last = tl.minimum(last, end - 1)
 
     at_q = token * q_token + (head * GROUP + member) * q_head
     q_tile = load_rows(q, at_q, exists, DIM, BLOCK_DIM, True)
@@ -114,7 +118,7 @@ def decode_attention_kernel(
             higher = tl.maximum(row_max, tl.max(scores, 1))
             shift = higher
         else:
-            visible = present[None, :] & (key[None, :] <= last[:, None])
+            visible = tl.arange(0, KEYS)[None, :] <= (last - start_key)[:, None]
             scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(row_max, tl.max(scores, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)  # the row has seen no key yet
@@ -195,16 +199,19 @@ LAUNCH = {80: Launch(programs=2), 90: Launch(programs=3)}
 # value: 6 % at 256 tokens and a group of 8.
 SHORTEST_SPLIT = 256
 COMBINED = 16
-# Of several queries, rows of a tile and numbers they sum up at most: more than these spill.
-MOST_ROWS, MOST_SUMS = 64, 64 * 128
+# Of several queries, at most: rows of a tile, and numbers they sum up. More of these spill; and of
+# fp32, whose operands sit in registers too, more rows than a product takes.
+MOST_ROWS, MOST_SUMS = 64, 32 * 128
 
 
-def tile_rows(group: int, queries: float, block_dim: int) -> int:
+def tile_rows(group: int, queries: float, block_dim: int, element_bytes: int) -> int:
     """Rows of a tile, for a group of query heads and so many queries a sequence on average."""
     if queries <= 1:
         return max(16, triton.next_power_of_2(group))
+    if element_bytes == 4:
+        return 16
     rows = max(16, triton.next_power_of_2(math.ceil(group * queries)))
-    return min(rows, MOST_ROWS, MOST_SUMS // block_dim)
+    return min(rows, MOST_ROWS, max(16, MOST_SUMS // block_dim))
 
 
 def sums_of_splits(q: Tensor, out: Tensor, splits: int) -> tuple[Tensor, Tensor | None]:
@@ -246,7 +253,8 @@ def decode_attention(
         return out.zero_()
     launch = LAUNCH[architecture(q)]
     group, block_dim = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    rows = tile_rows(group, 1 if cu_q is None else tokens / sequences, block_dim)
+    queries = 1 if cu_q is None else tokens / sequences
+    rows = tile_rows(group, queries, block_dim, q.element_size())
     # Enough for all sequences, whatever their numbers of queries: see `locate`.
     tiles = sequences if cu_q is None else tokens * group // rows + sequences
     slots = launch.programs * multiprocessors(q)
@@ -304,6 +312,7 @@ def aot_cases() -> Iterator[Case]:
         ("bf16", 256, 1, 16, True, 1),
         ("fp32", 128, 8, 16, True, 1),
         ("bf16", 64, 1, 16, True, 8),
+        ("bf16", 64, 8, 16, False, 64),
         ("bf16", 128, 8, 16, False, 64),
         ("bf16", 256, 1, 16, False, 64),
         ("fp32", 128, 8, 16, False, 64),
@@ -331,7 +340,7 @@ def aot_cases() -> Iterator[Case]:
                     "DIM": dim,
                     "BLOCK_DIM": block_dim,
                     "PAGE": page,
-                    "ROWS": tile_rows(group, queries, block_dim),
+                    "ROWS": tile_rows(group, queries, block_dim, element_bytes),
                     "KEYS": launch.keys(block_dim, element_bytes),
                 }
                 | ({} if split else {"lse": None})

@@ -96,10 +96,12 @@ def test_no_sequences_and_no_pages():
 
 
 def test_how_many_rows_a_tile_has():
-    assert kernels.tile_rows(1, 1, 64) == 16 and kernels.tile_rows(20, 1, 64) == 32
-    assert kernels.tile_rows(4, 4.5, 64) == 32
-    assert kernels.tile_rows(8, 256, 128) == kernels.tile_rows(80, 2, 64) == 64
-    assert kernels.tile_rows(8, 256, 256) == 32
+    """As many as its queries fill; of wide rows no more than registers hold."""
+    rows = kernels.tile_rows
+    assert rows(1, 1, 64, 2) == 16 and rows(20, 1, 64, 2) == rows(20, 1, 64, 4) == 32
+    assert rows(4, 4.5, 64, 2) == 32
+    assert rows(8, 256, 64, 2) == rows(80, 2, 64, 2) == 64
+    assert rows(8, 256, 128, 2) == 32 and rows(8, 256, 64, 4) == 16
 
 
 def test_how_many_splits():
