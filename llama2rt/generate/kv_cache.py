@@ -145,6 +145,7 @@ class KVCache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.addresses: Addresses | None = None
+        self._logits: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores k and v [T, Hkv, D] (after rope), returns attention [T, Hq, D] of q [T, Hq, D].
@@ -175,6 +176,12 @@ class KVCache:
             shape = (self.layers, self.pages, self.page_size, *heads)
             self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         return self.keys, self.values
+
+    def logits(self, rows: int, vocabulary: int) -> Tensor:
+        """fp32 [rows, vocabulary] with any values, in the same memory at each pass."""
+        if self._logits is None or len(self._logits) < rows:
+            self._logits = torch.empty(rows, vocabulary)
+        return self._logits[:rows]
 
     @staticmethod
     def _paged(q: Tensor, keys: Tensor, values: Tensor, at: Addresses) -> Tensor:

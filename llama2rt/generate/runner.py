@@ -6,6 +6,7 @@ fastest (ops.packed), and again when they have changed. All else goes through `m
 as in training: GPUs, other backends, sharded models, adapters, hooks. `Runner.path` says which.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -91,8 +92,8 @@ class _Native:
         self._all = _packed(storage, [*groups, (model.output,)])
         self._output = self._all[-1]
         self._blocks = [self._all[4 * i : 4 * i + 4] for i in range(len(blocks))]
+        self._vocabulary = model.config.vocab_size
         self._fingerprint: int | None = None
-        self._logits = torch.empty(0, model.config.vocab_size)
         self._llama: Any = None
         self._addressed: list[Tensor] = []
 
@@ -111,14 +112,15 @@ class _Native:
         embedding, norm = transformer.embedding.weight.detach(), transformer.norm.weight.detach()
         tables = transformer.rotary(embedding.device)
         heads = config.heads, config.kv_heads
-        self._llama = packed.native().PackedLlama(
+        llama = packed.native().PackedLlama(
             embedding, norm, self._output.packed.native, *tables, heads, config.norm_eps
         )
-        self._addressed = [embedding, norm, *tables]
+        addressed = [embedding, norm, *tables]
         for block, weights in zip(cast(list[Block], transformer.blocks), self._blocks, strict=True):
             norms = block.attention_norm.weight.detach(), block.ffn_norm.weight.detach()
-            self._llama.add_block(*norms, *(weight.packed.native for weight in weights))
-            self._addressed += norms
+            llama.add_block(*norms, *(weight.packed.native for weight in weights))
+            addressed += norms
+        self._addressed, self._llama = addressed, llama
         self._kv_shape = config.kv_heads, config.head_dim
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: Tensor) -> Tensor:
@@ -126,9 +128,7 @@ class _Native:
         keys, values = cache.allocate(self._kv_shape, self._addressed[0])
         at = cache.addresses
         assert at is not None, "addresses are set before each forward pass"
-        if len(self._logits) < len(rows):
-            self._logits = self._logits.new_empty(len(rows), self._logits.shape[1])
-        logits = self._logits[: len(rows)]
+        logits = cache.logits(len(rows), self._vocabulary)
         queries = None if at.cu_seqlens_q is None else at.cu_seqlens_q.long()
         prompts = at.slots, at.prompt_cu_seqlens.long()
         where = *prompts, queries, at.block_table, at.lengths
@@ -141,7 +141,8 @@ class Runner:
     """Forward passes of `model` for an engine.
 
     weights: "same" as the model's, or "int8" (ops.packed), for which InputError says why a model
-    cannot be had.
+    cannot be had. Threads may share a runner, each with a cache of its own, as long as the model's
+    weights stay what they are.
     """
 
     def __init__(self, model: Llama, weights: Weights = "same") -> None:
@@ -149,6 +150,7 @@ class Runner:
             raise InputError(f"weights: expected same or int8, got {weights!r}")
         self.model, self.weights = model, weights
         self._native: _Native | None = None
+        self._packing = threading.Lock()
         self.path = "not run yet"
         """what forward passes run on, e.g. "packed bf16", or "modules: " and why"""
         if weights == "int8":
@@ -165,6 +167,10 @@ class Runner:
 
     def refresh(self) -> None:
         """To be called before the first of some forward passes: takes the model as it is now."""
+        with self._packing:
+            self._refresh()
+
+    def _refresh(self) -> None:
         reason = why_not_native(self.model)
         self._require_native(reason)
         if reason:
@@ -187,9 +193,10 @@ class Runner:
     ) -> Tensor:
         """tokens int64 [T] and positions [T], whose pages `cache.addresses` says -> fp32 logits
         [S, V] of `rows`: a slice, or int64 [S] and rising. Valid until the next call."""
-        if self._native is None:
+        native = self._native
+        if native is None:
             hidden = self.model.transformer(tokens, positions, cache)
             return self.model.output(hidden[rows]).float()
         if isinstance(rows, slice):
             rows = torch.arange(len(tokens))[rows]
-        return self._native.forward(tokens, positions, cache, rows)
+        return native.forward(tokens, positions, cache, rows)

@@ -159,7 +159,7 @@ def test_one_process_at_a_time(folder, prompts, stopped):
     work = commands._Work(readers.read(prompts, "prompt"), 1, False, commands.Sampling(), "")
     work.sampling = dataclasses.replace(work.sampling, max_tokens=8, seed=3)
     with (
-        Unfinished(stopped, work.asked(folder, None), resume=True) as file,
+        Unfinished(stopped, work.asked(folder, commands.Opening()), resume=True) as file,
         pytest.raises(InputError, match=r"out\.jsonl\.partial: another process is writing it"),
     ):
         assert len(file.finished) == 2

@@ -1,6 +1,7 @@
 """Forward passes of the engine: what runs natively, that it is the model's, when it is packed."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
@@ -206,3 +207,18 @@ def test_int8_is_near_and_said():
     model.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(InputError, match=r"^weights: int8 .* the model has forward hooks"):
         run(engine, temperature=0)
+
+
+def test_threads_share_an_engine(small_tokenizer):
+    """The native pass leaves the interpreter to others, which may be in a pass of their own."""
+    engine = Engine(far_from_flat(vocab_size=small_tokenizer.vocab_size), small_tokenizer)
+    prompts = [[small_tokenizer.bos, 5 + i] for i in range(4)]
+
+    def answer(seed: int) -> list[tuple[list[int], list[float]]]:
+        found = engine.generate(prompts, n=2, max_tokens=24, seed=seed)
+        return [(completion.tokens, completion.logprobs) for completion in found]
+
+    alone = [answer(seed) for seed in range(8)]
+    assert engine.runner.path.startswith("packed")
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, range(8))) == alone
