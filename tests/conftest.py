@@ -192,7 +192,8 @@ def far():
     return copy
 
 
-@pytest.fixture(scope="session")
+# A module's: idle ranks keep a hundred threads of gloo, which wake all the time.
+@pytest.fixture(scope="module")
 def on_ranks():
     """`on_ranks(size, function, *arguments)`: see helpers/rank_pool.py."""
     from rank_pool import pools

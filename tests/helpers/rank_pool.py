@@ -1,4 +1,4 @@
-"""Ranks that stay: gloo processes that run one function after the other, started once a session.
+"""Ranks that stay: gloo processes that run one function after the other, started once a module.
 
 Tests share two groups of them, forked from a process that has imported what ranks need, which takes
 seconds. A function is found by its name in a module of tests/helpers (a test module cannot be
