@@ -141,20 +141,23 @@ class Runner:
     """Forward passes of `model` for an engine.
 
     weights: "same" as the model's, or "int8" (ops.packed), for which InputError says why a model
-    cannot be had. Threads may share a runner, each with a cache of its own, as long as the model's
+    cannot be had. as_trained: 16-bit models take their own modules, which round as training does,
+    so that what is sampled is from the distribution that training sees. Threads may share a runner, each with a cache of its own, as long as the model's
     weights stay what they are.
     """
 
-    def __init__(self, model: Llama, weights: Weights = "same") -> None:
+    def __init__(
+        self, model: Llama, weights: Weights = "same", *, as_trained: bool = False
+    ) -> None:
         if weights not in ("same", "int8"):
             raise InputError(f"weights: expected same or int8, got {weights!r}")
-        self.model, self.weights = model, weights
+        self.model, self.weights, self.as_trained = model, weights, as_trained
         self._native: _Native | None = None
         self._packing = threading.Lock()
         self.path = "not run yet"
         """what forward passes run on, e.g. "packed bf16", or "modules: " and why"""
         if weights == "int8":
-            self._require_native(why_not_native(model))
+            self._require_native(self._why_not_native())
 
     def _require_native(self, reason: str) -> None:
         if reason and self.weights == "int8":
@@ -170,8 +173,14 @@ class Runner:
         with self._packing:
             self._refresh()
 
+    def _why_not_native(self) -> str:
+        dtype = self.model.output.weight.dtype
+        if self.as_trained and dtype != torch.float32:
+            return f"{dtype} is to be rounded as in training"
+        return why_not_native(self.model)
+
     def _refresh(self) -> None:
-        reason = why_not_native(self.model)
+        reason = self._why_not_native()
         self._require_native(reason)
         if reason:
             self._native = None

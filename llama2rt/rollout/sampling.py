@@ -68,7 +68,11 @@ class SamplingOptions(BaseModel):
         none of its kind answers."""
         if self.server is None:
             return Engine(
-                model, tokenizer, max_sequences=self.max_sequences, cache_bytes=self.cache_bytes
+                model,
+                tokenizer,
+                max_sequences=self.max_sequences,
+                cache_bytes=self.cache_bytes,
+                as_trained=True,
             )
         handover = None
         if self.weights is not None and self.reload is not None:

@@ -222,3 +222,20 @@ def test_threads_share_an_engine(small_tokenizer):
     assert engine.runner.path.startswith("packed")
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(answer, range(8))) == alone
+
+
+def test_what_is_to_be_trained_on_is_rounded_as_in_training():
+    """In 16 bits packed passes round less often than the modules, whose distribution is trained."""
+    model = far_from_flat().bfloat16()
+    fast, exact = Engine(model, Ids()), Engine(model, Ids(), as_trained=True)
+    (tokens, found), (_, packed_found) = run(exact), run(fast)
+    assert fast.runner.path == "packed bf16"
+    assert exact.runner.path == "modules: torch.bfloat16 is to be rounded as in training"
+    trained = []
+    for i, sampled in enumerate(tokens):
+        ids = torch.tensor(PROMPTS[i // 2] + sampled)
+        with torch.no_grad():
+            logprobs = model(*packed(ids), ids.roll(-1))
+        trained.append(logprobs[len(PROMPTS[i // 2]) - 1 : -1].float().numpy())
+    assert np.abs(found - np.concatenate(trained)).max() < 1e-4
+    assert run(fast)[0] != tokens or np.abs(packed_found - found).max() > 1e-3

@@ -11,6 +11,8 @@ from llama2rt.stages import annotate, loading
 class Scripted:
     """An engine that answers its first call with the first texts, its second with the second."""
 
+    model = None  # that ranks could share
+
     def __init__(self, answers):
         self.answers = iter(answers)
 
