@@ -142,8 +142,8 @@ class Runner:
 
     weights: "same" as the model's, or "int8" (ops.packed), for which InputError says why a model
     cannot be had. as_trained: 16-bit models take their own modules, which round as training does,
-    so that what is sampled is from the distribution that training sees. Threads may share a runner, each with a cache of its own, as long as the model's
-    weights stay what they are.
+    so that what is sampled is from the distribution that training sees. Threads may share a runner,
+    each with a cache of its own, as long as the model's weights stay what they are.
     """
 
     def __init__(
