@@ -14,6 +14,9 @@ from fastapi import FastAPI
 from llama2rt.serve.app import Server
 
 
+_BACKLOG = 2048  # connections that wait to be taken; uvicorn's own number
+
+
 class _Uvicorn(uvicorn.Server):
     """Says to the application that a signal has come: from then on it takes no new requests."""
 
@@ -39,6 +42,7 @@ def run(app: FastAPI, shared: Server, listener: socket.socket, host: str) -> Non
     server = _Uvicorn(config)
     server.shared = shared
     shared.worker.on_failure = server.end
+    listener.listen(_BACKLOG)  # who reads the line below may ask at once
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}"
     print(f"{shared.name} at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)

@@ -15,8 +15,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 SECONDS = 240
 # torch._dynamo: what DTensor imports at its first use.
@@ -35,6 +37,9 @@ def forking() -> multiprocessing.context.ForkServerContext:
     """Processes forked from one that has imported all that ranks need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    # It would find the package of this checkout first, whose native modules are not built.
+    with mock.patch.dict(os.environ, {"PYTHONSAFEPATH": "1"}):
+        forkserver.ensure_running()
     return context
 
 
