@@ -13,7 +13,6 @@ from fastapi import FastAPI
 
 from llama2rt.serve.app import Server
 
-
 _BACKLOG = 2048  # connections that wait to be taken; uvicorn's own number
 
 
