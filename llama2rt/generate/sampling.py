@@ -3,8 +3,9 @@
 A sample must depend on its seed, prompt index and sample index and on nothing else, so the torch
 generator (one stream, consumed in batch order) is not used: a counter-based generator gives
 sequence s at step t its own uniform number, and the token is read off the inverse of the
-cumulative distribution. Rows that are drawn alike are drawn together, and nothing of a row depends
-on another. Frequency and presence penalties and constrained decoding are left out.
+cumulative distribution. Rows that are drawn alike are drawn together, and no row depends on
+another but for the last bit, in which torch's softmax may round by the number of rows. Frequency
+and presence penalties and constrained decoding are left out.
 """
 
 import math
@@ -203,8 +204,8 @@ def _draw_alike(weights: Tensor, uniform: Tensor, options: RowOptions, way: int)
         return _invert(weights.exp().cumsum(dim=-1, dtype=torch.float64), uniform)
     # Without a limit nothing is cut, whatever a sum of rounded probabilities exceeds 1 by.
     top_p = np.where(options.top_p == 1, np.inf, options.top_p)
-    limits = _column(top_p, weights), _column(options.min_p, weights)
-    return _limited(weights.exp(), uniform, *limits, way)
+    min_p = _column(options.min_p, weights) if options.min_p.any() else None
+    return _limited(weights.exp(), uniform, _column(top_p, weights), min_p, way)
 
 
 def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
@@ -219,7 +220,7 @@ def _limited(
     probabilities: Tensor,
     uniform: Tensor,
     top_p: Tensor,
-    min_p: Tensor,
+    min_p: Tensor | None,
     top_k: int,
     full: bool = False,
 ) -> Tensor:
@@ -228,18 +229,21 @@ def _limited(
     width = min(top_k or (vocabulary if full else _NUCLEUS_WIDTH), vocabulary)
     values, candidates = probabilities.topk(width, dim=-1)
     values = values.double()
-    likely = values >= min_p * values[:, :1]
     if top_k:
         values /= values.sum(dim=-1, keepdim=True)
     cumulative = values.cumsum(dim=-1)
-    dropped = (cumulative - values > top_p) | ~likely
+    dropped = cumulative - values > top_p
+    if min_p is not None:
+        dropped |= values < min_p * values[:, :1]
     kept = torch.where(dropped, 0.0, values).cumsum(dim=-1)
     tokens = candidates.gather(1, _invert(kept, uniform)[:, None])[:, 0]
     if not top_k and width < vocabulary:
-        more = (cumulative[:, -1:] <= top_p) & likely[:, -1:]
+        more = cumulative[:, -1:] <= top_p
+        if min_p is not None:
+            more &= values[:, -1:] >= min_p * values[:, :1]
         open_rows = more[:, 0].nonzero()[:, 0]
         if len(open_rows):
             wide = probabilities[open_rows]
-            limits = top_p[open_rows], min_p[open_rows]
+            limits = top_p[open_rows], None if min_p is None else min_p[open_rows]
             tokens[open_rows] = _limited(wide, uniform[open_rows], *limits, 0, full=True)
     return tokens

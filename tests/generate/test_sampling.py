@@ -152,3 +152,51 @@ def test_streams_are_uniform_and_unrelated():
     assert stats.kstest(draws.ravel(), "uniform").pvalue > 1e-3
     for a, b in ((draws[:-1], draws[1:]), (draws[:, :-1], draws[:, 1:])):  # steps, neighbours
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
+
+
+def test_min_p_keeps_the_tokens_near_the_likeliest(logits):
+    counts, _, _ = _counts(logits, min_p=0.2, temperature=0.8)
+    p = (logits.double() / 0.8).softmax(0)
+    expected = torch.where(p >= 0.2 * p.max(), p, 0)
+    assert 1 < (expected > 0).sum() < len(p)
+    _assert_follows(counts, expected / expected.sum())
+
+
+def test_repetition_penalty_draws_otherwise_and_reports_the_models_logprobs(logits):
+    seen = torch.tensor([logits.argmax(), logits.argmin(), 5, 5])
+    rows = _rows({"repetition_penalty": 1.7}).take(np.zeros(DRAWS, np.int64))
+    repeated = seen.repeat(DRAWS, 1).numpy()
+    choice = choose(logits.repeat(DRAWS, 1), _uniform(), rows, repeated)
+    changed = logits.double().clone()
+    changed[seen] = torch.where(changed[seen] > 0, changed[seen] / 1.7, changed[seen] * 1.7)
+    tokens = torch.from_numpy(choice.tokens)
+    _assert_follows(torch.bincount(tokens, minlength=len(logits)), changed.softmax(0))
+    expected = logits.log_softmax(0)[tokens].numpy()
+    np.testing.assert_allclose(choice.logprobs, expected, atol=2e-6)
+
+
+def test_rows_are_drawn_as_if_alone(logits):
+    """Of one batch, each by its own options; torch's softmax rounds by the number of rows."""
+    options = [
+        *(
+            {},
+            {"temperature": 0},
+            {"temperature": 0.3},
+            {"top_p": 0.7},
+            {"top_k": 3},
+            {"min_p": 0.3},
+        ),
+        *({"top_k": 9, "top_p": 0.5}, {"repetition_penalty": 1.5}, {"logprobs": 2}, {"top_p": 0.7}),
+    ]
+    batch = logits.repeat(len(options), 1) * torch.linspace(0.5, 2, len(options))[:, None]
+    uniform = _uniform(len(options))
+    held = np.arange(3)[None]
+    together = choose(batch.clone(), uniform, _rows(*options), held)
+    for i, each in enumerate(options):
+        one = slice(i, i + 1)
+        seen = held if "repetition_penalty" in each else None
+        alone = choose(batch[one].clone(), uniform[one], _rows(each), seen)
+        assert alone.tokens == together.tokens[one]
+        assert alone.logprobs == pytest.approx(together.logprobs[one], abs=1e-6)
+        assert [t for t, _ in (alone.top or [[]])[0]] == [t for t, _ in together.top[i]]
+    assert [len(each) for each in together.top] == [0] * 8 + [2, 0]

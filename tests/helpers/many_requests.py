@@ -5,9 +5,14 @@
 Prompts share beginnings, requests arrive while others run, every tenth is aborted somewhere, and
 there are so few pages that sequences are recomputed. Printed every thousand: the process's resident
 memory and the session's counters. Then every token of every answer is checked against a forward
-pass of its own, and one answer in twenty is compared with what the request gets alone. A token may
-differ only at a tie: two tokens have logits within 1e-4, or the uniform number is within 1e-4 of
-the border between them, or what top-p or min-p keeps is decided by so little.
+pass of its own, and every answer is compared with what the request gets alone. A token may differ
+only at a tie: two tokens have logits within 1e-4, or the uniform number is within 1e-4 of the
+border between them, or what top-p or min-p keeps is decided by so little.
+
+Found on 2026-11-30, of 129,135 tokens: 9020 answers equal, 980 aborted ones equal as far as they
+go, 3 tokens at a tie with the forward pass; 128 preemptions, 54,584 prompt tokens found in pages;
+0.4 kB of memory a request, which is its answer. With three guesses (a second argument) the same,
+and 3203 of 10,937 guesses accepted.
 """
 
 import itertools
@@ -209,14 +214,19 @@ def _drawn(model: Llama, one: Asked) -> int:
     if right.all():
         return 0
     near = itertools.product((-TIE, 0, TIE), repeat=3)
-    close = np.any([drawn(*each) == answer for each in near], axis=0)
-    for i in np.flatnonzero(~(right | close)).tolist():
-        # Two tokens as likely as each other: argmax, and the order of those to draw from.
+    others = [drawn(*each) for each in near]
+    for i in np.flatnonzero(~right).tolist():
         row, held = logits[i].clone(), context[: prompt + i]
         penalty = one.options.repetition_penalty
         row[held] = torch.where(row[held] > 0, row[held] / penalty, row[held] * penalty)
+        # Two tokens as likely as each other: argmax, and the order of those to draw from.
         gap = abs(float(row[expected[i]] - row[answer[i]]))
-        assert gap < TIE, f"{one}: {expected[i]} at {i}, by {gap}"
+        # Between two borders that near there may be tokens of which neither draw knows.
+        limited = bool((options.top_k > 0) | (options.top_p < 1) | (options.min_p > 0))
+        order = row.argsort(descending=True).argsort() if limited else torch.arange(len(row))
+        places = [int(order[tokens[i]]) for tokens in others]
+        between = min(places) <= int(order[answer[i]]) <= max(places)
+        assert between or gap < TIE, f"{one}: {expected[i]} at {i}, by {gap}"
     return int((~right).sum())
 
 
@@ -251,6 +261,7 @@ class FewPages(Engine):
     logits of so small a model would take more than its pages."""
 
     def _within(self, plan: object, restricted: bool) -> Budget:
+        self.runner.refresh()
         return Budget(pages=48, prefill_tokens=64, sequences=16)
 
 
@@ -270,9 +281,10 @@ def main(count: int, speculate: int) -> None:
         asked = draw(count, tight.model.config.vocab_size, seed=count)
         begun = time.perf_counter()
         result = run(tight, asked, most_waiting=64, report_every=max(1, count // 10))
-        print(json.dumps(result | {"seconds": time.perf_counter() - begun}), flush=True)
+        result |= {"seconds": time.perf_counter() - begun, "forward": tight.runner.path}
+        print(json.dumps(result), flush=True)
         print(json.dumps(verify(tight, asked)), flush=True)
-        print(json.dumps(compare(engine(Engine, Path(folder)), asked[::20])), flush=True)
+        print(json.dumps(compare(engine(Engine, Path(folder)), asked)), flush=True)
 
 
 if __name__ == "__main__":
