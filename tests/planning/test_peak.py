@@ -20,6 +20,12 @@ def measured(out: Path, *options: str, **environment: str) -> dict:
     return json.loads(out.read_text())
 
 
+def by_mmap(out: Path, *options: str) -> dict:
+    """Large blocks by mmap: a heap's fragments are no part of the prediction. At these sizes one
+    freed table of embeddings that nothing fills again is 11 % of the peak; three were seen."""
+    return measured(out, *options, "--allocator", "glibc", MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+
+
 def within_a_tenth(row: dict) -> bool:
     print(row["predicted_mib"], row["after_each_step_mib"], row["predicted_mib_by_component"])
     return abs(row["error"]) <= 0.10
@@ -28,16 +34,10 @@ def within_a_tenth(row: dict) -> bool:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
 def test_one_process_takes_what_was_said(tmp_path):
     shape = ("--layers", "2", "--dim", "256", "--tokens", "64")
-    assert within_a_tenth(measured(tmp_path / "row.json", *shape))
+    assert within_a_tenth(by_mmap(tmp_path / "row.json", *shape))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
 def test_two_ranks_under_fsdp_take_what_was_said(tmp_path):
-    """Large blocks by mmap: a heap's fragments are its own and no part of the prediction."""
-    row = measured(
-        tmp_path / "row.json",
-        *("--layers", "2", "--dim", "256", "--tokens", "64", "--shard", "2"),
-        *("--allocator", "glibc"),
-        MALLOC_MMAP_THRESHOLD_=str(1 << 20),
-    )
-    assert within_a_tenth(row)
+    shape = ("--layers", "2", "--dim", "256", "--tokens", "64", "--shard", "2")
+    assert within_a_tenth(by_mmap(tmp_path / "row.json", *shape))
