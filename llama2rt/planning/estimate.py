@@ -235,7 +235,7 @@ def _durations(
         )
         step = duration.ranged(seconds)
     drawn = [phase.sampling for phase in work.phases if phase.sampling is not None]
-    if drawn and all(one.answers is not None for one in drawn):
+    if drawn and all(one.answers is not None and not one.served for one in drawn):
         seconds = sum(duration.sampling_seconds(one, setting.tensor, cluster) for one in drawn)
         sampling = duration.floor(seconds)
     parts = []

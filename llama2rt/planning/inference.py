@@ -40,6 +40,8 @@ def rollout(sampling: Sampling, setting: Setting, free: float | None) -> Compone
     """
     model, width = sampling.policy, setting.compute_bytes
     policy = answering(sampling, setting)
+    if sampling.served:
+        return policy
     free = None if free is None else free - sum(policy.values())
     sequence = kv_cache_bytes(model.config, width, sampling.longest) / setting.tensor
     forward = budget.forward_bytes(

@@ -76,6 +76,8 @@ def _time(plan: Plan) -> list[str]:
         rows.append(f"{_range(plan.step_seconds, 's')} a step")
     if plan.sampling_seconds is not None:
         rows.append(f"{_range(plan.sampling_seconds, 's')} of sampling in all")
+    elif any(phase.sampling and phase.sampling.served for phase in plan.work.phases):
+        rows.append("a server samples; neither its time nor its memory is counted")
     if plan.gpu_hours is not None:
         days = plan.gpu_hours.value / plan.ranks / 24
         rows.append(f"{_range(plan.gpu_hours, 'GPU-hours')}, {days:.3g} days")

@@ -129,6 +129,8 @@ class Sampling:
     """a recipe's bound on what sampling takes"""
     readers: Sequence[Model] = ()
     """models that read each answer once: reward models, the reference policy, the critic"""
+    served: bool = False
+    """whether a server draws them, with memory and time of its own"""
 
     def read_by(self, readers: Sequence[Model]) -> "Sampling":
         """The same with `readers`."""

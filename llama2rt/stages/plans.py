@@ -55,6 +55,7 @@ def sampling_of(
         min(context, most + options.max_tokens),
         min(options.max_tokens, context),
         options.cache_bytes,
+        served=options.server is not None,
     ).read_by(readers)
 
 

@@ -155,6 +155,11 @@ def test_every_stage_says_what_it_holds(pocket, tmp_path, capsys, monkeypatch):
     measuring = said(capsys, "rejection", held_out)["memory_bytes"]["measuring"]
     assert measuring["frozen"] == 4 * (policy + 2 * scalar)  # the reference too
     assert plans["ppo"]["memory_bytes"]["rollout"]["kv_cache"] > 0
+    server = {"server": "http://127.0.0.1:1/v1", "weights": str(tmp_path), "reload": "true"}
+    recipes["ppo"]["sampling"] |= server
+    served = said(capsys, "ppo", write(tmp_path / "served.toml", **recipes["ppo"]))
+    assert "kv_cache" not in served["memory_bytes"]["rollout"]
+    assert served["step_seconds"] and not served["sampling_seconds"] and not served["gpu_hours"]
     assert devices and set(devices) == {"meta"}
     assert not list(tmp_path.glob("OUT*"))
 
