@@ -19,6 +19,7 @@ from llama2rt.data.file_reader import FileCounts, FileReader
 from llama2rt.data.files import rows
 from llama2rt.data.records import RECORDS, Record
 from llama2rt.data.sources import Source
+from llama2rt.data.votes import consensus
 from llama2rt.errors import InputError
 
 logger = logging.getLogger("llama2rt.data")
@@ -43,8 +44,8 @@ def read(
     speeches make scenes). Where `document_separator` is given, such as "<|endoftext|>", the file
     is cut there and blank pieces are left out.
 
-    `format` names the format of the rows ("trl-explicit-prompt"; "llama2rt" is our own) of each file
-    whose `Source` names none. Without it each row is recognised by its keys, and one that two
+    `format` names the format of the rows ("trl-explicit-prompt"; "llama2rt" is our own) of each
+    file whose `Source` names none. Without it each row is recognised by its keys, and one that two
     formats could claim is an InputError that names both.
     """
     return list(iterate(paths, kind, skip_invalid, document_separator, format))
@@ -142,24 +143,37 @@ class Reader:
         """(index of the file in `paths`, record)."""
         self._reset()
         for index, source in enumerate(self.sources):
-            path, rows_before, any_record = source.path, self.rows, False
-            file = FileReader(source, self.kind, self._names[path], self._first_seen)
+            file = FileReader(source, self.kind, self._names[source.path], self._first_seen)
             self.files.append(file.counts)
-            for line, row in rows(path, self.kind, self.document_separator):
-                self.rows += 1
-                records, fault = file.take(line, row)
-                if fault is not None:
-                    self._tolerate(f"{path}:{line}: {fault}")
-                elif not records:
-                    self.rows_without_records += 1
-                any_record = any_record or bool(records)
-                for record in records:
-                    yield index, record
+            rows_before, any_record = self.rows, False
+            records = self._records(file)
+            if source.consensus:
+                records = self._decided(file.counts, records)
+            for record in records:
+                any_record = True
+                yield index, record
             self.formats += file.counts.formats
             if self.rows == rows_before:
-                raise InputError(f"{path}:1: no records: the file is empty")
+                raise InputError(f"{source.path}:1: no records: the file is empty")
             if not any_record:
-                raise InputError(f"{path}: no records: {file.why_none()}")
+                raise InputError(f"{source.path}: no records: {file.why_none()}")
+
+    def _records(self, file: FileReader) -> Iterator[Any]:
+        path = file.source.path
+        for line, row in rows(path, self.kind, self.document_separator):
+            self.rows += 1
+            records, fault = file.take(line, row)
+            if fault is not None:
+                self._tolerate(f"{path}:{line}: {fault}")
+            elif not records:
+                self.rows_without_records += 1
+            yield from records
+
+    @staticmethod
+    def _decided(counts: FileCounts, records: Iterator[Any]) -> Iterator[Any]:
+        decided, left_out = consensus(records)
+        counts.selection.left_out += left_out
+        yield from decided
 
     def _tolerate(self, message: str) -> None:
         if len(self.skipped) == self.skip_invalid:
