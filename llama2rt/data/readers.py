@@ -17,7 +17,7 @@ from typing import IO, Any
 from llama2rt import atomic
 from llama2rt.data.file_reader import FileCounts, FileReader
 from llama2rt.data.files import rows
-from llama2rt.data.records import RECORDS, Record
+from llama2rt.data.records import RECORDS, Record, printable
 from llama2rt.data.sources import Source
 from llama2rt.data.votes import consensus
 from llama2rt.errors import InputError
@@ -26,6 +26,9 @@ logger = logging.getLogger("llama2rt.data")
 
 AnyPath = str | os.PathLike[str]
 Paths = AnyPath | Sequence[AnyPath]
+
+LONGEST_REASON = 500
+"""characters of what is wrong with a row: a hostile one may have a key of a megabyte"""
 
 
 def read(
@@ -164,7 +167,7 @@ class Reader:
             self.rows += 1
             records, fault = file.take(line, row)
             if fault is not None:
-                self._tolerate(f"{path}:{line}: {fault}")
+                self._tolerate(f"{path}:{line}: {printable(str(fault), LONGEST_REASON)}")
             elif not records:
                 self.rows_without_records += 1
             yield from records

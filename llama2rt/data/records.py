@@ -310,3 +310,14 @@ def shown(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         return type_name(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def printable(text: str, most: int) -> str:
+    """`text` as any terminal shows it: characters that are not printable (control characters, lone
+    surrogates) escaped, and cut in the middle where it is longer than `most` characters."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end - 5]} ... {text[-end:]}"

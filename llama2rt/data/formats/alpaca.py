@@ -37,7 +37,7 @@ def _history(row: Row) -> list[Row]:
     for number, pair in enumerate(pairs, start=1):
         if not isinstance(pair, list) or [type(said) for said in pair] != [str, str]:
             raise InputError(f"history: item {number}: expected an instruction and its answer")
-        turns += [user(pair[0]), assistant(pair[1])]
+        turns += [*user(pair[0]), assistant(pair[1])]
     return turns
 
 

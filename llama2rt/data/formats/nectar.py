@@ -9,9 +9,9 @@ pairs are made, as for the reward model that was trained on it: 3.8 million of 1
 
 from collections.abc import Iterator
 
-from llama2rt.data.formats.pairs import ranked, require_few
+from llama2rt.data.formats.pairs import ranked, require_few, with_scores
 from llama2rt.data.formats.registry import Row, Selection, register, selecting
-from llama2rt.data.formats.values import bare_text, conversation, item, score
+from llama2rt.data.formats.values import conversation
 from llama2rt.errors import InputError
 
 
@@ -35,13 +35,8 @@ def _nectar(row: Row, selection: Selection) -> Iterator[Row]:
     """Each two answers of different rank; `minimum_score_difference` counts ranks."""
     prompt = conversation(row, "prompt")
     require_few("answers", row["answers"])
-    answers = []
-    for number, answer in enumerate(row["answers"], start=1):
-        where = f"answers: item {number}"
-        item(where, answer, "answer", "rank")
-        rank = score(f"{where} rank", answer["rank"])
-        if rank < 1:
-            raise InputError(f"{where} rank: expected at least 1, got {rank:g}")
-        if selection.says_something(answer["answer"]):
-            answers.append((bare_text(answer, "answer"), -rank))
-    yield from ranked(prompt, answers, "nectar", selection)
+    answers = with_scores("answers", row["answers"], "answer", "rank", selection)
+    if any(rank < 1 for _, rank in answers):
+        raise InputError("answers: a rank below 1")
+    best_highest = [(answer, -rank) for answer, rank in answers]
+    yield from ranked(prompt, best_highest, "nectar", selection)

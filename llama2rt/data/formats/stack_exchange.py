@@ -11,10 +11,9 @@ answers: the first ten pairs are taken of each, the number of the StackLLaMA rec
 from collections.abc import Iterator
 from itertools import islice
 
-from llama2rt.data.formats.pairs import ranked, require_few
+from llama2rt.data.formats.pairs import ranked, require_few, with_scores
 from llama2rt.data.formats.registry import Row, Selection, register, selecting
-from llama2rt.data.formats.values import bare_text, conversation, item, score
-from llama2rt.errors import InputError
+from llama2rt.data.formats.values import conversation
 
 MOST_PAIRS = 10
 MOST_ANSWERS = 1000
@@ -40,15 +39,7 @@ def _stack_exchange(row: Row, selection: Selection) -> Iterator[Row]:
     """Ten pairs at most, in the order of the answers."""
     prompt = conversation(row, "question")
     require_few("answers", row["answers"], MOST_ANSWERS)
-    answers = []
-    for number, answer in enumerate(row["answers"], start=1):
-        where = f"answers: item {number}"
-        item(where, answer, "text", "pm_score")
-        value = score(f"{where} pm_score", answer["pm_score"])
-        if not isinstance(answer["text"], str):
-            raise InputError(f"{where} text: expected text")
-        if selection.says_something(answer["text"]):
-            answers.append((bare_text(answer, "text"), value))
+    answers = with_scores("answers", row["answers"], "text", "pm_score", selection)
     pairs = ranked(prompt, answers, "stack-exchange", selection)
     yield from islice(pairs, MOST_PAIRS)
     if next(pairs, None) is not None:
