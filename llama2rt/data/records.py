@@ -179,6 +179,7 @@ class Sample(_Record):
         if not isinstance(self.scores, dict):
             raise InputError(f"scores: expected an object of numbers, got {type_name(self.scores)}")
         for name, score in self.scores.items():
+            _check_text("scores: a name", name, blank=True)
             _check_number(f"scores.{name}", score)
         if self.reward is not None:
             _check_number("reward", self.reward)

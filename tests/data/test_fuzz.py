@@ -7,11 +7,21 @@ import random
 
 import hostile_rows
 import pytest
+from good_records import GOOD
 
+from llama2rt import cli
 from llama2rt.data import readers, records
 from llama2rt.data.file_reader import FileReader
-from llama2rt.data.readers import Reader
+from llama2rt.data.readers import Reader, read
 from llama2rt.errors import InputError
+
+
+def deep(levels):
+    """What the column says, in as many lists."""
+    value = "x"
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 def test_hostile_records_are_read_or_refused_by_line(tmp_path):
@@ -29,6 +39,37 @@ def test_hostile_records_are_read_or_refused_by_line(tmp_path):
     assert total.good > 200
     assert total.faults > 500
     assert len(total.reasons) > 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("sample", {"scores": {"\ud800": 1}}, "scores: a name: lone surrogate at character 0"),
+        ("dialogue", {"tools": deep(400)}, "nested too deeply"),
+        ("comparison", {"safety": "\x1b[2J"}, "safety: expected one of"),
+        ("prompt", {"Kind": 1, "\ud800" + "k" * 5000: 1}, "unknown key 'Kind'"),
+        (
+            "dialogue",
+            {"messages": [{"role": "x" * 5000, "content": "u"}]},
+            "messages: message 1: r",
+        ),
+    ],
+)
+def test_what_the_hundred_thousand_found(rows_file, kind, change, reason):
+    with pytest.raises(InputError) as error:
+        read(rows_file({**GOOD[kind], **change}), kind)
+    said = str(error.value).split(":1: ", 1)[1]
+    assert said.startswith(reason)
+    assert said.isprintable()
+    assert len(said) <= readers.LONGEST_REASON
+
+
+def test_unknown_keys_are_said_as_any_terminal_shows_them(rows_file, capsys):
+    path = rows_file({**GOOD["prompt"], "\ud800\x1b[2J": 1, "k" * 5000: 2})
+    cli.main(["check", str(path), "--as", "prompt"])
+    said = capsys.readouterr().out
+    assert "\\ud800\\x1b[2J" in said
+    assert "k" * 100 not in said
 
 
 def without_place(reader, message):
