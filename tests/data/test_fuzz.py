@@ -47,7 +47,7 @@ def test_hostile_records_are_read_or_refused_by_line(tmp_path):
         ("sample", {"scores": {"\ud800": 1}}, "scores: a name: lone surrogate at character 0"),
         ("dialogue", {"tools": deep(400)}, "nested too deeply"),
         ("comparison", {"safety": "\x1b[2J"}, "safety: expected one of"),
-        ("prompt", {"Kind": 1, "\ud800" + "k" * 5000: 1}, "unknown key 'Kind'"),
+        ("prompt", {"messages": None, "\ud800" + "k" * 5000: 1}, "missing key 'messages'"),
         (
             "dialogue",
             {"messages": [{"role": "x" * 5000, "content": "u"}]},
