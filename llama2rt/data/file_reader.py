@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llama2rt.data.formats import Convert, Format, Selection, recognise
+from llama2rt.data.formats import OWN, Convert, Format, Selection, named, recognise
 from llama2rt.data.formats.values import require_no_messages
 from llama2rt.data.records import (
     RECORDS,
@@ -20,6 +20,7 @@ from llama2rt.data.records import (
     Prompt,
     Record,
     misspelt,
+    printable,
     type_name,
     without_nulls,
 )
@@ -62,6 +63,9 @@ _ASKED = (
     "history",
     "input",
 )
+
+# Characters of an unknown key that are said and counted.
+LONGEST_KEY = 80
 
 # How people write that a column holds nothing in this row.
 _NOTHING = ("", "[]", "{}", "null", "none", "n/a", "nan")
@@ -125,6 +129,7 @@ class FileReader:
         self.source, self.kind, self.name = source, kind, name
         self.record = RECORDS[kind]
         self.counts = FileCounts(source.path, selection=Selection(source.minimum_score_difference))
+        self._named = None if source.format is None else named(source.format, kind)
         self._converters: dict[str, Convert] = {}
         self._first_seen = first_seen
 
@@ -133,10 +138,16 @@ class FileReader:
         if isinstance(row, InputError):
             return [], row
         try:
+            return self._take(line, row)
+        except RecursionError:
+            return [], InputError("nested too deeply")
+
+    def _take(self, line: int, row: Any) -> tuple[list[Record], InputError | None]:
+        try:
             row = without_nulls(row)
             if not isinstance(row, dict):
                 self.record.from_json(row)  # says what was expected
-            foreign = recognise(row, self.kind)
+            foreign = self._format_of(row)
             objects, used = self._own(row) if foreign is None else self._foreign(row, line, foreign)
             self._add_system_message(row, objects, used)
             self._require_whole(row, objects, used, foreign)
@@ -146,6 +157,13 @@ class FileReader:
         if fault is None:
             self._count(line, row, used, foreign)
         return records, fault
+
+    def _format_of(self, row: Row) -> Format | None:
+        if self.source.format is None:
+            return recognise(row, self.kind)
+        if self._named is not None:
+            self._named.require(row)
+        return self._named
 
     def _records(self, line: int, objects: list[Row]) -> tuple[list[Record], InputError | None]:
         records: list[Record] = []
@@ -283,14 +301,15 @@ class FileReader:
         self._first_seen[identifier] = f"{self.source.path}:{line}"
 
     def _count(self, line: int, row: Row, used: set[str], found: Format | None) -> None:
-        self.counts.formats["llama2rt" if found is None else found.name] += 1
+        self.counts.formats[OWN if found is None else found.name] += 1
         carries = frozenset() if found is None else found.carries
         for key in (key for key in row if key not in used):
             if key in carries:
                 self.counts.carried_keys[key] += 1
             else:
-                self.counts.unknown_keys[key] += 1
-                self.counts.first_line.setdefault(key, line)
+                shown = printable(key, LONGEST_KEY)
+                self.counts.unknown_keys[shown] += 1
+                self.counts.first_line.setdefault(shown, line)
 
 
 def _says_something(value: Any) -> bool:
