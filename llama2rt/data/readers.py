@@ -17,7 +17,9 @@ from typing import IO, Any
 from llama2rt import atomic
 from llama2rt.data.file_reader import FileCounts, FileReader
 from llama2rt.data.files import rows
+from llama2rt.data.filters import NO_FILTERS, Filters, Located
 from llama2rt.data.records import RECORDS, Record
+from llama2rt.data.removed import Removed
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 
@@ -54,7 +56,8 @@ def iterate(
 class Reader:
     """Iterable over the records of `read`. Afterwards it holds counts: `skipped` (the messages of
     tolerated records), `rows`, `rows_without_records` (left out by their format's own rule),
-    `formats` (counts by name) and `files` (`FileCounts` of each)."""
+    `formats` (counts by name) and `files` (`FileCounts` of each). Of `filters` only those of rows apply here
+    (`data.filters`)."""
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class Reader:
         kind: str,
         skip_invalid: int = 0,
         document_separator: str | None = None,
+        filters: Filters = NO_FILTERS,
     ) -> None:
         if kind not in RECORDS:
             raise InputError(f"unknown kind {kind!r}: expected one of {', '.join(RECORDS)}")
@@ -72,6 +76,8 @@ class Reader:
         self.paths = [source.path for source in self.sources]
         self.kind, self.skip_invalid = kind, skip_invalid
         self.document_separator = document_separator
+        self.filters = filters
+        filters.require_meaning(kind)
         for source in self.sources:
             source.require_meaning(kind)
         # Ids for prompts without one; files of one name in two folders must not share them.
@@ -97,6 +103,14 @@ class Reader:
         return sum((file.carried_keys for file in self.files), Counter())
 
     @property
+    def removed(self) -> Removed:
+        """What filters leave out of the rows, of all files."""
+        found = Removed(self.filters.active)
+        for file in self.files:
+            found.update(file.removed)
+        return found
+
+    @property
     def left_out(self) -> Counter[str]:
         """Pairs, answers and records that a rule leaves out, by reason, of all files."""
         found: Counter[str] = Counter()
@@ -116,32 +130,41 @@ class Reader:
                 logger.info("%s", message)
 
     def __iter__(self) -> Iterator[Any]:
-        return (record for _, record in self.numbered())
+        return (record for _, _, record in self.numbered())
 
     def by_file(self) -> list[list[Any]]:
         """The records of each file apart, in the order of `paths`."""
         found: list[list[Any]] = [[] for _ in self.paths]
-        for index, record in self.numbered():
+        for index, _, record in self.numbered():
             found[index].append(record)
         return found
 
-    def numbered(self) -> Iterator[tuple[int, Any]]:
-        """(index of the file in `paths`, record)."""
+    def located_by_file(self) -> list[list[Located]]:
+        """`by_file`, each record with its FILE:LINE, for `filters.keep`."""
+        found: list[list[Located]] = [[] for _ in self.paths]
+        for index, line, record in self.numbered():
+            found[index].append(Located(record, self.paths[index], line))
+        return found
+
+    def numbered(self) -> Iterator[tuple[int, int, Any]]:
+        """(index of the file in `paths`, line, record)."""
         self._reset()
         for index, source in enumerate(self.sources):
             path, rows_before, any_record = source.path, self.rows, False
-            file = FileReader(source, self.kind, self._names[path], self._first_seen)
+            name = self._names[path]
+            file = FileReader(source, self.kind, name, self._first_seen, self.filters)
             self.files.append(file.counts)
             for line, row in rows(path, self.kind, self.document_separator):
                 self.rows += 1
+                before = file.counts.removed.counts.total()
                 records, fault = file.take(line, row)
                 if fault is not None:
                     self._tolerate(f"{path}:{line}: {fault}")
-                elif not records:
+                elif not records and file.counts.removed.counts.total() == before:
                     self.rows_without_records += 1
                 any_record = any_record or bool(records)
                 for record in records:
-                    yield index, record
+                    yield index, line, record
             self.formats += file.counts.formats
             if self.rows == rows_before:
                 raise InputError(f"{path}:1: no records: the file is empty")
