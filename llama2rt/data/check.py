@@ -30,11 +30,13 @@ def check(
     path: Paths,
     kind: str,
     skip_invalid: int = 0,
+    format: str | None = None,
     filters: Filters = NO_FILTERS,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
-    """Read `path` as records of `kind` and describe those that `filters` leave, JSON-able.
-    InputError with FILE:LINE on the first bad record beyond `skip_invalid` tolerated ones.
+    """Read `path` as records of `kind`, in `format` where one is named (as `readers.read` takes
+    it), and describe those that `filters` leave, JSON-able. InputError with FILE:LINE on the first
+    bad record beyond `skip_invalid` tolerated ones.
 
     `ignored_keys` counts the rows of each key that nothing reads; `known_keys_not_used` those of
     keys that the rows' format is known to have; `left_out` what a rule leaves out, by reason;
@@ -43,7 +45,7 @@ def check(
     """
     if tokenizer is not None and kind not in MEASURED:
         raise InputError(f"tokenizer: {kind}s are not measured in tokens")
-    reader = Reader(path, kind, skip_invalid, filters=filters)
+    reader = Reader(path, kind, skip_invalid, format=format, filters=filters)
     found = [record for file in reader.located_by_file() for record in file]
     removed = reader.removed
     kept = keep(filters, found, removed, tokenizer)

@@ -21,6 +21,7 @@ def check(
         Literal["document", "dialogue", "prompt", "comparison", "sample"],
         tyro.conf.arg(name="as"),
     ],
+    format: str | None = None,
     skip_invalid: int = 0,
     filters: Filters = NO_FILTERS,
     all_filters: bool = False,
@@ -34,6 +35,7 @@ def check(
         files: JSON lines (also .gz), a JSON array, .txt, Parquet, or a folder of a Hugging Face
             dataset; or a table of a recipe, such as '{path="a.jsonl", kind="safety"}'.
         kind: What the files should hold.
+        format: Of the rows, where two could be meant; docs/formats.md lists the names.
         skip_invalid: Bad records to tolerate; each is listed.
         filters: What a recipe's [filters] would leave out: counts, and examples by FILE:LINE.
         all_filters: All filters that need neither a tokenizer nor a scale of scores.
@@ -46,9 +48,8 @@ def check(
     if all_filters:
         given = filters.model_dump(exclude_defaults=True)
         filters = Filters.usual(kind).model_copy(update=given)
-    result = checks.check(
-        files, kind, skip_invalid, filters, None if tokenizer is None else Tokenizer.load(tokenizer)
-    )
+    loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
+    result = checks.check(files, kind, skip_invalid, format, filters, loaded)
     if as_json:
         print(json.dumps(result))
     else:

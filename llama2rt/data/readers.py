@@ -30,7 +30,11 @@ Paths = AnyPath | Sequence[AnyPath]
 
 
 def read(
-    paths: Paths, kind: str, skip_invalid: int = 0, document_separator: str | None = None
+    paths: Paths,
+    kind: str,
+    skip_invalid: int = 0,
+    document_separator: str | None = None,
+    format: str | None = None,
 ) -> list[Any]:
     """All records of `kind` ("document", "dialogue", "prompt", "comparison", "sample") in one or
     more files, each a path or a `Source`. Up to `skip_invalid` bad records are left out, each
@@ -40,15 +44,23 @@ def read(
     A `.txt` file is one document, since the parts of a long text belong together (TinyShakespeare's
     speeches make scenes). Where `document_separator` is given, such as "<|endoftext|>", the file
     is cut there and blank pieces are left out.
+
+    `format` names the format of the rows ("trl-explicit-prompt"; "llama2rt" is our own) of each file
+    whose `Source` names none. Without it each row is recognised by its keys, and one that two
+    formats could claim is an InputError that names both.
     """
-    return list(iterate(paths, kind, skip_invalid, document_separator))
+    return list(iterate(paths, kind, skip_invalid, document_separator, format))
 
 
 def iterate(
-    paths: Paths, kind: str, skip_invalid: int = 0, document_separator: str | None = None
+    paths: Paths,
+    kind: str,
+    skip_invalid: int = 0,
+    document_separator: str | None = None,
+    format: str | None = None,
 ) -> Iterator[Any]:
     """`read`, one record at a time and nothing held in memory."""
-    reader = Reader(paths, kind, skip_invalid, document_separator)
+    reader = Reader(paths, kind, skip_invalid, document_separator, format)
     yield from reader
     reader.log()
 
@@ -65,6 +77,7 @@ class Reader:
         kind: str,
         skip_invalid: int = 0,
         document_separator: str | None = None,
+        format: str | None = None,
         filters: Filters = NO_FILTERS,
     ) -> None:
         if kind not in RECORDS:
@@ -72,7 +85,7 @@ class Reader:
         if skip_invalid < 0:
             raise InputError(f"skip_invalid must be at least 0, got {skip_invalid}")
         given = [paths] if isinstance(paths, str | os.PathLike) else paths
-        self.sources = [Source.of(path) for path in given]
+        self.sources = [Source.of(path).in_format(format) for path in given]
         self.paths = [source.path for source in self.sources]
         self.kind, self.skip_invalid = kind, skip_invalid
         self.document_separator = document_separator

@@ -15,7 +15,14 @@ def _gsm8k(row: Row) -> Iterator[Row]:
     yield {"messages": messages, "source": "gsm8k"}
 
 
-@register("GSM8K questions", "prompt", "question", lambda row: "answer" in row, carries="answer")
+@register(
+    "GSM8K questions",
+    "prompt",
+    "question",
+    lambda row: "answer" in row,
+    unless="",
+    carries="answer",
+)
 @stateless
 def _gsm8k_prompt(row: Row) -> Iterator[Row]:
     yield {"messages": conversation(row, "question")}
@@ -32,6 +39,7 @@ def _solutions(row: Row) -> list[str]:
     "comparison",
     "question ground_truth",
     lambda row: bool(_solutions(row)),
+    unless="",
     reads=_solutions,
 )
 @selecting

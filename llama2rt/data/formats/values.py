@@ -203,6 +203,12 @@ def _message(message: Any) -> Any:
     return {"role": role, "content": message["value"], **rest}
 
 
+def finished(said: Any) -> bool:
+    """Whether a message list is a whole dialogue, as in UltraFeedback binarized, and no prompt."""
+    last = said[-1] if isinstance(said, list) and said else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
+
+
 def answer(prompt: list[Any], side: str, value: Any) -> Any:
     """The answer's text: the value itself, or the last of its messages when those before it repeat
     the prompt or are absent."""
