@@ -1,7 +1,7 @@
 """`llama2rt check FILE --as KIND`: whether a file is valid, and what it holds.
 
 Counts, lengths in characters and in turns, labels, exact duplicates, and what was skipped, left out
-or not used. Lengths are in tokens only where a tokenizer is given, since a file of records has none.
+or not used. Lengths are in tokens only where a tokenizer is given: a file of records has none.
 Filters say what they would leave out, and the rest is described; no file is changed.
 """
 

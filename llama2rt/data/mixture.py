@@ -6,6 +6,7 @@ that silently is another one makes two runs incomparable. What is drawn depends 
 pool's place among the pools and on what it holds.
 """
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -47,11 +48,15 @@ def pools(sources: Sequence[MixSource]) -> list[Pool]:
             said = ", ".join(f"{share:g}" for share in sorted(filter(None, shares)))
             raise ValueError(f"pool {name}: its sources give different shares, {said}")
         share = next(filter(None, shares))
-        found.append(Pool(name if isinstance(name, str) else f"{sources[indices[0]]}", share, (*indices,)))
+        found.append(
+            Pool(name if isinstance(name, str) else f"{sources[indices[0]]}", share, (*indices,))
+        )
     total = sum(pool.share for pool in found)
     if len(found) and all(source.share is not None for source in sources):
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"shares add up to {total:g}, and no source is without one: expected 1")
+            raise ValueError(
+                f"shares add up to {total:g}, and no source is without one: expected 1"
+            )
     elif total >= 1:
         raise ValueError(f"shares add up to {total:g} and leave nothing to the other sources")
     return found
@@ -70,10 +75,10 @@ def wanted(found: Sequence[Pool], held: Sequence[int], whole: int) -> list[int]:
     for pool, n in zip(found, held, strict=True):
         count = round(pool.share * total)
         if count > n:
-            others = total - pool.share * total
+            most = n * (rest + pool.share) / (whole + n)
             raise InputError(
                 f"sources: {pool.name} holds {n:,} records, and a share of {pool.share:g} needs "
-                f"{count:,}; at most {n / (n + others):.3g} can be filled"
+                f"{count:,}; at most {math.floor(most * 1e4) / 1e4:g} can be filled"
             )
         if count == 0:
             raise InputError(f"sources: {pool.name}: a share of {pool.share:g} is not one record")
@@ -95,7 +100,12 @@ def mix(
     """All of the `records` of those of `sources` that have no share, and behind them what is drawn
     from each pool. InputError where a pool cannot fill its share."""
     found = pools(sources)
-    chosen = [r for s, of_source in zip(sources, records, strict=True) if s.share is None for r in of_source]
+    chosen = [
+        r
+        for s, of_source in zip(sources, records, strict=True)
+        if s.share is None
+        for r in of_source
+    ]
     of_pools = [[r for i in pool.members for r in records[i]] for pool in found]
     counts = wanted(found, list(map(len, of_pools)), len(chosen))
     for index, (held, count) in enumerate(zip(of_pools, counts, strict=True)):

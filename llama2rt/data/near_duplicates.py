@@ -1,11 +1,11 @@
-"""Texts that are almost the same as an earlier one, by MinHash (Broder 1997) and bands of it (Mining
-of Massive Datasets, chapter 3), with the signatures of `datasketch`.
+"""Texts that are almost the same as an earlier one, by MinHash (Broder 1997) and bands of it
+(Leskovec, Rajaraman and Ullman: Mining of Massive Datasets, chapter 3).
 
 Signatures only propose: a pair counts where the exact Jaccard similarity says so, of every part on
 its own, so that two comparisons of one long prompt are not taken for one. They are of the last
-question and the answers: a system message that all records share would propose every pair. The
-index is ours, since `MinHashLSH` holds a Python set for every band of every record; a signature is
-512 bytes.
+question and the answers: a system message that all records share would propose every pair. They are
+datasketch's; the index is ours, since `MinHashLSH` holds a Python set for every band of every
+record, and a signature is 512 bytes.
 """
 
 import re
@@ -56,9 +56,7 @@ def runs(text: str) -> frozenset[str]:
     return frozenset(" ".join(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1))
 
 
-def _of_like_size(
-    sizes: np.ndarray, index: int, candidates: list[int], least: float
-) -> list[int]:
+def _of_like_size(sizes: np.ndarray, index: int, candidates: list[int], least: float) -> list[int]:
     """Those `candidates` whose parts have not so many more or fewer runs that they must differ."""
     if not candidates:
         return []

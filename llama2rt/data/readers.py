@@ -68,8 +68,8 @@ def iterate(
 class Reader:
     """Iterable over the records of `read`. Afterwards it holds counts: `skipped` (the messages of
     tolerated records), `rows`, `rows_without_records` (left out by their format's own rule),
-    `formats` (counts by name) and `files` (`FileCounts` of each). Of `filters` only those of rows apply here
-    (`data.filters`)."""
+    `formats` (counts by name) and `files` (`FileCounts` of each). Of `filters` only those of rows
+    apply here (`data.filters`)."""
 
     def __init__(
         self,

@@ -46,11 +46,13 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     """A row's values, as the paper rounds them."""
     shown = []
     for value in row.values():
-        if value is None:
-            shown.append("")
+        if isinstance(value, float):
+            shown.append(f"{value:,.1f}")
+        elif isinstance(value, int):
+            shown.append(f"{value:,}")
         else:
-            shown.append(f"{value:,.1f}" if isinstance(value, float) else f"{value:,}")
-    return [str(row["source"]), *shown[1:]]
+            shown.append(value or "")
+    return shown
 
 
 def _measure(record: Comparison | Dialogue | Prompt, tokenizer: Tokenizer) -> list[float]:

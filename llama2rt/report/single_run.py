@@ -31,9 +31,9 @@ def of_run(
     """Write report.html and report.json into a run directory; return the path of the page.
 
     report.json holds the manifest's summary, which is what the stage gave to `Run.finish`, what
-    went in by source, and `numbers`. sections: put before the training curves. A summary of a reward model or of versions
-    (`evaluate.diagnostics`) gets its figures. InputError where the folder holds neither a manifest
-    nor metrics.
+    went in by source, and `numbers`. sections: put before the training curves. A summary of a
+    reward model or of versions (`evaluate.diagnostics`) gets its figures. InputError where the
+    folder holds neither a manifest nor metrics.
     """
     directory = Path(directory)
     manifest, metrics = read_manifest(directory), read_metrics(directory / "metrics.jsonl")

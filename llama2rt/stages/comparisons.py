@@ -1,6 +1,7 @@
 """The comparisons that a reward model is trained on and tested on (section 3.2.2): read by source,
 divided by prompts, and mixed with those of other kinds."""
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -107,13 +108,13 @@ def split(
         if not mixed:
             raise InputError("sources: the prompts of all their comparisons are held out")
         return Division(mixed, held_out, left_out)
-    own = sum(training("data"), [])
+    own = list(itertools.chain(*training("data")))
     if not own:
         raise InputError("data: the prompts of all its comparisons are held out")
     share = recipe.mixed_in_share
     if share is None:
         share = {"helpfulness": 0.5, "safety": 0.1}[recipe.kind]
-    other = sum(training("mixed_in"), [])
+    other = list(itertools.chain(*training("mixed_in")))
     mixed = mix(own, other, share, recipe.seed)
     taken = set(map(id, mixed))
     account.leave_out("not drawn", (c for c in other if id(c) not in taken))

@@ -289,9 +289,7 @@ def _read_prompts(
     def fit(prompts: list[Prompt]) -> list[Prompt]:
         names = ", ".join(map(str, sources))
         longest = recipe.sampling.max_tokens
-        return loading.fitting_prompts(
-            prompts, names, tokenizer, policy, longest, readers, cache
-        )
+        return loading.fitting_prompts(prompts, names, tokenizer, policy, longest, readers, cache)
 
     read = mixing.read(sources, recipe.filters, tokenizer, account, table)
     return mixing.fitting(read, fit, account)

@@ -1,5 +1,5 @@
-"""Where a stage's data came from: prompts of several sources, filtered and mixed, and what is kept of
-it in the stage's log and its run's manifest."""
+"""Where a stage's data came from: prompts of several sources, filtered and mixed, and what is kept
+of it in the stage's log and its run's manifest."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -68,8 +68,8 @@ def fitting(
 
 
 def record(run: Run, account: Account) -> None:
-    """Say what went in and what did not, by source, and keep it in the manifest, where a run that is
-    killed has it too. Every rank calls it."""
+    """Say what went in and what did not, by source, and keep it in the manifest, where a run that
+    is killed has it too. Every rank calls it."""
     for line in account.lines():
         logger.info("%s", line)
     if report := account.report():

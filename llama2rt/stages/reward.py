@@ -81,8 +81,8 @@ class RewardRecipe(Recipe):
     """held-out comparisons of this model's kind; without them, held_out of the data"""
     held_out: int = Field(default=1000, ge=0)
     """comparisons kept back from each source in data that does not give its own number, whole
-    prompts at a time ("1000 examples from each batch", section 3.2.2); likewise from sources without
-    a share, or from all where each has one"""
+    prompts at a time ("1000 examples from each batch", section 3.2.2); likewise from sources
+    without a share, or from all where each has one"""
     previous: Path | None = None
     """the reward model that this one replaces: its accuracy on the held-out comparisons goes into
     the report beside the new one's, which shows how far the policy has moved away from it (section

@@ -45,7 +45,7 @@ def check_messages(messages: Messages, *, last: str) -> None:
     (a finished dialogue's last answer included) and none holding a format tag, with which a user
     could speak as somebody else."""
     if not messages:
-        raise InputError("no messages")
+        raise InputError("no messages", "role_order")
     for index, message in enumerate(messages):
         where = f"message {index + 1}"
         if not isinstance(message, Mapping):
