@@ -140,6 +140,8 @@ def _describe(records: Sequence[Any]) -> dict[str, Any]:
             "safety": _counts((r.safety for r in records), SAFETY),
             "kinds": _counts((r.kind for r in records), KINDS),
             "sources": _counts(r.source for r in records),
+            "raters": _counts(r.rater for r in records),
+            "votes": _counts(str(len(r.votes)) if r.votes else None for r in records),
         }
     names = sorted({name for r in records for name in r.scores})
     rewards = [r.reward for r in records if r.reward is not None]

@@ -21,6 +21,7 @@ from llama2rt.data.records import (
     Prompt,
     Record,
     misspelt,
+    printable,
     type_name,
     without_nulls,
 )
@@ -64,6 +65,9 @@ _ASKED = (
     "history",
     "input",
 )
+
+# Characters of an unknown key that are said and counted.
+LONGEST_KEY = 80
 
 # How people write that a column holds nothing in this row.
 _NOTHING = ("", "[]", "{}", "null", "none", "n/a", "nan")
@@ -152,6 +156,12 @@ class FileReader:
         if isinstance(row, InputError):
             return [], row
         self.counts.selection.where = f"{self.source.path}:{line}"
+        try:
+            return self._take(line, row)
+        except RecursionError:
+            return [], InputError("nested too deeply")
+
+    def _take(self, line: int, row: Any) -> tuple[list[Record], InputError | None]:
         try:
             row = without_nulls(row)
             if not isinstance(row, dict):
@@ -322,8 +332,9 @@ class FileReader:
             if key in carries:
                 self.counts.carried_keys[key] += 1
             else:
-                self.counts.unknown_keys[key] += 1
-                self.counts.first_line.setdefault(key, line)
+                shown = printable(key, LONGEST_KEY)
+                self.counts.unknown_keys[shown] += 1
+                self.counts.first_line.setdefault(shown, line)
 
 
 def _says_something(value: Any) -> bool:

@@ -77,8 +77,8 @@ class Filters(BaseModel):
     longest: int | None = Field(default=None, gt=0)
     """records of more tokens, in the chat format; of a comparison the longer side counts"""
     duplicates: bool = False
-    """all but the first of the same text; comparisons of another kind or the other answer chosen
-    are none"""
+    """all but the first of the same text; comparisons of another kind or another rater, or with the
+    other answer chosen, are none"""
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """all but the first of almost the same text, such as 0.8: in every part (earlier turns, last
     question, each answer) at least this share of the runs of three words is the same (Jaccard
@@ -217,7 +217,8 @@ def _longer(
 def _equal(found: Sequence[Located]) -> Iterable[tuple[int, str]]:
     first: dict[tuple[Any, ...], int] = {}
     for index, (record, *_) in enumerate(found):
-        if (earlier := first.setdefault(_identity(record), index)) != index:
+        key = (*_identity(record), getattr(record, "rater", ""))
+        if (earlier := first.setdefault(key, index)) != index:
             yield index, f"the same as {found[earlier].where}"
 
 

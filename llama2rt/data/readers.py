@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,15 +18,19 @@ from llama2rt import atomic
 from llama2rt.data.file_reader import FileCounts, FileReader
 from llama2rt.data.files import rows
 from llama2rt.data.filters import NO_FILTERS, Filters, Located
-from llama2rt.data.records import RECORDS, Record
+from llama2rt.data.records import RECORDS, Record, printable
 from llama2rt.data.removed import Removed
 from llama2rt.data.sources import Source
+from llama2rt.data.votes import consensus, same_pair
 from llama2rt.errors import InputError
 
 logger = logging.getLogger("llama2rt.data")
 
 AnyPath = str | os.PathLike[str]
 Paths = AnyPath | Sequence[AnyPath]
+
+LONGEST_REASON = 500
+"""characters of what is wrong with a row: a hostile one may have a key of a megabyte"""
 
 
 def read(
@@ -45,8 +49,8 @@ def read(
     speeches make scenes). Where `document_separator` is given, such as "<|endoftext|>", the file
     is cut there and blank pieces are left out.
 
-    `format` names the format of the rows ("trl-explicit-prompt"; "llama2rt" is our own) of each file
-    whose `Source` names none. Without it each row is recognised by its keys, and one that two
+    `format` names the format of the rows ("trl-explicit-prompt"; "llama2rt" is our own) of each
+    file whose `Source` names none. Without it each row is recognised by its keys, and one that two
     formats could claim is an InputError that names both.
     """
     return list(iterate(paths, kind, skip_invalid, document_separator, format))
@@ -163,26 +167,47 @@ class Reader:
         """(index of the file in `paths`, line, record)."""
         self._reset()
         for index, source in enumerate(self.sources):
-            path, rows_before, any_record = source.path, self.rows, False
-            name = self._names[path]
+            name = self._names[source.path]
             file = FileReader(source, self.kind, name, self._first_seen, self.filters)
             self.files.append(file.counts)
-            for line, row in rows(path, self.kind, self.document_separator):
-                self.rows += 1
-                before = file.counts.removed.counts.total()
-                records, fault = file.take(line, row)
-                if fault is not None:
-                    self._tolerate(f"{path}:{line}: {fault}")
-                elif not records and file.counts.removed.counts.total() == before:
-                    self.rows_without_records += 1
-                any_record = any_record or bool(records)
-                for record in records:
-                    yield index, line, record
+            rows_before, any_record = self.rows, False
+            records = self._records(file)
+            if source.consensus:
+                records = self._decided(file.counts, records)
+            for line, record in records:
+                any_record = True
+                yield index, line, record
             self.formats += file.counts.formats
             if self.rows == rows_before:
-                raise InputError(f"{path}:1: no records: the file is empty")
+                raise InputError(f"{source.path}:1: no records: the file is empty")
             if not any_record:
-                raise InputError(f"{path}: no records: {file.why_none()}")
+                raise InputError(f"{source.path}: no records: {file.why_none()}")
+
+    def _records(self, file: FileReader) -> Iterator[tuple[int, Any]]:
+        path = file.source.path
+        for line, row in rows(path, self.kind, self.document_separator):
+            self.rows += 1
+            before = file.counts.removed.counts.total()
+            records, fault = file.take(line, row)
+            if fault is not None:
+                self._tolerate(f"{path}:{line}: {printable(str(fault), LONGEST_REASON)}")
+            elif not records and file.counts.removed.counts.total() == before:
+                self.rows_without_records += 1
+            yield from ((line, record) for record in records)
+
+    @staticmethod
+    def _decided(
+        counts: FileCounts, records: Iterator[tuple[int, Any]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Pairs, each with the line of its first judgement."""
+        found = list(records)
+        first: dict[Hashable, int] = {}
+        for line, record in found:
+            first.setdefault(same_pair(record) or id(record), line)
+        decided, left_out = consensus(record for _, record in found)
+        counts.selection.left_out += left_out
+        for record in decided:
+            yield first[same_pair(record) or id(record)], record
 
     def _tolerate(self, message: str) -> None:
         if len(self.skipped) == self.skip_invalid:

@@ -4,10 +4,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from llama2rt.data.records import printable
 from llama2rt.errors import InputError
 
 EXAMPLES = 3
 """kept of each filter"""
+LONGEST_REASON = 300
+"""characters of an example's reason, which may quote the record"""
 
 
 class Removed:
@@ -27,7 +30,7 @@ class Removed:
         self.counts[name] += 1
         examples = self.examples.setdefault(name, [])
         if len(examples) < EXAMPLES:
-            examples.append(f"{where}: {reason}")
+            examples.append(f"{where}: {printable(reason, LONGEST_REASON)}")
 
     def takes(self, error: InputError, where: str) -> bool:
         """Whether one of the filters leaves out what `error` is about, which is counted then."""

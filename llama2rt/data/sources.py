@@ -27,6 +27,7 @@ _APPLIES_TO = {
     "kind": ("prompt", "comparison"),
     "source": ("document", "dialogue", "comparison"),
     "minimum_score_difference": ("comparison",),
+    "consensus": ("comparison",),
     "held_out": ("comparison",),
 }
 
@@ -50,6 +51,10 @@ class Source(BaseModel):
     """pairs of answers whose scores differ by less are left out, in the scale of the file's scores
     (UltraFeedback 1 to 5, HelpSteer helpfulness plus correctness 0 to 8; arXiv 2405.07863, section
     2, leaves out pairs whose scores differ little and names no number)"""
+    consensus: bool = False
+    """pairs that several raters judged are one comparison each, as the majority of their votes has
+    it (section 4.4 of Llama 2); those without a majority are left out. The file's records are held
+    in memory for it"""
     held_out: int | None = Field(default=None, ge=0)
     """in a reward recipe's data: how many comparisons of this source to keep back; None for the
     recipe's held_out"""

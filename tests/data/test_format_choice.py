@@ -1,6 +1,7 @@
 """Which format a row is in: one, or an error that names both, or the one that `format` names."""
 
 import json
+from pathlib import Path
 
 import pytest
 from foreign_rows import ROWS
@@ -44,8 +45,11 @@ AMBIGUOUS = [
         "gsm8k trl-prompt-and-completion",
     ),
     ("prompt", {"context_messages": [user("u")], "prompt": "u"}, "rlhflow-prompts trl-prompt-only"),
-    ("prompt", {"id": "1", "messages": [user("u")], "question": "u", "answer": "c"},
-     "llama2rt gsm8k-questions"),
+    (
+        "prompt",
+        {"id": "1", "messages": [user("u")], "question": "u", "answer": "c"},
+        "llama2rt gsm8k-questions",
+    ),
 ]
 
 
@@ -115,6 +119,11 @@ def test_every_format_reads_its_own_row_by_name(rows_file, name, kind):
 def test_keys_of_formats_are_distinct():
     keys = [(found.key, found.kind) for found in FORMATS]
     assert len({*keys, (OWN, "comparison")}) == len(keys) + 1
+
+
+def test_the_page_of_formats_names_them_all():
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert [found.key for found in FORMATS if f"`{found.key}`" not in page] == []
 
 
 @pytest.mark.parametrize(

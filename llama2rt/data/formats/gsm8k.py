@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llama2rt.data.formats.pairs import require_few
 from llama2rt.data.formats.registry import Row, Selection, register, selecting, stateless
 from llama2rt.data.formats.values import assistant, conversation, text
 from llama2rt.data.records import type_name
@@ -46,7 +47,9 @@ def _solutions(row: Row) -> list[str]:
 def _gsm8k_solutions(row: Row, selection: Selection) -> Iterator[Row]:
     """Every correct solution against every incorrect one; none where all are alike."""
     by_truth: dict[bool, dict[str, str]] = {True: {}, False: {}}  # stripped -> as written
-    for name in _solutions(row):
+    names = _solutions(row)
+    require_few("solutions", names)
+    for name in names:
         correct, solution = row[name]["is_correct"], row[name].get("solution")
         if not isinstance(correct, bool) or not isinstance(solution, str):
             raise InputError(
@@ -59,7 +62,7 @@ def _gsm8k_solutions(row: Row, selection: Selection) -> Iterator[Row]:
     for right, chosen in by_truth[True].items():
         for wrong, rejected in by_truth[False].items():
             if right == wrong:
-                selection.left_out["pairs of one text"] += 1
+                selection.drop("identical_responses", "pairs of one text")
                 continue
             yield {
                 "prompt": prompt,

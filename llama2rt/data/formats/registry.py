@@ -79,7 +79,7 @@ class Selection:
         """Whether one of several answers can be used at all; counts a blank one."""
         if not isinstance(answer, str) or answer.strip():
             return True
-        self.left_out["blank answers"] += 1
+        self.drop("empty_turns", "blank answers")
         return False
 
 
