@@ -11,6 +11,11 @@ class InputError(ValueError):
     command line prints it without a traceback and exits with status 2.
     """
 
+    def __init__(self, message: str = "", fault: str | None = None) -> None:
+        super().__init__(message)
+        self.fault = fault
+        """of a record: the filter of `data.filters` that leaves such records out"""
+
 
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
@@ -18,4 +23,4 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{what}: {error}") from None
+        raise InputError(f"{what}: {error}", error.fault) from None

@@ -1,7 +1,8 @@
 """`llama2rt check FILE --as KIND`: whether a file is valid, and what it holds.
 
 Counts, lengths in characters and in turns, labels, exact duplicates, and what was skipped, left out
-or not used. Lengths are not in tokens, because a file of records has no tokenizer.
+or not used. Lengths are in tokens only where a tokenizer is given: a file of records has none.
+Filters say what they would leave out, and the rest is described; no file is changed.
 """
 
 from collections import Counter
@@ -12,26 +13,43 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from llama2rt.data import statistics
+from llama2rt.data.filters import NO_FILTERS, Filters, keep
 from llama2rt.data.readers import Paths, Reader
 from llama2rt.data.records import KINDS, RATINGS, SAFETY, Comparison, Dialogue, Document, Prompt
+from llama2rt.data.statistics import by_source
+from llama2rt.errors import InputError
+from llama2rt.text.tokenizer import Tokenizer
 
 # Counts by name of rows that may have several of the names: shares are of all rows.
 OF_ROWS = ("ignored_keys", "known_keys_not_used")
+MEASURED = ("dialogue", "prompt", "comparison")
 
 
 def check(
-    path: Paths, kind: str, skip_invalid: int = 0, format: str | None = None
+    path: Paths,
+    kind: str,
+    skip_invalid: int = 0,
+    format: str | None = None,
+    filters: Filters = NO_FILTERS,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Read `path` as records of `kind`, in `format` where one is named (as `readers.read` takes
-    it), and describe them, JSON-able. InputError with FILE:LINE
-    on the first bad record beyond `skip_invalid` tolerated ones.
+    it), and describe those that `filters` leave, JSON-able. InputError with FILE:LINE on the first
+    bad record beyond `skip_invalid` tolerated ones.
 
     `ignored_keys` counts the rows of each key that nothing reads; `known_keys_not_used` those of
     keys that the rows' format is known to have; `left_out` what a rule leaves out, by reason;
-    `warnings` are what a stage would log about each file.
+    `warnings` are what a stage would log about each file; `filters` what each filter that is on
+    leaves out (`Removed.report`); `statistics`, with a tokenizer, lengths (`statistics.by_source`).
     """
-    reader = Reader(path, kind, skip_invalid, format=format)
-    records = list(reader)
+    if tokenizer is not None and kind not in MEASURED:
+        raise InputError(f"tokenizer: {kind}s are not measured in tokens")
+    reader = Reader(path, kind, skip_invalid, format=format, filters=filters)
+    found = [record for file in reader.located_by_file() for record in file]
+    removed = reader.removed
+    kept = keep(filters, found, removed, tokenizer)
+    records = [found[i].record for i in kept]
     return {
         "files": [str(file) for file in reader.paths],
         "kind": kind,
@@ -44,7 +62,9 @@ def check(
         "left_out": dict(reader.left_out),
         "warnings": [message for file in reader.files for message in file.warnings()],
         "skipped": reader.skipped,
-        **_describe(records),
+        **({"filters": removed.report()} if filters.active else {}),
+        **(_describe(records) if records else {}),
+        **({"statistics": by_source(records, tokenizer)} if tokenizer and records else {}),
     }
 
 
@@ -55,7 +75,10 @@ def print_check(result: dict[str, Any], console: Console | None = None) -> None:
     console.print(title, style="bold", soft_wrap=True, highlight=False, markup=False)
     lengths = Table("what", "mean", "least", "median", "95 %", "most")
     counts = Table("what", "value", "count", "share")
+    filtered, measured = result.get("filters", {}), result.get("statistics", ())
     for key, value in result.items():
+        if key == "filters":
+            continue
         if isinstance(value, dict) and "median" in value:
             cells = [value[name] for name in ("mean", "min", "median", "p95", "max")]
             shown = [f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}" for cell in cells]
@@ -69,6 +92,15 @@ def print_check(result: dict[str, Any], console: Console | None = None) -> None:
             counts.add_row(key.replace("_", " "), "", f"{value:,}", "")
     console.print(lengths)
     console.print(counts)
+    if measured:
+        tokens = Table(*statistics.header(measured[0]), title="means in tokens (as in Table 6)")
+        for row in measured:
+            tokens.add_row(*statistics.cells(row))
+        console.print(tokens)
+    for name, what in filtered.items():
+        console.print(f"filters.{name}: {what['removed']:,} left out", highlight=False)
+        for example in what["examples"]:
+            console.print(f"  {example}", soft_wrap=True, highlight=False, markup=False)
     for message in result["warnings"]:
         console.print(message, style="yellow", soft_wrap=True, highlight=False, markup=False)
     for message in result["skipped"]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from llama2rt.data import check as checks
+from llama2rt.data.filters import NO_FILTERS, Filters
 from llama2rt.data.readers import iterate
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
@@ -22,6 +23,9 @@ def check(
     ],
     format: str | None = None,
     skip_invalid: int = 0,
+    filters: Filters = NO_FILTERS,
+    all_filters: bool = False,
+    tokenizer: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Validate files of records and describe what is in them; the first bad record is named by
@@ -33,11 +37,19 @@ def check(
         kind: What the files should hold.
         format: Of the rows, where two could be meant; docs/formats.md lists the names.
         skip_invalid: Bad records to tolerate; each is listed.
+        filters: What a recipe's [filters] would leave out: counts, and examples by FILE:LINE.
+        all_filters: All filters that need neither a tokenizer nor a scale of scores.
+        tokenizer: A tokenizer's file, or a folder with one: lengths in tokens by source, as in
+            Llama 2's Table 6, and filters.longest.
         as_json: Print one JSON object.
     """
     if not files:
         raise InputError("name at least one file")
-    result = checks.check(files, kind, skip_invalid, format)
+    if all_filters:
+        given = filters.model_dump(exclude_defaults=True)
+        filters = Filters.usual(kind).model_copy(update=given)
+    loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
+    result = checks.check(files, kind, skip_invalid, format, filters, loaded)
     if as_json:
         print(json.dumps(result))
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from llama2rt.data.filters import NO_FILTERS, Filters
 from llama2rt.data.formats import OWN, Convert, Format, Selection, named, recognise
 from llama2rt.data.formats.values import require_no_messages
 from llama2rt.data.records import (
@@ -24,6 +25,7 @@ from llama2rt.data.records import (
     type_name,
     without_nulls,
 )
+from llama2rt.data.removed import Removed
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 
@@ -91,6 +93,11 @@ class FileCounts:
     other_kinds: Counter[str] = field(default_factory=Counter)
     """records left out because they say another kind than their source is taken for"""
 
+    @property
+    def removed(self) -> Removed:
+        """What filters leave out of the rows."""
+        return self.selection.removed
+
     def warnings(self) -> list[str]:
         """What the file's owner may not expect, a line each."""
         found = []
@@ -124,19 +131,31 @@ class FileReader:
     that begins with `name`."""
 
     def __init__(
-        self, source: Source, kind: str, name: str | Path, first_seen: dict[str, str]
+        self,
+        source: Source,
+        kind: str,
+        name: str | Path,
+        first_seen: dict[str, str],
+        filters: Filters = NO_FILTERS,
     ) -> None:
         self.source, self.kind, self.name = source, kind, name
         self.record = RECORDS[kind]
-        self.counts = FileCounts(source.path, selection=Selection(source.minimum_score_difference))
+        selection = Selection(
+            source.minimum_score_difference,
+            small_margin=filters.small_margin,
+            removed=Removed(filters.active),
+        )
+        self.counts = FileCounts(source.path, selection=selection)
         self._named = None if source.format is None else named(source.format, kind)
         self._converters: dict[str, Convert] = {}
         self._first_seen = first_seen
 
     def take(self, line: int, row: Any) -> tuple[list[Record], InputError | None]:
-        """The records of a row, and its first fault: one bad pair does not cost the others."""
+        """The records of a row, and its first fault: one bad pair does not cost the others. What a
+        filter leaves out is no fault."""
         if isinstance(row, InputError):
             return [], row
+        self.counts.selection.where = f"{self.source.path}:{line}"
         try:
             return self._take(line, row)
         except RecursionError:
@@ -152,7 +171,7 @@ class FileReader:
             self._add_system_message(row, objects, used)
             self._require_whole(row, objects, used, foreign)
         except InputError as error:
-            return [], error
+            return [], None if self._filtered(error) else error
         records, fault = self._records(line, objects)
         if fault is None:
             self._count(line, row, used, foreign)
@@ -175,7 +194,8 @@ class FileReader:
                 if isinstance(record, Prompt):
                     self._require_new(record.id, line)
             except InputError as error:
-                fault = fault or error
+                if not self._filtered(error):
+                    fault = fault or error
                 continue
             kind = self.source.kind
             if kind is not None and (said := obj["kind"]) != kind:
@@ -184,8 +204,13 @@ class FileReader:
                 records.append(record)
         return records, fault
 
+    def _filtered(self, error: InputError) -> bool:
+        return self.counts.removed.takes(error, self.counts.selection.where)
+
     def why_none(self) -> str:
         """The reason why no row gave a record."""
+        if filtered := "; ".join(self.counts.removed.lines()[:2]):
+            return f"none of its rows gives one ({filtered})"
         if said := ", ".join(self.counts.other_kinds):
             return f"all say the kind {said}, and the source is taken for {self.source.kind}"
         if left_out := "; ".join(self.counts.warnings()[-1:]):

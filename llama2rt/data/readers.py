@@ -10,16 +10,18 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from llama2rt import atomic
 from llama2rt.data.file_reader import FileCounts, FileReader
 from llama2rt.data.files import rows
+from llama2rt.data.filters import NO_FILTERS, Filters, Located
 from llama2rt.data.records import RECORDS, Record, printable
+from llama2rt.data.removed import Removed
 from llama2rt.data.sources import Source
-from llama2rt.data.votes import consensus
+from llama2rt.data.votes import consensus, same_pair
 from llama2rt.errors import InputError
 
 logger = logging.getLogger("llama2rt.data")
@@ -70,7 +72,8 @@ def iterate(
 class Reader:
     """Iterable over the records of `read`. Afterwards it holds counts: `skipped` (the messages of
     tolerated records), `rows`, `rows_without_records` (left out by their format's own rule),
-    `formats` (counts by name) and `files` (`FileCounts` of each)."""
+    `formats` (counts by name) and `files` (`FileCounts` of each). Of `filters` only those of rows
+    apply here (`data.filters`)."""
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Reader:
         skip_invalid: int = 0,
         document_separator: str | None = None,
         format: str | None = None,
+        filters: Filters = NO_FILTERS,
     ) -> None:
         if kind not in RECORDS:
             raise InputError(f"unknown kind {kind!r}: expected one of {', '.join(RECORDS)}")
@@ -89,6 +93,8 @@ class Reader:
         self.paths = [source.path for source in self.sources]
         self.kind, self.skip_invalid = kind, skip_invalid
         self.document_separator = document_separator
+        self.filters = filters
+        filters.require_meaning(kind)
         for source in self.sources:
             source.require_meaning(kind)
         # Ids for prompts without one; files of one name in two folders must not share them.
@@ -114,6 +120,14 @@ class Reader:
         return sum((file.carried_keys for file in self.files), Counter())
 
     @property
+    def removed(self) -> Removed:
+        """What filters leave out of the rows, of all files."""
+        found = Removed(self.filters.active)
+        for file in self.files:
+            found.update(file.removed)
+        return found
+
+    @property
     def left_out(self) -> Counter[str]:
         """Pairs, answers and records that a rule leaves out, by reason, of all files."""
         found: Counter[str] = Counter()
@@ -133,50 +147,67 @@ class Reader:
                 logger.info("%s", message)
 
     def __iter__(self) -> Iterator[Any]:
-        return (record for _, record in self.numbered())
+        return (record for _, _, record in self.numbered())
 
     def by_file(self) -> list[list[Any]]:
         """The records of each file apart, in the order of `paths`."""
         found: list[list[Any]] = [[] for _ in self.paths]
-        for index, record in self.numbered():
+        for index, _, record in self.numbered():
             found[index].append(record)
         return found
 
-    def numbered(self) -> Iterator[tuple[int, Any]]:
-        """(index of the file in `paths`, record)."""
+    def located_by_file(self) -> list[list[Located]]:
+        """`by_file`, each record with its FILE:LINE, for `filters.keep`."""
+        found: list[list[Located]] = [[] for _ in self.paths]
+        for index, line, record in self.numbered():
+            found[index].append(Located(record, self.paths[index], line))
+        return found
+
+    def numbered(self) -> Iterator[tuple[int, int, Any]]:
+        """(index of the file in `paths`, line, record)."""
         self._reset()
         for index, source in enumerate(self.sources):
-            file = FileReader(source, self.kind, self._names[source.path], self._first_seen)
+            name = self._names[source.path]
+            file = FileReader(source, self.kind, name, self._first_seen, self.filters)
             self.files.append(file.counts)
             rows_before, any_record = self.rows, False
             records = self._records(file)
             if source.consensus:
                 records = self._decided(file.counts, records)
-            for record in records:
+            for line, record in records:
                 any_record = True
-                yield index, record
+                yield index, line, record
             self.formats += file.counts.formats
             if self.rows == rows_before:
                 raise InputError(f"{source.path}:1: no records: the file is empty")
             if not any_record:
                 raise InputError(f"{source.path}: no records: {file.why_none()}")
 
-    def _records(self, file: FileReader) -> Iterator[Any]:
+    def _records(self, file: FileReader) -> Iterator[tuple[int, Any]]:
         path = file.source.path
         for line, row in rows(path, self.kind, self.document_separator):
             self.rows += 1
+            before = file.counts.removed.counts.total()
             records, fault = file.take(line, row)
             if fault is not None:
                 self._tolerate(f"{path}:{line}: {printable(str(fault), LONGEST_REASON)}")
-            elif not records:
+            elif not records and file.counts.removed.counts.total() == before:
                 self.rows_without_records += 1
-            yield from records
+            yield from ((line, record) for record in records)
 
     @staticmethod
-    def _decided(counts: FileCounts, records: Iterator[Any]) -> Iterator[Any]:
-        decided, left_out = consensus(records)
+    def _decided(
+        counts: FileCounts, records: Iterator[tuple[int, Any]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Pairs, each with the line of its first judgement."""
+        found = list(records)
+        first: dict[Hashable, int] = {}
+        for line, record in found:
+            first.setdefault(same_pair(record) or id(record), line)
+        decided, left_out = consensus(record for _, record in found)
         counts.selection.left_out += left_out
-        yield from decided
+        for record in decided:
+            yield first[same_pair(record) or id(record)], record
 
     def _tolerate(self, message: str) -> None:
         if len(self.skipped) == self.skip_invalid:

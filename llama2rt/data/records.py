@@ -18,7 +18,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
-from llama2rt.errors import InputError
+from llama2rt.errors import InputError, naming
 from llama2rt.text.chat import check_messages
 
 Messages = list[dict[str, str]]
@@ -27,6 +27,7 @@ Votes = list[dict[str, str]]
 # Best first (section 3.2.1); "negligibly_better" is the paper's "negligibly better / unsure".
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
 SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
+_EXCLUDED = "rejected_safe"
 KINDS = ("helpfulness", "safety")
 PREFERS = ("chosen", "rejected", "neither")
 
@@ -135,12 +136,18 @@ class Comparison(_Record):
 
     def _check(self) -> None:
         _check_messages("prompt", self.prompt, "user")
-        _check_text("chosen", self.chosen)
-        _check_text("rejected", self.rejected)
+        _check_answer("chosen", self.chosen)
+        _check_answer("rejected", self.rejected)
         if self.chosen.strip() == self.rejected.strip():
-            raise InputError("chosen and rejected are equal")
+            raise InputError("chosen and rejected are equal", "identical_responses")
         if self.rating is not None:
             _check_choice("rating", self.rating, RATINGS)
+        if self.safety == _EXCLUDED:
+            raise InputError(
+                f"safety: {_EXCLUDED}, the chosen answer unsafe and the other safe: such pairs are "
+                "excluded (section 3.2.1)",
+                "unsafe_chosen",
+            )
         if self.safety is not None:
             _check_choice("safety", self.safety, SAFETY)
         _check_choice("kind", self.kind, KINDS)
@@ -239,6 +246,12 @@ def _check_text(key: str, value: Any, blank: bool = False) -> None:
         raise InputError(f"{key} is blank")
 
 
+def _check_answer(key: str, value: Any) -> None:
+    _check_text(key, value, blank=True)
+    if not value.strip():
+        raise InputError(f"{key} is blank", "empty_turns")
+
+
 def _check_messages(key: str, value: Any, last: str) -> None:
     if not isinstance(value, list):
         raise InputError(f"{key}: expected a list of messages, got {type_name(value)}")
@@ -246,10 +259,8 @@ def _check_messages(key: str, value: Any, last: str) -> None:
         if isinstance(message, Mapping) and not isinstance(message.get("content", ""), str):
             found = type_name(message["content"])
             raise InputError(f"{key}: message {index + 1} content: expected text, got {found}")
-    try:
+    with naming(key):
         check_messages(value, last=last)
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from None
     for index, message in enumerate(value):
         _check_text(f"{key}: message {index + 1} content", message["content"])
 

@@ -8,7 +8,7 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -115,7 +115,7 @@ class Source(BaseModel):
         return "{" + ", ".join(pairs) + "}"
 
     @classmethod
-    def parse(cls, text: str) -> "Source":
+    def parse(cls, text: str) -> Self:
         """From an option: a path, or an inline table of TOML. InputError for a table that is
         none."""
         if not text.lstrip().startswith("{"):
@@ -128,3 +128,14 @@ class Source(BaseModel):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise InputError(f"{text}: {key}: {first['msg']}") from None
+
+
+class MixSource(Source):
+    """A source of a mix (`[[sources]]` in a recipe), and how much of it goes in: all of it, unless
+    it has a share."""
+
+    share: float | None = Field(default=None, gt=0, le=1)
+    """of the training set: so many of its records are drawn, uniformly and without replacement, as
+    make up this share of it"""
+    pool: str | None = None
+    """sources of one pool are drawn from as if they were one file; all give the pool's share"""

@@ -26,13 +26,18 @@ def gather(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """
     groups: dict[Hashable, list[Comparison]] = {}
     for index, comparison in enumerate(comparisons):
-        key: Hashable = index
-        if comparison.rater or comparison.votes:
-            prompt = tuple((m["role"], m["content"]) for m in comparison.prompt)
-            pair = frozenset((comparison.chosen, comparison.rejected))
-            key = (prompt, pair, comparison.kind, comparison.source)
-        groups.setdefault(key, []).append(comparison)
+        key = same_pair(comparison)
+        groups.setdefault(index if key is None else key, []).append(comparison)
     return [_gathered(group) for group in groups.values()]
+
+
+def same_pair(comparison: Comparison) -> Hashable:
+    """What all judgements of one pair have in common; None of a comparison that names no rater."""
+    if not comparison.rater and not comparison.votes:
+        return None
+    prompt = tuple((m["role"], m["content"]) for m in comparison.prompt)
+    pair = frozenset((comparison.chosen, comparison.rejected))
+    return (prompt, pair, comparison.kind, comparison.source)
 
 
 def consensus(comparisons: Iterable[Comparison]) -> tuple[list[Comparison], Counter[str]]:

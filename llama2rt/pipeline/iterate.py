@@ -243,6 +243,8 @@ class Plan:
             given["data"] = recipe.validation
         elif step.stage in ("pretrain", "sft"):
             given |= {"data": None, "validation": None}  # which are no prompts there
+        if "sources" in STAGES[step.stage].recipe.model_fields and self._key(step, "sources"):
+            given |= {"data": None, "mixed_in": None}  # in whose place they stand
         return {key: value for key, value in given.items() if value is not None}
 
     def _newest_rewards(self, before: list[PlanStep], outputs: Outputs) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llama2rt.report import html, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
 
+DATA = "Data"
 TRAINING = "Training"
 
 
@@ -29,10 +30,10 @@ def of_run(
 ) -> Path:
     """Write report.html and report.json into a run directory; return the path of the page.
 
-    report.json holds the manifest's summary, which is what the stage gave to `Run.finish`, and
-    `numbers`. sections: put before the training curves. A summary of a reward model or of versions
-    (`evaluate.diagnostics`) gets its figures. InputError where the folder holds neither a manifest
-    nor metrics.
+    report.json holds the manifest's summary, which is what the stage gave to `Run.finish`, what
+    went in by source, and `numbers`. sections: put before the training curves. A summary of a
+    reward model or of versions (`evaluate.diagnostics`) gets its figures. InputError where the
+    folder holds neither a manifest nor metrics.
     """
     directory = Path(directory)
     manifest, metrics = read_manifest(directory), read_metrics(directory / "metrics.jsonl")
@@ -46,10 +47,11 @@ def of_run(
             "complete": bool(manifest.get("complete", False)),
             "steps": int(metrics[-1]["step"]) if metrics else 0,
             **summary,
+            **{key: manifest[key] for key in ("composition", "filters") if key in manifest},
             **(numbers or {}),
         },
     )
-    sections = [*sections, *compared(summary)]
+    sections = [*sections, *compared(summary), *data_sections(manifest)]
     return html.write(
         directory / "report.html",
         title,
@@ -65,6 +67,31 @@ def compared(summary: Mapping[str, Any]) -> list[html.Section]:
         drift = {name: versions.newest_batch(summary["drift"])} if "drift" in summary else {}
         return versions.sections({"reward_models": {name: summary}, "drift": drift})
     return versions.sections(summary) if "versions" in summary else []
+
+
+def data_sections(manifest: Mapping[str, Any]) -> list[html.Section]:
+    """What went in by source, and what filters left out; none of a run that keeps no account."""
+    composition = manifest.get("composition", [])
+    used = sum(row["used"] for row in composition)
+    if not used:
+        return []
+    rows = [
+        [
+            row["key"],
+            row["path"],
+            row["read"],
+            ", ".join(f"{n:,} {reason}" for reason, n in row["left_out"].items()) or None,
+            row["used"],
+            f"{row['used'] / used:.1%}",
+        ]
+        for row in composition
+    ]
+    header = ["key", "file", "read", "left out", "trained on", "share"]
+    blocks: list[html.Block] = [html.Table(header, rows, "Records by source")]
+    if filters := manifest.get("filters"):
+        removed = [[name, f["removed"], " | ".join(f["examples"])] for name, f in filters.items()]
+        blocks.append(html.Table(["filter", "left out", "examples"], removed, "Filters"))
+    return [html.Section(DATA, blocks)]
 
 
 def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section]:

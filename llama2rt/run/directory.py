@@ -85,6 +85,16 @@ class Run:
         """Drop lines after `step` (and one that a kill cut short), so that no step is twice."""
         on_main(lambda: self._metrics.truncate(step))
 
+    def keep(self, **facts: Any) -> None:
+        """Add JSON-able facts about what the run works on to its manifest."""
+        self.manifest = on_main(lambda: self._keep(facts))
+
+    def _keep(self, facts: dict[str, Any]) -> dict[str, Any]:
+        kept = {**self.manifest, **facts}
+        if kept != self.manifest:  # a resumed run finds them there
+            manifest.write(self.directory, kept)
+        return kept
+
     def finish(self, **summary: Any) -> None:
         """Mark the run complete, with what is worth knowing about it at a glance."""
         self.manifest = on_main(lambda: self._finish(summary))

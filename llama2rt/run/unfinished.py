@@ -1,5 +1,6 @@
 """A recipe to which options may still add, and what is wrong with one in a sentence."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -86,9 +87,9 @@ def registry() -> Any:
 
     from llama2rt.data.sources import Source
 
-    def parse(given: list[str]) -> Source:
+    def parse(kind: type[Source], given: list[str]) -> Source:
         try:
-            return Source.parse(given[0])
+            return kind.parse(given[0])
         except InputError as error:  # tyro would say only that it could not be parsed
             print(f"llama2rt {error}", file=sys.stderr)
             sys.exit(2)
@@ -97,13 +98,13 @@ def registry() -> Any:
 
     @registry.primitive_rule
     def _source(info: Any) -> Any:
-        if info.type is not Source:
+        if not (isinstance(info.type, type) and issubclass(info.type, Source)):
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="PATH|TABLE",
-            instance_from_str=parse,
-            is_instance=lambda value: isinstance(value, Source),
+            instance_from_str=functools.partial(parse, info.type),
+            is_instance=lambda value: isinstance(value, info.type),
             str_from_instance=lambda value: [value.as_option()],
         )
 

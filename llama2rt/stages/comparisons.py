@@ -1,13 +1,17 @@
 """The comparisons that a reward model is trained on and tested on (section 3.2.2): read by source,
 divided by prompts, and mixed with those of other kinds."""
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from llama2rt.data import mixture
+from llama2rt.data.filters import Filters, Located, keep
+from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
@@ -31,60 +35,213 @@ class Division(NamedTuple):
     """how many are in neither, by key of the recipe and reason"""
 
 
-def split(recipe: "RewardRecipe") -> Division:
-    """All comparisons, read and divided. InputError where a source has none of the model's kind, or
-    none to train on."""
+def check_sources(recipe: "RewardRecipe") -> None:
+    """ValueError for sources that a recipe cannot have together, or not in that place."""
+    if bool(recipe.data) == bool(recipe.sources):
+        raise ValueError("give data, or sources in its place")
+    if recipe.sources and (recipe.mixed_in or recipe.mixed_in_share is not None):
+        raise ValueError("mixed_in: sources say what is mixed in, by their share")
+    mixture.pools(recipe.sources)
+    recipe.filters.require_meaning("comparison")
+    whole = [source for source in recipe.sources if source.share is None]
+    named = {"data": recipe.data, "validation": recipe.validation, "sources": whole}
+    for key, sources in named.items():
+        for source in sources:
+            if source.kind not in (None, recipe.kind):
+                raise ValueError(
+                    f"{key}: {source} is declared {source.kind}, the model is of {recipe.kind}: "
+                    + ("give it a share" if key == "sources" else "name it under mixed_in")
+                )
+    counted = [*recipe.validation, *recipe.mixed_in]
+    counted += [*recipe.data, *recipe.sources] if recipe.validation else []
+    for source in counted:
+        if source.held_out is not None:
+            raise ValueError(
+                f"held_out of {source}: only sources of data, without validation, have one"
+            )
+
+
+class Unit(NamedTuple):
+    """A source of a recipe, and what it is for."""
+
+    key: str
+    """where it stands: data.0, sources.2, validation.0"""
+    source: Source
+    held_out: int = 0
+    """how many of its comparisons are kept back"""
+    pool: int | None = None
+    """the pool of `sources` that it belongs to"""
+
+    @property
+    def table(self) -> str:
+        return self.key.split(".")[0]
+
+
+def split(
+    recipe: "RewardRecipe",
+    tokenizer: Tokenizer | None = None,
+    context: int | None = None,
+    account: Account | None = None,
+) -> Division:
+    """All comparisons, read, filtered, divided and mixed. InputError where a source has none of the
+    model's kind, or none to train on, or too few for its share. `tokenizer` and the model's
+    `context`: of a mix by shares, what is too long must go before it is drawn; a filter may ask for
+    the tokenizer too. `account`: told what becomes of every comparison."""
+    account = Account() if account is None else account
     left_out: Counter[str] = Counter()
-    own = read_sources("data", recipe, left_out)
+    units = units_of(recipe)
+    read = read_units(units, recipe, left_out, account)
+    found = filtered(read, limited(recipe, context), account, tokenizer)
     if recipe.validation:
-        aside = read_sources("validation", recipe, left_out)
+        held_out = [c for unit in units for c in found[unit.key] if unit.table == "validation"]
     else:
-        aside = []
-        for i, source in enumerate(recipe.data):
-            count = recipe.held_out if source.held_out is None else source.held_out
-            with naming(f"{source}"):
-                own[i], taken = hold_out(own[i], count, recipe.seed)
-            aside.append(taken)
-    held_out = [comparison for source in aside for comparison in source]
+        held_out = hold_out_of_each(units, found, recipe.seed)
+        account.leave_out("held out", held_out)
     seen = {prompt_key(comparison) for comparison in held_out}
-    mixed_in = read_sources("mixed_in", recipe, left_out) if recipe.mixed_in else []
-    training = without_prompts(own, seen, "data", left_out)
-    if not training:
+
+    def training(table: str) -> list[list[Comparison]]:
+        of_table = [found[unit.key] for unit in units if unit.table == table]
+        return without_prompts(of_table, seen, table, left_out, account)
+
+    if recipe.sources:
+        mixed = mixture.mix(recipe.sources, training("sources"), recipe.seed, account)
+        if not mixed:
+            raise InputError("sources: the prompts of all their comparisons are held out")
+        return Division(mixed, held_out, left_out)
+    own = list(itertools.chain(*training("data")))
+    if not own:
         raise InputError("data: the prompts of all its comparisons are held out")
     share = recipe.mixed_in_share
     if share is None:
         share = {"helpfulness": 0.5, "safety": 0.1}[recipe.kind]
-    other = without_prompts(mixed_in, seen, "mixed_in", left_out)
-    return Division(mix(training, other, share, recipe.seed), held_out, left_out)
+    other = list(itertools.chain(*training("mixed_in")))
+    mixed = mix(own, other, share, recipe.seed)
+    taken = set(map(id, mixed))
+    account.leave_out("not drawn", (c for c in other if id(c) not in taken))
+    return Division(mixed, held_out, left_out)
 
 
-def read_sources(
-    key: str, recipe: "RewardRecipe", left_out: Counter[str]
-) -> list[list[Comparison]]:
-    """The comparisons of each source under `key`: in data and validation those of the model's
-    kind, which are all that do not say another. A pair judged by both kinds may be ranked one way
+def units_of(recipe: "RewardRecipe") -> list[Unit]:
+    """Every source of the recipe. Those of its own kind, which are all that do not say another, are
+    data, validation, and sources without a share; of the others any kind is taken that their table
+    does not exclude."""
+
+    def own(source: Source) -> Source:
+        return source.model_copy(update={"kind": recipe.kind})
+
+    def held_out(source: Source, default: int) -> int:
+        if recipe.validation:
+            return 0
+        return default if source.held_out is None else source.held_out
+
+    units = [
+        Unit(f"data.{i}", own(source), held_out(source, recipe.held_out))
+        for i, source in enumerate(recipe.data)
+    ]
+    units += [Unit(f"validation.{i}", own(source)) for i, source in enumerate(recipe.validation)]
+    units += [Unit(f"mixed_in.{i}", source) for i, source in enumerate(recipe.mixed_in)]
+    pools = mixture.pools(recipe.sources)
+    pool_of = {i: number for number, pool in enumerate(pools) for i in pool.members}
+    # Where every source has a share, all are measured on.
+    whole = len(pool_of) < len(recipe.sources)
+    for i, source in enumerate(recipe.sources):
+        if i in pool_of:
+            kept = held_out(source, 0 if whole else recipe.held_out)
+            units.append(Unit(f"sources.{i}", source, kept, pool_of[i]))
+        else:
+            kept = held_out(source, recipe.held_out)
+            units.append(Unit(f"sources.{i}", own(source), kept))
+    return units
+
+
+def read_units(
+    units: Sequence[Unit], recipe: "RewardRecipe", left_out: Counter[str], account: Account
+) -> dict[str, list[Located]]:
+    """The comparisons of each source by its key. A pair judged by both kinds may be ranked one way
     by each. InputError for a source of which nothing is left."""
-    sources: list[Source] = getattr(recipe, key)
-    if key != "mixed_in":
-        sources = [source.model_copy(update={"kind": recipe.kind}) for source in sources]
-    reader = Reader(sources, "comparison", recipe.skip_invalid)
-    found = reader.by_file()
-    reader.log()
-    left_out += Counter({f"{key}: {reason}": n for reason, n in reader.left_out.items()})
+    found: dict[str, list[Located]] = {}
+    for table in dict.fromkeys(unit.table for unit in units):
+        of_table = [unit for unit in units if unit.table == table]
+        reader = Reader(
+            [unit.source for unit in of_table],
+            "comparison",
+            recipe.skip_invalid,
+            filters=recipe.filters,
+        )
+        by_file = reader.located_by_file()
+        reader.log()
+        left_out += Counter({f"{table}: {reason}": n for reason, n in reader.left_out.items()})
+        for unit, file, located in zip(of_table, reader.files, by_file, strict=True):
+            found[unit.key] = located
+            if table != "validation":
+                records = (one.record for one in located)
+                account.add(unit.key, unit.source, records, file.removed.counts.total())
+        account.removed.update(reader.removed)
     return found
 
 
-def without_prompts(
-    sources: Sequence[Sequence[Comparison]], prompts: set[str], key: str, left_out: Counter[str]
+def limited(recipe: "RewardRecipe", context: int | None) -> Filters:
+    """The recipe's filters; of a mix by shares, what is longer than the context must be gone before
+    anything is drawn."""
+    filters = recipe.filters
+    if not recipe.sources or context is None:
+        return filters
+    return filters.model_copy(update={"longest": min(context, filters.longest or context)})
+
+
+def filtered(
+    found: Mapping[str, Sequence[Located]],
+    filters: Filters,
+    account: Account,
+    tokenizer: Tokenizer | None,
+) -> dict[str, list[Comparison]]:
+    """The comparisons that the filters leave of each source. Of equal ones one of validation stays
+    before one to train on, and else the first. InputError where they leave nothing to train on."""
+    order = sorted(found, key=lambda key: not key.startswith("validation"))
+    every = [(key, one) for key in order for one in found[key]]
+    account.removed.activate(filters.active)
+    kept = set(keep(filters, [one for _, one in every], account.removed, tokenizer))
+    left: dict[str, list[Comparison]] = {key: [] for key in found}
+    for index, (key, one) in enumerate(every):
+        if index in kept:
+            left[key].append(one.record)
+        elif not key.startswith("validation"):
+            account.leave_out("filtered", [one.record])
+    if not any(left[key] for key in order if not key.startswith("validation")):
+        counts = ", ".join(f"{name} {n:,}" for name, n in account.removed.counts.items())
+        raise InputError(f"filters: leave nothing to train on ({counts})")
+    return left
+
+
+def hold_out_of_each(
+    units: Sequence[Unit], found: dict[str, list[Comparison]], seed: int
 ) -> list[Comparison]:
-    """The comparisons of all `sources` but for those of the held-out `prompts`, which are said and
-    counted."""
-    everything = [comparison for source in sources for comparison in source]
-    kept = [c for c in everything if prompt_key(c) not in prompts]
-    if gone := len(everything) - len(kept):
-        logger.warning("%s: %d comparisons whose prompts are held out left out", key, gone)
-        left_out[f"{key}: comparisons of held-out prompts"] += gone
-    return kept
+    """The comparisons kept back of each source, which are taken out of `found`."""
+    held_out = []
+    for unit in units:
+        whole = unit.pool is None and unit.table != "mixed_in"
+        if found[unit.key] and (unit.held_out or whole):
+            with naming(f"{unit.source}"):
+                found[unit.key], taken = hold_out(found[unit.key], unit.held_out, seed)
+            held_out += taken
+    return held_out
+
+
+def without_prompts(
+    sources: Sequence[Sequence[Comparison]],
+    prompts: set[str],
+    key: str,
+    left_out: Counter[str],
+    account: Account,
+) -> list[list[Comparison]]:
+    """The comparisons of each of the `sources` but for those of the held-out `prompts`, which are
+    said and counted."""
+    gone = [c for source in sources for c in source if prompt_key(c) in prompts]
+    if gone:
+        logger.warning("%s: %d comparisons whose prompts are held out left out", key, len(gone))
+        left_out[f"{key}: comparisons of held-out prompts"] += len(gone)
+        account.leave_out("of held-out prompts", gone)
+    return [[c for c in source if prompt_key(c) not in prompts] for source in sources]
 
 
 def prompt_key(comparison: Comparison) -> str:

@@ -32,7 +32,7 @@ from llama2rt.rollout.logprobs import segment_sums
 from llama2rt.rollout.responses import Response, response_example
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import adapters, loading, plans
+from llama2rt.stages import adapters, loading, mixing, plans
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
 from llama2rt.train.loop import Objective, fit
@@ -133,6 +133,7 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_rollout(recipe)
+    mixing.record(run, inputs.account)
     mesh = Mesh.build(recipe.parallel, inputs.result.config)
     reference = run.manifest["inputs"]["reference" if recipe.reference else "init"]["sha256"]
     run.truncate_metrics(0)
@@ -210,7 +211,10 @@ def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) ->
         plans.answers_batch(sampling, 2 * recipe.batch_size),
         Count(steps, "at most: every prompt gives a pair"),
         recipe.epochs,
-        notes=[f"{recipe.iterations} iterations over {prompts:,} prompts each"],
+        notes=[
+            f"{recipe.iterations} iterations over {prompts:,} prompts each",
+            *mixing.notes(recipe, inputs),
+        ],
     )
 
 

@@ -7,17 +7,20 @@ once.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from llama2rt.checkpoint import adapter
+from llama2rt.data import mixture
+from llama2rt.data.filters import NO_FILTERS, Filters
+from llama2rt.data.mixture import Account
 from llama2rt.data.records import Prompt
-from llama2rt.data.sources import Source
+from llama2rt.data.sources import MixSource, Source
 from llama2rt.errors import naming
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.model.adapters import WithoutAdapter
@@ -27,7 +30,7 @@ from llama2rt.rollout.frozen import offload
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import loading, spread
+from llama2rt.stages import loading, mixing, spread
 from llama2rt.stages.loading import Future, Opened, Outline
 from llama2rt.stages.spread import Model
 from llama2rt.text.tokenizer import Tokenizer
@@ -44,8 +47,14 @@ class RolloutRecipe(Recipe):
     """the reference policy of the KL; None for init"""
     rewards: RewardOptions
     """the models that rank responses"""
-    data: list[Source]
+    data: list[Source] = Field(default=[])
     """prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""
+    sources: list[MixSource] = Field(default=[])
+    """a mix of prompts in place of data, a [[sources]] table each: {path, format, kind, share}.
+    Without a share all prompts go in; with one, so many are drawn as make up that share of all.
+    One that holds too few is an error"""
+    filters: Filters = NO_FILTERS
+    """what is left out of data or sources, and of validation"""
     validation: list[Source] = Field(default=[])
     """held-out prompts for the report"""
     tokenizer: Path | None = None
@@ -65,6 +74,11 @@ class RolloutRecipe(Recipe):
     answer together (one process has them whole)"""
 
     neutral: ClassVar[tuple[str, ...]] = (*Recipe.neutral, "frozen")
+
+    @model_validator(mode="after")
+    def _mixed(self) -> Self:
+        mixing.check_sources(self.data, self.sources, self.filters, "prompt")
+        return self
 
     @property
     def samples_trained(self) -> bool:
@@ -87,6 +101,8 @@ class RolloutInputs(Opened):
     held_out: list[Prompt]
     result: Outline
     """the model that the run will leave"""
+    account: Account = field(default_factory=Account, kw_only=True)
+    """what became of every prompt to train on"""
 
     @functools.cached_property
     def reward_models(self) -> RewardModels:
@@ -195,12 +211,12 @@ def open_rollout(
     for key in trained:
         spread.check(recipe.parallel, models[key].config, recipe.train, recipe.lora)
     policy = models.pop("init")
-    prompts, held_out = (
-        read_prompts(recipe, paths, tokenizer, policy, models) if paths else []
-        for paths in (recipe.data, recipe.validation)
-    )
+    account = Account()
+    prompts = training_prompts(recipe, tokenizer, policy, models, account)
+    held_out = held_out_prompts(recipe, tokenizer, policy, models)
     warn_of_shared(prompts, held_out, future)
-    return RolloutInputs(recipe, tokenizer, prompts, held_out, Outline(policy.config, tokenizer))
+    result = Outline(policy.config, tokenizer)
+    return RolloutInputs(recipe, tokenizer, prompts, held_out, result, account=account)
 
 
 def outlines(
@@ -227,20 +243,56 @@ def outlines(
     return tokenizer, found
 
 
-def read_prompts(
+def training_prompts(
     recipe: RolloutRecipe,
-    paths: list[Source],
     tokenizer: Tokenizer,
     policy: Outline,
     readers: Mapping[str, Outline],
+    account: Account,
 ) -> list[Prompt]:
-    """`loading.read_prompts` within what the recipe lets sampling take."""
+    """The prompts of data, or the mix of those of sources, that the filters leave and that fit (as
+    `loading.read_prompts`, within what the recipe lets sampling take); `account` is told what
+    becomes of each."""
+    table = "sources" if recipe.sources else "data"
+    by_source = _read_prompts(recipe, table, tokenizer, policy, readers, account)
+    if recipe.sources:
+        prompts = mixture.mix(recipe.sources, by_source, recipe.seed, account)
+    else:
+        prompts = [prompt for source in by_source for prompt in source]
+    account.use(prompts)
+    return prompts
+
+
+def held_out_prompts(
+    recipe: RolloutRecipe, tokenizer: Tokenizer, policy: Outline, readers: Mapping[str, Outline]
+) -> list[Prompt]:
+    """The prompts of validation in the same way; none where there is none."""
+    if not recipe.validation:
+        return []
+    by_source = _read_prompts(recipe, "validation", tokenizer, policy, readers, Account())
+    return [prompt for source in by_source for prompt in source]
+
+
+def _read_prompts(
+    recipe: RolloutRecipe,
+    table: str,
+    tokenizer: Tokenizer,
+    policy: Outline,
+    readers: Mapping[str, Outline],
+    account: Account,
+) -> list[list[Prompt]]:
+    sources: Sequence[Source] = getattr(recipe, table)
     cache = loading.CacheLimit(
         recipe.sampling.cache_bytes, recipe.train.dtype, recipe.parallel.tensor
     )
-    return loading.read_prompts(
-        paths, tokenizer, policy, recipe.sampling.max_tokens, readers, cache
-    )
+
+    def fit(prompts: list[Prompt]) -> list[Prompt]:
+        names = ", ".join(map(str, sources))
+        longest = recipe.sampling.max_tokens
+        return loading.fitting_prompts(prompts, names, tokenizer, policy, longest, readers, cache)
+
+    read = mixing.read(sources, recipe.filters, tokenizer, account, table)
+    return mixing.fitting(read, fit, account)
 
 
 def warn_of_shared(prompts: list[Prompt], held_out: list[Prompt], future: Future | None) -> None:

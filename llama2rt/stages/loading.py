@@ -218,9 +218,22 @@ def read_prompts(
     could meet a prompt with a response of `max_tokens` that is longer than its context, or where
     such a one needs more than `cache` may take.
     """
-    prompts = read(list(paths), "prompt")
-    context = policy.config.context
     names = ", ".join(map(str, paths))
+    prompts = read(list(paths), "prompt")
+    return fitting_prompts(prompts, names, tokenizer, policy, max_tokens, readers, cache)
+
+
+def fitting_prompts(
+    prompts: Sequence[Prompt],
+    names: str,
+    tokenizer: Tokenizer,
+    policy: Llama | Outline,
+    max_tokens: int = 1,
+    readers: Mapping[str, Llama | ScalarModel | Outline] | None = None,
+    cache: CacheLimit | None = None,
+) -> list[Prompt]:
+    """`read_prompts` of the `prompts` that the files `names` gave."""
+    context = policy.config.context
     lengths = []
     for prompt in prompts:
         with naming(f"{names}: prompt {prompt.id!r}"):

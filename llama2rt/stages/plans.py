@@ -16,6 +16,7 @@ from llama2rt.data.records import Prompt
 from llama2rt.model import LlamaConfig
 from llama2rt.planning import Batch, Count, Model, Phase, Sampling, Work
 from llama2rt.rollout.sampling import SamplingOptions
+from llama2rt.stages import mixing
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
@@ -112,5 +113,8 @@ def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> W
         recipe.parallel,
         answers_batch(sampling, min(recipe.mini_batch_size, recipe.batch_size)),
         Count(recipe.iterations * updates, "at most: held-out prompts may end it earlier"),
-        notes=[f"{recipe.iterations} iterations of {updates} optimizer steps; one more samples"],
+        notes=[
+            f"{recipe.iterations} iterations of {updates} optimizer steps; one more samples",
+            *mixing.notes(recipe, inputs),
+        ],
     )

@@ -35,7 +35,7 @@ from llama2rt.rollout.responses import response_example
 from llama2rt.rollout.reward import RewardOptions
 from llama2rt.rollout.sampling import Sampler, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import adapters, critic, loading, plans, spread
+from llama2rt.stages import adapters, critic, loading, mixing, plans, spread
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
 from llama2rt.train import driver
 from llama2rt.train.driver import Step
@@ -145,6 +145,7 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mixing.record(run, inputs.account)
     warn_of_warmup(recipe.iterations, recipe.train)
     actors = load_actors(recipe, inputs)
     work = Iterations(recipe, inputs, actors, run)

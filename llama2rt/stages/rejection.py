@@ -19,6 +19,7 @@ from pydantic import Field
 
 from llama2rt import report
 from llama2rt.data.loader import ExampleLoader
+from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.errors import InputError, naming
@@ -34,12 +35,13 @@ from llama2rt.rollout.responses import (
 )
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Run
-from llama2rt.stages import adapters, loading, plans, sft, spread
+from llama2rt.stages import adapters, loading, mixing, plans, sft, spread
 from llama2rt.stages.inputs import (
     RolloutInputs,
     RolloutRecipe,
+    held_out_prompts,
     outlines,
-    read_prompts,
+    training_prompts,
     warn_of_shared,
 )
 from llama2rt.stages.loading import Future, Outline
@@ -105,6 +107,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mixing.record(run, inputs.account)
     mesh = Mesh.build(recipe.parallel, inputs.result.config)
 
     # Sample, score and select.
@@ -150,11 +153,10 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
     spread.check(recipe.parallel, init.config, recipe.train, recipe.lora)
     reference = models.pop("reference", init)
     readers = {"init": init, **models}
-    prompts = read_prompts(recipe, recipe.data, tokenizer, policy, readers)
-    held_out = []
-    if recipe.validation:
-        measuring = {"reference": reference, **models}
-        held_out = read_prompts(recipe, recipe.validation, tokenizer, init, measuring)
+    account = Account()
+    prompts = training_prompts(recipe, tokenizer, policy, readers, account)
+    measuring = {"reference": reference, **models}
+    held_out = held_out_prompts(recipe, tokenizer, init, measuring)
     warn_of_shared(prompts, held_out, future)
     earlier: list[Response] = []
     for folder in recipe.earlier:
@@ -170,7 +172,9 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
         dialogues = sft.encode(records, tokenizer, init.config.context)
     longest = loading.longest_sample(prompts, tokenizer, policy, recipe.sampling.max_tokens)
     result = Outline(init.config, tokenizer, longest_sample=longest)
-    return RejectionInputs(recipe, tokenizer, prompts, held_out, result, earlier, dialogues)
+    return RejectionInputs(
+        recipe, tokenizer, prompts, held_out, result, earlier, dialogues, account=account
+    )
 
 
 def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.Shape) -> Work:
@@ -210,6 +214,7 @@ def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.S
         plans.answers_batch(sampling, count),
         steps,
         recipe.epochs,
+        notes=mixing.notes(recipe, inputs),
     )
 
 

@@ -8,7 +8,7 @@ out: pairwise preference models that read both answers at once (another stage).
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from llama2rt import report
 from llama2rt.algorithms import losses, rewards
+from llama2rt.data.filters import NO_FILTERS, Filters
 from llama2rt.data.loader import PairLoader
+from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.records import Comparison
-from llama2rt.data.sources import Source
+from llama2rt.data.sources import MixSource, Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
@@ -31,8 +33,8 @@ from llama2rt.parallel import Mesh, ParallelOptions
 from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import adapters, spread
-from llama2rt.stages.comparisons import encode, split
+from llama2rt.stages import adapters, mixing, spread
+from llama2rt.stages.comparisons import check_sources, encode, split
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -61,7 +63,7 @@ class RewardRecipe(Recipe):
     """without init: a shape to start from with random weights, to try things out"""
     context: int = Field(default=4096, gt=1)
     """without init: the longest prompt with its response, in tokens"""
-    data: list[Source]
+    data: list[Source] = Field(default=[])
     """comparisons of this model's own kind, as which those count that do not say their kind; all of
     them are used. Those that say the other kind are left out (PKU-SafeRLHF's rows give both)"""
     mixed_in: list[Source] = Field(default=[])
@@ -69,11 +71,18 @@ class RewardRecipe(Recipe):
     kind, unless their table names one: {path = "pku.jsonl", kind = "helpfulness"}"""
     mixed_in_share: float | None = Field(default=None, ge=0, lt=1)
     """None for the paper's: 0.5 for helpfulness ("an equal amount"), 0.1 for safety ("90/10")"""
+    sources: list[MixSource] = Field(default=[])
+    """a mix in place of data and mixed_in, a [[sources]] table each: {path, format, kind, share}.
+    Without a share all comparisons go in, as those of data do; with one, so many are drawn, as from
+    mixed_in, as make up that share of the training set. One that holds too few is an error"""
+    filters: Filters = NO_FILTERS
+    """what is left out of all these files, and of validation"""
     validation: list[Source] = Field(default=[])
     """held-out comparisons of this model's kind; without them, held_out of the data"""
     held_out: int = Field(default=1000, ge=0)
     """comparisons kept back from each source in data that does not give its own number, whole
-    prompts at a time ("1000 examples from each batch", section 3.2.2)"""
+    prompts at a time ("1000 examples from each batch", section 3.2.2); likewise from sources
+    without a share, or from all where each has one"""
     previous: Path | None = None
     """the reward model that this one replaces: its accuracy on the held-out comparisons goes into
     the report beside the new one's, which shows how far the policy has moved away from it (section
@@ -115,19 +124,7 @@ class RewardRecipe(Recipe):
             raise ValueError("lora: an adapter wants a trained model below it: give init")
         if self.init is not None and self.model != ModelShape():
             raise ValueError("init brings its own shape: leave out model")
-        for key in ("data", "validation"):
-            for source in getattr(self, key):
-                if source.kind not in (None, self.kind):
-                    raise ValueError(
-                        f"{key}: {source} is declared {source.kind}, the model is of {self.kind}: "
-                        "name it under mixed_in"
-                    )
-        counted = [*self.validation, *self.mixed_in, *(self.data if self.validation else [])]
-        for source in counted:
-            if source.held_out is not None:
-                raise ValueError(
-                    f"held_out of {source}: only sources of data, without validation, have one"
-                )
+        check_sources(self)
         return self
 
 
@@ -137,6 +134,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mixing.record(run, inputs.account)
     mesh = Mesh.build(recipe.parallel, inputs.result.config)
     options = recipe.train
     loader = PairLoader(
@@ -193,6 +191,8 @@ class RewardInputs(Opened):
     held_out: list[Comparison]
     left_out: Counter[str]
     result: Outline
+    account: Account = field(default_factory=Account)
+    """what became of every comparison of the sources"""
 
 
 def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInputs:
@@ -205,12 +205,18 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     result = Outline(config, tokenizer, scalar=True)
     if future is not None and to_come(recipe, future):
         return RewardInputs(tokenizer, [], [], [], [], Counter(), result)
-    training, held_out, left_out = split(recipe)
+    account = Account()
+    training, held_out, left_out = split(recipe, tokenizer, config.context, account)
     pairs, kept = encode(training, tokenizer, config.context)
+    fitting = set(map(id, kept))
+    account.leave_out("longer than the context", (c for c in training if id(c) not in fitting))
+    account.use(kept)
     held_out_pairs, held_out_kept = encode(held_out, tokenizer, config.context)
     if recipe.previous is not None:
         require_readable(outline(recipe.previous, future), tokenizer, held_out_pairs)
-    return RewardInputs(tokenizer, pairs, kept, held_out_pairs, held_out_kept, left_out, result)
+    return RewardInputs(
+        tokenizer, pairs, kept, held_out_pairs, held_out_kept, left_out, result, account
+    )
 
 
 def plan(
@@ -229,7 +235,8 @@ def plan(
         steps = Count(recipe.epochs * -(-len(inputs.pairs) // recipe.batch_size))
     trained = [Model("model", config, scalar=True, lora=recipe.lora)]
     phases = [Phase("training", trained, training=True)]
-    return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs)
+    notes = mixing.notes(recipe, inputs)
+    return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs, notes=notes)
 
 
 def require_readable(
@@ -250,7 +257,8 @@ def require_readable(
 def to_come(recipe: RewardRecipe, future: Future) -> bool:
     """Whether some of the comparisons are still to be collected. InputError for a file that is not
     there and that no earlier step leaves."""
-    paths = {source.path for source in [*recipe.data, *recipe.mixed_in, *recipe.validation]}
+    named = [*recipe.data, *recipe.mixed_in, *recipe.sources, *recipe.validation]
+    paths = {source.path for source in named}
     for path in sorted(paths - future.files):
         if not path.exists():
             raise InputError(

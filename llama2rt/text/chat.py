@@ -45,7 +45,7 @@ def check_messages(messages: Messages, *, last: str) -> None:
     (a finished dialogue's last answer included) and none holding a format tag, with which a user
     could speak as somebody else."""
     if not messages:
-        raise InputError("no messages")
+        raise InputError("no messages", "role_order")
     for index, message in enumerate(messages):
         where = f"message {index + 1}"
         if not isinstance(message, Mapping):
@@ -55,25 +55,27 @@ def check_messages(messages: Messages, *, last: str) -> None:
             raise InputError(f"{where}: expected the keys role and content, got {keys}")
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
-            raise InputError(f"{where}: role {role!r} is not system, user or assistant")
+            reason = f"role {role!r} is not system, user or assistant"
+            raise InputError(f"{where}: {reason}", "role_order")
         if not isinstance(content, str):
             raise InputError(f"{where}: content must be text, got {type(content).__name__}")
         if role == "system":
             if index:
-                raise InputError(f"{where}: a system message may only come first")
+                raise InputError(f"{where}: a system message may only come first", "role_order")
         else:
             turn = index - (messages[0]["role"] == "system")
             expected = "assistant" if turn % 2 else "user"
             if role != expected:
-                raise InputError(f"{where}: expected role {expected}, got {role}")
+                raise InputError(f"{where}: expected role {expected}, got {role}", "role_order")
         if not content.strip():
-            raise InputError(f"{where}: {role} content is blank")
+            raise InputError(f"{where}: {role} content is blank", "empty_turns")
         for tag in TAGS:
             if tag in content:
                 raise InputError(f"{where}: {role} content holds the format tag {tag}")
     if messages[-1]["role"] != last:
         raise InputError(
-            f"the last message must be from the {last}, not the {messages[-1]['role']}"
+            f"the last message must be from the {last}, not the {messages[-1]['role']}",
+            "role_order",
         )
 
 

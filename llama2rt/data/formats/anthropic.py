@@ -20,10 +20,11 @@ def _hh(row: Row) -> Iterator[Row]:
     for side in ("chosen", "rejected"):
         messages = transcript(side, text(row, side))
         if messages[-1]["role"] != "assistant":
-            raise InputError(f"{side}: the transcript must end with an 'Assistant:' turn")
+            reason = "the transcript must end with an 'Assistant:' turn"
+            raise InputError(f"{side}: {reason}", "role_order")
         sides[side] = messages
     if sides["chosen"][:-1] != sides["rejected"][:-1]:
-        raise InputError("chosen and rejected have different contexts")
+        raise InputError("chosen and rejected have different contexts", "different_contexts")
     yield {
         "prompt": sides["chosen"][:-1],
         "chosen": sides["chosen"][-1]["content"],

@@ -62,7 +62,7 @@ def _gsm8k_solutions(row: Row, selection: Selection) -> Iterator[Row]:
     for right, chosen in by_truth[True].items():
         for wrong, rejected in by_truth[False].items():
             if right == wrong:
-                selection.left_out["pairs of one text"] += 1
+                selection.drop("identical_responses", "pairs of one text")
                 continue
             yield {
                 "prompt": prompt,

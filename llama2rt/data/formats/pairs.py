@@ -43,7 +43,7 @@ def ranked(
     """A comparison for each two answers whose scores differ, and differ enough."""
     for (a, score_a), (b, score_b) in combinations(answers, 2):
         if a.strip() == b.strip():
-            selection.left_out["pairs of one text"] += 1
+            selection.drop("identical_responses", "pairs of one text")
         elif score_a == score_b:
             selection.left_out["pairs of equal score"] += 1
         elif selection.far_enough(abs(score_a - score_b)):

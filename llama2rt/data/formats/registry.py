@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama2rt.data.formats.values import finished
+from llama2rt.data.removed import Removed
 from llama2rt.errors import InputError
 
 Row = dict[str, Any]
@@ -30,20 +31,55 @@ class Selection:
     """by reason"""
     unsupported: int = 0
     """pairs that are kept although their own scores are equal or say the opposite"""
+    small_margin: float = 0.0
+    """the filter of that name"""
+    removed: Removed = field(default_factory=Removed)
+    """what filters leave out"""
+    where: str = ""
+    """FILE:LINE of the row that is being read"""
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether pairs are selected by their answers' scores."""
+        by_filter = "contradicting_labels" in self.removed.active or self.small_margin
+        return bool(self.minimum_score_difference or by_filter)
 
     def far_enough(self, difference: float) -> bool:
         """Whether a pair whose answers' scores differ by `difference` is kept; counts it
         otherwise."""
-        if difference >= self.minimum_score_difference:
-            return True
-        self.left_out["pairs below the minimum score difference"] += 1
-        return False
+        if difference < self.minimum_score_difference:
+            self.left_out["pairs below the minimum score difference"] += 1
+            return False
+        if difference < self.small_margin:
+            self.removed.add("small_margin", self.where, f"scores differ by {difference:g}")
+            return False
+        return True
+
+    def supported(self, difference: float) -> bool:
+        """Whether a pair is kept whose chosen answer's score is higher by `difference`, which its
+        label does not come from; counts it otherwise, and a kept one if its scores do not support
+        the label."""
+        if difference < 0 and "contradicting_labels" in self.removed.active:
+            reason = f"the chosen answer's score is lower by {-difference:g}"
+            self.removed.add("contradicting_labels", self.where, reason)
+            return False
+        if abs(difference) < self.small_margin:
+            return self.far_enough(abs(difference))
+        self.unsupported += difference <= 0
+        return True
+
+    def drop(self, name: str, what: str) -> None:
+        """Count a pair that is left out in any case: by the filter `name`, if that is on."""
+        if name in self.removed.active:
+            self.removed.add(name, self.where, what)
+        else:
+            self.left_out[what] += 1
 
     def says_something(self, answer: Any) -> bool:
         """Whether one of several answers can be used at all; counts a blank one."""
         if not isinstance(answer, str) or answer.strip():
             return True
-        self.left_out["blank answers"] += 1
+        self.drop("empty_turns", "blank answers")
         return False
 
 
@@ -72,7 +108,7 @@ class Format:
     decides: frozenset[str]
     """our own keys that only the format itself can give: a row that sets one contradicts it"""
     scores: frozenset[str] | None
-    """further keys read for `Selection.minimum_score_difference`; None where it does not apply"""
+    """further keys read where pairs are selected by scores; None where there are none"""
 
     @property
     def key(self) -> str:
@@ -94,7 +130,7 @@ class Format:
     def used(self, row: Row, selection: Selection) -> set[str]:
         """The keys of `row` that the converter looks at."""
         used = {*self.keys, *self.reads(row)}
-        if selection.minimum_score_difference:
+        if selection.reads_scores:
             used |= self.scores or frozenset()
         return used & row.keys()
 

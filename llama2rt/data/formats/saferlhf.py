@@ -31,7 +31,8 @@ def _saferlhf(row: Row, selection: Selection) -> Iterator[Row]:
         record |= {"chosen": answers[best], "rejected": answers[1 - best]}
         if kind == "safety" and None not in safe:
             if safe[1 - best] and not safe[best]:
-                selection.left_out["safety pairs that prefer an unsafe answer to a safe one"] += 1
+                what = "safety pairs that prefer an unsafe answer to a safe one"
+                selection.drop("unsafe_chosen", what)
                 continue
             record["safety"] = (
                 "both_unsafe"

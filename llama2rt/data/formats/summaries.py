@@ -52,7 +52,7 @@ def _summaries(row: Row, selection: Selection) -> Iterator[Row]:
     prompt = conversation({"info": _asked(row["info"])}, "info")
     rater = text(row, "worker") if "worker" in row else ""
     if texts[0] == texts[1]:
-        selection.left_out["pairs of one text"] += 1
+        selection.drop("identical_responses", "pairs of one text")
         return
     record = {"prompt": prompt, "chosen": texts[best], "rejected": texts[1 - best]}
     yield record | {"rater": rater, "source": "summarize-from-feedback"}

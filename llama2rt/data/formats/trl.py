@@ -55,7 +55,8 @@ def _pair(prompt: list[Any], row: Row, selection: Selection) -> Iterator[Row]:
         except InputError:
             pass  # scores that say nothing contradict nothing
         else:
-            selection.unsupported += chosen <= rejected
+            if not selection.supported(chosen - rejected):
+                return
     yield {"prompt": prompt, **sides}
 
 

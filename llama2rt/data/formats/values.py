@@ -138,7 +138,8 @@ def conversation(row: Row, key: str) -> list[Row]:
         if turns[-1]["content"]:
             raise InputError(
                 f"{key}: read as {what}, which ends with an answer; expected the user's turn or "
-                "an empty one of the assistant at its end"
+                "an empty one of the assistant at its end",
+                "role_order",
             )
         turns = turns[:-1]  # the one to be written
     for number, turn in enumerate(turns, start=1):
@@ -146,7 +147,8 @@ def conversation(row: Row, key: str) -> list[Row]:
         if turn["role"] != expected:
             raise InputError(
                 f"{key}: read as {what}, whose turn {number} is the {turn['role']}'s; expected the "
-                f"{expected}'s"
+                f"{expected}'s",
+                "role_order",
             )
     return turns
 
@@ -224,9 +226,9 @@ def answer(prompt: list[Any], side: str, value: Any) -> Any:
         return text({side: value}, side)
     value = messages(side, value)
     if not value or not isinstance(value[-1], dict) or value[-1].get("role") != "assistant":
-        raise InputError(f"{side}: the last message must be the assistant's")
+        raise InputError(f"{side}: the last message must be the assistant's", "role_order")
     if len(value) > 1 and value[:-1] != prompt:
-        raise InputError(f"{side}: its context differs from the prompt")
+        raise InputError(f"{side}: its context differs from the prompt", "different_contexts")
     if extra := value[-1].keys() - {"role", "content"}:
         raise InputError(f"{side}: the last message has the keys {', '.join(sorted(extra))} too")
     if "content" not in value[-1]:
@@ -246,7 +248,7 @@ def transcript(side: str, value: str) -> list[Row]:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; the last may be blank."""
     start, *parts = _TURN.split(value)
     if start.strip() or not parts:
-        raise InputError(f"{side}: a transcript must begin with a 'Human:' turn")
+        raise InputError(f"{side}: a transcript must begin with a 'Human:' turn", "role_order")
     return _turns(zip(parts[::2], parts[1::2], strict=True))
 
 
