@@ -112,9 +112,7 @@ class QuickstartPlan:
             batch_tokens=self.recipe.pretrain_tokens,
             steps=self.recipe.pretrain_steps,
             seed=self.recipe.seed,
-            # To 0, not to section 2.2's tenth: four fifths of the steps then end within 0.4 % of
-            # the same held-out loss. beta2 is for steps of few tokens, whose squares scatter.
-            train=_options(1.4e-3, beta2=0.98, log_every=40, min_lr_ratio=0.0),
+            train=_options(3e-3, log_every=20),
         )
 
     def sft(self, outputs: Outputs) -> SftRecipe:

@@ -47,10 +47,9 @@ class QuickstartRecipe(Recipe):
     """the usual 0.02 is for widths of a thousand; at width 128 it costs hundreds of steps"""
 
     # Training.
-    pretrain_steps: int = Field(default=8_400, gt=0)
-    pretrain_tokens: int = Field(default=512, gt=0)
-    """tokens in a pretraining step. After 2 million tokens steps of 512 end at a held-out loss of
-    0.685, steps of 1,024 at 0.698 and of 256 at 0.691, each at the best of the rates tried"""
+    pretrain_steps: int = Field(default=4_500, gt=0)
+    pretrain_tokens: int = Field(default=1_024, gt=0)
+    """tokens in a pretraining step"""
     sft_epochs: int = Field(default=1, gt=0)
     samples: int = Field(default=8, gt=1)
     """K of rejection sampling, n of online DPO"""
