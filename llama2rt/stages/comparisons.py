@@ -13,6 +13,7 @@ from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
+from llama2rt.stages.loading import Future
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -72,6 +73,19 @@ def read_sources(
     reader.log()
     left_out += Counter({f"{key}: {reason}": n for reason, n in reader.left_out.items()})
     return found
+
+
+def to_come(sources: Sequence[Source], future: Future) -> bool:
+    """Whether some of the comparisons are still to be collected. InputError for a file that is not
+    there and that no earlier step leaves."""
+    paths = {source.path for source in sources}
+    for path in sorted(paths - future.files):
+        if not path.exists():
+            raise InputError(
+                f"{path}: no such file, and no earlier step leaves it (are there prompts of "
+                "its kind?)"
+            )
+    return bool(paths & future.files)
 
 
 def without_prompts(

@@ -103,6 +103,10 @@ class DpoRecipe(RolloutRecipe):
             label_smoothing=self.label_smoothing,
             gamma=self.gamma,
         )
+        if self.length_penalty and self.rewards.ranking == "tournament":
+            raise ValueError(
+                "length_penalty: a tournament's standings are no rewards: take ranking win_rate"
+            )
         if len(set(self.temperatures)) < len(self.temperatures):
             # A sample's random numbers depend on its temperature: it would be drawn twice.
             raise ValueError(f"temperatures: expected different ones, got {self.temperatures}")
@@ -210,7 +214,10 @@ def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) ->
         plans.answers_batch(sampling, 2 * recipe.batch_size),
         Count(steps, "at most: every prompt gives a pair"),
         recipe.epochs,
-        notes=[f"{recipe.iterations} iterations over {prompts:,} prompts each"],
+        notes=[
+            f"{recipe.iterations} iterations over {prompts:,} prompts each",
+            *plans.comparing(recipe, recipe.samples),
+        ],
     )
 
 

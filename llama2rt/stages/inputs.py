@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from llama2rt.checkpoint import adapter
@@ -24,6 +24,7 @@ from llama2rt.model.adapters import WithoutAdapter
 from llama2rt.parallel import Mesh, ParallelOptions, tensor_group, world
 from llama2rt.rollout import metrics
 from llama2rt.rollout.frozen import offload
+from llama2rt.rollout.pairwise import PairwiseModel
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
 from llama2rt.run import Recipe, Run
@@ -71,6 +72,15 @@ class RolloutRecipe(Recipe):
         """Whether weights that the run has trained answer prompts in it."""
         return True
 
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.validation and self.rewards.helpfulness is None:
+            raise ValueError(
+                "validation: held-out answers have nothing to be compared with: name "
+                "rewards.helpfulness beside preference"
+            )
+        return self
+
     def check_server(self) -> None:
         """InputError where `sampling.server` cannot do what the run needs."""
         changes = "the model that is trained answers prompts" if self.samples_trained else None
@@ -97,7 +107,16 @@ class RolloutInputs(Opened):
             build = functools.partial(loading.load_scalar, folder, train.dtype, self.tokenizer)
             return self._frozen(build, folder)
 
-        return loading.load_reward_models(self.recipe.rewards, train.micro_tokens, load)
+        def load_pairwise(folder: Path) -> PairwiseModel:
+            def build(device: loading.Device) -> Llama:
+                return loading.load_llama(folder, dtype=train.dtype, device=device)[0]
+
+            _, tokenizer = loading.load_llama(folder, device="meta")
+            return PairwiseModel(self._frozen(build, folder), tokenizer, train.micro_tokens)
+
+        return loading.load_reward_models(
+            self.recipe.rewards, train.micro_tokens, load, load_pairwise
+        )
 
     @functools.cached_property
     def reference(self) -> nn.Module:
@@ -200,6 +219,7 @@ def open_rollout(
         for paths in (recipe.data, recipe.validation)
     )
     warn_of_shared(prompts, held_out, future)
+    require_pairwise(recipe, prompts, future)
     return RolloutInputs(recipe, tokenizer, prompts, held_out, Outline(policy.config, tokenizer))
 
 
@@ -241,6 +261,14 @@ def read_prompts(
     return loading.read_prompts(
         paths, tokenizer, policy, recipe.sampling.max_tokens, readers, cache
     )
+
+
+def require_pairwise(recipe: RolloutRecipe, prompts: list[Prompt], future: Future | None) -> None:
+    """InputError where the recipe names a preference model that could not compare two answers to
+    each of `prompts`."""
+    if recipe.rewards.preference is not None:
+        folder, longest = recipe.rewards.preference, recipe.sampling.max_tokens
+        loading.require_pairwise(folder, prompts, longest, future)
 
 
 def warn_of_shared(prompts: list[Prompt], held_out: list[Prompt], future: Future | None) -> None:

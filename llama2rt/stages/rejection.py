@@ -32,6 +32,7 @@ from llama2rt.rollout.responses import (
     response_example,
     write_responses,
 )
+from llama2rt.rollout.reward import RewardModels
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Run
 from llama2rt.stages import adapters, loading, plans, sft, spread
@@ -40,6 +41,7 @@ from llama2rt.stages.inputs import (
     RolloutRecipe,
     outlines,
     read_prompts,
+    require_pairwise,
     warn_of_shared,
 )
 from llama2rt.stages.loading import Future, Outline
@@ -111,7 +113,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     sampled = sample(recipe, inputs, run.samples_directory)
     best = select(sampled, inputs.tokenizer)
     if inputs.earlier:
-        best = pool(best, balance.rescored(inputs.reward_models, inputs.earlier))
+        best = pooled(inputs.reward_models, best, inputs.earlier)
     if not best:
         cut = sum(not response.finished for responses in sampled for response in responses)
         raise InputError(
@@ -156,6 +158,7 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
         measuring = {"reference": reference, **models}
         held_out = read_prompts(recipe, recipe.validation, tokenizer, init, measuring)
     warn_of_shared(prompts, held_out, future)
+    require_pairwise(recipe, prompts, future)
     earlier: list[Response] = []
     for folder in recipe.earlier:
         if future is not None and (left := future.models.get(folder / "model")):
@@ -210,6 +213,7 @@ def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.S
         plans.answers_batch(sampling, count),
         steps,
         recipe.epochs,
+        notes=plans.comparing(recipe, recipe.samples),
     )
 
 
@@ -300,6 +304,20 @@ def pool(best: Sequence[Response], earlier: Sequence[Response]) -> list[Response
         if key not in kept or response.reward > kept[key].reward:
             kept[key] = response
     return list(kept.values())
+
+
+def pooled(
+    models: RewardModels, best: Sequence[Response], earlier: Sequence[Response]
+) -> list[Response]:
+    """`pool` by what `models` say today of the earlier responses; a preference model compares all
+    responses to one prompt."""
+    if models.preference is None:
+        return pool(best, balance.rescored(models, earlier))
+    groups: dict[str, list[Response]] = {}
+    for response in [*best, *earlier]:
+        groups.setdefault(repr(response.prompt.messages), []).append(response)
+    ranked = balance.ranked(models, list(groups.values()))
+    return [max(group, key=lambda response: response.reward) for group in ranked]
 
 
 def gain(sampled: Sequence[Sequence[Response]]) -> dict[str, float]:
