@@ -193,7 +193,7 @@ def test_a_long_pair_is_left_out_for_all_or_refused_before_weights(
     folders, files, tmp_path, monkeypatch, capsys
 ):
     long = tmp_path / "long.jsonl"
-    json_lines.write(long, [row(50, chosen="sheep " * 120), row(51)])
+    json_lines.write(long, [row(50, chosen="sheep " * 300), row(51)])
     given = models.contenders([folders[0]], [folders[1]], [])
     pairs = read_pairs([*files, long])
     found = commands.measure(given, pairs, skip_long=True)

@@ -78,7 +78,7 @@ def recipe(stage: str, folder: Path, init: Path, parallel: ParallelOptions) -> A
         return SftRecipe(data=data, held_out=0.1, batch_size=8, epochs=2, **common)
     data = [folder / "comparisons.jsonl"]
     if stage == "preference":
-        common["train"] = TRAIN.model_copy(update={"micro_tokens": 256})
+        common["train"] = TRAIN.model_copy(update={"micro_tokens": 256, "lr": 2e-4})
         return PreferenceRecipe(
             data=data, held_out=10, block_tokens=256, batch_size=3, epochs=2, **common
         )
