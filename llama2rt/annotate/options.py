@@ -51,7 +51,7 @@ class AnnotatorOptions(BaseModel):
             or (self.files and self.python is None and named)
         ):
             raise ValueError(
-                "give one of files, helpfulness, preference, judge and python (with its files)"
+                "give one of files, helpfulness, judge and python (with its files), or preference"
             )
         if self.safety is not None and self.helpfulness is None:
             raise ValueError("safety: only beside helpfulness")
