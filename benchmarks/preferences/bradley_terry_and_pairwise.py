@@ -45,6 +45,7 @@ SETS = {"gsm8k": "gsm8k_model_solutions.jsonl", "hh-harmless": "hh_harmless_base
 FULL = {
     "shape": {"dim": 192, "layers": 6, "heads": 6, "context": CONTEXT},
     "vocabulary": 1024,
+    "dialogues": None,
     "pretrain": 3,
     "sft": 2,
     "reward": 2,
@@ -59,7 +60,9 @@ TINY = FULL | {
     "sft": 1,
     "reward": 1,
     "preference": 1,
-    "pairs": 60,
+    "vocabulary": 512,
+    "dialogues": 200,
+    "pairs": 30,
     "folds": 2,
 }
 
@@ -78,7 +81,7 @@ def command(work: Path, name: str, verb: str, *arguments: object, **keys: object
 
 def start(data: Path, work: Path, sizes: dict[str, Any], seed: int) -> Path:
     """The fine-tuned model that both kinds start from."""
-    rows = read([data / "gsm8k_train.jsonl"], "dialogue")
+    rows = read([data / "gsm8k_train.jsonl"], "dialogue")[: sizes["dialogues"]]
     text = work / "text.jsonl"
     lines = [{"text": "\n".join(m["content"] for m in row.messages)} for row in rows]
     text.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -111,7 +114,7 @@ def start(data: Path, work: Path, sizes: dict[str, Any], seed: int) -> Path:
         train__lr=1e-3,
         train__warmup_ratio=0.03,
         train__micro_tokens=4096,
-        **({"limit": 200} if sizes is TINY else {}),
+        **({"limit": sizes["dialogues"]} if sizes["dialogues"] else {}),
     )
 
 
