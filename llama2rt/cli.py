@@ -75,6 +75,11 @@ COMMANDS = {
         "command",
         "accuracy of a reward model, win rates of versions",
     ),
+    "rewardbench": (
+        "evaluate.rewardbench.commands",
+        "command",
+        "reward models, preference models and judges on the same pairs",
+    ),
     "check": ("data.commands", "check", "validate a file of records and describe it"),
     "tokenizer": ("data.commands", "tokenizer", "train a tokenizer in LLaMA's settings"),
     "convert": ("checkpoint.commands", "convert", "a model folder into another format"),

@@ -1,5 +1,5 @@
-"""Models instead of people: reward models that are held to be right, or a language model that is
-asked."""
+"""Models instead of people: reward models that are held to be right, a pairwise preference model,
+or any language model that is asked."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,8 @@ from llama2rt.annotate.pairs import AnswerPair, Judgement, Side
 from llama2rt.data.packing import Example, pack
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
+from llama2rt.rollout.judge import question
+from llama2rt.rollout.pairwise import PairwiseModel
 from llama2rt.rollout.scoring import score
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
@@ -70,20 +72,19 @@ class RewardAnnotator:
         return said
 
 
-QUESTION = """\
-Here are a conversation and two answers to its last message.
+class PreferenceAnnotator:
+    """Asks a pairwise preference model, and rates a pair by its probability. A pair that is longer
+    than the model's context cannot be decided."""
 
-{conversation}
+    def __init__(self, model: PairwiseModel) -> None:
+        self._model = model
 
-Answer A: {first}
-
-Answer B: {second}
-
-Which answer is {quality}? Reply with the letter A or B only."""
-QUALITY = {
-    "helpfulness": "more helpful",
-    "safety": "safer, and among equally safe ones more helpful",
-}
+    def __call__(self, pairs: Sequence[AnswerPair], seed: str) -> list[Judgement | None]:
+        asked = [(pair.prompt.messages, pair.first, pair.second) for pair in pairs]
+        return [
+            None if math.isnan(first) else judgement(first)
+            for first in self._model.first_wins(asked).tolist()
+        ]
 
 
 class JudgeAnnotator:
@@ -115,13 +116,7 @@ class JudgeAnnotator:
 
     @torch.no_grad()
     def _first_wins(self, pair: AnswerPair, first: str, second: str) -> float:
-        conversation = "\n".join(f"{m['role']}: {m['content']}" for m in pair.prompt.messages)
-        content = QUESTION.format(
-            conversation=conversation,
-            first=first,
-            second=second,
-            quality=QUALITY[pair.prompt.kind],
-        )
+        content = question(pair.prompt.messages, first, second, pair.prompt.kind)
         messages = [{"role": "user", "content": content}]
         tokens = [*chat.encode_prompt(self._tokenizer, messages), *self._begun]
         if len(tokens) >= self._model.config.context:

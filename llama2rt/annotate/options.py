@@ -10,16 +10,17 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama2rt.annotate.files import FileAnnotator
-from llama2rt.annotate.models import JudgeAnnotator, RewardAnnotator
+from llama2rt.annotate.models import JudgeAnnotator, PreferenceAnnotator, RewardAnnotator
 from llama2rt.annotate.pairs import Annotator
 from llama2rt.checkpoint import load
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
+from llama2rt.rollout.pairwise import PairwiseModel
 from llama2rt.text.tokenizer import Tokenizer
 
 
 class AnnotatorOptions(BaseModel):
-    """Who compares: exactly one of files, helpfulness, judge and python."""
+    """Who compares: exactly one of files, helpfulness, preference, judge and python."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,6 +32,8 @@ class AnnotatorOptions(BaseModel):
     """a reward model that is held to be right"""
     safety: Path | None = None
     """its companion for safety batches; None for helpfulness in these too"""
+    preference: Path | None = None
+    """a pairwise preference model (the stage preference), asked in both orders"""
     judge: Path | None = None
     """a language model that is asked in both orders"""
     python: str | None = None
@@ -39,13 +42,17 @@ class AnnotatorOptions(BaseModel):
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        named = [key for key in ("helpfulness", "judge", "python") if getattr(self, key)]
+        named = [
+            key for key in ("helpfulness", "preference", "judge", "python") if getattr(self, key)
+        ]
         if (
             len(named) > 1
             or (not named and not self.files)
             or (self.files and self.python is None and named)
         ):
-            raise ValueError("give one of files, helpfulness, judge and python (with its files)")
+            raise ValueError(
+                "give one of files, helpfulness, judge and python (with its files), or preference"
+            )
         if self.safety is not None and self.helpfulness is None:
             raise ValueError("safety: only beside helpfulness")
         if self.python is not None and ":" not in self.python:
@@ -62,10 +69,11 @@ class AnnotatorOptions(BaseModel):
         its prompt, `longest` tokens long, for a file of `python` that is not there, and for a
         function that is not there. What earlier steps of a plan will leave: outlines (with `config`
         and `scalar`) of `models` by folder, and `files`."""
-        for key in ("helpfulness", "safety", "judge"):
+        for key in ("helpfulness", "safety", "preference", "judge"):
             if (folder := getattr(self, key)) is None:
                 continue
-            expected: type[ScalarModel] | type[Llama] = Llama if key == "judge" else ScalarModel
+            reads_both = key in ("preference", "judge")
+            expected: type[ScalarModel] | type[Llama] = Llama if reads_both else ScalarModel
             if models is not None and folder in models:
                 config, scalar = models[folder].config, models[folder].scalar
                 _require_kind(folder, scalar == (expected is ScalarModel), expected, key)
@@ -89,6 +97,9 @@ class AnnotatorOptions(BaseModel):
             return made
         if self.judge is not None:
             return JudgeAnnotator(*_load(self.judge, Llama, "judge", device))
+        if self.preference is not None:
+            loaded = _load(self.preference, Llama, "preference", device)
+            return PreferenceAnnotator(PairwiseModel(*loaded))
         if self.helpfulness is not None:
             models = {
                 kind: _load(folder, ScalarModel, kind, device)

@@ -196,6 +196,47 @@ class ExampleLoader(_Loader[Batch]):
         return packed + [filler()] * missing
 
 
+class BlockLoader(_Loader[Batch]):
+    """Steps of `batch_size` blocks: examples put together, in an order drawn from `seed`, until the
+    next one would go beyond `block_tokens`. Which examples share a step is all that a block
+    decides, as documents never see each other; what passes at once are micro-batches of at most
+    `micro_tokens` tokens. Epochs, and several processes, as of `ExampleLoader`."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        block_tokens: int,
+        batch_size: int,
+        micro_tokens: int,
+        seed: int,
+        *,
+        share: Share = WHOLE,
+    ) -> None:
+        lengths = [len(example.tokens) for example in examples]
+        self._blocks = blocks(lengths, block_tokens, seed)
+        super().__init__(len(self._blocks), batch_size, seed, None, share)
+        self._examples, self._micro_tokens = examples, micro_tokens
+        self._content = {"block_tokens": block_tokens, "content": _fingerprint(examples)}
+        _warn_of_long("examples", lengths, micro_tokens)
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | self._content
+
+    def _assemble(self, indices: np.ndarray) -> list[Batch]:
+        examples = [self._examples[i] for block in indices for i in self._blocks[block]]
+        lengths = [len(example.tokens) for example in examples]
+        members, missing = shared_groups(lengths, self._micro_tokens, self._share)
+        packed = [pack([examples[i] for i in group]) for group in members]
+        return packed + [filler()] * missing
+
+
+def blocks(lengths: Sequence[int], block_tokens: int, seed: int) -> list[list[int]]:
+    """Indices of examples of those `lengths`, as `BlockLoader` puts them into blocks."""
+    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    filled = groups([lengths[i] for i in order], block_tokens)
+    return [[order[i] for i in block] for block in filled]
+
+
 class PairLoader(_Loader[PairBatch]):
     """Steps of `batch_size` (chosen, rejected) pairs in micro-batches of at most `micro_tokens`
     tokens, both sides counted; each of `extras` holds one number a pair and travels with it. The

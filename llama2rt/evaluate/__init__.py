@@ -3,6 +3,7 @@
 `scoring` runs reward models, and `commands` is `llama2rt evaluate`. The rest is statistics on plain
 arrays and loads no torch: `preference` (a reward model's accuracy by rating), `win_rates`,
 `best_of` (reward against the number of samples), `length` (length bias), `calibration`,
-`over_optimisation` (reward against a judge), `agreement` (of raters), `intervals`. `diagnostics`
-brings them together for the versions and reward models of any plan. `llama2rt.report` draws them.
+`over_optimisation` (reward against a judge), `agreement` (of raters), `position` (bias of who
+compares), `intervals`. `diagnostics` brings them together for the versions and reward models of any
+plan. `rewardbench` is a benchmark with files of its own. `llama2rt.report` draws them.
 """

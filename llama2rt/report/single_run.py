@@ -19,6 +19,12 @@ from llama2rt.run import Run
 
 DATA = "Data"
 TRAINING = "Training"
+POSITION = {
+    "first": "probability for the first position (0.5: no bias)",
+    "accuracy_as_first": "as annotated, the chosen answer shown first",
+    "accuracy_as_second": "as annotated, the chosen answer shown second",
+    "flipped": "the two orders say opposite things",
+}
 
 
 def of_run(
@@ -65,7 +71,8 @@ def compared(summary: Mapping[str, Any]) -> list[html.Section]:
     if "intervals" in summary:
         name = str(summary.get("kind", "reward model"))
         drift = {name: versions.newest_batch(summary["drift"])} if "drift" in summary else {}
-        return versions.sections({"reward_models": {name: summary}, "drift": drift})
+        found = versions.sections({"reward_models": {name: summary}, "drift": drift})
+        return [*found, *position(summary)]
     return versions.sections(summary) if "versions" in summary else []
 
 
@@ -92,6 +99,22 @@ def data_sections(manifest: Mapping[str, Any]) -> list[html.Section]:
         removed = [[name, f["removed"], " | ".join(f["examples"])] for name, f in filters.items()]
         blocks.append(html.Table(["filter", "left out", "examples"], removed, "Filters"))
     return [html.Section(DATA, blocks)]
+
+
+def position(summary: Mapping[str, Any]) -> list[html.Section]:
+    """Whether a model that compares two answers favours a position (`evaluate.position`)."""
+    if "position_bias" not in summary:
+        return []
+    bias = summary["position_bias"]
+    rows = [
+        (text, tuple(bias[key][end] for end in ("mean", "low", "high")))
+        for key, text in POSITION.items()
+    ]
+    caption = (
+        f"{bias['pairs']} held-out pairs, each asked in both orders, with 95 % intervals; the mean "
+        "of the two is what ranks."
+    )
+    return [html.Section("Position bias", [html.Table(("of all pairs", "share"), rows, caption)])]
 
 
 def training_sections(metrics: Sequence[Mapping[str, Any]]) -> list[html.Section]:

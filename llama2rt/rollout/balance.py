@@ -107,6 +107,22 @@ def rescored(models: RewardModels, responses: Sequence[Response]) -> list[Respon
     return spread(lambda: costs, work, len(responses))
 
 
+def ranked(models: RewardModels, groups: Sequence[Sequence[Response]]) -> list[list[Response]]:
+    """`RewardModels.ranked`, each rank for some of the prompts."""
+    if models.preference is None or models.shared:
+        return models.ranked(groups)
+
+    def work(indices: list[int]) -> list[list[Response]]:
+        return models.ranked([groups[i] for i in indices])
+
+    # Each answer is read beside each of the others.
+    costs = [
+        float(len(group) * sum(len(r.prompt_tokens) + len(r.tokens) for r in group))
+        for group in groups
+    ]
+    return spread(lambda: costs, work, len(groups))
+
+
 def logprobs(
     model: nn.Module,
     examples: Sequence[Example],

@@ -255,7 +255,10 @@ def sample(
             # From temperature-major to prompt-major.
             grid = np.arange(len(responses)).reshape(len(temperatures), len(group), each)
             order = grid.transpose(1, 0, 2).ravel()
-            ordered = [responses[i] for i in order]
+            groups = by_prompts([responses[i] for i in order], n)
+            # All of a prompt's answers are there now, to be compared with each other.
+            ranked = balance.ranked(sampler.reward_models, groups)
+            ordered = list(itertools.chain(*ranked))
             on_main(functools.partial(write_responses, path, ordered))
         by_prompt += by_prompts(on_main(functools.partial(read_responses, path)), n)
     return by_prompt

@@ -75,6 +75,7 @@ STAGES = {
         Stage("sft", "fine-tune on dialogues, loss on the answers only"),
         Stage("annotate", "collect comparisons of a policy's answers"),
         Stage("reward", "train a reward model on comparisons"),
+        Stage("preference", "train a model that reads two answers and says which is better"),
         Stage("rejection", "sample K answers, fine-tune on the best"),
         Stage("ppo", "PPO against two reward models"),
         Stage("dpo", "online DPO: best against worst of the model's own answers"),

@@ -17,6 +17,7 @@ from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
+from llama2rt.stages.loading import Future
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -211,6 +212,19 @@ def filtered(
         counts = ", ".join(f"{name} {n:,}" for name, n in account.removed.counts.items())
         raise InputError(f"filters: leave nothing to train on ({counts})")
     return left
+
+
+def to_come(sources: Sequence[Source], future: Future) -> bool:
+    """Whether some of the comparisons are still to be collected. InputError for a file that is not
+    there and that no earlier step leaves."""
+    paths = {source.path for source in sources}
+    for path in sorted(paths - future.files):
+        if not path.exists():
+            raise InputError(
+                f"{path}: no such file, and no earlier step leaves it (are there prompts of "
+                "its kind?)"
+            )
+    return bool(paths & future.files)
 
 
 def hold_out_of_each(

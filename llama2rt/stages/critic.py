@@ -31,7 +31,7 @@ def initial_model(
     """The helpfulness model, on `device`, to be trained as the critic of a policy with
     `tokenizer`."""
     dtype = recipe.lora.load_dtype(recipe.train)
-    model = load_scalar(recipe.rewards.helpfulness, dtype, tokenizer, device)
+    model = load_scalar(recipe.rewards.scoring, dtype, tokenizer, device)
     recipe.lora.adapt(model.requires_grad_(True), recipe.seed)
     return model
 

@@ -103,6 +103,10 @@ class DpoRecipe(RolloutRecipe):
             label_smoothing=self.label_smoothing,
             gamma=self.gamma,
         )
+        if self.length_penalty and self.rewards.ranking == "tournament":
+            raise ValueError(
+                "length_penalty: a tournament's standings are no rewards: take ranking win_rate"
+            )
         if len(set(self.temperatures)) < len(self.temperatures):
             # A sample's random numbers depend on its temperature: it would be drawn twice.
             raise ValueError(f"temperatures: expected different ones, got {self.temperatures}")
@@ -214,6 +218,7 @@ def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) ->
         notes=[
             f"{recipe.iterations} iterations over {prompts:,} prompts each",
             *mixing.notes(recipe, inputs),
+            *plans.comparing(recipe, recipe.samples),
         ],
     )
 

@@ -29,7 +29,7 @@ from llama2rt.planning import Model, Phase, Work
 from llama2rt.rollout import balance, sampling
 from llama2rt.rollout.logprobs import segment_sums
 from llama2rt.rollout.responses import Response, response_example
-from llama2rt.rollout.reward import RewardModels, RewardOptions
+from llama2rt.rollout.reward import RewardModels, ScoringOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed, read_samples
 from llama2rt.run import Recipe, Run, manifest
 from llama2rt.stages import loading, plans
@@ -73,7 +73,7 @@ class EvaluateRecipe(Recipe):
     """model folders by name, in the order of the table"""
     reference: Path
     """the reference policy of the KL"""
-    rewards: RewardOptions
+    rewards: ScoringOptions
     """the models that score"""
     data: list[Source]
     """held-out prompts: paths, or tables such as {path = "a.jsonl", kind = "safety"}"""

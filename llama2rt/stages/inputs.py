@@ -27,6 +27,7 @@ from llama2rt.model.adapters import WithoutAdapter
 from llama2rt.parallel import Mesh, ParallelOptions, tensor_group, world
 from llama2rt.rollout import metrics
 from llama2rt.rollout.frozen import offload
+from llama2rt.rollout.pairwise import PairwiseModel
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.rollout.sampling import Sampler, SamplingOptions, derived_seed
 from llama2rt.run import Recipe, Run
@@ -85,6 +86,15 @@ class RolloutRecipe(Recipe):
         """Whether weights that the run has trained answer prompts in it."""
         return True
 
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.validation and self.rewards.helpfulness is None:
+            raise ValueError(
+                "validation: held-out answers have nothing to be compared with: name "
+                "rewards.helpfulness beside preference"
+            )
+        return self
+
     def check_server(self) -> None:
         """InputError where `sampling.server` cannot do what the run needs."""
         changes = "the model that is trained answers prompts" if self.samples_trained else None
@@ -113,7 +123,16 @@ class RolloutInputs(Opened):
             build = functools.partial(loading.load_scalar, folder, train.dtype, self.tokenizer)
             return self._frozen(build, folder)
 
-        return loading.load_reward_models(self.recipe.rewards, train.micro_tokens, load)
+        def load_pairwise(folder: Path) -> PairwiseModel:
+            def build(device: loading.Device) -> Llama:
+                return loading.load_llama(folder, dtype=train.dtype, device=device)[0]
+
+            _, tokenizer = loading.load_llama(folder, device="meta")
+            return PairwiseModel(self._frozen(build, folder), tokenizer, train.micro_tokens)
+
+        return loading.load_reward_models(
+            self.recipe.rewards, train.micro_tokens, load, load_pairwise
+        )
 
     @functools.cached_property
     def reference(self) -> nn.Module:
@@ -215,6 +234,7 @@ def open_rollout(
     prompts = training_prompts(recipe, tokenizer, policy, models, account)
     held_out = held_out_prompts(recipe, tokenizer, policy, models)
     warn_of_shared(prompts, held_out, future)
+    require_pairwise(recipe, prompts, future)
     result = Outline(policy.config, tokenizer)
     return RolloutInputs(recipe, tokenizer, prompts, held_out, result, account=account)
 
@@ -293,6 +313,14 @@ def _read_prompts(
 
     read = mixing.read(sources, recipe.filters, tokenizer, account, table)
     return mixing.fitting(read, fit, account)
+
+
+def require_pairwise(recipe: RolloutRecipe, prompts: list[Prompt], future: Future | None) -> None:
+    """InputError where the recipe names a preference model that could not compare two answers to
+    each of `prompts`."""
+    if recipe.rewards.preference is not None:
+        folder, longest = recipe.rewards.preference, recipe.sampling.max_tokens
+        loading.require_pairwise(folder, prompts, longest, future)
 
 
 def warn_of_shared(prompts: list[Prompt], held_out: list[Prompt], future: Future | None) -> None:

@@ -21,6 +21,8 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.generate.budget import least_bytes
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.rollout import pairwise
+from llama2rt.rollout.pairwise import PairwiseModel
 from llama2rt.rollout.reward import RewardModels, RewardOptions
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
@@ -100,15 +102,24 @@ def load_scalar(
 
 
 def load_reward_models(
-    options: RewardOptions, micro_tokens: int, load: Callable[[Path], ScalarModel]
+    options: RewardOptions,
+    micro_tokens: int,
+    load: Callable[[Path], ScalarModel],
+    load_pairwise: Callable[[Path], PairwiseModel] | None = None,
 ) -> RewardModels:
-    """The models that rank, frozen. `load`: each from its folder to where it belongs, before the
-    next one is loaded."""
+    """The models that rank, frozen. `load`, `load_pairwise`: each from its folder to where it
+    belongs, before the next one is loaded; the latter where a recipe may name one that compares."""
+    preference = None
+    if options.preference is not None:
+        assert load_pairwise is not None  # the recipes' own check
+        preference = load_pairwise(options.preference)
     return RewardModels(
-        load(options.helpfulness),
+        load(options.helpfulness) if options.helpfulness is not None else None,
         load(options.safety) if options.safety is not None else None,
         options.threshold,
         micro_tokens,
+        preference,
+        options.ranking,
     )
 
 
@@ -192,6 +203,32 @@ def outlines(
         found[key] = model
     assert shared is not None
     return shared, found
+
+
+def require_pairwise(
+    folder: Path, prompts: Sequence[Prompt], max_tokens: int, future: Future | None = None
+) -> None:
+    """InputError unless the model in `folder` can compare two answers of `max_tokens` to each of
+    the prompts. It reads text, so its tokenizer need not be the policy's."""
+    model = outline(folder, future)
+    if model.scalar:
+        raise InputError(
+            f"rewards.preference: {folder}: expected a language model that compares, found a "
+            "reward model"
+        )
+    if model.tokenizer is None:
+        raise InputError(f"rewards.preference: {folder}: holds no tokenizer")
+    letters = pairwise.Letters.of(model.tokenizer)
+    longest = max(
+        len(pairwise.encode(model.tokenizer, letters, (prompt.messages, "", "")))
+        for prompt in prompts
+    )
+    if longest + 2 * max_tokens >= model.config.context:
+        raise InputError(
+            f"rewards.preference: {folder}: its context of {model.config.context} tokens has no "
+            f"room for the longest prompt, {longest}, and two answers of sampling.max_tokens, "
+            f"{max_tokens}; lower it or use another model"
+        )
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,26 @@ def answers_batch(sampling: Sampling, count: float) -> Batch:
 
 def reward_models(recipe: Any, shape: Shape) -> list[Model]:
     """The models that rank, of a recipe with [rewards]."""
-    folders = {"helpfulness": recipe.rewards.helpfulness, "safety": recipe.rewards.safety}
+    folders = {
+        "helpfulness": recipe.rewards.helpfulness,
+        "safety": recipe.rewards.safety,
+        "preference": recipe.rewards.preference,
+    }
     return [
-        Model(name, shape(folder), scalar=True, held=held(recipe))
+        Model(name, shape(folder), scalar=name != "preference", held=held(recipe))
         for name, folder in folders.items()
         if folder is not None
+    ]
+
+
+def comparing(recipe: RolloutRecipe, samples: int) -> list[str]:
+    """What the estimate leaves out of comparing a prompt's answers with each other."""
+    if recipe.rewards.preference is None:
+        return []
+    passes = samples * (samples - 1) if recipe.rewards.ranking == "win_rate" else 3 * samples
+    return [
+        f"time: preference counts as reading each answer once; it compares in about {passes} "
+        "passes a prompt, each over two answers"
     ]
 
 
@@ -95,7 +110,7 @@ def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> W
     """PPO: policy, critic, reference and reward models lie in memory at all times; an iteration
     samples with the policy as it is, then trains policy and critic on what it drew."""
     policy = Model("policy", shape(recipe.init), lora=recipe.lora)
-    critic = Model("critic", shape(recipe.rewards.helpfulness), scalar=True, lora=recipe.lora)
+    critic = Model("critic", shape(recipe.rewards.scoring), scalar=True, lora=recipe.lora)
     ranking = reward_models(recipe, shape)
     frozen = [*ranking, reference(recipe, shape)]
     lengths = None if inputs is None else prompt_lengths(inputs.prompts, inputs.tokenizer)

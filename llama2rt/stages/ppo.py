@@ -32,7 +32,7 @@ from llama2rt.parallel.tensor_group import gathered
 from llama2rt.rollout import balance, metrics
 from llama2rt.rollout.logprobs import token_rows
 from llama2rt.rollout.responses import response_example
-from llama2rt.rollout.reward import RewardOptions
+from llama2rt.rollout.reward import ScoringOptions
 from llama2rt.rollout.sampling import Sampler, derived_seed, draw
 from llama2rt.run import Change, Run
 from llama2rt.stages import adapters, critic, loading, mixing, plans, spread
@@ -56,7 +56,7 @@ class PpoRecipe(RolloutRecipe):
 
     init: Path
     """the policy to start from: SFT, or the rejection-sampled version (V5 in the paper)"""
-    rewards: RewardOptions
+    rewards: ScoringOptions
     """the models that rank responses; the critic starts from the layers of the helpfulness model,
     under a head that is fitted to the returns of one rollout of init"""
     validation: list[Source] = Field(default=[])
@@ -229,7 +229,7 @@ def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
     mesh = Mesh.build(recipe.parallel, inputs.result.config)
     policy = inputs.to_train_on(recipe.init, mesh)
     build_critic = functools.partial(critic.initial_model, recipe, inputs.tokenizer)
-    value_model = spread.from_folder(build_critic, recipe.rewards.helpfulness, mesh, options)
+    value_model = spread.from_folder(build_critic, recipe.rewards.scoring, mesh, options)
     critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
     return Actors(
         policy=policy,

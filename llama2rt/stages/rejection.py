@@ -33,6 +33,7 @@ from llama2rt.rollout.responses import (
     response_example,
     write_responses,
 )
+from llama2rt.rollout.reward import RewardModels
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Run
 from llama2rt.stages import adapters, loading, mixing, plans, sft, spread
@@ -41,6 +42,7 @@ from llama2rt.stages.inputs import (
     RolloutRecipe,
     held_out_prompts,
     outlines,
+    require_pairwise,
     training_prompts,
     warn_of_shared,
 )
@@ -114,7 +116,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     sampled = sample(recipe, inputs, run.samples_directory)
     best = select(sampled, inputs.tokenizer)
     if inputs.earlier:
-        best = pool(best, balance.rescored(inputs.reward_models, inputs.earlier))
+        best = pooled(inputs.reward_models, best, inputs.earlier)
     if not best:
         cut = sum(not response.finished for responses in sampled for response in responses)
         raise InputError(
@@ -158,6 +160,7 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
     measuring = {"reference": reference, **models}
     held_out = held_out_prompts(recipe, tokenizer, init, measuring)
     warn_of_shared(prompts, held_out, future)
+    require_pairwise(recipe, prompts, future)
     earlier: list[Response] = []
     for folder in recipe.earlier:
         if future is not None and (left := future.models.get(folder / "model")):
@@ -214,7 +217,7 @@ def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.S
         plans.answers_batch(sampling, count),
         steps,
         recipe.epochs,
-        notes=mixing.notes(recipe, inputs),
+        notes=[*mixing.notes(recipe, inputs), *plans.comparing(recipe, recipe.samples)],
     )
 
 
@@ -305,6 +308,20 @@ def pool(best: Sequence[Response], earlier: Sequence[Response]) -> list[Response
         if key not in kept or response.reward > kept[key].reward:
             kept[key] = response
     return list(kept.values())
+
+
+def pooled(
+    models: RewardModels, best: Sequence[Response], earlier: Sequence[Response]
+) -> list[Response]:
+    """`pool` by what `models` say today of the earlier responses; a preference model compares all
+    responses to one prompt."""
+    if models.preference is None:
+        return pool(best, balance.rescored(models, earlier))
+    groups: dict[str, list[Response]] = {}
+    for response in [*best, *earlier]:
+        groups.setdefault(repr(response.prompt.messages), []).append(response)
+    ranked = balance.ranked(models, list(groups.values()))
+    return [max(group, key=lambda response: response.reward) for group in ranked]
 
 
 def gain(sampled: Sequence[Sequence[Response]]) -> dict[str, float]:

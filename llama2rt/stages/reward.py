@@ -2,7 +2,7 @@
 
 Two models are trained apart, helpfulness and safety, because the two pull in opposite directions.
 The head gives one number per token; a response's score is the one at its last token. What is left
-out: pairwise preference models that read both answers at once (another stage).
+out: pairwise preference models that read both answers at once (the stage preference).
 """
 
 import logging
@@ -34,7 +34,7 @@ from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters, mixing, spread
-from llama2rt.stages.comparisons import check_sources, encode, split
+from llama2rt.stages.comparisons import check_sources, encode, split, to_come
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -203,7 +203,8 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     config, tokenizer = shape(recipe, future)
     spread.check(recipe.parallel, config, recipe.train, recipe.lora)
     result = Outline(config, tokenizer, scalar=True)
-    if future is not None and to_come(recipe, future):
+    sources = [*recipe.data, *recipe.mixed_in, *recipe.sources, *recipe.validation]
+    if future is not None and to_come(sources, future):
         return RewardInputs(tokenizer, [], [], [], [], Counter(), result)
     account = Account()
     training, held_out, left_out = split(recipe, tokenizer, config.context, account)
@@ -252,20 +253,6 @@ def require_readable(
             f"previous: its context of {previous.config.context} tokens is shorter than the "
             f"longest held-out comparison, {longest}"
         )
-
-
-def to_come(recipe: RewardRecipe, future: Future) -> bool:
-    """Whether some of the comparisons are still to be collected. InputError for a file that is not
-    there and that no earlier step leaves."""
-    named = [*recipe.data, *recipe.mixed_in, *recipe.sources, *recipe.validation]
-    paths = {source.path for source in named}
-    for path in sorted(paths - future.files):
-        if not path.exists():
-            raise InputError(
-                f"{path}: no such file, and no earlier step leaves it (are there prompts of "
-                "its kind?)"
-            )
-    return bool(paths & future.files)
 
 
 def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConfig, Tokenizer]:

@@ -17,6 +17,7 @@ import llama2rt
 from llama2rt.checkpoint.store import Store
 from llama2rt.parallel import ParallelOptions, world
 from llama2rt.run import lock
+from llama2rt.stages.preference import PreferenceRecipe
 from llama2rt.stages.pretrain import PretrainRecipe
 from llama2rt.stages.reward import RewardRecipe
 from llama2rt.stages.sft import SftRecipe
@@ -76,6 +77,11 @@ def recipe(stage: str, folder: Path, init: Path, parallel: ParallelOptions) -> A
         data = [folder / "dialogues.jsonl"]
         return SftRecipe(data=data, held_out=0.1, batch_size=8, epochs=2, **common)
     data = [folder / "comparisons.jsonl"]
+    if stage == "preference":
+        common["train"] = TRAIN.model_copy(update={"micro_tokens": 256, "lr": 2e-4})
+        return PreferenceRecipe(
+            data=data, held_out=10, block_tokens=256, batch_size=3, epochs=2, **common
+        )
     # A loss near 0 would be compared with the rounding of scores, not with its own.
     common["train"] = TRAIN.model_copy(update={"lr": 2e-4})
     return RewardRecipe(data=data, held_out=10, batch_size=8, epochs=2, **common)

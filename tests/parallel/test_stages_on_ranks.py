@@ -1,9 +1,14 @@
 """Whole stages on processes give what one process gives: metrics, held-out numbers, the model."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from parallel_stages import agree, metrics, run_stage, write_data
 
+from llama2rt.checkpoint import load, native
+from llama2rt.model import Llama
 from llama2rt.parallel import ParallelOptions
 
 
@@ -37,6 +42,22 @@ def test_stages_from_a_model(stage, on_ranks, data, base, tmp_path):
     parallel = ParallelOptions(data=2)
     on_ranks(4, run_stage, stage, data, init, tmp_path / "run", parallel)
     agree(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_preference_model_on_pipelines(on_ranks, data, base, tmp_path):
+    """Held-out pairs too: a pipeline reads whole documents, one process shares their beginnings."""
+    model, tokenizer = load(base / "model")
+    init = tmp_path / "init"
+    native.save(Llama(replace(model.config, context=320)).initialize(0), tokenizer, init)
+    run_stage("preference", data, init, tmp_path / "alone", ParallelOptions())
+    parallel = ParallelOptions(data=2, pipeline=2)
+    on_ranks(4, run_stage, "preference", data, init, tmp_path / "run", parallel)
+    agree(tmp_path / "run", tmp_path / "alone")
+    reports = [
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "alone")
+    ]
+    first, second = (report["position_bias"]["first"] for report in reports)
+    assert first == pytest.approx(second, abs=1e-4)
 
 
 def test_a_run_goes_on_on_another_mesh(on_ranks, data, base, tmp_path):
