@@ -75,6 +75,7 @@ COMMANDS = {
         "command",
         "accuracy of a reward model, win rates of versions",
     ),
+    "people": ("people.commands", "command", "a page on which people compare two responses"),
     "check": ("data.commands", "check", "validate a file of records and describe it"),
     "tokenizer": ("data.commands", "tokenizer", "train a tokenizer in LLaMA's settings"),
     "convert": ("checkpoint.commands", "convert", "a model folder into another format"),

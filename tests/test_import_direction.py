@@ -21,7 +21,7 @@ LEVELS = [
     {"cli"},
     {"quickstart"},
     {"pipeline"},
-    {"stages"},
+    {"stages", "people"},
     {"annotate", "serve", "report", "evaluate", "planning"},
     {"rollout"},
     {"generate", "train"},
