@@ -19,15 +19,18 @@ from llama2rt.data.records import KINDS, RATINGS, SAFETY, Comparison, Dialogue, 
 OF_ROWS = ("ignored_keys", "known_keys_not_used")
 
 
-def check(path: Paths, kind: str, skip_invalid: int = 0) -> dict[str, Any]:
-    """Read `path` as records of `kind` and describe them, JSON-able. InputError with FILE:LINE
+def check(
+    path: Paths, kind: str, skip_invalid: int = 0, format: str | None = None
+) -> dict[str, Any]:
+    """Read `path` as records of `kind`, in `format` where one is named (as `readers.read` takes
+    it), and describe them, JSON-able. InputError with FILE:LINE
     on the first bad record beyond `skip_invalid` tolerated ones.
 
     `ignored_keys` counts the rows of each key that nothing reads; `known_keys_not_used` those of
     keys that the rows' format is known to have; `left_out` what a rule leaves out, by reason;
     `warnings` are what a stage would log about each file.
     """
-    reader = Reader(path, kind, skip_invalid)
+    reader = Reader(path, kind, skip_invalid, format=format)
     records = list(reader)
     return {
         "files": [str(file) for file in reader.paths],
@@ -105,6 +108,8 @@ def _describe(records: Sequence[Any]) -> dict[str, Any]:
             "safety": _counts((r.safety for r in records), SAFETY),
             "kinds": _counts((r.kind for r in records), KINDS),
             "sources": _counts(r.source for r in records),
+            "raters": _counts(r.rater for r in records),
+            "votes": _counts(str(len(r.votes)) if r.votes else None for r in records),
         }
     names = sorted({name for r in records for name in r.scores})
     rewards = [r.reward for r in records if r.reward is not None]

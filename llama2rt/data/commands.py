@@ -20,6 +20,7 @@ def check(
         Literal["document", "dialogue", "prompt", "comparison", "sample"],
         tyro.conf.arg(name="as"),
     ],
+    format: str | None = None,
     skip_invalid: int = 0,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -30,12 +31,13 @@ def check(
         files: JSON lines (also .gz), a JSON array, .txt, Parquet, or a folder of a Hugging Face
             dataset; or a table of a recipe, such as '{path="a.jsonl", kind="safety"}'.
         kind: What the files should hold.
+        format: Of the rows, where two could be meant; docs/formats.md lists the names.
         skip_invalid: Bad records to tolerate; each is listed.
         as_json: Print one JSON object.
     """
     if not files:
         raise InputError("name at least one file")
-    result = checks.check(files, kind, skip_invalid)
+    result = checks.check(files, kind, skip_invalid, format)
     if as_json:
         print(json.dumps(result))
     else:

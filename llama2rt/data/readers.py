@@ -19,6 +19,7 @@ from llama2rt.data.file_reader import FileCounts, FileReader
 from llama2rt.data.files import rows
 from llama2rt.data.records import RECORDS, Record
 from llama2rt.data.sources import Source
+from llama2rt.data.votes import consensus
 from llama2rt.errors import InputError
 
 logger = logging.getLogger("llama2rt.data")
@@ -28,7 +29,11 @@ Paths = AnyPath | Sequence[AnyPath]
 
 
 def read(
-    paths: Paths, kind: str, skip_invalid: int = 0, document_separator: str | None = None
+    paths: Paths,
+    kind: str,
+    skip_invalid: int = 0,
+    document_separator: str | None = None,
+    format: str | None = None,
 ) -> list[Any]:
     """All records of `kind` ("document", "dialogue", "prompt", "comparison", "sample") in one or
     more files, each a path or a `Source`. Up to `skip_invalid` bad records are left out, each
@@ -38,15 +43,23 @@ def read(
     A `.txt` file is one document, since the parts of a long text belong together (TinyShakespeare's
     speeches make scenes). Where `document_separator` is given, such as "<|endoftext|>", the file
     is cut there and blank pieces are left out.
+
+    `format` names the format of the rows ("trl-explicit-prompt"; "llama2rt" is our own) of each
+    file whose `Source` names none. Without it each row is recognised by its keys, and one that two
+    formats could claim is an InputError that names both.
     """
-    return list(iterate(paths, kind, skip_invalid, document_separator))
+    return list(iterate(paths, kind, skip_invalid, document_separator, format))
 
 
 def iterate(
-    paths: Paths, kind: str, skip_invalid: int = 0, document_separator: str | None = None
+    paths: Paths,
+    kind: str,
+    skip_invalid: int = 0,
+    document_separator: str | None = None,
+    format: str | None = None,
 ) -> Iterator[Any]:
     """`read`, one record at a time and nothing held in memory."""
-    reader = Reader(paths, kind, skip_invalid, document_separator)
+    reader = Reader(paths, kind, skip_invalid, document_separator, format)
     yield from reader
     reader.log()
 
@@ -62,13 +75,14 @@ class Reader:
         kind: str,
         skip_invalid: int = 0,
         document_separator: str | None = None,
+        format: str | None = None,
     ) -> None:
         if kind not in RECORDS:
             raise InputError(f"unknown kind {kind!r}: expected one of {', '.join(RECORDS)}")
         if skip_invalid < 0:
             raise InputError(f"skip_invalid must be at least 0, got {skip_invalid}")
         given = [paths] if isinstance(paths, str | os.PathLike) else paths
-        self.sources = [Source.of(path) for path in given]
+        self.sources = [Source.of(path).in_format(format) for path in given]
         self.paths = [source.path for source in self.sources]
         self.kind, self.skip_invalid = kind, skip_invalid
         self.document_separator = document_separator
@@ -129,24 +143,37 @@ class Reader:
         """(index of the file in `paths`, record)."""
         self._reset()
         for index, source in enumerate(self.sources):
-            path, rows_before, any_record = source.path, self.rows, False
-            file = FileReader(source, self.kind, self._names[path], self._first_seen)
+            file = FileReader(source, self.kind, self._names[source.path], self._first_seen)
             self.files.append(file.counts)
-            for line, row in rows(path, self.kind, self.document_separator):
-                self.rows += 1
-                records, fault = file.take(line, row)
-                if fault is not None:
-                    self._tolerate(f"{path}:{line}: {fault}")
-                elif not records:
-                    self.rows_without_records += 1
-                any_record = any_record or bool(records)
-                for record in records:
-                    yield index, record
+            rows_before, any_record = self.rows, False
+            records = self._records(file)
+            if source.consensus:
+                records = self._decided(file.counts, records)
+            for record in records:
+                any_record = True
+                yield index, record
             self.formats += file.counts.formats
             if self.rows == rows_before:
-                raise InputError(f"{path}:1: no records: the file is empty")
+                raise InputError(f"{source.path}:1: no records: the file is empty")
             if not any_record:
-                raise InputError(f"{path}: no records: {file.why_none()}")
+                raise InputError(f"{source.path}: no records: {file.why_none()}")
+
+    def _records(self, file: FileReader) -> Iterator[Any]:
+        path = file.source.path
+        for line, row in rows(path, self.kind, self.document_separator):
+            self.rows += 1
+            records, fault = file.take(line, row)
+            if fault is not None:
+                self._tolerate(f"{path}:{line}: {fault}")
+            elif not records:
+                self.rows_without_records += 1
+            yield from records
+
+    @staticmethod
+    def _decided(counts: FileCounts, records: Iterator[Any]) -> Iterator[Any]:
+        decided, left_out = consensus(records)
+        counts.selection.left_out += left_out
+        yield from decided
 
     def _tolerate(self, message: str) -> None:
         if len(self.skipped) == self.skip_invalid:

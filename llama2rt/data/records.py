@@ -22,11 +22,13 @@ from llama2rt.errors import InputError
 from llama2rt.text.chat import check_messages
 
 Messages = list[dict[str, str]]
+Votes = list[dict[str, str]]
 
 # Best first (section 3.2.1); "negligibly_better" is the paper's "negligibly better / unsure".
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
 SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
 KINDS = ("helpfulness", "safety")
+PREFERS = ("chosen", "rejected", "neither")
 
 
 class _Record:
@@ -39,7 +41,7 @@ class _Record:
         return {
             key: value
             for key, value in asdict(self).items()  # type: ignore[call-overload]
-            if key not in self.optional or value not in (None, "", {})
+            if key not in self.optional or value not in (None, "", {}, [])
         }
 
     @classmethod
@@ -121,7 +123,15 @@ class Comparison(_Record):
     kind: str = "helpfulness"
     """one of `KINDS`: what the answers were compared by"""
     source: str = ""
-    optional: ClassVar[frozenset[str]] = frozenset({"rating", "safety", "kind", "source"})
+    rater: str = ""
+    """who made this judgement, where one person did"""
+    votes: Votes = field(default_factory=list)
+    """one object a rater, where several judged the pair: `prefers`, one of `PREFERS`, and, where
+    they are known, `rater`, `rating`, and `safety`, which speaks of the answer that this rater
+    prefers and of the other. `votes.consensus` decides by them; nothing else here does"""
+    optional: ClassVar[frozenset[str]] = frozenset(
+        {"rating", "safety", "kind", "source", "rater", "votes"}
+    )
 
     def _check(self) -> None:
         _check_messages("prompt", self.prompt, "user")
@@ -135,6 +145,10 @@ class Comparison(_Record):
             _check_choice("safety", self.safety, SAFETY)
         _check_choice("kind", self.kind, KINDS)
         _check_text("source", self.source, blank=True)
+        _check_text("rater", self.rater, blank=True)
+        _check_votes(self.votes)
+        if self.rater and self.votes:
+            raise InputError("rater: a record with votes names its raters there")
 
 
 @dataclass(frozen=True)
@@ -237,6 +251,29 @@ def _check_messages(key: str, value: Any, last: str) -> None:
         raise InputError(f"{key}: {error}") from None
     for index, message in enumerate(value):
         _check_text(f"{key}: message {index + 1} content", message["content"])
+
+
+def _check_votes(votes: Any) -> None:
+    if not isinstance(votes, list):
+        raise InputError(f"votes: expected a list of objects, got {type_name(votes)}")
+    for number, vote in enumerate(votes, start=1):
+        where = f"votes: item {number}"
+        if not isinstance(vote, Mapping):
+            raise InputError(f"{where}: expected an object, got {type_name(vote)}")
+        if extra := vote.keys() - {"rater", "prefers", "rating", "safety"}:
+            raise InputError(f"{where}: unknown keys {', '.join(sorted(map(str, extra)))}")
+        if "prefers" not in vote:
+            raise InputError(f"{where}: missing key 'prefers'")
+        _check_choice(f"{where} prefers", vote["prefers"], PREFERS)
+        _check_text(f"{where} rater", vote.get("rater", ""), blank=True)
+        for key, choices in (("rating", RATINGS), ("safety", SAFETY)):
+            if key in vote:
+                _check_choice(f"{where} {key}", vote[key], choices)
+        if vote["prefers"] == "neither":
+            if "rating" in vote:
+                raise InputError(f"{where} rating: a vote for neither has none")
+            if vote.get("safety") == "chosen_safe":
+                raise InputError(f"{where} safety: a vote for neither does not say which is safe")
 
 
 def _check_number(key: str, value: Any) -> None:

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from llama2rt.data.formats import named
 from llama2rt.errors import InputError
 
 # The kinds of record that each key applies to.
@@ -26,6 +27,7 @@ _APPLIES_TO = {
     "kind": ("prompt", "comparison"),
     "source": ("document", "dialogue", "comparison"),
     "minimum_score_difference": ("comparison",),
+    "consensus": ("comparison",),
     "held_out": ("comparison",),
 }
 
@@ -38,6 +40,9 @@ class Source(BaseModel):
 
     path: Path
     """the file, or the folder of a saved dataset"""
+    format: str | None = None
+    """of its rows, where two could be meant ("anthropic-hh-transcripts"; "llama2rt" is our own);
+    None to recognise each row by its keys"""
     kind: Literal["helpfulness", "safety"] | None = None
     """of comparisons and prompts that do not say their kind; those that say another are left out"""
     source: str | None = None
@@ -46,6 +51,10 @@ class Source(BaseModel):
     """pairs of answers whose scores differ by less are left out, in the scale of the file's scores
     (UltraFeedback 1 to 5, HelpSteer helpfulness plus correctness 0 to 8; arXiv 2405.07863, section
     2, leaves out pairs whose scores differ little and names no number)"""
+    consensus: bool = False
+    """pairs that several raters judged are one comparison each, as the majority of their votes has
+    it (section 4.4 of Llama 2); those without a majority are left out. The file's records are held
+    in memory for it"""
     held_out: int | None = Field(default=None, ge=0)
     """in a reward recipe's data: how many comparisons of this source to keep back; None for the
     recipe's held_out"""
@@ -73,15 +82,27 @@ class Source(BaseModel):
         return os.fspath(self.path)
 
     def require_meaning(self, kind: str) -> None:
-        """InputError for a key that does not apply to records of `kind`."""
+        """InputError for a key that does not apply to records of `kind`, and for a format that
+        gives no such records."""
         for key, kinds in _APPLIES_TO.items():
             if key in self._said() and kind not in kinds:
                 raise InputError(f"{self.path}: {key}: means nothing to a file of {kind}s")
+        if self.format is not None:
+            try:
+                named(self.format, kind)
+            except InputError as error:
+                raise InputError(f"{self.path}: {error}") from None
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> "Source":
         """`path` itself where it is a Source, else a Source that says nothing but the path."""
         return path if isinstance(path, Source) else cls(path=Path(path))
+
+    def in_format(self, format: str | None) -> "Source":
+        """The same with `format` where it names none itself."""
+        if format is None or self.format is not None:
+            return self
+        return self.model_copy(update={"format": format})
 
     def as_option(self) -> str:
         """What `parse` reads back."""

@@ -8,6 +8,13 @@ REJECTED = {"role": "assistant", "content": "r"}
 _ANSWERS = {"chosen": "c", "rejected": "r"}
 _RATED = {"annotations": {"honesty": {"Rating": "2"}, "helpfulness": {"Rating": "3"}}}
 
+
+def _of_author(number: int, text: str, **scored: Any) -> dict[str, Any]:
+    """An answer as Stack Exchange preferences have it."""
+    author = {"author": "a", "author_id": number, "author_profile": "https://example.org/a"}
+    return {"answer_id": number, **author, **scored, "text": text}
+
+
 # (format's name, kind of record) -> row
 ROWS: dict[tuple[str, str], dict[str, Any]] = {
     ("Anthropic HH transcripts", "comparison"): {
@@ -54,6 +61,52 @@ ROWS: dict[tuple[str, str], dict[str, Any]] = {
         "score_ratio": 3.0,
         "domain": "askculinary",
     },
+    ("WebGPT comparisons", "comparison"): {
+        "question": {"dataset": "eli5", "id": "x", "full_text": "u"},
+        "quotes_0": {"title": ["t (example.org)"], "extract": ["e"]},
+        "answer_0": "c",
+        "tokens_0": {"prefix": [1, 2], "completion": [3]},
+        "score_0": 0.5,
+        "quotes_1": {"title": [], "extract": []},
+        "answer_1": "r",
+        "tokens_1": {"prefix": [1], "completion": [3]},
+        "score_1": -0.5,
+    },
+    ("Stack Exchange preferences", "comparison"): {
+        "qid": 7,
+        "question": "u",
+        "answers": [
+            _of_author(1, "r", pm_score=-1, selected=False),
+            _of_author(2, "c", pm_score=3, selected=True),
+        ],
+        "date": "2020/01/31",
+        "metadata": ["https://example.org/questions/7"],
+    },
+    ("Nectar", "comparison"): {
+        "prompt": "\n\nHuman: u\n\nAssistant: ",
+        "answers": [
+            {"answer": "r", "model": "m", "rank": 2.0},
+            {"answer": "c", "model": "n", "rank": 1.0},
+        ],
+        "turns": 1,
+        "num_responses": 2,
+        "source": ["lmsys-chat-1m"],
+        "good_natured": True,
+    },
+    ("HelpSteer3", "comparison"): {
+        "domain": "general",
+        "language": "english",
+        "context": [USER],
+        "response1": "c",
+        "response2": "r",
+        "overall_preference": -2,
+        "individual_preference": [
+            {"score": score, "reasoning": "w", "feedback1": "f", "feedback2": "f"}
+            for score in (-3, -1, 1, 0)
+        ],
+    },
+    ("Alpaca", "dialogue"): {"instruction": "u", "input": "", "output": "c", "text": "laid out"},
+    ("Alpaca instructions", "prompt"): {"instruction": "u", "input": "", "output": "c"},
     ("TRL prompt and completion", "dialogue"): {"prompt": "u", "completion": "c"},
     ("ShareGPT conversations", "dialogue"): {
         "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "c"}],
@@ -84,6 +137,18 @@ PKU = {
     "better_response_id": 1,
     "safer_response_id": 0,
     "prompt_source": "alpaca",
+}
+SUMMARY = {  # its prompt is more than the post
+    "info": {"id": "t3_1", "post": "p", "title": "t", "subreddit": "AskReddit"},
+    "summaries": [
+        {"text": " r", "policy": "sup4", "note": "n"},
+        {"text": " c", "policy": "ref", "note": None},
+    ],
+    "choice": 1,
+    "worker": "w1",
+    "batch": "batch9",
+    "split": "train",
+    "extra": {"confidence": 8},
 }
 HELPSTEER = [
     {"prompt": "u", "response": "c", "helpfulness": 4, "correctness": 4, "coherence": 4},

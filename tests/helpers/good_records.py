@@ -16,6 +16,7 @@ GOOD = {
         "safety": "both_safe",
         "kind": "safety",
         "source": "s",
+        "votes": [{"rater": "a", "prefers": "chosen", "rating": "better", "safety": "both_safe"}],
     },
     "sample": {
         "prompt_id": "p",

@@ -8,10 +8,12 @@ from llama2rt.errors import InputError
 
 
 def _is_pair(row: Row) -> bool:
-    return is_transcript(row["chosen"]) or is_transcript(row["rejected"])
+    sides = [is_transcript(row["chosen"]), is_transcript(row["rejected"])]
+    # Beside a prompt of messages a single transcript is what a policy wrote, in our own form.
+    return all(sides) if isinstance(row.get("prompt"), list) else any(sides)
 
 
-@register("Anthropic HH transcripts", "comparison", "chosen rejected", _is_pair)
+@register("Anthropic HH transcripts", "comparison", "chosen rejected", _is_pair, unless="")
 @stateless
 def _hh(row: Row) -> Iterator[Row]:
     sides = {}

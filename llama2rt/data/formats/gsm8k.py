@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llama2rt.data.formats.pairs import require_few
 from llama2rt.data.formats.registry import Row, Selection, register, selecting, stateless
 from llama2rt.data.formats.values import assistant, conversation, text
 from llama2rt.data.records import type_name
@@ -15,7 +16,14 @@ def _gsm8k(row: Row) -> Iterator[Row]:
     yield {"messages": messages, "source": "gsm8k"}
 
 
-@register("GSM8K questions", "prompt", "question", lambda row: "answer" in row, carries="answer")
+@register(
+    "GSM8K questions",
+    "prompt",
+    "question",
+    lambda row: "answer" in row,
+    unless="",
+    carries="answer",
+)
 @stateless
 def _gsm8k_prompt(row: Row) -> Iterator[Row]:
     yield {"messages": conversation(row, "question")}
@@ -32,13 +40,16 @@ def _solutions(row: Row) -> list[str]:
     "comparison",
     "question ground_truth",
     lambda row: bool(_solutions(row)),
+    unless="",
     reads=_solutions,
 )
 @selecting
 def _gsm8k_solutions(row: Row, selection: Selection) -> Iterator[Row]:
     """Every correct solution against every incorrect one; none where all are alike."""
     by_truth: dict[bool, dict[str, str]] = {True: {}, False: {}}  # stripped -> as written
-    for name in _solutions(row):
+    names = _solutions(row)
+    require_few("solutions", names)
+    for name in names:
         correct, solution = row[name]["is_correct"], row[name].get("solution")
         if not isinstance(correct, bool) or not isinstance(solution, str):
             raise InputError(

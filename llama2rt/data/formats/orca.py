@@ -26,16 +26,12 @@ def _orca(question: str) -> Start:
     return convert
 
 
-def _no_prompt(row: Row) -> bool:
-    return not {"messages", "prompt"} & row.keys()
-
-
 for _name, _question in (("Orca pairs", "question"), ("Distilabel-Orca", "input")):
     register(
         _name,
         "comparison",
         f"{_question} chosen rejected",
-        _no_prompt,
+        unless="messages prompt",
         reads="system status",
         carries=_CARRIES,
     )(_orca(_question))

@@ -2,28 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import combinations
 from typing import Any
 
+from llama2rt.data.formats.pairs import Scored, ranked, require_few
 from llama2rt.data.formats.registry import Convert, Row, Selection, register, selecting
 from llama2rt.data.formats.values import bare_text, conversation, score, text
 from llama2rt.errors import InputError
-
-_Scored = tuple[str, float]
-
-
-def _ranked(
-    prompt: list[Row], answers: list[_Scored], source: str, selection: Selection
-) -> Iterator[Row]:
-    """A comparison for each two answers whose scores differ, and differ enough."""
-    for (a, score_a), (b, score_b) in combinations(answers, 2):
-        if a.strip() == b.strip():
-            selection.left_out["pairs of one text"] += 1
-        elif score_a == score_b:
-            selection.left_out["pairs of equal score"] += 1
-        elif selection.far_enough(abs(score_a - score_b)):
-            chosen, rejected = (a, b) if score_a > score_b else (b, a)
-            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
 
 
 @register(
@@ -40,6 +24,7 @@ def _ultrafeedback(row: Row, selection: Selection) -> Iterator[Row]:
     completions = row["completions"]
     if not isinstance(completions, list):
         raise InputError("completions: expected a list")
+    require_few("completions", completions)
     aspects = {aspect for completion in completions for aspect in _annotations(completion)}
     answers = []
     for number, completion in enumerate(completions, start=1):
@@ -55,7 +40,7 @@ def _ultrafeedback(row: Row, selection: Selection) -> Iterator[Row]:
             raise InputError(f"{where} has no response")
         else:
             answers.append((bare_text(completion, "response"), value))
-    yield from _ranked(conversation(row, "instruction"), answers, "ultrafeedback", selection)
+    yield from ranked(conversation(row, "instruction"), answers, "ultrafeedback", selection)
 
 
 def _annotations(completion: Any) -> dict[str, Any]:
@@ -86,7 +71,7 @@ def _mean_rating(where: str, completion: dict[str, Any], aspects: set[str]) -> f
 def _helpsteer(selection: Selection) -> Convert:
     """A row is an answer; it is paired with the earlier ones to its prompt, ranked by helpfulness
     plus correctness (0-4 each). They follow each other as published, but not in a shuffled file."""
-    earlier: defaultdict[str, list[_Scored]] = defaultdict(list)
+    earlier: defaultdict[str, list[Scored]] = defaultdict(list)
 
     def convert(row: Row) -> Iterator[Row]:
         prompt = conversation(row, "prompt")
@@ -95,8 +80,9 @@ def _helpsteer(selection: Selection) -> Convert:
             return
         new = (text(row, "response"), value)
         answers = earlier[row["prompt"]]
+        require_few("response", [*answers, new])
         for other in answers:
-            yield from _ranked(prompt, [other, new], "helpsteer", selection)
+            yield from ranked(prompt, [other, new], "helpsteer", selection)
         answers.append(new)
 
     return convert

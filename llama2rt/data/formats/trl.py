@@ -4,7 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from llama2rt.data.formats.registry import Convert, Row, Selection, register, stateless
-from llama2rt.data.formats.values import answer, assistant, is_transcript, messages, score
+from llama2rt.data.formats.values import (
+    answer,
+    assistant,
+    finished,
+    is_transcript,
+    messages,
+    score,
+)
 from llama2rt.errors import InputError
 
 _SIDES = ("chosen", "rejected")
@@ -57,6 +64,7 @@ def _pair(prompt: list[Any], row: Row, selection: Selection) -> Iterator[Row]:
     "comparison",
     "prompt chosen rejected",
     lambda row: isinstance(row["prompt"], str) or isinstance(row["chosen"], list),
+    unless="",
     carries=_CARRIES,
     scores=_SCORES,
 )
@@ -68,7 +76,8 @@ def _trl(selection: Selection) -> Convert:
     "TRL, implicit prompt",
     "comparison",
     "chosen rejected",
-    lambda row: isinstance(row["chosen"], list) and "prompt" not in row,
+    lambda row: isinstance(row["chosen"], list),
+    unless="prompt",
     carries=_CARRIES,
     scores=_SCORES,
 )
@@ -83,18 +92,12 @@ def _completion(row: Row) -> Iterator[Row]:
     yield {"messages": [*prompt, assistant(answer(prompt, "completion", row["completion"]))]}
 
 
-def _finished(row: Row) -> bool:
-    """Whether `messages` is a whole dialogue, as in UltraFeedback binarized, and no prompt."""
-    said = row["messages"]
-    last = said[-1] if isinstance(said, list) and said else None
-    return isinstance(last, dict) and last.get("role") == "assistant"
-
-
 @register(
     "UltraFeedback binarized",
     "prompt",
     "prompt messages",
-    _finished,
+    lambda row: finished(row["messages"]),
+    unless="",
     carries=f"{_CARRIES} chosen rejected",
 )
 @stateless

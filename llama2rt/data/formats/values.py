@@ -88,6 +88,16 @@ def _list_as_text(key: str) -> InputError:
     return InputError(f"{key}: holds a list written as text; write the list itself")
 
 
+def item(where: str, value: Any, *keys: str) -> Row:
+    """`value`, an object with `keys`; InputError that names `where` for any other value."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object, got {type_name(value)}")
+    for key in keys:
+        if key not in value:
+            raise InputError(f"{where} has no {key}")
+    return value
+
+
 def choice(row: Row, key: str) -> int:
     """`row[key]`, 0 or 1."""
     value = row[key]
@@ -199,6 +209,12 @@ def _message(message: Any) -> Any:
     role = message["from"]
     role = _ROLES.get(role, role) if isinstance(role, str) else role
     return {"role": role, "content": message["value"], **rest}
+
+
+def finished(said: Any) -> bool:
+    """Whether a message list is a whole dialogue, as in UltraFeedback binarized, and no prompt."""
+    last = said[-1] if isinstance(said, list) and said else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
 
 
 def answer(prompt: list[Any], side: str, value: Any) -> Any:
