@@ -27,8 +27,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from annotators import Annotator
 
+from llama2rt.people.accounts import Accounts
+from llama2rt.people.store import Store
+
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
-STARTING_S = 60.0
+STARTING_S = 120.0
 
 
 class Server:
@@ -56,14 +59,12 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-P", "-m", "llama2rt.cli", "people"]
-        self._serve = ["serve", str(folder / "config.toml"), "--port", str(self.port)]
+        self._command = [sys.executable, "-P", "-m", "llama2rt.cli", "people", "serve"]
+        self._command += [str(folder / "config.toml"), "--port", str(self.port)]
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            [*self._command, *self._serve], stderr=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True)
         watch = threading.Timer(STARTING_S, self.process.kill)
         watch.start()
         assert self.process.stderr is not None
@@ -72,9 +73,11 @@ class Server:
         assert self.url in line, line + self.process.stderr.read()
 
     def invite(self, name: str) -> str:
-        command = [*self._command, "invite", str(self.store), name]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        return found.stdout.strip()
+        """From this process, as `llama2rt people invite` does beside a server."""
+        store = Store(self.store, create=False)
+        token = Accounts(store).invite(name)
+        store.close()
+        return token
 
     def end(self, number: int) -> None:
         if self.process is not None:

@@ -18,11 +18,15 @@ JOIN tasks t ON t.id = j.task JOIN annotators n ON n.id = j.annotator
 WHERE j.undone = 0 ORDER BY j.id"""
 
 
+_TASKS = """SELECT CASE WHEN complete THEN 'complete' WHEN state = 'ready' THEN 'open'
+ELSE state END state, count(*) n FROM tasks WHERE state != 'dropped' GROUP BY 1"""
+
+
 def summarise(store: Store) -> dict[str, Any]:
     """Counts, agreement and, for evaluation, wins, ties and losses of the first variant."""
     rows: list[Row] = [dict(row) for row in store.rows(_JUDGED)]
     judged = [row for row in rows if row["skipped"] is None]
-    tasks = store.rows("SELECT state, count(*) n FROM tasks GROUP BY state")
+    tasks = store.rows(_TASKS)
     first = [row["flipped"] == _second_better(row) for row in judged if _decided(row)]
     summary: dict[str, Any] = {
         "mode": store.recall("mode"),
@@ -105,10 +109,10 @@ def _agreement(
 
 
 def _numbers(agreement: Agreement, items: int) -> dict[str, Any]:
-    ends = [agreement.low, agreement.high]
+    known = not np.isnan(agreement.standard_error)
     return {
         "coefficient": agreement.coefficient,
-        "interval": None if np.isnan(ends).any() else ends,
+        "interval": [agreement.low, agreement.high] if known else None,
         "observed": agreement.observed,
         "rated_by_two_or_more": int(items),
     }
@@ -188,4 +192,4 @@ def coefficient(value: Mapping[str, Any] | None) -> str:
         return "no pair has two ratings yet"
     ends = value["interval"]
     interval = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
-    return f"{value['coefficient']:.2f}{interval}, {value['rated_by_two_or_more']} pairs"
+    return f"{value['coefficient']:.2f}{interval}, pairs: {value['rated_by_two_or_more']}"

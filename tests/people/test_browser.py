@@ -133,7 +133,7 @@ def test_by_mouse(tab, tmp_path) -> None:
         tab.get_by_role("button", name="Skip this pair").click()
         tab.get_by_text("Write a prompt; two").wait_for()
         tab.get_by_role("link", name="Overview").click()
-        tab.get_by_text("1 judgements").wait_for()
+        tab.get_by_role("heading", name="Judgements: 1", exact=True).wait_for()
         tab.get_by_role("button", name="Log out").click()
         tab.get_by_label("Your token").wait_for()
         assert [row["rating"] for row in served.judgements()] == ["slightly_better", None]

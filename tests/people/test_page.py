@@ -314,7 +314,7 @@ def test_the_overview_is_for_coordinators(tmp_path) -> None:
     with page(given) as served:
         ann, bob = served.annotator("ann"), served.annotator("bob", coordinator=True)
         assert ann.get("/overview").status == 403 and "Overview" not in ann.get().text
-        assert "0 judgements" in bob.get("/overview").text
+        assert "Judgements: 0" in bob.get("/overview").text
         for person in (ann, bob):
             while "nothing left" not in (reply := person.get()).text:
                 side = "a" if "first answer" in reply.text.split("Response B")[0] else "b"
@@ -323,4 +323,4 @@ def test_the_overview_is_for_coordinators(tmp_path) -> None:
             if person is ann:
                 assert "no pair has two ratings yet" in bob.get("/overview").text
         text = bob.get("/overview").text
-        assert "1.00" in text and "6 pairs" in text and "12 judgements" in text
+        assert "1.00" in text and "pairs: 6" in text and "Judgements: 12" in text

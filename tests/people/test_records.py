@@ -33,7 +33,7 @@ from llama2rt.people.tasks import Tasks
         ("store = 'a'\nmode = 'evaluation'\npairs = ['p']", ["evaluation", "no pairs"]),
         ("store = 'a'\npairs = ['p']\npublic_url = 'http://a.b'", ["public_url", "https"]),
         ("store = 'a'\npairs = ['p']\nraters = 0", ["raters", "1"]),
-        ("store =", ["line 1"]),
+        ("store = = 1\n", ["line 1"]),
     ],
 )
 def test_configurations_are_refused_by_key(tmp_path, monkeypatch, lines, words) -> None:
