@@ -77,7 +77,9 @@ class Accounts:
         row = self._store.one(
             f"{_ACTIVE} AND id = (SELECT annotator FROM sessions WHERE secret = ?)", digest(secret)
         )
-        return row and Annotator(row["id"], row["name"], bool(row["coordinator"]))
+        if row is None:
+            return None
+        return Annotator(row["id"], row["name"], bool(row["coordinator"]))
 
 
 def _end_sessions(db: sqlite3.Connection, name: str) -> None:
