@@ -95,10 +95,13 @@ class Rater:
     twice: int = 0
     problem: str = ""
 
-    def work(self, until: float) -> None:
+    def work(self, until: float, least: int) -> None:
+        """Until then, and at least so many posts, for which there is some time more."""
         generator = random.Random(self.seed)
         try:
-            while time.monotonic() < until:
+            while (now := time.monotonic()) < until or (
+                len(self.ledger) < least and now < until + STARTING_S
+            ):
                 if not self._step(generator):
                     return
         except Exception as error:
@@ -164,7 +167,14 @@ def differences(store: Path, raters: dict[str, Rater]) -> list[str]:
 
 
 def run(
-    folder: Path, *, seconds: float, annotators: int, kills: int, pairs: int, seed: int
+    folder: Path,
+    *,
+    seconds: float,
+    annotators: int,
+    kills: int,
+    pairs: int,
+    seed: int,
+    least: int = 0,
 ) -> dict[str, object]:
     """Everything; what was measured. AssertionError where an annotator met an error."""
     server = Server(folder, pairs, raters=2)
@@ -178,7 +188,7 @@ def run(
             raters[f"rater {number}"] = Rater(found, seed + number)
         began, before = time.monotonic(), time.process_time()
         until = began + seconds
-        threads = [threading.Thread(target=r.work, args=(until,)) for r in raters.values()]
+        threads = [threading.Thread(target=r.work, args=(until, least)) for r in raters.values()]
         for thread in threads:
             thread.start()
         down = 0.0

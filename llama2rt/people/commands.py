@@ -1,25 +1,31 @@
-"""`llama2rt people`: serve the page, let annotators in, read what they said."""
+"""`llama2rt people`: serve the page, let annotators in, read what they said.
+
+No module that these verbs load at once loads torch, so that a page without models is there in a
+second, again too after a crash.
+"""
 
 import contextlib
+import fcntl
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from llama2rt.errors import InputError
-from llama2rt.generate.sampling import check_whole
 from llama2rt.people import config as configuration
-from llama2rt.people import export, inputs, summary
+from llama2rt.people import inputs, summary
 from llama2rt.people.accounts import Accounts
 from llama2rt.people.config import Config
 from llama2rt.people.store import Store
 from llama2rt.people.tasks import Tasks
-from llama2rt.run import lock
-from llama2rt.serve.commands import is_loopback, listening
+from llama2rt.serve.address import is_loopback, listening
+
+if TYPE_CHECKING:
+    from llama2rt.people.sampling import Answerer
 
 _SHUTDOWN_SECONDS = 10
 
@@ -38,7 +44,8 @@ class Serve:
     def run(self) -> None:
         """Read and check all that is named, listen, serve."""
         config = configuration.read(self.config)
-        check_whole("port", self.port, 0, 65535)
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"port: expected 0 to 65535, got {self.port}")
         if not is_loopback(self.host) and config.public_url is None:
             raise InputError(
                 f"host: {self.host} may be reached from other machines, which would send tokens in "
@@ -46,7 +53,7 @@ class Serve:
             )
         try:
             from llama2rt.people import app, guard
-            from llama2rt.people.sampling import Sampler, answerers
+            from llama2rt.people.sampling import Sampler
             from llama2rt.people.views import Views
             from llama2rt.serve.process import Process
         except ModuleNotFoundError as error:
@@ -54,7 +61,7 @@ class Serve:
         views = Views(configuration.guidelines(config))
         new = inputs.tasks(config)
         with listening(self.host, self.port) as listener:
-            variants = answerers(config)
+            variants = _answerers(config)
             with opened(config) as (store, tasks):
                 tasks.add(new)
                 port = listener.getsockname()[1]
@@ -123,6 +130,8 @@ class Export:
 
     def run(self) -> None:
         """While the page is served, or after."""
+        from llama2rt.people import export
+
         store = Store(self.folder, create=False)
         written = export.export(store, self.out, self.week)
         if self.week in (None, open_week := export.open_week(store)) and open_week:
@@ -135,8 +144,11 @@ class Export:
 def opened(config: Config) -> Iterator[tuple[Store, Tasks]]:
     """The configuration's store, for one server at a time."""
     config.store.mkdir(parents=True, exist_ok=True)
-    lock.lock(config.store)
-    try:
+    with open(config.store / ".lock", "w") as file:
+        try:  # the kernel drops the lock of a process that dies
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"store: another page is served from {config.store}") from None
         store = Store(config.store)
         store.remember("mode", config.mode)
         yield (
@@ -149,8 +161,15 @@ def opened(config: Config) -> Iterator[tuple[Store, Tasks]]:
             ),
         )
         store.close()
-    finally:
-        lock.unlock(config.store)
+
+
+def _answerers(config: Config) -> "dict[str, Answerer]":
+    """Variants that answer when they are asked; where there are none, nothing is loaded for it."""
+    if not any(variant.samples_now for variant in config.variants):
+        return {}
+    from llama2rt.people.answerers import answerers
+
+    return answerers(config)
 
 
 def command(action: Annotated[Serve | Invite | Summary | Export, tyro.conf.arg(name="")]) -> None:

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
-from llama2rt.run.unfinished import first_problem
 
 Kind = Literal["helpfulness", "safety"]
 _WHERE_FROM = ("model", "server", "samples", "dialogues")
@@ -124,7 +123,17 @@ def read(path: Path) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: {error}") from None
     except ValidationError as error:
-        raise InputError(f"{path}: {first_problem(error.errors(), Config)}") from None
+        raise InputError(f"{path}: {_said(error)}") from None
+
+
+def _said(error: ValidationError) -> str:
+    """The key and what is wrong with it."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "no such key"
+    return f"{key}: {message}" if key else message
 
 
 def guidelines(config: Config) -> dict[str, str]:

@@ -66,7 +66,7 @@ def page(given: Config, variants: dict[str, Any] | None = None) -> Iterator[Page
     from llama2rt.people import app, guard
     from llama2rt.people.config import guidelines
     from llama2rt.people.views import Views
-    from llama2rt.serve.commands import listening
+    from llama2rt.serve.address import listening
 
     store = Store(given.store)
     store.remember("mode", given.mode)

@@ -17,9 +17,9 @@ def test_a_killed_server_loses_and_doubles_nothing(tmp_path) -> None:
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    found = script.run(tmp_path, seconds=3, annotators=3, kills=1, pairs=2000, seed=0)
+    found = script.run(tmp_path, seconds=3, annotators=3, kills=1, pairs=200, seed=0, least=12)
     assert not found["problems"] and not found["differences"], found
-    assert found["posts"] > 20 and found["sent_twice"] > 0 and found["ended_with"] == 0
+    assert found["posts"] >= 36 and found["sent_twice"] > 0 and found["ended_with"] == 0
     # The comparison sees a judgement that is missing, and one too many.
     with script.sqlite3.connect(tmp_path / "store" / "judgements.sqlite") as db:
         db.execute("UPDATE judgements SET rating = 'better', skipped = NULL, undone = 0")

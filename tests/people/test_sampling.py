@@ -16,8 +16,9 @@ from llama2rt.checkpoint import native
 from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
+from llama2rt.people.answerers import EngineAnswerer, ServerAnswerer, answerers
 from llama2rt.people.config import Variant
-from llama2rt.people.sampling import EngineAnswerer, Sampler, ServerAnswerer, answerers
+from llama2rt.people.sampling import Sampler
 from llama2rt.people.store import Store
 from llama2rt.people.tasks import NewTask, Tasks
 
