@@ -20,8 +20,15 @@ def test_a_killed_server_loses_and_doubles_nothing(tmp_path) -> None:
     found = script.run(tmp_path, seconds=3, annotators=3, kills=1, pairs=200, seed=0, least=12)
     assert not found["problems"] and not found["differences"], found
     assert found["posts"] >= 36 and found["sent_twice"] > 0 and found["ended_with"] == 0
-    # The comparison sees a judgement that is missing, and one too many.
-    with script.sqlite3.connect(tmp_path / "store" / "judgements.sqlite") as db:
-        db.execute("UPDATE judgements SET rating = 'better', skipped = NULL, undone = 0")
-    rater = script.Rater(None, 0, [{"task": 1, "rating": "better", "skipped": None, "undone": 0}])
-    assert script.differences(tmp_path / "store", {"rater 0": rater})
+    # The comparison sees a judgement that is lost, and one that is there twice.
+    store = tmp_path / "store"
+    db = script.sqlite3.connect(store / "judgements.sqlite")
+    rows = db.execute(
+        "SELECT task, rating, skipped, undone FROM judgements JOIN annotators a "
+        "ON a.id = annotator WHERE a.name = 'rater 0' ORDER BY judgements.id"
+    ).fetchall()
+    db.close()
+    ledger = [dict(zip(("task", "rating", "skipped", "undone"), row, strict=True)) for row in rows]
+    for wrong, count in ((ledger, 0), ([*ledger, ledger[0]], 1), (ledger[1:], 1)):
+        rater = script.Rater(None, 0, wrong)
+        assert len(script.differences(store, {"rater 0": rater})) == count
