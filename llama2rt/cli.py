@@ -80,12 +80,15 @@ COMMANDS = {
         "command",
         "reward models, preference models and judges on the same pairs",
     ),
+    "people": ("people.commands", "command", "a page on which people compare two responses"),
     "check": ("data.commands", "check", "validate a file of records and describe it"),
     "tokenizer": ("data.commands", "tokenizer", "train a tokenizer in LLaMA's settings"),
     "convert": ("checkpoint.commands", "convert", "a model folder into another format"),
     "cluster": ("cluster.commands", "", "measure collectives and links, predict clusters"),
     "doctor": ("doctor", "doctor", "what is built, what is missing and how to get it"),
 }
+# They need tensors now and then, and load torch no sooner.
+WITHOUT_TENSORS = ("cluster", "people")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     _listen()
 
-    if verb != "cluster":  # most of whose subcommands need no tensors, hence no torch
+    if verb not in WITHOUT_TENSORS:
         from llama2rt.train.allocator import keep_freed_memory
 
         keep_freed_memory()
@@ -348,15 +351,18 @@ def _stage_options(
 def _run_command(verb: str, arguments: list[str]) -> None:
     import tyro
 
-    from llama2rt.run.unfinished import registry
-
     module, name, _ = COMMANDS[verb]
+    known = None  # how options are read that are more than texts, numbers and paths
+    if verb not in WITHOUT_TENSORS:
+        from llama2rt.run.unfinished import registry
+
+        known = registry()
     tyro.cli(
         getattr(importlib.import_module(f"llama2rt.{module}"), name),
         prog=f"llama2rt {verb}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
-        registry=registry(),
+        registry=known,
     )
 
 

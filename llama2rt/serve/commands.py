@@ -1,10 +1,6 @@
 """`llama2rt serve`: a model behind HTTP until SIGTERM or Ctrl-C."""
 
-import contextlib
-import ipaddress
 import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +9,7 @@ import tyro
 from llama2rt.errors import InputError
 from llama2rt.generate.commands import Opening
 from llama2rt.generate.sampling import check_whole
+from llama2rt.serve.address import is_loopback, listening
 from llama2rt.serve.options import Limits
 
 KEY_VARIABLE = "LLAMA2RT_API_KEY"
@@ -80,28 +77,3 @@ def check_sender(host: str, key: str | None) -> None:
             f"host: {host} may be reached from other machines; give --api-key (or "
             f"{KEY_VARIABLE}), or listen at 127.0.0.1"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address, or the name localhost, is this machine's own."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-@contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket bound to the address. InputError where it cannot be."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise InputError(f"host: {host}: {error.strerror or error}") from None
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            raise InputError(f"port: {host}:{port}: {error.strerror}") from None
-        yield listener

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from llama2rt.generate import SamplingOptions
+from llama2rt.serve.bodies import describe
 from llama2rt.serve.errors import ApiError
-from llama2rt.serve.limits import describe
 
 MOST_TOP_LOGPROBS = 20
 _INT32_MAX = 2**31 - 1
