@@ -38,7 +38,10 @@ _PACKAGE = Path(llama2rt.__file__).parent
 
 # Verbs that read a recipe and leave a run directory, as a stage's does, but are none: a module with
 # `run`, and what it does.
-PLANS = {"iterate": ("pipeline.iterate", "RLHF-V1 to Vn as one resumable command")}
+PLANS = {
+    "iterate": ("pipeline.iterate", "RLHF-V1 to Vn as one resumable command"),
+    "study": ("pipeline.study", "reward models trained and compared: margins, data, length ..."),
+}
 # Subcommands of `cluster`: (module, function, what it does).
 CLUSTER = {
     "bench": ("cluster.bench", "bench", "measure collectives under torchrun; compare two runs"),
