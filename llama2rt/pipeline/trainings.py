@@ -107,7 +107,8 @@ def trainings(
             # A shape of its own begins from random weights, with the tokenizer that the rest has.
             base.setdefault("tokenizer", base["init"])
             del base["init"]
-        for limit in limits or [None]:
+        amounts: Sequence[int | None] = limits or [None]
+        for limit in amounts:
             for seed in seeds:
                 given = merged(base, keys) | {"seed": seed}
                 if limit is not None:

@@ -256,6 +256,12 @@ def test_a_dry_run_says_how_many_trainings(pocket, files, capsys, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
+def test_shipped_studies_are_valid():
+    for name, models in (("margins", 3), ("safety-loss", 2), ("scaling", 3)):
+        values = cli.read_recipe(cli.find_recipe(f"study-{name}"))
+        assert len(study.StudyRecipe.model_validate(values).models) == models
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
