@@ -21,27 +21,28 @@ _LABELS = {
 }
 
 
-def sections(numbers: Numbers) -> list[Section]:
-    """Of the page of a study."""
+def sections(numbers: Numbers, *, drawn: bool = True) -> list[Section]:
+    """Of the page of a study; its tables alone where nothing is to be `drawn`."""
     study, tests = numbers["study"], numbers["tests"]
+    draw: Sequence[str] = study["draw"] if drawn else ()
     found = [
-        Section(f"Test set: {test}", _of_test(of_test, study["draw"]), _text(test, of_test, study))
+        Section(f"Test set: {test}", _of_test(of_test, draw), _text(test, of_test, study))
         for test, of_test in tests.items()
     ]
     if len(tests) > 1:
-        found.append(Section("Across test sets", _across(tests, study["draw"])))
-    for test, models in (numbers.get("scaling") or {}).items():
+        found.append(Section("Across test sets", _across(tests, draw)))
+    for test, models in (numbers.get("scaling") or {}).items() if drawn else ():
         title = f"Accuracy against data: {test}"
         found.append(Section(title, [figures.accuracy_by_data(models, title=title)]))
     if lengths := numbers.get("length"):
-        found.append(_length(lengths))
+        found.append(_length(lengths, drawn))
     return found
 
 
 def markdown(numbers: Numbers) -> str:
     """The tables alone, for people who read text."""
     parts = []
-    for section in sections(numbers):
+    for section in sections(numbers, drawn=False):
         tables = [block for block in section.blocks if isinstance(block, Table)]
         if tables:
             parts += [f"## {section.title}", *([section.text] if section.text else [])]
@@ -68,17 +69,19 @@ def _of_test(found: Numbers, draw: Sequence[str]) -> list[Block]:
     models: Mapping[str, Numbers] = found["models"]
     drawn = {name: numbers for name, numbers in models.items() if name in draw}
     agreement = found.get("annotators")
-    blocks: list[Block] = [
-        figures.accuracy_by_rating({name: of["intervals"] for name, of in drawn.items()}),
-        _by_rating({name: of["intervals"] for name, of in models.items()}, agreement),
-    ]
+    blocks: list[Block] = []
+    if drawn:
+        by_rating = {name: of["intervals"] for name, of in drawn.items()}
+        blocks.append(figures.accuracy_by_rating(by_rating))
+    blocks.append(_by_rating({name: of["intervals"] for name, of in models.items()}, agreement))
     if found["differences"]:
         blocks.append(_differences(found))
     if any("labels" in of for of in models.values()):
         blocks.append(_safety(models))
     if sources := {name: of["sources"] for name, of in drawn.items() if "sources" in of}:
         blocks.append(figures.accuracy_by_source(sources))
-    blocks.append(figures.calibration({name: of["calibration"] for name, of in drawn.items()}))
+    if drawn:
+        blocks.append(figures.calibration({n: of["calibration"] for n, of in drawn.items()}))
     blocks.append(_scores(models))
     if agreement:
         blocks.append(_agreement(agreement))
@@ -196,21 +199,18 @@ def _across(tests: Mapping[str, Numbers], draw: Sequence[str]) -> list[Block]:
         for name in names
     }
     drawn = {name: by_test for name, by_test in rows.items() if name in draw}
-    return [
-        figures.accuracy_by_source(drawn, title="Reward-model accuracy by test set"),
-        Table(
-            ("reward model", *tests),
-            [
-                (name, *(_estimate(row) for row in by_test.values()))
-                for name, by_test in rows.items()
-            ],
-            "Average accuracy. Below chance a model prefers what the annotators of that test set "
-            "reject.",
-        ),
-    ]
+    table = Table(
+        ("reward model", *tests),
+        [(name, *(_estimate(row) for row in by_test.values())) for name, by_test in rows.items()],
+        "Average accuracy. Below chance a model prefers what the annotators of that test set "
+        "reject.",
+    )
+    if not drawn:
+        return [table]
+    return [figures.accuracy_by_source(drawn, title="Reward-model accuracy by test set"), table]
 
 
-def _length(lengths: Numbers) -> Section:
+def _length(lengths: Numbers, drawn: bool) -> Section:
     models: Mapping[str, Numbers] = lengths["models"]
     per_prompt = {
         name: [float("nan") if r is None else r for r in of["per_prompt"]]
@@ -228,7 +228,8 @@ def _length(lengths: Numbers) -> Section:
         f"{lengths['tokens']:.0f} tokens long on average, {100 * lengths['cut_share']:.1f} % cut "
         "by the length limit (which score as if they ended there)."
     )
-    return Section("Length bias", [figures.length_correlation(per_prompt), table], text)
+    figure = [figures.length_correlation(per_prompt)] if drawn else []
+    return Section("Length bias", [*figure, table], text)
 
 
 def _seeds(row: Numbers) -> str:
