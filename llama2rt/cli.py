@@ -38,7 +38,10 @@ _PACKAGE = Path(llama2rt.__file__).parent
 
 # Verbs that read a recipe and leave a run directory, as a stage's does, but are none: a module with
 # `run`, and what it does.
-PLANS = {"iterate": ("pipeline.iterate", "RLHF-V1 to Vn as one resumable command")}
+PLANS = {
+    "iterate": ("pipeline.iterate", "RLHF-V1 to Vn as one resumable command"),
+    "study": ("pipeline.study", "reward models trained and compared: margins, data, length ..."),
+}
 # Subcommands of `cluster`: (module, function, what it does).
 CLUSTER = {
     "bench": ("cluster.bench", "bench", "measure collectives under torchrun; compare two runs"),
@@ -62,24 +65,12 @@ CLUSTER = {
 }
 # Verb -> (module in llama2rt, function, what it does). A stage's verb is in `stages.STAGES`.
 COMMANDS = {
-    "quickstart": (
-        "quickstart.command",
-        "quickstart",
-        "the whole pipeline on a toy, with a report",
-    ),
+    "quickstart": ("quickstart.command", "quickstart", "the whole pipeline on a toy, reported"),
     "generate": ("generate.commands", "generate", "sample answers to prompts"),
     "chat": ("generate.commands", "chat", "talk to a model"),
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
-    "evaluate": (
-        "evaluate.commands",
-        "command",
-        "accuracy of a reward model, win rates of versions",
-    ),
-    "rewardbench": (
-        "evaluate.rewardbench.commands",
-        "command",
-        "reward models, preference models and judges on the same pairs",
-    ),
+    "evaluate": ("evaluate.commands", "command", "accuracy of a reward model, win rates"),
+    "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
     "people": ("people.commands", "command", "a page on which people compare two responses"),
     "check": ("data.commands", "check", "validate a file of records and describe it"),
     "tokenizer": ("data.commands", "tokenizer", "train a tokenizer in LLaMA's settings"),

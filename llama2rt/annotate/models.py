@@ -102,17 +102,12 @@ class JudgeAnnotator:
         self._letters = [answer[shared] for answer in answers]
 
     def __call__(self, pairs: Sequence[AnswerPair], seed: str) -> list[Judgement | None]:
-        return [
-            judgement(
-                0.5
-                + (
-                    self._first_wins(pair, pair.first, pair.second)
-                    - self._first_wins(pair, pair.second, pair.first)
-                )
-                / 2
-            )
-            for pair in pairs
-        ]
+        return [judgement(self.first_wins(pair)) for pair in pairs]
+
+    def first_wins(self, pair: AnswerPair) -> float:
+        """The probability in [0, 1] that the first answer is the better one, over both orders."""
+        in_order = self._first_wins(pair, pair.first, pair.second)
+        return 0.5 + (in_order - self._first_wins(pair, pair.second, pair.first)) / 2
 
     @torch.no_grad()
     def _first_wins(self, pair: AnswerPair, first: str, second: str) -> float:

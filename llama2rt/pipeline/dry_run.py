@@ -15,7 +15,9 @@ from llama2rt.errors import InputError, naming
 from llama2rt.model import LlamaConfig
 from llama2rt.pipeline.iterate import IterateRecipe
 from llama2rt.pipeline.iterate import Plan as IteratePlan
-from llama2rt.pipeline.plan import opened, resolve
+from llama2rt.pipeline.plan import Step, opened, resolve
+from llama2rt.pipeline.study import StudyRecipe, open_inputs
+from llama2rt.pipeline.study import steps as study_steps
 from llama2rt.planning import Options, Plan, Work, dry_run, text
 from llama2rt.run import Recipe
 from llama2rt.stages import STAGES, loading
@@ -45,7 +47,7 @@ class DryRun:
         """(lines for people, one JSON object) of a dry run of `verb`, whose run directory would be
         `directory`. InputError as from a run, and for a mesh that does not fit."""
         options = Options(_started() if self.ranks is None else self.ranks, self.gpu, self.fabric)
-        if not isinstance(recipe, IterateRecipe):
+        if not isinstance(recipe, IterateRecipe | StudyRecipe):
             plan = stage(verb, recipe, options, self.assume)
             return text.lines(plan), plan.as_json()
         plans = steps(recipe, directory, options, self.assume)
@@ -74,25 +76,34 @@ def stage(verb: str, recipe: Recipe, options: Options, assumed: str | None) -> P
 
 
 def steps(
-    recipe: IterateRecipe, directory: Path, options: Options, assumed: str | None
+    recipe: IterateRecipe | StudyRecipe, directory: Path, options: Options, assumed: str | None
 ) -> list[Plan]:
-    """Of every step, in order, on as many ranks as the step that needs most."""
-    resolved = resolve(IteratePlan(recipe).steps(), directory)
+    """Of every step, in order, on as many ranks as the step that needs most; of a study, of its
+    trainings."""
+    resolved = resolve(_steps(recipe), directory)
     works: list[tuple[str, Work]] = []
     if assumed is not None:
         config = _assumed(assumed)
         for step in resolved:
             works.append((step.name, step.stage.plan(step.recipe, None, lambda folder: config)))
     else:
+        if isinstance(recipe, StudyRecipe):
+            open_inputs(recipe, resolved)
         for step, inputs, future in opened(resolved):
             work = step.stage.plan(step.recipe, inputs, _shape_of(future))
             works.append((step.name, work))
-    ranks = options.ranks or max(work.parallel.least_ranks for _, work in works)
+    ranks = options.ranks or max((work.parallel.least_ranks for _, work in works), default=1)
     plans = []
     for name, work in works:
         with naming(f"steps: {name}"):
             plans.append(dry_run(name, work, Options(ranks, options.gpu, options.fabric)))
     return plans
+
+
+def _steps(recipe: IterateRecipe | StudyRecipe) -> list[Step]:
+    if isinstance(recipe, StudyRecipe):
+        return study_steps(recipe)
+    return IteratePlan(recipe).steps()
 
 
 def _assumed(preset: str) -> LlamaConfig:

@@ -36,6 +36,8 @@ _TAKEN = (
     "checkpoints",
     "model",
     "samples",
+    "scores",
+    "tables.md",
 )
 
 
@@ -55,13 +57,11 @@ class StageKeys(BaseModel):
         return self.given()
 
 
-class PlanStep(StageKeys):
-    """A step as a file describes it."""
+class NamedKeys(StageKeys):
+    """Keys under a name that a folder can have."""
 
     name: str
     """such as RLHF-V1; also the folder's name"""
-    stage: str
-    """what it runs"""
 
     @field_validator("name")
     @classmethod
@@ -72,6 +72,13 @@ class PlanStep(StageKeys):
                 f"these and spaces and .,+=()-_, got {name!r}"
             )
         return name
+
+
+class PlanStep(NamedKeys):
+    """A step as a file describes it."""
+
+    stage: str
+    """what it runs"""
 
     def recipe_keys(self) -> dict[str, Any]:
         return {key: value for key, value in self.given().items() if key not in ("name", "stage")}

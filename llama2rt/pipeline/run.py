@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +18,15 @@ from llama2rt.pipeline.plan import Resolved, Step, check, resolve
 _console = Console(stderr=True, highlight=False)
 
 
-def prepare(steps: Sequence[Step], directory: Path) -> list[Resolved]:
+def prepare(
+    steps: Sequence[Step],
+    directory: Path,
+    check: Callable[[Sequence[Resolved]], None] = check,
+) -> list[Resolved]:
     """The plan of `steps` below `directory`, with all recipes and inputs checked; those of steps
     that are complete are not read again. InputError naming the step, also where the processes
-    there are cannot share it as it says. Every rank calls this, and rank 0 reads."""
+    there are cannot share it as it says. Every rank calls this, and rank 0 reads. `check`: reads
+    and checks what the steps name, and may look at more of it than `plan.check` does."""
     plan = resolve(steps, directory)
     for step in plan:
         # Not by `check`, where rank 0 takes itself to be alone.

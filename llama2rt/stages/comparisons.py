@@ -42,6 +42,8 @@ def check_sources(recipe: "RewardRecipe") -> None:
         raise ValueError("give data, or sources in its place")
     if recipe.sources and (recipe.mixed_in or recipe.mixed_in_share is not None):
         raise ValueError("mixed_in: sources say what is mixed in, by their share")
+    if recipe.sources and recipe.data_limit is not None:
+        raise ValueError("data_limit: bounds data; of sources, shares say how much is drawn")
     mixture.pools(recipe.sources)
     recipe.filters.require_meaning("comparison")
     whole = [source for source in recipe.sources if source.share is None]
@@ -112,6 +114,10 @@ def split(
     own = list(itertools.chain(*training("data")))
     if not own:
         raise InputError("data: the prompts of all its comparisons are held out")
+    if recipe.data_limit is not None:
+        drawn = drawn_prompts(own, recipe.data_limit, recipe.seed)
+        account.leave_out("beyond data_limit", (c for c in own if prompt_key(c) not in drawn))
+        own = of_prompts(own, drawn)
     share = recipe.mixed_in_share
     if share is None:
         share = {"helpfulness": 0.5, "safety": 0.1}[recipe.kind]
@@ -267,11 +273,21 @@ def hold_out(
 ) -> tuple[list[Comparison], list[Comparison]]:
     """Set about `count` comparisons aside: all those of prompts drawn at random, so that no
     held-out prompt is trained on. InputError when nothing would be left to train on."""
+    taken = drawn_prompts(comparisons, count, seed)
+    kept = [c for c in comparisons if prompt_key(c) not in taken]
+    if not kept:
+        raise InputError(
+            f"held_out: {count} of {len(comparisons)} comparisons leaves none to train; lower it"
+        )
+    return kept, of_prompts(comparisons, taken)
+
+
+def drawn_prompts(comparisons: Sequence[Comparison], count: int, seed: int) -> set[str]:
+    """The prompts, as `prompt_key` gives them, of about `count` comparisons: drawn at random one
+    after the other until there are as many. A larger count of the same seed draws these too."""
     keys = list(dict.fromkeys(prompt_key(comparison) for comparison in comparisons))
     order = np.random.default_rng(seed).permutation(len(keys))
-    sizes = dict.fromkeys(keys, 0)
-    for comparison in comparisons:
-        sizes[prompt_key(comparison)] += 1
+    sizes = Counter(prompt_key(comparison) for comparison in comparisons)
     taken: set[str] = set()
     total = 0
     for i in order:
@@ -279,12 +295,11 @@ def hold_out(
             break
         taken.add(keys[i])
         total += sizes[keys[i]]
-    kept = [c for c in comparisons if prompt_key(c) not in taken]
-    if not kept:
-        raise InputError(
-            f"held_out: {count} of {len(comparisons)} comparisons leaves none to train; lower it"
-        )
-    return kept, [c for c in comparisons if prompt_key(c) in taken]
+    return taken
+
+
+def of_prompts(comparisons: Sequence[Comparison], prompts: set[str]) -> list[Comparison]:
+    return [comparison for comparison in comparisons if prompt_key(comparison) in prompts]
 
 
 def mix(

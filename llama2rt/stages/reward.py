@@ -83,6 +83,9 @@ class RewardRecipe(Recipe):
     """comparisons kept back from each source in data that does not give its own number, whole
     prompts at a time ("1000 examples from each batch", section 3.2.2); likewise from sources
     without a share, or from all where each has one"""
+    data_limit: int | None = Field(default=None, gt=0)
+    """at most so many of the comparisons in data, of whole prompts drawn at random, which makes the
+    smaller of two limits a part of the larger; None for all (Fig. 6: accuracy against data)"""
     previous: Path | None = None
     """the reward model that this one replaces: its accuracy on the held-out comparisons goes into
     the report beside the new one's, which shows how far the policy has moved away from it (section

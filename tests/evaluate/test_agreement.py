@@ -84,9 +84,13 @@ def test_published_weights():
 
 
 def test_stays_high_where_kappa_breaks_down():
-    """118 of 125 agree on the usual category: kappa is below 0, AC1 near observed agreement."""
+    """118 of 125 agree on the usual category (Feinstein and Cicchetti's paradox, 1990): kappa is
+    below 0, AC1 near observed agreement. By hand after Gwet (2008, BJMSP 61, section 3): the usual
+    category has 0.96 and 0.984 of the two raters' answers, on average 0.972."""
     ratings = [[0, 0]] * 118 + [[0, 1]] * 5 + [[1, 0]] * 2
-    assert gwet(ratings).coefficient > 0.93
+    got = gwet(ratings)
+    assert got.coefficient == pytest.approx((0.944 - 0.054432) / (1 - 0.054432))
+    assert (got.observed, got.by_chance) == pytest.approx((0.944, 0.054432))
 
 
 def test_full_agreement_chance_agreement_and_unused_categories():

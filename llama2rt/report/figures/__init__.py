@@ -5,7 +5,12 @@ gives a `Plot`. An estimate arrives as (mean, low, high). Where there is nothing
 figure says so: a run that has not got that far yet still has a report.
 """
 
-from llama2rt.report.figures.comparisons import accuracy_by_source, calibration, drift
+from llama2rt.report.figures.comparisons import (
+    accuracy_by_data,
+    accuracy_by_source,
+    calibration,
+    drift,
+)
 from llama2rt.report.figures.marks import Estimate
 from llama2rt.report.figures.policies import best_of_n, temperatures, versions, win_matrix
 from llama2rt.report.figures.progress import Panel, by_version, reward_against_judge, reward_by_kl
@@ -18,6 +23,7 @@ from llama2rt.report.figures.reward_models import (
 __all__ = [
     "Estimate",
     "Panel",
+    "accuracy_by_data",
     "accuracy_by_rating",
     "accuracy_by_source",
     "best_of_n",

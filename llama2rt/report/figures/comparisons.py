@@ -1,7 +1,7 @@
 """Figures of a reward model on held-out comparisons: where it ranks well, how sure it may be, how
 long what it learned stays true."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,47 @@ def accuracy_by_source(
             (name, source, _triple(row), row["pairs"])
             for name, rows in models.items()
             for source, row in rows.items()
+        ],
+    )
+
+
+def accuracy_by_data(
+    models: Mapping[str, Sequence[Row]], *, title: str = "Reward-model accuracy against data"
+) -> Plot:
+    """Held-out accuracy against the comparisons trained on, one line a model (Llama 2, Figure 6).
+
+    models: name -> rows {comparisons, mean, low, high}, by rising number.
+    """
+    counts = sorted({row["comparisons"] for rows in models.values() for row in rows})
+    with canvas(height=3.6) as (figure, (axes,)):
+        if not counts:
+            nothing(axes)
+        else:
+            axes.set_xscale("log")
+            for i, (name, rows) in enumerate(models.items()):
+                x = np.array([row["comparisons"] for row in rows], dtype=np.float64)
+                mean, low, high = columns([_triple(row) for row in rows])
+                # Side by side, so that intervals at one number of comparisons can be told apart.
+                x *= 1.012 ** (i - (len(models) - 1) / 2)
+                _dots(axes, i, yerr=bars(mean, low, high), label=name, at=(x, mean), line="-")
+            _chance(axes)
+            axes.set_xticks(counts, [f"{count:,.0f}" for count in counts])
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(percent())
+            axes.set_ylabel("pairs ranked as annotated")
+            axes.set_xlabel("comparisons trained on")
+            legend(figure, axes)
+    return Plot(
+        figure,
+        title,
+        "Share of held-out pairs whose chosen response scores higher, with 95 % intervals. A line "
+        "that still rises at its right end asks for more comparisons, lines that lie above each "
+        "other for a larger model.",
+        ("reward model", "comparisons", "accuracy", "pairs"),
+        [
+            (name, row["comparisons"], _triple(row), row["pairs"])
+            for name, rows in models.items()
+            for row in rows
         ],
     )
 
