@@ -17,6 +17,7 @@ from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from llama2rt.stages.loading import Future
     from llama2rt.stages.reward import RewardRecipe
 
 logger = logging.getLogger("llama2rt.stages.comparisons")
@@ -29,6 +30,19 @@ class Division(NamedTuple):
     held_out: list[Comparison]
     left_out: Counter[str]
     """how many are in neither, by key of the recipe and reason"""
+
+
+def to_come(recipe: "RewardRecipe", future: "Future") -> bool:
+    """Whether some of the comparisons are still to be collected. InputError for a file that is not
+    there and that no earlier step leaves."""
+    paths = {source.path for source in [*recipe.data, *recipe.mixed_in, *recipe.validation]}
+    for path in sorted(paths - future.files):
+        if not path.exists():
+            raise InputError(
+                f"{path}: no such file, and no earlier step leaves it (are there prompts of "
+                "its kind?)"
+            )
+    return bool(paths & future.files)
 
 
 def split(recipe: "RewardRecipe") -> Division:
@@ -135,7 +149,7 @@ def encode(
     for comparison in comparisons:
         with naming(f"comparison whose prompt begins {comparison.prompt[0]['content'][:60]!r}"):
             chosen, rejected = (
-                Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
+                last_answer(Example.of(*chat.encode_response(tokenizer, comparison.prompt, text)))
                 for text in (comparison.chosen, comparison.rejected)
             )
         if max(len(chosen.tokens), len(rejected.tokens)) <= context:
@@ -149,3 +163,16 @@ def encode(
             f"context: all {len(comparisons)} comparisons are longer than {context} tokens"
         )
     return pairs, kept
+
+
+def last_answer(example: Example) -> Example:
+    """The same tokens, of which the last run of trainable ones alone stays so: a pair has its
+    earlier turns in common, and targets are not shared (`data.shared`)."""
+    masked = np.flatnonzero(~example.trainable)
+    trained = np.flatnonzero(example.trainable)
+    if not len(trained):
+        return example
+    begin = masked[masked < trained[-1]].max(initial=-1) + 1
+    trainable = example.trainable.copy()
+    trainable[:begin] = False
+    return Example(example.tokens, trainable)

@@ -8,7 +8,7 @@ out: pairwise preference models that read both answers at once (another stage).
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,17 +22,18 @@ from llama2rt.algorithms import losses, rewards
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.records import Comparison
+from llama2rt.data.shared import packing
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
-from llama2rt.model.heads import last_token
+from llama2rt.model.heads import Normalization, last_token
 from llama2rt.parallel import Mesh, ParallelOptions
 from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters, spread
-from llama2rt.stages.comparisons import encode, split
+from llama2rt.stages.comparisons import encode, split, to_come
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -93,6 +94,13 @@ class RewardRecipe(Recipe):
     """pairs; 1024 rows"""
     epochs: int = Field(default=1, gt=0)
     """more than one over-fits"""
+    share_prompts: bool | None = None
+    """whether training computes the prompt of a pair once, not once a side; None for wherever that
+    leaves out a tenth of a micro-batch's tokens. Scores and gradients differ by rounding"""
+    normalize: Literal["held_out", "training"] | None = None
+    """the comparisons over whose responses rewards are to have mean 0 and standard deviation 1
+    (Ziegler et al. 2019, section 2; the papers leave it out). Kept in the model folder for whatever
+    ranks by the model; weights and scores stay as they are"""
     seed: int = Field(default=0, ge=0)
     """of the new head, the held-out draw, the mix and the pairs' order"""
     # 1e-5 for all but 70B (5e-6); cosine to 10 %; warm-up 3 % of steps, at least 5; AdamW as in
@@ -115,6 +123,11 @@ class RewardRecipe(Recipe):
             raise ValueError("lora: an adapter wants a trained model below it: give init")
         if self.init is not None and self.model != ModelShape():
             raise ValueError("init brings its own shape: leave out model")
+        if self.normalize is not None and self.kind == "safety":
+            raise ValueError(
+                "normalize: a safety model's score says how probably a response is safe, which "
+                "rewards.threshold is compared with: leave it out"
+            )
         for key in ("data", "validation"):
             for source in getattr(self, key):
                 if source.kind not in (None, self.kind):
@@ -146,6 +159,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         options.micro_tokens,
         recipe.seed,
         share=mesh.share,
+        packed=packing(recipe.share_prompts),
     )
     model = initial_model(recipe, inputs.result.config, mesh)
 
@@ -176,6 +190,10 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
             previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
             before = score(previous, inputs.held_out_pairs, options.micro_tokens, mesh)
             numbers["drift"] = drift(before, scores, inputs.held_out)
+    if recipe.normalize is not None:
+        over = inputs.pairs if recipe.normalize == "training" else inputs.held_out_pairs
+        model.normalization = normalization(model, over, options.micro_tokens, mesh)
+        numbers["normalization"] = asdict(model.normalization)
     adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, numbers)
     return run.model_directory
@@ -206,6 +224,8 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
     if future is not None and to_come(recipe, future):
         return RewardInputs(tokenizer, [], [], [], [], Counter(), result)
     training, held_out, left_out = split(recipe)
+    if recipe.normalize == "held_out" and not held_out:
+        raise InputError("normalize: there are no held-out comparisons; raise held_out")
     pairs, kept = encode(training, tokenizer, config.context)
     held_out_pairs, held_out_kept = encode(held_out, tokenizer, config.context)
     if recipe.previous is not None:
@@ -245,19 +265,6 @@ def require_readable(
             f"previous: its context of {previous.config.context} tokens is shorter than the "
             f"longest held-out comparison, {longest}"
         )
-
-
-def to_come(recipe: RewardRecipe, future: Future) -> bool:
-    """Whether some of the comparisons are still to be collected. InputError for a file that is not
-    there and that no earlier step leaves."""
-    paths = {source.path for source in [*recipe.data, *recipe.mixed_in, *recipe.validation]}
-    for path in sorted(paths - future.files):
-        if not path.exists():
-            raise InputError(
-                f"{path}: no such file, and no earlier step leaves it (are there prompts of "
-                "its kind?)"
-            )
-    return bool(paths & future.files)
 
 
 def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConfig, Tokenizer]:
@@ -339,6 +346,17 @@ def score(
     scores = score_tokens(model, sides, micro_tokens=micro_tokens, mesh=mesh)
     chosen, rejected = scores.reshape(-1, 2).T
     return chosen, rejected
+
+
+def normalization(
+    model: ScalarModel,
+    pairs: Sequence[tuple[Example, Example]],
+    micro_tokens: int,
+    mesh: Mesh | None = None,
+) -> Normalization:
+    """What gives the scores of all responses of `pairs` mean 0 and standard deviation 1."""
+    scores = np.concatenate(score(model, pairs, micro_tokens, mesh))
+    return Normalization.over(torch.from_numpy(scores))
 
 
 def evaluate(
