@@ -12,7 +12,7 @@ Two settings:
 Run as a script it is one side alone in its own process, allocator as shipped. A line on stdin asks
 for a step; its seconds, CPU seconds and loss come back on stdout, with the peak memory so far.
 
-    python benchmarks/training/reward_sides.py ours kept WEIGHTS_FOLDER
+    python benchmarks/training/reward_sides.py ours kept WEIGHTS_FOLDER 16
 """
 
 import contextlib
@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).parent))
 from step import SMOKE, VOCABULARY, peak_bytes
 
 PAIRS = 2 if SMOKE else 16
+"""in a batch; as a script, the last argument"""
 PROMPT = 24 if SMOKE else 256
 RESPONSES = (2, 8) if SMOKE else (16, 128)
 """fewest and most tokens of a response, drawn evenly"""
@@ -190,7 +191,8 @@ ANSWERS = sys.stdout
 
 
 def main() -> None:
-    side, setting, folder = sys.argv[1:]
+    global PAIRS
+    side, setting, folder, PAIRS = *sys.argv[1:4], int(sys.argv[4])
     if side != "trl":
         from llama2rt.train.allocator import keep_freed_memory
 

@@ -38,13 +38,13 @@ def weights(shape: str, folder: Path) -> str:
     return str(folder)
 
 
-def compare(folder: str, setting: str, rounds: int) -> dict[str, Any]:
+def compare(folder: str, setting: str, pairs: int, rounds: int) -> dict[str, Any]:
     """Medians, ratios to ours, peaks and all that was measured, by side."""
     script = str(Path(reward_sides.__file__))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     workers = {
         side: subprocess.Popen(
-            [sys.executable, "-P", script, side, setting, folder],
+            [sys.executable, "-P", script, side, setting, folder, str(pairs)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -57,6 +57,7 @@ def compare(folder: str, setting: str, rounds: int) -> dict[str, Any]:
         for _ in range(WARM_UP + rounds):
             for side, worker in workers.items():
                 taken[side].append(take_step(side, worker))
+                print(side, json.dumps(taken[side][-1]), file=sys.stderr, flush=True)
     finally:
         for worker in workers.values():
             worker.kill()
@@ -112,17 +113,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder that receives reward-step-SHAPE.json")
     parser.add_argument("--shape", choices=step.SHAPES, default=list(step.SHAPES)[-1])
     parser.add_argument("--setting", choices=reward_sides.SETTINGS, help="one setting alone")
+    parser.add_argument("--pairs", type=int, default=reward_sides.PAIRS, help="in a batch")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps counted")
     options = parser.parse_args()
     measured: dict[str, Any] = records.header("cpu") | {
-        "what": f"reward step, {options.shape} shape, {reward_sides.PAIRS} pairs, prompts of "
+        "what": f"reward step, {options.shape} shape, {options.pairs} pairs, prompts of "
         f"{reward_sides.PROMPT} tokens, responses of {reward_sides.RESPONSES}, fp32",
         "versions": records.versions(("torch", "transformers", "trl")),
     }
     with TemporaryDirectory() as temporary:
         folder = weights(options.shape, Path(temporary))
         for setting in [options.setting] if options.setting else reward_sides.SETTINGS:
-            result = compare(folder, setting, options.rounds)
+            result = compare(folder, setting, options.pairs, options.rounds)
             measured[setting] = result
             print(row(options.shape, setting, result), flush=True)
     if options.out is not None:

@@ -25,7 +25,9 @@ of the quickstart's shape gains a tenth there, and nothing at half of it"""
 def packing(share: bool | None) -> Callable[[Sequence[Example]], Batch]:
     """How a recipe's `share_prompts` packs: `pack_shared` (None), also for little (True), or each
     document whole (False)."""
-    return {None: pack_shared, True: partial(pack_shared, least=0.0), False: pack}[share]
+    if share is None:
+        return pack_shared
+    return partial(pack_shared, least=0.0) if share else pack
 
 
 def pack_shared(examples: Sequence[Example], least: float = SHARED) -> Batch:

@@ -86,8 +86,7 @@ def test_loss_and_every_gradient_are_trls(model, theirs, share, recomputed):
         assert error < 1e-5, (name, float(error))
 
 
-@pytest.mark.parametrize("setting", ["kept", "recomputed"])
-def test_steps_are_those_of_trls_trainer(model, theirs, tmp_path, monkeypatch, setting):
+def test_steps_are_those_of_trls_trainer(model, theirs, tmp_path, monkeypatch):
     """As benchmarks/training/reward_step.py takes them: losses of five, each after the other's
     update, by the stage's loader, objective and optimizer and by TRL's trainer at work."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -102,7 +101,7 @@ def test_steps_are_those_of_trls_trainer(model, theirs, tmp_path, monkeypatch, s
     for side, take in sides.SIDES.items():
         monkeypatch.setattr(sys, "stdin", io.StringIO("step\n" * 5))
         monkeypatch.setattr(sides, "ANSWERS", answers := io.StringIO())
-        take(str(tmp_path / "weights"), setting)
+        take(str(tmp_path / "weights"), "recomputed")
         found[side] = [json.loads(line)["loss"] for line in answers.getvalue().splitlines()]
     assert len(found["trl"]) == 5 and found["trl"][4] < found["trl"][0] - 0.01
     for side in ("ours", "whole"):
