@@ -5,6 +5,7 @@ What this model cannot express (biases, scaled rotary embeddings, other activati
 key rather than ignored, because ignoring it gives fluent nonsense.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 
 from llama2rt.checkpoint import files
-from llama2rt.checkpoint.native import find_tokenizer, parse_config
+from llama2rt.checkpoint.native import find_tokenizer, parse_config, parse_normalization
 from llama2rt.checkpoint.tokenizer_json import write_tokenizer
 from llama2rt.checkpoint.weight import Weight, of_tensor
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.model.heads import Normalization
 from llama2rt.text.folder import GENERATION, eos_ids
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -25,6 +27,7 @@ logger = logging.getLogger("llama2rt.checkpoint.hf")
 
 CAUSAL = "LlamaForCausalLM"
 SCALAR = "LlamaForSequenceClassification"
+NORMALIZATION = "score_normalization"
 
 _OUTSIDE_BLOCKS = {
     "transformer.embedding.weight": "model.embed_tokens.weight",
@@ -136,8 +139,11 @@ def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dic
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if scalar:
+    if isinstance(model, ScalarModel):
         described["id2label"], described["label2id"] = {"0": "score"}, {"score": 0}
+        if model.normalization != Normalization():
+            # transformers keeps keys that it does not know, and gives scores as they are.
+            described[NORMALIZATION] = dataclasses.asdict(model.normalization)
     if tokenizer is None:
         # Where they are left out, transformers takes those of LLaMA.
         described["bos_token_id"] = described["eos_token_id"] = None
@@ -198,9 +204,13 @@ def read(
         raise InputError(
             f"{path}: architectures: expected {CAUSAL} or {SCALAR}, got {architectures[0]!r}"
         )
-    scalar = architectures[0] == SCALAR
+    model: Llama | ScalarModel
     with torch.device("meta"):
-        model = ScalarModel(config) if scalar else Llama(config)
+        if architectures[0] == SCALAR:
+            model = ScalarModel(config)
+            model.normalization = parse_normalization(path, files.read_json(path), NORMALIZATION)
+        else:
+            model = Llama(config)
 
     # Old folders also hold a table of rotary frequencies, which is no weight.
     stored = (x for x in files.stored_weights(folder) if not x[1].endswith("rotary_emb.inv_freq"))

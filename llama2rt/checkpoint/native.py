@@ -17,6 +17,7 @@ from llama2rt.checkpoint import files
 from llama2rt.checkpoint.weight import Weight, of_tensor
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.model.heads import Normalization
 from llama2rt.text.tokenizer import Tokenizer
 
 FORMAT = "llama2rt"
@@ -41,9 +42,12 @@ def save(
         own = files.weights(model).items()
         weights = {name: of_tensor(unrounded(parameter)) for name, parameter in own}
     shape = dataclasses.asdict(model.config)
+    description: dict[str, Any] = {"format": FORMAT, "kind": kind, "config": shape}
+    if isinstance(model, ScalarModel) and model.normalization != Normalization():
+        description["normalization"] = dataclasses.asdict(model.normalization)
 
     def write_others(fresh: Path) -> None:
-        files.write_json(fresh / "config.json", {"format": FORMAT, "kind": kind, "config": shape})
+        files.write_json(fresh / "config.json", description)
         if tokenizer is not None:
             tokenizer.save(fresh)
 
@@ -94,6 +98,8 @@ def read(
     config = parse_config(path, description.get("config"))
     with torch.device("meta"):
         model = KINDS[description["kind"]](config)
+    if isinstance(model, ScalarModel):
+        model.normalization = parse_normalization(path, description, "normalization")
     named = functools.partial(stored_name, model)
     weights = files.match(model, files.stored_weights(folder), dtype, named)
     return model, find_tokenizer(folder), weights
@@ -105,6 +111,15 @@ def parse_config(path: Path, fields: Any) -> LlamaConfig:
         return LlamaConfig(**fields)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def parse_normalization(path: Path, description: Mapping[str, Any], key: str) -> Normalization:
+    """Normalization from JSON fields under `key`, where they are; InputError naming `path` and key
+    for an impossible one."""
+    try:
+        return Normalization(**description.get(key, {}))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {key}: {error}") from None
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:

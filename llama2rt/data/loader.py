@@ -8,7 +8,7 @@ one optimizer step. There are no worker processes, since packing takes far less 
 
 import logging
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -240,7 +240,7 @@ def blocks(lengths: Sequence[int], block_tokens: int, seed: int) -> list[list[in
 class PairLoader(_Loader[PairBatch]):
     """Steps of `batch_size` (chosen, rejected) pairs in micro-batches of at most `micro_tokens`
     tokens, both sides counted; each of `extras` holds one number a pair and travels with it. The
-    prompt of a pair is in its batch once (`data.shared`)."""
+    prompt of a pair is in its batch once where `packed` says so (`data.shared`)."""
 
     def __init__(
         self,
@@ -252,9 +252,10 @@ class PairLoader(_Loader[PairBatch]):
         epochs: int | None = None,
         *,
         share: Share = WHOLE,
+        packed: Callable[[Sequence[Example]], Batch] = pack_shared,
     ) -> None:
         super().__init__(len(pairs), batch_size, seed, epochs, share)
-        self._pairs, self._micro_tokens = pairs, micro_tokens
+        self._pairs, self._micro_tokens, self._packed = pairs, micro_tokens, packed
         self._extras = {name: np.asarray(value) for name, value in (extras or {}).items()}
         for name, value in self._extras.items():
             if len(value) != len(pairs):
@@ -273,7 +274,7 @@ class PairLoader(_Loader[PairBatch]):
         for group in shared:
             members = indices[group]
             extras = {name: value[members] for name, value in self._extras.items()}
-            result.append(pack_pairs([self._pairs[i] for i in members], extras, pack_shared))
+            result.append(pack_pairs([self._pairs[i] for i in members], extras, self._packed))
         return result + [filler_pairs(self._extras)] * missing
 
 

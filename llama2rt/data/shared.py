@@ -6,8 +6,9 @@ behind them, and the batch says which rows it attends to (`model.shared_prefix`)
 gradients are those of whole documents but for rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -21,9 +22,17 @@ SHARED = 0.1
 of the quickstart's shape gains a tenth there, and nothing at half of it"""
 
 
-def pack_shared(examples: Sequence[Example]) -> Batch:
-    """`pack`, with the tokens that each example shares with the one before it left out, where that
-    leaves out enough.
+def packing(share: bool | None) -> Callable[[Sequence[Example]], Batch]:
+    """How a recipe's `share_prompts` packs: `pack_shared` (None), also for little (True), or each
+    document whole (False)."""
+    if share is None:
+        return pack_shared
+    return partial(pack_shared, least=0.0) if share else pack
+
+
+def pack_shared(examples: Sequence[Example], least: float = SHARED) -> Batch:
+    """`pack`, with the tokens that each example shares with the one before it left out, where those
+    are at least the share `least` of all.
 
     Every document keeps its last token, at which scores are read, and the row that predicts its
     first trainable token: no target is shared.
@@ -32,7 +41,7 @@ def pack_shared(examples: Sequence[Example]) -> Batch:
     for before, example in pairwise(examples):
         shared.append(min(_common(before.tokens, example.tokens), _most(example)))
     total = sum(len(example.tokens) for example in examples)
-    if sum(shared) < SHARED * total or total == 0:
+    if sum(shared) < least * total or sum(shared) == 0:
         return pack(examples)
     own = [
         Example(example.tokens[begin:], example.trainable[begin:])

@@ -224,12 +224,13 @@ def _accuracy(
 def _rewards(
     model: ScalarModel, tokenizer: Tokenizer, records: Sequence[Sample], micro_tokens: int
 ) -> dict[str, list[float]]:
-    """Scores by prompt id, samples in the order of the file."""
+    """Rewards by prompt id, samples in the order of the file."""
     scores = score(
         model, tokenizer, [(r.messages, r.response) for r in records], micro_tokens=micro_tokens
     )
+    rewards = model.normalization.of(torch.from_numpy(scores))
     by_prompt: dict[str, list[float]] = {}
-    for record, value in zip(records, scores.tolist(), strict=True):
+    for record, value in zip(records, rewards.tolist(), strict=True):
         by_prompt.setdefault(record.prompt_id, []).append(value)
     return by_prompt
 

@@ -1,6 +1,8 @@
 """A scalar in place of the next token: reward models (section 3.2.2) and PPO's critic."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +26,45 @@ class Head(nn.Linear):
         return value(hidden, self.weight)
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """How a reward model's scores are shifted and scaled where they become rewards, so that two
+    models' rewards compare: (score - mean) / std. ValueError for numbers that cannot do that.
+
+    No weight changes: transformers' head has no bias to put a mean into, and the probability that
+    one answer is better than another is a sigmoid of the difference of scores as they are.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise ValueError(f"expected a finite mean and a positive std, got {self}")
+
+    @classmethod
+    def over(cls, scores: Tensor) -> "Normalization":
+        """What gives `scores` [n] mean 0 and standard deviation 1, in fp64; scores that are all
+        equal have no scale, and keep theirs. ValueError for one that is not finite, or for none."""
+        wide = scores.double()
+        mean = wide.mean()
+        std = float((wide - mean).square().mean().sqrt())
+        return cls(float(mean), 1.0 if std == 0 else std)
+
+    def of(self, scores: Tensor) -> Tensor:
+        """Scores of any shape and floating-point dtype -> the same."""
+        return (scores - self.mean) / self.std
+
+
 class ScalarModel(nn.Module):
     """A transformer under a regression head: one number per token.
 
     `head` is a Linear(dim, 1) without bias, as in transformers' LlamaForSequenceClassification with
-    one label.
+    one label. `normalization` is what model folders keep beside it; the model's own values are
+    without.
     """
+
+    normalization: Normalization
 
     def __init__(
         self,
@@ -39,6 +74,7 @@ class ScalarModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.normalization = Normalization()
         self.transformer = Transformer(config, device, dtype)
         self.head = Head(config.dim, 1, bias=False, device=device, dtype=dtype)
 

@@ -47,6 +47,8 @@ def whole(model: Model, dtype: torch.dtype | None = None) -> Iterator[Model]:
         owner, _, attribute = name.rpartition(".")
         weight = nn.Parameter(tensor, requires_grad=False)
         setattr(plain.get_submodule(owner), attribute, weight)
+    if isinstance(plain, ScalarModel) and isinstance(model, ScalarModel):
+        plain.normalization = model.normalization
     if isinstance(plain, Llama) and plain.config.tied:
         plain.output.weight = plain.transformer.embedding.weight
     plain.train(model.training)

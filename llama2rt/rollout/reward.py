@@ -108,7 +108,8 @@ class RewardModels:
     def score(
         self, sequences: Sequence[list[int]], is_safety: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Reward fp64 [n], and the scores in (0, 1) behind it by model.
+        """Reward fp64 [n], and the scores in (0, 1) behind it by model, normalized where a model's
+        folder says so.
 
         The reward is logit(Rc), Rc the piecewise rule of section 3.2.3 (`rewards.combine`):
         unwhitened, so comparable between iterations. `sequences` are prompts with responses as
@@ -124,7 +125,10 @@ class RewardModels:
             for name, model in self.by_name.items()
         }
         # In fp64: in fp32 the sigmoid of 17 is already 1 and its logit lost.
-        scores = {name: torch.from_numpy(x).double().sigmoid() for name, x in raw.items()}
+        scores = {
+            name: model.normalization.of(torch.from_numpy(raw[name]).double()).sigmoid()
+            for name, model in self.by_name.items()
+        }
         combined = scores["helpfulness"]
         if self.safety is not None:
             combined = rewards.combine(

@@ -5,8 +5,8 @@ The score is the model's scalar at the last token of the dialogue (Llama 2, sect
 model was trained on. `score_tokens` takes tokens exactly as they were sampled: a response cut off
 by the length limit has no EOS, and with one it would be a text that the policy never wrote.
 
-Scores are raw (before any sigmoid), comparable only between responses to the same prompt scored
-by the same model.
+Scores are raw: before any sigmoid and before the model's `normalization`, which is of rewards. They
+compare only between responses to the same prompt scored by the same model.
 """
 
 from collections.abc import Sequence

@@ -26,8 +26,10 @@ def save(model: Llama | ScalarModel, tokenizer: Tokenizer, run: Run, init: Path 
 
     def write() -> None:
         whole, _ = load(init, "cpu", torch.float32)
-        if isinstance(model, ScalarModel) and isinstance(whole, Llama):
-            whole = ScalarModel.from_llama(whole)
+        if isinstance(model, ScalarModel):
+            if isinstance(whole, Llama):
+                whole = ScalarModel.from_llama(whole)
+            whole.normalization = model.normalization
         adapter.merge(model, whole, weights)
         native.save(whole, tokenizer, run.model_directory)
         adapter.save(model, run.adapter_directory, init, weights)

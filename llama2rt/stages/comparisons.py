@@ -22,6 +22,7 @@ from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from llama2rt.stages.loading import Future
     from llama2rt.stages.reward import RewardRecipe
 
 logger = logging.getLogger("llama2rt.stages.comparisons")
@@ -321,7 +322,7 @@ def encode(
     for comparison in comparisons:
         with naming(f"comparison whose prompt begins {comparison.prompt[0]['content'][:60]!r}"):
             chosen, rejected = (
-                Example.of(*chat.encode_response(tokenizer, comparison.prompt, text))
+                last_answer(Example.of(*chat.encode_response(tokenizer, comparison.prompt, text)))
                 for text in (comparison.chosen, comparison.rejected)
             )
         if max(len(chosen.tokens), len(rejected.tokens)) <= context:
@@ -335,3 +336,16 @@ def encode(
             f"context: all {len(comparisons)} comparisons are longer than {context} tokens"
         )
     return pairs, kept
+
+
+def last_answer(example: Example) -> Example:
+    """The same tokens, of which the last run of trainable ones alone stays so: a pair has its
+    earlier turns in common, and targets are not shared (`data.shared`)."""
+    masked = np.flatnonzero(~example.trainable)
+    trained = np.flatnonzero(example.trainable)
+    if not len(trained):
+        return example
+    begin = masked[masked < trained[-1]].max(initial=-1) + 1
+    trainable = example.trainable.copy()
+    trainable[:begin] = False
+    return Example(example.tokens, trainable)

@@ -22,7 +22,7 @@ from llama2rt import report
 from llama2rt.algorithms import losses, rewards
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.packing import PairBatch
-from llama2rt.data.shared import pack_shared
+from llama2rt.data.shared import packing
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
 from llama2rt.parallel import Mesh
@@ -74,6 +74,9 @@ class DpoRecipe(RolloutRecipe):
     """pairs"""
     epochs: int = Field(default=2, gt=0)
     """over the history, in each iteration"""
+    share_prompts: bool | None = None
+    """whether the prompt of a pair is computed once, not once a side; None for wherever that leaves
+    out a tenth of a micro-batch's tokens. Losses and gradients differ by rounding"""
     # The paper: lr 5e-7, cosine (to 0, as its Hugging Face schedule), warm-up 0.03.
     train: TrainOptions = TrainOptions(
         lr=5e-7, warmup_ratio=0.03, min_lr_ratio=0.0, micro_tokens=16384
@@ -252,8 +255,10 @@ def sums_of(
     if recipe.kind in losses.REFERENCE_FREE or not pairs:
         return {}
     tokens = [(response.prompt_tokens, response.tokens) for pair in pairs for response in pair]
-    # The last two change how the sums are rounded.
+    # All but the kind change how the sums are rounded.
     settings = [recipe.kind, recipe.train.precision, recipe.train.micro_tokens]
+    if recipe.share_prompts is not None:
+        settings.append(recipe.share_prompts)
     return kept_sums(
         step.directory / REFERENCE_SUMS,
         [reference, tokens, settings],
@@ -280,6 +285,7 @@ def learn(
         recipe.train.micro_tokens,
         derived_seed(recipe.seed, "order", iteration),
         share=mesh.share,
+        packed=packing(recipe.share_prompts),
     )
     steps = recipe.epochs * loader.steps_per_epoch
     fit(step, model, loader, objective(recipe), recipe.train, steps=steps, mesh=mesh)
@@ -322,7 +328,7 @@ def reference_sums(reference: nn.Module, pairs: Sequence[Pair], recipe: DpoRecip
         1.0,
         recipe.train.micro_tokens,
         together=[i // 2 for i in range(len(responses))],
-        packed=pack_shared,
+        packed=packing(recipe.share_prompts),
     )
     lengths = torch.tensor([len(response.tokens) for response in responses], device=logprob.device)
     values = segment_sums(logprob, lengths)

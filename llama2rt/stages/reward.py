@@ -8,7 +8,7 @@ out: pairwise preference models that read both answers at once (the stage prefer
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -24,11 +24,12 @@ from llama2rt.data.loader import PairLoader
 from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example, PairBatch
 from llama2rt.data.records import Comparison
+from llama2rt.data.shared import packing
 from llama2rt.data.sources import MixSource, Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
-from llama2rt.model.heads import last_token
+from llama2rt.model.heads import Normalization, last_token
 from llama2rt.parallel import Mesh, ParallelOptions
 from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
@@ -105,6 +106,13 @@ class RewardRecipe(Recipe):
     """pairs; 1024 rows"""
     epochs: int = Field(default=1, gt=0)
     """more than one over-fits"""
+    share_prompts: bool | None = None
+    """whether training computes the prompt of a pair once, not once a side; None for wherever that
+    leaves out a tenth of a micro-batch's tokens. Scores and gradients differ by rounding"""
+    normalize: Literal["held_out", "training"] | None = None
+    """the comparisons over whose responses rewards are to have mean 0 and standard deviation 1
+    (Ziegler et al. 2019, section 2; the papers leave it out). Kept in the model folder for whatever
+    ranks by the model; weights and scores stay as they are"""
     seed: int = Field(default=0, ge=0)
     """of the new head, the held-out draw, the mix and the pairs' order"""
     # 1e-5 for all but 70B (5e-6); cosine to 10 %; warm-up 3 % of steps, at least 5; AdamW as in
@@ -128,6 +136,11 @@ class RewardRecipe(Recipe):
         if self.init is not None and self.model != ModelShape():
             raise ValueError("init brings its own shape: leave out model")
         check_sources(self)
+        if self.normalize is not None and self.kind == "safety":
+            raise ValueError(
+                "normalize: a safety model's score says how probably a response is safe, which "
+                "rewards.threshold is compared with: leave it out"
+            )
         return self
 
 
@@ -147,6 +160,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         options.micro_tokens,
         recipe.seed,
         share=mesh.share,
+        packed=packing(recipe.share_prompts),
     )
     model = initial_model(recipe, inputs.result.config, mesh)
 
@@ -177,6 +191,10 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
             previous = load_scalar(recipe.previous, tokenizer=inputs.tokenizer)
             before = score(previous, inputs.held_out_pairs, options.micro_tokens, mesh)
             numbers["drift"] = drift(before, scores, inputs.held_out)
+    if recipe.normalize is not None:
+        over = inputs.pairs if recipe.normalize == "training" else inputs.held_out_pairs
+        model.normalization = normalization(model, over, options.micro_tokens, mesh)
+        numbers["normalization"] = asdict(model.normalization)
     adapters.save(model, inputs.tokenizer, run, recipe.init)
     report.finish(run, numbers)
     return run.model_directory
@@ -211,6 +229,8 @@ def open_inputs(recipe: RewardRecipe, future: Future | None = None) -> RewardInp
         return RewardInputs(tokenizer, [], [], [], [], Counter(), result)
     account = Account()
     training, held_out, left_out = split(recipe, tokenizer, config.context, account)
+    if recipe.normalize == "held_out" and not held_out:
+        raise InputError("normalize: there are no held-out comparisons; raise held_out")
     pairs, kept = encode(training, tokenizer, config.context)
     fitting = set(map(id, kept))
     account.leave_out("longer than the context", (c for c in training if id(c) not in fitting))
@@ -337,6 +357,17 @@ def score(
     scores = score_tokens(model, sides, micro_tokens=micro_tokens, mesh=mesh)
     chosen, rejected = scores.reshape(-1, 2).T
     return chosen, rejected
+
+
+def normalization(
+    model: ScalarModel,
+    pairs: Sequence[tuple[Example, Example]],
+    micro_tokens: int,
+    mesh: Mesh | None = None,
+) -> Normalization:
+    """What gives the scores of all responses of `pairs` mean 0 and standard deviation 1."""
+    scores = np.concatenate(score(model, pairs, micro_tokens, mesh))
+    return Normalization.over(torch.from_numpy(scores))
 
 
 def evaluate(

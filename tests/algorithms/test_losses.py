@@ -1,12 +1,12 @@
 """Losses against TRL's own code, at extreme gaps, and in what they refuse."""
 
 import math
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from trl_stand_in import trl_host
 
 from llama2rt.algorithms import losses
 
@@ -36,19 +36,6 @@ def reduced(pairs, kind):
     count = mask.sum(1) if kind in losses.AVERAGED else 1
     chosen, rejected = (policy.sum(1) / count).chunk(2)
     return chosen, rejected, *(reference.sum(1) / count).chunk(2)
-
-
-def trl_host(**settings):
-    """A stand-in for one of TRL's trainers: its settings, and an accelerator of one process."""
-    return SimpleNamespace(
-        model=SimpleNamespace(training=False),
-        accelerator=SimpleNamespace(
-            device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x
-        ),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-        **settings,
-    )
 
 
 def trl_dpo(pairs, loss_type, beta, label_smoothing):

@@ -15,6 +15,7 @@ from llama2rt import Tokenizer
 from llama2rt.checkpoint import convert, files, hf, meta, native
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
+from llama2rt.model.heads import Normalization
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -40,6 +41,26 @@ def test_scalar_model_round_trip(tmp_path, small_tokenizer, writer):
     loaded, _ = llama2rt.load(tmp_path / "m")
     assert isinstance(loaded, ScalarModel) and same_weights(loaded, model)
     assert torch.equal(loaded(*BATCH), model(*BATCH))
+
+
+@pytest.mark.parametrize("writer, key", [(native, "normalization"), (hf, "score_normalization")])
+def test_a_normalization_travels_with_its_model(tmp_path, small_tokenizer, writer, key):
+    model = ScalarModel.from_llama(make(), seed=2)
+    writer.save(model, None, tmp_path / "raw")
+    assert key not in json.loads((tmp_path / "raw" / "config.json").read_text())
+    model.normalization = Normalization(mean=-1.5, std=0.25)
+    writer.save(model, small_tokenizer, tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "other", "hf" if writer is native else "native")
+    convert(tmp_path / "other", tmp_path / "half", "hf", dtype="bf16")
+    for name in ("m", "other", "half"):
+        assert llama2rt.load(tmp_path / name)[0].normalization == model.normalization
+    loaded, _ = llama2rt.load(tmp_path / "other")
+    assert torch.equal(loaded(*BATCH), model(*BATCH))  # scores stay as they are
+    kept = transformers.AutoConfig.from_pretrained(tmp_path / "half").score_normalization
+    assert kept == {"mean": -1.5, "std": 0.25}
+    for wrong in ({"mean": 0.0, "std": 0.0}, {"scale": 2.0}, [1.0]):
+        rewrite(tmp_path / "m" / "config.json", **{key: wrong})
+        assert_refused(tmp_path / "m", f"config.json: {key}: ")
 
 
 def test_saving_replaces_a_model_but_nothing_else(tmp_path, small_tokenizer):

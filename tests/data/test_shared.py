@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2rt.data.packing import Example, micro_batches, pack, pack_pairs
-from llama2rt.data.shared import pack_shared
+from llama2rt.data.shared import pack_shared, packing
 
 # Two tokens, so that neighbours often begin alike.
 example = st.lists(st.tuples(st.integers(0, 1), st.booleans()), max_size=8).map(
@@ -73,6 +73,18 @@ def test_documents_that_share_little_stay_whole():
     assert pack_shared([Example.of([])]).keys is None
     with pytest.raises(ValueError, match="at least one"):
         pack_shared([])
+
+
+def test_a_recipe_may_ask_for_sharing_or_forbid_it():
+    little = answers([1, 5], np.arange(2, 30), np.arange(40, 60))  # one token of fifty
+    much = answers([1, 5, 6, 7], [8, 9], [3])
+    shared = {
+        share: [packing(share)(examples).keys is not None for examples in (little, much)]
+        for share in (None, True, False)
+    }
+    assert shared == {None: [False, True], True: [True, True], False: [False, False]}
+    nothing = answers([1], [2], [3])
+    assert packing(True)(nothing).keys is None
 
 
 def test_micro_batches_hold_the_same_documents():

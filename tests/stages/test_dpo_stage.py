@@ -89,6 +89,8 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, 
 
     def remember(pairs, extras, *rest, **share):
         seen.append((pairs, {name: value.copy() for name, value in extras.items()}))
+        found = loader(pairs, extras, *rest, **share)
+        assert {micro.batch.keys is None for micro in found.next()} == {named}
         return loader(pairs, extras, *rest, **share)
 
     monkeypatch.setattr(dpo, "PairLoader", remember)
@@ -99,6 +101,7 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, 
             parent.output.weight.mul_(1.1)
         native.save(parent, tokenizer, tmp_path / "parent")
         settings |= {"init": tmp_path / "parent", "reference": pocket.sft}
+    settings |= {"share_prompts": False} if named else {}
     dpo.run(recipe(pocket, **settings), tmp_path / "run")
     pi0, _ = loading.load_llama(pocket.sft)
     (first, _), (second, extras) = seen

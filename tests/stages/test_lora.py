@@ -4,6 +4,7 @@ to the same bits."""
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pocket as problem
 import pytest
@@ -17,6 +18,7 @@ from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.model.adapters import adapt, adapter_off, layers
+from llama2rt.model.heads import Normalization
 from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.run import Run
 from llama2rt.stages import adapters, dpo, loading, ppo, rejection, reward, sft
@@ -396,6 +398,16 @@ def test_peft_puts_a_reward_adapter_and_its_head_on_the_export(pocket, tmp_path)
     with torch.no_grad():
         score = float(theirs(tokens[None]).logits)
         assert float(ours(*packed(tokens))[-1]) == pytest.approx(score, abs=1e-5)
+
+
+def test_an_adapted_reward_model_keeps_its_normalization(pocket, tmp_path):
+    begun, tokenizer = llama2rt.load(pocket.sft)
+    model = ScalarModel.from_llama(begun, seed=7)
+    LoraOptions(**LORA).adapt(model, 0)
+    model.normalization = Normalization(mean=2.0, std=3.0)
+    run = SimpleNamespace(model_directory=tmp_path / "m", adapter_directory=tmp_path / "adapter")
+    adapters.save(model, tokenizer, run, pocket.sft)
+    assert llama2rt.load(tmp_path / "m")[0].normalization == model.normalization
 
 
 def test_ppo_refuses_dropout_and_a_reward_model_of_no_model_an_adapter(pocket):

@@ -1,6 +1,7 @@
 """Reward modelling: it learns, reads the right token, holds prompts out, resumes to the bit."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pocket as problem
@@ -16,8 +17,11 @@ from llama2rt.data.records import Comparison
 from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model import ScalarModel
+from llama2rt.model.heads import Normalization
+from llama2rt.rollout.reward import RewardModels
 from llama2rt.run import Run
 from llama2rt.stages import comparisons, loading, reward
+from llama2rt.text import chat
 
 
 def comparison(name, rating=None, safety=None, answer="yes"):
@@ -178,3 +182,63 @@ def test_scores_do_not_depend_on_neighbours(pocket):
     together, _ = reward.score(model, pairs, 4096)
     apart = np.concatenate([reward.score(model, [pair], 4096)[0] for pair in pairs])
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_shares_its_earlier_turns(pocket):
+    """Answers before the last are no targets: both sides have them in common."""
+    _, tokenizer = loading.load_llama(pocket.sft)
+    turns = [*problem.messages("helpfulness", "baba"), {"role": "assistant", "content": "yes"}]
+    asked = Comparison([*turns, *problem.messages("helpfulness", "lulu")], "of course", "no")
+    ((chosen, rejected),), _ = comparisons.encode([asked], tokenizer, 200)
+    prompt = len(chat.encode_prompt(tokenizer, asked.prompt))
+    assert chosen.trainable.tolist() == [i >= prompt for i in range(len(chosen.tokens))]
+    batch = pack_shared([chosen, rejected])
+    # The prompt's last token predicts each side's first.
+    assert len(batch.tokens) == len(chosen.tokens) + len(rejected.tokens) - (prompt - 1)
+
+
+@pytest.mark.parametrize("share, expected", [(None, True), (True, True), (False, False)])
+def test_a_recipe_says_whether_prompts_are_shared(pocket, tmp_path, monkeypatch, share, expected):
+    def stop(run, model, loader, *rest, **settings):
+        assert {micro.batch.keys is not None for micro in loader.next()} == {expected}
+        raise problem.Killed
+
+    monkeypatch.setattr(reward, "fit", stop)
+    recipe = problem.reward_recipe(pocket, "helpfulness", share_prompts=share)
+    with pytest.raises(problem.Killed):
+        reward.run(recipe, tmp_path / "run")
+
+
+def test_rewards_have_unit_scale_where_asked(pocket, tmp_path):
+    """Over the responses named, wherever a folder's model ranks; its weights stay as they are."""
+    write(tmp_path / "few.jsonl", read([pocket.helpfulness_comparisons], "comparison")[:60])
+    few = {"data": [tmp_path / "few.jsonl"], "epochs": 1}
+    raw = reward.run(problem.reward_recipe(pocket, "helpfulness", **few), tmp_path / "raw")
+    assert "normalization" not in (raw / "config.json").read_text()
+    for over, which in (("training", 0), ("held_out", 1)):
+        recipe = problem.reward_recipe(pocket, "helpfulness", **few, normalize=over)
+        folder = reward.run(recipe, tmp_path / over)
+        assert problem.weights(folder) == problem.weights(raw)
+        model, tokenizer = loading.load_scalar(folder), reward.open_inputs(recipe).tokenizer
+        report = json.loads((tmp_path / over / "report.json").read_text())
+        assert report["normalization"] == asdict(model.normalization)
+        pairs, _ = comparisons.encode(comparisons.split(recipe)[which], tokenizer, 64)
+        sequences = [side.tokens.tolist() for pair in pairs for side in pair]
+        rewards, _ = RewardModels(model).score(sequences, np.zeros(len(sequences), bool))
+        assert rewards.mean() == pytest.approx(0, abs=1e-5)
+        assert rewards.std() == pytest.approx(1, abs=1e-5)
+        plain = np.stack(reward.score(loading.load_scalar(raw), pairs, 4096), 1).ravel()
+        assert np.corrcoef(rewards, plain)[0, 1] == pytest.approx(1)
+
+
+def test_normalization_of_what_has_no_scale_is_refused(pocket):
+    with pytest.raises(ValidationError, match="normalize: a safety model's score says"):
+        problem.reward_recipe(pocket, "safety", normalize="training")
+    recipe = problem.reward_recipe(pocket, "helpfulness", normalize="held_out", held_out=0)
+    with pytest.raises(InputError, match="normalize: there are no held-out comparisons"):
+        reward.open_inputs(recipe)
+    equal = Normalization.over(torch.full((3,), 0.7))
+    assert equal.std == 1 and equal.mean == pytest.approx(0.7)
+    for scores in ([], [1.0, torch.nan]):
+        with pytest.raises(ValueError, match="expected a finite mean"):
+            Normalization.over(torch.tensor(scores))
