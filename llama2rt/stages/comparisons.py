@@ -17,12 +17,12 @@ from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
-from llama2rt.stages.loading import Future
+from llama2rt.stages.loading import Future, Outline
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llama2rt.stages.loading import Future
+    from llama2rt.stages.loading import Future, Outline
     from llama2rt.stages.reward import RewardRecipe
 
 logger = logging.getLogger("llama2rt.stages.comparisons")
@@ -349,3 +349,18 @@ def last_answer(example: Example) -> Example:
     trainable = example.trainable.copy()
     trainable[:begin] = False
     return Example(example.tokens, trainable)
+
+
+def require_readable(
+    previous: Outline, tokenizer: Tokenizer, held_out: Sequence[tuple[Example, Example]]
+) -> None:
+    """InputError where the replaced reward model could not score what the new one is tested on,
+    which would be found after training only."""
+    if previous.tokenizer is not None and not previous.tokenizer.agrees_with(tokenizer):
+        raise InputError("previous: its tokenizer is not the new model's; both must share one")
+    longest = max((len(side.tokens) for pair in held_out for side in pair), default=0)
+    if longest > previous.config.context:
+        raise InputError(
+            f"previous: its context of {previous.config.context} tokens is shorter than the "
+            f"longest held-out comparison, {longest}"
+        )

@@ -35,7 +35,13 @@ from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters, mixing, spread
-from llama2rt.stages.comparisons import check_sources, encode, split, to_come
+from llama2rt.stages.comparisons import (
+    check_sources,
+    encode,
+    require_readable,
+    split,
+    to_come,
+)
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -261,21 +267,6 @@ def plan(
     phases = [Phase("training", trained, training=True)]
     notes = mixing.notes(recipe, inputs)
     return Work(phases, recipe.train, recipe.parallel, batch, steps, recipe.epochs, notes=notes)
-
-
-def require_readable(
-    previous: Outline, tokenizer: Tokenizer, held_out: Sequence[tuple[Example, Example]]
-) -> None:
-    """InputError where the replaced reward model could not score what the new one is tested on,
-    which would be found after training only."""
-    if previous.tokenizer is not None and not previous.tokenizer.agrees_with(tokenizer):
-        raise InputError("previous: its tokenizer is not the new model's; both must share one")
-    longest = max((len(side.tokens) for pair in held_out for side in pair), default=0)
-    if longest > previous.config.context:
-        raise InputError(
-            f"previous: its context of {previous.config.context} tokens is shorter than the "
-            f"longest held-out comparison, {longest}"
-        )
 
 
 def shape(recipe: RewardRecipe, future: Future | None = None) -> tuple[LlamaConfig, Tokenizer]:
