@@ -85,8 +85,8 @@ class Views:
 
     def write(self, frame: Frame, kinds: list[str], **more: Any) -> str:
         """A message to begin a conversation with, or (`parent`) to go on with one."""
-        defaults = {"messages": [], "parent": None, "text": "", "message": "", "kind": kinds[0]}
-        values = defaults | more
+        begun: dict[str, Any] = {"messages": [], "parent": None, "text": "", "message": ""}
+        values = begun | {"kind": kinds[0]} | more
         guideline = self._guidelines.get(values["kind"])
         return self._render("write.html", frame=frame, kinds=kinds, guideline=guideline, **values)
 

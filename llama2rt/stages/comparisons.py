@@ -48,8 +48,12 @@ def check_sources(recipe: "RewardRecipe") -> None:
     mixture.pools(recipe.sources)
     recipe.filters.require_meaning("comparison")
     whole = [source for source in recipe.sources if source.share is None]
-    named = {"data": recipe.data, "validation": recipe.validation, "sources": whole}
-    for key, sources in named.items():
+    named: list[tuple[str, Sequence[Source]]] = [
+        ("data", recipe.data),
+        ("validation", recipe.validation),
+        ("sources", whole),
+    ]
+    for key, sources in named:
         for source in sources:
             if source.kind not in (None, recipe.kind):
                 raise ValueError(
