@@ -54,7 +54,13 @@ class Views:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.globals.update(nonce=lambda: secrets.token_hex(16))
+        self._environment.globals.update(
+            nonce=lambda: secrets.token_hex(16),
+            ratings=RATINGS,
+            safety=SAFETY,
+            scale=list(SCALE),
+            reasons=REASONS,
+        )
         self._environment.filters.update(percent=summary.percent, coefficient=summary.coefficient)
         markdown = MarkdownIt("commonmark", {"html": False}).disable("image")
         self._guidelines = {
@@ -75,10 +81,6 @@ class Views:
             task=task,
             messages=messages,
             shown=dict(zip("ab", shown, strict=True)),
-            ratings=RATINGS,
-            safety=SAFETY,
-            scale=list(SCALE),
-            reasons=REASONS,
             guideline=self._guidelines.get(more["kind"]),
             **more,
         )

@@ -42,7 +42,7 @@ class RewardOptions(BaseModel):
     @model_validator(mode="after")
     def _someone_ranks(self) -> Self:
         if self.helpfulness is None and self.preference is None:
-            raise ValueError("give helpfulness or preference")
+            raise ValueError("give rewards.helpfulness or rewards.preference")
         if self.safety is not None and self.preference is not None:
             raise ValueError(
                 "preference ranks alone, and safety would have no say: leave one of them out"

@@ -25,16 +25,17 @@ def unfinished(recipe_class: type[Recipe], values: dict[str, Any], source: str) 
 
 
 def _left_open(error: Any, recipe_class: type) -> bool:
-    """Whether an error is about a key that is not there, of the recipe or of one of its tables."""
-    if error["type"] != "missing":
+    """Whether an error is about a key that is not there, of the recipe or of one of its tables, or
+    about what the keys of such a table must be to each other."""
+    if error["type"] not in ("missing", "value_error"):
         return False
     table: Any = recipe_class
-    for key in error["loc"][:-1]:
+    for key in error["loc"][:-1] if error["type"] == "missing" else error["loc"]:
         field = getattr(table, "model_fields", {}).get(key)
         if field is None or not field.is_required():
             return False  # an item of a list, or a table that the recipe has a default for
         table = field.annotation
-    return True
+    return error["type"] == "missing" or hasattr(table, "model_fields")
 
 
 def _construct(table: Any, values: dict[str, Any]) -> Any:

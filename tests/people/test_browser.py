@@ -40,11 +40,18 @@ def tab(browser):
         assert not [text for text in said if "status of 4" not in text], said
 
 
+def see(tab, text: str) -> None:
+    """Wait for a page that says `text`, and until its script listens: keys before that are lost."""
+    tab.wait_for_selector(f"text={text}")
+    tab.wait_for_load_state()
+
+
 def log_in(tab, served, **options) -> None:
     tab.goto(served.url)
+    tab.wait_for_selector("input:focus")
     tab.keyboard.type(served.site.accounts.invite("ada", **options))
     tab.keyboard.press("Enter")
-    tab.wait_for_selector("text=ada, 0 judged")
+    see(tab, "ada, 0 judged")
 
 
 def test_by_keyboard(tab, tmp_path) -> None:
@@ -73,21 +80,21 @@ def test_by_keyboard(tab, tmp_path) -> None:
             "both_safe",
         ]
         tab.keyboard.press("Enter")
-        tab.wait_for_selector("text=ada, 1 judged")
+        see(tab, "ada, 1 judged")
         tab.keyboard.press("u")
-        tab.wait_for_selector("text=ada, 0 judged")
+        see(tab, "ada, 0 judged")
         assert tab.locator(".response .text").all_text_contents() == shown
         for key in "a49":
             tab.keyboard.press(key)
         tab.keyboard.press("Enter")
-        tab.wait_for_selector("text=ada, 1 judged")
+        see(tab, "ada, 1 judged")
         # Skip: s opens it at the reason; keys are text there, not shortcuts.
         tab.keyboard.press("s")
         tab.keyboard.type("It needs")
         tab.keyboard.press("Tab")
         tab.keyboard.type("abu 123")
         tab.keyboard.press("Enter")
-        tab.wait_for_selector("text=question 2")
+        see(tab, "question 2")
         row = served.judgements()[-1]
         assert (row["skipped"], row["chosen"]) == ("expertise: abu 123", None)
         # By Tab and arrows, as without the script.
@@ -97,7 +104,7 @@ def test_by_keyboard(tab, tmp_path) -> None:
             tab.keyboard.press("Tab")
             tab.keyboard.press("Space")
         tab.keyboard.press("Enter")
-        tab.wait_for_selector("text=There is nothing left for you to judge")
+        see(tab, "There is nothing left for you to judge")
         export.export(served.site.store, tmp_path / "out")
         (file,) = (tmp_path / "out").glob("*-safety.jsonl")
         first, third = readers.read(file, "comparison")
@@ -156,9 +163,9 @@ def test_an_evaluation_by_its_seven_points(tab, tmp_path) -> None:
         first_shown = tab.locator(".response .text").first.text_content()
         tab.keyboard.press("1")
         tab.keyboard.press("Enter")
-        tab.wait_for_selector("text=ada, 1 judged")
+        see(tab, "ada, 1 judged")
         tab.get_by_text("About the same").click()
         tab.get_by_role("button", name="Submit").click()
-        tab.wait_for_selector("text=There is nothing left")
+        see(tab, "There is nothing left")
         scores = [row["score"] for row in served.judgements()]
         assert scores == [3 if first_shown == "of v1" else -3, 0]

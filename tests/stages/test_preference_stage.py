@@ -259,7 +259,7 @@ def test_recipes_that_cannot_rank_so_are_refused(pocket, base, trained, tmp_path
         with pytest.raises(ValueError, match=said):
             dpo.DpoRecipe(**rollout(pocket, trained, **settings))
 
-    refused("give helpfulness or preference", **{"rewards.preference": None})
+    refused("give rewards.helpfulness or rewards.preference", **{"rewards.preference": None})
     refused("preference ranks alone", **{"rewards.safety": pocket.safety})
     refused("held-out answers have nothing to be compared with", validation=[pocket.validation])
     refused("tournament's standings", **{"rewards.ranking": "tournament", "length_penalty": 0.1})
