@@ -12,7 +12,6 @@ from typing import Any
 
 from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
-from llama2rt.parallel import on_main
 from llama2rt.report import html, studies, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
@@ -42,7 +41,17 @@ def of_run(
     folder holds neither a manifest nor metrics.
     """
     directory = Path(directory)
-    manifest, metrics = read_manifest(directory), read_metrics(directory / "metrics.jsonl")
+    return _write(directory, read_manifest(directory), title, sections, numbers)
+
+
+def _write(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    title: str | None = None,
+    sections: Sequence[html.Section] = (),
+    numbers: Mapping[str, object] | None = None,
+) -> Path:
+    metrics = read_metrics(directory / "metrics.jsonl")
     if not manifest and not metrics:
         raise InputError(f"{directory}: no run directory (neither manifest.json nor metrics.jsonl)")
     title = title or f"Run: {directory.resolve().name}"
@@ -61,7 +70,11 @@ def of_run(
     return html.write(
         directory / "report.html",
         title,
-        [*sections, *training_sections(metrics), html.Section("This run", facts(directory))],
+        [
+            *sections,
+            *training_sections(metrics),
+            html.Section("This run", _facts(directory, manifest)),
+        ],
         subtitle=_status(manifest, metrics),
     )
 
@@ -143,8 +156,10 @@ def training_again(directory: Path) -> list[html.Section]:
 
 def facts(directory: str | Path) -> list[html.Block]:
     """What a run was made of: summary, versions, seed, input hashes, and the recipe folded away."""
-    directory = Path(directory)
-    manifest = read_manifest(directory)
+    return _facts(Path(directory), read_manifest(directory))
+
+
+def _facts(directory: Path, manifest: Mapping[str, Any]) -> list[html.Block]:
     listed: dict[str, object] = {"directory": str(directory)}
     for key in ("started", "finished", "seed"):
         if manifest.get(key) is not None:
@@ -228,5 +243,4 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
 
 def finish(run: Run, numbers: Mapping[str, Any]) -> None:
     """The run complete, with its report.json and report.html. Every rank calls it."""
-    run.finish(**numbers)
-    on_main(lambda: of_run(run.directory))
+    run.finish(lambda manifest: _write(run.directory, manifest), **numbers)

@@ -15,7 +15,7 @@ Left out: any knowledge of stages. They open a run, read `complete`, and finish 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +26,8 @@ from llama2rt.parallel import by_main, is_main, on_main
 from llama2rt.parallel.checkpoint import open_store
 from llama2rt.run import lock, manifest
 from llama2rt.run.metrics import Metrics
+
+Leave = Callable[[dict[str, Any]], object]
 
 
 class Run:
@@ -95,13 +97,17 @@ class Run:
             manifest.write(self.directory, kept)
         return kept
 
-    def finish(self, **summary: Any) -> None:
-        """Mark the run complete, with what is worth knowing about it at a glance."""
-        self.manifest = on_main(lambda: self._finish(summary))
+    def finish(self, leave: Leave | None = None, /, **summary: Any) -> None:
+        """Mark the run complete, with what is worth knowing about it at a glance. `leave` is given
+        the manifest and writes what a complete run has beside it, before: a run that was killed
+        in between is not complete, and does it again."""
+        self.manifest = on_main(lambda: self._finish(leave, summary))
 
-    def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+    def _finish(self, leave: Leave | None, summary: dict[str, Any]) -> dict[str, Any]:
         self._metrics.close()
         finished = manifest.finished(self.manifest, summary)
+        if leave is not None:
+            leave(finished)
         manifest.write(self.directory, finished)
         lock.unlock(self.directory)
         return finished

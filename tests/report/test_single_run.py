@@ -10,6 +10,7 @@ from llama2rt import report
 from llama2rt.errors import InputError
 from llama2rt.report import html
 from llama2rt.report.single_run import read_metrics, training_again
+from llama2rt.run import Recipe, Run
 
 ROW = {"rating": "better", "mean": 0.75, "low": 0.6, "high": 0.9, "pairs": 40, "ties": 0}
 
@@ -134,3 +135,23 @@ def test_a_damaged_manifest_is_named(tmp_path):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(InputError, match=r"manifest\.json: "):
             report.of_run(tmp_path)
+
+
+def test_a_run_killed_before_its_page_is_there_is_not_complete(tmp_path, monkeypatch):
+    class Nothing(Recipe):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    run = Run.open(tmp_path, Nothing())
+    with monkeypatch.context() as patch:
+        patch.setattr(html, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            report.finish(run, {"loss": 1.0})
+    assert not json.loads((tmp_path / "manifest.json").read_text())["complete"]
+    report.finish(run, {"loss": 1.0})
+    assert run.manifest["complete"] and run.manifest["summary"] == {"loss": 1.0}
+    assert json.loads((tmp_path / "report.json").read_text())["complete"]
+    text = (tmp_path / "report.html").read_text()
+    assert "Not complete" not in text and "finished" in text
