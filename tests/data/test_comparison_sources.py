@@ -260,7 +260,7 @@ def test_many_answers_are_refused_at_once(rows_file):
     many = [{"response": f"a{i}", "fine-grained_score": i} for i in range(10_000)]
     models = {f"m{i}": {"is_correct": i % 2 == 0, "solution": f"s{i}"} for i in range(10_000)}
     equal = [{"text": f"a{i}", "pm_score": 1} for i in range(1000)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     for row, reason in (
         ({"instruction": "u", "completions": many}, ":1: completions: 10000 answers; at most 64"),
         ({"question": "u", "ground_truth": "g", **models}, ":1: solutions: 10000 answers; at mo"),
@@ -272,4 +272,4 @@ def test_many_answers_are_refused_at_once(rows_file):
     rows = [{**steer, "response": f"a{i}", "helpfulness": i % 5} for i in range(70)]
     with pytest.raises(InputError, match=":65: response: 65 answers; at most 64 to a prompt"):
         read(rows_file(*rows), "comparison")
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
