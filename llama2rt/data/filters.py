@@ -233,5 +233,12 @@ def _chosen_both_ways(found: Sequence[Located]) -> Iterable[tuple[int, str]]:
 
 
 def _alike(found: Sequence[Located], least: float) -> Iterable[tuple[int, str]]:
-    for index, earlier, similarity in earlier_alike([parts(f.record) for f in found], least):
-        yield index, f"{similarity:.2f} alike {found[earlier].where}"
+    # As for duplicates: what another rater, or the other kind's, says of the same text is another.
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, one in enumerate(found):
+        said_by = getattr(one.record, "kind", None), getattr(one.record, "rater", None)
+        groups.setdefault(said_by, []).append(index)
+    for group in groups.values():
+        texts = [parts(found[index].record) for index in group]
+        for index, earlier, similarity in earlier_alike(texts, least):
+            yield group[index], f"{similarity:.2f} alike {found[group[earlier]].where}"

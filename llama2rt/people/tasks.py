@@ -243,7 +243,9 @@ class Tasks:
 def assigned(db: sqlite3.Connection, task: int, annotator: int) -> bool:
     """Whether they see the second response as A. Conflict where the task is not before them."""
     row = db.execute(
-        "SELECT flipped FROM assignments WHERE task = ? AND annotator = ?", (task, annotator)
+        "SELECT a.flipped FROM assignments a JOIN tasks t ON t.id = a.task "
+        "WHERE a.task = ? AND a.annotator = ? AND t.state = 'ready'",
+        (task, annotator),
     ).fetchone()
     if row is None:
         raise Conflict("this task is not before you; open the page again")

@@ -219,11 +219,15 @@ def split(
     """(training, held-out) comparisons, none of whose prompts is in both; what is in neither is
     counted in `left_out`. InputError where nothing is left to train on."""
 
+    account = Account()
+
     def read(key: str) -> list[list[Comparison]]:
         reader = Reader(getattr(recipe, key), "comparison", recipe.skip_invalid)
         found = reader.by_file()
         reader.log()
         left_out.update({f"{key}: {reason}": n for reason, n in reader.left_out.items()})
+        for i, (source, records) in enumerate(zip(getattr(recipe, key), found, strict=True)):
+            account.add(f"{key}.{i}", source, records)
         return found
 
     own = read("data")
@@ -238,7 +242,7 @@ def split(
             aside.append(taken)
     held_out = [comparison for source in aside for comparison in source]
     seen = {prompt_key(comparison) for comparison in held_out}
-    kept = without_prompts(own, seen, "data", left_out, Account())
+    kept = without_prompts(own, seen, "data", left_out, account)
     training = [comparison for source in kept for comparison in source]
     if not training:
         raise InputError("data: the prompts of all its comparisons are held out")

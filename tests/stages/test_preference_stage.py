@@ -121,6 +121,14 @@ def test_the_letter_alone_is_learned_and_orders_are_drawn(base):
     assert [e.tokens.tolist() for e in other] != [e.tokens.tolist() for e in inputs.training]
 
 
+def test_a_prompt_that_is_held_out_is_not_trained_on(base, tmp_path):
+    lines = base.comparisons.read_text().splitlines(True)
+    (tmp_path / "validation.jsonl").write_text(lines[0])
+    inputs = preference.open_inputs(recipe(base, validation=[tmp_path / "validation.jsonl"]))
+    assert inputs.left_out["data: comparisons of held-out prompts"] >= 1
+    assert len(inputs.training) < len(lines) and len(inputs.held_out) == 1
+
+
 def test_blocks_are_full_and_every_example_comes_once():
     examples = [Example.of(np.full(n, i)) for i, n in enumerate([5, 9, 30, 7, 7, 12, 3, 20])]
     loader = BlockLoader(examples, 32, 2, 16, seed=3)
