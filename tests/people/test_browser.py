@@ -121,6 +121,7 @@ def test_by_mouse(tab, tmp_path) -> None:
     given = config(tmp_path, write=True, turns=2)
     with page(given, says) as served:
         log_in(tab, served, coordinator=True)
+        tab.wait_for_selector("textarea:focus")
         tab.locator("textarea").fill("<b>What</b> is a fox?\nTell me.")
         tab.get_by_role("button", name="Send").click()
         tab.get_by_text("Slightly better").click()
@@ -130,7 +131,8 @@ def test_by_mouse(tab, tmp_path) -> None:
             f"{n} answers: <b>What</b> is a fox?\nTell me." for n in ("ayes", "noes")
         ]
         tab.get_by_role("button", name="Submit").click()
-        tab.get_by_text("Your next message").wait_for()
+        see(tab, "Your next message")
+        tab.wait_for_selector("textarea:focus")
         assert tab.locator(".turn .text").all_text_contents()[-1] == shown[1]
         tab.locator("textarea").fill("And then?")
         tab.keyboard.press("Control+Enter")
@@ -138,11 +140,12 @@ def test_by_mouse(tab, tmp_path) -> None:
         tab.locator("select").select_option("other")
         tab.get_by_label("In your words").fill("enough")
         tab.get_by_role("button", name="Skip this pair").click()
-        tab.get_by_text("Write a prompt; two").wait_for()
+        see(tab, "Write a prompt; two")
+        tab.wait_for_selector("textarea:focus")
         tab.get_by_role("link", name="Overview").click()
         tab.get_by_role("heading", name="Judgements: 1", exact=True).wait_for()
         tab.get_by_role("button", name="Log out").click()
-        tab.get_by_label("Your token").wait_for()
+        tab.wait_for_selector("input:focus")
         assert [row["rating"] for row in served.judgements()] == ["slightly_better", None]
 
 
