@@ -163,7 +163,8 @@ def differences(store: Path, raters: dict[str, Rater]) -> list[str]:
         "HAVING count(*) > 2"
     ).fetchall()
     db.close()
-    return [*wrong, *(f"task {row[0]}: judged twice" for row in [*doubled, *many])]
+    wrong += [f"task {row[0]}: judged twice by one annotator" for row in doubled]
+    return wrong + [f"task {row[0]}: judged by more than two" for row in many]
 
 
 def run(

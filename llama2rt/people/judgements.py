@@ -110,8 +110,9 @@ class Judgements:
             db.execute("UPDATE annotators SET conversation = ? WHERE id = ?", (goes_on, annotator))
 
     def undo(self, annotator: int, nonce: str) -> None:
-        """Take the annotator's last judgement back: its task is before them again. Conflict where
-        there is none, and where its week is over: a batch that is closed does not change."""
+        """Take the annotator's last judgement back: its task is before them again, unless it was
+        skipped and as many others as should judge it have it by now. Conflict where there is none,
+        and where its week is over: a batch that is closed does not change."""
         with self._store.post(nonce, annotator, "undo") as db:
             if db is None:
                 return
@@ -129,10 +130,7 @@ class Judgements:
             for turn in db.execute(query, (task, annotator)).fetchall():
                 drop(db, turn["id"])  # not judged, or that judgement would be the last
             db.execute("UPDATE judgements SET undone = 1 WHERE id = ?", (last["id"],))
-            db.execute(
-                "UPDATE assignments SET time = ? WHERE task = ? AND annotator = ?",
-                (now(), task, annotator),
-            )
+            self._tasks.give_back(db, task, annotator)
             db.execute("UPDATE annotators SET conversation = NULL WHERE id = ?", (annotator,))
             self._tasks.judged(db, task)
 

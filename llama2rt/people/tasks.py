@@ -223,6 +223,17 @@ class Tasks:
         self._assign(db, identifier, key, annotator)
         db.execute("UPDATE annotators SET conversation = NULL WHERE id = ?", (annotator,))
 
+    def give_back(self, db: sqlite3.Connection, task: int, annotator: int) -> None:
+        """Put a task that is not judged any more before the annotator again, unless as many others
+        as should judge it have judged it or have it before them."""
+        values = {"id": task, "me": annotator, "since": now(before=self._lease)}
+        row = db.execute(f"SELECT {_LIVE} live FROM tasks t WHERE t.id = :id", values).fetchone()
+        if row["live"] < self._raters:
+            change = "UPDATE assignments SET time = :now WHERE task = :id AND annotator = :me"
+        else:
+            change = "DELETE FROM assignments WHERE task = :id AND annotator = :me"
+        db.execute(change, values | {"now": now()})
+
     def judged(self, db: sqlite3.Connection, task: int) -> None:
         """Count how many have judged it."""
         db.execute(

@@ -215,6 +215,24 @@ def test_pairs_go_to_as_many_as_should_judge_them(tmp_path) -> None:
         assert people[2].get().form("/judge")["task"] == "1"
 
 
+def test_a_skip_is_taken_back_unless_others_have_the_pair(tmp_path) -> None:
+    given = config(tmp_path, pairs=[pairs_file(tmp_path / "pairs.jsonl", 2)])
+    with page(given) as served:
+        ann, bob = served.annotator("ann"), served.annotator("bob")
+
+        def skip_and_undo(between=lambda: None):
+            assert ann.post("/skip", ann.get().form("/skip") | {"reason": "unclear"}).status == 303
+            between()
+            assert ann.post("/undo", ann.get().form("/undo")).status == 303
+            return ann.get().form("/judge")["task"]
+
+        assert skip_and_undo() == "1"
+        assert skip_and_undo(lambda: bob.get().form("/judge")) == "2"
+        for person in (ann, bob):
+            assert person.post("/judge", person.get().form("/judge") | CHOICE).status == 303
+            assert "nothing left" in person.get().text
+
+
 def test_the_order_is_drawn_and_undone_in_the_record(tmp_path) -> None:
     given = config(tmp_path, pairs=[pairs_file(tmp_path / "pairs.jsonl", 40)])
     with page(given) as served:
