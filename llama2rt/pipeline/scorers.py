@@ -1,5 +1,6 @@
 """Whatever can be asked which of two answers is better, behind one interface: our reward models,
-sequence classifiers of transformers, a language model that is asked (Llama 2, Table 7).
+pairwise preference models, sequence classifiers of transformers, a language model that is asked
+(Llama 2, Table 7).
 
 Each is checked without its weights before a study begins, and loads them when it is first asked.
 What one cannot read, such as a pair beyond its context, scores NaN.
@@ -19,6 +20,7 @@ from llama2rt.annotate.models import JudgeAnnotator
 from llama2rt.annotate.pairs import AnswerPair
 from llama2rt.data.records import Comparison, Prompt
 from llama2rt.errors import InputError
+from llama2rt.rollout.pairwise import PairwiseModel
 from llama2rt.rollout.scoring import score_tokens
 from llama2rt.stages import loading
 from llama2rt.text import chat
@@ -204,7 +206,7 @@ class Judge(Scorer):
             raise InputError(f"{self.folder}: holds no tokenizer")
 
     @functools.cached_property
-    def _loaded(self) -> JudgeAnnotator:
+    def _loaded(self) -> Any:
         model, tokenizer = loading.load_llama(self.folder)
         return JudgeAnnotator(model.requires_grad_(False).eval(), tokenizer)
 
@@ -213,17 +215,47 @@ class Judge(Scorer):
             pair = comparisons[i]
             asked = Prompt(str(i), pair.prompt, pair.kind)
             wins = self._loaded.first_wins(AnswerPair(str(i), asked, pair.chosen, pair.rejected))
-            # Odds of a probability that rounds to 0 or 1 are as long as fp64 can hold.
-            wins = min(max(wins, 1e-15), 1 - 1e-15)
-            return math.log(wins / (1 - wins))
+            return log_odds(wins)
 
-        odds = self._each(len(comparisons), read)
-        return odds, np.where(np.isfinite(odds), 0, np.nan).astype(np.float32)
+        return against_zero(self._each(len(comparisons), read))
+
+
+class PreferenceModel(Judge):
+    """A model of the preference stage (RLHF Workflow, section 2), which reads two answers at once:
+    as a judge's, the log-odds of its probability over both orders."""
+
+    @functools.cached_property
+    def _loaded(self) -> Any:
+        model, tokenizer = loading.load_llama(self.folder)
+        return PairwiseModel(model.requires_grad_(False).eval(), tokenizer, self.micro_tokens)
+
+    def pairs(self, comparisons: Sequence[Comparison]) -> tuple[np.ndarray, np.ndarray]:
+        asked = [(pair.prompt, pair.chosen, pair.rejected) for pair in comparisons]
+        wins = self._loaded.first_wins(asked)
+
+        def read(i: int) -> float:
+            if math.isnan(wins[i]):
+                raise InputError(f"its context is {self._loaded.model.config.context}")
+            return log_odds(wins[i])
+
+        return against_zero(self._each(len(comparisons), read))
+
+
+def log_odds(probability: float) -> float:
+    """Those of a probability that rounds to 0 or 1 are as long as fp64 can hold."""
+    bounded = min(max(probability, 1e-15), 1 - 1e-15)
+    return math.log(bounded / (1 - bounded))
+
+
+def against_zero(odds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As scores of both sides."""
+    return odds, np.where(np.isfinite(odds), 0, np.nan).astype(np.float32)
 
 
 BASELINES: dict[str, type[Scorer]] = {
     "trained": RewardModel,
     "classifier": Classifier,
+    "preference": PreferenceModel,
     "judge": Judge,
 }
 """By the key under which a study names a model that it does not train."""

@@ -52,9 +52,9 @@ class StudyRecipe(Recipe):
     """[defaults.reward]: keys of the reward stage's recipe for all trainings"""
     models: Annotated[list[AnyModel], *NO_OPTION] = Field(default=[])
     """in the order of the tables; each with a name and the keys of the reward stage's recipe that
-    differ, or one of trained (a reward model's folder), classifier (a folder of transformers' for
-    sequence classification) and judge (a language model's folder), which are measured as they are.
-    The first is what the others are compared with"""
+    differ, or the folder of one that is measured as it is: trained (a reward model), classifier (of
+    transformers', for sequence classification), preference (a pairwise preference model) or judge
+    (a language model). The first is what the others are compared with"""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     """train each model once from each; tables show the mean"""
     data_limits: list[Annotated[int, Field(gt=0)]] = Field(default=[])

@@ -19,7 +19,7 @@ from llama2rt.run.unfinished import first_problem
 from llama2rt.stages.reward import RewardRecipe
 
 # Of a recipe's paths, those of files of records, which may be tables.
-_SOURCES = ("data", "mixed_in", "validation")
+_SOURCES = ("data", "mixed_in", "sources", "validation")
 _FOLDERS = ("init", "tokenizer")
 
 
@@ -30,6 +30,8 @@ class ModelKeys(NamedKeys):
     """a reward model of this project"""
     classifier: Path | None = None
     """a folder of transformers' for sequence classification"""
+    preference: Path | None = None
+    """a pairwise preference model of this project"""
     judge: Path | None = None
     """a language model that is asked which of two answers is better"""
 
@@ -140,7 +142,8 @@ def recipe_of(directory: Path) -> dict[str, Any]:
         if key in keys:
             keys[key] = str(where / keys[key])
     for key in _SOURCES:
-        keys[key] = [_below(where, source) for source in keys.get(key, [])]
+        if key in keys:
+            keys[key] = [_below(where, source) for source in keys[key]]
     return keys
 
 

@@ -181,7 +181,7 @@ def _scores(models: Mapping[str, Numbers]) -> Table:
 def _agreement(agreement: Numbers) -> Table:
     rows = [(f"AC{i}", agreement[f"ac{i}"]) for i in (1, 2) if f"ac{i}" in agreement]
     return Table(
-        ("coefficient", "agreement", "pairs judged more than once"),
+        ("coefficient", "agreement", "pairs with several votes"),
         [
             (name, (found["coefficient"], found["low"], found["high"]), agreement["pairs"])
             for name, found in rows

@@ -1,4 +1,4 @@
-"""Agreement of annotators on pairs that were judged more than once, by hand."""
+"""Agreement of annotators on pairs that several of them judged, by hand."""
 
 import pytest
 
@@ -7,18 +7,19 @@ from llama2rt.evaluate.agreement import gwet
 from llama2rt.evaluate.annotators import agreement
 
 
-def vote(name, chosen, rejected, rating="better"):
-    return Comparison([{"role": "user", "content": name}], chosen, rejected, rating)
+def vote(name, chosen, rejected, rating="better", *, rater):
+    asked = [{"role": "user", "content": name}]
+    return Comparison(asked, chosen, rejected, rating, rater=rater)
 
 
-def test_pairs_judged_more_than_once_by_rating():
+def test_pairs_with_several_votes_by_rating():
     votes = [
-        vote("three", "a", "b", "significantly_better"),
-        vote("three", "a ", "b", "significantly_better"),
-        vote("three", "b", "a", "negligibly_better"),
-        vote("two", "c", "d"),
-        vote("two", "c", "d"),
-        vote("once", "a", "b"),
+        vote("three", "a", "b", "significantly_better", rater="x"),
+        vote("three", "a", "b", "significantly_better", rater="y"),
+        vote("three", "b", "a", "negligibly_better", rater="z"),
+        vote("two", "c", "d", rater="x"),
+        vote("two", "c", "d", rater="y"),
+        vote("once", "a", "b", rater="x"),
     ]
     found = agreement(votes)
     assert found["pairs"] == 2
@@ -31,18 +32,30 @@ def test_pairs_judged_more_than_once_by_rating():
     }
     assert [row["rating"] for row in found["by_rating"]][-1] == "average"
     assert (rows["average"]["pairs"], rows["average"]["votes"]) == (2, 5)
-    # a and c come first; ranks 0..3 for the first answer, 7..4 for the second.
-    nominal = gwet([[0, 0, 1], [0, 0, -1]], categories=2)
-    ordinal = gwet([[0, 0, 4], [1, 1, -1]], categories=8, weights="ordinal")
-    assert found["ac1"]["coefficient"] == pytest.approx(nominal.coefficient)
-    assert found["ac2"]["coefficient"] == pytest.approx(ordinal.coefficient)
+    # Whichever answer of a pair comes first: one of these is the table of its two choices.
+    tables = [([0, 0, 1], [0, 0, -1]), ([0, 0, 1], [1, 1, -1])]
+    nominal = [gwet(table, categories=2).coefficient for table in tables]
+    assert min(abs(found["ac1"]["coefficient"] - value) for value in nominal) < 1e-12
+    # Steps 0 to 3 for the first answer, 7 to 4 for the other.
+    tables = [([0, 0, 4], [1, 1, -1]), ([0, 0, 4], [6, 6, -1])]
+    ordinal = [gwet(table, categories=8, weights="ordinal").coefficient for table in tables]
+    assert min(abs(found["ac2"]["coefficient"] - value) for value in ordinal) < 1e-12
 
 
-def test_votes_without_a_rating_have_no_scale():
-    found = agreement([vote("q", "a", "b", None), vote("q", "b", "a")])
-    assert "ac2" not in found and found["ac1"]["coefficient"] < 0
+def test_votes_of_one_record_and_votes_without_a_rating():
+    votes = [{"prefers": "chosen", "rating": "better"}, {"prefers": "rejected"}]
+    votes.append({"prefers": "neither"})
+    asked = [{"role": "user", "content": "q"}]
+    found = agreement([Comparison(asked, "a", "b", votes=votes)])
     assert [row["rating"] for row in found["by_rating"]] == ["better", "unrated", "average"]
+    assert all(row["mean"] == 0 for row in found["by_rating"])
+    assert found["ac1"]["coefficient"] < 0 and "ac2" in found  # "neither" has a place of its own
+    found = agreement([Comparison(asked, "a", "b", votes=votes[:2])])
+    assert "ac2" not in found
 
 
-def test_pairs_judged_once_say_nothing():
-    assert agreement([vote("q", "a", "b"), vote("q", "a", "c"), vote("r", "a", "b")]) is None
+def test_rows_that_name_no_rater_are_no_votes():
+    """A row that stands twice in a file is a duplicate, not an agreement."""
+    asked = [{"role": "user", "content": "q"}]
+    assert agreement([Comparison(asked, "a", "b")] * 2) is None
+    assert agreement([vote("q", "a", "b", rater="x"), vote("r", "a", "b", rater="x")]) is None

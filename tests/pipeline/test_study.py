@@ -61,6 +61,7 @@ def baselines(pocket, files) -> list[dict]:
     return [
         {"name": "ours", "trained": pocket.helpfulness},
         {"name": "exported", "classifier": files / "exported"},
+        {"name": "pairwise", "preference": files / "judge"},
         {"name": "asked", "judge": files / "judge"},
     ]
 
@@ -93,7 +94,7 @@ def test_models_on_the_same_pairs(whole, files):
     assert list(found["tests"]) == ["helpful", "safe"]
     models = found["tests"]["helpful"]["models"]
     labels = ["small, 30 comparisons", "small, 100 comparisons"]
-    assert list(models) == [*labels, "ours", "exported", "asked"]
+    assert list(models) == [*labels, "ours", "exported", "pairwise", "asked"]
     average = {name: of["intervals"][-1]["mean"] for name, of in models.items()}
     # A tenth of the annotators' judgements are coin tosses.
     assert average["small, 100 comparisons"] > 0.85
@@ -106,7 +107,7 @@ def test_models_on_the_same_pairs(whole, files):
     assert crossed["unsafe"]["recall"]["responses"] == len(unsafe)
     curve = found["scaling"]["helpful"]["small"]
     assert [row["comparisons"] for row in curve] == [30, 100]
-    assert found["study"]["draw"] == [labels[1], "ours", "exported", "asked"]
+    assert found["study"]["draw"] == [labels[1], "ours", "exported", "pairwise", "asked"]
     assert found["study"]["trainings"] == 2
     text = (directory / "tables.md").read_text()
     assert "| small, 100 comparisons |" in text and "| exported |" in text
@@ -226,6 +227,15 @@ def test_like_an_earlier_run(pocket, files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     keys = recipe_of(files / "earlier")
     assert keys["data"] == [str(files / "helpfulness.jsonl")] and "previous" not in keys
+    mix = [{"path": "helpfulness.jsonl"}, {"path": "safety.jsonl", "share": 0.1}]
+    given = earlier.model_dump(mode="json", exclude={"data", "held_out"}) | {"sources": mix}
+    mixed = type(earlier).model_validate(given)
+    monkeypatch.chdir(files)
+    Run.open(Path("mixed"), mixed)
+    monkeypatch.chdir(tmp_path)
+    paths = [str(files / source["path"]) for source in mix]
+    found = type(mixed).model_validate(recipe_of(files / "mixed")).sources
+    assert [str(source.path) for source in found] == paths
     tests = {"safe": [str(files / "safety.jsonl")]}
     found = study.StudyRecipe.model_validate(
         {

@@ -1,6 +1,7 @@
 """The page of a study and its tables as text, from numbers."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from llama2rt.report import html, studies
 
 @pytest.fixture(scope="module")
 def numbers():
-    """A safety and a helpfulness model on a test set of each, the second judged twice."""
+    """A safety and a helpfulness model on a test set of each, the first judged by two raters."""
     asked = [{"role": "user", "content": "which?"}]
     pairs = [
         Comparison(asked, "this", f"that {i // 2}", RATINGS[i % 4], SAFETY[i % 3], "safety")
         for i in range(24)
     ]
+    votes = [replace(pair, rater=str(i % 2)) for i, pair in enumerate(pairs)]
     generator = np.random.default_rng(0)
     scores = {
         name: [(gap + generator.normal(size=24), generator.normal(size=24)) for _ in range(2)]
@@ -35,7 +37,7 @@ def numbers():
             "left_out": {"plain": 5},
         },
         "tests": {
-            "safety": safe | {"annotators": annotators.agreement(pairs)},
+            "safety": safe | {"annotators": annotators.agreement(votes)},
             "plain": plain | {"unread": {"ranking alone": 2}},
         },
         "scaling": {"safety": {"small": [{"comparisons": n, **row} for n in (100, 200)]}},
