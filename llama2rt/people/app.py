@@ -86,7 +86,7 @@ class Site:
             *earlier, last = task.prompt.messages
             prompt = Prompt(task.prompt.id, earlier, task.prompt.kind)
             message = f"There is nothing to compare: {task.reason}. Please change your message."
-            values = {"text": last["content"], "message": message}
+            values = {"text": last["content"], "message": message, "ends": True}
             return self._write(frame, parent=task.parent, prompt=prompt, **values)
         page = self.views.task(
             frame,

@@ -28,14 +28,16 @@ def export(store: Store, out: Path, only: str | None = None) -> dict[str, int]:
     InputError where there is nothing to write."""
     rows = [dict(row) for row in store.rows(_JUDGED)]
     found = [row for row in rows if only in (None, week(row["time"]))]
-    if not found:
+    evaluation = store.recall("mode") == "evaluation"
+    skipped = [] if evaluation else [*_skipped_pairs(store, only)]
+    if not found and not skipped:
         weeks = ", ".join(sorted({week(row["time"]) for row in rows})) or "none"
         raise InputError(f"week: nothing was judged in {only or 'any'} (weeks: {weeks})")
-    if store.recall("mode") == "evaluation":
+    if evaluation:
         files = _points(found)
     else:
         files = _comparisons(found, store.folder.resolve().name)
-        if judgements := [*_of_pairs(found), *_skipped_pairs(store)]:
+        if judgements := [*_of_pairs(found), *skipped]:
             files[JUDGEMENTS] = judgements
     for name, records in files.items():
         if isinstance(records[0], Comparison):
@@ -94,15 +96,22 @@ def _of_pairs(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"pair": pair, "chosen": middle.chosen, "rating": middle.rating, **labels}
 
 
-def _skipped_pairs(store: Store) -> Iterator[dict[str, Any]]:
-    """Those that somebody skipped and nobody judged: they cannot be decided."""
+def _skipped_pairs(store: Store, only: str | None) -> Iterator[dict[str, Any]]:
+    """Those that somebody skipped (in the week `only`) and nobody had judged (by its end): they
+    cannot be decided."""
     query = (
-        "SELECT DISTINCT t.pair FROM tasks t JOIN judgements j ON j.task = t.id AND j.undone = 0 "
-        "WHERE t.pair IS NOT NULL AND NOT EXISTS (SELECT 1 FROM judgements WHERE task = t.id AND "
-        "undone = 0 AND skipped IS NULL) ORDER BY t.id"
+        "SELECT t.pair, j.time, j.skipped FROM judgements j JOIN tasks t ON t.id = j.task "
+        "WHERE t.pair IS NOT NULL AND j.undone = 0 ORDER BY t.id, j.id"
     )
+    skips: dict[str, set[str]] = {}
+    judged: dict[str, set[str]] = defaultdict(set)
     for row in store.rows(query):
-        yield {"pair": row["pair"], "chosen": "neither"}
+        weeks = skips.setdefault(row["pair"], set()) if row["skipped"] else judged[row["pair"]]
+        weeks.add(week(row["time"]))
+    for pair, weeks in skips.items():
+        late = [one for one in judged[pair] if only is not None and one > only]
+        if only in (None, *weeks) and len(late) == len(judged[pair]):
+            yield {"pair": pair, "chosen": "neither"}
 
 
 def _points(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

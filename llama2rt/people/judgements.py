@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llama2rt.data.records import RATINGS, SAFETY
 from llama2rt.errors import InputError
 from llama2rt.people.store import Conflict, Store, now, week
-from llama2rt.people.tasks import Tasks, assigned, drop
+from llama2rt.people.tasks import Tasks, assigned, drop, drop_failed
 
 # Best for A to best for B, and what each counts for A (appendix A.3.7).
 SCALE = {
@@ -135,9 +135,10 @@ class Judgements:
             self._tasks.judged(db, task)
 
     def finish(self, annotator: int, nonce: str) -> None:
-        """End the conversation that might go on."""
+        """End the conversation that might go on, or whose last message could not be answered."""
         with self._store.post(nonce, annotator, "finish") as db:
             if db is not None:
+                drop_failed(db, annotator)
                 db.execute("UPDATE annotators SET conversation = NULL WHERE id = ?", (annotator,))
 
 

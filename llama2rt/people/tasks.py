@@ -213,11 +213,10 @@ class Tasks:
     ) -> None:
         """A task of the annotator's own, in place of one that failed. Conflict while they have one
         of their own before them. The nonce makes it another one than a prompt of the same text."""
+        drop_failed(db, annotator)
         task = _open(db, annotator)
         if task is not None and task.owner == annotator:
-            if task.state != "failed":
-                raise Conflict("judge or skip what is before you first")
-            drop(db, task.id)
+            raise Conflict("judge or skip what is before you first")
         key = hashlib.sha256(f"{new.key}:{nonce}".encode()).hexdigest()
         identifier = _insert(db, new, key=key, owner=annotator, parent=parent)
         self._assign(db, identifier, key, annotator)
@@ -267,6 +266,13 @@ def drop(db: sqlite3.Connection, task: int) -> None:
     """Take a task that nobody judged out of everybody's sight."""
     db.execute("UPDATE tasks SET state = 'dropped', complete = 1 WHERE id = ?", (task,))
     db.execute("DELETE FROM assignments WHERE task = ?", (task,))
+
+
+def drop_failed(db: sqlite3.Connection, annotator: int) -> None:
+    """Drop what the annotator wrote and nothing could be sampled for, where that is before them."""
+    task = _open(db, annotator)
+    if task is not None and task.owner == annotator and task.state == "failed":
+        drop(db, task.id)
 
 
 def _open(db: sqlite3.Connection, annotator: int) -> Task | None:

@@ -87,7 +87,13 @@ class Views:
 
     def write(self, frame: Frame, kinds: list[str], **more: Any) -> str:
         """A message to begin a conversation with, or (`parent`) to go on with one."""
-        begun: dict[str, Any] = {"messages": [], "parent": None, "text": "", "message": ""}
+        begun: dict[str, Any] = {
+            "messages": [],
+            "parent": None,
+            "text": "",
+            "message": "",
+            "ends": False,
+        }
         values = begun | {"kind": kinds[0]} | more
         guideline = self._guidelines.get(values["kind"])
         return self._render("write.html", frame=frame, kinds=kinds, guideline=guideline, **values)

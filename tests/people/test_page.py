@@ -310,6 +310,9 @@ def test_what_cannot_be_sampled_is_said(tmp_path) -> None:
         while "being sampled" in (reply := ann.get()).text:
             pass
         assert "two responses were the same" in reply.text and "why?</textarea>" in reply.text
+        assert "Give this prompt up" in reply.text
+        assert ann.post("/finish", reply.form("/finish")).status == 303
+        assert "Give this prompt up" not in ann.get().text and "why?" not in ann.get().text
         assert len({seed for _, seed in served.sampler._variants["ayes"].asked}) == 3
         again = reply.form("/message") | {"text": "why not?", "kind": "helpfulness"}
         served.sampler._variants["noes"] = Says("noes")

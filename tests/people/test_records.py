@@ -13,7 +13,7 @@ from llama2rt.evaluate.agreement import gwet
 from llama2rt.people import commands, export, inputs, summary
 from llama2rt.people.accounts import Accounts
 from llama2rt.people.judgements import Judgements, Said
-from llama2rt.people.store import FILE, Store, now, week
+from llama2rt.people.store import FILE, Conflict, Store, now, week
 from llama2rt.people.tasks import Tasks
 
 
@@ -138,6 +138,43 @@ def test_comparisons_agreement_and_judgements_of_pairs(tmp_path, capsys) -> None
     assert "choice, AC1" in capsys.readouterr().out
     with pytest.raises(InputError, match=f"2020-W01.*{batch}"):
         export.export(store, out, "2020-W01")
+
+
+def test_a_week_holds_its_own_skips(tmp_path) -> None:
+    """Skipped in one week and judged in the next, a pair is undecided in the first for good."""
+    skip = lambda task: Said(skipped="other: no")  # noqa: E731
+    pairs = pairs_file(tmp_path / "pairs.jsonl", 3)
+    store = fill(tmp_path, [[skip, skip, choose("first")], [choose("first"), skip]], pairs=[pairs])
+    with store.transaction() as db:
+        db.execute("UPDATE judgements SET time = '2026-11-09T12:00:00+00:00' WHERE annotator = 1")
+        db.execute("UPDATE judgements SET time = '2026-11-16T12:00:00+00:00' WHERE annotator = 2")
+    assert week("2026-11-09T12:00:00+00:00") == "2026-W46"
+
+    def said(only):
+        folder = tmp_path / str(only)
+        export.export(store, folder, only)
+        lines = (folder / "judgements.jsonl").read_text().splitlines()
+        return {row["pair"]: row["chosen"] for row in map(json.loads, lines)}
+
+    ids = [f"training:{i}" for i in range(3)]
+    assert said("2026-W46") == {ids[0]: "neither", ids[1]: "neither", ids[2]: "first"}
+    assert said("2026-W47") == {ids[0]: "first", ids[1]: "neither"}
+    assert said(None) == {ids[0]: "first", ids[1]: "neither", ids[2]: "first"}
+    with store.transaction() as db:
+        db.execute("DELETE FROM judgements WHERE skipped IS NULL")
+    export.export(store, tmp_path / "skips")
+    assert [path.name for path in (tmp_path / "skips").iterdir()] == ["judgements.jsonl"]
+
+
+def test_what_is_not_sampled_yet_is_not_judged(tmp_path) -> None:
+    store = fill(tmp_path, [[]], pairs=[pairs_file(tmp_path / "pairs.jsonl", 1)])
+    tasks = Tasks(store, raters=2, lease_minutes=60, seed=0)
+    task = tasks.next(1)
+    with store.transaction() as db:
+        db.execute("UPDATE tasks SET state = 'waiting'")
+    with pytest.raises(Conflict):
+        Judgements(store, tasks).say(1, "nonce", task.id, Said("a", "better"))
+    assert not store.rows("SELECT * FROM judgements")
 
 
 def test_an_evaluation_and_the_blind_check(tmp_path) -> None:
