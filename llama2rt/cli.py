@@ -301,7 +301,7 @@ def _stage_options(
 
     dry = "--dry-run" in arguments
     source = given if given is not None else verb
-    recipe = unfinished(recipe_class, values, source)
+    recipe = unfinished(recipe_class, values, source, arguments)
     command = make_dataclass(
         "Options",
         [

@@ -9,26 +9,33 @@ from llama2rt.errors import InputError
 from llama2rt.run.recipe import Recipe, whole_type
 
 
-def unfinished(recipe_class: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
-    """The recipe of a file to which options may still add: its keys are checked one by one, keys
-    it must have are left open, and checks across keys wait for the options."""
+def unfinished(
+    recipe_class: type[Recipe], values: dict[str, Any], source: str, options: Sequence[str] = ()
+) -> Recipe:
+    """The recipe of a file to which `options`, as they were given, may still add: its keys are
+    checked one by one, keys it must have are left open, and checks across keys, of a table those
+    that options name, wait for the options."""
     from pydantic import ValidationError
 
     try:
         recipe_class.model_validate(values)
     except ValidationError as error:
-        wrong = [e for e in error.errors() if e["loc"] and not _left_open(e, recipe_class)]
+        wrong = [e for e in error.errors() if e["loc"] and not _left_open(e, recipe_class, options)]
         if wrong:
             raise InputError(f"{source}: {first_problem(wrong, recipe_class)}") from None
     recipe: Recipe = _construct(recipe_class, recipe_class.refine(values))
     return recipe
 
 
-def _left_open(error: Any, recipe_class: type) -> bool:
+def _left_open(error: Any, recipe_class: type, options: Sequence[str]) -> bool:
     """Whether an error is about a key that is not there, of the recipe or of one of its tables, or
-    about what the keys of such a table must be to each other."""
+    about what the keys of such a table must be to each other, where options give some of them."""
     if error["type"] not in ("missing", "value_error"):
         return False
+    if error["type"] == "value_error":
+        begin = "--" + ".".join(map(str, error["loc"])).replace("_", "-") + "."
+        if not any(option.replace("_", "-").startswith(begin) for option in options):
+            return False
     table: Any = recipe_class
     for key in error["loc"][:-1] if error["type"] == "missing" else error["loc"]:
         field = getattr(table, "model_fields", {}).get(key)

@@ -230,6 +230,13 @@ def test_tables_come_from_file_and_options_together(tmp_path, begun, capsys):
     assert "rewards.helpfulness" in said.err + said.out
 
 
+def test_a_table_that_no_option_completes_is_said_with_its_file(tmp_path, capsys):
+    path = tmp_path / "ppo.toml"
+    path.write_text(PPO + "[rewards]\nthreshold = 0.2")
+    assert call("ppo", path, "--out", tmp_path / "run", "--sampling.max-tokens", "9") == 2
+    assert "ppo.toml: rewards: give rewards.helpfulness" in capsys.readouterr().err
+
+
 def test_a_warmup_longer_than_the_run_is_said(recipe, tmp_path, caplog):
     assert call("pretrain", recipe, "--out", tmp_path / "run", "--train.warmup-steps", "9") == 0
     assert "the warm-up of 9 steps is longer than the run of 4" in caplog.text
