@@ -9,24 +9,17 @@ pairs are made, as for the reward model that was trained on it: 3.8 million of 1
 
 from collections.abc import Iterator
 
-from llama2rt.data.formats.pairs import ranked, require_few, with_scores
+from llama2rt.data.formats.pairs import holding, ranked, require_few, with_scores
 from llama2rt.data.formats.registry import Row, Selection, register, selecting
 from llama2rt.data.formats.values import conversation
 from llama2rt.errors import InputError
-
-
-def _is_ranked(row: Row) -> bool:
-    answers = row["answers"]
-    return isinstance(answers, list) and any(
-        isinstance(answer, dict) and "rank" in answer for answer in answers
-    )
 
 
 @register(
     "Nectar",
     "comparison",
     "prompt answers",
-    _is_ranked,
+    holding("answers", "rank"),
     carries="turns num_responses num_response source good_natured",
     scores="",
 )

@@ -1,6 +1,6 @@
 """Pairs of a prompt's several answers, which many sources score or rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 from llama2rt.data.formats.registry import Row, Selection
@@ -12,6 +12,16 @@ Scored = tuple[str, float]
 
 MOST_ANSWERS = 64
 """to one prompt, where all pairs of them are made: ten thousand would make fifty million"""
+
+
+def holding(key: str, held: str) -> Callable[[Row], bool]:
+    """Whether a row has a list under `key`, some item of which is an object with a key `held`."""
+
+    def has(row: Row) -> bool:
+        items = row[key]
+        return isinstance(items, list) and any(isinstance(i, dict) and held in i for i in items)
+
+    return has
 
 
 def require_few(key: str, answers: Sequence[object], most: int = MOST_ANSWERS) -> None:

@@ -11,7 +11,7 @@ answers: the first ten pairs are taken of each, the number of the StackLLaMA rec
 from collections.abc import Iterator
 from itertools import islice
 
-from llama2rt.data.formats.pairs import ranked, require_few, with_scores
+from llama2rt.data.formats.pairs import holding, ranked, require_few, with_scores
 from llama2rt.data.formats.registry import Row, Selection, register, selecting
 from llama2rt.data.formats.values import conversation
 
@@ -19,18 +19,11 @@ MOST_PAIRS = 10
 MOST_ANSWERS = 1000
 
 
-def _is_scored(row: Row) -> bool:
-    answers = row["answers"]
-    return isinstance(answers, list) and any(
-        isinstance(answer, dict) and "pm_score" in answer for answer in answers
-    )
-
-
 @register(
     "Stack Exchange preferences",
     "comparison",
     "question answers",
-    _is_scored,
+    holding("answers", "pm_score"),
     carries="qid date metadata",
     scores="",
 )
