@@ -22,7 +22,7 @@ from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llama2rt.stages.loading import Future, Outline
+    from llama2rt.stages.preference import PreferenceRecipe
     from llama2rt.stages.reward import RewardRecipe
 
 logger = logging.getLogger("llama2rt.stages.comparisons")
@@ -167,7 +167,10 @@ def units_of(recipe: "RewardRecipe") -> list[Unit]:
 
 
 def read_units(
-    units: Sequence[Unit], recipe: "RewardRecipe", left_out: Counter[str], account: Account
+    units: Sequence[Unit],
+    recipe: "RewardRecipe | PreferenceRecipe",
+    left_out: Counter[str],
+    account: Account,
 ) -> dict[str, list[Located]]:
     """The comparisons of each source by its key. A pair judged by both kinds may be ranked one way
     by each. InputError for a source of which nothing is left."""

@@ -52,6 +52,14 @@ def load_llama(
     return model, choose_tokenizer(folder, model.config, own, tokenizer)
 
 
+def chat_model(recipe: Any, device: Device) -> Llama:
+    """The language model that a recipe with init, tokenizer, train, lora and seed fine-tunes."""
+    dtype = recipe.lora.load_dtype(recipe.train)
+    model, _ = load_llama(recipe.init, recipe.tokenizer, dtype, device)
+    recipe.lora.adapt(model, recipe.seed)
+    return model
+
+
 def choose_tokenizer(
     folder: Path, config: LlamaConfig, own: Tokenizer | None, given: Path | None
 ) -> Tokenizer:

@@ -5,42 +5,49 @@ Fine-tuning on another kind of text: the context and both answers are one user's
 (`rollout.pairwise`), in an order drawn from the seed, the reply is A or B, and the loss is on that
 letter alone. What it says is averaged over both orders, and how far these differ is in the report.
 Comparisons longer than a block are left out and counted. Left out: ratings and safety labels, which
-this model has no use for; several orders of one comparison.
+this model has no use for; several orders of one comparison; mixes by shares (`[[sources]]`).
 """
 
 import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from llama2rt import report
+from llama2rt.data.filters import NO_FILTERS, Filters
 from llama2rt.data.loader import BlockLoader, blocks
 from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example, pack
-from llama2rt.data.readers import Reader
 from llama2rt.data.records import Comparison
 from llama2rt.data.shared import pack_shared
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.evaluate.position import position_bias
-from llama2rt.model import Llama, LlamaConfig
+from llama2rt.model import LlamaConfig
 from llama2rt.parallel import Mesh, ParallelOptions
 from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout import pairwise
 from llama2rt.rollout.pairwise import Letters
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import adapters, spread
-from llama2rt.stages.comparisons import hold_out, prompt_key, to_come, without_prompts
-from llama2rt.stages.loading import Future, Opened, Outline, file_inputs, load_llama, outlines
+from llama2rt.stages import adapters, mixing, spread
+from llama2rt.stages.comparisons import (
+    Unit,
+    filtered,
+    hold_out_of_each,
+    prompt_key,
+    read_units,
+    to_come,
+    without_prompts,
+)
+from llama2rt.stages.loading import Future, Opened, Outline, chat_model, file_inputs, outlines
 from llama2rt.stages.pretrain import next_token
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
@@ -62,6 +69,8 @@ class PreferenceRecipe(Recipe):
     held_out: int = Field(default=1000, ge=0)
     """comparisons kept back from each source in data that does not give its own number, whole
     prompts at a time, as for a reward model"""
+    filters: Filters = NO_FILTERS
+    """what is left out of all these files"""
     tokenizer: Path | None = None
     """None for the one in init"""
     skip_invalid: int = Field(default=0, ge=0)
@@ -89,6 +98,7 @@ class PreferenceRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self.filters.require_meaning("comparison")
         for source in [*self.validation, *(self.data if self.validation else [])]:
             if source.held_out is not None:
                 raise ValueError(
@@ -103,6 +113,7 @@ def run(recipe: PreferenceRecipe, directory: Path, *, resume: bool = False) -> P
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mixing.record(run, inputs.account)
     mesh = Mesh.build(recipe.parallel, inputs.result.config, pipelined=True)
     options = recipe.train
     loader = BlockLoader(
@@ -113,7 +124,7 @@ def run(recipe: PreferenceRecipe, directory: Path, *, resume: bool = False) -> P
         recipe.seed,
         share=mesh.share,
     )
-    model = spread.from_folder(functools.partial(initial_model, recipe), recipe.init, mesh, options)
+    model = spread.from_folder(functools.partial(chat_model, recipe), recipe.init, mesh, options)
 
     def held_out_accuracy(model: Any) -> dict[str, float]:
         chosen = as_scores(held_out(model, inputs, options.micro_tokens, mesh))
@@ -154,6 +165,8 @@ class PreferenceInputs(Opened):
     """tokens up to the letter, two of each held-out comparison: the chosen answer first, second"""
     left_out: Counter[str]
     result: Outline
+    account: Account = field(default_factory=Account)
+    """what became of every comparison of the data"""
 
 
 def open_inputs(recipe: PreferenceRecipe, future: Future | None = None) -> PreferenceInputs:
@@ -168,15 +181,20 @@ def open_inputs(recipe: PreferenceRecipe, future: Future | None = None) -> Prefe
     left_out: Counter[str] = Counter()
     if future is not None and to_come([*recipe.data, *recipe.validation], future):
         return PreferenceInputs(tokenizer, [], [], [], left_out, result)
-    training, aside = split(recipe, left_out)
+    account = Account()
+    training, aside = split(recipe, tokenizer, left_out, account)
     longest = min(recipe.block_tokens, config.context)
     orders, kept = encode(training, tokenizer, longest)
     examples = labelled(orders, Letters.of(tokenizer), recipe.seed)
-    if gone := len(training) - len(kept):
-        left_out[f"data: comparisons longer than {longest} tokens"] += gone
-    orders, kept = encode(aside, tokenizer, longest)
+    fitting = set(map(id, kept))
+    account.leave_out("longer than a block", (c for c in training if id(c) not in fitting))
+    account.use(kept)
+    orders, held_out = encode(aside, tokenizer, longest)
+    for table, found, left in (("data", training, kept), ("held out", aside, held_out)):
+        if gone := len(found) - len(left):
+            left_out[f"{table}: comparisons longer than {longest} tokens"] += gone
     both = [order for pair in orders for order in pair]
-    return PreferenceInputs(tokenizer, examples, kept, both, left_out, result)
+    return PreferenceInputs(tokenizer, examples, held_out, both, left_out, result, account)
 
 
 def plan(
@@ -205,43 +223,29 @@ def plan(
     )
 
 
-def initial_model(recipe: PreferenceRecipe, device: torch.device | str) -> Llama:
-    """The chat model to train, on `device`."""
-    dtype = recipe.lora.load_dtype(recipe.train)
-    model, _ = load_llama(recipe.init, recipe.tokenizer, dtype, device)
-    recipe.lora.adapt(model, recipe.seed)
-    return model
-
-
 def split(
-    recipe: PreferenceRecipe, left_out: Counter[str]
+    recipe: PreferenceRecipe,
+    tokenizer: Tokenizer,
+    left_out: Counter[str],
+    account: Account,
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(training, held-out) comparisons, none of whose prompts is in both; what is in neither is
-    counted in `left_out`. InputError where nothing is left to train on."""
-
-    account = Account()
-
-    def read(key: str) -> list[list[Comparison]]:
-        reader = Reader(getattr(recipe, key), "comparison", recipe.skip_invalid)
-        found = reader.by_file()
-        reader.log()
-        left_out.update({f"{key}: {reason}": n for reason, n in reader.left_out.items()})
-        for i, (source, records) in enumerate(zip(getattr(recipe, key), found, strict=True)):
-            account.add(f"{key}.{i}", source, records)
-        return found
-
-    own = read("data")
+    """(training, held-out) comparisons, none of whose prompts is in both. What is in neither is
+    counted in `left_out`, and `account` is told what becomes of each. InputError where nothing is
+    left to train on."""
+    units = []
+    for i, one in enumerate(recipe.data):
+        aside = recipe.held_out if one.held_out is None else one.held_out
+        units.append(Unit(f"data.{i}", one, 0 if recipe.validation else aside))
+    units += [Unit(f"validation.{i}", one) for i, one in enumerate(recipe.validation)]
+    read = read_units(units, recipe, left_out, account)
+    found = filtered(read, recipe.filters, account, tokenizer)
     if recipe.validation:
-        aside = read("validation")
+        held_out = [c for unit in units for c in found[unit.key] if unit.table == "validation"]
     else:
-        aside = []
-        for i, source in enumerate(recipe.data):
-            count = recipe.held_out if source.held_out is None else source.held_out
-            with naming(f"{source}"):
-                own[i], taken = hold_out(own[i], count, recipe.seed)
-            aside.append(taken)
-    held_out = [comparison for source in aside for comparison in source]
+        held_out = hold_out_of_each(units, found, recipe.seed)
+        account.leave_out("held out", held_out)
     seen = {prompt_key(comparison) for comparison in held_out}
+    own = [found[unit.key] for unit in units if unit.table == "data"]
     kept = without_prompts(own, seen, "data", left_out, account)
     training = [comparison for source in kept for comparison in source]
     if not training:

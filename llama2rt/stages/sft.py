@@ -24,7 +24,7 @@ from llama2rt.data.packing import Batch, Example, filler, micro_batches
 from llama2rt.data.readers import read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
-from llama2rt.model import Llama, LlamaConfig
+from llama2rt.model import LlamaConfig
 from llama2rt.parallel import Mesh, ParallelOptions, on_main
 from llama2rt.planning import Count, Phase, Work
 from llama2rt.run import Recipe, Run
@@ -33,8 +33,8 @@ from llama2rt.stages.loading import (
     Future,
     Opened,
     Outline,
+    chat_model,
     file_inputs,
-    load_llama,
     outlines,
     warn_of_shared,
 )
@@ -94,7 +94,7 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed, share=mesh.share
     )
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
-    model = spread.from_folder(functools.partial(initial_model, recipe), recipe.init, mesh, options)
+    model = spread.from_folder(functools.partial(chat_model, recipe), recipe.init, mesh, options)
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out, mesh)}
@@ -166,14 +166,6 @@ def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], Ll
         steps,
         recipe.epochs,
     )
-
-
-def initial_model(recipe: SftRecipe, device: torch.device | str) -> Llama:
-    """The model to fine-tune, on `device`."""
-    dtype = recipe.lora.load_dtype(recipe.train)
-    model, _ = load_llama(recipe.init, recipe.tokenizer, dtype, device)
-    recipe.lora.adapt(model, recipe.seed)
-    return model
 
 
 def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:

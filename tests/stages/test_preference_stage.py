@@ -17,6 +17,7 @@ from llama2rt.annotate.options import AnnotatorOptions
 from llama2rt.annotate.pairs import AnswerPair
 from llama2rt.checkpoint import load, native
 from llama2rt.data.loader import BlockLoader
+from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import write
 from llama2rt.data.records import Prompt
@@ -112,7 +113,7 @@ def test_the_letter_alone_is_learned_and_orders_are_drawn(base):
     assert 0.3 < share < 0.7
     text = inputs.tokenizer.decode(inputs.training[0].tokens[:-1])
     first, second = text.split("[RESPONSE A] ")[1].split(" [/INST]")[0].split(" [RESPONSE B] ")
-    training, _ = preference.split(recipe(base), Counter())
+    training, _ = preference.split(recipe(base), inputs.tokenizer, Counter(), Account())
     by_text = {(c.chosen, c.rejected) for c in training}
     pair = (first, second) if learned[0] == [letters.first] else (second, first)
     assert pair in by_text
@@ -127,6 +128,19 @@ def test_a_prompt_that_is_held_out_is_not_trained_on(base, tmp_path):
     inputs = preference.open_inputs(recipe(base, validation=[tmp_path / "validation.jsonl"]))
     assert inputs.left_out["data: comparisons of held-out prompts"] >= 1
     assert len(inputs.training) < len(lines) and len(inputs.held_out) == 1
+
+
+def test_what_went_in_is_kept_and_filters_apply(base, tmp_path):
+    """Twice the same file: by source in the manifest, a duplicate counted by its filter."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(base.comparisons.read_text())
+    given = recipe(base, data=[base.comparisons, copy], filters={"duplicates": True}, held_out=3)
+    inputs = preference.open_inputs(given)
+    report = inputs.account.report()
+    first, second = report["composition"]
+    count = len(copy.read_text().splitlines())
+    assert first["used"] == len(inputs.training) > 0 and second["used"] == 0
+    assert report["filters"]["duplicates"]["removed"] == second["left_out"]["filtered"] == count
 
 
 def test_blocks_are_full_and_every_example_comes_once():
@@ -160,7 +174,7 @@ def test_killed_it_resumes_to_the_same_bits(base, tmp_path, monkeypatch):
 def test_what_does_not_fit_is_said_before_weights_are_loaded(
     pocket, base, tmp_path, caplog, monkeypatch
 ):
-    monkeypatch.setattr(preference, "load_llama", None)
+    monkeypatch.setattr(preference, "chat_model", None)
     rows = json_lines.read(base.comparisons)
     rows[0]["chosen"] = "yes " * 90
     json_lines.write(tmp_path / "long.jsonl", rows)
