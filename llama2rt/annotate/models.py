@@ -11,7 +11,7 @@ from llama2rt.annotate.pairs import AnswerPair, Judgement, Side
 from llama2rt.data.packing import Example, pack
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, ScalarModel
-from llama2rt.rollout.judge import question
+from llama2rt.rollout.judge import request
 from llama2rt.rollout.pairwise import PairwiseModel
 from llama2rt.rollout.scoring import score
 from llama2rt.text import chat
@@ -111,8 +111,8 @@ class JudgeAnnotator:
 
     @torch.no_grad()
     def _first_wins(self, pair: AnswerPair, first: str, second: str) -> float:
-        content = question(pair.prompt.messages, first, second, pair.prompt.kind)
-        messages = [{"role": "user", "content": content}]
+        prompt = pair.prompt
+        messages = request(self._tokenizer, prompt.messages, first, second, prompt.kind)
         tokens = [*chat.encode_prompt(self._tokenizer, messages), *self._begun]
         if len(tokens) >= self._model.config.context:
             raise InputError(

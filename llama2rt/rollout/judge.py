@@ -39,14 +39,23 @@ def question(
     )
 
 
-def requests(tokenizer: Tokenizer, pair: Pair) -> list[list[dict[str, str]]]:
-    """The two prompts of a pair, its first answer shown as A and as B, without tags and control
-    tokens, with which an answer could end its part (`pairwise.without`)."""
+def request(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, str]],
+    first: str,
+    second: str,
+    kind: str = "helpfulness",
+) -> list[dict[str, str]]:
+    """The prompt for a judge, without tags and control tokens, with which an answer could end its
+    part (`pairwise.without`)."""
     markers = pairwise.markers_of_format(tokenizer)
-    return [
-        [{"role": "user", "content": pairwise.without(markers, question(*order))}]
-        for order in (pair, pairwise.swapped(pair))
-    ]
+    content = pairwise.without(markers, question(messages, first, second, kind))
+    return [{"role": "user", "content": content}]
+
+
+def requests(tokenizer: Tokenizer, pair: Pair) -> list[list[dict[str, str]]]:
+    """The two prompts of a pair, its first answer shown as A and as B."""
+    return [request(tokenizer, *order) for order in (pair, pairwise.swapped(pair))]
 
 
 def vote(reply: str) -> float:
