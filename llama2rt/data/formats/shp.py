@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from llama2rt.data.formats.registry import Convert, Row, Selection, register
 from llama2rt.data.formats.values import choice, conversation, score, text
+from llama2rt.errors import InputError
 
 LEAST_RATIO = 2.0
 MOST_PAIRS = 5
@@ -26,6 +27,7 @@ def _shp(selection: Selection) -> Convert:
         if score("score_ratio", row["score_ratio"]) <= LEAST_RATIO:
             selection.left_out["pairs with a score ratio of 2 or less"] += 1
             return
+        _check_label(row, label)
         if taken[post] >= MOST_PAIRS:
             selection.left_out["pairs of posts with five already"] += 1
             return
@@ -36,3 +38,13 @@ def _shp(selection: Selection) -> Convert:
         yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": "shp"}
 
     return convert
+
+
+def _check_label(row: Row, label: int) -> None:
+    """InputError where the readers' votes, which the label was made of, say the other comment."""
+    votes = {key: score(key, row[key]) for key in ("score_A", "score_B") if row.get(key) is not None}
+    if len(votes) == 2 and (votes["score_A"] > votes["score_B"]) != (label == 1):
+        raise InputError(
+            f"labels: {label} is for {'human_ref_A' if label else 'human_ref_B'}, but score_A "
+            f"is {votes['score_A']:g} and score_B {votes['score_B']:g}"
+        )
