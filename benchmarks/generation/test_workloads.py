@@ -11,8 +11,10 @@ The peer runs before each of our rounds; the figure is the ratio of medians. All
 process has it: `make bench` sets the same for both.
 
     pytest benchmarks/generation/test_workloads.py --benchmark-columns=median,rounds
+    BENCH_DTYPE=float32 pytest ...      both sides, where a CPU has no bf16 instructions
 """
 
+import os
 import statistics
 import time
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from llama2rt.generate import Engine, SamplingOptions
 from llama2rt.model import Llama, LlamaConfig
 
 ROUNDS = 3
+DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "bfloat16"))
 SHAPES = {
     "24M": LlamaConfig(dim=288, layers=6, heads=6, kv_heads=6, ffn_hidden=768, context=1024),
     "134M": LlamaConfig(dim=768, layers=12, heads=12, kv_heads=12, ffn_hidden=2048, context=1024),
@@ -36,10 +39,10 @@ TOKENIZER = SimpleNamespace(bos=1, eos=-1, stop_ids=(-1,), vocab_size=32000, dec
 
 @pytest.fixture(params=SHAPES)
 def sides(request, tmp_path):
-    """(name of the shape, our model, theirs), in bf16."""
-    model = Llama(SHAPES[request.param], dtype=torch.bfloat16).initialize(seed=0)
+    """(name of the shape, our model, theirs), in `DTYPE`."""
+    model = Llama(SHAPES[request.param], dtype=DTYPE).initialize(seed=0)
     hf.save(model, None, tmp_path)
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=DTYPE).eval()
     theirs.generation_config.eos_token_id = None
     return request.param, model, theirs
 
