@@ -14,7 +14,7 @@ from llama2rt.parallel import by_main, on_main
 from llama2rt.pipeline.plan import Resolved
 from llama2rt.pipeline.run import Clock, prepare
 from llama2rt.pipeline.run import run as run_plan
-from llama2rt.quickstart import data, evaluation, page
+from llama2rt.quickstart import data, evaluation, page, studies
 from llama2rt.quickstart.plan import KINDS, QuickstartPlan
 from llama2rt.quickstart.recipe import QuickstartRecipe
 from llama2rt.report.versions import newest_batch
@@ -48,6 +48,7 @@ def run(recipe: QuickstartRecipe, directory: Path, *, resume: bool = False) -> d
     steps = QuickstartPlan(recipe, files, directory / "init", keys).steps()
     plan = prepare(steps, directory)
     run_plan(plan, clock)
+    studies.run(recipe, directory, clock)
     with clock.phase("report", "the judge's verdicts, figures and tables"):
         numbers = write_report(recipe, directory, plan, clock)
     job.finish(seconds=numbers["seconds"], data=on_main(lambda: data_hashes(directory)))
@@ -92,6 +93,9 @@ def write_report(
             kind: newest_batch(model["drift"])
             for kind, model in reward_models.items()
             if "drift" in model
+        },
+        "studies": {
+            title: read_summary(directory / folder) for title, folder in studies.FOLDERS.items()
         },
         **{key: found[key] for key in COMPARED},
         **evaluation.judged(answers, found["versions"], data.read_keys(data.keys_path(directory))),

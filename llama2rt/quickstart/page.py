@@ -6,6 +6,7 @@ from typing import Any
 
 from llama2rt import report
 from llama2rt.pipeline.plan import Resolved
+from llama2rt.quickstart import studies
 from llama2rt.report import single_run, versions
 from llama2rt.report.versions import Column
 
@@ -36,6 +37,7 @@ def write(directory: Path, plan: Sequence[Resolved], numbers: Mapping[str, Any])
             compared[0],
             _answers(numbers),
             *compared[1:],
+            *studies.sections(numbers["studies"]),
             *_training(plan),
             report.Section(
                 "This run",

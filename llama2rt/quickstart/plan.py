@@ -12,6 +12,8 @@ times smaller than the paper's smallest (the larger the model, the smaller the r
     rlhf-v2/ ppo/                           rejection sampling again, PPO on top
     dpo/                                    the other branch: online DPO from the chat model
     evaluate/                               every version's answers to the held-out prompts
+
+Beside them the job compares losses of the reward models (`studies`).
 """
 
 from collections.abc import Mapping

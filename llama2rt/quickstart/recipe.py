@@ -47,7 +47,7 @@ class QuickstartRecipe(Recipe):
     """the usual 0.02 is for widths of a thousand; at width 128 it costs hundreds of steps"""
 
     # Training.
-    pretrain_steps: int = Field(default=4_500, gt=0)
+    pretrain_steps: int = Field(default=5_800, gt=0)
     pretrain_tokens: int = Field(default=1_024, gt=0)
     """tokens in a pretraining step"""
     sft_epochs: int = Field(default=1, gt=0)

@@ -49,6 +49,15 @@ def test_report_has_the_promised_keys(finished):
         accuracy = report["reward_models"][kind]["accuracy"]
         assert 0 <= accuracy["average"] <= 1
         assert set(accuracy) - {"average"} <= set(RATINGS)
+    # One of each study's models is the job's own, measured again.
+    for kind, title, own in (
+        ("helpfulness", "Margins", "small margin"),
+        ("safety", "Safety loss", "ranking and classification"),
+    ):
+        (models,) = (found["models"] for found in report["studies"][title]["tests"].values())
+        assert len(models) == (3 if kind == "helpfulness" else 2)
+        average = models[own]["intervals"][-1]["mean"]
+        assert average == report["reward_models"][kind]["accuracy"]["average"]
     names = [version["name"] for version in report["versions"]]
     assert names == ["SFT", "RLHF-V1", "RLHF-V2", "RLHF-V2 + PPO", "Online DPO"]
     for version in report["versions"]:
@@ -56,7 +65,7 @@ def test_report_has_the_promised_keys(finished):
             interval = version[key]
             assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
     page = (directory / "report.html").read_text()
-    assert "<svg" in page and "RLHF-V2 + PPO" in page
+    assert "<svg" in page and "RLHF-V2 + PPO" in page and "large margin" in page
 
 
 def test_the_terminal_names_phases_versions_answers_and_the_report(finished):
@@ -107,6 +116,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_numbers(finished, tmp_path):
     resumed = json.loads(out)
     assert resumed["versions"] == uninterrupted["versions"]
     assert resumed["reward_models"] == uninterrupted["reward_models"]
+    for title, found in uninterrupted["studies"].items():
+        assert resumed["studies"][title]["tests"] == found["tests"]
 
 
 def test_ranks_that_torchrun_starts_anew_go_on_and_leave_at_once(tmp_path, monkeypatch, capsys):
