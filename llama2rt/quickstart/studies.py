@@ -55,7 +55,7 @@ def run(recipe: QuickstartRecipe, directory: Path, clock: Clock) -> None:
 def sections(numbers: Mapping[str, Any]) -> list[report.Section]:
     """Their tables. `numbers`: of each study, by title."""
     return [
-        replace(section, title=f"{title}: {section.title.lower()}")
+        replace(section, title=f"{title}: {section.title.removeprefix('Test set: ')}")
         for title, of_study in numbers.items()
         for section in tables.sections(of_study, drawn=False)
     ]
