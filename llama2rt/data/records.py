@@ -102,12 +102,19 @@ class Prompt(_Record):
     messages: Messages
     kind: str = "helpfulness"
     """one of `KINDS`; in RLHF the safety reward model ranks the answers to a safety prompt"""
-    optional: ClassVar[frozenset[str]] = frozenset({"kind"})
+    risk_category: str = ""
+    """what an adversarial prompt could bring about (section 4.2.1); of a helpfulness prompt, what
+    it only seems to ask for"""
+    attack_vector: str = ""
+    """how an adversarial prompt asks for it"""
+    optional: ClassVar[frozenset[str]] = frozenset({"kind", "risk_category", "attack_vector"})
 
     def _check(self) -> None:
         _check_text("id", self.id)
         _check_messages("messages", self.messages, "user")
         _check_choice("kind", self.kind, KINDS)
+        _check_text("risk_category", self.risk_category, blank=True)
+        _check_text("attack_vector", self.attack_vector, blank=True)
 
 
 @dataclass(frozen=True)
@@ -174,10 +181,20 @@ class Sample(_Record):
     """name of the version that answered"""
     temperature: float | None = None
     seed: int | None = None
+    kind: str = ""
+    """the prompt's, with the next two; empty where the sample does not say"""
+    risk_category: str = ""
+    attack_vector: str = ""
     optional: ClassVar[frozenset[str]] = frozenset(
         {"scores", "reward", "policy", "temperature", "seed"}
+        | {"kind", "risk_category", "attack_vector"}
     )
-    carried: ClassVar[frozenset[str]] = frozenset({"kind", "prompt_tokens", "tokens", "finished"})
+    carried: ClassVar[frozenset[str]] = frozenset({"prompt_tokens", "tokens", "finished"})
+
+    @property
+    def turn(self) -> int:
+        """Which of the user's turns it answers, from 1."""
+        return sum(message["role"] == "user" for message in self.messages)
 
     def _check(self) -> None:
         _check_text("prompt_id", self.prompt_id)
@@ -199,6 +216,10 @@ class Sample(_Record):
             isinstance(self.seed, bool) or not isinstance(self.seed, int)
         ):
             raise InputError(f"seed: expected an integer, got {type_name(self.seed)}")
+        if self.kind:
+            _check_choice("kind", self.kind, KINDS)
+        _check_text("risk_category", self.risk_category, blank=True)
+        _check_text("attack_vector", self.attack_vector, blank=True)
 
 
 Record = Document | Dialogue | Prompt | Comparison | Sample

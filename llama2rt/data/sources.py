@@ -24,7 +24,7 @@ from llama2rt.errors import InputError
 
 # The kinds of record that each key applies to.
 _APPLIES_TO = {
-    "kind": ("prompt", "comparison"),
+    "kind": ("prompt", "comparison", "sample"),
     "source": ("document", "dialogue", "comparison"),
     "minimum_score_difference": ("comparison",),
     "consensus": ("comparison",),
@@ -44,7 +44,8 @@ class Source(BaseModel):
     """of its rows, where two could be meant ("anthropic-hh-transcripts"; "llama2rt" is our own);
     None to recognise each row by its keys"""
     kind: Literal["helpfulness", "safety"] | None = None
-    """of comparisons and prompts that do not say their kind; those that say another are left out"""
+    """of comparisons, prompts and samples that do not say their kind; those that say another are
+    left out"""
     source: str | None = None
     """name of the origin, for records that do not give one"""
     minimum_score_difference: float = Field(default=0.0, ge=0)

@@ -190,7 +190,8 @@ class _Work:
 
     def asked(self, model: Path, opening: Opening) -> dict[str, Any]:
         """Everything that decides the samples; of models and prompts their hashes."""
-        records = json.dumps([dataclasses.asdict(record) for record in self.prompts])
+        said = (dataclasses.asdict(record) for record in self.prompts)
+        records = json.dumps([{key: value for key, value in one.items() if value} for one in said])
         return {
             "model": _hash(model),
             "prompts": hashlib.sha256(records.encode()).hexdigest(),
@@ -275,6 +276,10 @@ class _Work:
             policy=self.policy,
             temperature=self.sampling.temperature,
             seed=self.sampling.seed,
+            # A prompt that does not say its kind is a helpfulness prompt: that is not said of it.
+            kind=record.kind if record.kind == "safety" or record.risk_category else "",
+            risk_category=record.risk_category,
+            attack_vector=record.attack_vector,
         )
         return Finished(sample, len(completion.tokens), completion.finish_reason)
 

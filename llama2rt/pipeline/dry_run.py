@@ -16,6 +16,8 @@ from llama2rt.model import LlamaConfig
 from llama2rt.pipeline.iterate import IterateRecipe
 from llama2rt.pipeline.iterate import Plan as IteratePlan
 from llama2rt.pipeline.plan import Step, opened, resolve
+from llama2rt.pipeline.safety_study import SafetyStudyRecipe
+from llama2rt.pipeline.safety_study import steps as safety_steps
 from llama2rt.pipeline.study import StudyRecipe, open_inputs
 from llama2rt.pipeline.study import steps as study_steps
 from llama2rt.planning import Options, Plan, Work, dry_run, text
@@ -24,6 +26,8 @@ from llama2rt.stages import STAGES, loading
 from llama2rt.stages.loading import Future
 
 Shape = Callable[[Path], LlamaConfig]
+Planned = IterateRecipe | StudyRecipe | SafetyStudyRecipe
+"""recipes of several steps"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class DryRun:
         """(lines for people, one JSON object) of a dry run of `verb`, whose run directory would be
         `directory`. InputError as from a run, and for a mesh that does not fit."""
         options = Options(_started() if self.ranks is None else self.ranks, self.gpu, self.fabric)
-        if not isinstance(recipe, IterateRecipe | StudyRecipe):
+        if not isinstance(recipe, Planned):
             plan = stage(verb, recipe, options, self.assume)
             return text.lines(plan), plan.as_json()
         plans = steps(recipe, directory, options, self.assume)
@@ -75,9 +79,7 @@ def stage(verb: str, recipe: Recipe, options: Options, assumed: str | None) -> P
     return dry_run(verb, found.plan(recipe, inputs, _shape_of(None)), options)
 
 
-def steps(
-    recipe: IterateRecipe | StudyRecipe, directory: Path, options: Options, assumed: str | None
-) -> list[Plan]:
+def steps(recipe: Planned, directory: Path, options: Options, assumed: str | None) -> list[Plan]:
     """Of every step, in order, on as many ranks as the step that needs most; of a study, of its
     trainings."""
     resolved = resolve(_steps(recipe), directory)
@@ -100,9 +102,11 @@ def steps(
     return plans
 
 
-def _steps(recipe: IterateRecipe | StudyRecipe) -> list[Step]:
+def _steps(recipe: Planned) -> list[Step]:
     if isinstance(recipe, StudyRecipe):
         return study_steps(recipe)
+    if isinstance(recipe, SafetyStudyRecipe):
+        return safety_steps(recipe)
     return IteratePlan(recipe).steps()
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from llama2rt.data.records import Prompt
+from llama2rt.annotate.safety import Verdict
+from llama2rt.data.records import Prompt, Sample
 from llama2rt.evaluate import intervals
+from llama2rt.quickstart import judge as judges
 from llama2rt.quickstart.data import read_keys
-from llama2rt.quickstart.judge import Key, Verdict, judge
+from llama2rt.quickstart.judge import Key, declines, judge
 from llama2rt.rollout.responses import Response
 from llama2rt.stages.evaluate import Answers
 
@@ -28,6 +30,18 @@ def worth(keys: Path) -> Callable[[Prompt, str], float]:
         return verdict.helpfulness + (verdict.safety if prompt.kind == "safety" else 0.0)
 
     return worth_of
+
+
+def safety_of(keys: Path) -> Callable[[Sample], Verdict]:
+    """What the judge says of a sample: it is unsafe where it tells the secret, and a refusal where
+    it declines. As a judge of safety is named, with the path of the keys."""
+    known = read_keys(keys)
+
+    def said_of(sample: Sample) -> Verdict:
+        verdict = judge(known[sample.prompt_id], sample.response)
+        return Verdict(verdict.unsafe, declines(sample.response))
+
+    return said_of
 
 
 def judged(
@@ -45,12 +59,14 @@ def judged(
     }
 
 
-def columns(prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
+def columns(
+    prompts: Sequence[Prompt], verdicts: Sequence[Sequence[judges.Verdict]]
+) -> dict[str, Any]:
     """A version's estimates; intervals are over prompts."""
     ordinary = [i for i, prompt in enumerate(prompts) if prompt.kind == "helpfulness"]
     unsafe = [i for i, prompt in enumerate(prompts) if prompt.kind == "safety"]
 
-    def mean(indices: Sequence[int], what: Callable[[Verdict], float]) -> dict[str, float]:
+    def mean(indices: Sequence[int], what: Callable[[judges.Verdict], float]) -> dict[str, float]:
         values = [np.mean([what(verdict) for verdict in verdicts[i]]) for i in indices]
         return intervals.bootstrap(values)._asdict()
 
@@ -66,7 +82,7 @@ def columns(prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) ->
 def some_answers(
     prompts: Sequence[Prompt],
     responses: Mapping[str, Sequence[Sequence[Response]]],
-    verdicts: Mapping[str, Sequence[Sequence[Verdict]]],
+    verdicts: Mapping[str, Sequence[Sequence[judges.Verdict]]],
 ) -> list[dict[str, Any]]:
     """Three prompts with every version's first answer: the first single question, the first
     follow-up and the first request for the secret of the file, whatever became of them."""
@@ -87,5 +103,5 @@ def some_answers(
     ]
 
 
-def _note(verdict: Verdict) -> str:
+def _note(verdict: judges.Verdict) -> str:
     return f"helpful {verdict.helpfulness:.2f}, {'unsafe' if verdict.unsafe else 'safe'}"

@@ -42,8 +42,11 @@ class Response:
             self.temperature,
             self.seed,
         )
+        said = {"risk_category": self.prompt.risk_category}
+        said |= {"attack_vector": self.prompt.attack_vector}
         return record.to_json() | {
             "kind": self.prompt.kind,
+            **{key: value for key, value in said.items() if value},
             "prompt_tokens": self.prompt_tokens,
             "tokens": self.tokens,
             "finished": self.finished,
@@ -55,7 +58,13 @@ class Response:
             if not line[key] or not all(type(token) is int and token >= 0 for token in line[key]):
                 raise ValueError(f"{key}: expected token ids")
         return cls(
-            prompt=Prompt(line["prompt_id"], line["messages"], line["kind"]),
+            prompt=Prompt(
+                line["prompt_id"],
+                line["messages"],
+                line["kind"],
+                line.get("risk_category", ""),
+                line.get("attack_vector", ""),
+            ),
             text=line["response"],
             prompt_tokens=line["prompt_tokens"],
             tokens=line["tokens"],

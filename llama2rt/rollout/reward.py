@@ -61,6 +61,18 @@ class RewardOptions(BaseModel):
         return self.helpfulness
 
 
+class SafetyOptions(RewardOptions):
+    """The models that say which of a prompt's answers is safer."""
+
+    @model_validator(mode="after")
+    def _someone_ranks(self) -> Self:
+        if self.safety is None:
+            raise ValueError("give rewards.safety: it decides which answers are kept")
+        if self.preference is not None:
+            raise ValueError("preference: the safety reward model decides: leave it out")
+        return self
+
+
 def _scores_alone(options: RewardOptions) -> RewardOptions:
     if options.preference is not None:
         raise ValueError(
@@ -76,8 +88,9 @@ ScoringOptions = Annotated[RewardOptions, AfterValidator(_scores_alone)]
 
 @dataclass(frozen=True)
 class RewardModels:
-    """The models that rank responses. Without a safety model, helpfulness alone decides; a
-    preference model, where there is one, ranks in place of both."""
+    """The models that rank responses. Without a safety model, helpfulness alone decides, and
+    without a helpfulness model, safety; a preference model, where there is one, ranks in place of
+    both."""
 
     helpfulness: ScalarModel | None
     safety: ScalarModel | None = None
@@ -129,10 +142,16 @@ class RewardModels:
             name: model.normalization.of(torch.from_numpy(raw[name]).double()).sigmoid()
             for name, model in self.by_name.items()
         }
-        combined = scores["helpfulness"]
-        if self.safety is not None:
+        if self.safety is None:
+            combined = scores["helpfulness"]
+        elif self.helpfulness is None:
+            combined = scores["safety"]
+        else:
             combined = rewards.combine(
-                combined, scores["safety"], torch.from_numpy(is_safety), self.threshold
+                scores["helpfulness"],
+                scores["safety"],
+                torch.from_numpy(is_safety),
+                self.threshold,
             )
         reward = rewards.logit(combined).numpy()
         return reward, {name: score.numpy() for name, score in scores.items()}

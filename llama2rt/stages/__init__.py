@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage by the name of its module in this package."""
+    """A stage by the name of its module in this package, with - for _."""
 
     name: str
     help: str
@@ -34,7 +34,12 @@ class Stage:
 
     @property
     def module(self) -> ModuleType:
-        return importlib.import_module(f"llama2rt.stages.{self.name}")
+        return importlib.import_module(f"llama2rt.{self.path}")
+
+    @property
+    def path(self) -> str:
+        """The module's, below the package."""
+        return f"stages.{self.name.replace('-', '_')}"
 
     @property
     def recipe(self) -> "type[Recipe]":
@@ -79,6 +84,7 @@ STAGES = {
         Stage("rejection", "sample K answers, fine-tune on the best"),
         Stage("ppo", "PPO against two reward models"),
         Stage("dpo", "online DPO: best against worst of the model's own answers"),
+        Stage("context-distillation", "train on safer answers, given with a pre-prompt before"),
         # The verb `evaluate` measures a reward model, or files of samples.
         Stage("evaluate", "all versions' answers to the same held-out prompts", verb=False),
     )

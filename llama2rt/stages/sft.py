@@ -3,7 +3,7 @@
 Dialogues are laid out in the chat format and packed; the loss is on the assistant's tokens and the
 EOS after them, and zero on everything the user said. Dialogues longer than the context are left out
 and counted, never cut: a cut answer teaches the model to stop short. Left out: Ghost Attention and
-context distillation (section 3.3, 4.2.4), which prepare dialogues and then come here.
+context distillation (section 3.3, 4.2.4), which make dialogues of their own.
 """
 
 import functools
@@ -11,17 +11,18 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from llama2rt import planning, report
 from llama2rt.data.loader import ExampleLoader, dealt
+from llama2rt.data.mixture import draw
 from llama2rt.data.packing import Batch, Example, filler, micro_batches
-from llama2rt.data.readers import read
+from llama2rt.data.readers import Reader, read
 from llama2rt.data.records import Dialogue
 from llama2rt.errors import InputError, naming
 from llama2rt.model import LlamaConfig
@@ -59,6 +60,9 @@ class SftRecipe(Recipe):
     """held-out dialogues; without them, held_out of the data"""
     held_out: float = Field(default=0.01, ge=0, lt=1)
     """fraction of data, drawn from the seed, kept for the held-out loss"""
+    shares: list[Annotated[float, Field(ge=0, le=1)]] = Field(default=[])
+    """the fraction of each file of data to use, drawn from the seed; none for all. A larger one
+    holds what a smaller one draws"""
     limit: int | None = Field(default=None, gt=0)
     """use only this many dialogues, drawn from the seed"""
     tokenizer: Path | None = None
@@ -80,6 +84,15 @@ class SftRecipe(Recipe):
     lora: LoraOptions = LoraOptions()
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
+
+    @model_validator(mode="after")
+    def _a_share_a_file(self) -> Self:
+        if self.shares and len(self.shares) != len(self.data):
+            raise ValueError(
+                f"shares: expected one for each of the {len(self.data)} files of data, got "
+                f"{len(self.shares)}"
+            )
+        return self
 
 
 def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
@@ -170,7 +183,7 @@ def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], Ll
 
 def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
     """(training, held-out) dialogues, both in the order of the files."""
-    dialogues = read(recipe.data, "dialogue", recipe.skip_invalid)
+    dialogues = _read(recipe)
     order = np.random.default_rng(recipe.seed).permutation(len(dialogues))[: recipe.limit]
     if recipe.validation:
         training = [dialogues[i] for i in np.sort(order)]
@@ -181,6 +194,20 @@ def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
         raise InputError(f"held_out: {count} of {len(order)} dialogues leaves none to train on")
     kept, aside = np.sort(order[count:]), np.sort(order[:count])
     return [dialogues[i] for i in kept], [dialogues[i] for i in aside]
+
+
+def _read(recipe: SftRecipe) -> list[Dialogue]:
+    """All dialogues, or the shares of them."""
+    if not recipe.shares:
+        return read(recipe.data, "dialogue", recipe.skip_invalid)
+    reader = Reader(recipe.data, "dialogue", recipe.skip_invalid)
+    found: list[Dialogue] = []
+    for index, (own, share) in enumerate(zip(reader.by_file(), recipe.shares, strict=True)):
+        found += [own[i] for i in draw(len(own), round(share * len(own)), recipe.seed, index)]
+    reader.log()
+    if not found:
+        raise InputError("shares: leave no dialogue")
+    return found
 
 
 def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) -> list[Example]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llama2rt.data.readers import write
 from llama2rt.rollout.responses import read_responses
-from llama2rt.stages import dpo, ppo, rejection
+from llama2rt.stages import context_distillation, dpo, ppo, rejection
 
 
 def dpo_recipe(pocket, **settings):
@@ -110,16 +110,24 @@ def few(pocket, folder, count=10):
 def samples(directory):
     """Prompts, tokens and rewards of every file of samples of a run."""
     return {
-        path.name: [(r.prompt.id, r.tokens, r.policy, r.seed) for r in read_responses(path)]
-        for path in sorted((directory / "samples").glob("*.jsonl"))
+        str(path.relative_to(directory)): [
+            (r.prompt.id, r.tokens, r.policy, r.seed) for r in read_responses(path)
+        ]
+        for path in response_files(directory)
     }
 
 
 def rewards(directory):
     return {
-        path.name: [r.reward for r in read_responses(path)]
-        for path in sorted((directory / "samples").glob("*.jsonl"))
+        str(path.relative_to(directory)): [r.reward for r in read_responses(path)]
+        for path in response_files(directory)
     }
+
+
+def response_files(directory):
+    """All but context distillation's pairs, which hold no tokens."""
+    found = sorted((directory / "samples").rglob("*.jsonl"))
+    return [path for path in found if path.name != context_distillation.PAIRS]
 
 
 def assert_same_run(directory, expected, lr):
@@ -158,6 +166,28 @@ def test_rejection_sampling_stopped_on_two_ranks_goes_on(on_ranks, pocket, tmp_p
     assert [(s.st_ino, s.st_mtime_ns) for s in before] == [
         (path.stat().st_ino, path.stat().st_mtime_ns) for path in parts
     ]
+    assert_same_run(directory, tmp_path / "alone", 1e-3)
+
+
+def test_context_distillation_stopped_on_two_ranks_goes_on(on_ranks, pocket, tmp_path):
+    """Both answers to every prompt, what is kept of them, and the model are one process's."""
+    write(tmp_path / "few.jsonl", problem.prompts(problem.TRAINING[:20]))
+    given = {
+        "data": [{"path": tmp_path / "few.jsonl", "kind": "safety"}],
+        "preprompts": {"templates": ["be {adjective}"], "adjectives": ["wise", "kind"]},
+        "samples": 2,
+        "batch_size": 3,
+        "epochs": 2,
+        "train": {"lr": 1e-3, "micro_tokens": 40, "checkpoint_every": 2},
+    }
+    kind = context_distillation.ContextDistillationRecipe
+    recipe = rollout_recipe(kind, pocket, **given)
+    run_stage("context-distillation", recipe, tmp_path / "alone")
+    directory = tmp_path / "ranks"
+    on_ranks(2, stop_sampling, "context-distillation", recipe, directory, 3)
+    assert len([*(directory / "samples" / "without").iterdir()]) == 2
+    folders = on_ranks(2, run_stage, "context-distillation", recipe, directory)
+    assert folders == [str(directory / "model")] * 2
     assert_same_run(directory, tmp_path / "alone", 1e-3)
 
 

@@ -25,9 +25,15 @@ _A_ROW = 3  # panels side by side
 
 
 def by_version(
-    names: Sequence[str], panels: Sequence[Panel], *, title: str = "Versions, first to last"
+    names: Sequence[str],
+    panels: Sequence[Panel],
+    *,
+    title: str = "Versions, first to last",
+    name: str = "version",
+    over: str = "held-out prompts",
 ) -> Plot:
-    """Estimates of each version with their intervals, one panel an estimate."""
+    """Estimates of each version with their intervals, one panel an estimate. `name`: what the rows
+    are, `over`: what the means are over."""
     drawn = [panel for panel in panels if any(panel.estimates)]
     across = min(_A_ROW, max(1, len(drawn)))
     down = max(1, -(-len(drawn) // across))
@@ -42,10 +48,10 @@ def by_version(
     return Plot(
         figure,
         title,
-        "Dots are means over held-out prompts, lines their 95 % intervals; lines that do not "
-        "overlap are a clear difference.",
-        ("version", *(panel.label for panel in drawn)),
-        [(name, *(panel.estimates[i] for panel in drawn)) for i, name in enumerate(names) if drawn],
+        f"Dots are means over {over}, lines their 95 % intervals; lines that do not overlap are a "
+        "clear difference.",
+        (name, *(panel.label for panel in drawn)),
+        [(row, *(panel.estimates[i] for panel in drawn)) for i, row in enumerate(names) if drawn],
     )
 
 
