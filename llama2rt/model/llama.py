@@ -82,11 +82,25 @@ class Llama(nn.Module):
         keys: SharedKeys | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
+        teacher: tuple[Tensor, Tensor] | None = None,
+        beta: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probability fp32 [T] of each target (0 where targets < 0), and entropy [T] if asked.
 
-        targets [T]: the token that each position must predict. See `ops.token_logprob`.
+        targets [T]: the token that each position must predict. See `ops.token_logprob`. teacher:
+        hidden states [T, dim'] of another model that has read the same tokens, and its output
+        weight [V, dim']: then the result is how far this model's distributions are from its, see
+        `ops.divergence`.
         """
+        if teacher is not None:
+            return ops.divergence(
+                self.transformer(tokens, positions, documents(cu_seqlens, keys)),
+                self.output.weight,
+                *teacher,
+                targets,
+                beta=beta,
+                temperature=temperature,
+            )
         # Not named here: the op drops prompt tokens' rows, and with them the hidden states.
         return ops.token_logprob(
             self.transformer(tokens, positions, documents(cu_seqlens, keys)),

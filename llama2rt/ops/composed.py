@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama2rt.ops import reference
+from llama2rt.ops.divergence_tiles import divergence, divergence_backward
 from llama2rt.ops.reference import (  # what torch calls do no better elsewhere
     add_rms_norm,
     add_rms_norm_backward,
@@ -30,6 +31,8 @@ __all__ = [
     "attention",
     "attention_backward",
     "decode_attention",
+    "divergence",
+    "divergence_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope",

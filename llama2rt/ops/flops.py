@@ -89,6 +89,26 @@ def _token_logprob_stashed_backward(dweight: Tensor, tile: Tensor, *rest: Any, *
     return 2 * (2 * tokens + max(0, tokens - dim)) * weight.numel()
 
 
+def _divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """The logits of both."""
+    return 2 * hidden.shape[0] * (weight.numel() + teacher_weight.numel())
+
+
+def _divergence_backward(
+    dvalue: Tensor, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, *rest: Any, **_: Any
+) -> int:
+    """Both logits again, and the gradients of hidden and weight."""
+    teacher_weight = rest[0]
+    return 2 * hidden.shape[0] * (3 * weight.numel() + teacher_weight.numel())
+
+
 def _few_rows_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * x.shape[0] * weight.numel()
 
@@ -108,6 +128,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "token_logprob_backward": _token_logprob_backward,
     "token_logprob_stashed": _token_logprob,
     "token_logprob_stashed_backward": _token_logprob_stashed_backward,
+    "divergence": _divergence,
+    "divergence_backward": _divergence_backward,
     FEW_ROWS: _few_rows_linear,
 }
 

@@ -256,3 +256,55 @@ def token_logprob_backward(
     dlogits /= temperature
     h, w = _wide(hidden, weight)
     return (dlogits @ w).to(hidden.dtype), (dlogits.T @ h).to(weight.dtype)
+
+
+def _log_distributions(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    beta: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log s, log t and log(beta t + (1 - beta) s), [T, V]."""
+    s = _logits(hidden, weight, temperature).log_softmax(-1)
+    t = _logits(teacher_hidden, teacher_weight, temperature).log_softmax(-1)
+    return s, t, (beta * t.exp() + (1 - beta) * s.exp()).log()
+
+
+def divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    beta: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    s, t, m = _log_distributions(hidden, weight, teacher_hidden, teacher_weight, beta, temperature)
+    if beta == 0:
+        return (t.exp() * (t - s)).sum(-1), s.new_zeros(s.shape[0])
+    student_kl = (s.exp() * (s - m)).sum(-1)
+    if beta == 1:
+        return student_kl, student_kl.clone()
+    return beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * student_kl, student_kl
+
+
+def divergence_backward(
+    dvalue: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    student_kl: Tensor,
+    beta: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    s, t, m = _log_distributions(hidden, weight, teacher_hidden, teacher_weight, beta, temperature)
+    if beta == 0:
+        dlogits = s.exp() - t.exp()
+    else:
+        scale = 1 if beta == 1 else 1 - beta
+        dlogits = scale * s.exp() * (s - m - student_kl[:, None])
+    dlogits *= dvalue[:, None] / temperature
+    h, w = _wide(hidden, weight)
+    return (dlogits @ w).to(hidden.dtype), (dlogits.T @ h).to(weight.dtype)

@@ -68,7 +68,7 @@ def test_gradcheck(op, keywords, on_backend):
 
 def all_rows_stay():
     """In token_logprob those without a target too, as in a compiled graph."""
-    return mock.patch.object(contract, "_predicted_rows", return_value=None)
+    return mock.patch.object(contract, "predicted_rows", return_value=None)
 
 
 @pytest.mark.parametrize("keywords", KEYWORDS["token_logprob"])

@@ -118,7 +118,7 @@ def _can_stash(hidden: Tensor, weight: Tensor, choice: str) -> bool:
     )
 
 
-def _predicted_rows(hidden: Tensor, targets: Tensor) -> Tensor | None:
+def predicted_rows(hidden: Tensor, targets: Tensor) -> Tensor | None:
     """[n] rows with a target, where some have none: prompt tokens predict nothing and need not
     enter the largest product of all. None where all rows stay: under compile, in a CUDA graph or
     another tracing their number would depend on the data, and tensors of other types (DTensor) hold
@@ -163,7 +163,7 @@ def token_logprob(
     if not temperature > 0:
         raise mismatch("temperature", "a number above 0", temperature)
     choice = backend.resolve(hidden)
-    tokens, rows = targets.shape[0], _predicted_rows(hidden, targets)
+    tokens, rows = targets.shape[0], predicted_rows(hidden, targets)
     if rows is not None:
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     run = _run_token_logprob_stashed if _can_stash(hidden, weight, choice) else _run_token_logprob
