@@ -38,6 +38,24 @@ def rows(path: Path, kind: str, separator: str | None) -> Iterator[tuple[int, An
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def json_rows_between(path: Path, begin: int, end: int, line: int) -> Iterator[tuple[int, Any]]:
+    """`rows` of the lines of a plain file of JSON lines that begin at the bytes `begin` to `end`,
+    of which the first is line `line`."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            while begin < end and (text := file.readline()):
+                begin += len(text)
+                if text.strip():
+                    try:
+                        yield line, _parse(text)
+                    except InputError as error:
+                        yield line, error
+                line += 1
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
 def _lines(path: Path) -> Iterator[bytes]:
     number = 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:

@@ -10,7 +10,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +19,7 @@ from llama2rt.data.packing import (
     Batch,
     Example,
     PairBatch,
+    best_fit,
     filler,
     filler_pairs,
     groups,
@@ -76,6 +77,14 @@ def shared_groups(
     return divided[rank], max(map(len, divided)) - len(divided[rank])
 
 
+class Order(Protocol):
+    """The items of an epoch: a table, or what can compute any part of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> np.ndarray: ...
+
+
 class _Loader(Generic[Step]):
     """Order, epochs and resumption of `size` items, `batch_size` a step, divided among processes.
 
@@ -96,7 +105,7 @@ class _Loader(Generic[Step]):
         self._size, self._batch_size = size, batch_size
         self._seed, self._epochs, self._share = seed, epochs, share
         self._epoch, self._position = 0, 0
-        self._order: np.ndarray | None = None
+        self._order: Order | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -106,7 +115,7 @@ class _Loader(Generic[Step]):
         """This process's micro-batches of the items `indices`."""
         raise NotImplementedError
 
-    def _start_epoch(self) -> np.ndarray:
+    def _start_epoch(self) -> Order:
         return np.random.default_rng([self._seed, self._epoch]).permutation(self._size)
 
     def next(self) -> list[Step]:
@@ -200,7 +209,8 @@ class BlockLoader(_Loader[Batch]):
     """Steps of `batch_size` blocks: examples put together, in an order drawn from `seed`, until the
     next one would go beyond `block_tokens`. Which examples share a step is all that a block
     decides, as documents never see each other; what passes at once are micro-batches of at most
-    `micro_tokens` tokens. Epochs, and several processes, as of `ExampleLoader`."""
+    `micro_tokens` tokens. With `full`, blocks are filled as far as `packing.best_fit` can. Epochs,
+    and several processes, as of `ExampleLoader`."""
 
     def __init__(
         self,
@@ -211,12 +221,14 @@ class BlockLoader(_Loader[Batch]):
         seed: int,
         *,
         share: Share = WHOLE,
+        full: bool = False,
     ) -> None:
         lengths = [len(example.tokens) for example in examples]
-        self._blocks = blocks(lengths, block_tokens, seed)
+        self._blocks = blocks(lengths, block_tokens, seed, full)
         super().__init__(len(self._blocks), batch_size, seed, None, share)
         self._examples, self._micro_tokens = examples, micro_tokens
         self._content = {"block_tokens": block_tokens, "content": _fingerprint(examples)}
+        self._content |= {"full": 1} if full else {}
         _warn_of_long("examples", lengths, micro_tokens)
 
     def _identity(self) -> dict[str, Any]:
@@ -230,10 +242,13 @@ class BlockLoader(_Loader[Batch]):
         return packed + [filler()] * missing
 
 
-def blocks(lengths: Sequence[int], block_tokens: int, seed: int) -> list[list[int]]:
+def blocks(
+    lengths: Sequence[int], block_tokens: int, seed: int, full: bool = False
+) -> list[list[int]]:
     """Indices of examples of those `lengths`, as `BlockLoader` puts them into blocks."""
     order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
-    filled = groups([lengths[i] for i in order], block_tokens)
+    put = best_fit if full else groups
+    filled = put([lengths[i] for i in order], block_tokens)
     return [[order[i] for i in block] for block in filled]
 
 

@@ -18,13 +18,13 @@ import numpy as np
 
 from llama2rt.errors import InputError
 
-_PERMUTATIONS = 128
-_RUN = 3
+PERMUTATIONS = 128
+RUN = 3
 """words; answers of a sentence have some, and a changed word changes no more than three"""
 _RECALL = 0.995
 """share of the pairs at the threshold itself that bands must propose, if not more"""
 # Scripts without spaces have a word a character.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 Parts = Sequence[str]
 
@@ -50,10 +50,10 @@ def earlier_alike(texts: Sequence[Parts], least: float) -> Iterator[tuple[int, i
 def runs(text: str) -> frozenset[str]:
     """The runs of three words of a text, without case and punctuation; of a shorter one all its
     words as one, and of one without words the text."""
-    words = _WORD.findall(text.casefold())
-    if len(words) <= _RUN:
+    words = WORD.findall(text.casefold())
+    if len(words) <= RUN:
         return frozenset([" ".join(words) or text.strip()])
-    return frozenset(" ".join(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1))
+    return frozenset(" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1))
 
 
 def _of_like_size(sizes: np.ndarray, index: int, candidates: list[int], least: float) -> list[int]:
@@ -86,7 +86,7 @@ def _signatures(texts: Sequence[Parts]) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(
             "filters.near_duplicates: needs datasketch: pip install 'llama2rt[data]'"
         ) from None
-    found = np.empty((len(texts), _PERMUTATIONS), np.uint32)
+    found = np.empty((len(texts), PERMUTATIONS), np.uint32)
     sizes = np.empty((len(texts), len(texts[0]) if texts else 0), np.int32)
 
     def hashed() -> Iterator[list[int]]:
@@ -96,7 +96,7 @@ def _signatures(texts: Sequence[Parts]) -> tuple[np.ndarray, np.ndarray]:
             asked = every[1:] or every
             yield [zlib.crc32(f"{i} {run}".encode()) for i, p in enumerate(asked) for run in p]
 
-    made = MinHash.generator(hashed(), num_perm=_PERMUTATIONS, seed=1, hashfunc=int)
+    made = MinHash.generator(hashed(), num_perm=PERMUTATIONS, seed=1, hashfunc=int)
     for row, signature in zip(found, made, strict=True):
         row[:] = signature.hashvalues
     return found, sizes
@@ -106,11 +106,11 @@ class _Neighbours:
     """Which earlier texts share a band of the signature with one; only those that were added."""
 
     def __init__(self, signatures: np.ndarray, least: float) -> None:
-        rows = _rows_a_band(least)
+        rows = rows_a_band(least)
         self._groups: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         """by index: (band, number of those with the same values in it), where there is another"""
         self._added: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-        for band in range(_PERMUTATIONS // rows if len(signatures) else 0):
+        for band in range(PERMUTATIONS // rows if len(signatures) else 0):
             values = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
             whole = values.view(np.dtype((np.void, values.itemsize * rows))).ravel()
             _, group, size = np.unique(whole, return_inverse=True, return_counts=True)
@@ -126,10 +126,10 @@ class _Neighbours:
             self._added[group].append(index)
 
 
-def _rows_a_band(least: float) -> int:
+def rows_a_band(least: float) -> int:
     """The most values a band that still propose a pair of similarity `least` with `_RECALL`:
     1 - (1 - s^r)^b."""
-    for rows in range(_PERMUTATIONS, 1, -1):
-        if 1 - (1 - least**rows) ** (_PERMUTATIONS // rows) >= _RECALL:
+    for rows in range(PERMUTATIONS, 1, -1):
+        if 1 - (1 - least**rows) ** (PERMUTATIONS // rows) >= _RECALL:
             return rows
     return 1

@@ -140,3 +140,15 @@ class MixSource(Source):
     make up this share of it"""
     pool: str | None = None
     """sources of one pool are drawn from as if they were one file; all give the pool's share"""
+
+
+class WeightedSource(Source):
+    """A source of pretraining text (`[[sources]]` in its recipe): documents, or the folder of token
+    shards that `llama2rt corpus` leaves."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """of the tokens that are read of it, beside the other sources' weights, in any scale (section
+    2.1 up-samples the most factual sources); on no source, each gives as much as it holds"""
+    most_repeats: float | None = Field(default=None, gt=0)
+    """times that a run may go through it; None for any number. A run that would go through it more
+    often is refused before it begins"""

@@ -9,7 +9,7 @@ corpus is held in memory. A corpus may be several files: the loader takes a list
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -27,32 +27,12 @@ _FORMAT = "llama2rt-tokens-1"
 _DOCUMENTS_AT_ONCE = 256  # bounds memory; enough for the tokenizer's threads
 
 
-class TokenFile:
-    """A token file opened for reading: `len()` is the number of ids; `documents`,
-    `text_bytes` (UTF-8, before tokenising), `tokenizer` (its digest), `digest` (of the ids),
-    `bos`. InputError when the file is not one or is damaged."""
+class TokenStream:
+    """Ids of documents that lie end to end, memory-mapped: `len()` is their number; `text_bytes`
+    (UTF-8, before tokenising) and `bos`."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                header = json.loads(file.read(HEADER_BYTES))
-            if header["format"] != _FORMAT:
-                raise ValueError(header["format"])
-            self.documents, self.text_bytes = int(header["documents"]), int(header["text_bytes"])
-            self.tokenizer, self.digest = str(header["tokenizer"]), str(header["digest"])
-            self.bos, length = int(header["bos"]), int(header["tokens"])
-            dtype = np.dtype(header["dtype"])
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be opened ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{self.path}: not a token file of this version") from None
-        expected = HEADER_BYTES + length * dtype.itemsize
-        if self.path.stat().st_size != expected:
-            raise InputError(
-                f"{self.path}: damaged: {self.path.stat().st_size} bytes, expected {expected}"
-            )
-        self._ids = np.memmap(self.path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=length)
+    def __init__(self, ids: np.ndarray, bos: int, text_bytes: int) -> None:
+        self._ids, self.bos, self.text_bytes = ids, bos, text_bytes
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -61,21 +41,22 @@ class TokenFile:
         """All ids, memory-mapped."""
         return self._ids
 
-    def require(self, tokenizer: Tokenizer) -> None:
-        """InputError unless `tokenizer` made this file."""
-        if tokenizer.digest != self.tokenizer:
-            raise InputError(f"{self.path}: was made with another tokenizer; build it again")
-
     def window(self, begin: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`length` ids from `begin` on, the stream read as a ring that leaves out the last id
         (which has no successor): (tokens, targets, lengths of the documents in it). Targets are
         the successors, -1 where that is a BOS."""
         ring = len(self._ids) - 1
-        index = np.arange(begin, begin + length) % ring
-        tokens, targets = self._ids[index], self._ids[index + 1].astype(np.int64)
+        if begin + length <= ring:
+            tokens = np.asarray(self._ids[begin : begin + length])
+            targets = self._ids[begin + 1 : begin + length + 1].astype(np.int64)
+        else:
+            index = np.arange(begin, begin + length) % ring
+            tokens, targets = self._ids[index], self._ids[index + 1].astype(np.int64)
         targets[targets == self.bos] = -1
         starts = np.flatnonzero(tokens == self.bos)
-        edges = np.unique(np.concatenate([[0], starts, [length]]))
+        first = int(not (len(starts) and starts[0] == 0))  # whether it begins inside a document
+        edges = np.zeros(len(starts) + first + 1, dtype=np.int64)
+        edges[first:-1], edges[-1] = starts, length
         return tokens, targets, np.diff(edges)
 
     def batches(self, context: int, micro_tokens: int) -> Iterator[Batch]:
@@ -87,25 +68,75 @@ class TokenFile:
             yield pack_windows([self.window(b, min(context, size - b)) for b in begins])
 
 
+class TokenFile(TokenStream):
+    """A token file opened for reading; also `documents`, `tokenizer` (its digest), `digest` (of the
+    ids). InputError when the file is not one or is damaged."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                header = json.loads(file.read(HEADER_BYTES))
+            if header["format"] != _FORMAT:
+                raise ValueError(header["format"])
+            self.documents, text_bytes = int(header["documents"]), int(header["text_bytes"])
+            self.tokenizer, self.digest = str(header["tokenizer"]), str(header["digest"])
+            bos, length = int(header["bos"]), int(header["tokens"])
+            dtype = np.dtype(header["dtype"])
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be opened ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.path}: not a token file of this version") from None
+        expected = HEADER_BYTES + length * dtype.itemsize
+        if self.path.stat().st_size != expected:
+            raise InputError(
+                f"{self.path}: damaged: {self.path.stat().st_size} bytes, expected {expected}"
+            )
+        ids = np.memmap(self.path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=length)
+        super().__init__(ids, bos, text_bytes)
+
+    def require(self, tokenizer: Tokenizer) -> None:
+        """InputError unless `tokenizer` made this file."""
+        if tokenizer.digest != self.tokenizer:
+            raise InputError(f"{self.path}: was made with another tokenizer; build it again")
+
+
 def pack_windows(windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
-    """One batch of what `TokenFile.window` returned."""
+    """One batch of what `TokenStream.window` returned."""
     tokens, targets, lengths = (np.concatenate(parts) for parts in zip(*windows, strict=True))
     return pack_arrays(tokens, targets, lengths)
 
 
-def build(documents: Iterable[Document | str], tokenizer: Tokenizer, path: str | Path) -> TokenFile:
-    """Tokenise `documents` into the file `path`, which appears only when it is complete.
-    InputError when there is no document."""
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """What a token file of this tokenizer keeps an id in."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+Encode = Callable[[list[str]], Iterable[Sequence[int] | np.ndarray]]
+"""the ids of each of many texts"""
+
+
+def build(
+    documents: Iterable[Document | str],
+    tokenizer: Tokenizer,
+    path: str | Path,
+    encode: Encode | None = None,
+) -> TokenFile:
+    """Tokenise `documents` into the file `path`, which appears only when it is complete. `encode`:
+    what gives the tokenizer's ids, where something else than itself does. InputError when there is
+    no document."""
     path = Path(path)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    encode = encode or tokenizer.encode_batch
+    dtype = dtype_of(tokenizer)
+    begin, end = (np.array([i], dtype).tobytes() for i in (tokenizer.bos, tokenizer.eos))
     texts = (text if isinstance(text, str) else text.text for text in documents)
     count = tokens = text_bytes = 0
     digest = hashlib.sha256()
     with atomic.replacing(path) as file:
         file.write(b" " * HEADER_BYTES)
         while batch := list(islice(texts, _DOCUMENTS_AT_ONCE)):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                data = np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=dtype).tobytes()
+            for text, ids in zip(batch, encode(batch), strict=True):
+                data = b"".join((begin, np.asarray(ids, dtype).tobytes(), end))
                 file.write(data)
                 digest.update(data)
                 count, tokens = count + 1, tokens + len(ids) + 2

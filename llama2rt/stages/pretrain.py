@@ -2,8 +2,8 @@
 
 Text becomes one memory-mapped token stream, documents apart by BOS and EOS; a step takes random
 windows of it. The last part of each source is held out, and its loss is also given in bits per byte
-of UTF-8, which compares across tokenizers, by source and over all. Left out: mixing sources by
-weight (`data.loader` can).
+of UTF-8, which compares across tokenizers, by source and over all. With `[[sources]]` it is a mix
+by weight, of text or of token shards (`text_sources`).
 """
 
 import json
@@ -22,26 +22,28 @@ from llama2rt import planning, report
 from llama2rt.data import tokens
 from llama2rt.data.loader import TokenLoader, dealt
 from llama2rt.data.packing import Batch, filler
-from llama2rt.data.tokens import TokenFile
+from llama2rt.data.shard_loader import ShardLoader
+from llama2rt.data.shards import HeldOut
+from llama2rt.data.sources import WeightedSource
+from llama2rt.data.tokens import TokenFile, TokenStream
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.parallel import Mesh, ParallelOptions, by_main
 from llama2rt.parallel.saving import save_model
 from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import corpus, spread
+from llama2rt.stages import corpus, spread, text_sources
 from llama2rt.stages.loading import (
     Future,
     Opened,
     Outline,
-    file_inputs,
     load_llama,
     outline,
     outlines,
 )
 from llama2rt.stages.shape import ModelShape
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.loop import fit
+from llama2rt.train.loop import Objective, fit
 from llama2rt.train.options import TrainOptions
 
 logger = logging.getLogger("llama2rt.stages.pretrain")
@@ -50,15 +52,19 @@ logger = logging.getLogger("llama2rt.stages.pretrain")
 class PretrainRecipe(Recipe):
     """Pretrain a model on text (or go on with one: init)."""
 
-    data: list[Path]
-    """text files or JSON lines with "text" """
+    data: list[Path] = Field(default=[])
+    """text files or JSON lines with "text", all of which go in once an epoch"""
+    sources: list[WeightedSource] = Field(default=[])
+    """a mix in place of data, a [[sources]] table each: {path, weight, most_repeats, source}; path
+    is text, or a folder of token shards that `llama2rt corpus` left"""
     document_separator: str | None = None
     """cuts .txt files into documents; None: each file is one"""
     skip_invalid: int = Field(default=0, ge=0)
     """bad records to leave out before giving up"""
     held_out: float = Field(default=0.01, ge=0, lt=1)
     """last fraction of each source, by bytes, kept for the held-out loss; a source is a file, or in
-    a file whose documents name theirs, all that name the same"""
+    a file whose documents name theirs, all that name the same. Of token shards by tokens, and whole
+    documents"""
 
     init: Path | None = None
     """a model folder to continue from, with its shape and its tokenizer"""
@@ -87,6 +93,9 @@ class PretrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if bool(self.data) == bool(self.sources):
+            raise ValueError("give data, or sources in its place")
+        text_sources.check_recipe(self.sources, self.vocab_size)
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         if self.init is not None:
@@ -113,23 +122,16 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
     else:
         shape = outline(recipe.init).config
     check(recipe, shape)
+    if recipe.sources:
+        open_inputs(recipe)
     mesh = Mesh.build(recipe.parallel, shape, pipelined=True)
-    run = Run.open(directory, recipe, inputs=file_inputs(recipe), resume=resume)
+    run = Run.open(directory, recipe, inputs=text_sources.inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
 
-    training, held_out, tokenizer = prepare(recipe, run.directory)
-    options = recipe.train
-    loader = TokenLoader(
-        training,
-        recipe.context,
-        recipe.batch_tokens,
-        options.micro_tokens,
-        recipe.seed,
-        share=mesh.share,
-    )
-    model = initial_model(recipe, tokenizer, mesh)
-    steps = recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
+    prepared = prepare(recipe, run, mesh)
+    options, loader, held_out = recipe.train, prepared.loader, prepared.held_out
+    model = initial_model(recipe, prepared.tokenizer, mesh)
 
     def validate(model: nn.Module) -> dict[str, float]:
         return held_out_losses(model, held_out, recipe.context, options.micro_tokens, mesh)
@@ -138,13 +140,13 @@ def run(recipe: PretrainRecipe, directory: Path, *, resume: bool = False) -> Pat
         run,
         model,
         loader,
-        next_token,
+        prepared.objective or next_token,
         options,
-        steps=steps,
+        steps=prepared.steps,
         validate=validate if held_out else None,
         mesh=mesh,
     )
-    save_model(model, tokenizer, run.model_directory)
+    save_model(model, prepared.tokenizer, run.model_directory)
     report.finish(run, result)
     return run.model_directory
 
@@ -175,6 +177,7 @@ def open_inputs(recipe: PretrainRecipe, future: Future | None = None) -> Pretrai
     else:
         raise InputError("tokenizer: a plan needs it before its first step; train it first")
     check(recipe, config)
+    text_sources.open_inputs(recipe, tokenizer)
     return PretrainInputs(Outline(config, tokenizer))
 
 
@@ -195,8 +198,11 @@ def plan(
     steps = None if recipe.steps is None else Count(recipe.steps)
     epochs, notes = recipe.epochs, []
     if inputs is not None:
-        training, _ = corpus.divide(recipe)
-        held = tokens.estimate(training, inputs.result.tokenizer or recipe.vocab_size or 0)
+        counted = inputs.result.tokenizer or recipe.vocab_size or 0
+        if recipe.sources:
+            held = text_sources.estimate(recipe, counted)
+        else:
+            held = tokens.estimate(corpus.divide(recipe)[0], counted)
         notes.append(f"the training text is {held.value:,.0f} tokens ({held.how})")
         per_epoch = math.ceil(math.ceil((held.value - 1) / recipe.context) / windows)
         if steps is None:
@@ -213,26 +219,60 @@ def plan(
     )
 
 
-def prepare(
-    recipe: PretrainRecipe, directory: Path
-) -> tuple[TokenFile, dict[str, TokenFile], Tokenizer]:
-    """(training stream, held-out streams by source, tokenizer), each built once and kept in
-    `directory` for a resumed run."""
-    files = directory / "tokens"
-    index = files / "held_out.json"  # written last: the streams it names are complete
+@dataclass(frozen=True)
+class Prepared:
+    """What is trained on, and what is measured on."""
+
+    loader: TokenLoader | ShardLoader
+    steps: int
+    held_out: Mapping[str, TokenStream | HeldOut]
+    """by source"""
+    tokenizer: Tokenizer
+    objective: Objective | None = None
+    """what says each source's loss; None for `next_token`"""
+
+
+def prepare(recipe: PretrainRecipe, run: Run, mesh: Mesh) -> Prepared:
+    """The streams of tokens, each built once and kept in the run's directory for when it is
+    resumed. InputError where a source's shards have changed since then."""
+    files = run.directory / "tokens"
+    # Written last: the streams it names are complete.
+    index = files / ("sources.json" if recipe.sources else "held_out.json")
+    text_sources.verify(recipe, files)
     tokenise(recipe, files, index)
 
     if recipe.init is not None:
         tokenizer, _ = outlines(recipe.tokenizer, {"init": recipe.init})
     else:
         tokenizer = Tokenizer.load(recipe.tokenizer or files / TRAINED)
+    if recipe.sources:
+        mix, ends = text_sources.opened(recipe, tokenizer, files, index)
+        mixed = text_sources.loader(recipe, mix, mesh)
+        steps = steps_of(recipe, mixed)
+        text_sources.require_repeats(recipe, mixed, steps)
+        text_sources.record(run, mix, mixed, steps)
+        objective = text_sources.next_token_of([one.name for one in mix])
+        return Prepared(mixed, steps, ends, tokenizer, objective)
     stream = TokenFile(files / "training.bin")
     held_out = {
         name: TokenFile(files / file) for name, file in json.loads(index.read_text()).items()
     }
     for file in (stream, *held_out.values()):
         file.require(tokenizer)
-    return stream, held_out, tokenizer
+    loader = TokenLoader(
+        stream,
+        recipe.context,
+        recipe.batch_tokens,
+        recipe.train.micro_tokens,
+        recipe.seed,
+        share=mesh.share,
+    )
+    return Prepared(loader, steps_of(recipe, loader), held_out, tokenizer)
+
+
+def steps_of(recipe: PretrainRecipe, loader: TokenLoader | ShardLoader) -> int:
+    """Optimizer steps of the whole run."""
+    return recipe.steps or max(1, round((recipe.epochs or 0) * loader.steps_per_epoch))
 
 
 def initial_model(recipe: PretrainRecipe, tokenizer: Tokenizer, mesh: Mesh) -> Llama:
@@ -259,7 +299,7 @@ def tokenise(recipe: PretrainRecipe, files: Path, index: Path) -> None:
     `index`; nothing where it is there."""
     if index.exists():
         return
-    texts = corpus.divide(recipe)
+    texts = None if recipe.sources else corpus.divide(recipe)
     if recipe.init is not None:
         tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init})
         _require_context(recipe, models["init"].config)
@@ -267,9 +307,16 @@ def tokenise(recipe: PretrainRecipe, files: Path, index: Path) -> None:
         tokenizer = Tokenizer.load(recipe.tokenizer)
     else:
         assert recipe.vocab_size is not None  # the recipe's own check
-        training = [document.text for document in texts[0]]
+        training = (
+            text_sources.training_text(recipe)
+            if texts is None
+            else [document.text for document in texts[0]]
+        )
         tokenizer = Tokenizer.train(training, recipe.vocab_size, files / TRAINED)
-    corpus.build(texts, tokenizer, files, index)
+    if texts is None:
+        text_sources.build(recipe, tokenizer, files, index)
+    else:
+        corpus.build(texts, tokenizer, files, index)
 
 
 def check(recipe: PretrainRecipe, config: LlamaConfig) -> None:
@@ -292,7 +339,7 @@ def next_token(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor
 
 def held_out_losses(
     model: nn.Module,
-    streams: Mapping[str, TokenFile],
+    streams: Mapping[str, TokenStream | HeldOut],
     context: int,
     micro_tokens: int,
     mesh: Mesh | None = None,

@@ -11,7 +11,7 @@ Left out: what a loss is (the stage's objective), and when to log, validate and 
 import math
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,17 @@ from llama2rt.train.stragglers import Elapsed
 Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Any]]]
 """(model, micro-batch) -> (loss summed over the micro-batch, other sums to report); each stage's
 own kind of model and batch"""
+
+
+class Mean(NamedTuple):
+    """Such a sum with a count of its own, such as what one source's tokens predict: it is divided
+    by that, not by what the whole step predicts, and is not logged of a step that has none."""
+
+    total: Tensor | float
+    count: Tensor | float
+
+
+_COUNT = " (count)"  # behind a Mean's name: the sum of its counts
 
 
 class Loader(Protocol):
@@ -90,7 +101,7 @@ class _Fit:
         options: TrainOptions,
         mesh: Mesh,
     ) -> None:
-        self._model, self._loader, self._objective = model, loader, objective
+        self._model, self._loader, self._objective = model, loader, _in_sums(objective)
         self._options, self._mesh = options, mesh
         self._optimizer = Optimizer(model, options, mesh)
         self.device = next(model.parameters()).device
@@ -134,7 +145,7 @@ class _Fit:
             # The next forward pass must not start while this one's output is still held.
             del loss, metrics
         totals = self._mesh.totals(float(value) for value in sums.values())
-        return {key: total / weight for key, total in zip(sums, totals, strict=True)}
+        return _means(dict(zip(sums, totals, strict=True)), weight)
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s MFU {metrics['mfu']:.0%}"
@@ -166,6 +177,28 @@ class _Fit:
         self.validation = state["validation"]
         _restore_generators(tensors, state["generators"])
         self._optimizer.load_state_dict(tensors)
+
+
+def _in_sums(objective: Objective) -> Objective:
+    """`objective` with each `Mean` as two sums."""
+
+    def summed(model: Any, micro: Any) -> tuple[Tensor, dict[str, Any]]:
+        loss, metrics = objective(model, micro)
+        sums: dict[str, Any] = {}
+        for key, value in metrics.items():
+            if isinstance(value, Mean):
+                sums[key], sums[key + _COUNT] = value
+            else:
+                sums[key] = value
+        return loss, sums
+
+    return summed
+
+
+def _means(totals: Mapping[str, float], weight: float) -> dict[str, float]:
+    """The sums of a step per unit of what each is a mean over."""
+    over = {key: totals.get(key + _COUNT, weight) for key in totals if not key.endswith(_COUNT)}
+    return {key: totals[key] / count for key, count in over.items() if count}
 
 
 def _cost(model: nn.Module, micro: Any) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def test_short_texts_and_scripts_without_spaces():
 
 def test_bands_propose_what_they_promise():
     for least in (0.3, 0.5, 0.8, 0.95):
-        rows = near_duplicates._rows_a_band(least)
+        rows = near_duplicates.rows_a_band(least)
         bands = 128 // rows
         assert 1 - (1 - least**rows) ** bands >= 0.995
         assert 1 - (1 - least ** (rows + 1)) ** (128 // (rows + 1)) < 0.995
