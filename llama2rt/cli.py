@@ -71,6 +71,11 @@ COMMANDS = {
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
     "evaluate": ("evaluate.commands", "command", "accuracy of a reward model, win rates"),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
+    "contamination": (
+        "evaluate.contamination.commands",
+        "command",
+        "how much of an evaluation set training has read",
+    ),
     "people": ("people.commands", "command", "a page on which people compare two responses"),
     "check": ("data.commands", "check", "validate a file of records and describe it"),
     "tokenizer": ("data.commands", "tokenizer", "train a tokenizer in LLaMA's settings"),
