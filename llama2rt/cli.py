@@ -73,6 +73,11 @@ COMMANDS = {
     "evaluate": ("evaluate.commands", "command", "accuracy of a reward model, win rates"),
     "safety": ("pipeline.safety", "command", "violations and false refusals of files of samples"),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
+    "contamination": (
+        "evaluate.contamination.commands",
+        "command",
+        "how much of an evaluation set training has read",
+    ),
     "people": ("people.commands", "command", "a page on which people compare two responses"),
     "check": ("data.commands", "check", "validate a file of records and describe it"),
     "tokenizer": ("data.commands", "tokenizer", "train a tokenizer in LLaMA's settings"),
