@@ -283,7 +283,7 @@ def test_shp_takes_clear_pairs_and_five_a_post(read_rows):
         read_rows("comparison", row("p", 2, 3.0))
     votes = row("p", 1, 3.0) | {"score_A": 6, "score_B": 2}
     assert read_rows("comparison", votes)[0].chosen == "A3.0"
-    with pytest.raises(InputError, match="labels: 0 is for human_ref_B, but score_A is 6 and score"):
+    with pytest.raises(InputError, match="labels: 0 is for human_ref_B, but score_A is 6 and"):
         read_rows("comparison", votes | {"labels": 0})
 
 

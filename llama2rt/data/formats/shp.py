@@ -42,9 +42,9 @@ def _shp(selection: Selection) -> Convert:
 
 def _check_label(row: Row, label: int) -> None:
     """InputError where the readers' votes, which the label was made of, say the other comment."""
-    votes = {key: score(key, row[key]) for key in ("score_A", "score_B") if row.get(key) is not None}
-    if len(votes) == 2 and (votes["score_A"] > votes["score_B"]) != (label == 1):
-        raise InputError(
-            f"labels: {label} is for {'human_ref_A' if label else 'human_ref_B'}, but score_A "
-            f"is {votes['score_A']:g} and score_B {votes['score_B']:g}"
-        )
+    if any(row.get(key) is None for key in ("score_A", "score_B")):
+        return
+    a, b = (score(key, row[key]) for key in ("score_A", "score_B"))
+    if (a > b) != (label == 1):
+        side = "human_ref_A" if label else "human_ref_B"
+        raise InputError(f"labels: {label} is for {side}, but score_A is {a:g} and score_B {b:g}")
