@@ -30,11 +30,7 @@ def curves(rewards: ArrayLike) -> Curves:
     The median of an even number is the mean of the middle two. At N = 1 both are the mean
     reward. ValueError for an empty or non-finite array.
     """
-    ordered = np.sort(np.asarray(rewards, dtype=np.float64), axis=-1)
-    if ordered.ndim != 2 or not ordered.size:
-        raise ValueError(f"rewards must be [prompts, samples] and not empty, got {ordered.shape}")
-    if not np.isfinite(ordered).all():
-        raise ValueError("rewards must be finite")
+    ordered = _ordered(rewards)
     samples = ordered.shape[1]
     quantiles = ordered.mean(axis=0)  # the weights are linear, so prompts can be averaged first
     sizes = list(range(1, samples + 1))
@@ -45,6 +41,25 @@ def curves(rewards: ArrayLike) -> Curves:
         halves = (_weights(samples, size, lower) + _weights(samples, size, upper)) / 2
         middle.append(float(halves @ quantiles))
     return {"n": sizes, "max": best, "median": middle}
+
+
+def largest(rewards: ArrayLike) -> np.ndarray:
+    """Expected largest reward among N = 1..S of each prompt's samples, fp64 [prompts, S], from
+    rewards [prompts, S]: what `curves` averages, for an interval over prompts. ValueError as
+    there."""
+    ordered = _ordered(rewards)
+    samples = ordered.shape[1]
+    weights = [_weights(samples, size, size) for size in range(1, samples + 1)]
+    return ordered @ np.stack(weights, axis=1)
+
+
+def _ordered(rewards: ArrayLike) -> np.ndarray:
+    ordered = np.sort(np.asarray(rewards, dtype=np.float64), axis=-1)
+    if ordered.ndim != 2 or not ordered.size:
+        raise ValueError(f"rewards must be [prompts, samples] and not empty, got {ordered.shape}")
+    if not np.isfinite(ordered).all():
+        raise ValueError("rewards must be finite")
+    return ordered
 
 
 def _weights(samples: int, size: int, rank: int) -> np.ndarray:

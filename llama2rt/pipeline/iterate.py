@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llama2rt import report
@@ -28,20 +27,10 @@ from llama2rt.pipeline.run import run as run_plan
 from llama2rt.report.versions import newest_batch
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed
 from llama2rt.run import Change, Recipe, Run, manifest
+from llama2rt.run.no_option import NO_OPTION
 from llama2rt.stages import STAGES, loading
 from llama2rt.stages.annotate import file_name
 
-# A key of files only: tyro leaves its value as it is.
-NO_OPTION = (
-    tyro.conf.Fixed,
-    tyro.constructors.PrimitiveConstructorSpec[Any](
-        nargs=1,
-        metavar="TABLE",
-        instance_from_str=list,
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [f"{len(value)} in the file"],
-    ),
-)
 # Stages whose model is a version of the policy.
 POLICIES = ("rejection", "ppo", "dpo", "context-distillation")
 
@@ -232,6 +221,9 @@ class Plan:
             pooled = earlier if len(earlier) + 1 >= recipe.pool_from else []
             given["init"] = recipe.base or recipe.sft
             given["earlier"] = [outputs.directory(name) for name in pooled]
+        elif step.stage == "distill":
+            selected = [outputs.directory(s.name) for s in before if s.stage == "rejection"]
+            given |= {"data": selected[-1:] or None, "teacher": newest}
         elif step.stage == "reward":
             given |= self._comparisons(step, before, outputs)
         elif step.stage == "annotate":

@@ -91,8 +91,9 @@ def opened(plan: Sequence[Resolved]) -> Iterator[tuple[Resolved, Any, Future]]:
         with naming(f"steps: {step.name}"):
             inputs = step.stage.open_inputs(step.recipe, future)
         yield step, inputs, future
-        if inputs.result is not None and not (step.directory / "model").exists():
-            future.models[step.directory / "model"] = inputs.result
+        for name, outline in inputs.models.items():
+            if not (step.directory / name).exists():
+                future.models[step.directory / name] = outline
         future.files.update(
             path for name in inputs.files if not (path := step.directory / name).exists()
         )

@@ -26,7 +26,7 @@ from llama2rt.evaluate import annotators, length, reward_models
 from llama2rt.parallel import on_main
 from llama2rt.pipeline import answers
 from llama2rt.pipeline.answers import Answer, LengthOptions
-from llama2rt.pipeline.iterate import NO_OPTION, merged
+from llama2rt.pipeline.iterate import merged
 from llama2rt.pipeline.keys import Tables
 from llama2rt.pipeline.plan import Resolved, Step, opened
 from llama2rt.pipeline.run import Clock, prepare
@@ -35,6 +35,7 @@ from llama2rt.pipeline.scorers import BASELINES, RewardModel, Scorer
 from llama2rt.pipeline.trainings import AnyModel, Training, recipe_of, trainings
 from llama2rt.report import studies
 from llama2rt.run import Change, Recipe, Run, hash_path, manifest
+from llama2rt.run.no_option import NO_OPTION
 from llama2rt.stages import loading
 from llama2rt.stages.comparisons import prompt_key
 from llama2rt.stages.pairs import kept_sums

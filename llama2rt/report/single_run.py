@@ -12,7 +12,7 @@ from typing import Any
 
 from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
-from llama2rt.report import html, safety, studies, training, versions
+from llama2rt.report import html, safety, selection, studies, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
 
@@ -80,7 +80,8 @@ def _write(
 
 
 def compared(summary: Mapping[str, Any]) -> list[html.Section]:
-    """The sections that a summary of versions, of a reward model, or of a study calls for."""
+    """The sections that a summary of versions, of a reward model, of a study, or of samples that
+    were chosen calls for."""
     if "study" in summary:
         return studies.sections(summary)
     if "distilled" in summary:
@@ -92,7 +93,8 @@ def compared(summary: Mapping[str, Any]) -> list[html.Section]:
         drift = {name: versions.newest_batch(summary["drift"])} if "drift" in summary else {}
         found = versions.sections({"reward_models": {name: summary}, "drift": drift})
         return [*found, *position(summary)]
-    return versions.sections(summary) if "versions" in summary else []
+    found = versions.sections(summary) if "versions" in summary else []
+    return [*selection.sections(summary), *found]
 
 
 def data_sections(manifest: Mapping[str, Any]) -> list[html.Section]:

@@ -82,6 +82,7 @@ STAGES = {
         Stage("reward", "train a reward model on comparisons"),
         Stage("preference", "train a model that reads two answers and says which is better"),
         Stage("rejection", "sample K answers, fine-tune on the best"),
+        Stage("distill", "smaller models learn a larger one's samples or distributions"),
         Stage("ppo", "PPO against two reward models"),
         Stage("dpo", "online DPO: best against worst of the model's own answers"),
         Stage("context-distillation", "train on safer answers, given with a pre-prompt before"),

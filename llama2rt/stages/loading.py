@@ -155,6 +155,11 @@ class Opened:
     result: Any
 
     @property
+    def models(self) -> Mapping[str, "Outline"]:
+        """Models that the run will leave, by their folder in its directory."""
+        return {} if self.result is None else {"model": self.result}
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Records that the run will leave in its directory, by file name."""
         return ()

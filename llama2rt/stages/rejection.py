@@ -1,42 +1,33 @@
 """Rejection sampling fine-tuning (section 3.2.3): the best of K answers becomes the next target.
 
-Phases, each resumable: sample K answers a prompt from the most recent policy, score them, keep the
-best one of each prompt, pooled with the best of earlier versions where asked, fine-tune on it as it
-was sampled, measure on held-out prompts. Left out: sampling by a larger model than the one that is
-tuned, which is this stage with another `policy`.
+Phases, each resumable: tune the temperature where asked, sample K answers a prompt from the most
+recent policy, score them, keep the best one of each prompt, pooled with the best of earlier
+versions where asked, fine-tune on it as it was sampled, measure on held-out prompts. Left out:
+smaller models on the same samples, which is the stage `distill`.
 """
 
 import functools
-import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llama2rt import report
 from llama2rt.data.loader import ExampleLoader
 from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
-from llama2rt.errors import InputError, naming
+from llama2rt.errors import InputError
 from llama2rt.model import Llama
 from llama2rt.parallel import Mesh, on_main
 from llama2rt.planning import Count, Model, Phase, Work
-from llama2rt.rollout import balance, sampling
-from llama2rt.rollout.responses import (
-    Response,
-    read_responses,
-    response_example,
-    write_responses,
-)
-from llama2rt.rollout.reward import RewardModels
+from llama2rt.rollout import sampling
+from llama2rt.rollout.responses import Response, response_example, write_responses
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Run
-from llama2rt.stages import adapters, loading, mixing, plans, sft, spread
+from llama2rt.stages import adapters, loading, mixing, plans, selection, sft, spread, tuning
 from llama2rt.stages.inputs import (
     RolloutInputs,
     RolloutRecipe,
@@ -48,14 +39,10 @@ from llama2rt.stages.inputs import (
 )
 from llama2rt.stages.loading import Future, Outline
 from llama2rt.stages.pretrain import next_token
-from llama2rt.text import chat
-from llama2rt.text.tokenizer import Tokenizer
+from llama2rt.stages.selection import BEST
+from llama2rt.stages.tuning import TuneOptions
 from llama2rt.train.loop import fit
 from llama2rt.train.options import TrainOptions
-
-logger = logging.getLogger("llama2rt.stages.rejection")
-
-BEST = "best.jsonl"
 
 
 class RejectionRecipe(RolloutRecipe):
@@ -64,7 +51,8 @@ class RejectionRecipe(RolloutRecipe):
     policy: Path
     """the most recent model: it samples"""
     init: Path
-    """the model that is fine-tuned ("each version starts from the base model")"""
+    """the model that is fine-tuned: the base model for every version, as in the paper, or the last
+    version, which keeps what no prompt asks for any more"""
     dialogues: list[Path] = Field(default=[])
     """dialogues to train on besides, such as the SFT set"""
     earlier: list[Path] = Field(default=[])
@@ -74,7 +62,9 @@ class RejectionRecipe(RolloutRecipe):
     samples: int = Field(default=10, gt=0)
     """K; the paper plots 1-100 and names none"""
     temperature: float = Field(default=1.0, gt=0)
-    """to be tuned again for each version: 1.2-1.3 was best for RLHF models at 10-100 samples"""
+    """of the K samples; 1.2-1.3 was best for RLHF models at 10-100 samples"""
+    tune: TuneOptions = TuneOptions()
+    """to measure the temperature instead"""
     sampling: SamplingOptions = SamplingOptions()
     """length of responses, and what sampling may take; a response that is cut never becomes a
     target"""
@@ -87,6 +77,11 @@ class RejectionRecipe(RolloutRecipe):
 
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
+    @model_validator(mode="after")
+    def _tunable(self) -> Self:
+        tuning.check(self.tune, self.samples, self.temperature, self.rewards)
+        return self
+
     @property
     def samples_trained(self) -> bool:
         return bool(self.validation)
@@ -98,6 +93,10 @@ class RejectionInputs(RolloutInputs):
 
     earlier: list[Response]
     dialogues: list[Example]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (f"samples/{BEST}",)
 
 
 def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Path:
@@ -113,10 +112,10 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     mesh = Mesh.build(recipe.parallel, inputs.result.config)
 
     # Sample, score and select.
-    sampled = sample(recipe, inputs, run.samples_directory)
-    best = select(sampled, inputs.tokenizer)
+    sampled, tuned = sample(recipe, inputs, run.samples_directory)
+    best = own = selection.select(sampled, inputs.tokenizer)
     if inputs.earlier:
-        best = pooled(inputs.reward_models, best, inputs.earlier)
+        best = selection.pooled(inputs.reward_models, own, inputs.earlier)
     if not best:
         cut = sum(not response.finished for responses in sampled for response in responses)
         raise InputError(
@@ -138,7 +137,10 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     adapters.save(model, inputs.tokenizer, run, recipe.init)
 
     # Measure.
-    numbers = {"prompts": len(sampled), "targets": len(best), **gain(sampled)}
+    numbers: dict[str, Any] = {"prompts": len(sampled), "targets": len(best)}
+    numbers |= selection.describe(sampled, own, best if inputs.earlier else None)
+    if tuned is not None:
+        numbers["tuning"] = tuned
     if inputs.held_out:
         numbers |= inputs.measure_held_out(model, run)
     report.finish(run, numbers)
@@ -164,11 +166,11 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
     earlier: list[Response] = []
     for folder in recipe.earlier:
         if future is not None and (left := future.models.get(folder / "model")):
-            require_room(
+            selection.require_room(
                 f"earlier: {folder.name} may leave samples whose", left.longest_sample, readers
             )
         else:
-            earlier += read_earlier(folder, tokenizer, readers)
+            earlier += selection.read_earlier(folder, tokenizer, readers)
     dialogues = []
     if recipe.dialogues:
         records = read(recipe.dialogues, "dialogue")
@@ -196,6 +198,7 @@ def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.S
             recipe.epochs * -(-examples // recipe.batch_size), "at most: one target a prompt"
         )
     phases = [
+        *tuning.phases(recipe.tune, recipe.samples, ranking, sampling, lengths),
         Phase("sampling", frozen=ranking, sampling=sampling),
         # The reward models stay for the held-out prompts.
         Phase("training", [init], ranking, training=True),
@@ -230,105 +233,24 @@ def initial_model(
     return inputs.to_train(recipe.init, device)
 
 
-def read_earlier(
-    folder: Path, tokenizer: Tokenizer, readers: Mapping[str, Outline]
-) -> list[Response]:
-    """The best samples of the earlier version in run directory `folder`. InputError naming the line
-    that does not fit: its prompt's tokens must be those of `tokenizer`, and all `readers` must have
-    room for it."""
-    if not (folder / "manifest.json").is_file():
-        raise InputError(f"earlier: {folder}: no run directory (it holds no manifest.json)")
-    path = folder / "samples" / BEST
-    embeddings = min(model.config.vocab_size for model in readers.values())
-    responses = read_responses(path)
-    for number, response in enumerate(responses, start=1):
-        with naming(f"{path}:{number}: messages"):
-            expected = chat.encode_prompt(tokenizer, response.prompt.messages)
-        # Not the tokenizer's pieces: a model may have sampled an id that pads its vocabulary.
-        if response.prompt_tokens != expected or max(response.tokens) >= embeddings:
-            raise InputError(
-                f"{path}:{number}: sampled with another tokenizer or chat format than the policy's"
-            )
-        length = len(response.prompt_tokens) + len(response.tokens)
-        require_room(f"{path}:{number}:", length, readers)
-    kept = [response for response in responses if usable(response, tokenizer)]
-    if len(kept) < len(responses):
-        logger.warning("%s: %d unusable samples left out", path, len(responses) - len(kept))
-    return kept
-
-
-def require_room(what: str, tokens: int, readers: Mapping[str, Outline]) -> None:
-    """InputError beginning with `what` where one of the readers has no room for so many tokens."""
-    for name, model in readers.items():
-        if tokens > model.config.context:
-            raise InputError(
-                f"{what} {tokens} tokens exceed the context of {name}, {model.config.context}"
-            )
-
-
-def sample(recipe: RejectionRecipe, inputs: RejectionInputs, folder: Path) -> list[list[Response]]:
-    """K scored responses of each prompt. The policy and its cache are gone when this returns."""
-    return sampling.sample(
+def sample(
+    recipe: RejectionRecipe, inputs: RejectionInputs, folder: Path
+) -> tuple[list[list[Response]], dict[str, Any] | None]:
+    """K scored responses of each prompt, at the tuned temperature where the recipe has one tuned,
+    and how that came out. The policy and its cache are gone when this returns."""
+    policy = inputs.policy(recipe.policy)
+    tuned, temperature = None, recipe.temperature
+    if recipe.tune.temperatures:
+        tuned = tuning.tune(
+            recipe.tune, folder / "tuning", policy, inputs.prompts, recipe.samples, recipe.seed
+        )
+        temperature = tuned["temperature"]
+    sampled = sampling.sample(
         folder,
-        inputs.policy(recipe.policy),
+        policy,
         inputs.prompts,
         n=recipe.samples,
-        temperatures=[recipe.temperature],
+        temperatures=[temperature],
         seed=recipe.seed,
     )
-
-
-def usable(response: Response, tokenizer: Tokenizer) -> bool:
-    """Can it be a target? Not if it was cut (it would gain an EOS that was never produced), is
-    empty, or holds a tag of the chat format: as text, or as a special token, which its text does
-    not show. An added token that is text ("</think>") may stand in it."""
-    if tokenizer.hidden_ids.intersection(response.tokens[:-1]):
-        return False
-    answer = {"role": "assistant", "content": response.text}
-    try:
-        chat.check_messages([*response.prompt.messages, answer], last="assistant")
-    except InputError:
-        return False
-    return response.finished
-
-
-def select(sampled: Sequence[Sequence[Response]], tokenizer: Tokenizer) -> list[Response]:
-    """The usable response with the highest reward of each prompt, the first of equals; prompts
-    without one are left out."""
-    candidates = ([r for r in responses if usable(r, tokenizer)] for responses in sampled)
-    return [max(group, key=lambda response: response.reward) for group in candidates if group]
-
-
-def pool(best: Sequence[Response], earlier: Sequence[Response]) -> list[Response]:
-    """One response a prompt: the better by today's reward models, or the only one. Prompts are the
-    same where their messages are."""
-    kept = {repr(response.prompt.messages): response for response in best}
-    for response in earlier:
-        key = repr(response.prompt.messages)
-        if key not in kept or response.reward > kept[key].reward:
-            kept[key] = response
-    return list(kept.values())
-
-
-def pooled(
-    models: RewardModels, best: Sequence[Response], earlier: Sequence[Response]
-) -> list[Response]:
-    """`pool` by what `models` say today of the earlier responses; a preference model compares all
-    responses to one prompt."""
-    if models.preference is None:
-        return pool(best, balance.rescored(models, earlier))
-    groups: dict[str, list[Response]] = {}
-    for response in [*best, *earlier]:
-        groups.setdefault(repr(response.prompt.messages), []).append(response)
-    ranked = balance.ranked(models, list(groups.values()))
-    return [max(group, key=lambda response: response.reward) for group in ranked]
-
-
-def gain(sampled: Sequence[Sequence[Response]]) -> dict[str, float]:
-    """Mean over prompts of the mean, median and maximum reward of the K samples (Figure 7)."""
-    rewards = np.array([[response.reward for response in group] for group in sampled])
-    return {
-        "sampled/mean_reward": float(rewards.mean()),
-        "sampled/median_reward": float(np.median(rewards, axis=1).mean()),
-        "sampled/max_reward": float(rewards.max(axis=1).mean()),
-    }
+    return sampled, tuned

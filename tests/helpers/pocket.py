@@ -123,6 +123,15 @@ def response(
     )
 
 
+def sampled(tokenizer: Tokenizer, prompt: Prompt, text: str) -> Response:
+    """`text` as a policy with the tokenizer would have sampled it."""
+    asked = chat.encode_prompt(tokenizer, prompt.messages)
+    tokens, _ = chat.encode_response(tokenizer, prompt.messages, text)
+    return Response(
+        prompt, text, asked, tokens[len(asked) :], True, 1.0, {"helpfulness": 0.7}, "p", 1.0, 0
+    )
+
+
 def tables(given: dict[str, Any]) -> dict[str, Any]:
     """Settings with dotted keys, as the command line takes them, as a recipe's tables."""
     nested: dict[str, Any] = {}

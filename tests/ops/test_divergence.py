@@ -112,9 +112,7 @@ def test_certain_distributions_stay_finite():
     """Logits of 10,000: probabilities of 0 in fp32, on either side."""
     hidden, weight, teacher_hidden, teacher_weight, targets = case(dtype=torch.float32, scale=100.0)
     for beta in BETAS:
-        value = ops.divergence(
-            hidden, weight, teacher_hidden, teacher_weight, targets, beta=beta
-        )
+        value = ops.divergence(hidden, weight, teacher_hidden, teacher_weight, targets, beta=beta)
         gradients = torch.autograd.grad(value.sum(), (hidden, weight))
         assert all(torch.isfinite(x).all() for x in (value, *gradients))
 

@@ -17,7 +17,8 @@ from llama2rt.generate.budget import forward_bytes
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.pipeline import iterate
 from llama2rt.rollout.responses import Response, write_responses
-from llama2rt.stages import comparisons, dpo, loading, ppo, rejection, reward, sft
+from llama2rt.stages import comparisons, dpo, loading, ppo, rejection, reward, selection, sft
+from llama2rt.stages.selection import BEST
 from llama2rt.text import backends, chat
 from llama2rt.text.template import LLAMA3_TEMPLATE
 from llama2rt.text.tokenizer import Tokenizer
@@ -80,9 +81,9 @@ def bad(pocket, strangers, tmp_path_factory):
         samples.mkdir(parents=True)
         (folder / name / "manifest.json").write_text("{}")
         if isinstance(content, str):
-            (samples / rejection.BEST).write_text(content)
+            (samples / BEST).write_text(content)
         elif content:
-            write_responses(samples / rejection.BEST, content)
+            write_responses(samples / BEST, content)
     return {path.name: path for path in folder.iterdir()} | {
         "missing": folder / "missing.jsonl",
         "foreign reward": strangers / "reward",
@@ -380,12 +381,12 @@ def test_earlier_samples_may_hold_ids_that_pad_the_vocabulary(pocket, bad, tmp_p
     )  # fmt: skip
     (tmp_path / "samples").mkdir()
     (tmp_path / "manifest.json").write_text("{}")
-    write_responses(tmp_path / "samples" / rejection.BEST, [kept])
+    write_responses(tmp_path / "samples" / BEST, [kept])
     padded = loading.Outline(model.config, tokenizer)
-    assert rejection.read_earlier(tmp_path, tokenizer, {"init": padded}) == [kept]
+    assert selection.read_earlier(tmp_path, tokenizer, {"init": padded}) == [kept]
     short = loading.outline(pocket.sft)
     with pytest.raises(InputError, match=r"best\.jsonl:1: sampled with another tokenizer"):
-        rejection.read_earlier(tmp_path, tokenizer, {"init": padded, "rewards.safety": short})
+        selection.read_earlier(tmp_path, tokenizer, {"init": padded, "rewards.safety": short})
 
 
 def test_a_warmup_longer_than_ppo_is_said_before_it_begins(pocket, tmp_path, caplog):

@@ -29,6 +29,7 @@ from llama2rt.rollout.responses import read_responses
 from llama2rt.rollout.reward import RewardOptions
 from llama2rt.stages import dpo, ppo, preference, rejection
 from llama2rt.stages.loading import Future, Outline
+from llama2rt.stages.selection import BEST
 from llama2rt.text import Tokenizer
 
 CONTEXT = 96
@@ -258,7 +259,7 @@ def test_rejection_sampling_by_tournament_and_pooling(pocket, trained, tmp_path)
     assert len(set(standings)) >= 3 and standings[0] < standings[1] and standings[2] < standings[3]
     again = {**given, "samples": 1, "seed": 5, "earlier": [first]}
     rejection.run(rejection.RejectionRecipe(**again), second)
-    pooled = read_responses(second / "samples" / rejection.BEST)
+    pooled = read_responses(second / "samples" / BEST)
     assert len({repr(r.prompt.messages) for r in pooled}) == len(pooled)
     earlier = {repr(r.prompt.messages): r for r in read_responses(first / "samples" / "best.jsonl")}
     own = {

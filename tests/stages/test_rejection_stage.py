@@ -15,7 +15,8 @@ from llama2rt.data.records import Dialogue, Prompt
 from llama2rt.rollout import metrics, sampling
 from llama2rt.rollout.responses import read_responses, write_responses
 from llama2rt.run import Run
-from llama2rt.stages import loading, rejection
+from llama2rt.stages import loading, rejection, selection
+from llama2rt.stages.selection import BEST
 from llama2rt.text import backends, chat
 from llama2rt.text.tokenizer import Tokenizer
 
@@ -74,7 +75,7 @@ def test_best_usable_response_of_each_prompt_is_kept(pocket):
         # BOS, which opens a turn and does not show in the text.
         [response("yes", 7.0, tokens=(9, 1, 2)), response("no", 3.0)],
     ]
-    best = [(r.text, r.reward) for r in rejection.select(groups, tokenizer)]
+    best = [(r.text, r.reward) for r in selection.select(groups, tokenizer)]
     assert best == [("yes", 2.0), ("yes", -1.0), ("no", 3.0)]
 
 
@@ -105,25 +106,25 @@ def test_a_response_that_opens_another_turn_is_no_target(reasoner, tags, usable)
     tokens = reasoner.encode_rendered(f"yes{tags}")[0]
     assert len(tokens) > tags.count("<") and reasoner.decode(tokens).startswith("yes")
     sampled = replace(response(reasoner.decode(tokens), tokens=tuple(tokens)), finished=True)
-    assert rejection.usable(sampled, reasoner) == usable
+    assert selection.usable(sampled, reasoner) == usable
 
 
 def test_pool_keeps_one_answer_a_prompt_the_better():
     best = [response("a", 1.0, name="baba"), response("b", 1.0, name="lulu")]
     earlier = [response("c", 2.0, name="baba"), response("d", 0.5, name="lulu")]
     earlier.append(response("e", -3.0, name="kiki"))
-    assert [r.text for r in rejection.pool(best, earlier)] == ["c", "b", "e"]
+    assert [r.text for r in selection.pool(best, earlier)] == ["c", "b", "e"]
 
 
 def test_earlier_versions_are_pooled_under_todays_reward_models(pocket, tmp_path):
     rejection.run(recipe(pocket, epochs=1), tmp_path / "v1")
-    best = tmp_path / "v1" / "samples" / rejection.BEST
+    best = tmp_path / "v1" / "samples" / BEST
     responses = read_responses(best)
     # Rewards written by other models must not count: all claim to be perfect.
     write_responses(best, [replace(r, reward=1e9) for r in responses])
     settings = recipe(pocket, seed=5, samples=1, epochs=1, earlier=[tmp_path / "v1"])
     rejection.run(settings, tmp_path / "v2")
-    pooled = read_responses(tmp_path / "v2" / "samples" / rejection.BEST)
+    pooled = read_responses(tmp_path / "v2" / "samples" / BEST)
     manifest = json.loads((tmp_path / "v2" / "manifest.json").read_text())
     assert manifest["parents"][0]["path"] == str(tmp_path / "v1")
     assert len(pooled) == 100 and max(r.reward for r in pooled) < 100
@@ -134,9 +135,34 @@ def test_earlier_versions_are_pooled_under_todays_reward_models(pocket, tmp_path
     for kept in pooled:
         key = repr(kept.prompt.messages)
         assert kept.reward == pytest.approx(
-            max(r[key].reward for r in (own, old) if rejection.usable(r[key], tokenizer)),
+            max(r[key].reward for r in (own, old) if selection.usable(r[key], tokenizer)),
             abs=1e-4,
         )
+
+
+def test_a_pool_recovers_a_skill_that_no_prompt_asks_for_any_more(pocket, tmp_path):
+    """The paper's rhymes: V1 kept secrets, and no prompt of V2 asks for one. On the quickstart's
+    toy: benchmarks/rlhf/pooling.py."""
+    _, tokenizer = loading.load_llama(pocket.sft)
+    kept = [
+        problem.sampled(tokenizer, prompt, problem.ANSWERS[prompt.kind][0])
+        for prompt in problem.prompts(problem.TRAINING)
+    ]
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "manifest.json").write_text("{}")
+    write_responses(tmp_path / "v1" / "samples" / BEST, kept)
+    visits = [p for p in problem.prompts(problem.TRAINING) if p.kind == "helpfulness"]
+    write(tmp_path / "visits.jsonl", visits)
+    kept_share = {}
+    for name, earlier in {"preceding": [], "pooled": [tmp_path / "v1"]}.items():
+        settings = recipe(
+            pocket, data=[tmp_path / "visits.jsonl"], samples=2, epochs=4, earlier=earlier
+        )
+        rejection.run(settings, tmp_path / name)
+        answers = read_responses(tmp_path / name / "samples" / "held_out.jsonl")
+        secrets = [r for r in answers if r.prompt.kind == "safety"]
+        kept_share[name] = np.mean([problem.correct("safety", r.text) for r in secrets])
+    assert kept_share["pooled"] > 0.9 and kept_share["preceding"] < 0.6
 
 
 @pytest.fixture
@@ -168,9 +194,7 @@ def test_only_the_selected_response_is_a_target_and_as_sampled(pocket, tmp_path,
     assert tokenizer.decode(old.tokens[:-1]) == "yes"
     (tmp_path / "v0").mkdir()
     (tmp_path / "v0" / "manifest.json").write_text("{}")
-    write_responses(
-        tmp_path / "v0" / "samples" / rejection.BEST, [replace(old, prompt_tokens=asked)]
-    )
+    write_responses(tmp_path / "v0" / "samples" / BEST, [replace(old, prompt_tokens=asked)])
     settings = recipe(
         pocket,
         data=[tmp_path / "prompts.jsonl"],
@@ -180,7 +204,7 @@ def test_only_the_selected_response_is_a_target_and_as_sampled(pocket, tmp_path,
         epochs=1,
     )
     rejection.run(settings, tmp_path / "run")
-    best = read_responses(tmp_path / "run" / "samples" / rejection.BEST)
+    best = read_responses(tmp_path / "run" / "samples" / BEST)
     assert len(trained) == len(best) > 1
     assert old.tokens in [kept.tokens for kept in best]
     for example, kept in zip(trained, best, strict=True):
@@ -194,7 +218,7 @@ def test_dialogues_are_trained_on_besides(pocket, tmp_path, trained):
     write(tmp_path / "dialogues.jsonl", [Dialogue(messages)])
     settings = recipe(pocket, samples=1, epochs=1, dialogues=[tmp_path / "dialogues.jsonl"])
     rejection.run(settings, tmp_path / "run")
-    best = read_responses(tmp_path / "run" / "samples" / rejection.BEST)
+    best = read_responses(tmp_path / "run" / "samples" / BEST)
     _, tokenizer = loading.load_llama(pocket.sft)
     tokens, trainable = chat.encode_dialogue(tokenizer, messages)
     assert len(trained) == len(best) + 1
@@ -236,23 +260,83 @@ def test_a_model_that_did_not_move_has_no_kl(pocket, tmp_path):
     assert report["kl_k1"] == report["kl_k3"] == 0.0
 
 
+TUNE = {"tune.temperatures": [3.0, 0.8], "tune.prompts": 30}
+
+
 @pytest.mark.parametrize(
-    "owner, name, calls",
-    [(sampling, "write_responses", 3), (rejection, "write_responses", 1), (Run, "log", 7)],
-    ids=["sampling", "selecting", "training"],
+    "owner, name, calls, tune",
+    [
+        (sampling, "write_responses", 2, TUNE),
+        (sampling, "write_responses", 3, {}),
+        (rejection, "write_responses", 1, {}),
+        (Run, "log", 7, {}),
+    ],
+    ids=["tuning", "sampling", "selecting", "training"],
 )
-def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, owner, name, calls):
+def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, owner, name, calls, tune):
     monkeypatch.setattr(sampling, "PROMPTS_PER_FILE", 25)
-    settings = recipe(pocket, samples=2, epochs=1)
+    settings = recipe(pocket, samples=2, epochs=1, **tune)
     whole = rejection.run(settings, tmp_path / "whole")
     resumed = problem.killed_and_resumed(
         monkeypatch, owner, name, calls, rejection.run, settings, tmp_path / "killed"
     )
     assert problem.weights(whole) == problem.weights(resumed)
     assert problem.metrics(tmp_path / "whole") == problem.metrics(tmp_path / "killed")
-    for sample in (tmp_path / "whole" / "samples").iterdir():
+    for sample in (tmp_path / "whole" / "samples").glob("*.jsonl"):
         other = tmp_path / "killed" / "samples" / sample.name
         mine, theirs = (path.read_text() for path in (sample, other))
         if sample.name == "held_out.jsonl":  # names the run
             mine, theirs = mine.replace("whole", ""), theirs.replace("killed", "")
         assert mine == theirs
+    if tune:
+        tuned(tmp_path / "whole", tmp_path / "killed")
+
+
+def tuned(whole, killed):
+    """The tuning of a run, of which the half that a kill had left was kept."""
+    found, same = (json.loads((d / "report.json").read_text()) for d in (whole, killed))
+    assert found["tuning"] == same["tuning"]
+    rows = found["tuning"]["temperatures"]
+    assert [row["temperature"] for row in rows] == [0.8, 3.0]
+    assert (found["tuning"]["n"], found["tuning"]["prompts"]) == (2, 30)
+    # At 3 the pocket policy writes letters, and runs into the limit.
+    assert rows[0]["cut"] < rows[1]["cut"] and rows[1]["behind"]["low"] > 0
+    drawn = read_responses(whole / "samples" / "part-00000.jsonl")
+    assert {response.temperature for response in drawn} == {found["tuning"]["temperature"]} == {0.8}
+    assert "Sampled at 0.8" in (whole / "report.html").read_text()
+    kept = [read_responses(path) for path in sorted((whole / "samples" / "tuning").iterdir())]
+    assert [len(part) for part in kept] == [25 * 4, 5 * 4]
+
+
+def test_what_was_chosen_is_described(pocket, tmp_path):
+    """Beside the policy's first answers; and of a pool, whose answers were kept."""
+    groups = [
+        [response("no way out", 1.0), response("yes do", 2.0), response("cut", 3.0, tokens=(7,))],
+        [response("yes do", 0.0, name="lulu"), response("", 1.0, name="lulu")] * 2,
+    ]
+    groups[1] = groups[1][:3]
+    best = selection.select(groups, Tokenizer.load(pocket.sft))
+    elder = replace(response("gold", 9.0), policy="elder")
+    found = selection.describe(groups, best, selection.pool(best, [elder]))
+    assert found["best_cut"]["mean"] == 0.5
+    assert found["curves"]["n"] == [1, 2, 3] and found["sampled/max_reward"] == 2.0
+    first, chosen, pooled = found["selection"]
+    assert (first["name"], first["responses"], first["reward"]["mean"]) == ("first sample", 2, 0.5)
+    assert chosen["reward"]["mean"] == 1.0 and chosen["distinct_1"] == 0.5
+    assert first["self_bleu"] < chosen["self_bleu"] == pytest.approx(1)
+    assert pooled["responses"] == 2 and found["pooled"] == {"elder": 1, "p": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tune.temperatures": [1.0]}, "two or more different ones"),
+        ({"tune.temperatures": [1.0, 1.0]}, "two or more different ones"),
+        ({"tune.samples": 9}, "tune.samples: only with temperatures"),
+        ({"tune.temperatures": [1.0, 0.7], "tune.samples": 5}, "at least samples, 6"),
+        ({"tune.temperatures": [1.0, 0.7], "temperature": 1.2}, "leave one of them out"),
+    ],
+)
+def test_what_cannot_be_tuned(pocket, settings, said):
+    with pytest.raises(ValueError, match=said.removeprefix("tune.")):
+        recipe(pocket, **settings)

@@ -1,0 +1,148 @@
+"""Whether pooling earlier versions' best samples recovers a skill that later prompts leave out.
+
+The paper's rhymes, planted: RLHF-V1 of finished quickstart runs learned from prompts of all skills.
+The prompts of V2 have none that asks for words backwards. Three ways to V2, all on the best of 4 of
+V1's answers to those prompts:
+
+- preceding: fine-tuned from the base model on them alone (the paper up to V3)
+- pooled: from the base model on them and V1's own best samples (the paper from V4 on)
+- from V1: fine-tuned from V1 instead of the base model, on them alone
+
+Told is how often the judge, which no model saw, finds the answers to held-out prompts correct, on
+the skill that is missing and on all others.
+
+    python -P benchmarks/rlhf/pooling.py runs/seed-0 runs/seed-1 --out pooling.json
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from llama2rt.data.readers import read, write
+from llama2rt.rollout.responses import Response
+from llama2rt.stages import rejection
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+import quickstart_runs as runs
+import records
+
+# The phrasings of `quickstart.tasks.reversing`, as a question and as a follow-up.
+BACKWARDS = re.compile(r"backwards|\breverse\b|from last to first", re.IGNORECASE)
+SAMPLE = rejection.sample
+
+
+def asks_backwards(messages: list[dict[str, str]]) -> bool:
+    return BACKWARDS.search(messages[-1]["content"]) is not None
+
+
+def without_the_skill(folder: Path, out: Path) -> tuple[Path, int, int]:
+    """The training prompts that do not ask for it or show it; how many, and how many do."""
+    prompts = read([folder / "data" / "training.jsonl"], "prompt")
+    # A dialogue whose history answers such a question would teach it as context only: gone too.
+    kept = [p for p in prompts if not any(BACKWARDS.search(m["content"]) for m in p.messages)]
+    write(out / "prompts.jsonl", kept)
+    return out / "prompts.jsonl", len(kept), len(prompts) - len(kept)
+
+
+def version(folder: Path, prompts: Path, out: Path, seed: int, **keys: object) -> Path:
+    """RLHF-V2 from V1's answers."""
+    settings = {
+        "policy": folder / "rlhf-v1" / "model",
+        "init": folder / "pretrain" / "model",
+        "rewards": runs.rewards(folder),
+        "data": [prompts],
+        "samples": 4,
+        "sampling": runs.SAMPLING,
+        "batch_size": 16,
+        "epochs": 3,
+        "seed": seed,
+        "train": runs.TRAIN,
+    }
+    return rejection.run(rejection.RejectionRecipe.model_validate(settings | keys), out)
+
+
+def of_seed(folder: Path, out: Path, seed: int) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
+    """Shares of correct answers by version, [prompts], on the skill and on the others."""
+    prompts, kept, gone = without_the_skill(folder, out)
+    v1 = folder / "rlhf-v1"
+    # All three ask V1 the same with the same random numbers: once is enough.
+    drawn: list = []
+
+    def once(*arguments: object) -> object:
+        drawn.extend([] if drawn else [SAMPLE(*arguments)])
+        return drawn[0]
+
+    rejection.sample = once
+    versions = {
+        "V1": v1 / "model",
+        "preceding": version(folder, prompts, out / "preceding", seed),
+        "pooled": version(folder, prompts, out / "pooled", seed, earlier=[v1]),
+        "from V1": version(folder, prompts, out / "from-v1", seed, init=v1 / "model"),
+    }
+    found = runs.answers(folder, versions, out / "evaluate", seed)
+    pooled = json.loads((out / "pooled" / "report.json").read_text())
+
+    def skill(response: Response) -> bool:
+        return asks_backwards(response.prompt.messages)
+
+    def others(response: Response) -> bool:
+        return runs.ordinary(response) and not skill(response)
+
+    shares = {
+        "backwards": runs.judged(folder, found, skill, lambda v: float(v.correct)),
+        "other skills": runs.judged(folder, found, others, lambda v: float(v.correct)),
+    }
+    facts = {"prompts": kept, "left_out": gone, "targets_pooled": pooled["targets"]}
+    return shares, facts
+
+
+def record(seeds: list, facts: list, cpu_seconds: float) -> dict:
+    """Of the seeds that are done."""
+    compared = {
+        what: {
+            f"{better} - preceding": runs.over_seeds([s[what] for s in seeds], better, "preceding")
+            for better in ("V1", "pooled", "from V1")
+        }
+        for what in seeds[0]
+    }
+    return records.header("cpu") | {
+        "what": __doc__.splitlines()[0],
+        "cpu_seconds": round(cpu_seconds, 1),
+        "seeds": [
+            said | {what: runs.told(row) for what, row in seed.items()}
+            for seed, said in zip(seeds, facts, strict=True)
+        ],
+        "differences": compared,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="quickstart run directories")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    begin = time.process_time()
+    seeds: list[dict[str, dict[str, np.ndarray]]] = []
+    facts: list[dict] = []
+    for seed, folder in enumerate(given.folders):
+        with tempfile.TemporaryDirectory() as scratch:
+            shares, said = of_seed(folder, Path(scratch), seed)
+        seeds.append(shares)
+        facts.append(said)
+        print(folder.name, said)
+        for what, by_version in shares.items():
+            means = "  ".join(f"{name} {row.mean():.3f}" for name, row in by_version.items())
+            print(f"{folder.name}: {what:12} {means}", flush=True)
+        if given.out:
+            found = record(seeds, facts, time.process_time() - begin)
+            given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
