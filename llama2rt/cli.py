@@ -70,6 +70,7 @@ COMMANDS = {
     "chat": ("generate.commands", "chat", "talk to a model"),
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
     "evaluate": ("evaluate.commands", "command", "accuracy of a reward model, win rates"),
+    "recall": ("evaluate.recall_command", "command", "who keeps to an instruction over turns"),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
     "people": ("people.commands", "command", "a page on which people compare two responses"),
     "check": ("data.commands", "check", "validate a file of records and describe it"),
@@ -176,7 +177,11 @@ def _explained(error: BaseException) -> tuple[str, int] | None:
 
 def with_recipe() -> dict[str, tuple[str, str]]:
     """Verbs that read a recipe: (module in llama2rt, what it does)."""
-    stages = {name: (f"stages.{name}", stage.help) for name, stage in STAGES.items() if stage.verb}
+    stages = {
+        name: (f"stages.{name.replace('-', '_')}", stage.help)
+        for name, stage in STAGES.items()
+        if stage.verb
+    }
     return stages | PLANS
 
 
@@ -194,7 +199,7 @@ def usage(verbs: dict[str, str]) -> str:
     """The text of `llama2rt --help`."""
 
     def rows(names: Sequence[str]) -> str:
-        return "\n".join(f"  {name:<12}{verbs[name]}" for name in names if name in verbs)
+        return "\n".join(f"  {name:<17}{verbs[name]}" for name in names if name in verbs)
 
     recipes = ", ".join(sorted(path.stem for path in (_PACKAGE / "recipes").glob("*.toml")))
     shipped = f"RECIPE is a TOML file or one of those shipped: {recipes}."

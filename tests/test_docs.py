@@ -81,7 +81,7 @@ def test_a_file_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 RECIPES = re.findall(
-    r"```toml\n(# llama2rt (\w+) \S+ --out \S+\n.*?)```",
+    r"```toml\n(# llama2rt ([\w-]+) \S+ --out \S+\n.*?)```",
     "".join(page.read_text(encoding="utf-8") for page in PAGES),
     re.DOTALL,
 )

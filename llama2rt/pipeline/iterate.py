@@ -43,7 +43,7 @@ NO_OPTION = (
     ),
 )
 # Stages whose model is a version of the policy.
-POLICIES = ("rejection", "ppo", "dpo")
+POLICIES = ("rejection", "ghost-attention", "ppo", "dpo")
 
 
 class FirstRewards(BaseModel):

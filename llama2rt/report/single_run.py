@@ -12,7 +12,7 @@ from typing import Any
 
 from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
-from llama2rt.report import html, studies, training, versions
+from llama2rt.report import html, recall, studies, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
 
@@ -80,9 +80,12 @@ def _write(
 
 
 def compared(summary: Mapping[str, Any]) -> list[html.Section]:
-    """The sections that a summary of versions, of a reward model, or of a study calls for."""
+    """The sections that a summary of versions, of a reward model, of a study, or of the test of an
+    instruction calls for."""
     if "study" in summary:
         return studies.sections(summary)
+    if "recall" in summary or "attention" in summary:
+        return recall.sections(summary)
     if "intervals" in summary:
         name = str(summary.get("kind", "reward model"))
         drift = {name: versions.newest_batch(summary["drift"])} if "drift" in summary else {}

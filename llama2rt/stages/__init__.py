@@ -27,6 +27,7 @@ class Stage:
     """A stage by the name of its module in this package."""
 
     name: str
+    """with hyphens for the module's underscores"""
     help: str
     """what it does, in one line"""
     verb: bool = True
@@ -34,7 +35,7 @@ class Stage:
 
     @property
     def module(self) -> ModuleType:
-        return importlib.import_module(f"llama2rt.stages.{self.name}")
+        return importlib.import_module(f"llama2rt.stages.{self.name.replace('-', '_')}")
 
     @property
     def recipe(self) -> "type[Recipe]":
@@ -77,6 +78,7 @@ STAGES = {
         Stage("reward", "train a reward model on comparisons"),
         Stage("preference", "train a model that reads two answers and says which is better"),
         Stage("rejection", "sample K answers, fine-tune on the best"),
+        Stage("ghost-attention", "keep to the first turn's instruction for a whole dialogue"),
         Stage("ppo", "PPO against two reward models"),
         Stage("dpo", "online DPO: best against worst of the model's own answers"),
         # The verb `evaluate` measures a reward model, or files of samples.
