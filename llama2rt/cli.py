@@ -72,6 +72,7 @@ COMMANDS = {
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
     "evaluate": ("evaluate.commands", "command", "accuracy of a reward model, win rates"),
     "safety": ("pipeline.safety", "command", "violations and false refusals of files of samples"),
+    "recall": ("evaluate.recall_command", "command", "who keeps to an instruction over turns"),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
     "contamination": (
         "evaluate.contamination.commands",

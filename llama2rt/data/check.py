@@ -119,9 +119,11 @@ def _describe(records: Sequence[Any]) -> dict[str, Any]:
         }
     if isinstance(first, Dialogue):
         answers = [m["content"] for r in records for m in r.messages if m["role"] == "assistant"]
+        unlearned = sum(not learned for r in records for learned in r.learned or ())
         return {
             **_conversations([r.messages for r in records]),
             "answer_characters": _summary(map(len, answers)),
+            **({"answers_of_weight_0": unlearned} if unlearned else {}),
             "sources": _counts(r.source for r in records),
         }
     if isinstance(first, Prompt):

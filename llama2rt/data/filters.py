@@ -194,7 +194,8 @@ def _identity(record: Record) -> tuple[Any, ...]:
         return (record.text.strip(),)
     messages, answers = conversation(record)
     asked = tuple((message["role"], message["content"].strip()) for message in messages)
-    kind = record.kind if isinstance(record, Comparison | Prompt) else ""
+    # Of the same words another answer may be learned.
+    kind = getattr(record, "learned" if isinstance(record, Dialogue) else "kind", None)
     return (kind, asked, *(answer.strip() for answer in answers))
 
 
@@ -236,7 +237,7 @@ def _alike(found: Sequence[Located], least: float) -> Iterable[tuple[int, str]]:
     # As for duplicates: what another rater, or the other kind's, says of the same text is another.
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, one in enumerate(found):
-        said_by = getattr(one.record, "kind", None), getattr(one.record, "rater", None)
+        said_by = tuple(getattr(one.record, key, None) for key in ("kind", "rater", "learned"))
         groups.setdefault(said_by, []).append(index)
     for group in groups.values():
         texts = [parts(found[index].record) for index in group]

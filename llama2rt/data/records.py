@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
 from functools import lru_cache
@@ -36,13 +36,16 @@ class _Record:
     optional: ClassVar[frozenset[str]]
     carried: ClassVar[frozenset[str]] = frozenset()
     """keys beside the record's own that our files hold for other readers"""
+    within: ClassVar[frozenset[str]] = frozenset()
+    """fields that are no keys of the object, because its messages hold them"""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able object that `from_json` reads back; None and empty fields are left out."""
         return {
             key: value
             for key, value in asdict(self).items()  # type: ignore[call-overload]
-            if key not in self.optional or value not in (None, "", {}, [])
+            if key not in self.within
+            and (key not in self.optional or value not in (None, "", {}, []))
         }
 
     @classmethod
@@ -51,7 +54,8 @@ class _Record:
         if not isinstance(obj, Mapping):
             raise InputError(f"expected a JSON object, got {type_name(obj)}")
         obj = without_nulls(obj)
-        known = tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
+        names = (f.name for f in fields(cls))  # type: ignore[arg-type]
+        known = tuple(name for name in names if name not in cls.within)
         for key in obj.keys() - cls.carried:
             if key not in known and (meant := misspelt(key, known)) and meant not in obj:
                 raise InputError(f"unknown key {key!r}: did you mean {meant!r}?")
@@ -87,7 +91,29 @@ class Dialogue(_Record):
 
     messages: Messages
     source: str = ""
+    learned: tuple[bool, ...] | None = None
+    """which of the assistant's messages are trained on, first to last; None for all. In files it is
+    a message's `weight`, 1 (the default) or 0, as OpenAI's fine-tuning API has it"""
     optional: ClassVar[frozenset[str]] = frozenset({"source"})
+    within: ClassVar[frozenset[str]] = frozenset({"learned"})
+
+    def to_json(self) -> dict[str, Any]:
+        record = super().to_json()
+        if self.learned is not None:
+            answers = (m for m in record["messages"] if m["role"] == "assistant")
+            for message, learned in zip(answers, self.learned, strict=True):
+                if not learned:
+                    message["weight"] = 0
+        return record
+
+    @classmethod
+    def from_json(cls, obj: Any) -> Self:
+        messages = obj.get("messages") if isinstance(obj, Mapping) else None
+        if not isinstance(messages, list) or not any(map(_has_weight, messages)):
+            return super().from_json(obj)
+        plain, learned = _without_weights(messages)
+        record = super().from_json({**obj, "messages": plain})
+        return record if learned is None else replace(record, learned=learned)
 
     def _check(self) -> None:
         _check_messages("messages", self.messages, "assistant")
@@ -284,6 +310,34 @@ def _check_messages(key: str, value: Any, last: str) -> None:
         check_messages(value, last=last)
     for index, message in enumerate(value):
         _check_text(f"{key}: message {index + 1} content", message["content"])
+
+
+def _has_weight(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("weight") is not None
+
+
+def _without_weights(messages: list[Any]) -> tuple[list[Any], tuple[bool, ...] | None]:
+    """(messages without their weights, which of the assistant's are learned: None where all are).
+    InputError for a weight that is neither 0 nor 1, on a message that is never learned, or 0 on all
+    that could be."""
+    plain: list[Any] = []
+    learned: list[bool] = []
+    for number, message in enumerate(messages, start=1):
+        weight = 1
+        if _has_weight(message):
+            where = f"messages: message {number} weight"
+            if message.get("role") != "assistant":
+                raise InputError(f"{where}: only the assistant's messages are learned")
+            weight = message["weight"]
+            if isinstance(weight, bool) or weight not in (0, 1):
+                raise InputError(f"{where}: expected 0 or 1, got {shown(weight)}")
+            message = {key: value for key, value in message.items() if key != "weight"}
+        plain.append(message)
+        if isinstance(message, Mapping) and message.get("role") == "assistant":
+            learned.append(weight == 1)
+    if learned and not any(learned):
+        raise InputError("messages: every weight is 0, which leaves nothing to learn")
+    return plain, None if all(learned) else tuple(learned)
 
 
 def _check_votes(votes: Any) -> None:

@@ -32,7 +32,7 @@ from llama2rt.stages import STAGES, loading
 from llama2rt.stages.annotate import file_name
 
 # Stages whose model is a version of the policy.
-POLICIES = ("rejection", "ppo", "dpo", "context-distillation")
+POLICIES = ("rejection", "ghost-attention", "ppo", "dpo", "context-distillation")
 
 
 class FirstRewards(BaseModel):

@@ -12,7 +12,7 @@ from typing import Any
 
 from llama2rt.cluster import carbon
 from llama2rt.errors import InputError
-from llama2rt.report import html, safety, selection, studies, training, versions
+from llama2rt.report import html, recall, safety, selection, studies, training, versions
 from llama2rt.report.files import write_json
 from llama2rt.run import Run
 
@@ -80,10 +80,12 @@ def _write(
 
 
 def compared(summary: Mapping[str, Any]) -> list[html.Section]:
-    """The sections that a summary of versions, of a reward model, of a study, or of samples that
-    were chosen calls for."""
+    """The sections that a summary of versions, of a reward model, of a study, of the test of an
+    instruction, or of samples that were chosen calls for."""
     if "study" in summary:
         return studies.sections(summary)
+    if "recall" in summary or "attention" in summary:
+        return recall.sections(summary)
     if "distilled" in summary:
         return safety.distillation(summary)
     if "safety_study" in summary:

@@ -27,6 +27,7 @@ class Stage:
     """A stage by the name of its module in this package, with - for _."""
 
     name: str
+    """with hyphens for the module's underscores"""
     help: str
     """what it does, in one line"""
     verb: bool = True
@@ -83,6 +84,7 @@ STAGES = {
         Stage("preference", "train a model that reads two answers and says which is better"),
         Stage("rejection", "sample K answers, fine-tune on the best"),
         Stage("distill", "smaller models learn a larger one's samples or distributions"),
+        Stage("ghost-attention", "keep to the first turn's instruction for a whole dialogue"),
         Stage("ppo", "PPO against two reward models"),
         Stage("dpo", "online DPO: best against worst of the model's own answers"),
         Stage("context-distillation", "train on safer answers, given with a pre-prompt before"),

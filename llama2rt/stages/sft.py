@@ -1,9 +1,10 @@
 """Supervised fine-tuning (section 3.1): the model learns to give the answers of dialogues.
 
 Dialogues are laid out in the chat format and packed; the loss is on the assistant's tokens and the
-EOS after them, and zero on everything the user said. Dialogues longer than the context are left out
-and counted, never cut: a cut answer teaches the model to stop short. Left out: Ghost Attention and
-context distillation (section 3.3, 4.2.4), which make dialogues of their own.
+EOS after them, and zero on everything the user said and on answers of weight 0. Dialogues longer
+than the context are left out and counted, never cut: a cut answer teaches the model to stop short.
+Left out: Ghost Attention and context distillation (section 3.3, 4.2.4), which make dialogues of
+their own.
 """
 
 import functools
@@ -215,7 +216,8 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, context: int) ->
     examples = []
     for dialogue in dialogues:
         with naming(f"dialogue that begins {dialogue.messages[0]['content'][:60]!r}"):
-            examples.append(Example.of(*encode_dialogue(tokenizer, dialogue.messages)))
+            tokens = encode_dialogue(tokenizer, dialogue.messages, dialogue.learned)
+            examples.append(Example.of(*tokens))
     fitting = [example for example in examples if len(example.tokens) <= context]
     if len(fitting) < len(examples):
         left_out = len(examples) - len(fitting)

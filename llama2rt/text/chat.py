@@ -79,16 +79,19 @@ def check_messages(messages: Messages, *, last: str) -> None:
         )
 
 
-def encode_dialogue(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
+def encode_dialogue(
+    tokenizer: Tokenizer, messages: Messages, learned: Sequence[bool] | None = None
+) -> tuple[list[int], list[bool]]:
     """Tokens of a finished dialogue, and for each whether the model should learn to predict it:
     True on the assistants' tokens and the one that ends their turn (section 3.1: the loss on prompt
-    tokens is zeroed). InputError as `check_messages`, for a message that holds a control token
+    tokens is zeroed). `learned`: which of the assistants' messages count so, first to last; None
+    for all of them. InputError as `check_messages`, for a message that holds a control token
     of the folder's chat template, and for a template that cannot be trained on."""
     check_messages(messages, last="assistant")
     if _llama2_format(tokenizer.template):
-        return _encode_pairs(tokenizer, _turns(messages))
+        return _encode_pairs(tokenizer, _turns(messages), learned)
     templated.require_no_control_tokens(tokenizer, messages)
-    return templated.encode_answers(tokenizer, messages)
+    return templated.encode_answers(tokenizer, messages, learned=learned)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
@@ -166,12 +169,15 @@ def _instruction(user: str) -> str:
     return f"[INST] {user.strip()} [/INST]"
 
 
-def _encode_pairs(tokenizer: Tokenizer, turns: Sequence[str]) -> tuple[list[int], list[bool]]:
+def _encode_pairs(
+    tokenizer: Tokenizer, turns: Sequence[str], learned: Sequence[bool] | None = None
+) -> tuple[list[int], list[bool]]:
     tokens: list[int] = []
     trainable: list[bool] = []
-    for user, answer in zip(turns[::2], turns[1::2], strict=True):
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    for (user, answer), on in zip(pairs, learned or [True] * len(pairs), strict=True):
         instruction = _instruction(user)
         ids, begins = tokenizer.encode_with_offsets(f"{instruction} {answer.strip()} ")
         tokens += [tokenizer.bos, *ids, tokenizer.eos]
-        trainable += [False, *(begin >= len(instruction) for begin in begins), True]
+        trainable += [False, *(on and begin >= len(instruction) for begin in begins), on]
     return tokens, trainable

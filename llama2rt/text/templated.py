@@ -41,9 +41,14 @@ def encode_prompt(tokenizer: "Tokenizer", messages: Messages) -> list[int]:
 
 
 def encode_answers(
-    tokenizer: "Tokenizer", messages: Messages, *, sampled: bool = False
+    tokenizer: "Tokenizer",
+    messages: Messages,
+    *,
+    sampled: bool = False,
+    learned: Sequence[bool] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """(tokens, whether each is to be learned) of messages that end with an answer.
+    """(tokens, whether each is to be learned) of messages that end with an answer; of the answers
+    those that are `learned`, None for all.
 
     The last token is the one that ends the last answer: what a template writes after it (a newline)
     is never generated. A last answer that is `sampled` may hold anything, and the tokens begin with
@@ -51,6 +56,11 @@ def encode_answers(
     """
     template = _template(tokenizer)
     text, spans = _answers(template, messages)
+    if learned is not None and len(learned) != len(spans):
+        raise InputError(
+            f"the chat template's {{% generation %}} blocks enclose {len(spans)} parts of "
+            f"{len(learned)} answers, so that an answer's weight cannot be told"
+        )
     cuts = {start for start, _ in spans}
     prompt: list[int] = []
     literal = (0, 0)  # the part of the text in which control tokens do not count
@@ -75,6 +85,7 @@ def encode_answers(
     last = 0
     for index, (start, end) in enumerate(spans):
         final = index == len(spans) - 1
+        on = learned is None or learned[index]
         following = len(text) if final else spans[index + 1][0]
         lower = start if template.marks_answers else end
         stops = (
@@ -88,9 +99,9 @@ def encode_answers(
         for i, (begin, _) in enumerate(offsets):
             within = end if template.marks_answers else following
             if start <= begin < within and (ending is None or i <= ending):
-                trainable[i] = True
+                trainable[i] = on
         if ending is not None:
-            trainable[ending] = True
+            trainable[ending] = on
             last = ending
     return ids[: last + 1], trainable[: last + 1]
 

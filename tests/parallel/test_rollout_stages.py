@@ -12,8 +12,10 @@ from processes import run_python
 from safetensors.torch import load_file
 
 from llama2rt.data.readers import write
+from llama2rt.data.records import Dialogue
+from llama2rt.parallel import ParallelOptions
 from llama2rt.rollout.responses import read_responses
-from llama2rt.stages import context_distillation, dpo, ppo, rejection
+from llama2rt.stages import context_distillation, dpo, ghost_attention, ppo, rejection
 
 
 def dpo_recipe(pocket, **settings):
@@ -209,6 +211,53 @@ def test_a_run_whose_frozen_models_are_sharded(on_ranks, pocket, tmp_path, stage
     recipe = recipe_of(pocket, frozen="sharded", parallel=parallel, **few_prompts)
     on_ranks(2, run_stage, stage, recipe, tmp_path / "ranks")
     assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+
+
+def test_ghost_attention_on_two_ranks(on_ranks, pocket, tmp_path):
+    """It asks, keeps, trains on and tests what one process does."""
+    said = [[m["content"] for m in problem.messages(kind, "baba")] for kind in problem.QUESTIONS]
+    messages = [
+        {"role": role, "content": text}
+        for (question,), answer in zip(said, ("yes", "sorry"), strict=True)
+        for role, text in (("user", question), ("assistant", answer))
+    ]
+    write(tmp_path / "dialogues.jsonl", [Dialogue(messages)] * 11)
+    attributes = tmp_path / "attributes.toml"
+    attributes.write_text(
+        '[[attributes]]\nname = "answer"\nfull = "say {value}"\nterse = "{value}"\n'
+        'values = ["yes", "no"]\ncheck = { contains = ["{value}"] }\n'
+    )
+    settings = {
+        "policy": pocket.sft,
+        "init": pocket.sft,
+        "data": [tmp_path / "dialogues.jsonl"],
+        "held_out": 0.3,
+        "attributes": attributes,
+        "sampling": {"max_tokens": 8},
+        "recall": {"turns": [2]},
+        "batch_size": 4,
+        "train": {"lr": 1e-3, "micro_tokens": 60, "checkpoint_every": 2},
+    }
+    recipe = ghost_attention.GhostAttentionRecipe(**settings)
+    run_stage("ghost-attention", recipe, tmp_path / "alone")
+    cut = recipe.model_copy(update={"parallel": ParallelOptions(tensor=2)})
+    for directory, same in ((tmp_path / "ranks", recipe), (tmp_path / "cut", cut)):
+        on_ranks(2, run_stage, "ghost-attention", same, directory)
+        assert (directory / "dialogues.jsonl").read_bytes() == (
+            tmp_path / "alone" / "dialogues.jsonl"
+        ).read_bytes()
+        reports = [
+            json.loads((d / "report.json").read_text()) for d in (tmp_path / "alone", directory)
+        ]
+        assert reports[0]["recall"] == reports[1]["recall"]
+        for name in ("without", "with"):
+            one, other = (report["attention"][name] for report in reports)
+            assert other["turns"] == pytest.approx(one["turns"], abs=2e-3)
+        weights, others = (
+            load_file(d / "model" / "model.safetensors") for d in (directory, tmp_path / "alone")
+        )
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, others[name], rtol=0, atol=1e-4)
 
 
 def test_ppo_of_two_iterations(on_ranks, pocket, tmp_path):

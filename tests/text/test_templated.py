@@ -130,6 +130,25 @@ def test_only_answers_and_what_ends_them_are_learned(folder, name):
         ).replace(" ", "")
     else:
         assert tokenizer.decode_rendered(learned) == "".join(f"{a}{ending}" for a in answers)
+    # Of one answer alone (a message's weight) the same tokens.
+    again, middle = chat.encode_dialogue(tokenizer, DIALOGUES[1], [False, True, False])
+    only = [t for t, learn in zip(again, middle, strict=True) if learn]
+    assert again == tokens and not any(m and not t for m, t in zip(middle, trainable, strict=True))
+    assert tokenizer.decode_rendered(only).replace(" ", "") == f"{answers[1]}{ending}".replace(
+        " ", ""
+    )
+
+
+def test_weights_need_a_marked_part_for_each_answer(folder):
+    once = (
+        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer.load(folder(once))
+    messages = dialogue("u", "a", "v", "b")
+    assert any(chat.encode_dialogue(tokenizer, messages)[1])
+    with pytest.raises(InputError, match="blocks enclose 1 parts of 2 answers"):
+        chat.encode_dialogue(tokenizer, messages, [False, True])
 
 
 @given(st.lists(st.text("ab \n.\u00e9<|", min_size=1, max_size=12), min_size=2, max_size=4))

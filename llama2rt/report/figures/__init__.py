@@ -11,6 +11,7 @@ from llama2rt.report.figures.comparisons import (
     calibration,
     drift,
 )
+from llama2rt.report.figures.instructions import attention_by_turn, attention_maps, recall
 from llama2rt.report.figures.marks import Estimate
 from llama2rt.report.figures.policies import best_of_n, temperatures, versions, win_matrix
 from llama2rt.report.figures.progress import Panel, by_version, reward_against_judge, reward_by_kl
@@ -26,11 +27,14 @@ __all__ = [
     "accuracy_by_data",
     "accuracy_by_rating",
     "accuracy_by_source",
+    "attention_by_turn",
+    "attention_maps",
     "best_of_n",
     "by_version",
     "calibration",
     "drift",
     "length_correlation",
+    "recall",
     "reward_against_judge",
     "reward_by_kl",
     "reward_distribution",
