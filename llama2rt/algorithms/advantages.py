@@ -1,7 +1,8 @@
-"""From rewards and values to advantages, over packed responses.
+"""From rewards and values to advantages, over packed responses and over groups of them.
 
 Inputs hold response tokens only. Without prompt tokens and padding, every position in a statistic
-is one that the policy acted on.
+is one that the policy acted on. A group is what was sampled for one prompt: neighbours, groups one
+after the other.
 """
 
 from typing import Literal
@@ -62,6 +63,40 @@ def whiten(x: Tensor, shift_mean: bool = True) -> Tensor:
     return white if shift_mean else white + mean
 
 
+def group_relative(
+    rewards: Tensor, group_size: int, *, divide_by_std: bool = True, eps: float = 1e-4
+) -> Tensor:
+    """GRPO's advantage of each response over its group: (r - mean) / (std + eps), [N] -> [N].
+
+    DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), section 4.1.2, outcome supervision; without
+    the division Dr. GRPO's (Liu et al. 2025, arXiv 2503.20783, section 3.2). The papers do not say
+    which standard deviation: it is the sample's (n - 1), as in TRL and verl; `eps` is TRL's, verl
+    has 1e-6. Responses that are all worth the same have an advantage of 0, and not of what the
+    rounded mean leaves of their rewards, which eps is no larger than.
+    """
+    groups = _groups(rewards, group_size)
+    advantage = groups - groups.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        advantage = advantage / (groups.std(dim=1, keepdim=True) + eps)
+    return torch.where(_all_equal(groups), 0.0, advantage).flatten()
+
+
+def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
+    """RLOO's advantage: a response's reward less the mean of the others of its group, [N] -> [N].
+
+    Ahmadian et al. 2024 (arXiv 2402.14740), section 2.3; `rewards` with the KL of the whole
+    response taken off. Unbiased, because the baseline does not depend on the response.
+    """
+    groups = _groups(rewards, group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return torch.where(_all_equal(groups), 0.0, groups - others).flatten()
+
+
+def whiten_groups(x: Tensor, group_size: int) -> Tensor:
+    """`whiten` of each group by itself, [N] -> [N]."""
+    return torch.stack([whiten(group) for group in _groups(x, group_size, least=1)]).flatten()
+
+
 def kl(logprob: Tensor, reference: Tensor, estimator: Literal["k1", "k2", "k3"] = "k1") -> Tensor:
     """Estimate KL(policy || reference) per token from tokens that the policy sampled.
 
@@ -77,3 +112,33 @@ def kl(logprob: Tensor, reference: Tensor, estimator: Literal["k1", "k2", "k3"] 
     if estimator == "k3":
         return torch.expm1(-difference) + difference
     raise ValueError(f"estimator: expected k1, k2 or k3, got {estimator!r}")
+
+
+def exact_kl(policy_logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(policy || reference) of next-token distributions, the sum over the vocabulary that `kl`
+    estimates from one token of it: logits fp32 [..., V] twice -> [...]."""
+    policy = policy_logits.log_softmax(dim=-1)
+    return (policy.exp() * (policy - reference_logits.log_softmax(dim=-1))).sum(dim=-1)
+
+
+def kl_adjustment(kl: float, target: float, responses: int, horizon: int) -> float:
+    """What to multiply beta by after a rollout of so many responses whose mean KL was `kl`.
+
+    Ziegler et al. 2019, section 2.2: 1 + K e with e = (kl - target) / target, clipped to +-0.2;
+    their K of 0.1 is responses / horizon here, as in their code. Nats per response.
+    """
+    error = min(max((kl - target) / target, -0.2), 0.2)
+    return 1 + error * responses / horizon
+
+
+def _groups(x: Tensor, group_size: int, least: int = 2) -> Tensor:
+    if x.dim() != 1 or group_size < least or x.shape[0] % group_size:
+        raise ValueError(
+            f"rewards: expected [N], groups of {group_size} (at least {least}) one after the "
+            f"other, got {tuple(x.shape)}"
+        )
+    return x.view(-1, group_size)
+
+
+def _all_equal(groups: Tensor) -> Tensor:
+    return (groups == groups[:, :1]).all(dim=1, keepdim=True)

@@ -1,8 +1,9 @@
 """Losses of reward modelling, direct preference learning and PPO, one value per example or token.
 
 Averaging stays with the caller, who alone knows what a batch is (micro-batches, packed tokens,
-several processes). Every sigmoid goes through `logsigmoid`, so a gap of 100 or 10,000 gives a
-finite loss and a finite gradient where `log(sigmoid(x))` or `log(exp(x) + exp(y))` would not.
+several processes); of a policy's losses `micro_batch_share` is the mean. Every sigmoid goes through
+`logsigmoid`, so a gap of 100 or 10,000 gives a finite loss and a finite gradient where
+`log(sigmoid(x))` or `log(exp(x) + exp(y))` would not.
 """
 
 from typing import Literal, get_args
@@ -10,6 +11,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Average = Literal["token", "response", "constant"]
 
 Kind = Literal["dpo", "ipo", "hinge", "kto", "nca", "exo", "robust", "simpo", "orpo"]
 
@@ -120,13 +123,33 @@ def policy_clip(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate per token (Schulman et al. 2017, equation 7), to be minimised.
 
-    All [T]. Returns the loss and a bool [T]: where clipping was active, that is, where the token
-    has no gradient.
+    All [T], or [B] where a whole response is one action (RLOO). Returns the loss and a bool [T]:
+    where clipping was active, that is, where the token has no gradient.
     """
     ratio = (logprob - old_logprob).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(plain, clipped), clipped > plain
+
+
+def micro_batch_share(
+    loss: Tensor, lengths: Tensor, average: Average, *, tokens: int, responses: int, longest: int
+) -> Tensor:
+    """What a micro-batch adds to the mean loss of a mini-batch of so many `tokens` and `responses`.
+
+    `loss` [T] over the tokens of the micro-batch's responses, end to end, of `lengths` int64 [B].
+
+    token     every token alike: sum / tokens (PPO; DAPO, Yu et al. 2025, equation 8)
+    response  every response alike, its own mean: GRPO's 1/G sum 1/|o| sum (DeepSeekMath, arXiv
+              2402.03300, equation 3), in which a token of a long response weighs less
+    constant  the sum over a response's tokens divided by `longest`, the most tokens that one may
+              have, whatever it has (Dr. GRPO, arXiv 2503.20783, section 3.2)
+    """
+    if average == "token":
+        return loss.sum() / tokens
+    if average == "response":
+        return (loss / torch.repeat_interleave(lengths, lengths)).sum() / responses
+    return loss.sum() / (responses * longest)
 
 
 def value_clip(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama2rt.errors import InputError
 from llama2rt.model.heads import ScalarModel
@@ -133,3 +133,17 @@ class WithoutAdapter(nn.Module):
         """What `model` returns with its adapter off."""
         with adapter_off(self.model):
             return self.model(*inputs, **options)
+
+    def hidden(self, *inputs: Any) -> Tensor:
+        """`hidden` of `model` with its adapter off."""
+        model: Any = self.model
+        with adapter_off(model):
+            found: Tensor = model.hidden(*inputs)
+            return found
+
+    @property
+    def output(self) -> nn.Module:
+        """The output layer, which no adapter changes."""
+        model: Any = self.model
+        layer: nn.Module = model.output
+        return layer

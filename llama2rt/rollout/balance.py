@@ -24,7 +24,7 @@ from llama2rt.model import ScalarModel
 from llama2rt.parallel import faults, tensor_group
 from llama2rt.parallel.world import gather, portable, world
 from llama2rt.rollout.frozen import device_of, shared_over
-from llama2rt.rollout.logprobs import response_logprobs, response_values
+from llama2rt.rollout.logprobs import response_kl, response_logprobs, response_values
 from llama2rt.rollout.responses import Response
 from llama2rt.rollout.reward import RewardModels
 
@@ -140,6 +140,21 @@ def logprobs(
 
     logprob, entropy = _by_token(work, examples, together, model)
     return logprob, entropy
+
+
+def exact_kl(
+    reference: nn.Module,
+    policy: nn.Module,
+    examples: Sequence[Example],
+    temperature: float,
+    micro_tokens: int,
+) -> Tensor:
+    """`response_kl`, each rank for some of the examples; both models whole on every rank."""
+
+    def work(part: Sequence[Example]) -> Tensor:
+        return response_kl(reference, policy, part, temperature, micro_tokens)
+
+    return _by_token(work, examples, None, policy)
 
 
 def values(critic: ScalarModel, examples: Sequence[Example], micro_tokens: int) -> Tensor:

@@ -1,16 +1,21 @@
 """Log-probabilities and values of response tokens, by the path that training takes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llama2rt.algorithms.advantages import exact_kl
 from llama2rt.data.loader import dealt
 from llama2rt.data.packing import Batch, Example, filler, micro_batches, pack
 from llama2rt.model import ScalarModel
 from llama2rt.parallel import Mesh, faults
 from llama2rt.rollout.frozen import phase
+
+TILE_ELEMENTS = 1 << 22
+"""logits of one model that `response_kl` holds at once: 16 MiB"""
 
 
 def inference_batches(
@@ -62,6 +67,37 @@ def response_logprobs(
         found[:, begin : begin + own.shape[1]] = own
     logprob, entropy = mesh.sum(found)  # each rank has zeros where others have read
     return logprob, entropy
+
+
+@phase
+@torch.no_grad()
+def response_kl(
+    reference: Any,
+    policy: Any,
+    examples: Sequence[Example],
+    temperature: float,
+    micro_tokens: int,
+) -> Tensor:
+    """KL(policy || reference) fp32 [R] before each response token, of the whole distributions that
+    its estimates (`advantages.kl`) take one token from, aligned with `response_logprobs`.
+
+    Logits exist in tiles of some rows, in fp32 whatever the weights' dtype.
+    """
+    weights = [model.output.weight for model in (policy, reference)]
+    rows = max(1, TILE_ELEMENTS // weights[0].shape[0])
+    parts = []
+    for batch in inference_batches(examples, micro_tokens, weights[0].device):
+        faults.moved()
+        packed = batch.tokens, batch.positions, batch.cu_seqlens
+        predicts = batch.targets >= 0
+        hidden = [model.hidden(*packed)[predicts] for model in (policy, reference)]
+        for tile in zip(*(h.split(rows) for h in hidden), strict=True):
+            logits = [
+                h.float() @ weight.float().T / temperature
+                for h, weight in zip(tile, weights, strict=True)
+            ]
+            parts.append(exact_kl(*logits))
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage by the name of its module in this package, with - for _."""
+    """A stage by the name of its module in this package."""
 
     name: str
     """with hyphens for the module's underscores"""

@@ -22,7 +22,7 @@ from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llama2rt.stages.ppo import PpoRecipe
+    from llama2rt.stages.ppo_recipe import PpoRecipe
 
 Shape = Callable[[Path], LlamaConfig]
 LONGEST = "at most: every answer as long as sampling.max_tokens lets it be"
@@ -107,29 +107,34 @@ def held(recipe: Any) -> Any:
 
 
 def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> Work:
-    """PPO: policy, critic, reference and reward models lie in memory at all times; an iteration
-    samples with the policy as it is, then trains policy and critic on what it drew."""
+    """PPO: policy, critic (where the algorithm has one), reference and reward models lie in memory
+    at all times; an iteration samples with the policy as it is, then trains on what it drew."""
     policy = Model("policy", shape(recipe.init), lora=recipe.lora)
-    critic = Model("critic", shape(recipe.rewards.scoring), scalar=True, lora=recipe.lora)
+    trained = [policy]
+    if recipe.has_critic:
+        scoring = shape(recipe.rewards.scoring)
+        trained.append(Model("critic", scoring, scalar=True, lora=recipe.lora))
     ranking = reward_models(recipe, shape)
     frozen = [*ranking, reference(recipe, shape)]
     lengths = None if inputs is None else prompt_lengths(inputs.prompts, inputs.tokenizer)
     answers = recipe.iterations * recipe.batch_size
     lent = replace(policy, lent=True)
     # Policy and reference read each answer again for its log-probabilities, the critic for values.
-    sampling = sampling_of(lent, recipe.sampling, lengths, answers, [*frozen, critic, policy])
-    updates = -(-recipe.batch_size // recipe.mini_batch_size)
+    readers = [*frozen, *reversed(trained)]
+    sampling = sampling_of(lent, recipe.sampling, lengths, answers, readers)
+    updates = -(-recipe.batch_size // recipe.mini_batch_size) * recipe.epochs
     return Work(
         [
-            Phase("rollout", [policy, critic], frozen, sampling),
-            Phase("training", [policy, critic], frozen, training=True),
+            Phase("rollout", trained, frozen, sampling),
+            Phase("training", trained, frozen, training=True),
         ],
         recipe.train,
         recipe.parallel,
         answers_batch(sampling, min(recipe.mini_batch_size, recipe.batch_size)),
         Count(recipe.iterations * updates, "at most: held-out prompts may end it earlier"),
         notes=[
-            f"{recipe.iterations} iterations of {updates} optimizer steps; one more samples",
+            f"{recipe.iterations} iterations of {updates} optimizer steps"
+            + ("; one more samples" if recipe.has_critic else ""),
             *mixing.notes(recipe, inputs),
         ],
     )

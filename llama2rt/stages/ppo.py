@@ -1,47 +1,45 @@
 """PPO (section 3.2.3): the policy is moved towards what two reward models prefer, on a KL leash.
+And, as `algorithm` says, its relatives without a critic: GRPO, RLOO, REINFORCE++.
 
-One iteration, its phases in order: sample, score, recompute log-probabilities, shape rewards,
-estimate advantages, take one gradient step per mini-batch. Everything runs on packed response
-tokens; log-probabilities are always those of the sampling temperature. An iteration's randomness is
-derived from (seed, iteration) alone, so a resumed run draws what the first one would have drawn.
-Before the first iteration one rollout goes to the critic's head alone (`stages.critic`).
+One iteration: a rollout (`stages.experience`: sample, score, recompute log-probabilities, shape
+rewards, estimate advantages), then a gradient step per mini-batch. Everything runs on packed
+response tokens. Before the first iteration one rollout goes to the critic's head alone
+(`stages.critic`).
 
-Left out: several epochs over a rollout, shared policy and critic trunks, adaptive KL.
+Left out: shared policy and critic trunks.
 """
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from llama2rt import report
 from llama2rt.algorithms import advantages, losses
 from llama2rt.checkpoint.store import prefixed, unprefixed
-from llama2rt.data.loader import shared_groups
-from llama2rt.data.packing import Example, filler, pack
-from llama2rt.data.sources import Source
-from llama2rt.model import Llama, ScalarModel
+from llama2rt.data.loader import Share, shared_groups
+from llama2rt.data.packing import filler, pack
+from llama2rt.data.shared import pack_shared
+from llama2rt.errors import InputError
 from llama2rt.parallel import Mesh, broadcast
 from llama2rt.parallel.tensor_group import gathered
-from llama2rt.rollout import balance, metrics
-from llama2rt.rollout.logprobs import token_rows
-from llama2rt.rollout.responses import response_example
-from llama2rt.rollout.reward import ScoringOptions
-from llama2rt.rollout.sampling import Sampler, derived_seed, draw
-from llama2rt.run import Change, Run
+from llama2rt.rollout import metrics
+from llama2rt.rollout.logprobs import segment_sums, token_rows
+from llama2rt.rollout.sampling import derived_seed
+from llama2rt.run import Run
 from llama2rt.stages import adapters, critic, loading, mixing, plans, spread
-from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
+from llama2rt.stages.experience import Actors, Rollout, collect
+from llama2rt.stages.inputs import RolloutInputs, open_rollout
+from llama2rt.stages.loading import Future
+from llama2rt.stages.ppo_recipe import EXACT_KL_VOCABULARY, PpoRecipe
 from llama2rt.train import driver
 from llama2rt.train.driver import Step
-from llama2rt.train.lora import LoraWithoutDropout
 from llama2rt.train.optimizer import Optimizer
-from llama2rt.train.options import TrainOptions
 from llama2rt.train.schedule import learning_rate, warn_of_warmup
 
 # What report.json says of the policy that is kept.
@@ -49,93 +47,6 @@ PICKED_BY = (
     "objective on held-out prompts: the mean over the kinds of prompts of Rc in (0, 1), divided by "
     "unit, the standard deviation of the first policy's Rc, less beta times kl_k1"
 )
-
-
-class PpoRecipe(RolloutRecipe):
-    """Improve a policy on prompts with PPO and two reward models."""
-
-    init: Path
-    """the policy to start from: SFT, or the rejection-sampled version (V5 in the paper)"""
-    rewards: ScoringOptions
-    """the models that rank responses; the critic starts from the layers of the helpfulness model,
-    under a head that is fitted to the returns of one rollout of init"""
-    validation: list[Source] = Field(default=[])
-    """held-out prompts for early stopping, which keeps the policy with the best objective: the mean
-    over the kinds of prompts of Rc in (0, 1), in standard deviations of the first policy's, less
-    beta times the KL. Without them the last iteration's policy is kept"""
-
-    iterations: int = Field(default=400, gt=0)
-    """200-400 in the paper"""
-    batch_size: int = Field(default=512, gt=0)
-    """responses an iteration"""
-    mini_batch_size: int = Field(default=64, gt=0)
-    """responses a gradient step; each is used once"""
-    clip: float = Field(default=0.2, gt=0, allow_inf_nan=True)
-    """how far a token's probability ratio may move from 1 and still be pushed"""
-    beta: float = Field(default=0.01, ge=0)
-    """KL penalty, in whitened reward per nat (0.01 for 7B and 13B, 0.005 for 34B and 70B)"""
-
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    """discount; like lam and the two value settings not in Llama 2: those of Ziegler et al. 2019"""
-    lam: float = Field(default=0.95, ge=0, le=1)
-    """of generalised advantage estimation"""
-    value_coefficient: float = Field(default=0.1, gt=0)
-    """scale of the critic's loss; the critic's own AdamW undoes it but for gradient clipping"""
-    value_clip: float = Field(default=0.2, gt=0, allow_inf_nan=True)
-    """how far a value may move from the rollout's and still be pushed"""
-
-    critic_lr: float | None = Field(default=9e-6, gt=0)
-    """constant (Ouyang et al. 2022, appendix C.4); None for train.lr"""
-    temperature: float = Field(default=1.0, gt=0)
-    """of sampling, and of every log-probability"""
-    missing_eos_penalty: float = Field(default=0.0, ge=0)
-    """taken off the whitened reward (so: in standard deviations) of a cut response"""
-    patience: int = Field(default=5, gt=0)
-    """evaluations without a better objective before stopping"""
-
-    # Constant lr 1e-6; AdamW 0.9 / 0.95 / 1e-5, weight decay 0.1, clip 1.0 as in pretraining. A
-    # step of its checkpoint_every and validate_every is an iteration.
-    train: TrainOptions = TrainOptions(
-        lr=1e-6, schedule="constant", checkpoint_every=10, validate_every=10
-    )
-    lora: LoraWithoutDropout = LoraWithoutDropout()
-
-    neutral: ClassVar = tuple(k for k in RolloutRecipe.neutral if k != "train.validate_every")
-    durations: ClassVar[tuple[str, ...]] = ("iterations",)
-
-    def change(self, key: str, begun: Mapping[str, Any]) -> Change:
-        """As everywhere; but a run that measured its last policy out of turn, which may have become
-        the best one, cannot go on as if it had not."""
-        every = self.train.validate_every
-        if key == "iterations" and self.validation and (not every or begun[key] % every):
-            return "refused"
-        return super().change(key, begun)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One iteration's experience. Token vectors are fp32 [R]: all response tokens, end to end."""
-
-    examples: list[Example]
-    cu_responses: Tensor  # int64 [B+1], over response tokens
-    rewards: Tensor
-    logprob: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-@dataclass(frozen=True)
-class Actors:
-    """The policy and its critic, and what samples and trains them."""
-
-    policy: Llama
-    critic: ScalarModel
-    sampler: Sampler
-    optimizer: Optimizer
-    critic_optimizer: Optimizer
-    mesh: Mesh
-    """the processes that policy and critic are spread over"""
 
 
 def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
@@ -156,12 +67,35 @@ def run(recipe: PpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     if not inputs.held_out:
         adapters.save(actors.policy, inputs.tokenizer, run, recipe.init)
     picked = {"picked_by": PICKED_BY} if inputs.held_out else {}
-    report.finish(run, {"iterations": done, **picked, **work.best})
+    ended = {"ended": actors.adaptive.ended} if actors.adaptive.ended else {}
+    report.finish(run, {"iterations": done, **ended, **picked, **work.best})
     return run.model_directory
 
 
-# The critic, which is as the helpfulness model is, is trained beside the policy.
-open_inputs = functools.partial(open_rollout, trained=("init", "rewards.helpfulness"))
+def open_inputs(recipe: PpoRecipe, future: Future | None = None) -> RolloutInputs:
+    """`open_rollout`. InputError too where the exact KL is asked for and cannot be had."""
+    # The critic, which is as the helpfulness model is, is trained beside the policy.
+    trained = ("init", "rewards.helpfulness") if recipe.has_critic else ("init",)
+    inputs = open_rollout(recipe, future, trained)
+    if recipe.exact_kl:
+        check_exact_kl(recipe, inputs.result.config.vocab_size)
+    return inputs
+
+
+def check_exact_kl(recipe: PpoRecipe, vocabulary: int) -> None:
+    """InputError where the KL is not summed over the vocabulary."""
+    if vocabulary > EXACT_KL_VOCABULARY:
+        raise InputError(
+            f"exact_kl: a vocabulary of {vocabulary} tokens, expected at most "
+            f"{EXACT_KL_VOCABULARY}; kl_k1 and kl_k3 are measured without it"
+        )
+    if recipe.frozen == "sharded" or (recipe.parallel.tensor or 1) > 1:
+        raise InputError(
+            "exact_kl: it reads policy and reference side by side, whole: expected frozen other "
+            "than sharded, and parallel.tensor 1"
+        )
+
+
 plan = plans.of_ppo
 
 
@@ -186,12 +120,23 @@ class Iterations:
         numbers = self.validate(0)
         if numbers is not None:
             self.run.log(0, **numbers)
-        self.run.log(0, critic_warm_up=start_critic(self.recipe, self.inputs, self.actors))
+        if self.recipe.has_critic:
+            self.run.log(0, critic_warm_up=start_critic(self.recipe, self.inputs, self.actors))
 
     def step(self, index: int) -> Step:
-        rollout, measured = collect(self.recipe, self.inputs, self.actors, index)
-        measured |= improve(self.recipe, self.actors, rollout, index)
-        return Step(measured, tokens=len(rollout.logprob))
+        recipe, adaptive = self.recipe, self.actors.adaptive
+        rollout, measured = collect(recipe, self.inputs, self.actors, index)
+        tokens, kl = len(rollout.logprob), measured["kl_k1"]
+        if recipe.max_kl is not None and kl > recipe.max_kl:
+            adaptive.ended = f"kl_k1 {kl:.4g} is more than max_kl {recipe.max_kl:g}"
+            return Step(measured, tokens)
+        measured |= improve(recipe, self.actors, rollout, index)
+        if recipe.kl_target is not None:
+            measured["beta"] = recipe.beta * adaptive.beta_factor
+            adaptive.beta_factor *= advantages.kl_adjustment(
+                kl, recipe.kl_target, recipe.batch_size, recipe.kl_horizon
+            )
+        return Step(measured, tokens)
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         return f"reward {metrics['reward']:.3f} KL {metrics['kl_k1']:.3f}"
@@ -210,39 +155,42 @@ class Iterations:
         return {f"held_out/{name}": value for name, value in numbers.items()}
 
     def finished(self) -> bool:
-        return self.waited >= self.recipe.patience
+        return self.waited >= self.recipe.patience or bool(self.actors.adaptive.ended)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = prefixed(self.actors.optimizer.state_dict(), "policy.")
-        tensors |= prefixed(self.actors.critic_optimizer.state_dict(), "critic.")
-        return tensors, {"waited": self.waited, "best": self.best, "unit": self.score_unit}
+        tensors: dict[str, Tensor] = {}
+        for name, optimizer in self.actors.optimizers.items():
+            tensors |= prefixed(optimizer.state_dict(), f"{name}.")
+        numbers = {"waited": self.waited, "best": self.best, "unit": self.score_unit}
+        return tensors, {**numbers, "adaptive": self.actors.adaptive.state()}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.waited, self.best, self.score_unit = state["waited"], state["best"], state["unit"]
-        self.actors.optimizer.load_state_dict(unprefixed(tensors, "policy."))
-        self.actors.critic_optimizer.load_state_dict(unprefixed(tensors, "critic."))
+        self.actors.adaptive.restore(state["adaptive"])
+        for name, optimizer in self.actors.optimizers.items():
+            optimizer.load_state_dict(unprefixed(tensors, f"{name}."))
 
 
 def load_actors(recipe: PpoRecipe, inputs: RolloutInputs) -> Actors:
-    """Policy and critic for their optimizers."""
+    """Policy and critic, if the algorithm has one, for their optimizers."""
     options = recipe.train
     mesh = Mesh.build(recipe.parallel, inputs.result.config)
     policy = inputs.to_train_on(recipe.init, mesh)
-    build_critic = functools.partial(critic.initial_model, recipe, inputs.tokenizer)
-    value_model = spread.from_folder(build_critic, recipe.rewards.scoring, mesh, options)
-    critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
-    return Actors(
-        policy=policy,
-        critic=value_model,
-        sampler=inputs.sampler(policy, str(recipe.init)),
-        optimizer=Optimizer(policy, options, mesh),
-        critic_optimizer=Optimizer(value_model, critic_options, mesh),
-        mesh=mesh,
-    )
+    value_model = critic_optimizer = None
+    if recipe.has_critic:
+        build = functools.partial(critic.initial_model, recipe, inputs.tokenizer)
+        value_model = spread.from_folder(build, recipe.rewards.scoring, mesh, options)
+        critic_options = options.model_copy(update={"lr": recipe.critic_lr or options.lr})
+    sampler = inputs.sampler(policy, str(recipe.init))
+    optimizer = Optimizer(policy, options, mesh)
+    if value_model is not None:
+        critic_optimizer = Optimizer(value_model, critic_options, mesh)
+    return Actors(policy, value_model, sampler, optimizer, critic_optimizer, mesh)
 
 
 def start_critic(recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors) -> float:
     """Give the critic the head that explains one rollout's returns best (`critic.warm_up`)."""
+    assert actors.critic is not None and actors.critic_optimizer is not None
     rollout, _ = collect(recipe, inputs, actors, "warm-up")
     experience = rollout.examples, rollout.rewards, rollout.cu_responses, recipe.gamma
     # Every rank, or tensor group, for itself on all responses: one forward pass, once a run.
@@ -252,122 +200,160 @@ def start_critic(recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors) -> fl
     return explained
 
 
-def collect(
-    recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors, iteration: int | Literal["warm-up"]
-) -> tuple[Rollout, dict[str, float]]:
-    """Sample one response a prompt and work out what each of its tokens was worth. The critic's
-    warm-up answers the first iteration's prompts, with random numbers of its own."""
-    micro_tokens = recipe.train.micro_tokens
-    number = 0 if iteration == "warm-up" else iteration
-    prompts = draw(inputs.prompts, recipe.batch_size, recipe.seed, number)
+class MiniBatch(NamedTuple):
+    """What one gradient step trains on."""
 
-    # Sample, and score: logit(Rc).
-    seed = derived_seed(recipe.seed, "rollout", iteration)
-    drawn: dict[str, Any] = {"temperature": recipe.temperature, "seed": seed}
-    with gathered(actors.policy, actors.mesh, recipe.train.dtype) as policy:
-        sampler = actors.sampler.of(policy)
-        completions = sampler.complete(prompts, **drawn)
-        responses = sampler.score(completions, prompts, **drawn)
-        # Recompute, at the sampling temperature: log-probabilities of both policies, values.
-        examples = [response_example(response) for response in responses]
-        logprob, entropy = balance.logprobs(policy, examples, recipe.temperature, micro_tokens)
-    reference, _ = balance.logprobs(inputs.reference, examples, recipe.temperature, micro_tokens)
-    with gathered(actors.critic, actors.mesh, recipe.train.dtype) as value_model:
-        values = balance.values(value_model, examples, micro_tokens)
-    device = logprob.device
-    reward = torch.tensor([response.reward for response in responses], device=device)
-    cut = torch.tensor([not response.finished for response in responses], device=device)
+    members: np.ndarray
+    """of the rollout's responses, int64; a group's are neighbours"""
+    tokens: int
+    """of all of them, whichever rank has them"""
 
-    # Shape: whitened over this iteration's batch (the paper names no population; a running mean
-    # would make the reward depend on history), paid at the last token, the KL penalty at each.
-    lengths = torch.tensor([len(response.tokens) for response in responses], device=device)
-    cu_responses = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    rewards = -recipe.beta * advantages.kl(logprob, reference, "k1")
-    final = advantages.whiten(reward) - recipe.missing_eos_penalty * cut
-    rewards = rewards.index_add(0, cu_responses[1:] - 1, final)
+    def micro_batches(
+        self, recipe: PpoRecipe, lengths: np.ndarray, share: Share
+    ) -> list[np.ndarray]:
+        """Members by micro-batch of one process of `share`, with empty ones where others have more.
+        The responses of a group stay in one, which computes their prompt once, where they fit."""
+        size = recipe.group_size
+        units = self.members.reshape(-1, size)
+        if size > 1 and lengths[units].sum(axis=1).max() > recipe.train.micro_tokens:
+            units = self.members[:, None]
+        totals = lengths[units].sum(axis=1).tolist()
+        own, missing = shared_groups(totals, recipe.train.micro_tokens, share)
+        return [units[group].ravel() for group in own] + [self.members[:0]] * missing
 
-    # Estimate, and whiten the advantages over all response tokens (Ziegler et al. 2019).
-    advantage, returns = advantages.gae(rewards, values, cu_responses, recipe.gamma, recipe.lam)
-    rollout = Rollout(
-        examples, cu_responses, rewards, logprob, values, advantages.whiten(advantage), returns
-    )
-    sampled = torch.tensor([p for c in completions for p in c.logprobs], device=device)
-    numbers = {
-        **metrics.summary(responses),
-        **metrics.kl_per_response(logprob, reference, len(responses)),
-        "entropy": float(entropy.mean()),
-        "value_explained_variance": float(
-            1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
-        ),
-        # Sampler and trainer must agree on what was sampled: more than rounding here is a bug.
-        "sampler_gap": float((sampled - logprob).abs().max()),
-    }
-    return rollout, numbers
+
+def mini_batches(recipe: PpoRecipe, rollout: Rollout, iteration: int) -> Iterator[MiniBatch]:
+    """The rollout's responses, shuffled by whole groups, once an epoch."""
+    size, count = recipe.group_size, len(rollout.examples)
+    lengths = rollout.cu_responses.diff().cpu().numpy()
+    random = np.random.default_rng([recipe.seed, 1, iteration])
+    for _ in range(recipe.epochs):
+        groups = random.permutation(count // size)
+        order = (groups[:, None] * size + np.arange(size)).ravel()
+        for begin in range(0, count, recipe.mini_batch_size):
+            members = order[begin : begin + recipe.mini_batch_size]
+            yield MiniBatch(members, int(lengths[members].sum()))
 
 
 def improve(
     recipe: PpoRecipe, actors: Actors, rollout: Rollout, iteration: int
 ) -> dict[str, float]:
-    """One gradient step of policy and critic per mini-batch, each response used once. Ranks share a
-    mini-batch; what is averaged is averaged over all of its tokens."""
-    options = recipe.train
-    device = actors.policy.output.weight.device
-    count = len(rollout.examples)
-    order = np.random.default_rng([recipe.seed, 1, iteration]).permutation(count)
-    lengths = [len(example.tokens) for example in rollout.examples]
-    sums = {"policy_loss": 0.0, "value_loss": 0.0, "clip_fraction": 0.0}
+    """One gradient step of policy and critic per mini-batch. Ranks share a mini-batch; what is
+    averaged is averaged over all of its tokens, or responses."""
+    lengths = np.array([len(example.tokens) for example in rollout.examples])
+    sums: dict[str, float] = {}
     norms: list[list[float]] = []
-    for begin in range(0, count, recipe.mini_batch_size):
-        members = order[begin : begin + recipe.mini_batch_size]
-        tokens = int(rollout.cu_responses.diff()[torch.from_numpy(members)].sum())
-        own, missing = shared_groups(
-            [lengths[i] for i in members], options.micro_tokens, actors.mesh.share
-        )
-        for group in own + [[]] * missing:
-            packed = members[group]
-            examples = [rollout.examples[i] for i in packed]
-            batch = (pack(examples) if examples else filler()).to(device)
-            rows = token_rows(rollout.cu_responses, torch.from_numpy(packed).to(device))
-            predicts = batch.targets >= 0
-
-            logprob = actors.policy(
-                batch.tokens,
-                batch.positions,
-                batch.cu_seqlens,
-                batch.targets,
-                temperature=recipe.temperature,
-            )[predicts]
-            policy_loss, clipped = losses.policy_clip(
-                logprob, rollout.logprob[rows], rollout.advantages[rows], recipe.clip
-            )
-            (policy_loss.sum() / tokens).backward()
-            actors.optimizer.accumulate()
-
-            values = actors.critic(batch.tokens, batch.positions, batch.cu_seqlens)[predicts]
-            value_loss, _ = losses.value_clip(
-                values, rollout.values[rows], rollout.returns[rows], recipe.value_clip
-            )
-            (recipe.value_coefficient * value_loss.sum() / tokens).backward()
-            actors.critic_optimizer.accumulate()
-
-            sums["policy_loss"] += float(policy_loss.detach().sum())
-            sums["value_loss"] += float(value_loss.detach().sum())
-            sums["clip_fraction"] += float(clipped.sum())
+    responses = tokens = 0
+    for batch in mini_batches(recipe, rollout, iteration):
+        before = sums.get("update_kl", 0.0)
+        for members in batch.micro_batches(recipe, lengths, actors.mesh.share):
+            for name, value in accumulate(recipe, actors, rollout, batch, members).items():
+                sums[name] = sums.get(name, 0.0) + value
         norms.append(
             [
                 optimizer.step(learning_rate(iteration, recipe.iterations, optimizer.options))
-                for optimizer in (actors.optimizer, actors.critic_optimizer)
+                for optimizer in actors.optimizers.values()
             ]
         )
-    tokens = len(rollout.logprob)
-    totals = zip(sums, actors.mesh.totals(sums.values()), strict=True)
-    gradient_norm, critic_gradient_norm = np.mean(norms, axis=0)
-    return {
-        **{name: total / tokens for name, total in totals},
-        "gradient_norm": float(gradient_norm),
-        "critic_gradient_norm": float(critic_gradient_norm),
-        **actors.optimizer.outliers.metrics(),
-        **{f"critic_{k}": v for k, v in actors.critic_optimizer.outliers.metrics().items()},
+        responses, tokens = responses + len(batch.members), tokens + batch.tokens
+        if recipe.max_epoch_kl is not None:
+            (moved,) = actors.mesh.totals([sums["update_kl"] - before])
+            if moved / batch.tokens > recipe.max_epoch_kl:
+                break
+    totals = dict(zip(sums, actors.mesh.totals(sums.values()), strict=True))
+    actions = responses if recipe.algorithm == "rloo" else tokens
+    measured = {
+        name: total / (tokens if name in PER_TOKEN else actions) for name, total in totals.items()
+    }
+    if recipe.max_epoch_kl is not None:
+        measured["updates"] = len(norms)
+    names = {"policy": "", "critic": "critic_"}
+    for (name, optimizer), norm in zip(
+        actors.optimizers.items(), np.mean(norms, axis=0), strict=True
+    ):
+        measured[f"{names[name]}gradient_norm"] = float(norm)
+        measured |= {f"{names[name]}{k}": v for k, v in optimizer.outliers.metrics().items()}
+    return measured
+
+
+# The other sums are over what is clipped as one action: tokens, or whole responses.
+PER_TOKEN = ("value_loss", "update_kl")
+
+
+def accumulate(
+    recipe: PpoRecipe, actors: Actors, rollout: Rollout, batch: MiniBatch, members: np.ndarray
+) -> dict[str, float]:
+    """Add the gradients of a mini-batch's responses `members` to the optimizers'; returns sums of
+    losses and the like."""
+    device = actors.policy.output.weight.device
+    examples = [rollout.examples[i] for i in members]
+    packed = pack_shared if recipe.group_size > 1 else pack
+    micro = (packed(examples) if examples else filler()).to(device)
+    index = torch.from_numpy(members).to(device)
+    predicts = micro.targets >= 0
+
+    logprob = actors.policy(
+        micro.tokens,
+        micro.positions,
+        micro.cu_seqlens,
+        micro.targets,
+        keys=micro.keys,
+        temperature=recipe.temperature,
+    )[predicts]
+    beta = recipe.beta * actors.adaptive.beta_factor
+    loss, sums = policy_loss(recipe, rollout, logprob, index, beta, batch)
+    loss.backward()
+    actors.optimizer.accumulate()
+
+    if actors.critic is not None and actors.critic_optimizer is not None:
+        assert rollout.values is not None and rollout.returns is not None
+        rows = token_rows(rollout.cu_responses, index)
+        values = actors.critic(micro.tokens, micro.positions, micro.cu_seqlens)[predicts]
+        value_loss, _ = losses.value_clip(
+            values, rollout.values[rows], rollout.returns[rows], recipe.value_clip
+        )
+        (recipe.value_coefficient * value_loss.sum() / batch.tokens).backward()
+        actors.critic_optimizer.accumulate()
+        sums["value_loss"] = float(value_loss.detach().sum())
+    return sums
+
+
+def policy_loss(
+    recipe: PpoRecipe,
+    rollout: Rollout,
+    logprob: Tensor,
+    members: Tensor,
+    beta: float,
+    batch: MiniBatch,
+) -> tuple[Tensor, dict[str, float]]:
+    """(what the responses `members` int64 add to their mini-batch's loss, sums for the metrics).
+    `logprob` [T]: of their tokens by the policy as it is now."""
+    rows = token_rows(rollout.cu_responses, members)
+    lengths = rollout.cu_responses.diff()[members]
+    now, old, advantage = logprob, rollout.logprob[rows], rollout.advantages[rows]
+    update_kl = advantages.kl(old, logprob.detach(), "k3")
+    if recipe.algorithm == "rloo":  # a response is one action
+        now, old = segment_sums(now, lengths), segment_sums(old, lengths)
+        advantage = rollout.advantages[rollout.cu_responses[members]]
+    loss, clipped = losses.policy_clip(now, old, advantage, recipe.clip)
+    if recipe.algorithm == "grpo":
+        loss = loss + beta * advantages.kl(logprob, rollout.reference[rows], "k3")
+    if recipe.algorithm == "rloo":
+        share = loss.sum() / len(batch.members)
+    else:
+        share = losses.micro_batch_share(
+            loss,
+            lengths,
+            recipe.averaged,
+            tokens=batch.tokens,
+            responses=len(batch.members),
+            longest=recipe.sampling.max_tokens,
+        )
+    return share, {
+        "policy_loss": float(loss.detach().sum()),
+        "clip_fraction": float(clipped.sum()),
+        "ratio": float((now.detach() - old).exp().sum()),
+        "update_kl": float(update_kl.sum()),
     }
 
 

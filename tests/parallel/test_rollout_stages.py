@@ -267,6 +267,18 @@ def test_ppo_of_two_iterations(on_ranks, pocket, tmp_path):
     assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_ppos_relatives(on_ranks, pocket, tmp_path, algorithm):
+    """Whole groups go to a rank, of which one may have none of a mini-batch; each response is used
+    twice."""
+    changes = {"algorithm": algorithm, "group_size": 3, "epochs": 2, "mini_batch_size": 3}
+    # Three more than the multiple of two groups; no critic.
+    recipe = ppo_recipe(pocket, **few(pocket, tmp_path), **changes, critic_lr=9e-6, kl_target=0.1)
+    run_stage("ppo", recipe, tmp_path / "alone")
+    on_ranks(2, run_stage, "ppo", recipe, tmp_path / "ranks")
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+
+
 def plan(pocket, folder, steps, train):
     """What `llama2rt iterate` reads."""
     stages = {step["stage"] for step in steps} - {"annotate"}

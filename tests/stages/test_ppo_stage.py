@@ -9,6 +9,7 @@ import pocket as problem
 import power
 import pytest
 import torch
+from ppo_runs import COUNT, correct_share, logged, opened, perturb
 from small_models import packed
 
 from llama2rt import energy
@@ -40,11 +41,6 @@ def recipe(pocket, **settings) -> ppo.PpoRecipe:
     return ppo.PpoRecipe(**problem.tables(given | settings))
 
 
-def correct_share(path) -> float:
-    responses = read_responses(path)
-    return float(np.mean([problem.correct(r.prompt.kind, r.text) for r in responses]))
-
-
 def test_a_verifiable_reward_rises_on_unseen_prompts(pocket, tmp_path):
     """Over 3 seeds, and together by more than 5 standard errors."""
     before, after = [], []
@@ -56,15 +52,6 @@ def test_a_verifiable_reward_rises_on_unseen_prompts(pocket, tmp_path):
         assert after[-1] > before[-1] + 0.1
     error = np.sqrt(2 * 0.25 / 300)
     assert np.mean(after) - np.mean(before) > 5 * error
-
-
-COUNT = 12
-
-
-def opened(settings, count=COUNT):
-    """What PPO with these settings reads, with its first `count` prompts only."""
-    inputs = ppo.open_inputs(settings)
-    return dataclasses.replace(inputs, prompts=inputs.prompts[:count])
 
 
 @pytest.fixture
@@ -94,13 +81,6 @@ def test_kl_starts_at_zero_and_the_sampler_agrees(pocket, precision, rounding):
         assert metrics["kl_k1"] == 0.0 and metrics["kl_k3"] == 0.0
         assert metrics["sampler_gap"] < rounding
     assert ppo.improve(settings, actors, rollout, 0)["clip_fraction"] == 0.0
-
-
-def perturb(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def test_rollout_equals_one_response_at_a_time(pocket, inputs, actors, prompts, monkeypatch):
@@ -329,10 +309,6 @@ SHORT = {
     "mini_batch_size": 8,
     "train": {"lr": 1e-3, "validate_every": 2, "checkpoint_every": 3},
 }
-
-
-def logged(directory) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_energy_is_logged_per_iteration_and_sampled_token(pocket, tmp_path, monkeypatch):
