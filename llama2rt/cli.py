@@ -70,6 +70,13 @@ COMMANDS = {
     "chat": ("generate.commands", "chat", "talk to a model"),
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
     "evaluate": ("evaluate.commands", "command", "accuracy of a reward model, win rates"),
+    "judge": ("evaluate.judges.commands", "command", "which version answers better, by any judges"),
+    "benchmark": (
+        "evaluate.chat_benchmarks.commands",
+        "command",
+        "AlpacaEval 2, MT-Bench, Arena-Hard: answer, judge, score",
+    ),
+    "compare": ("pipeline.comparison", "command", "one page about versions, judged and measured"),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
     "people": ("people.commands", "command", "a page on which people compare two responses"),
     "check": ("data.commands", "check", "validate a file of records and describe it"),

@@ -11,6 +11,7 @@ from llama2rt.report.figures.comparisons import (
     calibration,
     drift,
 )
+from llama2rt.report.figures.judges import radar, two_sides
 from llama2rt.report.figures.marks import Estimate
 from llama2rt.report.figures.policies import best_of_n, temperatures, versions, win_matrix
 from llama2rt.report.figures.progress import Panel, by_version, reward_against_judge, reward_by_kl
@@ -31,10 +32,12 @@ __all__ = [
     "calibration",
     "drift",
     "length_correlation",
+    "radar",
     "reward_against_judge",
     "reward_by_kl",
     "reward_distribution",
     "temperatures",
+    "two_sides",
     "versions",
     "win_matrix",
 ]
