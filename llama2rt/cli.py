@@ -73,6 +73,13 @@ COMMANDS = {
     "evaluate": ("evaluate.commands", "command", "accuracy of a reward model, win rates"),
     "safety": ("pipeline.safety", "command", "violations and false refusals of files of samples"),
     "recall": ("evaluate.recall_command", "command", "who keeps to an instruction over turns"),
+    "judge": ("evaluate.judges.commands", "command", "which version answers better, by any judges"),
+    "benchmark": (
+        "evaluate.chat_benchmarks.commands",
+        "command",
+        "AlpacaEval 2, MT-Bench, Arena-Hard: answer, judge, score",
+    ),
+    "compare": ("pipeline.comparison", "command", "one page about versions, judged and measured"),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
     "contamination": (
         "evaluate.contamination.commands",

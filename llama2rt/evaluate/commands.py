@@ -1,7 +1,6 @@
 """`llama2rt evaluate`: what a reward model says about comparison files and sample files."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +17,7 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import best_of, length, preference
 from llama2rt.evaluate.intervals import bootstrap
+from llama2rt.evaluate.samples import by_version, read_samples
 from llama2rt.evaluate.win_rates import win_rate
 from llama2rt.model import ScalarModel
 from llama2rt.rollout.scoring import score
@@ -62,7 +62,7 @@ def evaluate(
             raise InputError(f"{path}: held_out: means nothing here, where nothing is trained on")
     # Read and check everything before the weights: bad input should cost no scoring.
     pairs = [(str(path), read(path, "comparison", skip_invalid)) for path in comparisons]
-    versions = _by_version({path: _read_samples(path, skip_invalid) for path in samples})
+    versions = by_version({path: read_samples(path, skip_invalid) for path in samples})
     _require_shared_prompts(versions)
     tokenizer = _tokenizer(reward_model, pairs, versions)
     model, _ = load(reward_model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -150,38 +150,6 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read_samples(path: Path, skip_invalid: int) -> list[Sample]:
-    """One version's samples: of a file, of a saved dataset, or of a folder's files, such as the
-    parts that a stage leaves in samples/ (also found from its run directory)."""
-    datasets = ("state.json", "dataset_dict.json")
-    if not path.is_dir() or any((path / name).is_file() for name in datasets):
-        return read(path, "sample", skip_invalid)
-    folder = path / "samples" if (path / "samples").is_dir() else path
-    if (folder / "manifest.json").is_file():
-        inside = ", ".join(sorted(str(found) for found in path.glob("*/samples"))) or "none"
-        raise InputError(f"{path}: a run directory without samples of its own; inside it: {inside}")
-    parts = sorted(folder.glob("part-*.jsonl"))
-    if parts:
-        return [record for part in parts for record in read(part, "sample", skip_invalid)]
-    endings = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(endings))
-    if not files:
-        raise InputError(f"{path}: holds no samples (no part-*.jsonl, nor any {endings[0]} file)")
-    records: list[Sample] = []
-    first: dict[str, Path] = {}
-    for file in files:
-        found = read(file, "sample", skip_invalid)
-        for prompt in dict.fromkeys(record.prompt_id for record in found):
-            if prompt in first:
-                raise InputError(
-                    f"{path}: {first[prompt].name} and {file.name} both answer prompt {prompt!r}, "
-                    "so they are no parts of one version; name the files"
-                )
-            first[prompt] = file
-        records += found
-    return records
-
-
 def _require_shared_prompts(versions: dict[str, list[Sample]]) -> None:
     prompts = {name: {r.prompt_id for r in records} for name, records in versions.items()}
     for a, b in combinations(versions, 2):
@@ -200,17 +168,6 @@ def _require_fit(
                 f"{name}: answer {number} has {length} tokens with its prompt, the reward model's "
                 f"context is {context}"
             )
-
-
-def _by_version(files: dict[Path, list[Sample]]) -> dict[str, list[Sample]]:
-    """Versions by file name, a run's samples/ by the run's, or by path where two share a name."""
-    folders = [Path(os.path.abspath(path)) for path in files]  # "." has no name
-    owners = [path.parent if path.name == "samples" and path.is_dir() else path for path in folders]
-    names = [path.name.split(".")[0] for path in owners]
-    return {
-        name if names.count(name) == 1 else str(path): records
-        for name, (path, records) in zip(names, files.items(), strict=True)
-    }
 
 
 def _accuracy(

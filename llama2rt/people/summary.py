@@ -1,13 +1,13 @@
 """What has been judged so far, and how far annotators agree."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from llama2rt.data.records import KINDS, RATINGS
+from llama2rt.evaluate import human
 from llama2rt.evaluate.agreement import Agreement, gwet
 from llama2rt.evaluate.intervals import Interval, wilson
 from llama2rt.people.store import Store, week
@@ -61,12 +61,13 @@ def _preference(rows: Sequence[Row]) -> dict[str, Any]:
 def _evaluation(rows: Sequence[Row]) -> dict[str, Any]:
     """Agreement on the 7 points, and what each variant's answers are worth against the first's. A
     prompt counts once: by the median of its raters."""
-    scores: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        scores[row["first_variant"], row["second_variant"]][row["task"]].append(row["score"])
+    judged = [
+        human.Judged((r["first_variant"], r["second_variant"]), r["task"], r["name"], r["score"])
+        for r in rows
+    ]
     results = []
-    for (first, second), tasks in scores.items():
-        points = [median(found) for found in tasks.values()]
+    for (first, second), mine in human.by_versions(judged).items():
+        points = list(human.points(mine).values())
         wins, losses = sum(p > 0 for p in points), sum(p < 0 for p in points)
         ties = len(points) - wins - losses
         results.append(
@@ -78,15 +79,17 @@ def _evaluation(rows: Sequence[Row]) -> dict[str, Any]:
                 "ties": _share(ties, len(points)),
                 "losses": _share(losses, len(points)),
                 "win_rate": _share(wins + ties / 2, len(points)),
+                "agreement": _on_points(mine),
             }
         )
-    return {
-        "results": results,
-        "agreement": {
-            "7 points, AC1": _agreement(rows, lambda row: 3 - row["score"], 7),
-            "7 points, AC2": _agreement(rows, lambda row: 3 - row["score"], 7, "ordinal"),
-        },
-    }
+    return {"results": results, "agreement": _on_points(judged)}
+
+
+def _on_points(judged: Sequence[human.Judged]) -> dict[str, Any]:
+    """Gwet's coefficients on the 7 points; None while no task has two ratings."""
+    found = human.agreement(judged)
+    names = {f"7 points, {name}": found.get(name) for name in ("AC1", "AC2")}
+    return {name: _numbers(*value) if value else None for name, value in names.items()}
 
 
 def _agreement(
@@ -171,6 +174,8 @@ def describe(summary: Mapping[str, Any]) -> str:
     for row in summary.get("results", []):
         lines.append(f"{row['variant']} against {row['against']}: {row['prompts']} prompts")
         lines += [f"  {key}: {percent(row[key])}" for key in ("wins", "ties", "losses", "win_rate")]
+        if len(summary["results"]) > 1:
+            lines += _agreement_lines(row["agreement"])
     return "\n".join([*lines, *_agreement_lines(summary.get("agreement", {}))])
 
 

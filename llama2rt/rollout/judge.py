@@ -58,10 +58,16 @@ def requests(tokenizer: Tokenizer, pair: Pair) -> list[list[dict[str, str]]]:
     return [request(tokenizer, *order) for order in (pair, pairwise.swapped(pair))]
 
 
-def vote(reply: str) -> float:
-    """1 for A, 0 for B, 0.5 for a reply that is neither letter."""
+def read(reply: str) -> float | None:
+    """1 for A, 0 for B, None for a reply that is neither letter."""
     found = _REPLY.fullmatch(reply.strip())
-    return 0.5 if found is None else float(found[1].upper() == "A")
+    return None if found is None else float(found[1].upper() == "A")
+
+
+def vote(reply: str) -> float:
+    """As `read`; 0.5 for a reply that is neither letter."""
+    found = read(reply)
+    return 0.5 if found is None else found
 
 
 def votes(engine: Engine, pairs: Sequence[Pair]) -> np.ndarray:

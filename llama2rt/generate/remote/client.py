@@ -5,6 +5,7 @@ The standard library's client: one connection a request costs nothing beside sam
 
 import json
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -41,6 +42,9 @@ class Client:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._attempts, self._timeout_s = attempts, timeout_s
+        self.requests = 0
+        """that were sent, those that failed and were sent again too"""
+        self._counting = threading.Lock()
         self._opener = urllib.request.build_opener(_NoRedirects)
 
     def get(self, path: str) -> Any:
@@ -60,6 +64,8 @@ class Client:
                 time.sleep(wait)
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0)
             request = urllib.request.Request(url, body, self._headers)
+            with self._counting:
+                self.requests += 1
             try:
                 with self._opener.open(request, timeout=self._timeout_s) as reply:
                     return json.load(reply)

@@ -12,6 +12,7 @@ from llama2rt.report.figures.comparisons import (
     drift,
 )
 from llama2rt.report.figures.instructions import attention_by_turn, attention_maps, recall
+from llama2rt.report.figures.judges import radar, two_sides
 from llama2rt.report.figures.marks import Estimate
 from llama2rt.report.figures.policies import best_of_n, temperatures, versions, win_matrix
 from llama2rt.report.figures.progress import Panel, by_version, reward_against_judge, reward_by_kl
@@ -34,11 +35,13 @@ __all__ = [
     "calibration",
     "drift",
     "length_correlation",
+    "radar",
     "recall",
     "reward_against_judge",
     "reward_by_kl",
     "reward_distribution",
     "temperatures",
+    "two_sides",
     "versions",
     "win_matrix",
 ]
