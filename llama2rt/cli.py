@@ -69,7 +69,11 @@ COMMANDS = {
     "generate": ("generate.commands", "generate", "sample answers to prompts"),
     "chat": ("generate.commands", "chat", "talk to a model"),
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
-    "evaluate": ("evaluate.commands", "command", "accuracy of a reward model, win rates"),
+    "evaluate": (
+        "evaluate.commands",
+        "command",
+        "reward models on pairs, win rates; lm-eval's tasks",
+    ),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
     "contamination": (
         "evaluate.contamination.commands",
