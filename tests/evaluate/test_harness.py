@@ -110,6 +110,9 @@ def test_log_likelihoods_equal_those_of_single_requests(model, micro_tokens):
     np.testing.assert_allclose(found, [value for value, _ in wanted], rtol=1e-5, atol=1e-5)
     assert flags.tolist() == [flag for _, flag in wanted]
     assert flags[-2] and not flags[-1]
+    alone, none = log_likelihoods(model, requests, micro_tokens, flags=False)
+    np.testing.assert_allclose(alone, found, rtol=1e-5, atol=1e-5)
+    assert not none.any()
     assert seen == {i: (found[i], flags[i]) for i in range(len(requests))}
 
 

@@ -25,7 +25,7 @@ class HarnessModel(LM):
 
     Requests are read packed, `micro_tokens` at once; answers are drawn by the engine, at most
     `max_sequences` at once, from `seed`. `add_bos_token` as the harness's Hugging Face backend has
-    it; `chat`: whether prompts are dialogues (`apply_chat_template`). `name` stands in its files.
+    it; `chat`: whether prompts are dialogues (`apply_chat_template`).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class HarnessModel(LM):
         context = self.model.config.context
         windows = [self.encoder.windows(request.args[0], context) for request in requests]
         scored = [window for of_text in windows for window in of_text]
-        total, _ = log_likelihoods(self.model, scored, self.micro_tokens)
+        total, _ = log_likelihoods(self.model, scored, self.micro_tokens, flags=False)
         values = iter(total.tolist())
         found = [sum((next(values) for _ in of_text), 0.0) for of_text in windows]
         for request, value in zip(requests, found, strict=True):
