@@ -54,11 +54,9 @@ def calibration(
     kept = np.random.default_rng(seed).random(len(first)) < 0.5
     difference = np.where(kept, first - second, second - first)
     predicted = (1 + np.tanh(difference / 2)) / 2  # the sigmoid, without overflow
-    index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
     rows: list[Bin] = []
     error = 0.0
-    for number in np.unique(index):
-        inside = index == number
+    for inside in _members(predicted, bins):
         share = wilson(float(kept[inside].sum()), int(inside.sum()))
         claim = float(predicted[inside].mean())
         rows.append(
@@ -72,3 +70,19 @@ def calibration(
         )
         error += float(inside.mean()) * abs(share.mean - claim)
     return {"bins": rows, "error": error, "pairs": len(first)}
+
+
+def expected_error(predicted: ArrayLike, right: ArrayLike, *, bins: int = BINS) -> float:
+    """Expected calibration error, as `calibration` has it, of n claims `predicted` in [0, 1] [n]
+    (what a model gives the answer it chooses) against whether each was `right` [n]."""
+    claims, truth = np.asarray(predicted, np.float64), np.asarray(right, np.float64)
+    return sum(
+        float(inside.mean()) * abs(float(truth[inside].mean()) - float(claims[inside].mean()))
+        for inside in _members(claims, bins)
+    )
+
+
+def _members(predicted: np.ndarray, bins: int) -> list[np.ndarray]:
+    """bool [n] of each bin of equal width that holds one of the predictions, by rising ones."""
+    index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    return [index == number for number in np.unique(index)]

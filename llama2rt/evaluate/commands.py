@@ -1,7 +1,9 @@
-"""`llama2rt evaluate`: what a reward model says about comparison files and sample files."""
+"""`llama2rt evaluate`: what a reward model says about comparison files and sample files, or, with
+`--tasks`, what a language model does on lm-eval's tasks (`harness`)."""
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -232,28 +234,84 @@ def _percent(estimate: dict[str, Any]) -> str:
     return f"{mean:5.1f} % [{low:.1f}, {high:.1f}]"
 
 
+@dataclass(frozen=True)
+class TaskOptions:
+    """Of --tasks alone."""
+
+    shots: int | None = None
+    """Examples before each question, where neither the task nor a paper's list fixes them."""
+    limit: int | None = None
+    """Documents of each task, the first ones."""
+    chat: bool = False
+    """Ask in the model's chat format, shots as earlier turns."""
+    system: str | None = None
+    """System message of these chats."""
+    no_bos_token: bool = False
+    """Contexts without BOS, as lm-eval's add_bos_token=False."""
+    run_unsafe_code: bool = False
+    """Let tasks such as humaneval run the code that the model writes."""
+    seed: int = 0
+    """Of tasks that sample."""
+    out: Path | None = None
+    """Folder for lm-eval's own files: results_*.json and samples_*.jsonl."""
+
+
 def command(
-    reward_model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[Path],
     *,
     comparisons: tuple[Source, ...] = (),
     samples: tuple[Path, ...] = (),
+    tasks: tuple[str, ...] = (),
+    task_options: tyro.conf.OmitArgPrefixes[TaskOptions] = TaskOptions(),
     skip_invalid: int = 0,
     micro_tokens: int = 16384,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Measure a reward model on comparisons, or compare versions by its scores.
+    """Measure a reward model on comparisons, compare versions by its scores, or evaluate a language
+    model on lm-eval's tasks.
 
     Args:
-        reward_model: Folder of a reward model, with its tokenizer.
+        model: Folder of a reward model, with its tokenizer; with --tasks, of a language model, or
+            the run directory of a plan, of which every version is compared with SFT.
         comparisons: Files of comparisons: accuracy by rating; or tables of a recipe, such as
             '{path="hh-harmless.jsonl.gz", kind="safety"}'.
         samples: Files of samples, or folders of a run's samples, one a version: mean reward,
             win rates, reward against N.
+        tasks: Tasks of lm-eval by name, task files or folders of them, or a paper's list, llama2
+            or rlhf-workflow.
+        task_options: Of --tasks alone.
         skip_invalid: Bad records to tolerate in each file.
         micro_tokens: Tokens scored at once.
         as_json: Print one JSON object.
     """
+    if tasks:
+        if comparisons or samples or skip_invalid:
+            raise InputError("tasks: go without --comparisons, --samples and --skip-invalid")
+        _evaluate_tasks(model, tasks, task_options, micro_tokens, as_json)
+        return
+    if task_options != TaskOptions():
+        given = [f.name for f in fields(task_options) if getattr(task_options, f.name) != f.default]
+        raise InputError(f"{', '.join(given)}: means nothing without --tasks")
     result = evaluate(
-        reward_model, comparisons, samples, skip_invalid=skip_invalid, micro_tokens=micro_tokens
+        model, comparisons, samples, skip_invalid=skip_invalid, micro_tokens=micro_tokens
     )
     print(json.dumps(result) if as_json else describe(result))
+
+
+def _evaluate_tasks(
+    model: Path, names: Sequence[str], options: TaskOptions, micro_tokens: int, as_json: bool
+) -> None:
+    from llama2rt.evaluate.harness import commands as harness
+    from llama2rt.evaluate.harness.runs import RunOptions
+
+    how = RunOptions(
+        limit=options.limit,
+        chat=options.chat,
+        system=options.system,
+        add_bos_token=not options.no_bos_token,
+        run_unsafe_code=options.run_unsafe_code,
+        micro_tokens=micro_tokens,
+        seed=options.seed,
+    )
+    result = harness.evaluate_tasks(model, names, options.shots, how, options.out)
+    print(json.dumps(result, default=str) if as_json else harness.describe(result))
