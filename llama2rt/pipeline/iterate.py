@@ -43,7 +43,7 @@ NO_OPTION = (
     ),
 )
 # Stages whose model is a version of the policy.
-POLICIES = ("rejection", "ppo", "dpo")
+POLICIES = ("rejection", "ppo", "dpo", "offline")
 
 
 class FirstRewards(BaseModel):
@@ -241,7 +241,7 @@ class Plan:
         elif step.stage == "evaluate":
             given["versions"] = {"SFT": recipe.sft} | {n: outputs.model(n) for n in versions}
             given["data"] = recipe.validation
-        elif step.stage in ("pretrain", "sft"):
+        elif step.stage in ("pretrain", "sft", "offline"):
             given |= {"data": None, "validation": None}  # which are no prompts there
         if "sources" in STAGES[step.stage].recipe.model_fields and self._key(step, "sources"):
             given |= {"data": None, "mixed_in": None}  # in whose place they stand

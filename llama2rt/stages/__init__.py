@@ -79,6 +79,7 @@ STAGES = {
         Stage("rejection", "sample K answers, fine-tune on the best"),
         Stage("ppo", "PPO against two reward models"),
         Stage("dpo", "online DPO: best against worst of the model's own answers"),
+        Stage("offline", "offline DPO: once through comparisons, without sampling"),
         # The verb `evaluate` measures a reward model, or files of samples.
         Stage("evaluate", "all versions' answers to the same held-out prompts", verb=False),
     )
