@@ -40,7 +40,7 @@ _PACKAGE = Path(llama2rt.__file__).parent
 # `run`, and what it does.
 PLANS = {
     "iterate": ("pipeline.iterate", "RLHF-V1 to Vn as one resumable command"),
-    "study": ("pipeline.study", "reward models trained and compared: margins, data, length ..."),
+    "study": ("pipeline.study", "reward models or policies trained and compared in tables"),
     "safety-study": ("pipeline.safety_study", "chat models by their share of safety data"),
 }
 # Subcommands of `cluster`: (module, function, what it does).

@@ -15,6 +15,11 @@ from torch import Tensor
 Average = Literal["token", "response", "constant"]
 
 Kind = Literal["dpo", "ipo", "hinge", "kto", "nca", "exo", "robust", "simpo", "orpo"]
+"""losses of (chosen, rejected) pairs"""
+GroupKind = Literal["infonca", "nca_group"]
+"""losses of all scored answers to a prompt"""
+AnyKind = Literal[Kind, GroupKind, "kto_unpaired"]
+"""and of answers by themselves, each desirable or not"""
 
 # Kinds defined on log-probabilities averaged over a response's tokens. The others take sums.
 AVERAGED: frozenset[str] = frozenset({"ipo", "simpo", "orpo"})
@@ -52,6 +57,7 @@ def preference(
     beta: float,
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
+    kl: tuple[float, float] | None = None,
 ) -> Tensor:
     """Direct preference losses over response log-probabilities, all [n] -> [n].
 
@@ -61,8 +67,9 @@ def preference(
     dpo     Rafailov et al. 2023; with label_smoothing, Mitchell's conservative DPO
     ipo     Azar et al. 2023, equation 17; beta is its tau
     hinge   SLiC, Zhao et al. 2023
-    kto     Ethayarajh et al. 2024 on pairs: the policy's KL, the mean over the other side of the
-            pairs passed here, is a constant (no gradient), floored at 0
+    kto     Ethayarajh et al. 2024 on pairs: the policy's KL, the mean log-ratio over the other side
+            of the batch's pairs, is a constant (no gradient), floored at 0. `kl`: that of the
+            chosen and of the rejected sides; None for the means over the pairs passed here
     nca     Chen et al. 2024, pairwise
     exo     Ji et al. 2024, equation 16; needs label_smoothing > 0
     robust  Chowdhury et al. 2024; needs label_smoothing < 0.5
@@ -92,7 +99,8 @@ def preference(
     if kind == "hinge":
         return (1 - gap).relu()
     if kind == "kto":
-        return _kto(chosen, rejected, beta)
+        means = kl or (float(chosen.detach().mean()), float(rejected.detach().mean()))
+        return _kto(chosen, rejected, means, beta)
     if kind == "nca":
         return -(
             F.logsigmoid(beta * chosen)
@@ -106,16 +114,53 @@ def preference(
     return _exo(gap, label_smoothing)
 
 
-def infonca(
-    policy: Tensor, reference: Tensor, rewards: Tensor, *, beta: float, alpha: float = 1.0
-) -> Tensor:
-    """InfoNCA for K scored responses a prompt (Chen et al. 2024): [n, K] three times -> [n].
+def soft_labels(rewards: Tensor, alpha: float) -> Tensor:
+    """softmax(rewards / alpha) over the K answers to a prompt, [..., K]: what InfoNCA and NCA want
+    of each (Chen et al. 2024, section 3.1).
 
-    Cross-entropy of softmax(beta * log-ratio) against softmax(rewards / alpha); log-probabilities
-    are sums over response tokens.
+    The best policy for them is the reference policy times exp(reward / (alpha beta)): at alpha 1,
+    that of the KL-regularised objective with beta.
     """
-    target = (rewards / alpha).softmax(dim=-1)
-    return -(target * (beta * (policy - reference)).log_softmax(dim=-1)).sum(dim=-1)
+    return (rewards / alpha).softmax(dim=-1)
+
+
+def infonca(log_ratio: Tensor, labels: Tensor, sizes: Tensor, beta: float) -> Tensor:
+    """InfoNCA over n prompts with K answers each, K as `sizes` says (Chen et al. 2024, arXiv
+    2402.05369, equation 9): cross-entropy of softmax(beta log-ratio) against `labels`.
+
+    log_ratio [B], of policy to reference, summed over an answer's tokens, answers of a prompt
+    behind each other; labels [B], which add up to 1 for each prompt; sizes int64 [n] -> [n].
+    """
+    logits = beta * log_ratio
+    # No gradient through the largest: it cancels.
+    largest = torch.segment_reduce(logits.detach(), "max", lengths=sizes)
+    shifted = logits - largest.repeat_interleave(sizes)
+    total = torch.segment_reduce(shifted.exp(), "sum", lengths=sizes, initial=0)
+    log_softmax = shifted - total.log().repeat_interleave(sizes)
+    return -torch.segment_reduce(labels * log_softmax, "sum", lengths=sizes, initial=0)
+
+
+def nca_group(log_ratio: Tensor, labels: Tensor, sizes: Tensor, beta: float) -> Tensor:
+    """NCA over n prompts with K answers each (Chen et al. 2024, equation 12), which also keeps the
+    likelihood of good answers from falling; arguments as of `infonca`. On pairs with hard labels it
+    is `preference`'s nca."""
+    logits = beta * log_ratio
+    noise = F.logsigmoid(-logits) / sizes.repeat_interleave(sizes)
+    terms = labels * F.logsigmoid(logits) + noise
+    return -torch.segment_reduce(terms, "sum", lengths=sizes, initial=0)
+
+
+def kto_unpaired(
+    log_ratio: Tensor, desirable: Tensor, kl: float, *, beta: float, weights: tuple[float, float]
+) -> Tensor:
+    """KTO of answers by themselves (Ethayarajh et al. 2024, equation 8): [n] -> [n].
+
+    `desirable` bool [n]; `kl`: the policy's KL to the reference, estimated over the batch from
+    answers to other prompts, a constant, floored at 0 here; `weights` of desirable and undesirable
+    answers (the paper's lambda_D and lambda_U).
+    """
+    gap = beta * (log_ratio - max(kl, 0.0))
+    return torch.where(desirable, weights[0] * torch.sigmoid(-gap), weights[1] * torch.sigmoid(gap))
 
 
 def policy_clip(
@@ -177,9 +222,8 @@ def _check_settings(kind: Kind, label_smoothing: float, gamma: float) -> None:
         raise ValueError(f"gamma: only simpo has a target margin, got {gamma} for {kind}")
 
 
-def _kto(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    chosen_kl = chosen.detach().mean().clamp(min=0)
-    rejected_kl = rejected.detach().mean().clamp(min=0)
+def _kto(chosen: Tensor, rejected: Tensor, kl: tuple[float, float], beta: float) -> Tensor:
+    chosen_kl, rejected_kl = (max(value, 0.0) for value in kl)
     desirable = 1 - torch.sigmoid(beta * (chosen - rejected_kl))
     undesirable = 1 - torch.sigmoid(beta * (chosen_kl - rejected))
     return (desirable + undesirable) / 2

@@ -9,12 +9,13 @@ one optimizer step. There are no worker processes, since packing takes far less 
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from llama2rt.data.groups import Group, GroupBatch, filler_groups, pack_groups
 from llama2rt.data.packing import (
     Batch,
     Example,
@@ -291,6 +292,47 @@ class PairLoader(_Loader[PairBatch]):
             extras = {name: value[members] for name, value in self._extras.items()}
             result.append(pack_pairs([self._pairs[i] for i in members], extras, self._packed))
         return result + [filler_pairs(self._extras)] * missing
+
+
+class GroupLoader(_Loader[GroupBatch]):
+    """Steps of `batch_size` groups in micro-batches of at most `micro_tokens` tokens; each of
+    `extras` has a number a document. `mismatched`: of each group a document to read beside it."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        extras: Mapping[str, ArrayLike],
+        batch_size: int,
+        micro_tokens: int,
+        seed: int,
+        *,
+        mismatched: Sequence[Example] | None = None,
+        share: Share = WHOLE,
+        packed: Callable[[Sequence[Example]], Batch] = pack_shared,
+    ) -> None:
+        super().__init__(len(groups), batch_size, seed, None, share)
+        self._groups, self._mismatched, self._packed = groups, mismatched, packed
+        self._extras = {name: np.asarray(value) for name, value in extras.items()}
+        self._micro_tokens = micro_tokens
+        self._begins = np.cumsum([0, *(len(group) for group in groups)])
+        self._lengths = [sum(len(one.tokens) for one in group) for group in groups]
+        self._fingerprint = _fingerprint(list(chain.from_iterable(groups)))
+        _warn_of_long("groups", self._lengths, micro_tokens)
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"content": self._fingerprint}
+
+    def _assemble(self, indices: np.ndarray) -> list[GroupBatch]:
+        lengths = [self._lengths[i] for i in indices]
+        members, missing = shared_groups(lengths, self._micro_tokens, self._share)
+        packed = [self._packed_groups(indices[group]) for group in members]
+        return packed + [filler_groups(self._extras, self._mismatched is not None)] * missing
+
+    def _packed_groups(self, members: np.ndarray) -> GroupBatch:
+        rows = np.concatenate([np.arange(self._begins[i], self._begins[i + 1]) for i in members])
+        extras = {name: value[rows] for name, value in self._extras.items()}
+        beside = self._mismatched and [self._mismatched[i] for i in members]
+        return pack_groups([self._groups[i] for i in members], extras, beside, self._packed)
 
 
 class TokenLoader(_Loader[Batch]):

@@ -89,7 +89,7 @@ def steps(recipe: Planned, directory: Path, options: Options, assumed: str | Non
         for step in resolved:
             works.append((step.name, step.stage.plan(step.recipe, None, lambda folder: config)))
     else:
-        if isinstance(recipe, StudyRecipe):
+        if isinstance(recipe, StudyRecipe) and not recipe.policies:
             open_inputs(recipe, resolved)
         for step, inputs, future in opened(resolved):
             work = step.stage.plan(step.recipe, inputs, _shape_of(future))

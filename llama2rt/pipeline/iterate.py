@@ -32,7 +32,7 @@ from llama2rt.stages import STAGES, loading
 from llama2rt.stages.annotate import file_name
 
 # Stages whose model is a version of the policy.
-POLICIES = ("rejection", "ghost-attention", "ppo", "dpo", "context-distillation")
+POLICIES = ("rejection", "ghost-attention", "ppo", "dpo", "offline", "context-distillation")
 
 
 class FirstRewards(BaseModel):
@@ -233,7 +233,7 @@ class Plan:
         elif step.stage == "evaluate":
             given["versions"] = {"SFT": recipe.sft} | {n: outputs.model(n) for n in versions}
             given["data"] = recipe.validation
-        elif step.stage in ("pretrain", "sft"):
+        elif step.stage in ("pretrain", "sft", "offline"):
             given |= {"data": None, "validation": None}  # which are no prompts there
         if "sources" in STAGES[step.stage].recipe.model_fields and self._key(step, "sources"):
             given |= {"data": None, "mixed_in": None}  # in whose place they stand

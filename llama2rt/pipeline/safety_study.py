@@ -21,7 +21,7 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.evaluate import intervals, safety
 from llama2rt.parallel import on_main
-from llama2rt.pipeline.iterate import NO_OPTION, merged
+from llama2rt.pipeline.iterate import merged
 from llama2rt.pipeline.keys import Tables
 from llama2rt.pipeline.plan import Outputs, Resolved, Step, opened
 from llama2rt.pipeline.run import Clock, prepare
@@ -31,6 +31,7 @@ from llama2rt.rollout.reward import ScoringOptions
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Recipe, Run
 from llama2rt.run.unfinished import first_problem
+from llama2rt.run.no_option import NO_OPTION
 from llama2rt.stages import loading
 from llama2rt.stages.evaluate import EvaluateRecipe, read_answers
 from llama2rt.stages.sft import SftRecipe

@@ -1,5 +1,5 @@
 """Studies of reward models as one resumable command, read from a recipe in TOML: several models on
-the same held-out comparisons, trained here or found trained.
+the same held-out comparisons, trained here or found trained. Of policies: see `policies`.
 
 What the papers show of reward models are such studies, and differ in their models alone: margins
 (Llama 2, Table 28), the safety classification loss (Table 29), one model on another's test set
@@ -24,10 +24,10 @@ from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import annotators, length, reward_models
 from llama2rt.parallel import on_main
-from llama2rt.pipeline import answers
+from llama2rt.pipeline import answers, policies
 from llama2rt.pipeline.answers import Answer, LengthOptions
 from llama2rt.pipeline.iterate import merged
-from llama2rt.pipeline.keys import Tables
+from llama2rt.pipeline.keys import AnyStep, Tables
 from llama2rt.pipeline.plan import Resolved, Step, opened
 from llama2rt.pipeline.run import Clock, prepare
 from llama2rt.pipeline.run import run as run_plan
@@ -44,18 +44,22 @@ logger = logging.getLogger("llama2rt.pipeline.study")
 
 
 class StudyRecipe(Recipe):
-    """Train and compare reward models."""
+    """Train and compare reward models, or policies."""
 
     like: Path | None = None
     """a run directory of the reward stage: its recipe is that of every training, but for what is
     said below"""
     defaults: Annotated[Tables, *NO_OPTION] = Field(default={})
-    """[defaults.reward]: keys of the reward stage's recipe for all trainings"""
+    """[defaults.reward]: keys of the reward stage's recipe for all trainings; of policies, keys by
+    their stages, and [defaults.evaluate]: what all are compared by"""
     models: Annotated[list[AnyModel], *NO_OPTION] = Field(default=[])
     """in the order of the tables; each with a name and the keys of the reward stage's recipe that
     differ, or the folder of one that is measured as it is: trained (a reward model), classifier (of
     transformers', for sequence classification), preference (a pairwise preference model) or judge
     (a language model). The first is what the others are compared with"""
+    policies: Annotated[list[AnyStep], *NO_OPTION] = Field(default=[])
+    """in place of models: each with a name, a stage (dpo, offline, ppo, rejection, sft) and the
+    keys of its recipe that differ. The first is what the others are compared with"""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     """train each model once from each; tables show the mean"""
     data_limits: list[Annotated[int, Field(gt=0)]] = Field(default=[])
@@ -74,14 +78,17 @@ class StudyRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if set(self.defaults) - {"reward"}:
+        if self.models and self.policies:
+            raise ValueError("policies: models are compared by other numbers: a study of each")
+        if not self.policies and set(self.defaults) - {"reward"}:
             raise ValueError("defaults: a study runs the reward stage alone: [defaults.reward]")
         for key in ("seeds", "data_limits"):
             if len(set(getattr(self, key))) < len(getattr(self, key)):
                 raise ValueError(f"{key}: one stands there twice")
-        names = Counter(model.name.lower() for model in self.models)
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise ValueError(f"models: {twice[0]!r} is taken")
+        for key, named in (("models", self.models), ("policies", self.policies)):
+            names = Counter(one.name.lower() for one in named)
+            if twice := [name for name, count in names.items() if count > 1]:
+                raise ValueError(f"{key}: {twice[0]!r} is taken")
         return self
 
     def change(self, key: str, begun: Mapping[str, Any]) -> Change:
@@ -91,7 +98,9 @@ class StudyRecipe(Recipe):
         item = f"{table}.{which}"
         new = not any(old == item or old.startswith(f"{item}.") for old in begun)
         # With a first amount of data, what was trained on all of it would be other models.
-        if new and (table in ("models", "seeds") or (table == "data_limits" and which != "0")):
+        if new and (
+            table in ("models", "policies", "seeds") or (table == "data_limits" and which != "0")
+        ):
             return "longer"
         return "neutral" if key == "micro_tokens" else super().change(key, begun)
 
@@ -116,14 +125,18 @@ class Inputs:
 
 def steps(recipe: StudyRecipe) -> list[Step]:
     """The trainings as steps of a plan. InputError where there is nothing to compare."""
+    if recipe.policies:
+        return policies.steps(recipe)
     if not recipe.models:
-        raise InputError("models: name at least one under [[models]]")
+        raise InputError("models: name at least one under [[models]], or [[policies]]")
     return [training.step for training in recipe.trainings()]
 
 
 def run(recipe: StudyRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Train what is to be trained, score, compare into report.json, report.html and tables.md;
     returns the directory."""
+    if recipe.policies:
+        return policies.run(recipe, directory, resume=resume)
     # The rest is an input of each training, or hashed with the scores that depend on it.
     named = loading.file_inputs(recipe)
     files = {k: path for k, path in named.items() if k.startswith(("tests.", "length."))}

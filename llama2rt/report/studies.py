@@ -8,7 +8,7 @@ drawn.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama2rt.report import figures
+from llama2rt.report import figures, policy_studies
 from llama2rt.report.html import Block, Section, Table, cell
 
 Numbers = Mapping[str, Any]
@@ -23,6 +23,8 @@ _LABELS = {
 
 def sections(numbers: Numbers, *, drawn: bool = True) -> list[Section]:
     """Of the page of a study; its tables alone where nothing is to be `drawn`."""
+    if "policies" in numbers:
+        return [policy_studies.section(numbers)]
     study, tests = numbers["study"], numbers["tests"]
     draw: Sequence[str] = study["draw"] if drawn else ()
     found = [

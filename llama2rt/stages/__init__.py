@@ -87,6 +87,7 @@ STAGES = {
         Stage("ghost-attention", "keep to the first turn's instruction for a whole dialogue"),
         Stage("ppo", "PPO against two reward models"),
         Stage("dpo", "online DPO: best against worst of the model's own answers"),
+        Stage("offline", "offline DPO: once through comparisons, without sampling"),
         Stage("context-distillation", "train on safer answers, given with a pre-prompt before"),
         # The verb `evaluate` measures a reward model, or files of samples.
         Stage("evaluate", "all versions' answers to the same held-out prompts", verb=False),

@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llama2rt.stages.preference import PreferenceRecipe
     from llama2rt.stages.reward import RewardRecipe
 
 logger = logging.getLogger("llama2rt.stages.comparisons")
@@ -67,6 +66,23 @@ def check_sources(recipe: "RewardRecipe") -> None:
             raise ValueError(
                 f"held_out of {source}: only sources of data, without validation, have one"
             )
+
+
+class Reading(Protocol):
+    """What a recipe says of the comparisons that are read."""
+
+    @property
+    def data(self) -> Sequence[Source]: ...
+    @property
+    def validation(self) -> Sequence[Source]: ...
+    @property
+    def held_out(self) -> int: ...
+    @property
+    def filters(self) -> Filters: ...
+    @property
+    def skip_invalid(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class Unit(NamedTuple):
@@ -168,7 +184,7 @@ def units_of(recipe: "RewardRecipe") -> list[Unit]:
 
 def read_units(
     units: Sequence[Unit],
-    recipe: "RewardRecipe | PreferenceRecipe",
+    recipe: Reading,
     left_out: Counter[str],
     account: Account,
 ) -> dict[str, list[Located]]:

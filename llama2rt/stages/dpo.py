@@ -3,43 +3,42 @@
 Each iteration: sample n responses a prompt from the policy so far, rank them by reward, add best
 against worst to the history, and run DPO on the whole history, starting from the previous
 iteration's model. The reference policy is the same in every iteration. An iteration is a run of its
-own below the stage's directory, with its samples, pairs, metrics and model.
-
-Left out: offline comparisons from files, and a second agent other than another temperature.
+own below the stage's directory, with its samples, pairs, metrics and model. Offline comparisons may
+be part of the history, a second agent may answer beside the policy (`exploration`), and the loss
+may be of all n answers or of answers by themselves (`direct`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from llama2rt import report
-from llama2rt.algorithms import losses, rewards
-from llama2rt.data.loader import PairLoader
-from llama2rt.data.packing import PairBatch
-from llama2rt.data.shared import packing
+from llama2rt.data.filters import NO_FILTERS, Filters
+from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.model import Llama
 from llama2rt.parallel import Mesh
 from llama2rt.planning import Count, Model, Phase, Work
-from llama2rt.rollout import balance, metrics, sampling
-from llama2rt.rollout.logprobs import segment_sums
-from llama2rt.rollout.responses import Response, response_example
+from llama2rt.rollout import metrics
+from llama2rt.rollout.responses import Response
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Change, Run
-from llama2rt.stages import adapters, loading, mixing, plans
+from llama2rt.stages import adapters, direct, exploration, history, loading, mixing, offline, plans
+from llama2rt.stages.direct import DirectRecipe
+from llama2rt.stages.exploration import SecondAgent
+from llama2rt.stages.history import History
 from llama2rt.stages.inputs import RolloutInputs, RolloutRecipe, open_rollout
-from llama2rt.stages.pairs import PAIRS, REFERENCE_SUMS, Pair, Sums, kept_sums, write_pairs
-from llama2rt.train.loop import Objective, fit
-from llama2rt.train.options import TrainOptions
+from llama2rt.stages.loading import Future
+from llama2rt.stages.offline import Comparisons
+from llama2rt.stages.pairs import OFFLINE_SUMS, PAIRS, REFERENCE_SUMS, write_pairs
+from llama2rt.train.loop import fit
 
 
-class DpoRecipe(RolloutRecipe):
+class DpoRecipe(DirectRecipe, RolloutRecipe):
     """Improve a policy by DPO on its own ranked samples, in iterations."""
 
     init: Path
@@ -51,36 +50,26 @@ class DpoRecipe(RolloutRecipe):
     """T: how often to sample, rank and train"""
     prompts_per_iteration: int = Field(default=20_000, gt=0)
     """m, or all prompts where there are fewer"""
-    samples: int = Field(default=8, gt=1)
+    samples: int = Field(default=8, gt=0)
     """n: best-of-n against worst-of-n"""
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0, 0.7], min_length=1)
     """of equal shares of the samples; no top-k, no top-p"""
+    second: SecondAgent = SecondAgent()
+    """a second agent, whose answers are compared with the policy's"""
     sampling: SamplingOptions = SamplingOptions(max_tokens=2048)
     """length of responses, and what sampling may take; a response that is cut is compared as it
     stands, without an EOS"""
     length_penalty: float = Field(default=0.0, ge=0)
     """reward taken off per character when ranking"""
-
-    kind: losses.Kind = "dpo"
-    """the preference loss, see algorithms.losses.preference; kto takes its KL from the pairs of one
-    forward pass, so that train.micro_tokens and the number of processes are part of it"""
-    beta: float = Field(default=0.1, gt=0)
-    """the paper's eta"""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """probability that a label is wrong, for the kinds that know one (dpo, exo, robust, simpo)"""
-    gamma: float = Field(default=0.0, ge=0)
-    """simpo's target margin"""
-    batch_size: int = Field(default=128, gt=0)
-    """pairs"""
     epochs: int = Field(default=2, gt=0)
     """over the history, in each iteration"""
-    share_prompts: bool | None = None
-    """whether the prompt of a pair is computed once, not once a side; None for wherever that leaves
-    out a tenth of a micro-batch's tokens. Losses and gradients differ by rounding"""
-    # The paper: lr 5e-7, cosine (to 0, as its Hugging Face schedule), warm-up 0.03.
-    train: TrainOptions = TrainOptions(
-        lr=5e-7, warmup_ratio=0.03, min_lr_ratio=0.0, micro_tokens=16384
-    )
+    offline: list[Source] = Field(default=[])
+    """files of comparisons that are part of the history from the first iteration on"""
+    offline_share: float | None = Field(default=None, gt=0, lt=1)
+    """of the history in each iteration, drawn at random, or all comparisons where there are too
+    few; None for all from the start"""
+    offline_filters: Filters = NO_FILTERS
+    """what is left out of offline"""
 
     @property
     def samples_trained(self) -> bool:
@@ -94,22 +83,14 @@ class DpoRecipe(RolloutRecipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        # The loss itself says which settings its kind does not have.
-        zero = torch.zeros(1)
-        losses.preference(
-            zero,
-            zero,
-            zero,
-            zero,
-            kind=self.kind,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            gamma=self.gamma,
-        )
         if self.length_penalty and self.rewards.ranking == "tournament":
             raise ValueError(
                 "length_penalty: a tournament's standings are no rewards: take ranking win_rate"
             )
+        if self.samples + self.second.samples < 2:
+            raise ValueError("samples: expected at least 2 answers to compare, of both agents")
+        if self.second.samples and self.sampling.server is not None:
+            raise ValueError("second: a server has the policy's weights alone: sample here")
         if len(set(self.temperatures)) < len(self.temperatures):
             # A sample's random numbers depend on its temperature: it would be drawn twice.
             raise ValueError(f"temperatures: expected different ones, got {self.temperatures}")
@@ -118,20 +99,17 @@ class DpoRecipe(RolloutRecipe):
                 f"samples: {self.samples} is no multiple of the {len(self.temperatures)} "
                 "temperatures"
             )
+        if not self.offline and (self.offline_share is not None or self.offline_filters.active):
+            raise ValueError("offline: names no files, so a share or filters of them say nothing")
+        self.offline_filters.require_meaning("comparison")
         return self
 
 
-@dataclass
-class History:
-    """All pairs so far, and the reference policy's sums of each (`reference_sums`)."""
+@dataclass(frozen=True)
+class DpoInputs(RolloutInputs):
+    """What this stage reads besides."""
 
-    pairs: list[Pair] = field(default_factory=list)
-    sums: Sums = field(default_factory=dict)
-
-    def add(self, pairs: Sequence[Pair], sums: Sums) -> None:
-        self.pairs += pairs
-        for name, values in sums.items():
-            self.sums[name] = np.concatenate([self.sums.get(name, np.empty(0)), values])
+    offline: Comparisons
 
 
 def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
@@ -139,13 +117,14 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
     run = Run.open(directory, recipe, inputs=loading.file_inputs(recipe), resume=resume)
     if run.complete:
         return run.model_directory
-    inputs = open_rollout(recipe)
+    inputs = open_inputs(recipe)
     mixing.record(run, inputs.account)
+    inputs.offline.record(run)
     mesh = Mesh.build(recipe.parallel, inputs.result.config)
     reference = run.manifest["inputs"]["reference" if recipe.reference else "init"]["sha256"]
     run.truncate_metrics(0)
-    history = History()
-    policy_folder = recipe.init
+    past = Past(recipe, inputs, reference)
+    policies = [recipe.init]
     parents: list[Path] = []
     numbers: dict[str, Any] = {}
     for iteration in range(recipe.iterations):
@@ -153,27 +132,28 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
             directory / f"iteration-{iteration + 1}",
             # An iteration depends on those before it, not on how many are to follow.
             recipe.model_copy(update={"iterations": iteration + 1}),
-            inputs={"policy": policy_folder},
+            inputs={"policy": policies[-1]},
             parents=parents,
             resume=True,
         )
 
-        # Sample, and rank: best against worst joins the history, with the reference's sums.
-        sampled = sample(recipe, inputs, policy_folder, iteration, step)
-        new = best_against_worst(sampled, recipe.length_penalty)
-        if not new and not history.pairs:
-            raise InputError(f"{directory}: no prompt gave two different answers to compare")
-        write_pairs(step.directory / PAIRS, new)
-        history.add(new, sums_of(inputs, recipe, new, reference, step))
+        # Sample, rank, and add to the history, with the reference's sums.
+        count = min(recipe.prompts_per_iteration, len(inputs.prompts))
+        prompts = draw(inputs.prompts, count, recipe.seed, iteration)
+        sampled = exploration.answers(recipe, inputs, policies, prompts, iteration, step)
+        pairs = history.best_against_worst(sampled, recipe.length_penalty)
+        write_pairs(step.directory / PAIRS, pairs)
+        past.add(sampled, step)
 
         # Learn from the history, going on from this iteration's policy.
         if not step.complete:
-            model = learn(recipe, inputs, policy_folder, history, iteration, step, mesh)
+            model = learn(recipe, inputs, policies[-1], past.history, iteration, step, mesh)
             numbers = {
                 "prompts": len(sampled),
-                "new_pairs": len(new),
-                "pairs": len(history.pairs),
-                **metrics.summary([r for responses in sampled for r in responses]),
+                "new_pairs": len(pairs),
+                **past.numbers(),
+                **exploration.numbers(recipe, sampled, pairs),
+                **metrics.summary([r for group in sampled for r in group[: recipe.samples]]),
             }
             if inputs.held_out:
                 held_out = inputs.measure_held_out(model, step)
@@ -182,32 +162,53 @@ def run(recipe: DpoRecipe, directory: Path, *, resume: bool = False) -> Path:
             del model
         numbers = step.manifest["summary"]
         run.log(iteration + 1, **numbers)
-        policy_folder, parents = step.model_directory, [step.directory]
+        policies.append(step.model_directory)
+        parents = [step.directory]
 
-    final = inputs.to_train_on(policy_folder, mesh)  # as saved: masters stay fp32
+    final = inputs.to_train_on(policies[-1], mesh)  # as saved: masters stay fp32
     adapters.save(final, inputs.tokenizer, run, recipe.init)
     report.finish(run, {"iterations": recipe.iterations, **numbers})
     return run.model_directory
 
 
-open_inputs = open_rollout
+def open_inputs(recipe: DpoRecipe, future: Future | None = None) -> DpoInputs:
+    """All that the recipe names, read and checked before any weights are loaded. InputError as from
+    `open_rollout`, `offline.read` and `SecondAgent.check`."""
+    opened = open_rollout(recipe, future)
+    recipe.second.check(recipe, future)
+    found = Comparisons([])
+    if recipe.offline:
+        reading = offline.Wanted(recipe.offline, recipe.offline_filters, recipe.seed)
+        held_out = {repr(prompt.messages) for prompt in opened.held_out}
+        found = offline.read(
+            reading, opened.tokenizer, opened.result.config.context, held_out, future
+        )
+    rest = (opened.prompts, opened.held_out, opened.result)
+    return DpoInputs(recipe, opened.tokenizer, *rest, found, account=opened.account)
 
 
-def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) -> Work:
-    """For `--dry-run`: every prompt gives a pair, and the history grows by one batch of them an
-    iteration."""
+def plan(recipe: DpoRecipe, inputs: DpoInputs | None, shape: plans.Shape) -> Work:
+    """For `--dry-run`: every prompt gives a pair (all its answers, where the loss is of those), and
+    the history grows by one batch of them an iteration."""
     policy = Model("policy", shape(recipe.init), lora=recipe.lora)
     ranking = plans.reward_models(recipe, shape)
     frozen = [*ranking, plans.reference(recipe, shape)]
     lengths = None if inputs is None else plans.prompt_lengths(inputs.prompts, inputs.tokenizer)
     prompts = min(recipe.prompts_per_iteration, len(lengths or ()) or recipe.prompts_per_iteration)
-    answers = recipe.iterations * prompts * recipe.samples
+    compared = recipe.samples + recipe.second.samples
+    drawn = recipe.samples + recipe.second.samples * recipe.second.best_of
     # Of one pair a prompt the reference reads both sides; of the others nothing.
+    answers = recipe.iterations * prompts * drawn
     sampling = plans.sampling_of(policy, recipe.sampling, lengths, answers, ranking)
-    steps = sum(
-        recipe.epochs * -(-prompts * (iteration + 1) // recipe.batch_size)
-        for iteration in range(recipe.iterations)
-    )
+    new = prompts * (compared if recipe.unit == "answers" else 1)
+    known = len(inputs.offline.pairs) * (2 if recipe.unit == "answers" else 1) if inputs else 0
+    steps = 0
+    for iteration in range(recipe.iterations):
+        online = new * (iteration + 1)
+        total = online + offline_count(recipe, online, known)
+        steps += recipe.epochs * -(-total // recipe.batch_size)
+    documents = {"pairs": 2, "groups": compared, "answers": 1}[recipe.unit]
+    offline_notes = inputs.offline.account.lines() if inputs else []
     return Work(
         [
             Phase("sampling", frozen=frozen, sampling=sampling),
@@ -215,162 +216,89 @@ def plan(recipe: DpoRecipe, inputs: RolloutInputs | None, shape: plans.Shape) ->
         ],
         recipe.train,
         recipe.parallel,
-        plans.answers_batch(sampling, 2 * recipe.batch_size),
+        plans.answers_batch(sampling, documents * recipe.batch_size),
         Count(steps, "at most: every prompt gives a pair"),
         recipe.epochs,
         notes=[
             f"{recipe.iterations} iterations over {prompts:,} prompts each",
             *mixing.notes(recipe, inputs),
-            *plans.comparing(recipe, recipe.samples),
+            *offline_notes,
+            *plans.comparing(recipe, compared),
         ],
     )
 
 
-def sample(
-    recipe: DpoRecipe, inputs: RolloutInputs, policy_folder: Path, iteration: int, step: Run
-) -> list[list[Response]]:
-    """n scored responses of each of the iteration's prompts. The policy and its cache are gone when
-    this returns, and leave their memory to the model that is trained next; with an adapter the two
-    are one model."""
-    count = min(recipe.prompts_per_iteration, len(inputs.prompts))
-    if recipe.lora.rank is None:
-        policy = inputs.policy(policy_folder)
-    else:
-        policy = inputs.sampler(inputs.to_train(policy_folder), str(policy_folder))
-    return sampling.sample(
-        step.samples_directory,
-        policy,
-        draw(inputs.prompts, count, recipe.seed, iteration),
-        n=recipe.samples,
-        temperatures=recipe.temperatures,
-        seed=derived_seed(recipe.seed, "iteration", iteration),
-    )
+def offline_count(recipe: DpoRecipe, online: int, known: int) -> int:
+    """How many of the `known` offline units are in a history with so many `online` ones."""
+    share = recipe.offline_share
+    return known if share is None else min(known, round(online * share / (1 - share)))
 
 
-def sums_of(
-    inputs: RolloutInputs, recipe: DpoRecipe, pairs: Sequence[Pair], reference: str, step: Run
-) -> Sums:
-    """`reference_sums`, kept in the iteration's directory so that a resumed run has them.
-    `reference`: the hash of the reference policy's folder."""
-    if recipe.kind in losses.REFERENCE_FREE or not pairs:
-        return {}
-    tokens = [(response.prompt_tokens, response.tokens) for pair in pairs for response in pair]
-    # All but the kind change how the sums are rounded.
-    settings = [recipe.kind, recipe.train.precision, recipe.train.micro_tokens]
-    if recipe.share_prompts is not None:
-        settings.append(recipe.share_prompts)
-    return kept_sums(
-        step.directory / REFERENCE_SUMS,
-        [reference, tokens, settings],
-        lambda: reference_sums(inputs.reference, pairs, recipe),
-    )
+class Past:
+    """The history so far: what was sampled, and what of the offline comparisons goes with it."""
+
+    def __init__(self, recipe: DpoRecipe, inputs: DpoInputs, reference: str) -> None:
+        """`reference`: the hash of the reference policy's folder."""
+        self._recipe, self._inputs, self._reference = recipe, inputs, reference
+        self._context = inputs.result.config.context
+        self.history = History()
+        self._online = self._taken = 0
+        pairs = inputs.offline.pairs
+        self._offline = History()
+        if pairs:
+            order = torch.randperm(
+                len(pairs),
+                generator=torch.Generator().manual_seed(derived_seed(recipe.seed, "offline")),
+            )
+            drawn = [pairs[i] for i in order.tolist()]
+            self._offline = history.of_comparisons(drawn, recipe.unit, self._context)
+
+    def add(self, sampled: Sequence[Sequence[Response]], step: Run) -> None:
+        """An iteration's scored answers, with the reference's sums, kept in its directory, and as
+        many offline comparisons as the recipe wants beside all that was sampled so far. InputError
+        where there is nothing to learn from."""
+        recipe = self._recipe
+        new = history.of_samples(
+            sampled, recipe.unit, recipe.length_penalty, recipe.alpha, self._context
+        )
+        self._online += len(new.groups)
+        wanted = offline_count(recipe, self._online, len(self._offline.groups))
+        for part, name in (
+            (new, REFERENCE_SUMS),
+            (self._offline.part(self._taken, wanted), OFFLINE_SUMS),
+        ):
+            path = step.directory / name
+            known = direct.with_reference(recipe, part, self._inputs, self._reference, path)
+            self.history.add(known)
+        self._taken = max(wanted, self._taken)
+        if not self.history.groups:
+            raise InputError(f"{step.directory}: no prompt gave two different answers to compare")
+
+    def numbers(self) -> dict[str, int]:
+        """How many units the history has, and how many of them are offline."""
+        found = {self._recipe.unit: len(self.history.groups)}
+        if self._recipe.offline:
+            found["offline"] = self._taken
+        if self._recipe.unit == "answers":
+            found["desirable"] = int(self.history.extras["desirable"].sum())
+        return found
 
 
 def learn(
     recipe: DpoRecipe,
     inputs: RolloutInputs,
     policy_folder: Path,
-    history: History,
+    past: History,
     iteration: int,
     step: Run,
     mesh: Mesh,
 ) -> Llama:
     """The policy after `epochs` through the history, also saved as the iteration's model."""
     model = inputs.to_train_on(policy_folder, mesh)
-    examples = [(response_example(best), response_example(worst)) for best, worst in history.pairs]
-    loader = PairLoader(
-        examples,
-        history.sums,
-        recipe.batch_size,
-        recipe.train.micro_tokens,
-        derived_seed(recipe.seed, "order", iteration),
-        share=mesh.share,
-        packed=packing(recipe.share_prompts),
-    )
+    loader = direct.loader(recipe, past, derived_seed(recipe.seed, "order", iteration), mesh)
     steps = recipe.epochs * loader.steps_per_epoch
-    fit(step, model, loader, objective(recipe), recipe.train, steps=steps, mesh=mesh)
+    loss = direct.loss(recipe, mesh)
+    options = recipe.train
+    fit(step, model, loader, loss, options, steps=steps, mesh=mesh, survey=loss.survey)
     adapters.save(model, inputs.tokenizer, step, recipe.init)
     return model
-
-
-def best_against_worst(sampled: Sequence[Sequence[Response]], length_penalty: float) -> list[Pair]:
-    """(best, worst) of each prompt by reward less the length penalty.
-
-    A response that is only EOS is never compared: it says nothing, and a policy taught that it is
-    better, or worse, than an answer learns about stopping only. Prompts whose best and worst are
-    the same text, or earn the same, give no pair.
-    """
-    pairs = []
-    for responses in sampled:
-        candidates = [response for response in responses if response.text]
-        if len(candidates) < 2:
-            continue
-        reward = rewards.length_penalty(
-            torch.tensor([response.reward for response in candidates]),
-            torch.tensor([len(response.text) for response in candidates]),
-            length_penalty,
-        )
-        best, worst = candidates[int(reward.argmax())], candidates[int(reward.argmin())]
-        if best.text != worst.text and float(reward.max()) > float(reward.min()):
-            pairs.append((best, worst))
-    return pairs
-
-
-def reference_sums(reference: nn.Module, pairs: Sequence[Pair], recipe: DpoRecipe) -> Sums:
-    """The reference policy's log-probability of both sides of each pair, fp32 [n]: summed, or
-    averaged where the kind is defined on averages; nothing for kinds without a reference."""
-    if recipe.kind in losses.REFERENCE_FREE or not pairs:
-        return {}
-    responses = [response for pair in pairs for response in pair]
-    logprob, _ = balance.logprobs(
-        reference,
-        [response_example(response) for response in responses],
-        1.0,
-        recipe.train.micro_tokens,
-        together=[i // 2 for i in range(len(responses))],
-        packed=packing(recipe.share_prompts),
-    )
-    lengths = torch.tensor([len(response.tokens) for response in responses], device=logprob.device)
-    values = segment_sums(logprob, lengths)
-    if recipe.kind in losses.AVERAGED:
-        values = values / lengths
-    chosen, rejected = values.cpu().view(-1, 2).unbind(1)
-    return {"reference_chosen": chosen.numpy(), "reference_rejected": rejected.numpy()}
-
-
-def objective(recipe: DpoRecipe) -> Objective:
-    """The chosen kind of preference loss, summed over pairs."""
-
-    def loss(model: Llama, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        batch, extras = pairs.batch, pairs.extras
-        logprob = model(
-            batch.tokens, batch.positions, batch.cu_seqlens, batch.targets, keys=batch.keys
-        )
-        lengths = batch.cu_seqlens.diff().long()
-        values = segment_sums(logprob, lengths)
-        if recipe.kind in losses.AVERAGED:
-            values = values / segment_sums((batch.targets >= 0).float(), lengths)
-        chosen, rejected = values.view(-1, 2).unbind(1)
-        total = losses.preference(
-            chosen,
-            rejected,
-            extras.get("reference_chosen"),
-            extras.get("reference_rejected"),
-            kind=recipe.kind,
-            beta=recipe.beta,
-            label_smoothing=recipe.label_smoothing,
-            gamma=recipe.gamma,
-        ).sum()
-        gap = (chosen - rejected).detach()
-        if recipe.kind not in losses.REFERENCE_FREE:
-            gap = gap - (extras["reference_chosen"] - extras["reference_rejected"])
-        sums = {
-            # Both are watched: in DPO the chosen log-probability often falls with the rejected.
-            "chosen_logprob": chosen.detach().sum(),
-            "rejected_logprob": rejected.detach().sum(),
-            "margin": recipe.beta * gap.sum(),
-            "accuracy": (gap > 0).sum(),
-        }
-        return total, sums
-
-    return loss

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -101,38 +101,13 @@ class RolloutRecipe(Recipe):
         self.sampling.check_server(changes, adapter=self.lora.rank is not None)
 
 
-@dataclass(frozen=True)
-class RolloutInputs(Opened):
-    """All that such a recipe names, checked."""
+class PolicyInputs(Opened):
+    """The policy that is trained and the reference policy, of a recipe that names them as init and
+    reference, with train, parallel, lora, frozen and seed."""
 
-    recipe: RolloutRecipe
+    recipe: Any
     tokenizer: Tokenizer
-    prompts: list[Prompt]
-    held_out: list[Prompt]
     result: Outline
-    """the model that the run will leave"""
-    account: Account = field(default_factory=Account, kw_only=True)
-    """what became of every prompt to train on"""
-
-    @functools.cached_property
-    def reward_models(self) -> RewardModels:
-        """The models that rank, in the compute dtype, frozen."""
-        train = self.recipe.train
-
-        def load(folder: Path) -> ScalarModel:
-            build = functools.partial(loading.load_scalar, folder, train.dtype, self.tokenizer)
-            return self._frozen(build, folder)
-
-        def load_pairwise(folder: Path) -> PairwiseModel:
-            def build(device: loading.Device) -> Llama:
-                return loading.load_llama(folder, dtype=train.dtype, device=device)[0]
-
-            _, tokenizer = loading.load_llama(folder, device="meta")
-            return PairwiseModel(self._frozen(build, folder), tokenizer, train.micro_tokens)
-
-        return loading.load_reward_models(
-            self.recipe.rewards, train.micro_tokens, load, load_pairwise
-        )
 
     @functools.cached_property
     def reference(self) -> nn.Module:
@@ -188,6 +163,40 @@ class RolloutInputs(Opened):
         stored = folder if recipe.lora.rank is None else recipe.init
         build = functools.partial(self.to_train, folder)
         return spread.from_folder(build, stored, mesh, recipe.train)
+
+
+@dataclass(frozen=True)
+class RolloutInputs(PolicyInputs):
+    """All that such a recipe names, checked."""
+
+    recipe: RolloutRecipe
+    tokenizer: Tokenizer
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    result: Outline
+    """the model that the run will leave"""
+    account: Account = field(default_factory=Account, kw_only=True)
+    """what became of every prompt to train on"""
+
+    @functools.cached_property
+    def reward_models(self) -> RewardModels:
+        """The models that rank, in the compute dtype, frozen."""
+        train = self.recipe.train
+
+        def load(folder: Path) -> ScalarModel:
+            build = functools.partial(loading.load_scalar, folder, train.dtype, self.tokenizer)
+            return self._frozen(build, folder)
+
+        def load_pairwise(folder: Path) -> PairwiseModel:
+            def build(device: loading.Device) -> Llama:
+                return loading.load_llama(folder, dtype=train.dtype, device=device)[0]
+
+            _, tokenizer = loading.load_llama(folder, device="meta")
+            return PairwiseModel(self._frozen(build, folder), tokenizer, train.micro_tokens)
+
+        return loading.load_reward_models(
+            self.recipe.rewards, train.micro_tokens, load, load_pairwise
+        )
 
     def policy(self, folder: Path) -> Sampler:
         """The model in `folder`, in the compute dtype, to sample from."""

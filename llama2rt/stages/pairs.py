@@ -24,6 +24,7 @@ Sums = dict[str, np.ndarray]
 
 PAIRS = "pairs.jsonl"
 REFERENCE_SUMS = "reference_sums.json"
+OFFLINE_SUMS = "offline_sums.json"
 
 
 @by_main

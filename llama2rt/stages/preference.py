@@ -11,7 +11,7 @@ this model has no use for; several orders of one comparison; mixes by shares (`[
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -39,6 +39,7 @@ from llama2rt.rollout.pairwise import Letters
 from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters, mixing, spread
 from llama2rt.stages.comparisons import (
+    Reading,
     Unit,
     filtered,
     hold_out_of_each,
@@ -224,14 +225,15 @@ def plan(
 
 
 def split(
-    recipe: PreferenceRecipe,
+    recipe: Reading,
     tokenizer: Tokenizer,
     left_out: Counter[str],
     account: Account,
+    prompts: Collection[str] = (),
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(training, held-out) comparisons, none of whose prompts is in both. What is in neither is
-    counted in `left_out`, and `account` is told what becomes of each. InputError where nothing is
-    left to train on."""
+    """(training, held-out) comparisons, none of whose prompts is in both, nor among the held-out
+    `prompts`. What is in neither is counted in `left_out`, and `account` is told what becomes of
+    each. InputError where nothing is left to train on."""
     units = []
     for i, one in enumerate(recipe.data):
         aside = recipe.held_out if one.held_out is None else one.held_out
@@ -244,7 +246,7 @@ def split(
     else:
         held_out = hold_out_of_each(units, found, recipe.seed)
         account.leave_out("held out", held_out)
-    seen = {prompt_key(comparison) for comparison in held_out}
+    seen = {prompt_key(comparison) for comparison in held_out} | set(prompts)
     own = [found[unit.key] for unit in units if unit.table == "data"]
     kept = without_prompts(own, seen, "data", left_out, account)
     training = [comparison for source in kept for comparison in source]

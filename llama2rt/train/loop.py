@@ -31,6 +31,9 @@ from llama2rt.train.stragglers import Elapsed
 Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Any]]]
 """(model, micro-batch) -> (loss summed over the micro-batch, other sums to report); each stage's
 own kind of model and batch"""
+Survey = Callable[[Any, list[Any]], None]
+"""(model, all micro-batches of a step that are this rank's): reads, without gradients, what a loss
+takes from the whole step"""
 
 
 class Mean(NamedTuple):
@@ -64,13 +67,15 @@ def fit(
     steps: int,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     mesh: Mesh | None = None,
+    survey: Survey | None = None,
 ) -> dict[str, float]:
     """Train `model` in place for `steps` steps, from the run's newest checkpoint if it has one.
 
     The model is put into `options.precision` and left there. `objective` returns the loss summed
     over a micro-batch's `weight` and further sums; all are divided by the step's weight and logged.
     `validate(model)` runs without gradients every `validate_every` steps and after the last; the
-    numbers of its last call are returned.
+    numbers of its last call are returned. `survey` comes before the losses of each step, with the
+    model as for validation.
 
     Every rank of `mesh` calls this, with a model that `parallel.parallelize` has spread over it and
     a loader that has the rank's share; `validate` too, which returns the same numbers everywhere.
@@ -80,7 +85,7 @@ def fit(
     """
     warn_of_warmup(steps, options)
     work = _Fit(model, loader, objective, options, mesh or Mesh.single())
-    work.steps, work.held_out = steps, validate
+    work.steps, work.held_out, work.survey = steps, validate, survey
     done = resume(run, work)
     model.train()
     with recompute_blocks(model, options.activation_checkpointing):
@@ -109,6 +114,7 @@ class _Fit:
         self.steps = 0
         self.held_out: Callable[[nn.Module], dict[str, float]] | None = None
         self.validation: dict[str, float] = {}
+        self.survey: Survey | None = None
 
     def step(self, index: int) -> Step:
         begin = Elapsed.now()
@@ -116,6 +122,8 @@ class _Fit:
         costs = [(micro.weight, *_cost(self._model, micro)) for micro in micros]
         prepared = Elapsed.now().since(begin)
         weight, tokens, flops = self._mesh.totals(sum(cost) for cost in zip(*costs, strict=True))
+        if self.survey is not None:
+            self._read(self.survey, micros)
         means = self._backward(micros, max(1, int(weight)))
         if not math.isfinite(means["loss"]):
             raise Diverged(f"the loss is {means['loss']}")
@@ -123,6 +131,12 @@ class _Fit:
         norm = self._optimizer.step(lr, means["loss"])
         metrics = dict(**means, lr=lr, gradient_norm=norm, **self._optimizer.outliers.metrics())
         return Step(metrics, int(tokens), int(flops), prepared)
+
+    def _read(self, survey: Survey, micros: list[Any]) -> None:
+        self._model.eval()
+        with torch.no_grad():
+            survey(self._model, [micro.to(self.device) for micro in micros])
+        self._model.train()
 
     def _backward(self, micros: list[Any], weight: int) -> dict[str, float]:
         """Accumulate a step's gradients; its loss and further numbers, per unit of the step's

@@ -143,22 +143,101 @@ def test_kto_by_hand():
     torch.testing.assert_close(ours, torch.tensor(expected))
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.3, 0.7)])
+def test_unpaired_kto_equals_trl(pairs, weights):
+    """And its KL, whose estimate is the mean log-ratio of other prompts' answers."""
+    trainer = pytest.importorskip("trl.trainer.kto_trainer").KTOTrainer
+    policy, reference, mask = pairs
+    mismatched, mismatched_reference = policy.roll(1, 0) + 1, reference.roll(1, 0)
+    desirable = torch.arange(12) % 3 == 0
+    host = trl_host(
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.3,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+        _tp_size=1,
+    )
+
+    def model(input_ids, **inputs):
+        values = mismatched if input_ids[0, 0] == 2 else policy
+        zeros = torch.zeros_like(values)
+        return SimpleNamespace(log_probs=values, entropy=zeros, mean_logits=zeros)
+
+    host._compute_kl_logps = lambda llm, batch: trainer._compute_kl_logps(host, llm, batch)
+    ids = torch.ones(12, 6, dtype=torch.long)
+    completion = torch.cat([torch.zeros(12, 1, dtype=torch.bool), mask], dim=1).long()
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": ids,
+        "completion_mask": completion,
+        "KL_input_ids": 2 * ids,
+        "KL_attention_mask": ids,
+        "KL_completion_mask": completion,
+        "label": desirable,
+        "ref_logps": reference.sum(1),
+        "ref_KL_logps": mismatched_reference.sum(1),
+    }
+    theirs = trainer._compute_loss(host, model, inputs, return_outputs=False)
+    kl = float((mismatched.sum(1) - mismatched_reference.sum(1)).mean())
+    assert kl > 0.1
+    ratio = policy.sum(1) - reference.sum(1)
+    ours = losses.kto_unpaired(ratio, desirable, kl, beta=0.3, weights=weights)
+    torch.testing.assert_close(ours.mean(), theirs, rtol=1e-5, atol=1e-6)
+    floored = losses.kto_unpaired(ratio, desirable, -3.0, beta=0.3, weights=weights)
+    at_zero = losses.kto_unpaired(ratio, desirable, 0.0, beta=0.3, weights=weights)
+    assert torch.equal(floored, at_zero)
+
+
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
 def test_infonca_of_two_hard_rewards_is_dpo(pairs):
     chosen, rejected, reference_chosen, reference_rejected = reduced(pairs, "dpo")
-    ours = losses.infonca(
-        torch.stack([chosen, rejected], 1),
-        torch.stack([reference_chosen, reference_rejected], 1),
-        torch.tensor([[1000.0, 0.0]]).expand(6, 2),
-        beta=0.3,
-    )
+    ratio = torch.stack([chosen - reference_chosen, rejected - reference_rejected], 1)
+    labels = losses.soft_labels(torch.tensor([[1000.0, 0.0]]).expand(6, 2), 1.0)
+    ours = losses.infonca(ratio.flatten(), labels.flatten(), torch.full((6,), 2), 0.3)
     theirs = losses.preference(
         chosen, rejected, reference_chosen, reference_rejected, kind="dpo", beta=0.3
     )
     torch.testing.assert_close(ours, theirs)
+
+
+def test_group_losses_by_hand():
+    """Two prompts, of three answers and of two, in fp64 as the paper's formulas stand."""
+    ratio = torch.tensor([0.5, -1.0, 2.0, 300.0, -200.0], dtype=torch.float64)
+    rewards = [torch.tensor([1.0, 0.0, -2.0]), torch.tensor([0.2, 0.1])]
+    labels = torch.cat([losses.soft_labels(r.double(), 0.5) for r in rewards])
+    sizes = torch.tensor([3, 2])
+    infonca, nca = [], []
+    for values, wanted in zip(ratio.split([3, 2]), labels.split([3, 2]), strict=True):
+        logits = 0.1 * values
+        infonca.append(-(wanted * logits.log_softmax(0)).sum())
+        noise = F.logsigmoid(-logits).mean()
+        nca.append(-(wanted * F.logsigmoid(logits)).sum() - noise)
+    torch.testing.assert_close(losses.infonca(ratio, labels, sizes, 0.1), torch.stack(infonca))
+    torch.testing.assert_close(losses.nca_group(ratio, labels, sizes, 0.1), torch.stack(nca))
+    torch.testing.assert_close(labels[:3], (rewards[0].double() / 0.5).softmax(0))
+
+
+def test_nca_of_two_hard_labels_is_the_pairs(pairs):
+    """Which equals TRL's."""
+    chosen, rejected, *reference = reduced(pairs, "nca")
+    ratio = torch.stack([chosen - reference[0], rejected - reference[1]], 1).flatten()
+    ours = losses.nca_group(ratio, torch.tensor([1.0, 0.0]).repeat(6), torch.full((6,), 2), 0.3)
+    theirs = losses.preference(chosen, rejected, *reference, kind="nca", beta=0.3)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("loss", [losses.infonca, losses.nca_group])
+def test_group_losses_are_finite_at_extreme_gaps(loss):
+    ratio = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
+    value = loss(ratio, torch.tensor([0.0, 1.0, 0.0]), torch.tensor([3]), 1.0)
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(ratio.grad).all()
 
 
 def test_ranking_equals_trl():

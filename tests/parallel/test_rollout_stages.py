@@ -15,7 +15,14 @@ from llama2rt.data.readers import write
 from llama2rt.data.records import Dialogue
 from llama2rt.parallel import ParallelOptions
 from llama2rt.rollout.responses import read_responses
-from llama2rt.stages import context_distillation, dpo, ghost_attention, ppo, rejection
+from llama2rt.stages import (
+    context_distillation,
+    dpo,
+    ghost_attention,
+    offline,
+    ppo,
+    rejection,
+)
 
 
 def dpo_recipe(pocket, **settings):
@@ -258,6 +265,40 @@ def test_ghost_attention_on_two_ranks(on_ranks, pocket, tmp_path):
         )
         for name, weight in weights.items():
             torch.testing.assert_close(weight, others[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["infonca", "kto_unpaired", "kto"])
+def test_losses_that_read_the_whole_batch(on_ranks, pocket, tmp_path, kind):
+    """With offline comparisons and a second agent: the same batches, and of KTO the same KL."""
+    recipe = dpo_recipe(
+        pocket,
+        kind=kind,
+        offline=[pocket.helpfulness_comparisons],
+        offline_share=0.4,
+        **{"second.samples": 1, "second.best_of": 2, "second.iterations_back": 1},
+        **few(pocket, tmp_path),
+    )
+    run_stage("dpo", recipe, tmp_path / "alone")
+    on_ranks(2, run_stage, "dpo", recipe, tmp_path / "ranks")
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+
+
+def test_the_offline_stage_on_ranks(on_ranks, pocket, tmp_path):
+    train = {"lr": 1e-3, "micro_tokens": 60, "checkpoint_every": 0}
+    recipe = offline.OfflineRecipe(
+        init=pocket.sft,
+        data=[pocket.helpfulness_comparisons],
+        held_out=10,
+        batch_size=32,
+        kind="kto_unpaired",
+        train=train,
+    )
+    run_stage("offline", recipe, tmp_path / "alone")
+    on_ranks(2, run_stage, "offline", recipe, tmp_path / "ranks")
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+    reports = (tmp_path / name / "report.json" for name in ("ranks", "alone"))
+    found, alone = (json.loads(path.read_text()) for path in reports)
+    assert found["accuracy"] == pytest.approx(alone["accuracy"])
 
 
 def test_ppo_of_two_iterations(on_ranks, pocket, tmp_path):

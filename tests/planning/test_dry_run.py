@@ -115,6 +115,12 @@ def test_every_stage_says_what_it_holds(pocket, tmp_path, capsys, monkeypatch):
         "ppo": rollout(pocket, iterations=3, batch_size=16, mini_batch_size=8),
         "dpo": rollout(pocket, iterations=2, samples=2, batch_size=16, epochs=1),
         "rejection": rollout(pocket, policy=str(pocket.sft), samples=3, batch_size=16, epochs=1),
+        "offline": {
+            "init": str(pocket.sft),
+            "data": [str(pocket.helpfulness_comparisons)],
+            "held_out": 10,
+            "batch_size": 16,
+        },
         "reward": {
             "init": str(pocket.sft),
             "data": [str(pocket.helpfulness_comparisons)],
@@ -136,6 +142,7 @@ def test_every_stage_says_what_it_holds(pocket, tmp_path, capsys, monkeypatch):
         "ppo": (2 * policy + 3 * scalar, policy + scalar),
         "dpo": (2 * policy + 2 * scalar, policy),
         "rejection": (2 * policy + 2 * scalar, policy),
+        "offline": (2 * policy, policy),
         "reward": (scalar, scalar),
         "annotate": (policy, 0),
     }

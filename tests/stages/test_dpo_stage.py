@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pocket as problem
@@ -20,7 +21,8 @@ from llama2rt.rollout import sampling
 from llama2rt.rollout.logprobs import response_logprobs
 from llama2rt.rollout.responses import read_responses, response_example
 from llama2rt.run import Run
-from llama2rt.stages import dpo, loading, pairs
+from llama2rt.stages import direct, dpo, history, loading, pairs
+from llama2rt.stages.history import History
 
 
 def recipe(pocket, **settings) -> dpo.DpoRecipe:
@@ -85,7 +87,7 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, 
     """The second iteration's reference values are pi0's, for old and new pairs: those of the model
     it starts from, or of the one that the recipe names."""
     seen = []
-    loader = dpo.PairLoader
+    loader = direct.PairLoader
 
     def remember(pairs, extras, *rest, **share):
         seen.append((pairs, {name: value.copy() for name, value in extras.items()}))
@@ -93,7 +95,7 @@ def test_the_reference_is_pi0_in_every_iteration(pocket, tmp_path, monkeypatch, 
         assert {micro.batch.keys is None for micro in found.next()} == {named}
         return loader(pairs, extras, *rest, **share)
 
-    monkeypatch.setattr(dpo, "PairLoader", remember)
+    monkeypatch.setattr(direct, "PairLoader", remember)
     settings = {"prompts_per_iteration": 12, "epochs": 1, "validation": []}
     if named:
         parent, tokenizer = loading.load_llama(pocket.sft)
@@ -157,7 +159,7 @@ def test_sampling_leaves_its_memory_and_a_resumed_run_needs_no_reference(
         patch.setattr(dpo, "fit", killed)
         with pytest.raises(problem.Killed):
             dpo.run(settings, tmp_path / "run")
-    monkeypatch.setattr(dpo, "reference_sums", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(direct, "reference_sums", lambda *_: pytest.fail("computed again"))
     dpo.run(settings, tmp_path / "run", resume=True)
 
 
@@ -204,18 +206,18 @@ def test_best_against_worst():
         [response("", 5.0, tokens=(2,)), response("bad", -1.0), response("fair", 0.0)],
         [response("a", 1.0), response("b", 1.0)],
     ]
-    found = dpo.best_against_worst(groups, 0.0)
+    found = history.best_against_worst(groups, 0.0)
     assert [(a.text, b.text) for a, b in found] == [("good", "bad"), ("fair", "bad")]
 
 
 def test_length_penalty_is_per_character():
     groups = [[response("short", 1.0), response("a long answer", 1.5)]]
-    assert dpo.best_against_worst(groups, 0.0)[0][0].text == "a long answer"
-    assert dpo.best_against_worst(groups, 0.1)[0][0].text == "short"
+    assert history.best_against_worst(groups, 0.0)[0][0].text == "a long answer"
+    assert history.best_against_worst(groups, 0.1)[0][0].text == "short"
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "hinge", "nca", "robust", "exo", "simpo", "orpo"])
-def test_objective_equals_one_response_at_a_time(pocket, kind):
+def test_objective_equals_one_response_at_a_time(pocket, tmp_path, kind):
     """Sums or averages over response tokens only, whatever the lengths, cut responses included."""
     model, _ = loading.load_llama(pocket.sft)
     reference, _ = loading.load_llama(pocket.sft)
@@ -231,9 +233,13 @@ def test_objective_equals_one_response_at_a_time(pocket, kind):
     extra = {"label_smoothing": 0.1} if kind in ("robust", "exo") else {}
     extra |= {"gamma": 0.5} if kind == "simpo" else {}
     settings = recipe(pocket, kind=kind, **extra)
-    extras = dpo.reference_sums(reference, pairs, settings)
-    assert (extras == {}) == (kind in losses.REFERENCE_FREE)
     examples = [tuple(response_example(side) for side in pair) for pair in pairs]
+    past = direct.with_reference(
+        settings, History(examples), SimpleNamespace(reference=reference), "", tmp_path / "sums"
+    )
+    assert (past.extras == {}) == (kind in losses.REFERENCE_FREE)
+    sums = past.extras.get("reference", np.empty(0)).reshape(-1, 2).T
+    extras = dict(zip(("reference_chosen", "reference_rejected"), sums, strict=False))
     assert pack_shared([side for pair in examples for side in pair]).keys is not None
 
     def alone(llama, side):
@@ -246,7 +252,7 @@ def test_objective_equals_one_response_at_a_time(pocket, kind):
     expected = losses.preference(*policy, *base, kind=kind, beta=0.1, **extra).sum()
     for packed in (pack, pack_shared):
         batch = pack_pairs(examples, extras, packed)
-        loss, metrics = dpo.objective(settings)(model, batch)
+        loss, metrics = direct.loss(settings)(model, batch)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
         chosen = metrics["chosen_logprob"]
         torch.testing.assert_close(chosen, policy[0].sum(), rtol=1e-4, atol=1e-4)
