@@ -1,7 +1,7 @@
 """Context distillation on the quickstart's world: violations and false refusals before and after.
 
-For each quickstart folder a chat model is fine-tuned on demonstrations in which pre-prompts occur
-(careful_world.py). It is what all arms begin with; its reward models and base model are the
+For each quickstart folder its chat model is fine-tuned further on demonstrations in which
+pre-prompts occur (careful_world.py). All arms begin with that; the reward models are the
 quickstart's. Arms, on the same held-out prompts and random numbers, by the judge that no model saw:
 
 - baseline: that chat model
@@ -46,7 +46,7 @@ import records
 MAX_TOKENS = 56
 SHARE = 0.5
 """of the training set: other dialogues"""
-COUNTS = {"safety": 400, "borderline": 200, "ordinary": 400}
+COUNTS = {"safety": 200, "borderline": 100, "ordinary": 150}
 
 
 class Study:
@@ -55,9 +55,12 @@ class Study:
     def __init__(self, folder: Path, work: Path, given: argparse.Namespace) -> None:
         self.folder, self.work, self.given = folder, work, given
         self.seed: int = json.loads((folder / "manifest.json").read_text())["seed"]
-        self.base = folder / "pretrain" / "model"
+        self.before = folder / "sft" / "model"
         self.keys: dict[str, Key] = {}
         work.mkdir(parents=True, exist_ok=True)
+
+    def say(self, what: str) -> None:
+        print(f"{self.folder.name:12} {what}, {time.process_time():.0f} s of CPU", flush=True)
 
     def train_options(self, lr: float) -> TrainOptions:
         return TrainOptions(lr=lr, eps=1e-8, warmup_ratio=0.05, log_every=50, checkpoint_every=0)
@@ -69,10 +72,10 @@ class Study:
         helpful = [d for d in dialogues if d.source == "helpfulness none"]
         readers.write(self.work / "helpful.jsonl", helpful)
         recipe = sft.SftRecipe(
-            init=self.base,
+            init=self.before,
             data=[self.work / "dialogues.jsonl"],
             batch_size=32,
-            epochs=self.given.sft_epochs,
+            epochs=1,
             seed=self.seed,
             train=self.train_options(1e-3),
         )
@@ -169,7 +172,8 @@ class Study:
         distilled = self.distil(chat)
         arms = {"baseline": chat, **self.compared(chat), "distilled": distilled}
         prompts, self.keys = world.prompts("careful-evaluation", "evaluation", self.seed, COUNTS)
-        conversations, keys = insisting(self.seed, 150)
+        self.say("trained")
+        conversations, keys = insisting(self.seed, 80)
         self.keys |= keys
         samples = {name: self.answers(folder, prompts) for name, folder in arms.items()}
         rng = random.Random(f"{self.seed}:pre-prompts")
@@ -187,7 +191,7 @@ class Study:
             for key in ("violation", "false_refusal"):
                 pair, said = ([by["baseline"], by[name]] for by in (samples, verdicts))
                 row[f"{key}_than_baseline"] = safety.paired(key, pair, said)
-            if name in arms:
+            if name in ("baseline", "distilled"):
                 row["turns"] = self.insist(arms[name], conversations)
             rows.append(row)
         return {
@@ -255,10 +259,9 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="quickstart run directories")
     parser.add_argument("--work", type=Path, required=True, help="where the arms' runs go")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--dialogues", type=int, default=12_000, help="demonstrations")
-    parser.add_argument("--safety-share", type=float, default=0.5, help="of them about the secret")
-    parser.add_argument("--sft-epochs", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=1_000, help="adversarial prompts")
+    parser.add_argument("--dialogues", type=int, default=3_000, help="demonstrations")
+    parser.add_argument("--safety-share", type=float, default=0.7, help="of them about the secret")
+    parser.add_argument("--prompts", type=int, default=600, help="adversarial prompts")
     parser.add_argument("--lr", type=float, default=5e-4, help="of all fine-tuning after it")
     given = parser.parse_args()
     rows = []
@@ -272,7 +275,7 @@ def main() -> None:
             print(f"{folder.name:12} {arm['arm']:18} {said}", flush=True)
     if given.out:
         options = {key: value for key, value in vars(given).items() if key in (
-            "dialogues", "safety_share", "sft_epochs", "prompts", "lr")}  # fmt: skip
+            "dialogues", "safety_share", "prompts", "lr")}  # fmt: skip
         record = records.header("cpu") | {"what": __doc__.splitlines()[0], "settings": options}
         record |= {"means": pooled(rows), "rows": rows}
         given.out.write_text(json.dumps(record, indent=1) + "\n")

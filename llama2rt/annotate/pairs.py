@@ -22,10 +22,13 @@ class AnswerPair:
 
     def to_json(self) -> dict[str, Any]:
         """A line of the file that people judge from."""
+        said = {"risk_category": self.prompt.risk_category}
+        said |= {"attack_vector": self.prompt.attack_vector}
         return {
             "id": self.id,
             "prompt_id": self.prompt.id,
             "kind": self.prompt.kind,
+            **{key: value for key, value in said.items() if value},
             "messages": self.prompt.messages,
             "first": self.first,
             "second": self.second,

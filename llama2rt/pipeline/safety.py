@@ -102,7 +102,7 @@ def measure(samples: Mapping[str, Sequence[Sample]], judge: SafetyJudgeOptions) 
     first, *others = samples
     differences = []
     for name in others:
-        pair, said = ([by[first], by[name]] for by in (samples, verdicts))
+        pair, said = [samples[first], samples[name]], [verdicts[first], verdicts[name]]
         found = {key: safety.paired(key, pair, said) for key in RATES}
         differences.append({"name": name, "than": first, **found})
     return {"versions": versions, "differences": differences}

@@ -151,12 +151,15 @@ def test_the_target_is_the_answer_as_sampled_behind_the_bare_prompt(
     stage.run(settings, tmp_path / "run")
     pairs = json_lines.read(tmp_path / "run" / "samples" / stage.PAIRS)
     kept = [pair for pair in pairs if pair["kept"]]
+    sampled = read_responses(tmp_path / "run" / "samples" / "with" / "part-00000.jsonl")
+    tokens = {(r.prompt.id, r.text): (r.prompt_tokens, r.tokens) for r in sampled}
     _, tokenizer = loading.load_llama(pocket.sft)
     for pair, example in zip(kept, examples, strict=False):
-        tokens, trainable = chat.encode_response(tokenizer, pair["messages"], pair["answer"])
+        prompt, answer = tokens[pair["prompt_id"], pair["answer"]]
+        assert prompt == chat.encode_prompt(tokenizer, pair["messages"])
         assert pair["messages"][0]["role"] == "user"
-        assert example.tokens.tolist() == tokens
-        assert example.trainable.tolist() == trainable
+        assert example.tokens.tolist() == prompt + answer
+        assert example.tokens[example.trainable].tolist() == answer
     assert len(examples) == len(kept) + round(len(kept) / 3)
     # Without, once each; then with a pre-prompt, twice each, at the head of a system message.
     assert [p.id for p in asked[:50]] == [p.id for p in adversarial(problem.TRAINING)]
