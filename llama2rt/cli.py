@@ -70,7 +70,11 @@ COMMANDS = {
     "generate": ("generate.commands", "generate", "sample answers to prompts"),
     "chat": ("generate.commands", "chat", "talk to a model"),
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
-    "evaluate": ("evaluate.commands", "command", "reward models on pairs, win rates; lm-eval's tasks"),
+    "evaluate": (
+        "evaluate.commands",
+        "command",
+        "reward models on pairs, win rates; lm-eval's tasks",
+    ),
     "safety": ("pipeline.safety", "command", "violations and false refusals of files of samples"),
     "recall": ("evaluate.recall_command", "command", "who keeps to an instruction over turns"),
     "judge": ("evaluate.judges.commands", "command", "which version answers better, by any judges"),

@@ -30,8 +30,8 @@ from llama2rt.rollout.responses import Response
 from llama2rt.rollout.reward import ScoringOptions
 from llama2rt.rollout.sampling import SamplingOptions
 from llama2rt.run import Recipe, Run
-from llama2rt.run.unfinished import first_problem
 from llama2rt.run.no_option import NO_OPTION
+from llama2rt.run.unfinished import first_problem
 from llama2rt.stages import loading
 from llama2rt.stages.evaluate import EvaluateRecipe, read_answers
 from llama2rt.stages.sft import SftRecipe

@@ -50,7 +50,7 @@ from llama2rt.stages.inputs import (
 )
 from llama2rt.stages.loading import Future, Outline
 from llama2rt.stages.pretrain import next_token
-from llama2rt.stages.rejection import usable
+from llama2rt.stages.selection import usable
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.loop import fit
