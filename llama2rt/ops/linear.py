@@ -1,14 +1,19 @@
-"""The linear layer of inference: torch's product, except where a few 16-bit rows meet a CPU.
+"""The linear layer: torch's product, except where 16-bit rows meet a CPU that torch is slow on.
 
-There, a step of decoding is a walk through the weights, and torch's product of bf16 or fp16 takes
-several times what reading them takes. `_cpu` has a kernel for it. This is no op of the public
-contract: it has no gradient and is used only where none is recorded, so that training and every
-other device, dtype, backend and number of rows run torch's own.
+A step of decoding, of a few rows, is a walk through the weights, and torch's product of bf16 or
+fp16 takes several times what reading them takes. `_cpu` has a kernel for it, which has no gradient
+and is used only where none is recorded.
+
+On CPUs without AVX-512 torch has no blocked product of 16-bit numbers at all, but a plain loop: the
+gradient of a layer's input is thirty times slower than in fp32 (torch 2.13, Zen 3). There all three
+products of a layer, forward and backward, run in fp32 and are rounded once, which is what a 16-bit
+product is. Neither is an op of the public contract.
 """
 
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +24,11 @@ from llama2rt.ops import backend
 FEW_ROWS = "few_rows_linear"  # the kernel's name as an operator
 MOST_ROWS = 4  # beyond, the library's blocked product is as fast or faster
 _DTYPES = (torch.bfloat16, torch.float16)
+# Those that oneDNN multiplies on this CPU.
+_BLOCKED = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
 _LIB = torch.library.Library("llama2rt", "FRAGMENT")
 
 
@@ -42,6 +52,41 @@ torch.library.register_fake(f"llama2rt::{FEW_ROWS}", _fake, lib=_LIB)
 _few_rows_linear = torch.ops.llama2rt.few_rows_linear.default
 
 
+class _InFp32(torch.autograd.Function):
+    """x weight^T of 16-bit tensors and its gradients, which keep what `F.linear` would keep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        rows = dy.float()
+        dx = (rows @ weight.float()).to(x.dtype) if needs_x else None
+        if not needs_weight:
+            return dx, None
+        dw = rows.flatten(0, -2).T @ x.float().flatten(0, -2)
+        return dx, dw.to(weight.dtype)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if (
+        x.device.type != "cpu"
+        or _BLOCKED.get(x.dtype, True)
+        or weight.dtype != x.dtype
+        or x.dim() < 2
+        or type(x) not in backend.PLAIN_TENSORS
+        or type(weight) not in backend.PLAIN_TENSORS
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return F.linear(x, weight)
+    product: Tensor = _InFp32.apply(x, weight)
+    return product
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K], weight [N, K], one dtype -> x weight^T [T, N], summed in fp32.
 
@@ -63,7 +108,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         or torch.is_autocast_enabled("cpu")
         or backend.resolve(x) != "cpu"
     ):
-        return F.linear(x, weight)
+        return _product(x, weight)
     if backend.needs_dispatcher(x, weight):
         return _few_rows_linear(x, weight)
     return _run(x, weight)

@@ -1,4 +1,4 @@
-"""The linear layer of inference: where it runs the kernel for few rows, and where torch's own."""
+"""The linear layer: where it runs the kernel for few rows, where fp32, and where torch's own."""
 
 import pytest
 import torch
@@ -38,7 +38,36 @@ def test_few_rows_of_16_bits_without_a_gradient_take_the_kernel(calls, rows, dty
     assert len(calls) == 2
 
 
-def test_all_else_is_torchs_product_to_the_bit(calls):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 40), (3, 50, 40)])
+def test_16_bits_that_torch_has_no_blocked_product_for_run_in_fp32(monkeypatch, dtype, shape):
+    """Forward and both gradients are fp32's, rounded once; what is kept for them is 16-bit."""
+    monkeypatch.setitem(module._BLOCKED, dtype, False)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    weight = torch.randn(30, 40).to(dtype).requires_grad_()
+    exact = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        y = linear(x, weight)
+    assert kept == [dtype, dtype]
+    dy = torch.randn(y.shape).to(dtype)
+    y.backward(dy)
+    wanted = F.linear(*exact)
+    wanted.backward(dy.float())
+    for got, value in ((y, wanted), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        assert got.dtype == dtype
+        # Where fp32 sums in another order, the last bit may be the other one.
+        torch.testing.assert_close(got, value.to(dtype), rtol=2**-7, atol=1e-4)
+    # Only what is asked for: an adapter's base has no gradient.
+    frozen = linear(x, weight.detach())
+    (dx,) = torch.autograd.grad(frozen, x, dy)
+    assert torch.equal(dx, x.grad)
+    compiled = torch.compile(lambda a, b: linear(a, b), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight), y)
+
+
+def test_all_else_is_torchs_product_to_the_bit(calls, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCKED", {})
     x, weight = inputs()
     y = linear(x, weight)
     assert torch.equal(y, F.linear(x, weight))
