@@ -218,7 +218,7 @@ def made_arena(layout: arena_hard.Layout, seed: int) -> list[dict[str, Any]]:
 
 def restated_v01(rows: list[dict[str, Any]]) -> tuple[float, list[float]]:
     """Score and bounds of v0.1: battles with weights, Bradley-Terry by logistic regression on pairs
-    (a tie is a battle won by each), 100 resamples of battles by NumPy's global generator from 42."""
+    (a tie is a battle won by each), 100 resamples of battles from the seed 42."""
     import pandas as pd
     from sklearn.linear_model import LogisticRegression
 
