@@ -36,6 +36,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import length_control_cases
+import records
 
 from llama2rt import atomic
 from llama2rt.evaluate.chat_benchmarks import alpaca_eval, arena_hard, length_control, mt_bench
@@ -288,7 +289,8 @@ def main() -> None:
         folder = Path(name)
         alpaca, example = compare_alpaca_eval(given.peers, folder)
         record = {
-            "versions": {
+            **records.header("cpu"),
+            "peers": {
                 name: importlib.metadata.version(name)
                 for name in ("alpaca-eval", "fschat", "scikit-learn", "patsy")
             },

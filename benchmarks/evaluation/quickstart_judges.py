@@ -24,6 +24,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+import records
+
 from llama2rt import atomic
 from llama2rt.evaluate.judges import comparing
 from llama2rt.evaluate.judges.cache import Cache
@@ -205,7 +208,7 @@ def main() -> None:
         }
         for name, answers in versions.items()
     }
-    record: dict[str, Any] = {
+    record: dict[str, Any] = records.header("cpu") | {
         "two_sides": {row["name"]: row["progress"] for row in found["judges"]}
     }
     record["agreement"] = found["agreement"]
