@@ -63,7 +63,12 @@ def test_the_page_has_every_part_and_no_script(tmp_path):
         samples=files,
         prompts=2,
     ).read_text()
-    for part in ("Win rates by each judge", "by longest", "<h2>Tasks</h2>", "<h2>Answers</h2>"):
+    for part in (
+        "Win rates by each judge",
+        "for the first position",
+        "<h2>Tasks</h2>",
+        "<h2>Answers</h2>",
+    ):
         assert part in text
     assert "&lt;b&gt;" in text and "<script" not in text and "<b><b>" not in text
     assert text.count("<td><p class=user>") == 2  # one prompt of each kind
@@ -73,6 +78,8 @@ def test_the_page_has_every_part_and_no_script(tmp_path):
     assert sides.rows == [
         ("longest", name, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)) for name in ("v1", "v2")
     ]
+    (whole,) = drawn.sections(judged(versions(), [Longest()], Cache()))
+    assert whole.blocks[0].title == "Win rates between versions, by longest"
     for path, content, said in (
         ("tasks.json", {"v1": {"a": 1.5}}, r"v1.a: expected a number in \[0, 1\]"),
         ("tasks.json", {"v1": {"a": {"low": 0.5}}}, "v1.a"),
