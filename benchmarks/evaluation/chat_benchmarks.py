@@ -36,6 +36,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import length_control_cases
+import records
 
 from llama2rt import atomic
 from llama2rt.evaluate.chat_benchmarks import alpaca_eval, arena_hard, length_control, mt_bench
@@ -218,7 +219,7 @@ def made_arena(layout: arena_hard.Layout, seed: int) -> list[dict[str, Any]]:
 
 def restated_v01(rows: list[dict[str, Any]]) -> tuple[float, list[float]]:
     """Score and bounds of v0.1: battles with weights, Bradley-Terry by logistic regression on pairs
-    (a tie is a battle won by each), 100 resamples of battles by NumPy's global generator from 42."""
+    (a tie is a battle won by each), 100 resamples of battles from the seed 42."""
     import pandas as pd
     from sklearn.linear_model import LogisticRegression
 
@@ -288,7 +289,8 @@ def main() -> None:
         folder = Path(name)
         alpaca, example = compare_alpaca_eval(given.peers, folder)
         record = {
-            "versions": {
+            **records.header("cpu"),
+            "peers": {
                 name: importlib.metadata.version(name)
                 for name in ("alpaca-eval", "fschat", "scikit-learn", "patsy")
             },

@@ -5,5 +5,7 @@ arrays and loads no torch: `preference` (a reward model's accuracy by rating), `
 `best_of` (reward against the number of samples), `length` (length bias), `calibration`,
 `over_optimisation` (reward against a judge), `agreement` (of raters), `position` (bias of who
 compares), `intervals`. `diagnostics` brings them together for the versions and reward models of any
-plan. `rewardbench` is a benchmark with files of its own. `llama2rt.report` draws them.
+plan, `human` is what people say on seven points. `judges` asks anybody which of two answers is
+better; `rewardbench` and `chat_benchmarks` are benchmarks with files of their own.
+`llama2rt.report` draws them.
 """

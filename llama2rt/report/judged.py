@@ -36,7 +36,7 @@ def sections(judged: Mapping[str, Any]) -> list[Section]:
     for row in judges:
         names, rates = row["matrix"]["names"], row["matrix"]["row_over_column"]
         table = np.array([[np.nan if r is None else r for r in line] for line in rates], float)
-        if len(names) > 2:
+        if len(names) > 2 and judged.get("against") is None:
             title = f"Win rates between versions, by {row['name']}"
             blocks.append(figures.win_matrix(names, table, title=title))
     blocks += [_pairs(judges), _bias(judges)]

@@ -50,12 +50,13 @@ def test_the_length_controlled_win_rate_is_the_packages(tmp_path):
         numbers = found | length_control.length_controlled(judged, of)
         expected = PACKAGE[form]
         assert {key: numbers[key] for key in expected} == pytest.approx(expected, abs=1e-9)
-    # An instruction's difficulty is found by its place, wherever its annotation stands.
-    moved = judged[3:] + judged[:3]
-    places = [*range(3, 12), *range(3)]
-    placed = length_control.length_controlled(moved, table, places)["length_controlled_winrate"]
-    by_row = length_control.length_controlled(moved, table)["length_controlled_winrate"]
-    assert placed != pytest.approx(by_row, abs=1e-6)
+    # An instruction's difficulty is that of its place, which need not be its row.
+    for places, same in ((range(12), True), (range(11, -1, -1), False)):
+        placed = length_control.length_controlled(judged, table, list(places))
+        whole = PACKAGE["length_controlled_v1"]["length_controlled_winrate"]
+        assert (abs(placed["length_controlled_winrate"] - whole) < 1e-9) == same
+    with pytest.raises(InputError, match="expected 5 preferences or more, got 4"):
+        length_control.length_controlled(judged[:4], None)
     with pytest.raises(InputError, match=r"9 annotations, and difficulties of 12 .*--questions"):
         length_control.length_controlled(judged[3:], table)
     same = [{**a, "output_1": "x", "output_2": "yy"} for a in judged]
@@ -63,7 +64,7 @@ def test_the_length_controlled_win_rate_is_the_packages(tmp_path):
         length_control.length_controlled(same, table)
     for line, said in (
         ("0.5,0,x,0.1,False,m", r":26: not a row of df_gamed.csv \(could not convert"),
-        ("0.5,0,0.1,9.0,False,m", r":27: not a row.*0 has two difficulties"),
+        ("0.5,0,0.1,9.0,False,m", r":26: not a row.*0 has two difficulties"),
         ("0.5,30,0.1,9.0,False,m", ":1: index: expected the instructions' places"),
     ):
         path = length_control_cases.gamed(tmp_path / "wrong.csv")
@@ -183,7 +184,7 @@ def test_mt_bench_from_questions_to_scores(tmp_path, capsys):
     rows[1].pop("reference")
     json_lines.write(questions, rows)
     with pytest.raises(SystemExit) as left:
-        run(capsys, *given)
+        run(capsys, *given, "--server-model", "any")
     assert (
         left.value.code == 2
         and "question 82 (math): its judge is shown right answers" in capsys.readouterr().err
@@ -233,7 +234,7 @@ def test_alpaca_eval_from_outputs_to_a_win_rate(tmp_path, capsys):
     )
     outputs = [
         {"dataset": "d", "instruction": f"q{i}", "output": "base " * (i + 1), "generator": "base"}
-        for i in range(4)
+        for i in range(6)
     ]
     base.write_text(json.dumps(outputs))
     with ChatServer(reply).running() as server:
@@ -245,6 +246,7 @@ def test_alpaca_eval_from_outputs_to_a_win_rate(tmp_path, capsys):
         assert {a["preference"] for a in found} == {1.5}  # the first one, in both orders
         assert found[0]["output_2"] == "1 messages" and found[0]["generator_1"] == "base"
         run(capsys, *given, "--out", tmp_path / "graded.json", *where, "--graded")
+    assert "length_controlled" not in run(capsys, "score", "alpaca-eval", judged, "--plain")
     text = run(capsys, "score", "alpaca-eval", judged)
     assert "win_rate 50.00" in text and "length_controlled_winrate 50.00" in text
     assert alpaca_eval.read_annotations(judged)[3]["instruction"] == "q3"

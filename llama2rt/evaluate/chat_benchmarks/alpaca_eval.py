@@ -17,6 +17,7 @@ from llama2rt.errors import InputError
 from llama2rt.evaluate.chat_benchmarks.records import (
     Answered,
     Answers,
+    Id,
     Question,
     new,
     objects,
@@ -48,7 +49,8 @@ def read_questions(path: Path) -> list[Question]:
 
 def read_answers(path: Path) -> Answers:
     """A model's outputs, all of one generator."""
-    model, turns, seen = "", {}, dict[Any, str]()
+    model, seen = "", dict[Any, str]()
+    turns: dict[Id, tuple[str, ...]] = {}
     for where, row in objects(path, ("instruction", "output", "generator"), ("dataset",)):
         instruction = text(where, "instruction", row["instruction"])
         new(where, "instruction", instruction, seen)

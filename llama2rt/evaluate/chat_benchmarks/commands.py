@@ -222,6 +222,8 @@ class Score:
     win rate; without it that of its form without them (length_controlled_minimal)."""
     questions: Path | None = None
     """Of AlpacaEval, its evaluation set, where not all of it was judged."""
+    plain: bool = False
+    """Of AlpacaEval, the win rate alone, which needs no scikit-learn."""
     json: bool = False
     """Print one JSON object."""
 
@@ -249,6 +251,13 @@ class Score:
 
     def _alpaca_eval(self, path: Path) -> dict[str, Any]:
         annotations = alpaca_eval.read_annotations(path)
+        row = {
+            "model": annotations[0]["generator_2"],
+            "against": annotations[0]["generator_1"],
+            **alpaca_eval.win_rate(annotations),
+        }
+        if self.plain:
+            return row
         gamed = length_control.read_gamed(self.gamed) if self.gamed else None
         places = None
         if self.questions is not None:
@@ -257,12 +266,7 @@ class Score:
                 places = [known[annotation["instruction"]] for annotation in annotations]
             except KeyError as error:
                 raise InputError(f"{self.questions}: lacks the instruction {error}") from None
-        return {
-            "model": annotations[0]["generator_2"],
-            "against": annotations[0]["generator_1"],
-            **alpaca_eval.win_rate(annotations),
-            **length_control.length_controlled(annotations, gamed, places),
-        }
+        return row | length_control.length_controlled(annotations, gamed, places)
 
 
 def _json(rows: Sequence[dict[str, Any]]) -> str:

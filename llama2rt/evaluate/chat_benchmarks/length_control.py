@@ -54,7 +54,8 @@ def read_gamed(path: Path) -> Gamed:
     of_instruction: dict[int, float] = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+            table = csv.DictReader(file)
+            for row in table:
                 columns["preference"].append(float(row["preference"]))
                 columns["std_delta_len"].append(float(row["std_delta_len"]))
                 columns["instruction_difficulty"].append(float(row["instruction_difficulty"]))
@@ -63,11 +64,10 @@ def read_gamed(path: Path) -> Gamed:
                 index, difficulty = int(row["index"]), columns["instruction_difficulty"][-1]
                 if of_instruction.setdefault(index, difficulty) != difficulty:
                     raise ValueError(f"index: {index} has two difficulties")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        line = len(columns["preference"]) + 2
-        raise InputError(f"{path}:{line}: not a row of df_gamed.csv ({error})") from None
+        raise InputError(f"{path}:{table.line_num}: not a row of df_gamed.csv ({error})") from None
     if sorted(of_instruction) != list(range(len(of_instruction))) or not of_instruction:
         raise InputError(f"{path}:1: index: expected the instructions' places, from 0")
     return Gamed(
@@ -148,6 +148,10 @@ def _fit(features: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.n
     except ModuleNotFoundError as error:
         raise InputError(f"needs {error.name}: pip install 'llama2rt[benchmarks]'") from None
     kept = ~np.isnan(targets)
+    if kept.sum() < FOLDS:
+        raise InputError(
+            f"length-controlled: expected {FOLDS} preferences or more, got {kept.sum()}"
+        )
     features, targets, weights = features[kept], targets[kept], weights[kept]
     both = np.concatenate([features, features])
     label = np.repeat([1, 0], len(targets))

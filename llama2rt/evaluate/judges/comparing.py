@@ -48,7 +48,7 @@ class Shown:
     @property
     def group(self) -> str:
         system = any(message["role"] == "system" for message in self.question.messages)
-        return "with a system prompt" if system else "without one"
+        return f"with{'' if system else 'out'} a system prompt"
 
 
 @dataclass(frozen=True)

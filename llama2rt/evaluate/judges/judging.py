@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from llama2rt.data.records import Messages
 from llama2rt.evaluate.judges.cache import Cache
@@ -52,10 +52,6 @@ class Judge(Protocol):
     @property
     def requests(self) -> int:
         """Sent to a server so far."""
-        ...
-
-    def identity(self) -> Any:
-        """What its verdicts depend on, as JSON has it."""
         ...
 
     def check(self, questions: Sequence[Question]) -> None:

@@ -28,7 +28,8 @@ _CARRIED = {"time"}
 def read(paths: Sequence[Path]) -> tuple[list[human.Judged], dict[str, float]]:
     """(judgements, how often the answer that was shown first was the better one: `better` of
     `decided`). InputError with FILE:LINE for what is no judgement of an evaluation."""
-    judged, better, decided = [], 0, 0
+    judged: list[human.Judged] = []
+    better = decided = 0
     for path in paths:
         before = len(judged)
         for number, row in rows(path, "judgement", None):

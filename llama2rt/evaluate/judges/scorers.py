@@ -36,9 +36,6 @@ class RewardJudge:
         self.name, self._models = name, dict(models)
         self._hashes: dict[str, str] = {}
 
-    def identity(self) -> Any:
-        return {kind: self._hash(kind) for kind in self._models}
-
     def check(self, questions: Sequence[Question]) -> None:
         """See `Judge`."""
         for kind, folder in self._models.items():
@@ -87,7 +84,7 @@ class LetterJudge:
         self.kind = "preference" if preference else "model"
         self._hash: str | None = None
 
-    def identity(self) -> Any:
+    def _identity(self) -> Any:
         if self._hash is None:
             self._hash = hash_path(self._folder)
         prompt = None if self.kind == "preference" else [judge.QUESTION, judge.QUALITY]
@@ -100,7 +97,7 @@ class LetterJudge:
 
     def verdicts(self, questions: Sequence[Question], cache: Cache) -> list[Verdict]:
         """See `Judge`."""
-        who = self.identity()
+        who = self._identity()
         keys = [key_of("first", who, vars(question)) for question in questions]
 
         def ask(lacking: Sequence[int], tell: Tell) -> None:

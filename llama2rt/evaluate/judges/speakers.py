@@ -116,19 +116,29 @@ class Server:
     def _round(
         self, prompts: Sequence[Messages], which: Sequence[int], options: Options, tell: Told
     ) -> tuple[list[int], OSError | None]:
-        failed, reason = [], None
+        failed: list[int] = []
+        reason: OSError | None = None
+        refused: BaseException | None = None
         with concurrent.futures.ThreadPoolExecutor(self._at_once) as pool:
             asked = {pool.submit(self._ask, prompts[i], options): i for i in which}
             try:
                 for future in concurrent.futures.as_completed(asked):
-                    try:
+                    if future.cancelled():
+                        continue
+                    if (error := future.exception()) is None:
                         tell(asked[future], future.result())
-                    except OSError as error:
+                    elif isinstance(error, OSError):
                         failed.append(asked[future])
                         reason = error
+                    else:  # what is under way is paid for, and told
+                        refused = refused or error
+                        for other in asked:
+                            other.cancel()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if refused is not None:
+            raise refused
         return sorted(failed), reason
 
     def _listed(self) -> str:

@@ -17,7 +17,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -142,9 +141,6 @@ class SpeakingJudge:
     @property
     def requests(self) -> int:
         return self._speaker.requests
-
-    def identity(self) -> Any:
-        return {"speaker": self._speaker.identity(), "template": self._template.model_dump()}
 
     def check(self, questions: Sequence[Question]) -> None:
         """See `Judge`: a server says itself what is too long for it."""

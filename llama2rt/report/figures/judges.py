@@ -46,6 +46,7 @@ def two_sides(
                     fmt=MARKERS[which % len(MARKERS)],
                     color=SERIES[which % len(SERIES)],
                     label=name,
+                    clip_on=False,  # a version that wins everything stands on the frame
                 )
             axes.axvline(_EVEN, color=MUTED, linestyle=(0, (4, 2)), linewidth=1)
             axes.axhline(_EVEN, color=MUTED, linestyle=(0, (4, 2)), linewidth=1)
