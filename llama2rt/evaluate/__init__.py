@@ -5,5 +5,6 @@ arrays and loads no torch: `preference` (a reward model's accuracy by rating), `
 `best_of` (reward against the number of samples), `length` (length bias), `calibration`,
 `over_optimisation` (reward against a judge), `agreement` (of raters), `position` (bias of who
 compares), `intervals`. `diagnostics` brings them together for the versions and reward models of any
-plan. `rewardbench` is a benchmark with files of its own. `llama2rt.report` draws them.
+plan. `rewardbench` is a benchmark with files of its own, `harness` puts models to lm-eval's tasks,
+`contamination` asks what of an evaluation set was trained on. `llama2rt.report` draws them.
 """
