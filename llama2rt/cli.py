@@ -85,11 +85,7 @@ COMMANDS = {
     ),
     "compare": ("pipeline.comparison", "command", "one page about versions, judged and measured"),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
-    "contamination": (
-        "evaluate.contamination.commands",
-        "command",
-        "how much of an evaluation set training has read",
-    ),
+    "contamination": ("evaluate.contamination.commands", "command", "test data in training data"),
     "people": ("people.commands", "command", "a page on which people compare two responses"),
     "check": ("data.commands", "check", "validate a file of records and describe it"),
     "tokenizer": ("data.commands", "tokenizer", "train a tokenizer in LLaMA's settings"),

@@ -128,7 +128,8 @@ def measure(
     overlaps = [Overlap(tokenizer.encode_batch(file.texts), skips) for file in evaluated]
     count = tokens = 0
     for record in training:
-        for ids in tokenizer.encode_batch(texts_of(record)):
+        for text in texts_of(record):
+            ids = tokenizer.encode(text)
             for overlap in overlaps:
                 overlap.add(ids)
             tokens += len(ids)

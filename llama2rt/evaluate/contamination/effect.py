@@ -77,6 +77,7 @@ def table(
     """JSON-able: the `subsets` for each least length of a span, and `affected_at`, the largest
     length whose scores speak for an effect (A.6 reports that one), or None."""
     rows = []
+    lengths: list[int] = []
     for length, shares in by_length.items():
         found = subsets(shares, scores)
         rows.append(
@@ -87,5 +88,6 @@ def table(
                 "affected": affected(found),
             }
         )
-    lengths = [row["length"] for row in rows if row["affected"]]
+        if affected(found):
+            lengths.append(length)
     return {"lengths": rows, "affected_at": max(lengths, default=None)}

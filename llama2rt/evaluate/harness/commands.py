@@ -38,9 +38,9 @@ def evaluate_tasks(
         require_language_model(folder)
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"{out}: not a folder")
-    tasks = load_tasks(names, shots, run_unsafe_code=options.run_unsafe_code)
     if options.run_unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric that runs code asks for
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # which the metric that runs code asks as it loads
+    tasks = load_tasks(names, shots, run_unsafe_code=options.run_unsafe_code)
     summaries, results = {}, {}
     for name, folder in folders.items():
         found = run_tasks(folder, tasks, options, out)

@@ -50,8 +50,9 @@ def log_likelihoods(
         begins = np.cumsum([0, *counts[:-1]])
         total[members] = np.add.reduceat(logprobs, begins)
         greedy[members] = np.logical_and.reduceat(likeliest, begins)
-        for i in members if on_done is not None else ():
-            on_done(i, float(total[i]), bool(greedy[i]))
+        if on_done is not None:
+            for i in members:
+                on_done(i, float(total[i]), bool(greedy[i]))
     return total, greedy
 
 
@@ -90,6 +91,8 @@ def _scored_tokens(model: Llama, batch: Batch, flags: bool) -> tuple[np.ndarray,
             logprobs.append(of_targets - most - logits.sum(1).log())
             likeliest.append(token == targets)
         else:
-            logprobs.append(ops.token_logprob(hidden[part], model.output.weight, targets))
+            found = ops.token_logprob(hidden[part], model.output.weight, targets)
+            assert isinstance(found, Tensor)  # a pair with entropy alone
+            logprobs.append(found)
             likeliest.append(torch.zeros_like(targets, dtype=torch.bool))
     return torch.cat(logprobs).double().cpu().numpy(), torch.cat(likeliest).cpu().numpy()

@@ -89,6 +89,10 @@ def load_tasks(
                 raise InputError(f"tasks: {task} twice")
             wanted[task] = own
     manager = TaskManager(include_defaults=not all(_is_file(name) for name in wanted))
+    for name in wanted:
+        entry = manager.task_index.get(name)
+        if entry is not None and (entry.cfg or {}).get("unsafe_code"):
+            _require_allowed(name, run_unsafe_code)
     random.seed(0)  # tasks may draw from either while they load
     np.random.seed(SEED)
     merged: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -99,13 +103,16 @@ def load_tasks(
             raise InputError(f"tasks: {', '.join(twice)} twice")
         for task_name, task in part["tasks"].items():
             found[task_name] = _set_shots(task, shots if own is None else own)
-            if getattr(task, "UNSAFE_CODE", False) and not run_unsafe_code:
-                raise InputError(
-                    f"{task_name}: runs code that the model writes; --run-unsafe-code allows it"
-                )
+            if getattr(task, "UNSAFE_CODE", False):
+                _require_allowed(task_name, run_unsafe_code)
         for key in merged:
             merged[key] |= part.get(key) or {}
     return Tasks(merged, found)
+
+
+def _require_allowed(name: str, run_unsafe_code: bool) -> None:
+    if not run_unsafe_code:
+        raise InputError(f"{name}: runs code that the model writes; --run-unsafe-code allows it")
 
 
 def require_harness() -> None:
