@@ -13,7 +13,7 @@ documents have does not make a million times a million pairs.
 
 import bisect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -133,7 +133,7 @@ class Comparison:
             for at in again[np.argsort(rows[again, 2])][:3].tolist():
                 examples.append((int(rows[at, 2]), int(rows[first[at], 2]), 1.0))
 
-    def alike(self, bands: Sequence[Iterator[np.ndarray]], texts: Texts, least: float) -> None:
+    def alike(self, bands: Sequence[Iterable[np.ndarray]], texts: Texts, least: float) -> None:
         """Mark those that are alike an earlier one. `bands`: of each band, uint64 [n] of each
         chunk."""
         for band in bands:

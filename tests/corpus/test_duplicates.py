@@ -52,7 +52,7 @@ def compared(texts, sizes, tmp_path, monkeypatch, a_file=50):
         for part in parts
     ]
     names = [[str(tmp_path / f"{n}.{end}") for n in range(len(parts))] for end in ("jsonl", "npz")]
-    bands = [(part[:, band] for part in keys) for band in range(duplicates.bands_of(LEAST))]
+    bands = [[part[:, band] for part in keys] for band in range(duplicates.bands_of(LEAST))]
     comparison.alike(bands, Texts(*names), LEAST)
     assert not list((tmp_path / "comparison").iterdir())
     return comparison
@@ -68,7 +68,7 @@ def test_the_same_as_all_pairs_by_hand(tmp_path, monkeypatch):
         if text in texts[:index]:
             assert found.fate[index] == EQUAL
         elif any(jaccard(sets[index], sets[i], LEAST) >= LEAST for i in earlier):
-            # Of a key's documents each is compared with two: one may be missed.
+            # A key is shared with a probability of 0.995 at the threshold.
             wrong += found.fate[index] != ALIKE
         else:
             assert found.fate[index] == KEPT  # nothing is removed that is not alike

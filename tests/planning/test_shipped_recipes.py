@@ -1,4 +1,4 @@
-"""Every shipped recipe of a preset is a valid one, whose mesh divides its model and fits its GPU."""
+"""Every shipped recipe of a preset is valid, and its mesh divides its model and fits its GPU."""
 
 import re
 from pathlib import Path
