@@ -99,7 +99,7 @@ def test_full_blocks_are_fuller_and_documents_stay_apart():
             edges = micro.cu_seqlens.tolist()
             for begin, end in itertools.pairwise(edges):
                 assert len(set(micro.tokens[begin:end].tolist())) == 1
-    with pytest.raises(InputError, match="cannot resume: full was None, is 1"):
+    with pytest.raises(InputError, match="cannot resume: "):
         loader.load_state_dict(BlockLoader(examples, 64, 4, 128, 0).state_dict())
 
 
