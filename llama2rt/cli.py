@@ -39,6 +39,7 @@ _PACKAGE = Path(llama2rt.__file__).parent
 # Verbs that read a recipe and leave a run directory, as a stage's does, but are none: a module with
 # `run`, and what it does.
 PLANS = {
+    "corpus": ("corpus.job", "raw text cleaned, deduplicated, cut into shards of tokens"),
     "iterate": ("pipeline.iterate", "RLHF-V1 to Vn as one resumable command"),
     "study": ("pipeline.study", "reward models or policies trained and compared in tables"),
     "safety-study": ("pipeline.safety_study", "chat models by their share of safety data"),

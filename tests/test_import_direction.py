@@ -21,7 +21,7 @@ LEVELS = [
     {"cli"},
     {"quickstart"},
     {"pipeline"},
-    {"stages", "people"},
+    {"stages", "people", "corpus"},
     {"annotate", "serve", "report", "evaluate", "planning"},
     {"rollout"},
     {"generate", "train"},

@@ -52,9 +52,14 @@ class TokenStream:
         else:
             index = np.arange(begin, begin + length) % ring
             tokens, targets = self._ids[index], self._ids[index + 1].astype(np.int64)
-        targets[targets == self.bos] = -1
         starts = np.flatnonzero(tokens == self.bos)
         first = int(not (len(starts) and starts[0] == 0))  # whether it begins inside a document
+        if begin + length <= ring:
+            targets[starts[1 - first :] - 1] = -1
+            if targets[-1] == self.bos:
+                targets[-1] = -1
+        else:  # before the ring's first BOS stands the last EOS, which is a target
+            targets[targets == self.bos] = -1
         edges = np.zeros(len(starts) + first + 1, dtype=np.int64)
         edges[first:-1], edges[-1] = starts, length
         return tokens, targets, np.diff(edges)

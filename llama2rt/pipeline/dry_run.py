@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama2rt.corpus.job import dry_run as corpus_dry_run
+from llama2rt.corpus.recipe import CorpusRecipe
 from llama2rt.errors import InputError, naming
 from llama2rt.model import LlamaConfig
 from llama2rt.pipeline.iterate import IterateRecipe
@@ -50,6 +52,8 @@ class DryRun:
     def say(self, verb: str, recipe: Recipe, directory: Path) -> tuple[list[str], dict[str, Any]]:
         """(lines for people, one JSON object) of a dry run of `verb`, whose run directory would be
         `directory`. InputError as from a run, and for a mesh that does not fit."""
+        if isinstance(recipe, CorpusRecipe):
+            return corpus_dry_run(recipe)
         options = Options(_started() if self.ranks is None else self.ranks, self.gpu, self.fabric)
         if not isinstance(recipe, Planned):
             plan = stage(verb, recipe, options, self.assume)

@@ -34,9 +34,11 @@ def read(
     tokenizer: Tokenizer,
     account: Account,
     table: str = "data",
+    kind: str = "prompt",
+    skip_invalid: int = 0,
 ) -> list[list[Any]]:
-    """The prompts of each source that the filters `chosen` leave."""
-    reader = Reader(sources, "prompt", filters=chosen)
+    """The records of each source, of `kind`, that the filters `chosen` leave."""
+    reader = Reader(sources, kind, skip_invalid, filters=chosen)
     by_file = reader.located_by_file()
     reader.log()
     for index, (file, located) in enumerate(zip(reader.files, by_file, strict=True)):

@@ -10,7 +10,7 @@ their own.
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
@@ -20,17 +20,20 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from llama2rt import planning, report
-from llama2rt.data.loader import ExampleLoader, dealt
-from llama2rt.data.mixture import draw
+from llama2rt.data.filters import NO_FILTERS, Filters
+from llama2rt.data.loader import WHOLE, BlockLoader, ExampleLoader, Share, blocks, dealt
+from llama2rt.data.mixture import Account, draw
 from llama2rt.data.packing import Batch, Example, filler, micro_batches
 from llama2rt.data.readers import Reader, read
 from llama2rt.data.records import Dialogue
+from llama2rt.data.sources import MixSource
 from llama2rt.errors import InputError, naming
 from llama2rt.model import LlamaConfig
 from llama2rt.parallel import Mesh, ParallelOptions, on_main
 from llama2rt.planning import Count, Phase, Work
 from llama2rt.run import Recipe, Run
-from llama2rt.stages import adapters, spread
+from llama2rt.stages import adapters, mixing, spread
+from llama2rt.stages import dialogues as mix
 from llama2rt.stages.loading import (
     Future,
     Opened,
@@ -55,8 +58,14 @@ class SftRecipe(Recipe):
 
     init: Path
     """the model folder to start from"""
-    data: list[Path]
+    data: list[Path] = Field(default=[])
     """dialogues (JSON lines with "messages", or a format the readers know)"""
+    sources: list[MixSource] = Field(default=[])
+    """a mix in place of data, a [[sources]] table each: {path, format, share, pool}. Without a
+    share all dialogues go in; with one, so many are drawn as make up that share of the training
+    set. One that holds too few is an error"""
+    filters: Filters = NO_FILTERS
+    """what is left out of all these files, and of validation"""
     validation: list[Path] = Field(default=[])
     """held-out dialogues; without them, held_out of the data"""
     held_out: float = Field(default=0.01, ge=0, lt=1)
@@ -73,8 +82,12 @@ class SftRecipe(Recipe):
 
     context: int | None = Field(default=None, gt=1)
     """longest dialogue in tokens; None for the model's own (section 3.1: 4096)"""
+    block_tokens: int | None = Field(default=None, gt=1)
+    """fill blocks of so many tokens with dialogues, which do not see each other, as full as best
+    fit can (section 3.1: 4096, concatenated until filled; the online recipe: 8192); None for a
+    dialogue each"""
     batch_size: int = Field(default=64, gt=0)
-    """dialogues in an optimizer step (section 3.1: 64)"""
+    """dialogues, or blocks, in an optimizer step (section 3.1: 64)"""
     epochs: int = Field(default=2, gt=0)
     """section 3.1: 2"""
     seed: int = Field(default=0, ge=0)
@@ -87,12 +100,15 @@ class SftRecipe(Recipe):
     durations: ClassVar[tuple[str, ...]] = ("epochs",)
 
     @model_validator(mode="after")
-    def _a_share_a_file(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.shares and (self.sources or self.filters != NO_FILTERS):
+            raise ValueError("shares: of plain data; in a mix a source says its share of the whole")
         if self.shares and len(self.shares) != len(self.data):
             raise ValueError(
                 f"shares: expected one for each of the {len(self.data)} files of data, got "
                 f"{len(self.shares)}"
             )
+        mix.check_recipe(self)
         return self
 
 
@@ -102,11 +118,10 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     if run.complete:
         return run.model_directory
     inputs = open_inputs(recipe)
+    mixing.record(run, inputs.account)
     mesh = Mesh.build(recipe.parallel, inputs.result.config, pipelined=True)
     options = recipe.train
-    loader = ExampleLoader(
-        inputs.training, recipe.batch_size, options.micro_tokens, recipe.seed, share=mesh.share
-    )
+    loader = loader_of(recipe, inputs.training, mesh.share)
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
     model = spread.from_folder(functools.partial(chat_model, recipe), recipe.init, mesh, options)
 
@@ -140,6 +155,8 @@ class SftInputs(Opened):
     training: list[Example]
     held_out: list[Example]
     result: Outline
+    account: Account = field(default_factory=Account)
+    """what became of every dialogue of a mix; empty of plain data"""
 
 
 def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
@@ -152,25 +169,52 @@ def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
     context = recipe.context or config.context
     if context > config.context:
         raise InputError(f"context: {context} exceeds the model's {config.context}")
-    parts = split(recipe)
+    if recipe.block_tokens is not None and recipe.block_tokens < context:
+        raise InputError(
+            f"block_tokens: {recipe.block_tokens} has no room for a dialogue of context, {context}"
+        )
+    account = Account()
+    if recipe.sources or recipe.filters != NO_FILTERS:
+        parts = mix.split(recipe, tokenizer, context, account)
+    else:
+        parts = split(recipe)
     if recipe.validation and future is None:  # else the step's own run says it
         warn_of_shared(*((dialogue.messages[:-1] for dialogue in part) for part in parts))
     training, held_out = (encode(part, tokenizer, context) for part in parts)
-    return SftInputs(tokenizer, training, held_out, Outline(config, tokenizer))
+    if account.ingredients:
+        account.use(parts[0])
+    return SftInputs(tokenizer, training, held_out, Outline(config, tokenizer), account)
+
+
+def loader_of(
+    recipe: SftRecipe, training: Sequence[Example], share: Share = WHOLE
+) -> ExampleLoader | BlockLoader:
+    """Steps of dialogues, or of full blocks of them."""
+    size, micro_tokens, seed = recipe.batch_size, recipe.train.micro_tokens, recipe.seed
+    if recipe.block_tokens is None:
+        return ExampleLoader(training, size, micro_tokens, seed, share=share)
+    return BlockLoader(
+        training, recipe.block_tokens, size, micro_tokens, seed, share=share, full=True
+    )
 
 
 def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], LlamaConfig]) -> Work:
     """For `--dry-run`."""
     config = shape(recipe.init)
     if inputs is None:
-        steps, batch = (
-            None,
-            planning.Batch.at_most(recipe.context or config.context, recipe.batch_size),
-        )
+        steps, longest = None, recipe.context or config.context
+        batch = planning.Batch.at_most(longest, recipe.batch_size)
+        if recipe.block_tokens is not None:
+            tokens = recipe.batch_size * recipe.block_tokens
+            batch = planning.Batch(tokens, longest, longest, "at most: every block full")
     else:
         lengths = [len(example.tokens) for example in inputs.training]
-        batch = planning.Batch.of(lengths, min(recipe.batch_size, len(lengths)))
-        steps = Count(recipe.epochs * -(-len(lengths) // recipe.batch_size))
+        items = len(lengths)
+        if recipe.block_tokens is not None:
+            items = len(blocks(lengths, recipe.block_tokens, recipe.seed, full=True))
+        a_step = round(len(lengths) * min(1, recipe.batch_size / items))
+        batch = planning.Batch.of(lengths, a_step)
+        steps = Count(recipe.epochs * -(-items // recipe.batch_size))
     trained = [planning.Model("model", config, lora=recipe.lora)]
     return Work(
         [Phase("training", trained, training=True, pipelined=True)],
@@ -179,6 +223,7 @@ def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], Ll
         batch,
         steps,
         recipe.epochs,
+        notes=mixing.notes(recipe, inputs),
     )
 
 

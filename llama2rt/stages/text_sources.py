@@ -111,7 +111,7 @@ def training_text(recipe: "PretrainRecipe") -> list[str]:
 def build(recipe: "PretrainRecipe", tokenizer: Tokenizer, files: Path, index: Path) -> None:
     """Shards of each source of text below the folder `files`, and last `index`, which says where
     each source's are."""
-    folders = []
+    folders: list[str | None] = []
     for number, source in enumerate(recipe.sources):
         if shards.is_folder_of(source.path):
             folders.append(None)

@@ -7,7 +7,6 @@ model's pieces and settings, once; for every other tokenizer the library is aske
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import numpy as np
 
@@ -71,7 +70,7 @@ def separable(tokenizer: Tokenizer) -> bool:
     backend = tokenizer._backend
     if not isinstance(backend, backends.SentencePieceBackend):
         return False
-    model = sentencepiece_model.read(cast(bytes, backend.definition))
+    model = sentencepiece_model.read(backend.definition)
     settings = (
         model.type == "bpe"
         and model.byte_fallback

@@ -41,7 +41,7 @@ class Mean(NamedTuple):
     by that, not by what the whole step predicts, and is not logged of a step that has none."""
 
     total: Tensor | float
-    count: Tensor | float
+    weight: Tensor | float
 
 
 _COUNT = " (count)"  # behind a Mean's name: the sum of its counts

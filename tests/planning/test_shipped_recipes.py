@@ -1,4 +1,4 @@
-"""Every shipped Llama 2 recipe is a valid one, whose mesh divides its model and fits its GPU."""
+"""Every shipped recipe of a preset is valid, and its mesh divides its model and fits its GPU."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 import llama2rt
 from llama2rt import cli
+from llama2rt.corpus.recipe import CorpusRecipe
 from llama2rt.model import LlamaConfig
 from llama2rt.pipeline import dry_run
 from llama2rt.planning import Options, Plan
@@ -120,3 +121,25 @@ def test_one_that_does_not_fit_says_so(capsys):
     recipe = STAGES["pretrain"].recipe.model_validate(cli.read_recipe(cli.find_recipe(name)))
     lines, values = plan.say("pretrain", recipe, Path("OUT"))
     assert values["fits"] is False and any("DOES NOT FIT" in line for line in lines)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b", "33b", "65b"])
+def test_llama_1_fits_its_gpus_and_has_its_papers_mix(size):
+    """arXiv 2302.13971, Tables 1 and 2."""
+    name = f"llama1-{size}-pretrain"
+    recipe = STAGES["pretrain"].recipe.model_validate(cli.read_recipe(cli.find_recipe(name)))
+    plan = dry_run.stage("pretrain", recipe, Options(gpu="a100-80gb"), f"llama1-{size}")
+    assert plan.fits, plan.memory
+    assert f"on {plan.ranks} A100 of 80 GB: " in cli.find_recipe(name).read_text()
+    weights = [source.weight for source in recipe.sources]
+    assert weights == [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
+    tokens = recipe.steps * recipe.batch_tokens
+    assert tokens == pytest.approx(1.0e12 if size in ("7b", "13b") else 1.4e12, rel=1e-5)
+
+
+def test_the_corpus_recipe_makes_what_pretraining_reads():
+    recipe = CorpusRecipe.model_validate(cli.read_recipe(cli.find_recipe("llama1-corpus")))
+    made = [f"runs/corpus/tokens/{recipe.name(i)}" for i in range(len(recipe.sources))]
+    for name in ("llama1-7b-pretrain", "llama2-70b-pretrain"):
+        read = cli.read_recipe(cli.find_recipe(name))["sources"]
+        assert [source["path"] for source in read] == made
