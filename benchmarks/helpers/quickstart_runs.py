@@ -10,6 +10,7 @@ import numpy as np
 from llama2rt.evaluate import intervals
 from llama2rt.quickstart.data import read_keys
 from llama2rt.quickstart.judge import Verdict, judge
+from llama2rt.report.plot import Plot
 from llama2rt.rollout.responses import Response
 from llama2rt.stages import evaluate
 
@@ -26,13 +27,20 @@ def rewards(folder: Path) -> dict[str, Path]:
     }
 
 
-def answers(folder: Path, versions: Mapping[str, Path], out: Path, seed: int) -> evaluate.Answers:
-    """An answer of each version to each held-out prompt, at temperature 1."""
+def without_drawings() -> None:
+    """matplotlib takes longer than a stage of the toy, and nobody sees these runs' pages."""
+    Plot.svg = lambda plot, salt="": "<svg></svg>"  # type: ignore[method-assign]
+
+
+def answers(
+    folder: Path, versions: Mapping[str, Path], prompts: Path, out: Path, seed: int
+) -> evaluate.Answers:
+    """An answer of each version to each of the held-out `prompts`, at temperature 1."""
     recipe = evaluate.EvaluateRecipe(
         versions=versions,
         reference=folder / "sft" / "model",
         rewards=rewards(folder),
-        data=[folder / "data" / "evaluation.jsonl"],
+        data=[prompts],
         sampling=SAMPLING,
         seed=seed,
     )

@@ -94,7 +94,7 @@ def cost(tokens: int, vocabulary: int, dims: tuple[int, int]) -> dict[str, Any]:
     targets = torch.zeros(tokens, dtype=torch.long)
     sides = {"ours": ours, "trl": theirs}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(3):
+    for _ in range(2):
         for name, loss in sides.items():
             begin = time.process_time()
             step(loss, given, targets, 0.5, 1.0)
@@ -116,7 +116,7 @@ def cost(tokens: int, vocabulary: int, dims: tuple[int, int]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=512)
     given = parser.parse_args()
     torch.set_num_threads(1)
     found = {

@@ -17,6 +17,7 @@ the skill that is missing and on all others.
 import argparse
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -25,8 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from llama2rt.data.readers import read, write
-from llama2rt.rollout.responses import Response
+from llama2rt.rollout.responses import Response, read_responses, write_responses
 from llama2rt.stages import rejection
+from llama2rt.stages.selection import BEST
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import quickstart_runs as runs
@@ -41,13 +43,34 @@ def asks_backwards(messages: list[dict[str, str]]) -> bool:
     return BACKWARDS.search(messages[-1]["content"]) is not None
 
 
-def without_the_skill(folder: Path, out: Path) -> tuple[Path, int, int]:
-    """The training prompts that do not ask for it or show it; how many, and how many do."""
-    prompts = read([folder / "data" / "training.jsonl"], "prompt")
-    # A dialogue whose history answers such a question would teach it as context only: gone too.
-    kept = [p for p in prompts if not any(BACKWARDS.search(m["content"]) for m in p.messages)]
+def of_skill(messages: list[dict[str, str]]) -> bool:
+    """Whether any turn asks for it: a dialogue whose history does would show it as context."""
+    return any(BACKWARDS.search(message["content"]) for message in messages)
+
+
+def without_the_skill(folder: Path, out: Path, count: int) -> tuple[int, int]:
+    """Of the first `count` training prompts, those that do not ask for the skill in
+    `out`/prompts.jsonl; V1's best answers to all of them as an earlier version in `out`/v1. Returns
+    how many were kept and left out."""
+    prompts = read([folder / "data" / "training.jsonl"], "prompt")[:count]
+    kept = [prompt for prompt in prompts if not of_skill(prompt.messages)]
     write(out / "prompts.jsonl", kept)
-    return out / "prompts.jsonl", len(kept), len(prompts) - len(kept)
+    asked = {prompt.id for prompt in prompts}
+    best = read_responses(folder / "rlhf-v1" / "samples" / BEST)
+    (out / "v1").mkdir()
+    shutil.copy(folder / "rlhf-v1" / "manifest.json", out / "v1")
+    write_responses(out / "v1" / "samples" / BEST, [r for r in best if r.prompt.id in asked])
+    return len(kept), len(prompts) - len(kept)
+
+
+def held_out(folder: Path, out: Path) -> Path:
+    """All held-out prompts that ask for the skill last, and three times as many ordinary others."""
+    prompts = read([folder / "data" / "evaluation.jsonl"], "prompt")
+    ordinary = [prompt for prompt in prompts if prompt.kind == "helpfulness"]
+    skill = [prompt for prompt in ordinary if asks_backwards(prompt.messages)]
+    others = [prompt for prompt in ordinary if not asks_backwards(prompt.messages)]
+    write(out / "held_out.jsonl", [*skill, *others[: 3 * len(skill)]])
+    return out / "held_out.jsonl"
 
 
 def version(folder: Path, prompts: Path, out: Path, seed: int, **keys: object) -> Path:
@@ -67,10 +90,12 @@ def version(folder: Path, prompts: Path, out: Path, seed: int, **keys: object) -
     return rejection.run(rejection.RejectionRecipe.model_validate(settings | keys), out)
 
 
-def of_seed(folder: Path, out: Path, seed: int) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
+def of_seed(
+    folder: Path, out: Path, seed: int, count: int
+) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
     """Shares of correct answers by version, [prompts], on the skill and on the others."""
-    prompts, kept, gone = without_the_skill(folder, out)
-    v1 = folder / "rlhf-v1"
+    kept, gone = without_the_skill(folder, out, count)
+    prompts, v1 = out / "prompts.jsonl", folder / "rlhf-v1" / "model"
     # All three ask V1 the same with the same random numbers: once is enough.
     drawn: list = []
 
@@ -80,12 +105,12 @@ def of_seed(folder: Path, out: Path, seed: int) -> tuple[dict[str, dict[str, np.
 
     rejection.sample = once
     versions = {
-        "V1": v1 / "model",
+        "V1": v1,
         "preceding": version(folder, prompts, out / "preceding", seed),
-        "pooled": version(folder, prompts, out / "pooled", seed, earlier=[v1]),
-        "from V1": version(folder, prompts, out / "from-v1", seed, init=v1 / "model"),
+        "pooled": version(folder, prompts, out / "pooled", seed, earlier=[out / "v1"]),
+        "from V1": version(folder, prompts, out / "from-v1", seed, init=v1),
     }
-    found = runs.answers(folder, versions, out / "evaluate", seed)
+    found = runs.answers(folder, versions, held_out(folder, out), out / "evaluate", seed)
     pooled = json.loads((out / "pooled" / "report.json").read_text())
 
     def skill(response: Response) -> bool:
@@ -125,14 +150,16 @@ def record(seeds: list, facts: list, cpu_seconds: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="quickstart run directories")
+    parser.add_argument("--prompts", type=int, default=2400, help="the first so many")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    runs.without_drawings()
     begin = time.process_time()
     seeds: list[dict[str, dict[str, np.ndarray]]] = []
     facts: list[dict] = []
     for seed, folder in enumerate(given.folders):
         with tempfile.TemporaryDirectory() as scratch:
-            shares, said = of_seed(folder, Path(scratch), seed)
+            shares, said = of_seed(folder, Path(scratch), seed, given.prompts)
         seeds.append(shares)
         facts.append(said)
         print(folder.name, said)

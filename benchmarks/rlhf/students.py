@@ -136,7 +136,8 @@ def of_seed(
     versions = {"student SFT": course["chat"], "own": course["own"]}
     versions |= {loss: taught(folder, course["base"], selected, loss, seed) for loss in LOSSES}
     versions |= {"teacher": folder / "rlhf-v2" / "model"}
-    found = runs.answers(folder, versions, out / "evaluate", seed)
+    held_out = folder / "data" / "evaluation.jsonl"
+    found = runs.answers(folder, versions, held_out, out / "evaluate", seed)
 
     def unsafe(response: Any) -> bool:
         return not runs.ordinary(response)
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=800, help="that both models' samples answer")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    runs.without_drawings()
     begin = time.process_time()
     seeds: list[dict[str, dict[str, np.ndarray]]] = []
     for seed, folder in enumerate(given.folders):

@@ -323,10 +323,12 @@ def comparison(recipe: DistillRecipe, models: Mapping[str, Path]) -> evaluate.Ev
 def plan(recipe: DistillRecipe, inputs: DistillInputs | None, shape: plans.Shape) -> Work:
     """For `--dry-run`: the students one after another, the teacher beside them where its
     distributions are wanted, and the comparison's phases."""
-    frozen = []
+    frozen: list[Model] = []
     if recipe.loss != "samples" and recipe.teacher is not None:
         frozen.append(Model(TEACHER, shape(recipe.teacher)))
-    phases, steps, batches = [], [], []
+    phases: list[Phase] = []
+    steps: list[int] = []
+    batches: list[Batch] = []
     for name, student in recipe.students.items():
         own, config = recipe.alone(name), shape(student.init)
         trained = [Model(name, config, lora=recipe.lora)]
