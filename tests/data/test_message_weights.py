@@ -54,7 +54,10 @@ def test_sharegpt_rows_may_have_weights(tmp_path):
         (row(True), "messages: message 3 weight: expected 0 or 1, got true"),
         (row("1"), 'messages: message 3 weight: expected 0 or 1, got "1"'),
         (row(0, 0), "messages: every weight is 0, which leaves nothing to learn"),
-        (row(0, key="weigth"), "messages: message 3: expected the keys role and content, got content, role"),
+        (
+            row(0, key="weigth"),
+            "messages: message 3: expected the keys role and content, got content, role",
+        ),
         (
             {"messages": [{**row("")["messages"][1], "weight": 0}, *row("")["messages"][2:]]},
             "messages: message 1 weight: only the assistant's messages are learned",
