@@ -47,7 +47,7 @@ MAX_TOKENS = 40
 
 def options(lr: float) -> TrainOptions:
     """As the quickstart's (`quickstart.plan`): AdamW as in the paper, but for eps."""
-    return TrainOptions(lr=lr, eps=1e-8, warmup_ratio=0.05, log_every=10, checkpoint_every=100)
+    return TrainOptions(lr=lr, eps=1e-8, warmup_ratio=0.05, log_every=10, checkpoint_every=20)
 
 
 def widen(source: Path, folder: Path) -> None:
@@ -150,9 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="quickstart runs, seeds from 0")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--demonstrations", type=int, default=2400)
-    parser.add_argument("--dialogues", type=int, default=600)
-    parser.add_argument("--tested", type=int, default=120)
+    parser.add_argument("--demonstrations", type=int, default=1200)
+    parser.add_argument("--dialogues", type=int, default=256)
+    parser.add_argument("--tested", type=int, default=60)
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 6, 10, 15, 20])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)

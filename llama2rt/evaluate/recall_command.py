@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from llama2rt.checkpoint import load
 from llama2rt.data import instructions
 from llama2rt.data.readers import read
+from llama2rt.data.records import Messages
 from llama2rt.errors import InputError, naming
 from llama2rt.evaluate import recall
 from llama2rt.evaluate.recall import RecallOptions
@@ -48,36 +49,19 @@ def command(
         seed: Of instructions and sampling.
         as_json: Print one JSON object.
     """
+    options = _options(turns, limit, temperature)
     if not models:
         raise InputError("models: name at least one")
     if max_tokens < 1:
         raise InputError(f"max_tokens: expected at least 1, got {max_tokens}")
-    if limit < 1:
-        raise InputError(f"limit: expected at least 1, got {limit}")
-    try:
-        options = RecallOptions(turns=list(turns), limit=limit, temperature=temperature)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where, message = first["loc"][0], first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{where}: {message}") from None
     known = instructions.read(attributes)
     records = read(list(dialogues), "dialogue")
     asked = recall.questions([Turns.of(record) for record in records], options)
     told = recall.draw(known, len(asked), seed)
     # All folders are read without their weights first: bad input should cost no sampling.
+    first = asked[0].opened(told[0].text, place).messages([])
     for folder in models:
-        outline, tokenizer = load(folder, "meta")
-        if not isinstance(outline, Llama):
-            raise InputError(f"{folder}: expected a language model, found a reward model")
-        if tokenizer is None:
-            raise InputError(f"{folder}: holds no tokenizer")
-        with naming(str(folder)):
-            opening = asked[0].opened(told[0].text, place).messages([])
-            if len(chat.encode_prompt(tokenizer, opening)) + max_tokens > outline.config.context:
-                raise InputError(
-                    f"the context of {outline.config.context} tokens has no room for the first "
-                    f"turn and an answer of max_tokens, {max_tokens}"
-                )
+        _require_room(folder, first, max_tokens)
     found = {}
     for folder in models:
         model, tokenizer = load(folder, "cuda" if torch.cuda.is_available() else "cpu")
@@ -95,3 +79,30 @@ def command(
         print(json.dumps(found))
     else:
         print("\n".join(recall.describe(name, rows) for name, rows in found.items()))
+
+
+def _options(turns: tuple[int, ...], limit: int, temperature: float) -> RecallOptions:
+    if limit < 1:
+        raise InputError(f"limit: expected at least 1, got {limit}")
+    try:
+        return RecallOptions(turns=list(turns), limit=limit, temperature=temperature)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where, message = first["loc"][0], first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{where}: {message}") from None
+
+
+def _require_room(folder: Path, first: Messages, max_tokens: int) -> None:
+    """InputError unless the language model in `folder` can answer the messages `first`."""
+    outline, tokenizer = load(folder, "meta")
+    if not isinstance(outline, Llama):
+        raise InputError(f"{folder}: expected a language model, found a reward model")
+    if tokenizer is None:
+        raise InputError(f"{folder}: holds no tokenizer")
+    with naming(str(folder)):
+        length = len(chat.encode_prompt(tokenizer, first))
+    if length + max_tokens > outline.config.context:
+        raise InputError(
+            f"{folder}: its context of {outline.config.context} tokens has no room for the first "
+            f"turn, {length}, and an answer of max_tokens, {max_tokens}"
+        )

@@ -102,7 +102,7 @@ def test_the_command_on_two_folders(pocket, tmp_path, capsys):
     for bad, said in [
         (["--turns", 2], "recall.turns: 2: no held-out dialogue has so many turns"),
         (["--turns", 2, 1], "turns: expected turns from 1 on, rising"),
-        (["--max-tokens", 64], "the context of 64 tokens has no room"),
+        (["--max-tokens", 64], "its context of 64 tokens has no room"),
         (["--limit", 0], "limit: expected at least 1"),
     ]:
         status, captured = run(*bad)

@@ -98,8 +98,8 @@ def attention_by_turn(
     *,
     title: str = "Attention of each answer to the instruction",
 ) -> Plot:
-    """The `turns` of each model: the largest weight, over layers and heads, to the instruction, mean
-    over an answer's tokens."""
+    """The `turns` of each model: the largest weight, over layers and heads, to the instruction,
+    mean over an answer's tokens."""
     with canvas(height=3.2) as (figure, (axes,)):
         if not models:
             nothing(axes)
