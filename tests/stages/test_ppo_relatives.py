@@ -94,6 +94,8 @@ def test_micro_batches_keep_groups_whole_where_they_fit(pocket):
 
 
 def test_a_verifiable_reward_rises_without_a_critic(pocket, tmp_path):
+    """By each of two, and together by more than 5 standard errors."""
+    gained = []
     for algorithm in ("grpo", "rloo"):
         settings = recipe(
             pocket,
@@ -104,12 +106,14 @@ def test_a_verifiable_reward_rises_without_a_critic(pocket, tmp_path):
             batch_size=64,
             mini_batch_size=16,
             missing_eos_penalty=1.0,
-            train={"lr": 1e-3, "validate_every": 0},
+            train={"lr": 2e-3, "validate_every": 0},
         )
         ppo.run(settings, tmp_path / algorithm)
         samples = tmp_path / algorithm / "samples"
-        gained = correct_share(samples / "00010.jsonl") - correct_share(samples / "00000.jsonl")
-        assert gained > 5 * np.sqrt(2 * 0.25 / 100), algorithm
+        before, after = (correct_share(samples / f"{n:05d}.jsonl") for n in (0, 10))
+        gained.append(after - before)
+        assert gained[-1] > 0.1, algorithm
+    assert np.mean(gained) > 5 * np.sqrt(2 * 0.25 / 200)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +159,9 @@ def test_epochs_use_a_rollout_again_until_it_is_left_too_far(pocket):
             both = np.concatenate([b.members for b in batches[2 * epoch : 2 * epoch + 2]])
             assert sorted(both.tolist()) == list(range(16))
         taken[most] = ppo.improve(settings, actors, rollout, 0).get("updates")
-        steps = int(actors.optimizer.state_dict()["step.output.weight"])
-        assert steps == (6 if taken[most] is None else taken[most])
+        state = actors.optimizer.state_dict()
+        steps = {int(value) for name, value in state.items() if name.startswith("step.")}
+        assert steps == {6 if taken[most] is None else taken[most]}
     # Of the first mini-batch it is 0 but for rounding; the second's is after a step.
     assert taken[None] is None and taken[1e3] == 6 and taken[1e-9] in (1, 2)
 
