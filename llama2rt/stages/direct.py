@@ -100,7 +100,7 @@ class Loss(Protocol):
 
     survey: Survey | None
 
-    def __call__(self, model: Llama, micro: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def __call__(self, model: Llama, micro: Any, /) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def loss(recipe: DirectRecipe, mesh: Mesh | None = None) -> Loss:
