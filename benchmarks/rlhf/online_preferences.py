@@ -27,7 +27,7 @@ from llama2rt.pipeline import study
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import records
 
-BATCH, EPOCHS, ITERATIONS = 32, 2, 3
+EPOCHS, ITERATIONS = 2, 3
 
 
 def some_comparisons(folder: Path, count: int, seed: int, path: Path) -> Path:
@@ -57,7 +57,7 @@ def policies(folder: Path, given: argparse.Namespace, scratch: Path) -> list[dic
         "init": folder / "sft" / "model",
         "data": [said],
         "held_out": 0,
-        "batch_size": BATCH,
+        "batch_size": given.batch_size,
         "epochs": passes,
         "train": train(given.lr),
     }
@@ -87,7 +87,7 @@ def recipe(folder: Path, given: argparse.Namespace) -> study.StudyRecipe:
         "prompts_per_iteration": given.prompts,
         "samples": 8,
         "sampling": sampling,
-        "batch_size": BATCH,
+        "batch_size": given.batch_size,
         "epochs": EPOCHS,
         "train": train(given.lr),
     }
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="where the study runs; resumes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=500, help="an iteration")
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs, or prompts of InfoNCA")
     parser.add_argument("--samples", type=int, default=2, help="answers to a held-out prompt")
     parser.add_argument("--lr", type=float, default=1.5e-4)
     parser.add_argument("--length-penalty", type=float, default=0.02)
@@ -130,7 +131,7 @@ def main() -> None:
         numbers = json.loads((directory / "report.json").read_text())
         settings = {
             name: getattr(given, name)
-            for name in ("seeds", "prompts", "samples", "lr", "length_penalty")
+            for name in ("seeds", "prompts", "batch_size", "samples", "lr", "length_penalty")
         }
         record = records.header("cpu") | {"what": __doc__.splitlines()[0], "settings": settings}
         record |= {"study": numbers["study"], "policies": numbers["policies"]}

@@ -100,7 +100,7 @@ class Loss(Protocol):
 
     survey: Survey | None
 
-    def __call__(self, model: Llama, micro: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def __call__(self, model: Llama, micro: Any, /) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def loss(recipe: DirectRecipe, mesh: Mesh | None = None) -> Loss:
@@ -117,7 +117,7 @@ class PairLoss:
     def __init__(self, recipe: DirectRecipe, mesh: Mesh) -> None:
         self._recipe, self._mesh = recipe, mesh
         self._kl: tuple[float, float] | None = None
-        self.survey = self._batch_kl if recipe.kind == "kto" else None
+        self.survey: Survey | None = self._batch_kl if recipe.kind == "kto" else None
 
     def __call__(self, model: Llama, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         recipe, extras = self._recipe, pairs.extras
@@ -166,7 +166,7 @@ class PairLoss:
 class GroupLoss:
     """InfoNCA and NCA over all scored answers to a prompt, summed over prompts."""
 
-    survey = None
+    survey: Survey | None = None
 
     def __init__(self, recipe: DirectRecipe) -> None:
         self._recipe = recipe
@@ -194,7 +194,7 @@ class AnswerLoss:
     def __init__(self, recipe: DirectRecipe, mesh: Mesh) -> None:
         self._recipe, self._mesh = recipe, mesh
         self._kl = 0.0
-        self.survey = self._batch_kl
+        self.survey: Survey | None = self._batch_kl
 
     def __call__(self, model: Llama, answers: GroupBatch) -> tuple[Tensor, dict[str, Tensor]]:
         recipe, desirable = self._recipe, answers.extras["desirable"]

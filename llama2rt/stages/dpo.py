@@ -276,7 +276,7 @@ class Past:
 
     def numbers(self) -> dict[str, int]:
         """How many units the history has, and how many of them are offline."""
-        found = {self._recipe.unit: len(self.history.groups)}
+        found: dict[str, int] = {self._recipe.unit: len(self.history.groups)}
         if self._recipe.offline:
             found["offline"] = self._taken
         if self._recipe.unit == "answers":

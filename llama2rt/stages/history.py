@@ -109,7 +109,7 @@ def of_samples(
         pairs = best_against_worst(sampled, length_penalty)
         return History([tuple(map(response_example, pair)) for pair in pairs])
     found = [one for group in sampled if (one := compared(group, length_penalty)) is not None]
-    documents = [tuple(map(response_example, one.responses)) for one in found]
+    documents: list[Group] = [tuple(map(response_example, one.responses)) for one in found]
     if unit == "groups":
         labels = [losses.soft_labels(one.rewards, alpha).numpy() for one in found]
         return History(documents, {"label": _flat(labels), "side": _flat(map(_sides, found))})

@@ -238,9 +238,15 @@ def open_inputs(recipe: OfflineRecipe, future: Future | None = None) -> OfflineI
     pairs, kept = encode(training, tokenizer, config.context)
     use(training, kept, account)
     held_out_pairs, held_out = encode(aside, tokenizer, config.context)
-    read_pairs: list[list[Group]] = [list(pairs), list(held_out_pairs)]
     return OfflineInputs(
-        recipe, tokenizer, *read_pairs, held_out, left_out, result, account=account
+        recipe,
+        tokenizer,
+        list(pairs),
+        list(held_out_pairs),
+        held_out,
+        left_out,
+        result,
+        account,
     )
 
 

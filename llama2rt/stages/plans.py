@@ -91,7 +91,7 @@ def comparing(recipe: RolloutRecipe, samples: int) -> list[str]:
     ]
 
 
-def reference(recipe: RolloutRecipe, shape: Shape) -> Model:
+def reference(recipe: Any, shape: Shape) -> Model:
     """The reference policy, which may be the trained model without its adapter."""
     return Model(
         "reference",

@@ -37,7 +37,7 @@ def dpo_recipe(pocket, **settings):
     return rollout_recipe(dpo.DpoRecipe, pocket, **(given | settings))
 
 
-def rollout_recipe(kind, pocket, **settings):
+def rollout_recipe(recipe_class, pocket, **settings):
     given = {
         "init": pocket.sft,
         "rewards.helpfulness": pocket.helpfulness,
@@ -45,7 +45,7 @@ def rollout_recipe(kind, pocket, **settings):
         "data": [pocket.prompts],
         "sampling.max_tokens": 8,
     }
-    return kind(**problem.tables(given | settings))
+    return recipe_class(**problem.tables(given | settings))
 
 
 def rejection_recipe(pocket, **settings):

@@ -238,8 +238,10 @@ def test_objective_equals_one_response_at_a_time(pocket, tmp_path, kind):
         settings, History(examples), SimpleNamespace(reference=reference), "", tmp_path / "sums"
     )
     assert (past.extras == {}) == (kind in losses.REFERENCE_FREE)
-    sums = past.extras.get("reference", np.empty(0)).reshape(-1, 2).T
-    extras = dict(zip(("reference_chosen", "reference_rejected"), sums, strict=False))
+    extras = {}
+    if past.extras:
+        sums = past.extras["reference"].reshape(-1, 2).T
+        extras = dict(zip(("reference_chosen", "reference_rejected"), sums, strict=True))
     assert pack_shared([side for pair in examples for side in pair]).keys is not None
 
     def alone(llama, side):

@@ -37,7 +37,7 @@ def online(pocket, **settings) -> dpo.DpoRecipe:
         "rewards.safety": pocket.safety,
         "data": [pocket.prompts],
         "iterations": 2,
-        "prompts_per_iteration": 10,
+        "prompts_per_iteration": 8,
         "samples": 4,
         "sampling.max_tokens": 8,
         "batch_size": 8,
@@ -100,9 +100,10 @@ def test_everything_at_once_resumes_to_the_bit(pocket, tmp_path, monkeypatch, ki
         drawn = read_responses(folder / "second" / "part-00000.jsonl")
         assert {r.policy for r in drawn} == {str(pocket.sft)}
         compared = read_responses(folder / exploration.COMPARED)
-        assert len(drawn) == 10 * 2 * 3 and len(compared) == 10 * (4 + 2)
+        assert len(drawn) == 8 * 2 * 3 and len(compared) == 8 * (4 + 2)
     manifest = json.loads((root / "manifest.json").read_text())
     assert manifest["offline"]["composition"][0]["used"] > 20
+    assert manifest["offline"]["composition"][0]["key"] == "offline.0"
     assert "rewards" in manifest["recipe"] and manifest["recipe"]["kind"] == kind
 
 
@@ -217,11 +218,13 @@ def test_losses_equal_one_response_at_a_time(pocket, tmp_path, kind):
 def test_kto_does_not_depend_on_micro_batches(pocket, tmp_path, kind):
     logged = []
     for micro_tokens in (40, 4096):
-        train = TRAIN | {"micro_tokens": micro_tokens, "checkpoint_every": 0}
-        settings = from_files(pocket, kind=kind, beta=1.0, epochs=2, train=train)
+        train = TRAIN | {"lr": 2e-3, "micro_tokens": micro_tokens, "checkpoint_every": 0}
+        said = tmp_path / "said.jsonl"
+        write(said, problem.comparisons("helpfulness", problem.TRAINING[:20], 0))
+        settings = from_files(pocket, data=[said], held_out=0, kind=kind, beta=1.0, train=train)
         offline.run(settings, tmp_path / str(micro_tokens))
         logged.append(json_lines.read(tmp_path / str(micro_tokens) / "metrics.jsonl"))
-    assert len(logged[0]) == len(logged[1]) > 4
+    assert len(logged[0]) == len(logged[1]) > 8
     for one, other in zip(*logged, strict=True):
         for name in ("loss", "gradient_norm", "margin"):
             assert one[name] == pytest.approx(other[name], rel=2e-4, abs=1e-5), name
