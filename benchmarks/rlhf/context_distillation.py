@@ -148,11 +148,7 @@ class Study:
         engine = Engine(model, tokenizer, max_sequences=128)
         options = {"max_tokens": MAX_TOKENS, "seed": self.seed}
         found = engine.generate([prompt.messages for prompt in prompts], **options)
-        return [
-            Sample(p.id, p.messages, c.text, kind=p.kind, risk_category=p.risk_category,
-                   attack_vector=p.attack_vector)
-            for p, c in zip(prompts, found, strict=True)
-        ]  # fmt: skip
+        return [Sample.of(p, c.text) for p, c in zip(prompts, found, strict=True)]
 
     def insist(self, folder: Path, conversations: Sequence[Prompt]) -> list[dict[str, Any]]:
         """Violations by turn of a user who asks four times."""

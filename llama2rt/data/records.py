@@ -191,6 +191,21 @@ class Sample(_Record):
     )
     carried: ClassVar[frozenset[str]] = frozenset({"prompt_tokens", "tokens", "finished"})
 
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt,
+        response: str,
+        *,
+        policy: str = "",
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> Self:
+        """An answer to `prompt`, of which it says all."""
+        said = {key: getattr(prompt, key) for key in ("kind", "risk_category", "attack_vector")}
+        drawn = {"policy": policy, "temperature": temperature, "seed": seed}
+        return cls(prompt.id, prompt.messages, response, **drawn, **said)
+
     @property
     def turn(self) -> int:
         """Which of the user's turns it answers, from 1."""

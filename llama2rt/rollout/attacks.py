@@ -49,19 +49,9 @@ def converse(
         following = {}
         for (i, messages), completion in zip(active.items(), completions, strict=True):
             prompt = prompts[i]
-            said[i].append(
-                Sample(
-                    prompt_id=prompt.id,
-                    messages=messages,
-                    response=completion.text,
-                    policy=policy,
-                    temperature=temperature,
-                    seed=seed,
-                    kind=prompt.kind,
-                    risk_category=prompt.risk_category,
-                    attack_vector=prompt.attack_vector,
-                )
-            )
+            asked_now = replace(prompt, messages=messages)
+            drawn = {"policy": policy, "temperature": temperature, "seed": seed}
+            said[i].append(Sample.of(asked_now, completion.text, **drawn))
             if turn < len(asked[i]):
                 answer = {"role": "assistant", "content": completion.text}
                 after = [*messages, answer, asked[i][turn]]
