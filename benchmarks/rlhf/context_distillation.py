@@ -250,6 +250,15 @@ def pooled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def write(given: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    """The record of the folders that are done."""
+    names = ("dialogues", "safety_share", "prompts", "lr")
+    settings = {name: getattr(given, name) for name in names}
+    record = records.header("cpu") | {"what": __doc__.splitlines()[0], "settings": settings}
+    record |= {"means": pooled(rows), "rows": rows}
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="quickstart run directories")
@@ -269,12 +278,8 @@ def main() -> None:
                 for key in ("violation", "false_refusal", "helpfulness")
             )
             print(f"{folder.name:12} {arm['arm']:18} {said}", flush=True)
-    if given.out:
-        options = {key: value for key, value in vars(given).items() if key in (
-            "dialogues", "safety_share", "prompts", "lr")}  # fmt: skip
-        record = records.header("cpu") | {"what": __doc__.splitlines()[0], "settings": options}
-        record |= {"means": pooled(rows), "rows": rows}
-        given.out.write_text(json.dumps(record, indent=1) + "\n")
+        if given.out:
+            write(given, rows)
 
 
 if __name__ == "__main__":
