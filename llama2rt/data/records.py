@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
 from functools import lru_cache
@@ -202,9 +202,20 @@ class Sample(_Record):
         seed: int | None = None,
     ) -> Self:
         """An answer to `prompt`, of which it says all."""
-        said = {key: getattr(prompt, key) for key in ("kind", "risk_category", "attack_vector")}
-        drawn = {"policy": policy, "temperature": temperature, "seed": seed}
-        return cls(prompt.id, prompt.messages, response, **drawn, **said)
+        answer = cls(
+            prompt.id,
+            prompt.messages,
+            response,
+            policy=policy,
+            temperature=temperature,
+            seed=seed,
+        )
+        return replace(
+            answer,
+            kind=prompt.kind,
+            risk_category=prompt.risk_category,
+            attack_vector=prompt.attack_vector,
+        )
 
     @property
     def turn(self) -> int:

@@ -49,9 +49,15 @@ def converse(
         following = {}
         for (i, messages), completion in zip(active.items(), completions, strict=True):
             prompt = prompts[i]
-            asked_now = replace(prompt, messages=messages)
-            drawn = {"policy": policy, "temperature": temperature, "seed": seed}
-            said[i].append(Sample.of(asked_now, completion.text, **drawn))
+            said[i].append(
+                Sample.of(
+                    replace(prompt, messages=messages),
+                    completion.text,
+                    policy=policy,
+                    temperature=temperature,
+                    seed=seed,
+                )
+            )
             if turn < len(asked[i]):
                 answer = {"role": "assistant", "content": completion.text}
                 after = [*messages, answer, asked[i][turn]]
