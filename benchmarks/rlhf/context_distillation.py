@@ -6,8 +6,8 @@ quickstart's. Arms, on the same held-out prompts and random numbers, by the judg
 
 - baseline: that chat model
 - with a pre-prompt: the same, with a pre-prompt that asks for care before every prompt
-- own answers: fine-tuned as much on its own answers without a pre-prompt, to the prompts whose
-  distilled answers were kept, and on the same other dialogues
+- own answers: fine-tuned on as many of its own answers without a pre-prompt, to prompts at random,
+  and on as many other dialogues
 - distilled: `llama2rt context-distillation`
 - distilled, all: fine-tuned on all its finished answers with a pre-prompt, without the safety
   reward model's say
@@ -46,7 +46,7 @@ import records
 MAX_TOKENS = 56
 SHARE = 0.5
 """of the training set: other dialogues"""
-COUNTS = {"safety": 200, "borderline": 100, "ordinary": 150}
+COUNTS = {"safety": 150, "borderline": 75, "ordinary": 75}
 
 
 class Study:
@@ -112,12 +112,13 @@ class Study:
         """The two arms that are fine-tuned on the same pairs in another way."""
         lines = (self.work / "distilled" / "samples" / "pairs.jsonl").read_text().splitlines()
         pairs = [json.loads(line) for line in lines]
-        kept = [pair for pair in pairs if pair["kept"]]
+        kept = sum(pair["kept"] for pair in pairs)
+        own = [pair for pair in pairs if pair["original"].strip()]
         helpful = readers.read(self.work / "helpful.jsonl", "dialogue")
         rng = random.Random(f"{self.seed}:mixed in")
         found = {}
         for name, key, rows in (
-            ("own answers", "original", [pair for pair in kept if pair["original"].strip()]),
+            ("own answers", "original", rng.sample(own, min(len(own), kept))),
             ("distilled, all", "answer", [pair for pair in pairs if "answer" in pair]),
         ):
             data = [
@@ -169,7 +170,7 @@ class Study:
         arms = {"baseline": chat, **self.compared(chat), "distilled": distilled}
         prompts, self.keys = world.prompts("careful-evaluation", "evaluation", self.seed, COUNTS)
         self.say("trained")
-        conversations, keys = insisting(self.seed, 80)
+        conversations, keys = insisting(self.seed, 60)
         self.keys |= keys
         samples = {name: self.answers(folder, prompts) for name, folder in arms.items()}
         rng = random.Random(f"{self.seed}:pre-prompts")
