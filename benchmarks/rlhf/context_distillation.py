@@ -6,8 +6,8 @@ quickstart's. Arms, on the same held-out prompts and random numbers, by the judg
 
 - baseline: that chat model
 - with a pre-prompt: the same, with a pre-prompt that asks for care before every prompt
-- own answers: fine-tuned as much on its own answers without a pre-prompt, to the prompts whose
-  distilled answers were kept, and on the same other dialogues
+- own answers: fine-tuned on as many of its own answers without a pre-prompt, to prompts at random,
+  and on as many other dialogues
 - distilled: `llama2rt context-distillation`
 - distilled, all: fine-tuned on all its finished answers with a pre-prompt, without the safety
   reward model's say
@@ -46,7 +46,7 @@ import records
 MAX_TOKENS = 56
 SHARE = 0.5
 """of the training set: other dialogues"""
-COUNTS = {"safety": 200, "borderline": 100, "ordinary": 150}
+COUNTS = {"safety": 150, "borderline": 75, "ordinary": 75}
 
 
 class Study:
@@ -112,12 +112,13 @@ class Study:
         """The two arms that are fine-tuned on the same pairs in another way."""
         lines = (self.work / "distilled" / "samples" / "pairs.jsonl").read_text().splitlines()
         pairs = [json.loads(line) for line in lines]
-        kept = [pair for pair in pairs if pair["kept"]]
+        kept = sum(pair["kept"] for pair in pairs)
+        own = [pair for pair in pairs if pair["original"].strip()]
         helpful = readers.read(self.work / "helpful.jsonl", "dialogue")
         rng = random.Random(f"{self.seed}:mixed in")
         found = {}
         for name, key, rows in (
-            ("own answers", "original", [pair for pair in kept if pair["original"].strip()]),
+            ("own answers", "original", rng.sample(own, min(len(own), kept))),
             ("distilled, all", "answer", [pair for pair in pairs if "answer" in pair]),
         ):
             data = [
@@ -148,11 +149,7 @@ class Study:
         engine = Engine(model, tokenizer, max_sequences=128)
         options = {"max_tokens": MAX_TOKENS, "seed": self.seed}
         found = engine.generate([prompt.messages for prompt in prompts], **options)
-        return [
-            Sample(p.id, p.messages, c.text, kind=p.kind, risk_category=p.risk_category,
-                   attack_vector=p.attack_vector)
-            for p, c in zip(prompts, found, strict=True)
-        ]  # fmt: skip
+        return [Sample.of(p, c.text) for p, c in zip(prompts, found, strict=True)]
 
     def insist(self, folder: Path, conversations: Sequence[Prompt]) -> list[dict[str, Any]]:
         """Violations by turn of a user who asks four times."""
@@ -173,7 +170,7 @@ class Study:
         arms = {"baseline": chat, **self.compared(chat), "distilled": distilled}
         prompts, self.keys = world.prompts("careful-evaluation", "evaluation", self.seed, COUNTS)
         self.say("trained")
-        conversations, keys = insisting(self.seed, 80)
+        conversations, keys = insisting(self.seed, 60)
         self.keys |= keys
         samples = {name: self.answers(folder, prompts) for name, folder in arms.items()}
         rng = random.Random(f"{self.seed}:pre-prompts")
@@ -254,6 +251,15 @@ def pooled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def write(given: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    """The record of the folders that are done."""
+    names = ("dialogues", "safety_share", "prompts", "lr")
+    settings = {name: getattr(given, name) for name in names}
+    record = records.header("cpu") | {"what": __doc__.splitlines()[0], "settings": settings}
+    record |= {"means": pooled(rows), "rows": rows}
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="quickstart run directories")
@@ -273,12 +279,8 @@ def main() -> None:
                 for key in ("violation", "false_refusal", "helpfulness")
             )
             print(f"{folder.name:12} {arm['arm']:18} {said}", flush=True)
-    if given.out:
-        options = {key: value for key, value in vars(given).items() if key in (
-            "dialogues", "safety_share", "prompts", "lr")}  # fmt: skip
-        record = records.header("cpu") | {"what": __doc__.splitlines()[0], "settings": options}
-        record |= {"means": pooled(rows), "rows": rows}
-        given.out.write_text(json.dumps(record, indent=1) + "\n")
+        if given.out:
+            write(given, rows)
 
 
 if __name__ == "__main__":

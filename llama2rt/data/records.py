@@ -217,6 +217,32 @@ class Sample(_Record):
     )
     carried: ClassVar[frozenset[str]] = frozenset({"prompt_tokens", "tokens", "finished"})
 
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt,
+        response: str,
+        *,
+        policy: str = "",
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> Self:
+        """An answer to `prompt`, of which it says all."""
+        answer = cls(
+            prompt.id,
+            prompt.messages,
+            response,
+            policy=policy,
+            temperature=temperature,
+            seed=seed,
+        )
+        return replace(
+            answer,
+            kind=prompt.kind,
+            risk_category=prompt.risk_category,
+            attack_vector=prompt.attack_vector,
+        )
+
     @property
     def turn(self) -> int:
         """Which of the user's turns it answers, from 1."""

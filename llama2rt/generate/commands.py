@@ -269,17 +269,12 @@ class _Work:
 
     def _finished(self, completion: Completion) -> Finished:
         record = self.prompts[completion.prompt_index]
-        sample = Sample(
-            prompt_id=record.id,
-            messages=record.messages,
-            response=completion.text,
+        sample = Sample.of(
+            record,
+            completion.text,
             policy=self.policy,
             temperature=self.sampling.temperature,
             seed=self.sampling.seed,
-            # A prompt that does not say its kind is a helpfulness prompt: that is not said of it.
-            kind=record.kind if record.kind == "safety" or record.risk_category else "",
-            risk_category=record.risk_category,
-            attack_vector=record.attack_vector,
         )
         return Finished(sample, len(completion.tokens), completion.finish_reason)
 

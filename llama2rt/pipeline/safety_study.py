@@ -186,7 +186,7 @@ def numbers(recipe: SafetyStudyRecipe, plan: Sequence[Resolved]) -> dict[str, An
             for seed, answers in by_seed.items()
         }
         every = [response for own in answers.values() for response in own]
-        samples = [as_sample(response) for response in every]
+        samples = [Sample.of(r.prompt, r.text, policy=name, seed=r.seed) for r in every]
         verdicts = judge(samples)
         rates = safety.measure(samples, verdicts)
         ends = np.cumsum([0, *(len(own) for own in answers.values())])
@@ -217,19 +217,3 @@ def scores(responses: Sequence[Response]) -> dict[str, Any]:
         means = [float(np.mean(values)) for values in units.values()]
         found[f"{kind}_score"] = intervals.bootstrap(means)._asdict()
     return found
-
-
-def as_sample(response: Response) -> Sample:
-    """A response as a judge reads it."""
-    prompt = response.prompt
-    return Sample(
-        prompt_id=prompt.id,
-        messages=prompt.messages,
-        response=response.text,
-        policy=response.policy,
-        temperature=response.temperature,
-        seed=response.seed,
-        kind=prompt.kind,
-        risk_category=prompt.risk_category,
-        attack_vector=prompt.attack_vector,
-    )

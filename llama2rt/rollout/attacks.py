@@ -50,16 +50,12 @@ def converse(
         for (i, messages), completion in zip(active.items(), completions, strict=True):
             prompt = prompts[i]
             said[i].append(
-                Sample(
-                    prompt_id=prompt.id,
-                    messages=messages,
-                    response=completion.text,
+                Sample.of(
+                    replace(prompt, messages=messages),
+                    completion.text,
                     policy=policy,
                     temperature=temperature,
                     seed=seed,
-                    kind=prompt.kind,
-                    risk_category=prompt.risk_category,
-                    attack_vector=prompt.attack_vector,
                 )
             )
             if turn < len(asked[i]):

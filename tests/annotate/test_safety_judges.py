@@ -119,7 +119,7 @@ def test_peoples_labels(tmp_path):
         ({"prompt_id": "a", "response": "a", "unsafe": True, "turn": 0}, "turn: expected a whole"),
         ({"prompt_id": "a", "response": "a", "safe": True}, "unknown key 'safe'"),
         ({**rows[0], "unsafe": False}, "'baba' was labelled otherwise before"),
-        (["a"], "expected a JSON object, got list"),
+        (["a"], "expected a JSON object, got a list"),
     ):
         json_lines.write(path, [*rows, row])
         with pytest.raises(InputError) as error:

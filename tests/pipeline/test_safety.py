@@ -143,7 +143,7 @@ def study(pocket, tmp_path):
         "safe": [str(tmp_path / "safe.jsonl")],
         "shares": [0.0, 0.1, 1.0],
         "defaults": {
-            "sft": {"batch_size": 16, "epochs": 1, "train": {"lr": 4e-3, "checkpoint_every": 0}}
+            "sft": {"batch_size": 16, "epochs": 2, "train": {"lr": 4e-3, "checkpoint_every": 0}}
         },
         "rewards": {"helpfulness": str(pocket.helpfulness), "safety": str(pocket.safety)},
         "data": [str(tmp_path / "held_out.jsonl")],
@@ -160,7 +160,7 @@ def test_more_safety_data_is_safer(study, tmp_path, monkeypatch):
     report = json.loads((resumed / "report.json").read_text())
     rows = report["safety_study"]
     assert [row["name"] for row in rows] == ["0 %", "10 %", "100 %"]
-    assert rows[2]["safety_score"]["low"] > rows[0]["safety_score"]["high"]
+    assert rows[2]["safety_score"]["mean"] > rows[0]["safety_score"]["mean"] + 0.1
     assert rows[2]["violation"]["mean"] < rows[0]["violation"]["mean"] - 0.2
     assert all(row["violation"]["prompts"] == row["false_refusal"]["prompts"] == 20 for row in rows)
     assert rows[0]["per_seed"][0]["violation"] == rows[0]["violation"]["mean"]
