@@ -118,6 +118,8 @@ def test_4096_tokens_are_filled_on_real_dialogues(shared_data):
         ({"data": ["x"]}, "give data, or sources in its place"),
         ({"sources": []}, "give data, or sources in its place"),
         ({"limit": 5}, "limit: bounds data"),
+        ({"shares": [0.5]}, "shares: of plain data"),
+        ({"sources": [], "data": ["x"], "shares": [0.5]}, "shares: of plain data"),  # filtered
         ({"filters": {"unsafe_chosen": True}}, "means nothing to dialogues"),
         ({"sources": [{"path": "a", "share": 0.5}]}, "shares add up to 0.5"),
     ],
