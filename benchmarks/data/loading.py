@@ -193,7 +193,7 @@ def mixture(found: list[Shards]) -> dict[str, Any]:
 def full_blocks(data: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     found: dict[str, Any] = {}
     problems = read(data / "gsm8k_train.jsonl", "dialogue")
-    pairs = read(data / "hh_harmless_base_test.jsonl.gz", "comparison")
+    pairs = read(data / "hh_harmless_base_test.jsonl.gz", "comparison", skip_invalid=100)
     from llama2rt.data.records import Dialogue
 
     talks = [Dialogue([*p.prompt, {"role": "assistant", "content": p.chosen}]) for p in pairs]
