@@ -111,7 +111,7 @@ def cloze(data: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, {
         "output_type": "loglikelihood",
         "doc_to_text": "{{before}}",
-        "doc_to_target": "{{word}}",
+        "doc_to_target": "{{' ' + word}}",
         "num_fewshot": 3,
         "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
     }

@@ -66,11 +66,14 @@ def test_tokens_of_a_continuation_are_those_of_the_whole(encoder, small_tokenize
     # Without a context BOS stands for it, also where contexts have none.
     empty = Encoder(small_tokenizer, add_bos_token=False).pair("", "the quick brown fox")
     assert (empty.tokens.tolist(), empty.count) == (whole, len(whole) - 1)
-    # A word that ends in the continuation: the token on the boundary is scored.
-    inside = encoder.pair("the qui", "ck brown fox")
-    assert inside.tokens.tolist() == whole
-    assert whole[: -inside.count] == whole[: len(whole) - inside.count]
-    assert small_tokenizer.decode(whole[-inside.count :]).startswith("qui")
+    # A word that ends in the continuation: lm-eval's rule, and the token itself where none is left.
+    before = small_tokenizer.encode("the qui", bos=True)
+    inside = encoder.pair("the qui", "ck brown fox jumps over")
+    longer = small_tokenizer.encode("the quick brown fox jumps over", bos=True)
+    assert inside.tokens.tolist() == before + longer[len(before) :]
+    assert inside.count == len(longer) - len(before)
+    one = encoder.pair("the qui", "ck")
+    assert one.count >= 1 and one.tokens[-1] == small_tokenizer.encode("the quick")[-1]
     with pytest.raises(InputError, match="a continuation without tokens"):
         encoder.pair("the quick", "")
 

@@ -1,7 +1,7 @@
 """Tokens of what the harness asks: continuations behind contexts, whole texts, prompts to answer.
 
 The rules are those of its own Hugging Face backend (lm-eval 0.4.13, models/huggingface.py), which
-published figures come from, so that numbers compare; where that backend loses text, ours does not
+published figures come from, so that numbers compare; where that backend fails, ours does not
 (`Encoder.pair`).
 """
 
@@ -62,12 +62,11 @@ class Encoder:
     def pair(self, context: str, continuation: str) -> Scored:
         """A continuation to be scored behind its context.
 
-        White space at the context's end counts as the continuation's, whose tokens are those of
-        both texts together behind the context's (the harness's `_encode_pair`). Where the two meet
-        within a token, that backend scores what the whole has behind as many tokens as the context
-        has alone, behind those of the context alone, and fails where none is left; here all are
-        tokens of the whole, and the one on the boundary is scored. InputError where a continuation
-        has no token.
+        White space at the context's end counts as the continuation's, which is what the tokens of
+        both texts together have behind as many as the context has alone; they follow those of the
+        context alone (the harness's `_encode_pair`, kept for equal numbers: where the two meet
+        within a token, text is lost). Where none is left, that backend fails; here the token on the
+        boundary is scored. InputError where a continuation has no token.
         """
         if context in self._chats:
             ids, trainable = chat.encode_response(
@@ -82,7 +81,11 @@ class Encoder:
             alone = 1
         else:
             ids = self.text(context + continuation)
-            alone = max(1, _alike(ids, self.text(context.rstrip())))
+            before = self.text(context.rstrip())
+            if len(ids) > len(before) > 0:
+                ids, alone = before + ids[len(before) :], len(before)
+            else:
+                alone = max(1, _alike(ids, before))
         if len(ids) <= alone:
             raise InputError(f"a continuation without tokens: {continuation!r}")
         return Scored(np.array(ids, np.int32), len(ids) - alone)
