@@ -59,11 +59,7 @@ CLUSTER = {
     "power": ("cluster.commands", "power", "throughput and energy under a power cap"),
     "power-sweep": ("cluster.power_sweep", "power_sweep", "throughput and energy under power caps"),
     "search": ("cluster.training_commands", "search", "the fastest layouts of a model that fit"),
-    "validate": (
-        "cluster.training_commands",
-        "validate",
-        "predicted against published training runs",
-    ),
+    "validate": ("cluster.training_commands", "validate", "predicted against published runs"),
 }
 # Verb -> (module in llama2rt, function, what it does). A stage's verb is in `stages.STAGES`.
 COMMANDS = {
@@ -71,19 +67,11 @@ COMMANDS = {
     "generate": ("generate.commands", "generate", "sample answers to prompts"),
     "chat": ("generate.commands", "chat", "talk to a model"),
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),
-    "evaluate": (
-        "evaluate.commands",
-        "command",
-        "reward models on pairs, win rates; lm-eval's tasks",
-    ),
+    "evaluate": ("evaluate.commands", "command", "reward models, win rates, lm-eval's tasks"),
     "safety": ("pipeline.safety", "command", "violations and false refusals of files of samples"),
     "recall": ("evaluate.recall_command", "command", "who keeps to an instruction over turns"),
     "judge": ("evaluate.judges.commands", "command", "which version answers better, by any judges"),
-    "benchmark": (
-        "evaluate.chat_benchmarks.commands",
-        "command",
-        "AlpacaEval 2, MT-Bench, Arena-Hard: answer, judge, score",
-    ),
+    "benchmark": ("evaluate.chat_benchmarks.commands", "command", "AlpacaEval, MT-Bench and so on"),
     "compare": ("pipeline.comparison", "command", "one page about versions, judged and measured"),
     "rewardbench": ("evaluate.rewardbench.commands", "command", "who ranks pairs best, in a table"),
     "contamination": ("evaluate.contamination.commands", "command", "test data in training data"),

@@ -26,7 +26,7 @@ from llama2rt.corpus.recipe import CorpusRecipe
 from llama2rt.corpus.tally import Tally
 from llama2rt.corpus.words import words_of
 from llama2rt.data.file_reader import FileReader
-from llama2rt.data.records import printable
+from llama2rt.data.json_values import printable
 from llama2rt.errors import InputError
 
 _EXCERPT = 80

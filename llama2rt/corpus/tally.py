@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from llama2rt.data.records import printable
+from llama2rt.data.json_values import printable
 from llama2rt.data.removed import EXAMPLES, LONGEST_REASON, Removed
 
 STEPS = (

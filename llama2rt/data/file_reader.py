@@ -14,17 +14,8 @@ from typing import Any
 from llama2rt.data.filters import NO_FILTERS, Filters
 from llama2rt.data.formats import OWN, Convert, Format, Selection, named, recognise
 from llama2rt.data.formats.values import require_no_messages
-from llama2rt.data.records import (
-    RECORDS,
-    Comparison,
-    Dialogue,
-    Prompt,
-    Record,
-    misspelt,
-    printable,
-    type_name,
-    without_nulls,
-)
+from llama2rt.data.json_values import misspelt, printable, type_name, without_nulls
+from llama2rt.data.records import RECORDS, Comparison, Dialogue, Prompt, Record
 from llama2rt.data.removed import Removed
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError

@@ -18,7 +18,8 @@ from llama2rt import atomic
 from llama2rt.data.file_reader import FileCounts, FileReader
 from llama2rt.data.files import rows
 from llama2rt.data.filters import NO_FILTERS, Filters, Located
-from llama2rt.data.records import RECORDS, Record, printable
+from llama2rt.data.json_values import printable
+from llama2rt.data.records import RECORDS, Record
 from llama2rt.data.removed import Removed
 from llama2rt.data.sources import Source
 from llama2rt.data.votes import consensus, same_pair

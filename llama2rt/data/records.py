@@ -8,16 +8,12 @@ many writers spell it so. Keys that a record does not have are left to the reade
 them, unless one looks like a misspelt key of ours.
 """
 
-import difflib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import date, time, timedelta
-from decimal import Decimal
-from functools import lru_cache
 from typing import Any, ClassVar, Self
 
+from llama2rt.data.json_values import misspelt, shown, type_name, without_nulls
 from llama2rt.errors import InputError, naming
 from llama2rt.text.chat import check_messages
 
@@ -284,28 +280,6 @@ RECORDS: dict[str, type[Record]] = {
 }
 
 
-def without_nulls(value: Any) -> Any:
-    """`value` without the keys of objects, at any depth, whose value is null."""
-    try:
-        return _without_nulls(value)
-    except RecursionError:
-        raise InputError("nested too deeply") from None
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-@lru_cache(maxsize=1024)  # the same keys come with every row of a file
-def misspelt(key: str, known: tuple[str, ...]) -> str | None:
-    """The one of `known` that `key` was probably meant to be."""
-    # Folded, because a capital counts as another letter: "Kind" is far from "kind".
-    folded = key.strip().casefold()
-    return next(iter(difflib.get_close_matches(folded, known, n=1, cutoff=0.8)), None)
-
-
 def _check_text(key: str, value: Any, blank: bool = False) -> None:
     if not isinstance(value, str):
         raise InputError(f"{key}: expected text, got {type_name(value)}")
@@ -404,33 +378,3 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         found = repr(value) if isinstance(value, str) else shown(value)
         raise InputError(f"{key}: expected one of {', '.join(choices)}; got {found}")
-
-
-def type_name(value: Any) -> str:
-    """The type of a value in JSON's terms, for a message."""
-    names = {type(None): "null", bool: "true or false", str: "text", list: "a list"}
-    names |= {dict: "an object", int: "a number", float: "a number", Decimal: "a number"}
-    if isinstance(value, date | time | timedelta):
-        # Programs that guess types make timestamps of a column that holds only dates.
-        return "a timestamp: write the column as text"
-    return names.get(type(value), type(value).__name__)
-
-
-def shown(value: Any) -> str:
-    """A JSON value as it stands in a file, shortened; the type of any other."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        return type_name(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def printable(text: str, most: int) -> str:
-    """`text` as any terminal shows it: characters that are not printable (control characters, lone
-    surrogates) escaped, and cut in the middle where it is longer than `most` characters."""
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    if len(text) <= most:
-        return text
-    end = most // 4
-    return f"{text[: most - end - 5]} ... {text[-end:]}"

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from llama2rt.data.records import printable
+from llama2rt.data.json_values import printable
 from llama2rt.errors import InputError
 
 EXAMPLES = 3

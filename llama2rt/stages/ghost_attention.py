@@ -277,7 +277,7 @@ def open_inputs(recipe: GhostAttentionRecipe, future: Future | None = None) -> G
     context = recipe.context or config.context
     if context > config.context:
         raise InputError(f"context: {context} exceeds the model's {config.context}")
-    parts = sft.split(recipe)
+    parts = sft.divide(recipe, read(recipe.data, "dialogue", recipe.skip_invalid))
     if recipe.validation and future is None:  # else the step's own run says it
         loading.warn_of_shared(*((d.messages[:-1] for d in part) for part in parts))
     training, held_out = (

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from llama2rt import planning, report
 from llama2rt.data import tokens
-from llama2rt.data.loader import TokenLoader, dealt
+from llama2rt.data.loader import dealt
 from llama2rt.data.packing import Batch, filler
 from llama2rt.data.shard_loader import ShardLoader
 from llama2rt.data.shards import HeldOut
 from llama2rt.data.sources import WeightedSource
+from llama2rt.data.token_loader import TokenLoader
 from llama2rt.data.tokens import TokenFile, TokenStream
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -229,7 +229,26 @@ def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], Ll
 
 def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
     """(training, held-out) dialogues, both in the order of the files."""
-    dialogues = _read(recipe)
+    return divide(recipe, _read(recipe))
+
+
+class Divided(Protocol):
+    """A recipe that says which dialogues are held out."""
+
+    @property
+    def validation(self) -> list[Path]: ...
+    @property
+    def held_out(self) -> float: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def skip_invalid(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def divide(recipe: Divided, dialogues: Sequence[Dialogue]) -> tuple[list[Dialogue], list[Dialogue]]:
+    """(training, held-out) of these dialogues, in their order."""
     order = np.random.default_rng(recipe.seed).permutation(len(dialogues))[: recipe.limit]
     if recipe.validation:
         training = [dialogues[i] for i in np.sort(order)]

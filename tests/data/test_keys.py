@@ -17,8 +17,9 @@ from rich.console import Console
 
 from llama2rt.data.check import check, print_check
 from llama2rt.data.formats import FORMATS
+from llama2rt.data.json_values import without_nulls
 from llama2rt.data.readers import Reader, read, write
-from llama2rt.data.records import Comparison, Dialogue, Prompt, Sample, without_nulls
+from llama2rt.data.records import Comparison, Dialogue, Prompt, Sample
 from llama2rt.errors import InputError
 
 OURS = {
@@ -207,8 +208,8 @@ def test_a_second_system_message_must_be_the_same(rows_file):
 
 
 def test_further_keys_of_a_sharegpt_turn_are_named(rows_file):
-    turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "c", "weight": 0}]
-    with pytest.raises(InputError, match=r":1: messages: message 2: expected the keys .* weight"):
+    turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "c", "train": False}]
+    with pytest.raises(InputError, match=r":1: messages: message 2: expected the keys .* train"):
         read(rows_file({"conversations": turns}), "dialogue")
 
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2rt.data import tokens
-from llama2rt.data.loader import ExampleLoader, PairLoader, TokenLoader
+from llama2rt.data.loader import ExampleLoader, PairLoader
 from llama2rt.data.packing import Example
+from llama2rt.data.token_loader import TokenLoader
 from llama2rt.errors import InputError
 
 

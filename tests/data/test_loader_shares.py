@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2rt.data import tokens
-from llama2rt.data.loader import ExampleLoader, PairLoader, TokenLoader, balanced, dealt
+from llama2rt.data.loader import ExampleLoader, PairLoader, balanced, dealt
 from llama2rt.data.packing import Example
+from llama2rt.data.token_loader import TokenLoader
 
 
 def examples(count):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from llama2rt.data.formats.pairs import require_few
 from llama2rt.data.formats.registry import Row, Selection, register, selecting, stateless
 from llama2rt.data.formats.values import assistant, conversation, text
-from llama2rt.data.records import type_name
+from llama2rt.data.json_values import type_name
 from llama2rt.errors import InputError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llama2rt.data.formats.registry import Row, Selection, register, selecting
 from llama2rt.data.formats.values import item, messages, text
-from llama2rt.data.records import shown, type_name
+from llama2rt.data.json_values import shown, type_name
 from llama2rt.errors import InputError
 
 # By how far a score is from 0.

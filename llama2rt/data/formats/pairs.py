@@ -5,7 +5,7 @@ from itertools import combinations
 
 from llama2rt.data.formats.registry import Row, Selection
 from llama2rt.data.formats.values import item, score
-from llama2rt.data.records import type_name
+from llama2rt.data.json_values import type_name
 from llama2rt.errors import InputError
 
 Scored = tuple[str, float]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from llama2rt.data.formats.registry import Row, Selection, register, selecting
 from llama2rt.data.formats.values import choice, conversation, text
-from llama2rt.data.records import type_name
+from llama2rt.data.json_values import type_name
 from llama2rt.errors import InputError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from llama2rt.data.formats.registry import Row, Selection, register, selecting
 from llama2rt.data.formats.values import choice, conversation, item, text
-from llama2rt.data.records import type_name
+from llama2rt.data.json_values import type_name
 from llama2rt.errors import InputError
 
 

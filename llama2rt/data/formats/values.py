@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from llama2rt.data.records import shown, type_name
+from llama2rt.data.json_values import shown, type_name
 from llama2rt.errors import InputError
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2rt.data.files import rows
-from llama2rt.data.records import type_name
+from llama2rt.data.json_values import type_name
 from llama2rt.errors import InputError
 from llama2rt.evaluate.judges.speakers import Reply
 

@@ -18,7 +18,8 @@ from typing import Any
 from llama2rt import atomic
 from llama2rt.data import strict_json
 from llama2rt.data.files import rows
-from llama2rt.data.records import Comparison, shown, type_name
+from llama2rt.data.json_values import shown, type_name
+from llama2rt.data.records import Comparison
 from llama2rt.errors import InputError
 from llama2rt.evaluate.rewardbench.weighting import CORE, OTHER_PRIOR, PRIOR
 

@@ -105,8 +105,8 @@ def attention_by_turn(
             nothing(axes)
         for i, (name, found) in enumerate(models.items()):
             turns = range(1, len(found["turns"]) + 1)
-            style = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
-            axes.plot(turns, found["turns"], label=name, **style)
+            color, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+            axes.plot(turns, found["turns"], label=name, color=color, marker=marker)
         if models:
             axes.set_ylim(bottom=0)
             axes.set_xlabel("turn")
