@@ -166,7 +166,8 @@ class Iterations:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.waited, self.best, self.score_unit = state["waited"], state["best"], state["unit"]
-        self.actors.adaptive.restore(state["adaptive"])
+        # A run that was begun before there was such a thing has left nothing.
+        self.actors.adaptive.restore(state.get("adaptive", {}))
         for name, optimizer in self.actors.optimizers.items():
             optimizer.load_state_dict(unprefixed(tensors, f"{name}."))
 
