@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -168,8 +168,9 @@ def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], Ll
     )
 
 
-def split(recipe: SftRecipe) -> tuple[list[Dialogue], list[Dialogue]]:
-    """(training, held-out) dialogues, both in the order of the files."""
+def split(recipe: Any) -> tuple[list[Dialogue], list[Dialogue]]:
+    """(training, held-out) dialogues of a recipe with data, validation, held_out, limit, seed and
+    skip_invalid, both in the order of the files."""
     dialogues = read(recipe.data, "dialogue", recipe.skip_invalid)
     order = np.random.default_rng(recipe.seed).permutation(len(dialogues))[: recipe.limit]
     if recipe.validation:

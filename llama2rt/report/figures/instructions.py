@@ -105,7 +105,7 @@ def attention_by_turn(
             nothing(axes)
         for i, (name, found) in enumerate(models.items()):
             turns = range(1, len(found["turns"]) + 1)
-            style = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+            style: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
             axes.plot(turns, found["turns"], label=name, **style)
         if models:
             axes.set_ylim(bottom=0)
