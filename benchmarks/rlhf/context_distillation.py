@@ -240,7 +240,7 @@ def newest_safety(folder: Path) -> Path:
 
 
 def pooled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the folders, and of each folder the difference to the baseline and to the control."""
+    """Means over the folders, and each folder's differences to the baseline and to the control."""
     found = []
     for name in [arm["arm"] for arm in rows[0]["arms"]]:
         own = [next(arm for arm in row["arms"] if arm["arm"] == name) for row in rows]
