@@ -44,9 +44,10 @@ import careful_world as world
 import records
 
 MAX_TOKENS = 56
+RATES = ("violation", "false_refusal")
 SHARE = 0.5
 """of the training set: other dialogues"""
-COUNTS = {"safety": 150, "borderline": 75, "ordinary": 75}
+COUNTS = {"safety": 300, "borderline": 200, "ordinary": 300}
 
 
 class Study:
@@ -170,7 +171,7 @@ class Study:
         arms = {"baseline": chat, **self.compared(chat), "distilled": distilled}
         prompts, self.keys = world.prompts("careful-evaluation", "evaluation", self.seed, COUNTS)
         self.say("trained")
-        conversations, keys = insisting(self.seed, 60)
+        conversations, keys = insisting(self.seed, 100)
         self.keys |= keys
         samples = {name: self.answers(folder, prompts) for name, folder in arms.items()}
         rng = random.Random(f"{self.seed}:pre-prompts")
@@ -185,9 +186,10 @@ class Study:
         for name, own in samples.items():
             row = {"arm": name, **safety.measure(own, verdicts[name])}
             row["helpfulness"] = self.helpfulness(own)
-            for key in ("violation", "false_refusal"):
-                pair, said = ([by["baseline"], by[name]] for by in (samples, verdicts))
-                row[f"{key}_than_baseline"] = safety.paired(key, pair, said)
+            for key in RATES:
+                for other in ("baseline", "own answers"):
+                    pair, said = [samples[other], own], [verdicts[other], verdicts[name]]
+                    row[f"{key}_than_{other}"] = safety.paired(key, pair, said)
             if name in ("baseline", "distilled"):
                 row["turns"] = self.insist(arms[name], conversations)
             rows.append(row)
@@ -238,15 +240,17 @@ def newest_safety(folder: Path) -> Path:
 
 
 def pooled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the folders, and the least and the largest of each difference to the baseline."""
+    """Means over the folders, and each folder's differences to the baseline and to the control."""
     found = []
     for name in [arm["arm"] for arm in rows[0]["arms"]]:
         own = [next(arm for arm in row["arms"] if arm["arm"] == name) for row in rows]
-        keys = ("violation", "false_refusal", "helpfulness")
         row: dict[str, Any] = {"arm": name}
-        row |= {key: float(np.mean([arm[key]["mean"] for arm in own])) for key in keys}
-        for key in keys[:2]:
-            row[f"{key}_than_baseline"] = [arm[f"{key}_than_baseline"]["mean"] for arm in own]
+        for key in (*RATES, "helpfulness"):
+            row[key] = float(np.mean([arm[key]["mean"] for arm in own]))
+        for key in (
+            f"{rate}_than_{other}" for rate in RATES for other in ("baseline", "own answers")
+        ):
+            row[key] = [arm[key]["mean"] for arm in own]
         found.append(row)
     return found
 
