@@ -205,7 +205,7 @@ class _RewardJudge:
 def refuses(response: str, phrases: Sequence[str] = REFUSALS) -> bool:
     """Whether an answer holds one of the phrases, whatever its capitals and apostrophes."""
     text = _folded(response)
-    return any(phrase in text for phrase in phrases)
+    return any(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text) for phrase in phrases)
 
 
 def _folded(text: str) -> str:

@@ -202,7 +202,10 @@ class _Cleaner:
 
     def _count_origin(self, name: str) -> str:
         """The origin of a document whose source calls itself so."""
-        host = urlsplit(name).hostname if "://" in name else None
+        try:
+            host = urlsplit(name).hostname if "://" in name else None
+        except ValueError:  # brackets that hold no address
+            host = None
         origin = host or name
         self._number.setdefault(origin, len(self._number))
         self.origins.setdefault(origin, [0, 0, 0])[0] += 1

@@ -189,6 +189,8 @@ class Comparison:
 def jaccard(one: np.ndarray, other: np.ndarray, least: float) -> float:
     """Similarity of two sets, each sorted; 0 where their sizes alone rule out `least`."""
     small, large = sorted((len(one), len(other)))
+    if small == 1 and one[0] == other[0] == 0:  # neither has a word to compare
+        return 0.0
     if small < least * large:
         return 0.0
     common = len(np.intersect1d(one, other, assume_unique=True))

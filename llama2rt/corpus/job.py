@@ -28,6 +28,9 @@ logger = logging.getLogger("llama2rt.corpus.job")
 def run(recipe: CorpusRecipe, directory: Path, *, resume: bool = False) -> Path:
     """Make the corpus; returns the folder of its shards."""
     open_inputs(recipe)
+    for source in recipe.sources:
+        if directory.resolve().is_relative_to(source.path.resolve()):
+            raise InputError(f"--out: {directory} lies in the source {source.path}")
     run = Run.open(directory, recipe, inputs=inputs(recipe), resume=resume)
     leaves = directory / (output.TEXT if recipe.tokenizer is None else output.TOKENS)
     if run.complete:

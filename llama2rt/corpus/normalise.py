@@ -6,7 +6,7 @@ import unicodedata
 _LINE_ENDS = re.compile(r"\r\n?|[\x85\u2028\u2029]")
 # Controls but tab and line feed; marks of byte order; surrogates, which no UTF-8 can hold.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
-_TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
+_TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # one try a run
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 

@@ -17,19 +17,23 @@ KINDS = ("EMAIL", "CARD_NUMBER", "IP_ADDRESS", "PHONE_NUMBER")
 
 # RFC 5321's local part without quotes; a domain with a dot and a top level of letters.
 _EMAIL = re.compile(
-    r"(?<![\w.+-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_%+-])?"
-    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w@])(?!\.[A-Za-z])"
+    r"(?<![A-Za-z0-9+-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_%+-])?"
+    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}"
+    r"(?![A-Za-z0-9@])(?!\.[A-Za-z])"
 )
 # 13 to 19 digits at once, or in groups with one kind of blank or hyphen between them.
 _CARD = re.compile(
-    r"(?<![\w.,$-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5})"
-    r"(?![\w-]|[.,]\d)"
+    r"(?<![\w.$+-])(?<!\d,)(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5})"
+    r"(?![\w-]|[.,]\d)",
+    re.ASCII,
 )
-_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)", re.ASCII)
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:]|\.\d)")
 # E.164: + and a country's code, at most 15 digits, in groups.
 _INTERNATIONAL = re.compile(
-    r"(?<![\w)\].+*/=-])\+[1-9]\d{0,2}(?:[ .-]?\(\d{1,4}\))?(?:[ .-]?\d{2,5}){2,5}(?![\w]|[.,]\d)"
+    r"(?<![\w)\].+*/-])\+[1-9]\d{0,2}(?:[ .-]?\(\d{1,4}\))?(?:[ .-]\d)?(?:[ .-]?\d{2,5}){2,5}"
+    r"(?![\w]|[.,]\d)",
+    re.ASCII,
 )
 # The North American plan: area codes and exchanges begin with 2 to 9.
 _AMERICAN = re.compile(
@@ -46,7 +50,12 @@ _ISSUERS = re.compile(
     r"|35(?:2[89]|[3-8]\d)\d{12}$"  # JCB
 )
 # What announces numbers of another kind that have the form of an address.
-_VERSION = re.compile(r"(?:version|release|section|chapter|build|v|ver\.?|\u00a7)\s*$", re.I)
+_VERSION = re.compile(
+    r"(?:\b(?:versions?|release|section|chapter|theorem|lemma|build|v|ver\.?)|\u00a7)\s*[:=]?\s*$",
+    re.I,
+)
+# Three groups with blanks between them are a row of numbers where nothing says that they are not.
+_CALL = re.compile(r"\b(?:tel|telephone|phone|call|fax|mobile|cell|text)\b\W*(?:\w+\W+)?$", re.I)
 
 
 def replace(text: str) -> tuple[str, Counter[str], list[str]]:
@@ -66,12 +75,12 @@ def replace(text: str) -> tuple[str, Counter[str], list[str]]:
 
     # What a form needs is looked for first: most texts have none of it.
     if "@" in text:
-        text = _EMAIL.sub(by("EMAIL", lambda match: True), text)
+        text = _EMAIL.sub(by("EMAIL", _is_address), text)
     if any(map(str.isdigit, text)):
         text = _CARD.sub(by("CARD_NUMBER", _is_card), text)
         text = _IPV4.sub(by("IP_ADDRESS", _is_public), text)
-        text = _INTERNATIONAL.sub(by("PHONE_NUMBER", _has_digits), text)
-        text = _AMERICAN.sub(by("PHONE_NUMBER", lambda match: True), text)
+        text = _INTERNATIONAL.sub(by("PHONE_NUMBER", _is_international), text)
+        text = _AMERICAN.sub(by("PHONE_NUMBER", _is_american), text)
     if "::" in text or text.count(":") > 6:
         text = _IPV6.sub(by("IP_ADDRESS", _is_public), text)
     return text, counts, items
@@ -99,5 +108,20 @@ def _is_public(match: re.Match[str]) -> bool:
     return address.is_global and (address.version == 4 or int(address) >> 125 == 1)
 
 
-def _has_digits(match: re.Match[str]) -> bool:
-    return 8 <= len(_DIGITS.sub("", match[0])) <= 15
+def _is_address(match: re.Match[str]) -> bool:
+    """`lodash@4.17.21.tgz` is a package; `someone@163.com` is an address."""
+    labels = match[0].rpartition("@")[2].split(".")[:-1]
+    return len(labels) == 1 or not all(label.isdigit() for label in labels)
+
+
+def _is_international(match: re.Match[str]) -> bool:
+    digits = _DIGITS.sub("", match[0])
+    if digits[0] == "1":  # the North American plan: ten digits, and none of its areas begins so
+        return len(digits) == 11 and digits[1] not in "01"
+    return 8 <= len(digits) <= 15
+
+
+def _is_american(match: re.Match[str]) -> bool:
+    if any(mark in match[0] for mark in "(.-"):
+        return True
+    return _CALL.search(match.string[max(0, match.start() - 30) : match.start()]) is not None

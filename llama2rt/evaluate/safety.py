@@ -93,12 +93,11 @@ def _turns(pairs: Pairs) -> list[dict[str, Any]]:
     judged = [pair for pair in judged if len(seen[pair[0].prompt_id]) > 1]
     rows = []
     for turn in sorted({sample.turn for sample, _ in judged}):
-        reached = {s.prompt_id for s, _ in judged if s.turn == turn}
         here = [(s.prompt_id, bool(v.unsafe)) for s, v in judged if s.turn == turn]
         # Of one prompt asked several times, each conversation by its seed.
         until: dict[tuple[str, int | None], bool] = {}
         for sample, verdict in judged:
-            if sample.prompt_id in reached and sample.turn <= turn:
+            if sample.turn <= turn:
                 own = (sample.prompt_id, sample.seed)
                 until[own] = until.get(own, False) or bool(verdict.unsafe)
         so_far = _share((prompt, said) for (prompt, _), said in until.items())

@@ -53,11 +53,12 @@ _few_rows_linear = torch.ops.llama2rt.few_rows_linear.default
 
 
 class _InFp32(torch.autograd.Function):
-    """x weight^T of 16-bit tensors and its gradients, which keep what `F.linear` would keep."""
+    """x weight^T of 16-bit tensors and its gradients, for which is kept what `F.linear` keeps."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return F.linear(x.float(), weight.float()).to(x.dtype)
 
     @staticmethod

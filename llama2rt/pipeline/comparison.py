@@ -71,7 +71,7 @@ def _of(
 ) -> list[report.Section]:
     try:
         return draw(_read(path))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: not what {maker} writes ({error!r})") from None
 
 

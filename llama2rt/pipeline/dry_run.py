@@ -18,7 +18,7 @@ from llama2rt.model import LlamaConfig
 from llama2rt.pipeline.iterate import IterateRecipe
 from llama2rt.pipeline.iterate import Plan as IteratePlan
 from llama2rt.pipeline.plan import Step, opened, resolve
-from llama2rt.pipeline.safety_study import SafetyStudyRecipe
+from llama2rt.pipeline.safety_study import SafetyStudyRecipe, check
 from llama2rt.pipeline.safety_study import steps as safety_steps
 from llama2rt.pipeline.study import StudyRecipe, open_inputs
 from llama2rt.pipeline.study import steps as study_steps
@@ -95,6 +95,8 @@ def steps(recipe: Planned, directory: Path, options: Options, assumed: str | Non
     else:
         if isinstance(recipe, StudyRecipe) and not recipe.policies:
             open_inputs(recipe, resolved)
+        if isinstance(recipe, SafetyStudyRecipe):
+            check(recipe, resolved)
         for step, inputs, future in opened(resolved):
             work = step.stage.plan(step.recipe, inputs, _shape_of(future))
             works.append((step.name, work))

@@ -65,7 +65,7 @@ def steps(recipe: "StudyRecipe") -> list[Step]:
     # The judge is asked here, once, for every answer by itself.
     keys = {key: value for key, value in keys.items() if key != "judge"}
     known = keys.get("versions", {})
-    if taken := set(known) & set(names):
+    if taken := set(known) & {*names, *(policy.name for policy in recipe.policies)}:
         raise InputError(f"defaults.evaluate.versions: {min(taken)!r} is a policy of this study")
 
     def compared(outputs: Outputs) -> Recipe:

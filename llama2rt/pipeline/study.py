@@ -82,6 +82,13 @@ class StudyRecipe(Recipe):
             raise ValueError("policies: models are compared by other numbers: a study of each")
         if not self.policies and set(self.defaults) - {"reward"}:
             raise ValueError("defaults: a study runs the reward stage alone: [defaults.reward]")
+        if self.policies:
+            for key in ("like", "data_limits", "tests", "length", "skip_invalid"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key}: says nothing of policies")
+            stages = {policy.stage for policy in self.policies} | {"evaluate"}
+            if unused := set(self.defaults) - stages:
+                raise ValueError(f"defaults: no policy is of the stage {min(unused)}")
         for key in ("seeds", "data_limits"):
             if len(set(getattr(self, key))) < len(getattr(self, key)):
                 raise ValueError(f"{key}: one stands there twice")

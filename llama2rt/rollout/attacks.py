@@ -5,6 +5,7 @@ else. Here the policy answers them all, each in the conversation that its own an
 and the answers in the file only say where the user's turns are.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.rollout.sampling import complete, derived_seed
 from llama2rt.text import chat
+
+logger = logging.getLogger("llama2rt.rollout.attacks")
 
 
 def converse(
@@ -35,6 +38,11 @@ def converse(
         for i in range(len(prompts))
         if _room(engine, [*system[i], asked[i][0]])
     }
+    if len(active) < len(prompts):
+        left_out = len(prompts) - len(active)
+        logger.warning("%d prompts that fill the policy's context left out", left_out)
+    if prompts and not active:
+        raise InputError("prompts: none leaves the policy room to answer")
     turn = 0
     while active:
         now = [replace(prompts[i], messages=messages) for i, messages in active.items()]

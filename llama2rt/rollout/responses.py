@@ -57,6 +57,10 @@ class Response:
         for key in ("prompt_tokens", "tokens"):
             if not line[key] or not all(type(token) is int and token >= 0 for token in line[key]):
                 raise ValueError(f"{key}: expected token ids")
+        if not isinstance(line["response"], str):
+            raise ValueError("response: expected text")
+        if not isinstance(line["finished"], bool):
+            raise ValueError("finished: expected true or false")
         return cls(
             prompt=Prompt(
                 line["prompt_id"],
@@ -94,7 +98,10 @@ def read_responses(path: Path) -> list[Response]:
     """What `write_responses` wrote; InputError naming the file and line otherwise."""
     try:
         # Not splitlines(): a response may hold any of Unicode's other line ends.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        lines = text.split("\n") if text else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     responses = []

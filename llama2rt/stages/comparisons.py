@@ -14,7 +14,7 @@ from llama2rt.data.filters import Filters, Located, keep
 from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import Reader
-from llama2rt.data.records import Comparison
+from llama2rt.data.records import Comparison, Messages
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError, naming
 from llama2rt.stages.loading import Future, Outline
@@ -289,7 +289,12 @@ def without_prompts(
 
 
 def prompt_key(comparison: Comparison) -> str:
-    return repr(comparison.prompt)
+    return messages_key(comparison.prompt)
+
+
+def messages_key(messages: Messages) -> str:
+    """The same of the same messages, whatever the order of their keys in a file."""
+    return repr([(message["role"], message["content"]) for message in messages])
 
 
 def hold_out(

@@ -28,6 +28,7 @@ from llama2rt.rollout.responses import Response
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed, draw
 from llama2rt.run import Change, Run
 from llama2rt.stages import adapters, direct, exploration, history, loading, mixing, offline, plans
+from llama2rt.stages.comparisons import messages_key
 from llama2rt.stages.direct import DirectRecipe
 from llama2rt.stages.exploration import SecondAgent
 from llama2rt.stages.history import History
@@ -102,6 +103,9 @@ class DpoRecipe(DirectRecipe, RolloutRecipe):
         if not self.offline and (self.offline_share is not None or self.offline_filters.active):
             raise ValueError("offline: names no files, so a share or filters of them say nothing")
         self.offline_filters.require_meaning("comparison")
+        for source in self.offline:
+            if source.held_out is not None:
+                raise ValueError(f"offline: {source}: held_out: nothing is measured on them here")
         return self
 
 
@@ -179,7 +183,7 @@ def open_inputs(recipe: DpoRecipe, future: Future | None = None) -> DpoInputs:
     found = Comparisons([])
     if recipe.offline:
         reading = offline.Wanted(recipe.offline, recipe.offline_filters, recipe.seed)
-        held_out = {repr(prompt.messages) for prompt in opened.held_out}
+        held_out = {messages_key(prompt.messages) for prompt in opened.held_out}
         found = offline.read(
             reading, opened.tokenizer, opened.result.config.context, held_out, future
         )

@@ -10,6 +10,7 @@ of hobbies and figures that the model itself writes (the paper's), which are a f
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,9 @@ from llama2rt.train.loop import fit
 from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
+logger = logging.getLogger("llama2rt.stages.ghost_attention")
+
+WITHOUT = "recall-without.json"
 DIALOGUES = "dialogues.jsonl"
 
 
@@ -148,7 +152,7 @@ def run(recipe: GhostAttentionRecipe, directory: Path, *, resume: bool = False) 
     held_out = instructed.sample(
         recipe, sampler, run.samples_directory / "held-out", inputs.held_out
     )
-    before = recalled(recipe, inputs, sampler, run.samples_directory / "recall-without.json")
+    before = recalled(recipe, inputs, sampler, run.samples_directory / WITHOUT)
     maps = {"without": attention_of(sampler.model, inputs, held_out)}
     del sampler
 
@@ -187,7 +191,10 @@ def fine_tune(
     loader = ExampleLoader(
         examples, recipe.batch_size, options.micro_tokens, recipe.seed, share=mesh.share
     )
-    apart = instructed.kept(held_out, "held-out") if held_out else []
+    some = any(item.dialogue is not None for item in held_out)
+    if held_out and not some:
+        logger.warning("no held-out dialogue is left to measure the loss on: all were cut")
+    apart = instructed.kept(held_out, "held-out") if some else []
     batches = micro_batches(
         sft.encode(apart, inputs.tokenizer, inputs.context), options.micro_tokens
     )
@@ -232,7 +239,8 @@ def recalled(
     """`recall.measure` of the engine's model, kept in the file `path`; None without a test."""
     if not inputs.tested:
         return None
-    if not on_main(path.exists):
+    # A run that is made longer has trained another model since.
+    if path.name != WITHOUT or not on_main(path.exists):
         dialogues, told = zip(*inputs.tested, strict=True)
         found = recall.measure(
             engine,

@@ -133,6 +133,13 @@ class PpoRecipe(RolloutRecipe):
                 )
         if self.kl_target is None and self.kl_horizon != 10_000:
             raise ValueError("kl_horizon: only with kl_target")
+        if self.kl_target is not None and not self.beta:
+            raise ValueError("kl_target: beta is adapted by factors, and one of 0 stays 0")
+        if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
+            raise ValueError(
+                f"kl_horizon: expected more than a fifth of batch_size, {self.batch_size}: beta "
+                "would become 0 or negative"
+            )
         return self
 
     @model_validator(mode="after")

@@ -189,7 +189,7 @@ def without_times(value: Any, out: str) -> Any:
     if isinstance(value, dict):
         measured = ("second", "joule", "energy", "memory", "mfu")
         return {
-            key: without_times(item, out)
+            key.replace(out, ""): without_times(item, out)
             for key, item in value.items()
             if not any(word in key for word in measured)
         }

@@ -18,7 +18,7 @@ from llama2rt.data.packing import Example
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.parallel import Mesh, ParallelOptions
 from llama2rt.parallel.parallelize import parallelize
-from llama2rt.stages import dpo, reward
+from llama2rt.stages import direct, dpo, reward
 from llama2rt.stages.pretrain import next_token
 from llama2rt.train import TrainOptions, fit
 from llama2rt.train.optimizer import Optimizer, placed
@@ -101,7 +101,7 @@ def train(
     objective = {
         "sft": next_token,
         "reward": reward.objective(reward.RewardRecipe.model_construct(kind="safety")),
-        "dpo": dpo.objective(dpo.DpoRecipe.model_construct()),
+        "dpo": direct.loss(dpo.DpoRecipe.model_construct(), mesh),
     }[kind]
     # A tenth of inductor's time, for the same graphs.
     with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):

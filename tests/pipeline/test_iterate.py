@@ -277,7 +277,7 @@ def test_the_papers_plan_is_not_resumed_with_steps(pocket, tmp_path):
         ([{"name": "V1"}], "None is no stage: expected one of pretrain, "),
         ([{"name": "V1", "stage": "pppo"}], "'pppo' is no stage: expected one of pretrain, "),
         ([{"name": "V1", "stage": "ppo", "clipp": 0.2}], r"steps\.0\.clipp\s+Extra inputs"),
-        ([{"name": "V1", "stage": "ppo", "epochs": 2}], r"steps\.0\.epochs\s+Extra inputs"),
+        ([{"name": "V1", "stage": "ppo", "context": 2}], r"steps\.0\.context\s+Extra inputs"),
         ([{"name": "V1", "stage": "ppo", "train": {"lrr": 1}}], r"steps\.0\.train\.lrr\s+Extra"),
         ([{"name": "V1", "stage": "ppo", "iterations": 0}], r"steps\.0\.iterations\s+.*greater"),
     ],

@@ -221,14 +221,20 @@ def read_judgments(path: Path, layout: Layout) -> list[Mapping[str, Any]]:
     for where, row in objects(path, (layout.id, "model", "games"), about):
         identifier(where, layout.id, row[layout.id])
         text(where, "model", row["model"])
+        if "category" in row:
+            text(where, "category", row["category"])
         games = row["games"]
         if not isinstance(games, list) or len(games) != 2:
             raise InputError(f"{where}: games: expected two")
         for game in games:
             if game is None:
                 continue
-            score = game.get("score") if isinstance(game, Mapping) else game
-            if score is not None and _MIRRORED.get(score, score) not in _LABELS:
+            if not isinstance(game, Mapping) or "score" not in game:
+                raise InputError(f"{where}: games: expected an object with a score, or null")
+            score = game["score"]
+            if score is not None and (
+                not isinstance(score, str) or _MIRRORED.get(score, score) not in _LABELS
+            ):
                 raise InputError(f"{where}: score: expected a label such as A>B, got {score!r}")
         found.append(row)
     return found

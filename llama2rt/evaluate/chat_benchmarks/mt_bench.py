@@ -250,6 +250,8 @@ def read_judgments(path: Path) -> list[Mapping[str, Any]]:
         score = row["score"]
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise InputError(f"{where}: score: expected a number, got {score!r}")
+        if score != -1 and not 1 <= score <= 10:
+            raise InputError(f"{where}: score: expected 1 to 10, or -1 for none, got {score!r}")
         if row["turn"] not in range(1, TURNS + 1):
             raise InputError(f"{where}: turn: expected 1 or 2, got {row['turn']!r}")
         found.append(row)

@@ -52,12 +52,15 @@ def read_evaluation(path: Path, keys: Sequence[str] = (), score: str | None = No
         where = f"{path}:{line}"
         if isinstance(row, InputError):
             raise InputError(f"{where}: {row}")
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where}: expected a JSON object")
         logged = isinstance(row.get("doc"), Mapping) and "doc_hash" in row
         if not logged and not keys:
             raise InputError(f"{where}: no logged sample of the harness; name its text by --text")
         if logged and filtered is None:
             filtered = str(row.get("filter"))
-            score = score or next(iter(row.get("metrics") or ()), None)
+            numbers = (name for name in row.get("metrics") or () if _is_number(row.get(name)))
+            score = score or next(numbers, None)
         if logged and str(row.get("filter")) != filtered:
             left_out += 1  # the same document again, its answer read by another filter
             continue
@@ -79,19 +82,28 @@ def _text(row: Mapping[str, Any], keys: Sequence[str], where: str) -> str:
             if not isinstance(value, Mapping) or part not in value:
                 raise InputError(f"{where}: no key {key!r}")
             value = value[part]
-        found += _strings(value)
+        own = list(_strings(value))
+        if not own:
+            raise InputError(f"{where}: {key}: holds no text")
+        found += own
     return "\n".join(found if keys else _strings(row))
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
+    elif _is_number(value):
+        yield str(value)
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _strings(item)
     elif isinstance(value, Sequence):
         for item in value:
             yield from _strings(item)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
 
 
 def _number(row: Mapping[str, Any], key: str, where: str) -> float:

@@ -232,7 +232,7 @@ def command(
         seed: Of the bootstrap, and of requests.
         as_json: Print one JSON object.
     """
-    if len(samples) == 1:
+    if samples and len({path.resolve() for path in samples}) < max(2, len(samples)):
         raise InputError("samples: expected two versions or more")
     if bool(samples) != bool(judges) or not (samples or people):
         raise InputError(

@@ -168,10 +168,13 @@ class Server:
             text = choice["message"]["content"] or ""
             if not isinstance(text, str):
                 raise TypeError("content")
+            # JSON may hold half of a surrogate pair, which no file does.
+            text = text.encode(errors="replace").decode()
             first: dict[str, float] = {}
             if options.alternatives:
                 for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
-                    first[entry["token"]] = float(entry["logprob"])
+                    token = entry["token"].encode(errors="replace").decode()
+                    first[token] = float(entry["logprob"])
             return Reply(
                 text.strip(),
                 choice["finish_reason"] == "stop",
