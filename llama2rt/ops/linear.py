@@ -66,11 +66,11 @@ class _InFp32(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
         rows = dy.float()
-        dx = (rows @ weight.float()).to(x.dtype) if needs_x else None
+        dx = (rows @ weight.float()).to(dy.dtype) if needs_x else None
         if not needs_weight:
             return dx, None
         dw = rows.flatten(0, -2).T @ x.float().flatten(0, -2)
-        return dx, dw.to(weight.dtype)
+        return dx, dw.to(dy.dtype)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from llama2rt.evaluate import annotators, length, reward_models
 from llama2rt.parallel import on_main
 from llama2rt.pipeline import answers, policies
 from llama2rt.pipeline.answers import Answer, LengthOptions
-from llama2rt.pipeline.iterate import merged
+from llama2rt.pipeline.iterate import POLICIES, merged
 from llama2rt.pipeline.keys import AnyStep, Tables
 from llama2rt.pipeline.plan import Resolved, Step, opened
 from llama2rt.pipeline.run import Clock, prepare
@@ -86,8 +86,8 @@ class StudyRecipe(Recipe):
             for key in ("like", "data_limits", "tests", "length", "skip_invalid"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}: says nothing of policies")
-            stages = {policy.stage for policy in self.policies} | {"evaluate"}
-            if unused := set(self.defaults) - stages:
+            stages = {"evaluate", *(policy.stage for policy in self.policies)}
+            if (unused := set(self.defaults) - stages) and stages <= {*POLICIES, "evaluate"}:
                 raise ValueError(f"defaults: no policy is of the stage {min(unused)}")
         for key in ("seeds", "data_limits"):
             if len(set(getattr(self, key))) < len(getattr(self, key)):

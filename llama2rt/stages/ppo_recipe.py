@@ -83,8 +83,8 @@ class PpoRecipe(RolloutRecipe):
     """responses in which beta adapts; their code's. An iteration changes it by at most
     0.2 batch_size / kl_horizon"""
     max_kl: float | None = Field(default=None, gt=0)
-    """the run ends, with the policy as it is, where a rollout's KL to the reference is larger, in
-    nats a response"""
+    """the run ends where a rollout's KL to the reference is larger, in nats a response: with the
+    policy as it is or, with validation, the best of those that were measured until then"""
     exact_kl: bool = False
     """whether to measure a rollout's KL token by token over the whole vocabulary too, beside k1 and
     k3: for vocabularies of at most 8192 tokens"""

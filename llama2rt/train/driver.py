@@ -108,8 +108,7 @@ def drive(run: Run, work: Work, options: TrainOptions, *, done: int, total: int)
             stragglers.add(Elapsed.now().since(begin), step.prepared)
             done += 1
             run.store.check()
-            # What ends before that is measured as the last step is.
-            last = done == total or work.finished()
+            last = done == total
             if last or _due(done, options.log_every):
                 metrics = dict(**step.metrics, **rates.read(), **stragglers.read())
                 run.log(done, **metrics)

@@ -104,7 +104,13 @@ PLANTED = {
     "EMAIL": ["ann.lee@example.org", "x_1+y@mail.example.co.uk"],
     "CARD_NUMBER": ["4111 1111 1111 1111", "5500-0000-0000-0004", "378282246310005"],
     "IP_ADDRESS": ["8.8.8.8", "2001:4860:4860::8888"],
-    "PHONE_NUMBER": ["+44 20 7946 0958", "(415) 555-2671", "415-555-2671", "+1 212.555.0187"],
+    "PHONE_NUMBER": [
+        "+44 20 7946 0958",
+        "(415) 555-2671",
+        "415-555-2671",
+        "+1 212.555.0187",
+        "+33 6 12 34 56 78",
+    ],
 }
 ORDINARY = [
     "4111 1111 1111 1112",  # no checksum
@@ -119,6 +125,10 @@ ORDINARY = [
     "3.14159265358979 and 0.4111111111111111",
     "On 2023-11-30 at 10:12:45, 100 200 3000 people",
     "Act 1. Scene 2. 1610",
+    "Version: 8.8.8.8, theorem 12.1.1.3",
+    "Sold 300 400 5000",
+    "gains of +100 200 300 400 and +12 34 56 78",
+    "lodash@4.17.21.tgz",
 ]
 
 
@@ -128,6 +138,19 @@ def test_personal_data_is_found_wherever_it_stands(kind, item):
         text, counts, items = personal.replace(f"{before}{item}{after}")
         assert text == f"{before}<{kind}>{after}"
         assert counts == {kind: 1} and items == [item]
+
+
+def test_personal_data_stands_beside_other_scripts_and_marks():
+    for text, found in (
+        ("\u8054\u7cfbjohn@example.com\u8c22", "\u8054\u7cfb<EMAIL>\u8c22"),
+        ("_jane@163.com_", "_<EMAIL>_"),
+        ("\u7535\u8bdd+8613800138000\u3002", "\u7535\u8bdd<PHONE_NUMBER>\u3002"),
+        ("ssh srv 8.8.8.8", "ssh srv <IP_ADDRESS>"),
+        ("call me: 300 400 5000", "call me: <PHONE_NUMBER>"),
+        ("Tel +4915112345678.", "Tel <PHONE_NUMBER>."),
+        ("+33 6 12 34 56 78 or later", "<PHONE_NUMBER> or later"),
+    ):
+        assert personal.replace(text)[0] == found
 
 
 @pytest.mark.parametrize("text", ORDINARY)

@@ -251,6 +251,8 @@ def test_what_a_response_earns(pocket):
             "reward_normalization: rloo takes a group's mean off",
         ),
         ({"kl_horizon": 64}, "kl_horizon: only with kl_target"),
+        ({"kl_target": 6.0, "beta": 0.0}, "one of 0 stays 0"),
+        ({"kl_target": 6.0, "kl_horizon": 1}, "more than a fifth of batch_size"),
     ],
 )
 def test_keys_that_would_do_nothing_are_refused_by_name(pocket, settings, message):
