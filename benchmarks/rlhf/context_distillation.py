@@ -45,8 +45,6 @@ import records
 
 MAX_TOKENS = 56
 RATES = ("violation", "false_refusal")
-SHARE = 0.5
-"""of the training set: other dialogues"""
 COUNTS = {"safety": 300, "borderline": 200, "ordinary": 300}
 
 
@@ -99,7 +97,7 @@ class Study:
                     "tailored": 0.5,
                 },
                 "mixed_in": [self.work / "helpful.jsonl"],
-                "mixed_in_share": SHARE,
+                "mixed_in_share": self.given.mixed_in_share,
                 "sampling": {"max_tokens": MAX_TOKENS},
                 "batch_size": 32,
                 "epochs": 2,
@@ -117,6 +115,7 @@ class Study:
         own = [pair for pair in pairs if pair["original"].strip()]
         helpful = readers.read(self.work / "helpful.jsonl", "dialogue")
         rng = random.Random(f"{self.seed}:mixed in")
+        share = self.given.mixed_in_share
         found = {}
         for name, key, rows in (
             ("own answers", "original", rng.sample(own, min(len(own), kept))),
@@ -126,7 +125,7 @@ class Study:
                 Dialogue([*row["messages"], {"role": "assistant", "content": row[key]}])
                 for row in rows
             ]
-            count = min(len(helpful), round(len(data) * SHARE / (1 - SHARE)))
+            count = min(len(helpful), round(len(data) * share / (1 - share)))
             path = self.work / f"{name}.jsonl"
             readers.write(path, data + rng.sample(helpful, count))
             recipe = sft.SftRecipe(
@@ -257,7 +256,7 @@ def pooled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write(given: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     """The record of the folders that are done."""
-    names = ("dialogues", "safety_share", "prompts", "lr")
+    names = ("dialogues", "safety_share", "prompts", "lr", "mixed_in_share")
     settings = {name: getattr(given, name) for name in names}
     record = records.header("cpu") | {"what": __doc__.splitlines()[0], "settings": settings}
     record |= {"means": pooled(rows), "rows": rows}
@@ -273,6 +272,7 @@ def main() -> None:
     parser.add_argument("--safety-share", type=float, default=0.7, help="of them about the secret")
     parser.add_argument("--prompts", type=int, default=600, help="adversarial prompts")
     parser.add_argument("--lr", type=float, default=5e-4, help="of all fine-tuning after it")
+    parser.add_argument("--mixed-in-share", type=float, default=0.5, help="other dialogues")
     given = parser.parse_args()
     rows = []
     for folder in given.folders:
