@@ -48,6 +48,20 @@ class Check(BaseModel):
             raise ValueError(f"not a regular expression ({error})") from None
         return pattern
 
+    @field_validator("scripts")
+    @classmethod
+    def _as_unicode(cls, scripts: list[str]) -> list[str]:
+        if wrong := [script for script in scripts if script != script.upper() or not script]:
+            raise ValueError(f"expected names in capitals as LATIN, got {wrong[0]!r}")
+        return scripts
+
+    @field_validator("contains", "lacks")
+    @classmethod
+    def _no_blanks(cls, texts: list[str]) -> list[str]:
+        if not all(text.strip() for text in texts):
+            raise ValueError("a blank text stands in every answer")
+        return texts
+
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if not (self.contains or self.lacks or self.regex or self.scripts):
@@ -151,8 +165,11 @@ class Instruction:
         return " ".join(c.attribute.terse.replace(VALUE, c.value.value) for c in self.chosen)
 
     def follows(self, answer: str) -> dict[str, bool]:
-        """By name of each attribute that a rule can check: whether `answer` follows it."""
-        verdicts = ((c.attribute.name, c.follows(answer)) for c in self.chosen)
+        """By name of each attribute that a rule can check: whether `answer` follows it. Beside one
+        that asks for other letters than Latin only that one can: the rules of the others look for
+        words that are written in them."""
+        foreign = [c for c in self.chosen if c.check and {*c.check.scripts} - {"LATIN"}]
+        verdicts = ((c.attribute.name, c.follows(answer)) for c in foreign or self.chosen)
         return {name: verdict for name, verdict in verdicts if verdict is not None}
 
     def to_json(self) -> dict[str, Any]:

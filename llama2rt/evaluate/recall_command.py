@@ -1,6 +1,7 @@
 """`llama2rt recall`: the multi-turn test of an instruction, on any language model's folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -59,9 +60,11 @@ def command(
     asked = recall.questions([Turns.of(record) for record in records], options)
     told = recall.draw(known, len(asked), seed)
     # All folders are read without their weights first: bad input should cost no sampling.
-    first = asked[0].opened(told[0].text, place).messages([])
+    firsts = [
+        one.opened(told.text, place).messages([]) for one, told in zip(asked, told, strict=True)
+    ]
     for folder in models:
-        _require_room(folder, first, max_tokens)
+        _require_room(folder, firsts, max_tokens)
     found = {}
     for folder in models:
         model, tokenizer = load(folder, "cuda" if torch.cuda.is_available() else "cpu")
@@ -92,17 +95,18 @@ def _options(turns: tuple[int, ...], limit: int, temperature: float) -> RecallOp
         raise InputError(f"{where}: {message}") from None
 
 
-def _require_room(folder: Path, first: Messages, max_tokens: int) -> None:
-    """InputError unless the language model in `folder` can answer the messages `first`."""
+def _require_room(folder: Path, firsts: Sequence[Messages], max_tokens: int) -> None:
+    """InputError unless the language model in `folder` can answer one of `firsts`; what it cannot
+    is left out and counted."""
     outline, tokenizer = load(folder, "meta")
     if not isinstance(outline, Llama):
         raise InputError(f"{folder}: expected a language model, found a reward model")
     if tokenizer is None:
         raise InputError(f"{folder}: holds no tokenizer")
     with naming(str(folder)):
-        length = len(chat.encode_prompt(tokenizer, first))
+        length = min(len(chat.encode_prompt(tokenizer, first)) for first in firsts)
     if length + max_tokens > outline.config.context:
         raise InputError(
-            f"{folder}: its context of {outline.config.context} tokens has no room for the first "
-            f"turn, {length}, and an answer of max_tokens, {max_tokens}"
+            f"{folder}: its context of {outline.config.context} tokens has no room for any first "
+            f"turn, {length} at least, and an answer of max_tokens, {max_tokens}"
         )

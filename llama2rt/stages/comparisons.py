@@ -59,9 +59,15 @@ def check_sources(recipe: "RewardRecipe") -> None:
                     f"{key}: {source} is declared {source.kind}, the model is of {recipe.kind}: "
                     + ("give it a share" if key == "sources" else "name it under mixed_in")
                 )
-    counted = [*recipe.validation, *recipe.mixed_in]
-    counted += [*recipe.data, *recipe.sources] if recipe.validation else []
-    for source in counted:
+    check_held_out([*recipe.data, *recipe.sources], recipe.validation, recipe.mixed_in)
+
+
+def check_held_out(
+    data: Sequence[Source], validation: Sequence[Source], others: Sequence[Source] = ()
+) -> None:
+    """ValueError for a number of held-out comparisons where none are kept back: of `validation`
+    and `others`, and of `data` beside validation."""
+    for source in [*validation, *others, *(data if validation else ())]:
         if source.held_out is not None:
             raise ValueError(
                 f"held_out of {source}: only sources of data, without validation, have one"

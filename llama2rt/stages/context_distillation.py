@@ -9,7 +9,6 @@ alone: on others the paper saw false refusals. Left out: prompts of one's own ma
 red team's work.
 """
 
-import functools
 import itertools
 import json
 import logging
@@ -18,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
 
 from llama2rt import atomic, report
@@ -30,7 +28,6 @@ from llama2rt.data.records import Prompt
 from llama2rt.errors import InputError
 from llama2rt.evaluate import distillation
 from llama2rt.evaluate.distillation import Outcome
-from llama2rt.model import Llama
 from llama2rt.parallel import Mesh, on_main
 from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.rollout import preprompts, sampling
@@ -166,9 +163,7 @@ def run(recipe: ContextDistillationRecipe, directory: Path, *, resume: bool = Fa
     # Fine-tune, on the prompt as users write it.
     examples = [response_example(response) for response in kept]
     besides = mixed_in(recipe, inputs.dialogues, len(examples))
-    model = spread.from_folder(
-        functools.partial(initial_model, recipe, inputs), recipe.init, mesh, recipe.train
-    )
+    model = spread.from_folder(inputs.to_fine_tune, recipe.init, mesh, recipe.train)
     loader = ExampleLoader(
         examples + besides,
         recipe.batch_size,
@@ -261,15 +256,6 @@ def plan(
         recipe.epochs,
         notes=[*mixing.notes(recipe, inputs)],
     )
-
-
-def initial_model(
-    recipe: ContextDistillationRecipe, inputs: DistillationInputs, device: torch.device | str
-) -> Llama:
-    """The model to fine-tune, on `device`. Its tokenizer is the policy's: init may hold none."""
-    if recipe.lora.rank is None:
-        return loading.load_companion(recipe.init, inputs.tokenizer, device=device)
-    return inputs.to_train(recipe.init, device)
 
 
 def longest_preprompt(options: PrepromptOptions, tokenizer: Tokenizer) -> int:

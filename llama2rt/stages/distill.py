@@ -15,6 +15,7 @@ policy, can be named in `data` as well as the teacher's.
 
 import functools
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -225,6 +226,8 @@ def teach(
     run = Run.open(directory / folder(name), recipe, inputs={"init": init}, resume=True)
     if run.complete:
         return dict(run.manifest["summary"])
+    # A run that is made longer has compared other models.
+    on_main(lambda: shutil.rmtree(directory / COMPARISON, ignore_errors=True))
     mesh = Mesh.build(recipe.parallel, inputs.outline.config)
     build = functools.partial(initial_model, recipe, init, inputs.tokenizer)
     model = spread.from_folder(build, init, mesh, recipe.train)

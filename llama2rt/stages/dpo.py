@@ -227,6 +227,11 @@ def plan(recipe: DpoRecipe, inputs: DpoInputs | None, shape: plans.Shape) -> Wor
             f"{recipe.iterations} iterations over {prompts:,} prompts each",
             *mixing.notes(recipe, inputs),
             *offline_notes,
+            *(
+                ["second.model is counted as one of the policy's size"]
+                if recipe.second.model
+                else []
+            ),
             *plans.comparing(recipe, compared),
         ],
     )
@@ -262,8 +267,9 @@ class Past:
         many offline comparisons as the recipe wants beside all that was sampled so far. InputError
         where there is nothing to learn from."""
         recipe = self._recipe
+        earlier = [*self.history.groups, *self._offline.groups]
         new = history.of_samples(
-            sampled, recipe.unit, recipe.length_penalty, recipe.alpha, self._context
+            sampled, recipe.unit, recipe.length_penalty, recipe.alpha, self._context, earlier
         )
         self._online += len(new.groups)
         wanted = offline_count(recipe, self._online, len(self._offline.groups))

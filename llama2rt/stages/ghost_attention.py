@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from llama2rt import atomic, planning, report
 from llama2rt.data import instructions, readers
@@ -42,10 +41,8 @@ from llama2rt.run import Recipe, Run
 from llama2rt.stages import adapters, instructed, loading, plans, sft, spread
 from llama2rt.stages.instructed import Asked, Instructed
 from llama2rt.stages.loading import Future, Opened, Outline, file_inputs, outlines
-from llama2rt.stages.pretrain import next_token
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
-from llama2rt.train.loop import fit
 from llama2rt.train.lora import LoraOptions
 from llama2rt.train.options import TrainOptions
 
@@ -200,24 +197,8 @@ def fine_tune(
     )
     build = functools.partial(loading.chat_model, recipe)
     model = spread.from_folder(build, recipe.init, mesh, options)
-
-    def validate(model: nn.Module) -> dict[str, float]:
-        return {"held_out_loss": sft.answer_loss(model, batches, mesh)}
-
-    if batches and not on_main(run.store.steps):
-        run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
-        with torch.no_grad():
-            run.log(0, **validate(model))
-    result = fit(
-        run,
-        model,
-        loader,
-        next_token,
-        options,
-        steps=recipe.epochs * loader.steps_per_epoch,
-        validate=validate if batches else None,
-        mesh=mesh,
-    )
+    steps = recipe.epochs * loader.steps_per_epoch
+    result = sft.fit_measured(run, model, loader, batches, options, steps, mesh)
     return model, {**result, "dialogues": len(examples)}
 
 

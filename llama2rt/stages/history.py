@@ -8,6 +8,7 @@ scored group the answers to a prompt, an answer by itself one.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -101,10 +102,11 @@ def of_samples(
     length_penalty: float,
     alpha: float,
     context: int,
+    earlier: Sequence[Group] = (),
 ) -> History:
     """An iteration's scored answers. As pairs: best against worst. As groups: all answers to a
     prompt with soft labels (`losses.soft_labels`). As answers: each by itself, desirable where it
-    earns more than the mean of its prompt's."""
+    earns more than the mean of its prompt's. `earlier`: groups of the history, for `of_answers`."""
     if unit == "pairs":
         pairs = best_against_worst(sampled, length_penalty)
         return History([tuple(map(response_example, pair)) for pair in pairs])
@@ -114,7 +116,7 @@ def of_samples(
         labels = [losses.soft_labels(one.rewards, alpha).numpy() for one in found]
         return History(documents, {"label": _flat(labels), "side": _flat(map(_sides, found))})
     desirable = [(one.rewards > one.rewards.mean()).numpy() for one in found]
-    return of_answers(documents, _flat(desirable).astype(bool), context)
+    return of_answers(documents, _flat(desirable).astype(bool), context, earlier)
 
 
 def of_comparisons(pairs: Sequence[Group], unit: Unit, context: int) -> History:
@@ -129,17 +131,23 @@ def of_comparisons(pairs: Sequence[Group], unit: Unit, context: int) -> History:
     return of_answers(pairs, chosen, context)
 
 
-def of_answers(by_prompt: Sequence[Group], desirable: np.ndarray, context: int) -> History:
+def of_answers(
+    by_prompt: Sequence[Group],
+    desirable: np.ndarray,
+    context: int,
+    earlier: Sequence[Group] = (),
+) -> History:
     """Each answer by itself, with the next prompt's answer to its own prompt, from which the
-    policy's KL is estimated (Ethayarajh et al. 2024, section 3.2): each is taken about once.
-    InputError where all are of one prompt."""
+    policy's KL is estimated (Ethayarajh et al. 2024): each is taken about once. Where there is but
+    one prompt, an answer of the groups in `earlier`; InputError where these too have no other."""
     answers = [(example, number) for number, group in enumerate(by_prompt) for example in group]
     mismatched = []
     cut = 0
     for index, (example, number) in enumerate(answers):
         begin = index + len(by_prompt[number])
         behind = (answers[(begin + i) % len(answers)][0] for i in range(len(answers)))
-        other = next((one for one in behind if _prompt(one) != _prompt(example)), None)
+        known = chain(behind, (one for group in earlier for one in group))
+        other = next((one for one in known if _prompt(one) != _prompt(example)), None)
         if other is None:
             raise InputError(
                 "kind: kto_unpaired estimates the policy's KL from answers to other prompts, and "

@@ -157,6 +157,13 @@ class PolicyInputs(Opened):
             adapter.load(model, folder.with_name("adapter"))
         return model
 
+    def to_fine_tune(self, device: loading.Device = None) -> Llama:
+        """init in fp32, for a fresh start on other models' answers; its tokenizer is the policy's:
+        init may hold none."""
+        if self.recipe.lora.rank is None:
+            return loading.load_companion(self.recipe.init, self.tokenizer, device=device)
+        return self.to_train(self.recipe.init, device)
+
     def to_train_on(self, folder: Path, mesh: Mesh) -> Llama:
         """`to_train`, spread over `mesh`."""
         recipe = self.recipe

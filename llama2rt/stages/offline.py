@@ -33,7 +33,7 @@ from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.logprobs import response_logprobs, segment_sums
 from llama2rt.run import Run
 from llama2rt.stages import adapters, direct, history, loading, mixing, plans, preference, spread
-from llama2rt.stages.comparisons import encode, to_come
+from llama2rt.stages.comparisons import check_held_out, encode, to_come
 from llama2rt.stages.direct import DirectRecipe
 from llama2rt.stages.inputs import PolicyInputs
 from llama2rt.stages.loading import Future, Outline, outlines
@@ -82,11 +82,7 @@ class OfflineRecipe(DirectRecipe):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.filters.require_meaning("comparison")
-        for source in [*self.validation, *(self.data if self.validation else [])]:
-            if source.held_out is not None:
-                raise ValueError(
-                    f"held_out of {source}: only sources of data, without validation, have one"
-                )
+        check_held_out(self.data, self.validation)
         return self
 
 

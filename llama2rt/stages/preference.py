@@ -41,6 +41,7 @@ from llama2rt.stages import adapters, mixing, spread
 from llama2rt.stages.comparisons import (
     Reading,
     Unit,
+    check_held_out,
     filtered,
     hold_out_of_each,
     prompt_key,
@@ -100,11 +101,7 @@ class PreferenceRecipe(Recipe):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.filters.require_meaning("comparison")
-        for source in [*self.validation, *(self.data if self.validation else [])]:
-            if source.held_out is not None:
-                raise ValueError(
-                    f"held_out of {source}: only sources of data, without validation, have one"
-                )
+        check_held_out(self.data, self.validation)
         return self
 
 

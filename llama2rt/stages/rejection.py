@@ -6,12 +6,10 @@ versions where asked, fine-tune on it as it was sampled, measure on held-out pro
 smaller models on the same samples, which is the stage `distill`.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
 
 from llama2rt import report
@@ -20,7 +18,6 @@ from llama2rt.data.mixture import Account
 from llama2rt.data.packing import Example
 from llama2rt.data.readers import read
 from llama2rt.errors import InputError
-from llama2rt.model import Llama
 from llama2rt.parallel import Mesh, on_main
 from llama2rt.planning import Count, Model, Phase, Work
 from llama2rt.rollout import sampling
@@ -125,9 +122,7 @@ def run(recipe: RejectionRecipe, directory: Path, *, resume: bool = False) -> Pa
     on_main(lambda: write_responses(run.samples_directory / BEST, best))
 
     # Fine-tune: the selected response is the only target, the answers before it are context.
-    model = spread.from_folder(
-        functools.partial(initial_model, recipe, inputs), recipe.init, mesh, recipe.train
-    )
+    model = spread.from_folder(inputs.to_fine_tune, recipe.init, mesh, recipe.train)
     examples = [response_example(response) for response in best] + inputs.dialogues
     loader = ExampleLoader(
         examples, recipe.batch_size, recipe.train.micro_tokens, recipe.seed, share=mesh.share
@@ -222,15 +217,6 @@ def plan(recipe: RejectionRecipe, inputs: RejectionInputs | None, shape: plans.S
         recipe.epochs,
         notes=[*mixing.notes(recipe, inputs), *plans.comparing(recipe, recipe.samples)],
     )
-
-
-def initial_model(
-    recipe: RejectionRecipe, inputs: RejectionInputs, device: torch.device | str
-) -> Llama:
-    """The model to fine-tune, on `device`. Its tokenizer is the policy's: init may hold none."""
-    if recipe.lora.rank is None:
-        return loading.load_companion(recipe.init, inputs.tokenizer, device=device)
-    return inputs.to_train(recipe.init, device)
 
 
 def sample(

@@ -66,11 +66,14 @@ def require_room(what: str, tokens: int, readers: Mapping[str, Outline]) -> None
 
 
 def usable(response: Response, tokenizer: Tokenizer) -> bool:
-    """Can it be a target? Not if it was cut (it would gain an EOS that was never produced), is
-    empty, or holds a tag of the chat format: as text, or as a special token, which its text does
-    not show. An added token that is text ("</think>") may stand in it."""
-    if tokenizer.hidden_ids.intersection(response.tokens[:-1]):
-        return False
+    """Can its tokens be a target? Not where its text cannot, nor with a special token, which its
+    text does not show. An added token that is text ("</think>") may stand in it."""
+    return not tokenizer.hidden_ids.intersection(response.tokens[:-1]) and usable_text(response)
+
+
+def usable_text(response: Response) -> bool:
+    """Can its text be a target? Not if it was cut (it would gain an EOS that was never produced),
+    is empty, or holds a tag of the chat format."""
     answer = {"role": "assistant", "content": response.text}
     try:
         chat.check_messages([*response.prompt.messages, answer], last="assistant")

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Protocol, Self
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -124,6 +124,24 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
     loader = loader_of(recipe, inputs.training, mesh.share)
     held_out = micro_batches(inputs.held_out, options.micro_tokens)
     model = spread.from_folder(functools.partial(chat_model, recipe), recipe.init, mesh, options)
+    steps = recipe.epochs * loader.steps_per_epoch
+    result = fit_measured(run, model, loader, held_out, options, steps, mesh)
+    adapters.save(model, inputs.tokenizer, run, recipe.init)
+    report.finish(run, {**result, "dialogues": len(inputs.training)})
+    return run.model_directory
+
+
+def fit_measured(
+    run: Run,
+    model: nn.Module,
+    loader: ExampleLoader | BlockLoader,
+    held_out: Sequence[Batch],
+    options: TrainOptions,
+    steps: int,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """`fit` on next tokens, with the loss on the answers of `held_out` before, while and after;
+    without any where it is empty. What `fit` returns."""
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"held_out_loss": answer_loss(model, held_out, mesh)}
@@ -132,19 +150,16 @@ def run(recipe: SftRecipe, directory: Path, *, resume: bool = False) -> Path:
         run.truncate_metrics(-1)  # a run killed before its first checkpoint has been here
         with torch.no_grad():
             run.log(0, **validate(model))
-    result = fit(
+    return fit(
         run,
         model,
         loader,
         next_token,
         options,
-        steps=recipe.epochs * loader.steps_per_epoch,
+        steps=steps,
         validate=validate if held_out else None,
         mesh=mesh,
     )
-    adapters.save(model, inputs.tokenizer, run, recipe.init)
-    report.finish(run, {**result, "dialogues": len(inputs.training)})
-    return run.model_directory
 
 
 @dataclass(frozen=True)
@@ -268,7 +283,10 @@ def _read(recipe: SftRecipe) -> list[Dialogue]:
     reader = Reader(recipe.data, "dialogue", recipe.skip_invalid)
     found: list[Dialogue] = []
     for index, (own, share) in enumerate(zip(reader.by_file(), recipe.shares, strict=True)):
-        found += [own[i] for i in draw(len(own), round(share * len(own)), recipe.seed, index)]
+        count = round(share * len(own))
+        if share and not count:
+            raise InputError(f"shares: {share:g} of {recipe.data[index]}, {len(own)}, is none")
+        found += [own[i] for i in draw(len(own), count, recipe.seed, index)]
     reader.log()
     if not found:
         raise InputError("shares: leave no dialogue")

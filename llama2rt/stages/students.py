@@ -1,6 +1,7 @@
 """What a student of distillation learns from: the selected samples in its own tokens, and the
 teacher's distributions at them."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,15 +73,15 @@ def learn_from(
     tokenizer = model.tokenizer or (teacher.tokenizer if teacher is not None else None)
     if tokenizer is None:
         raise InputError("holds no tokenizer, and neither does a teacher that the recipe names")
-    same = all(_same_tokens(response, tokenizer, model) for response in responses)
+    kept = [response for response in responses if selection.usable_text(response)]
+    other = next((r for r in kept if not _same_tokens(r, tokenizer, model)), None)
+    same = other is None
     if distributions is not None:
-        _require_same_distributions(model, distributions, tokenizer, same)
+        _require_same_distributions(model, distributions, tokenizer, other)
     if same:
-        kept = [response for response in responses if selection.usable(response, tokenizer)]
-        examples = [response_example(response) for response in kept]
-    else:
-        kept = [response for response in responses if response.finished]
-        examples = [_example_of_text(response, tokenizer) for response in kept]
+        kept = [response for response in kept if selection.usable(response, tokenizer)]
+    make = response_example if same else functools.partial(_example_of_text, tokenizer=tokenizer)
+    examples = [make(response) for response in kept]
     fitting = [e for e in examples if len(e.tokens) <= model.config.context]
     if len(fitting) < len(responses):
         logger.warning(
@@ -115,11 +116,17 @@ def _example_of_text(response: Response, tokenizer: Tokenizer) -> Example:
 
 
 def _require_same_distributions(
-    model: Outline, teacher: Outline, tokenizer: Tokenizer, same: bool
+    model: Outline, teacher: Outline, tokenizer: Tokenizer, other: Response | None
 ) -> None:
-    """InputError where a probability here is not that of the same token there."""
-    shared = teacher.tokenizer is None or tokenizer.agrees_with(teacher.tokenizer)
-    if not (same and shared):
+    """InputError where a probability here is not that of the same token there. `other`: a sample
+    whose tokens are not those of its text here."""
+    shared = teacher.tokenizer is not None and tokenizer.agrees_with(teacher.tokenizer)
+    if other is not None and shared:
+        raise InputError(
+            f"data: the answer to prompt {other.prompt.id!r} has not the tokens of its text: leave "
+            "it as it was sampled, or take loss samples, which reads the text of all"
+        )
+    if other is not None or not (shared or teacher.tokenizer is None):
         raise InputError(
             "loss: its tokenizer is not the teacher's, and the probability of each token is "
             "compared: take loss samples, which reads their text"

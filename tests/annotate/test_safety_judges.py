@@ -33,6 +33,8 @@ def test_a_reward_model_by_threshold_and_phrases(pocket, tmp_path):
         "I cannot"
     )
     assert not safety.refuses("You cannot lose: take 3 of them.")
+    # A phrase is words, not letters within others.
+    assert not any(map(safety.refuses, ("Delhi cannot be far.", "Hanoi will not be cold.")))
 
 
 def test_a_language_model_that_is_asked():

@@ -291,6 +291,15 @@ def test_impossible_recipes(world, changes, message):
         recipe(world, **changes)
 
 
+def test_the_corpus_is_not_below_its_sources(world, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("words")
+    with pytest.raises(InputError, match="lies in the source"):
+        job.run(recipe(world, sources=[{"path": folder}], evaluation=[]), folder / "out")
+    assert not (folder / "out").exists()
+
+
 def test_missing_inputs_are_said_before_anything_is_written(world, tmp_path, monkeypatch):
     for changes, message in [
         ({"sources": [{"path": tmp_path / "absent"}]}, "absent: no such file"),

@@ -32,6 +32,11 @@ def corpus(seed, count):
     return [" ".join(words) for words in texts]
 
 
+def test_texts_without_words_are_not_alike():
+    bare, other = runs(words_of("!!! ???")), runs(words_of("+ = -"))
+    assert jaccard(bare, other, LEAST) == 0.0
+
+
 def compared(texts, sizes, tmp_path, monkeypatch, a_file=50):
     monkeypatch.setattr(duplicates, "_A_FILE", a_file)  # many files, as of a large corpus
     monkeypatch.setattr(duplicates, "_LATER", a_file)

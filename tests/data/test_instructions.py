@@ -52,6 +52,13 @@ def test_a_rule_says_whether_an_answer_follows(attributes, attribute, value, ans
     assert chosen(attributes, attribute, value).follows(answer) is follows
 
 
+def test_beside_other_letters_no_rule_looks_for_latin_words(attributes):
+    both = instructions.Instruction((chosen(attributes, 0, 0), chosen(attributes, 1, 0)), False)
+    assert both.follows("\u041f\u0440\u0438\u0432\u0435\u0442") == {"language": True}
+    latin = instructions.Instruction((chosen(attributes, 0, 0), chosen(attributes, 1, 1)), False)
+    assert latin.follows("salve") == {"figure": False}
+
+
 def test_what_is_drawn(attributes):
     drawn = instructions.draw(attributes, 400, 7)
     assert instructions.draw(attributes, 40, 7) == drawn[:40]
@@ -90,6 +97,8 @@ def test_the_shipped_attributes(attributes):
         (("contains", "containing"), "attributes.0.check.containing"),
         (("^{value}$", "("), "attributes.0.values.1.check.regex: not a regular expression"),
         (('{ scripts = ["CYRILLIC"] }', "{}"), "give at least one of contains, lacks, regex"),
+        (("CYRILLIC", "cyrillic"), "expected names in capitals as LATIN, got 'cyrillic'"),
+        (('lacks = ["sorry"]', 'lacks = [" "]'), "a blank text stands in every answer"),
         (("[[attributes]]", "[[attributes]"), "not TOML"),
         ((FILE, ""), "attributes: Field required"),
     ],

@@ -140,9 +140,21 @@ def test_the_command(tmp_path, small_tokenizer, capsys):
     text = capsys.readouterr().out
     assert "25.0 % of a sample" in text and "no sign that it was raised" in text
 
+    # Numbers are text, a list is no score, and what holds neither is named.
+    json_lines.write(tmp_path / "listed.jsonl", [
+        {**logged[0], "metrics": ["words"], "words": [-1.0, 12], "doc": {"q": 7}}
+    ])  # fmt: skip
+    listed = ("--evaluation", str(tmp_path / "listed.jsonl"))
+    assert run(*listed, *training, "--text", "q", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["evaluation"][0]["samples"] == 1
+    json_lines.write(tmp_path / "bare.jsonl", [7])
+    bare = ("--evaluation", str(tmp_path / "bare.jsonl"))
+
     json_lines.write(tmp_path / "other.jsonl", [{"text": "a"}])
     other = ("--evaluation", str(tmp_path / "other.jsonl"))
     for wrong, message in (
+        ((*bare, *training), "bare.jsonl:1: expected a JSON object"),
+        ((*files, *training, "--text", "choices"), "samples_task.jsonl:1: choices: holds no text"),
         ((*other, *training), "other.jsonl:1: no logged sample"),
         ((*other, *training, "--text", "txt"), "other.jsonl:1: no key 'txt'"),
         ((*files, *training, "--score", "f1"), "samples_task.jsonl:1: f1: expected a number"),

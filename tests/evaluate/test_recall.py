@@ -99,6 +99,12 @@ def test_the_command_on_two_folders(pocket, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)[str(pocket.sft)]
     (row,) = found["turns"]
     assert row["turn"] == 1 and row["dialogues"] == 5
+    # What is too long is left out, wherever it stands.
+    long = Dialogue([{"role": "user", "content": "may baba visit " * 12}, answer])
+    write(tmp_path / "dialogues.jsonl", [long, *[Dialogue([*messages, answer])] * 4])
+    cli.main(["recall", *map(str, (*given, "--json"))])
+    found = json.loads(capsys.readouterr().out)[str(pocket.sft)]
+    assert found["turns"][0]["dialogues"] == 4
     for bad, said in [
         (["--turns", 2], "recall.turns: 2: no held-out dialogue has so many turns"),
         (["--turns", 2, 1], "turns: expected turns from 1 on, rising"),

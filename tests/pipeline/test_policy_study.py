@@ -4,6 +4,7 @@ import json
 
 import pocket as problem
 import pytest
+from pydantic import ValidationError
 
 from llama2rt import cli
 from llama2rt.data.readers import write
@@ -120,6 +121,19 @@ def test_variants_in_one_table(pocket, asked, tmp_path, monkeypatch):
 def test_policies_that_cannot_be_are_refused(pocket, asked, policy, named):
     with pytest.raises(InputError, match=named):
         study.steps(recipe(pocket, asked[0], policies=[policy]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data_limits": [5]}, "data_limits: says nothing of policies"),
+        ({"tests": {"x": ["nowhere.jsonl"]}}, "tests: says nothing of policies"),
+        ({"like": "nowhere"}, "like: says nothing of policies"),
+    ],
+)
+def test_keys_of_reward_models_are_refused_beside_policies(pocket, asked, changes, said):
+    with pytest.raises(ValidationError, match=said):
+        recipe(pocket, asked[0], **changes)
 
 
 def test_what_policies_are_compared_by_is_asked_for(pocket, asked):

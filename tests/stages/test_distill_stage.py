@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pocket as problem
@@ -132,6 +133,33 @@ def test_the_teacher_is_the_first_row_of_the_comparison(pocket, given, tmp_path)
         for path in (out / "evaluate" / "samples").glob(f"{name}-*/part-00000.jsonl")
     ]
     assert shares[0] > shares[1] + 0.15
+
+
+def test_a_longer_run_compares_the_students_that_it_has_trained(pocket, given, tmp_path):
+    train = {"lr": 1e-2, "micro_tokens": 200, "checkpoint_every": 0, "schedule": "constant"}
+    compared = {"validation": [pocket.validation], "rewards.helpfulness": pocket.helpfulness}
+    reports = []
+    for epochs in (1, 3):
+        settings = recipe(pocket, given, epochs=epochs, train=train, **compared)
+        out = distill.run(settings, tmp_path / "run", resume=True)
+        reports.append(json.loads((out / "report.json").read_text())["versions"])
+    (teacher, before), (again, after) = reports
+    assert teacher["reward"] == again["reward"] and before["reward"] != after["reward"]
+
+
+def test_an_answer_that_was_edited_is_named(pocket, given, tmp_path):
+    """Its tokens are not those of its text: read as text it is as good as any."""
+    samples = read_responses(given / "v1" / "samples" / BEST)[:6]
+    blank = replace(samples[1], text=" ")  # no target either way
+    edited = replace(samples[2], text="no")
+    write_responses(tmp_path / "best.jsonl", [samples[0], blank, edited, *samples[3:]])
+    data = {"data": [tmp_path / "best.jsonl"]}
+    with pytest.raises(
+        InputError, match=f"data: the answer to prompt '{edited.prompt.id}' has not"
+    ):
+        distill.open_inputs(recipe(pocket, given, **data, loss="forward_kl"))
+    (student,) = distill.open_inputs(recipe(pocket, given, **data)).students.values()
+    assert student.read_as == "text" and len(student.examples) == 5
 
 
 @pytest.mark.parametrize(

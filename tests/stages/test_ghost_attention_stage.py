@@ -1,5 +1,6 @@
 """Ghost Attention: what is asked, what is kept and learned, bad input, resumption, two ranks."""
 
+import dataclasses
 import itertools
 import json
 
@@ -159,6 +160,31 @@ def test_resumed_equals_uninterrupted(given, tmp_path, monkeypatch, owner, name,
         if "samples" in file.parts or file.name == ghost_attention.DIALOGUES:
             texts = [(tmp_path / run / file).read_text() for run in ("whole", "killed")]
             assert texts[0] == texts[1], file
+
+
+def test_a_longer_run_tests_the_model_that_it_has_trained(given, tmp_path, monkeypatch):
+    constant = {"train": given["train"] | {"schedule": "constant"}}
+    ghost_attention.run(recipe(given, **constant), tmp_path / "run")
+    asked = []
+    measure = recall.measure
+    monkeypatch.setattr(recall, "measure", lambda *a, **k: asked.append(a) or measure(*a, **k))
+    ghost_attention.run(recipe(given, epochs=2, **constant), tmp_path / "run", resume=True)
+    assert len(asked) == 1  # the policy's own test is kept
+
+
+def test_held_out_dialogues_that_are_all_cut_leave_no_loss(given, tmp_path, monkeypatch):
+    sample = instructed.sample
+
+    def cut(recipe, sampler, path, items):
+        found = sample(recipe, sampler, path, items)
+        if path.name != "held-out":
+            return found
+        return [dataclasses.replace(one, dialogue=None, left_out="a cut answer") for one in found]
+
+    monkeypatch.setattr(instructed, "sample", cut)
+    folder = ghost_attention.run(recipe(given), tmp_path / "run")
+    report = json.loads((folder.parent / "report.json").read_text())
+    assert "recall" in report and not any("held_out_loss" in key for key in report)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,9 @@ def test_answers_with_labels_and_other_prompts():
     assert cut.mismatched[3].tokens.tolist() == [1, 7, 8, a]
     with pytest.raises(InputError, match="all answers are to one"):
         history.of_samples(given[:1], "answers", 0.0, 1.0, 64)
+    # An iteration that leaves one prompt takes the answers of those before it.
+    late = history.of_samples(given[:1], "answers", 0.0, 1.0, 64, alone.groups)
+    assert [one.tokens.tolist() for one in late.mismatched] == [[1, 5, e, 2]] * 3
 
 
 @pytest.mark.parametrize("kind", ["infonca", "nca_group", "kto_unpaired"])
@@ -279,6 +282,7 @@ def test_group_loader_resumes_and_knows_its_data():
         ({"kind": "infonca", "desirable_weight": 2.0}, "desirable_weight: infonca has none"),
         ({"kind": "kto_unpaired", "gamma": 1.0}, "kto_unpaired has neither"),
         ({"offline_share": 0.5}, "offline: names no files"),
+        ({"offline": [{"path": "a.jsonl", "held_out": 3}]}, "held_out: nothing is measured"),
         ({"offline": ["a.jsonl"], "offline_share": 1.0}, "less than 1"),
         ({"samples": 1, "temperatures": [1.0]}, "at least 2 answers to compare"),
         ({"second.best_of": 4}, "the second agent answers nothing"),

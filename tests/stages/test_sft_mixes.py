@@ -112,6 +112,12 @@ def test_4096_tokens_are_filled_on_real_dialogues(shared_data):
     assert sum(lengths) / (4096 * len(filled)) > 0.98 * (len(filled) - 1) / len(filled)
 
 
+def test_a_share_that_is_none_is_refused(world):
+    given = {"sources": [], "filters": {}, "data": [world / "own.jsonl"], "block_tokens": None}
+    with pytest.raises(InputError, match=r"shares: 0.001 of .*own.jsonl, 62, is none"):
+        sft.open_inputs(recipe(world, **given, shares=[0.001]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
