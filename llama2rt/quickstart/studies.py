@@ -1,4 +1,4 @@
-"""What the reward models' losses are worth: the newest ones trained again without a margin and with
+"""What the reward models' losses are worth: the first ones trained again without a margin and with
 the large one (Llama 2, Table 28), and without the safety classification loss (Table 29)."""
 
 from collections.abc import Mapping
@@ -18,9 +18,10 @@ FOLDERS = {"Margins": "study-margins", "Safety loss": "study-safety-loss"}
 
 
 def recipes(recipe: QuickstartRecipe, directory: Path) -> dict[str, StudyRecipe]:
-    """By title. What the job has trained already is measured, the rest trained as it was."""
-    helpfulness = directory / f"reward-helpfulness-{recipe.batches}"
-    safety = directory / f"reward-safety-{recipe.batches}"
+    """By title. What the job has trained already is measured, the rest trained as it was: the
+    reward models of the first batch, because those of all batches take a multiple of the time."""
+    helpfulness = directory / "reward-helpfulness-1"
+    safety = directory / "reward-safety-1"
     models: dict[str, tuple[Path, list[dict[str, Any]]]] = {
         "Margins": (
             helpfulness,
