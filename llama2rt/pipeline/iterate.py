@@ -36,6 +36,9 @@ from llama2rt.stages.annotate import file_name
 # Stages whose model is a version of the policy.
 POLICIES = ("rejection", "ghost-attention", "ppo", "dpo", "offline", "context-distillation")
 
+# Stages whose data and held-out data are no prompts: their steps name them.
+OTHER_DATA = ("pretrain", "sft", "preference", "offline", "ghost-attention")
+
 
 class FirstRewards(BaseModel):
     """The models that rank responses until a step has trained newer ones."""
@@ -254,8 +257,8 @@ class Plan:
             known = {"SFT": sft} | {n: outputs.model(n) for n in versions}
             given["versions"] = {name: model for name, model in known.items() if model is not None}
             given["data"] = recipe.validation
-        elif step.stage in ("pretrain", "sft", "offline"):
-            given |= {"data": None, "validation": None}  # which are no prompts there
+        elif step.stage in OTHER_DATA:
+            given |= {"data": None, "validation": None}
         if "sources" in STAGES[step.stage].recipe.model_fields and self._key(step, "sources"):
             given |= {"data": None, "mixed_in": None}  # in whose place they stand
         return {key: value for key, value in given.items() if value is not None}

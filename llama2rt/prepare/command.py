@@ -1,6 +1,7 @@
 """`llama2rt prepare`: what a shipped plan starts from, from the command line."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,9 +54,8 @@ def prepare(
         else:
             gsm8k.write(out, source, gsm8k.smoke(seed) if smoke_test else gsm8k.Sizes(seed))
     except InputError:
-        if not begun:  # nothing was written yet: what is wrong is found first
-            (out / MARK).unlink()
-            out.rmdir()
+        if not begun:  # it was empty, or not there
+            shutil.rmtree(out)
         raise
     said = {"out": str(out), "files": _hashes(out)}
     print(json.dumps(said) if as_json else f"{out}: {len(said['files'])} files")

@@ -48,19 +48,19 @@ class Sizes:
     """How much of the two files goes where, and the shape of the model."""
 
     seed: int
-    prompts: int = 500
+    prompts: int = 240
     held_out: int = 400
     """test problems"""
-    validation: int = 50
+    validation: int = 24
     limit: int | None = None
     """training problems; None for all"""
     vocab_size: int = 2048
-    dim: int = 160
+    dim: int = 128
     layers: int = 4
-    heads: int = 5
-    ffn_hidden: int = 432
+    heads: int = 4
+    ffn_hidden: int = 352
     context: int = 512
-    std: float = 0.06
+    std: float = 0.08
     """of the random weights: 0.02 is for widths of a thousand"""
 
     @property
@@ -72,7 +72,7 @@ class Sizes:
 
 
 SMOKE: dict[str, int] = {
-    "prompts": 8, "held_out": 30, "validation": 4, "limit": 120, "vocab_size": 500, "dim": 32,
+    "prompts": 8, "held_out": 30, "validation": 4, "limit": 120, "vocab_size": 380, "dim": 32,
     "layers": 2, "heads": 2, "ffn_hidden": 64,
 }  # fmt: skip
 """next to nothing, to see whether all is in place"""

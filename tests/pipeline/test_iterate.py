@@ -474,3 +474,12 @@ def test_steps_may_train_the_first_policy(pocket, tmp_path):
     assert second["left"]["model"] == hashes["V1"] != hashes["chat"]
     assert second["left"]["samples"] == hash_path(root / "V1" / "samples")
     assert iterate.run(given, root, resume=True) == root / "V1" / "model"
+
+
+@pytest.mark.parametrize("stage", iterate.OTHER_DATA)
+def test_the_plans_prompts_are_no_data_of_stages_that_read_other_records(pocket, tmp_path, stage):
+    """Which would take prompts for dialogues or comparisons: a step names its own, or none."""
+    own = {"data": [str(tmp_path / "own.jsonl")]} | ({"steps": 1} if stage == "pretrain" else {})
+    found = planned(recipe(pocket, steps=[{"name": "S", "stage": stage, **own}]), tmp_path)["S"]
+    assert [getattr(one, "path", one) for one in found.data] == [tmp_path / "own.jsonl"]
+    assert not getattr(found, "validation", [])

@@ -182,6 +182,6 @@ def test_files_that_are_not_gsm8ks_are_refused(tmp_path):
     path.write_text(path.read_text().replace("A: 2,007", "B"))
     with pytest.raises(InputError, match=r"solutions\.jsonl:\d: expected question"):
         gsm8k.write(tmp_path / "out", source, gsm8k.smoke(0))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="No such file"):
         gsm8k.write(tmp_path / "out", tmp_path / "nowhere", gsm8k.smoke(0))
     assert not (tmp_path / "out").exists()
