@@ -19,6 +19,7 @@ PACKAGE = Path(llama2rt.__file__).parent
 # Top to bottom; packages on one line are neighbours and do not import each other.
 LEVELS = [
     {"cli"},
+    {"prepare"},
     {"quickstart"},
     {"pipeline"},
     {"stages", "people", "corpus"},

@@ -1,7 +1,7 @@
 """Context distillation on the quickstart's world: violations and false refusals before and after.
 
 For each quickstart folder its chat model is fine-tuned further on demonstrations in which
-pre-prompts occur (careful_world.py). All arms begin with that; the reward models are the
+pre-prompts occur (`quickstart.careful_world`). All arms begin with that; the reward models are the
 quickstart's. Arms, on the same held-out prompts and random numbers, by the judge that no model saw:
 
 - baseline: that chat model
@@ -31,6 +31,7 @@ from llama2rt.data import readers
 from llama2rt.data.records import Dialogue, Prompt, Sample
 from llama2rt.evaluate import intervals, safety
 from llama2rt.generate import Engine
+from llama2rt.quickstart import careful_world as world
 from llama2rt.quickstart import corpus
 from llama2rt.quickstart.judge import Key, declines, judge
 from llama2rt.rollout import attacks
@@ -38,9 +39,7 @@ from llama2rt.rollout.preprompts import put_before
 from llama2rt.stages import context_distillation, loading, sft
 from llama2rt.train.options import TrainOptions
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-import careful_world as world
 import records
 
 MAX_TOKENS = 56

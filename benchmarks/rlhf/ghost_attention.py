@@ -1,11 +1,12 @@
 """Ghost Attention on the quickstart's models: does a model keep to the first turn's instruction?
 
 For each quickstart folder: its RLHF-V2 model, given a wider context, learns to follow instructions
-from demonstrations (`ghost_world`); that model is the policy of `llama2rt ghost-attention` and what
-it fine-tunes. Told is the share of answers, at each turn of held-out dialogues, that follow what
-only the first turn says: of the policy, of the model after Ghost Attention, and of a control that
-has taken as many steps of SFT on more demonstrations instead. The dialogues' tasks are of the
-quickstart's evaluation split, the instructions are drawn anew; a rule reads the answers.
+from demonstrations (`quickstart.ghost_world`); that model is the policy of `llama2rt
+ghost-attention` and what it fine-tunes. Told is the share of answers, at each turn of held-out
+dialogues, that follow what only the first turn says: of the policy, of the model after Ghost
+Attention, and of a control that has taken as many steps of SFT on more demonstrations instead. The
+dialogues' tasks are of the quickstart's evaluation split, the instructions are drawn anew; a rule
+reads the answers.
 
     python -P benchmarks/rlhf/ghost_attention.py runs/seed-0 runs/seed-1 --work runs/ghost \\
         --out ghost-attention.json
@@ -29,15 +30,14 @@ from llama2rt.evaluate import recall
 from llama2rt.evaluate.recall import RecallOptions
 from llama2rt.generate import Engine
 from llama2rt.model import Llama
+from llama2rt.quickstart import ghost_world
 from llama2rt.rollout.sampling import SamplingOptions, derived_seed
 from llama2rt.stages import ghost_attention, sft
 from llama2rt.stages.ghost_attention import GhostAttentionRecipe
 from llama2rt.stages.sft import SftRecipe
 from llama2rt.train.options import TrainOptions
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-import ghost_world
 import records
 
 CONTEXT = 1024

@@ -22,11 +22,10 @@ from llama2rt import atomic
 from llama2rt.data import readers
 from llama2rt.data.records import Dialogue
 from llama2rt.pipeline import safety_study
+from llama2rt.quickstart import careful_world as world
 from llama2rt.quickstart import corpus
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-import careful_world as world
 import records
 
 COUNTS = {"safety": 300, "borderline": 200, "ordinary": 300}

@@ -8,10 +8,12 @@ subsets of N of the S samples is known exactly: the k-th smallest sample is the 
 random subset with probability C(k-1, j-1) C(S-k, N-j) / C(S, N).
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from llama2rt.evaluate.intervals import bootstrap_columns
 
 
 class Curves(TypedDict):
@@ -51,6 +53,40 @@ def largest(rewards: ArrayLike) -> np.ndarray:
     samples = ordered.shape[1]
     weights = [_weights(samples, size, size) for size in range(1, samples + 1)]
     return ordered @ np.stack(weights, axis=1)
+
+
+def chosen(rewards: ArrayLike, worth: ArrayLike) -> np.ndarray:
+    """Expected worth of the sample of largest reward among N = 1..S of each prompt's, fp64
+    [prompts, S], from rewards and worth [prompts, S]: what a judge says of best-of-N by a reward
+    model. Samples of equal reward are as likely to be taken. ValueError as in `curves`."""
+    scores = np.asarray(rewards, dtype=np.float64)
+    _ordered(scores)  # checks
+    values = np.asarray(worth, dtype=np.float64)
+    if values.shape != scores.shape or not np.isfinite(values).all():
+        raise ValueError(f"worth: expected finite {scores.shape}, got {values.shape}")
+    samples = scores.shape[1]
+    # Of equals each is as likely: all have their mean.
+    same = scores[:, :, None] == scores[:, None, :]
+    shared = (same @ values[:, :, None])[:, :, 0] / same.sum(axis=2)
+    by_rank = np.take_along_axis(shared, scores.argsort(axis=1, kind="stable"), axis=1)
+    weights = [_weights(samples, size, size) for size in range(1, samples + 1)]
+    result: np.ndarray = by_rank @ np.stack(weights, axis=1)
+    return result
+
+
+def judged(rewards: ArrayLike, worth: ArrayLike, *, seed: int = 0) -> list[dict[str, Any]]:
+    """A row {n, chosen, best} for N = 1, 2, 4 ... and S samples a prompt, from rewards and worth
+    [prompts, S]: the worth of the one that `rewards` choose and of the best there is, each {mean,
+    low, high} with its interval over prompts. Where worth is 1 for right and 0 for wrong, the
+    former is the share of right answers of best-of-N, the latter pass@N."""
+    picked, best = chosen(rewards, worth), largest(worth)
+    samples = picked.shape[1]
+    sizes = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+    columns = np.concatenate([table[:, [n - 1 for n in sizes]] for table in (picked, best)], axis=1)
+    found = [interval._asdict() for interval in bootstrap_columns(columns, seed=seed)]
+    return [
+        {"n": n, "chosen": found[i], "best": found[len(sizes) + i]} for i, n in enumerate(sizes)
+    ]
 
 
 def _ordered(rewards: ArrayLike) -> np.ndarray:

@@ -6,7 +6,8 @@ are trained anew on all of them; then rejection sampling, and for the last versi
 All versions are compared at the end on the same held-out prompts.
 
 A path that begins with @ is what an earlier step leaves: `@RLHF-V1` its model, `@RLHF-V1/samples`
-a file or folder of its run directory; `@sft` and `@base` are the plan's own.
+a file or folder of its run directory; `@sft` and `@base` are the plan's own, which steps may train
+too (`sft = "@chat"`). The plan's manifest says what each step read and left, by its hash.
 """
 
 import functools
@@ -20,6 +21,7 @@ from llama2rt import report
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
 from llama2rt.parallel import ParallelOptions, on_main
+from llama2rt.pipeline import lineage
 from llama2rt.pipeline.keys import AnyStep, PlanStep, Tables, step_type
 from llama2rt.pipeline.plan import Outputs, Resolved, Step
 from llama2rt.pipeline.run import Clock, prepare
@@ -33,6 +35,9 @@ from llama2rt.stages.annotate import file_name
 
 # Stages whose model is a version of the policy.
 POLICIES = ("rejection", "ghost-attention", "ppo", "dpo", "offline", "context-distillation")
+
+# Stages whose data and held-out data are no prompts: their steps name them.
+OTHER_DATA = ("pretrain", "sft", "preference", "offline", "ghost-attention")
 
 
 class FirstRewards(BaseModel):
@@ -52,9 +57,10 @@ class IterateRecipe(Recipe):
     """Run several versions of RLHF one after another."""
 
     sft: Path
-    """the first policy, and the reference policy of every KL and every DPO loss"""
+    """the first policy, and the reference policy of every KL and every DPO loss; or @NAME, what a
+    step trains"""
     base: Path | None = None
-    """what each rejection-sampled version is fine-tuned from; None for sft"""
+    """what each rejection-sampled version is fine-tuned from; or @NAME; None for sft"""
     rewards: FirstRewards = FirstRewards()
     """the first reward models, where no step trains them"""
     data: list[Source]
@@ -90,6 +96,11 @@ class IterateRecipe(Recipe):
             if step.name.lower() in known:
                 raise ValueError(f"steps: {step.name!r} is taken")
             known.add(step.name.lower())
+        names = {step.name for step in self.steps}
+        for key in ("sft", "base"):
+            name = step_name(getattr(self, key))
+            if name is not None and name not in names:
+                raise ValueError(f"{key}: no step is named {name!r}")
         return self
 
     def change(self, key: str, begun: Mapping[str, Any]) -> Change:
@@ -133,16 +144,27 @@ class IterateRecipe(Recipe):
 
 def run(recipe: IterateRecipe, directory: Path, *, resume: bool = False) -> Path:
     """All steps, then the table of versions into report.json; returns the last version's folder."""
-    named = loading.file_inputs(recipe)
-    inputs = {k: path for k, path in named.items() if not k.startswith(("steps.", "defaults."))}
+    inputs = {
+        key: path
+        for key, path in loading.file_inputs(recipe).items()
+        if not key.startswith(("steps.", "defaults.")) and step_name(path) is None
+    }
     # Before the run is opened: a plan that is wrong neither begins one nor becomes its recipe.
     plan = prepare(Plan(recipe).steps(), directory)
     run = Run.open(directory, recipe, inputs=inputs, resume=resume)
     run_plan(plan, Clock(directory / "phases.json"))
     if not run.complete:
+        run.keep(steps=on_main(lambda: lineage.of(plan)))
         report.finish(run, on_main(lambda: numbers(plan)))
     versions = [step.directory / "model" for step in plan if step.stage.name in POLICIES]
-    return versions[-1] if versions else recipe.sft
+    chat = step_name(recipe.sft)
+    first = recipe.sft if chat is None else directory / chat / "model"
+    return versions[-1] if versions else first
+
+
+def step_name(path: Path | None) -> str | None:
+    """The step whose model a plan's own path stands for, such as @chat."""
+    return str(path)[1:] if str(path).startswith("@") else None
 
 
 def numbers(plan: Sequence[Resolved]) -> dict[str, Any]:
@@ -204,11 +226,12 @@ class Plan:
         recipe, step = self._recipe, self._planned[index]
         before = self._planned[:index]
         versions = [s.name for s in before if s.stage in POLICIES]
-        newest = outputs.model(versions[-1]) if versions else recipe.sft
+        sft = self._own("sft", outputs)
+        newest = outputs.model(versions[-1]) if versions else sft
         given: dict[str, Any] = {
             "init": newest,
             "policy": newest,
-            "reference": recipe.sft,
+            "reference": sft,
             "rewards": self._newest_rewards(before, outputs),
             "data": recipe.data,
             "validation": recipe.validation,
@@ -219,7 +242,7 @@ class Plan:
         if step.stage == "rejection":
             earlier = [s.name for s in before if s.stage == "rejection"]
             pooled = earlier if len(earlier) + 1 >= recipe.pool_from else []
-            given["init"] = recipe.base or recipe.sft
+            given["init"] = self._own("base" if recipe.base else "sft", outputs)
             given["earlier"] = [outputs.directory(name) for name in pooled]
         elif step.stage == "distill":
             selected = [outputs.directory(s.name) for s in before if s.stage == "rejection"]
@@ -231,13 +254,23 @@ class Plan:
             given["asked"] = sum(asked)
             given["held_out"] = recipe.validation
         elif step.stage == "evaluate":
-            given["versions"] = {"SFT": recipe.sft} | {n: outputs.model(n) for n in versions}
+            known = {"SFT": sft} | {n: outputs.model(n) for n in versions}
+            given["versions"] = {name: model for name, model in known.items() if model is not None}
             given["data"] = recipe.validation
-        elif step.stage in ("pretrain", "sft", "offline"):
-            given |= {"data": None, "validation": None}  # which are no prompts there
+        elif step.stage in OTHER_DATA:
+            given |= {"data": None, "validation": None}
         if "sources" in STAGES[step.stage].recipe.model_fields and self._key(step, "sources"):
             given |= {"data": None, "mixed_in": None}  # in whose place they stand
         return {key: value for key, value in given.items() if value is not None}
+
+    def _own(self, key: str, outputs: Outputs) -> Path | None:
+        """The plan's `sft` or `base`; None where it says none, and in the steps up to the one that
+        trains it."""
+        folder: Path | None = getattr(self._recipe, key)
+        name = step_name(folder)
+        if name is None:
+            return folder
+        return outputs.model(name) if name in outputs.directories else None
 
     def _newest_rewards(self, before: list[PlanStep], outputs: Outputs) -> dict[str, Any]:
         """The newest reward model of each kind, and the threshold."""
@@ -262,7 +295,7 @@ class Plan:
         others = [other for other in self._recipe.kinds if other != kind]
         previous = self._newest_rewards(before, outputs)
         return {
-            "init": self._recipe.sft,
+            "init": self._own("sft", outputs),
             "data": [batch / file_name(kind, "training") for batch in batches] or None,
             "mixed_in": [batch / file_name(k, "training") for k in others for batch in batches],
             "validation": [batch / file_name(kind, "held_out") for batch in batches],
@@ -280,7 +313,9 @@ class Plan:
         name, _, rest = value[1:].partition("/")
         if name in ("sft", "base"):
             folder = (self._recipe.base if name == "base" else None) or self._recipe.sft
-            return str(folder / rest)
+            if (step := step_name(folder)) is None:
+                return str(folder / rest)
+            name = step
         return str(outputs.directory(name) / rest if rest else outputs.model(name))
 
 

@@ -6,6 +6,7 @@ tokenizer/, init/     before any training
 """
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import torch
 from llama2rt import atomic
 from llama2rt.checkpoint import native
 from llama2rt.data import readers
-from llama2rt.model import Llama
+from llama2rt.model import Llama, LlamaConfig
 from llama2rt.quickstart import corpus
 from llama2rt.quickstart.judge import Key
-from llama2rt.quickstart.recipe import QuickstartRecipe
+from llama2rt.quickstart.recipe import CONTEXT, QuickstartRecipe
 from llama2rt.text.tokenizer import Tokenizer
 
 # Name, the split its task instances are of, the share that asks for the secret, and whether each
@@ -74,7 +75,13 @@ def read_keys(path: Path) -> dict[str, Key]:
     return {identifier: Key(**key) for identifier, key in json.loads(path.read_text()).items()}
 
 
-def initialise(recipe: QuickstartRecipe, documents: Path, dialogues: Path, directory: Path) -> None:
+def initialise(
+    recipe: QuickstartRecipe,
+    documents: Path,
+    dialogues: Path,
+    directory: Path,
+    context: int = CONTEXT,
+) -> None:
     """The tokenizer, and a model with random weights of a scale that suits its width."""
     if (directory / "init" / "config.json").exists():
         return
@@ -83,9 +90,15 @@ def initialise(recipe: QuickstartRecipe, documents: Path, dialogues: Path, direc
     for dialogue in readers.read(dialogues, "dialogue")[:2_000]:
         texts += [f"[INST] {m['content']} [/INST]" for m in dialogue.messages]
     tokenizer = Tokenizer.train(texts, recipe.vocab_size, directory / "tokenizer")
-    model = Llama(recipe.shape, dtype=torch.float32).initialize(recipe.seed)
+    shape = replace(recipe.shape, context=context)
+    native.save(random(shape, recipe.initial_std, recipe.seed), tokenizer, directory / "init")
+
+
+def random(shape: LlamaConfig, std: float, seed: int) -> Llama:
+    """A model with random weights of this standard deviation, fp32."""
+    model = Llama(shape, dtype=torch.float32).initialize(seed)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.mul_(recipe.initial_std / 0.02)
-    native.save(model, tokenizer, directory / "init")
+                weight.mul_(std / 0.02)
+    return model

@@ -38,8 +38,9 @@ def sections(
 
     numbers: any of `versions`, `win_rates`, `reward_win_rates`, `length_correlation`,
     `reward_against_judge` (`diagnostics.of_versions`), `best_of` (`diagnostics.sampling`),
-    `reward_models` (name -> `diagnostics.of_reward_model`) and `drift` (name ->
-    `diagnostics.drift`); other keys are left alone. columns: drawn and listed first, in place of
+    `judged_best_of` (version -> temperature -> `best_of.judged`), `reward_models` (name ->
+    `diagnostics.of_reward_model`) and `drift` (name -> `diagnostics.drift`); other keys are left
+    alone. columns: drawn and listed first, in place of
     the judge's worth, which they spell out. notes: a sentence or two under the heading of a
     section, by its title.
     """
@@ -47,7 +48,10 @@ def sections(
         VERSIONS: _versions(numbers, columns),
         JUDGE: _judge(numbers.get("reward_against_judge") or {}),
         REWARD_MODELS: _reward_models(numbers),
-        SAMPLING: _sampling(numbers.get("best_of") or {}),
+        SAMPLING: [
+            *_sampling(numbers.get("best_of") or {}),
+            *_judged(numbers.get("judged_best_of") or {}),
+        ],
     }
     return [
         Section(title, blocks, (notes or {}).get(title, ""))
@@ -233,6 +237,21 @@ def _sampling(best_of: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     if any(len(by) > 1 for by in curves.values()):
         blocks.append(figures.temperatures(curves))
     return blocks
+
+
+def _judged(best_of: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[Block]:
+    """What the judge says of the best of N by reward."""
+    rows = [
+        (name, temperature, row["n"], _triple(row["chosen"]), _triple(row["best"]))
+        for name, by in best_of.items()
+        for temperature, found in by.items()
+        for row in found
+    ]
+    if not rows:
+        return []
+    heading = ("version", "temperature", "N", "worth of the best by reward", "worth of the best")
+    said = "By the judge: the answer that the reward models choose of N, and the best there is."
+    return [Table(heading, rows, said)]
 
 
 def _estimate(value: Mapping[str, Any] | None) -> figures.Estimate | None:

@@ -209,8 +209,8 @@ def open_inputs(
     held_out = held_out_prompts(recipe, tokenizer, init, {"reference": reference, **models})
     warn_of_shared(prompts, held_out, future)
     dialogues = []
-    if recipe.mixed_in:
-        dialogues = sft.encode(read(recipe.mixed_in, "dialogue"), tokenizer, init.config.context)
+    if known := loading.readable(recipe.mixed_in, future):
+        dialogues = sft.encode(read(known, "dialogue"), tokenizer, init.config.context)
     drawn = preprompts.draw(options, prompts, recipe.samples, recipe.seed)
     return DistillationInputs(
         recipe,

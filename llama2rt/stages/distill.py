@@ -287,8 +287,8 @@ def open_inputs(recipe: DistillRecipe, future: Future | None = None) -> DistillI
             spread.check(recipe.parallel, model.config, recipe.train, recipe.lora)
             of_distributions = None if recipe.loss == "samples" else teacher
             found[name] = students.learn_from(responses, model, teacher, of_distributions)
-            if recipe.dialogues:
-                records = read(recipe.dialogues, "dialogue")
+            if dialogues := loading.readable(recipe.dialogues, future):
+                records = read(dialogues, "dialogue")
                 own = found[name]
                 own.examples.extend(sft.encode(records, own.tokenizer, model.config.context))
     if recipe.validation:

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama2rt import report
 from llama2rt.algorithms import advantages
@@ -22,7 +22,7 @@ from llama2rt.annotate.options import named_function
 from llama2rt.data.records import Prompt
 from llama2rt.data.sources import Source
 from llama2rt.errors import InputError
-from llama2rt.evaluate import diagnostics
+from llama2rt.evaluate import best_of, diagnostics
 from llama2rt.model import Llama
 from llama2rt.parallel import on_main
 from llama2rt.planning import Model, Phase, Work
@@ -52,6 +52,8 @@ class CurveOptions(BaseModel):
     samples: int = Field(default=8, gt=1)
     """N, the most samples"""
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(default=[0.7, 1.0, 1.3], min_length=1)
+    judged: bool = False
+    """whether the judge reads these samples too, and says what the best of N by reward are worth"""
 
 
 class JudgeOptions(BaseModel):
@@ -89,6 +91,12 @@ class EvaluateRecipe(Recipe):
     """most tokens in one forward pass"""
     seed: int = Field(default=0, ge=0)
     """of sampling"""
+
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if self.curves.judged and (self.judge is None or not self.curves.versions):
+            raise ValueError("curves.judged: only with a judge and curves.versions")
+        return self
 
 
 @dataclass(frozen=True)
@@ -136,16 +144,28 @@ def numbers(
     answers: Answers,
     kl: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> dict[str, Any]:
-    """`diagnostics.of_versions` and, of the curves' samples, `sampling` and `length_bias`."""
+    """`diagnostics.of_versions` and, of the curves' samples, `sampling`, `length_bias` and, where
+    the judge reads them too, `best_of.judged` by version and temperature."""
     worth = None
     if recipe.judge is not None:
         judge = named_function(recipe.judge.python, "judge.python")(*recipe.judge.files)
-        worth = {
-            name: [[judge(r.prompt, r.text) for r in group] for group in groups]
-            for name, groups in answers.items()
-        }
+
+        def judged(groups: list[list[Response]]) -> list[list[float]]:
+            return [[judge(r.prompt, r.text) for r in group] for group in groups]
+
+        worth = {name: judged(groups) for name, groups in answers.items()}
     found = diagnostics.of_versions(answers, worth=worth, kl=kl)
     curves = {name: read_curves(recipe, samples, name) for name in recipe.curves.versions}
+    if recipe.curves.judged:
+        found["judged_best_of"] = {
+            name: {
+                str(temperature): best_of.judged(
+                    [[r.reward for r in group] for group in groups], judged(groups)
+                )
+                for temperature, groups in by.items()
+            }
+            for name, by in curves.items()
+        }
     if curves:
         found["best_of"] = diagnostics.sampling(
             {

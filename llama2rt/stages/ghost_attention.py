@@ -281,7 +281,8 @@ def open_inputs(recipe: GhostAttentionRecipe, future: Future | None = None) -> G
         told = recall.draw(instructions.read(recipe.attributes), len(asked), recipe.seed)
         tested = list(zip(asked, told, strict=True))
     require_room(recipe, tokenizer, models, [*training, *held_out, *(Asked(*t) for t in tested)])
-    besides = read(recipe.dialogues, "dialogue") if recipe.dialogues else []
+    known = loading.readable(recipe.dialogues, future)
+    besides = read(known, "dialogue") if known else []
     return GhostAttentionInputs(
         tokenizer,
         training,

@@ -175,6 +175,12 @@ class Future:
     """files of records"""
 
 
+def readable(paths: Sequence[Path], future: Future | None) -> list[Path]:
+    """Those of `paths` that are there: not the records that an earlier step of a plan is still to
+    leave, which the step's own run reads."""
+    return [path for path in paths if future is None or path not in future.files]
+
+
 def outline(folder: Path, future: Future | None = None) -> Outline:
     """What the model in `folder` is. InputError where it could not be loaded: its files are there
     and hold the tensors its configuration asks for; only their values are not read."""

@@ -167,8 +167,8 @@ def open_inputs(recipe: RejectionRecipe, future: Future | None = None) -> Reject
         else:
             earlier += selection.read_earlier(folder, tokenizer, readers)
     dialogues = []
-    if recipe.dialogues:
-        records = read(recipe.dialogues, "dialogue")
+    if known := loading.readable(recipe.dialogues, future):
+        records = read(known, "dialogue")
         dialogues = sft.encode(records, tokenizer, init.config.context)
     longest = loading.longest_sample(prompts, tokenizer, policy, recipe.sampling.max_tokens)
     result = Outline(init.config, tokenizer, longest_sample=longest)

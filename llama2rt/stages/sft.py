@@ -41,6 +41,7 @@ from llama2rt.stages.loading import (
     chat_model,
     file_inputs,
     outlines,
+    readable,
     warn_of_shared,
 )
 from llama2rt.stages.pretrain import next_token
@@ -176,7 +177,8 @@ class SftInputs(Opened):
 
 def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
     """All that the recipe names, read and checked before any weights are loaded. InputError where
-    something does not fit."""
+    something does not fit. Of dialogues that an earlier step of a plan is still to leave nothing
+    can be read: only the model is checked then."""
     recipe.lora.check()
     tokenizer, models = outlines(recipe.tokenizer, {"init": recipe.init}, future)
     config = models["init"].config
@@ -188,6 +190,9 @@ def open_inputs(recipe: SftRecipe, future: Future | None = None) -> SftInputs:
         raise InputError(
             f"block_tokens: {recipe.block_tokens} has no room for a dialogue of context, {context}"
         )
+    named = [*recipe.data, *(source.path for source in recipe.sources), *recipe.validation]
+    if len(readable(named, future)) < len(named):
+        return SftInputs(tokenizer, [], [], Outline(config, tokenizer))
     account = Account()
     if recipe.sources or recipe.filters != NO_FILTERS:
         parts = mix.split(recipe, tokenizer, context, account)
@@ -216,7 +221,7 @@ def loader_of(
 def plan(recipe: SftRecipe, inputs: SftInputs | None, shape: Callable[[Path], LlamaConfig]) -> Work:
     """For `--dry-run`."""
     config = shape(recipe.init)
-    if inputs is None:
+    if inputs is None or not inputs.training:  # not read, or still to be made
         steps, longest = None, recipe.context or config.context
         batch = planning.Batch.at_most(longest, recipe.batch_size)
         if recipe.block_tokens is not None:

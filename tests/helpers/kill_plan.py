@@ -1,25 +1,29 @@
 """`llama2rt iterate` killed at random moments: are its models and numbers those of a whole run?
 
-    python tests/helpers/kill_plan.py --kills 40 --seed 0
+    python tests/helpers/kill_plan.py --kills 200 --seed 0
 
-(with OMP_NUM_THREADS=1) makes a small world (`pocket`) and carries out the paper's V1 to V5 with a
-refresh of both reward models before each version, once whole; then again, killed (SIGKILL) at
-moments drawn uniformly from the whole run's wall time and resumed after each, in as many runs as
-the kills need. Exit status 1 where a model, a file of comparisons or a number of a report is
-another one.
+(with OMP_NUM_THREADS=1) makes a small world (`pocket`) and carries out V1 to V5 with every stage
+that a plan can hold (`every_stage`; with `--course paper` the paper's own steps, with a refresh of
+both reward models before each version), once whole; then again, killed (SIGKILL) at moments drawn
+uniformly from the whole run's wall time and resumed after each, in as many runs as the kills need.
+Exit status 1 where a model, a file of records or a number of a report is another one.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +34,16 @@ import torch
 
 from llama2rt import cli
 from llama2rt.annotate import AnswerPair, Judgement
+from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
-from llama2rt.data.records import KINDS
+from llama2rt.data.records import KINDS, Dialogue, Document
+from llama2rt.model import Llama
+from llama2rt.report.plot import Plot
 from llama2rt.stages import STAGES, loading
 from llama2rt.stages.annotate import PARTS, file_name
 
 # What a run leaves that must be the same to the bit.
-FILES = {"pairs.jsonl", "model.safetensors"} | {
+FILES = {"pairs.jsonl", "best.jsonl", "dialogues.jsonl", "model.safetensors"} | {
     file_name(kind, part) for kind in KINDS for part in PARTS
 }
 TRAIN = {"log_every": 2, "checkpoint_every": 2, "validate_every": 0}
@@ -52,6 +59,21 @@ DEFAULTS: dict[str, Any] = {
         "train": {**TRAIN, "lr": 1e-4, "log_every": 1, "checkpoint_every": 1},
     },
 }
+
+
+LOW = {**TRAIN, "lr": 1e-5}
+SHORT = {"epochs": 1, "batch_size": 8, "train": LOW}
+FIRST = "@comparisons-1/helpfulness-training.jsonl"
+CONTEXT = 192
+"""of the models where all stages run: two answers are to fit in, and dialogues of some turns"""
+ATTRIBUTES = """\
+[[attributes]]
+name = "word"
+full = "do {value}"
+terse = "{value}"
+values = ["yes", "no"]
+check = { contains = ["{value}"] }
+"""
 
 
 class Knowing:
@@ -78,7 +100,7 @@ def annotator() -> Knowing:
     return Knowing()
 
 
-def world(folder: Path, versions: int) -> Path:
+def world(folder: Path, versions: int, course: str) -> Path:
     """A policy that tosses coins, prompts, and the plan of so many versions; returns its file."""
     torch.set_num_threads(1)
     pocket.begin(folder)
@@ -93,14 +115,111 @@ def world(folder: Path, versions: int) -> Path:
         "sampling": {"max_tokens": 6},
         "defaults": DEFAULTS,
     }
+    if course == "all":
+        widen(folder / "sft", folder / "init")
+        write_text(folder)
+        plan |= {"sft": "@chat", "base": "@pretrained", "steps": every_stage(folder, versions)}
     path = folder / "plan.toml"
     path.write_text(tomli_w.dumps(plan))
     return path
 
 
+def widen(source: Path, folder: Path) -> None:
+    """The model in `source` with `CONTEXT`: rotary embeddings have no weights."""
+    model, tokenizer = loading.load_llama(source)
+    wide = Llama(dataclasses.replace(model.config, context=CONTEXT))
+    wide.load_state_dict(model.state_dict())
+    native.save(wide, tokenizer, folder)
+
+
+def write_text(folder: Path) -> None:
+    """Text and dialogues of `pocket`, of one turn and of three, and what instructions are made
+    of."""
+    write(folder / "documents.jsonl", [Document(text) for text in pocket.texts()[:80]])
+    asked = [(kind, name) for name in pocket.TRAINING[:24] for kind in pocket.QUESTIONS]
+
+    def said(kind: str, name: str) -> list[dict[str, str]]:
+        answer = pocket.ANSWERS[kind][len(name + kind) % 2]
+        return [*pocket.messages(kind, name), {"role": "assistant", "content": answer}]
+
+    write(folder / "dialogues.jsonl", [Dialogue(said(*one)) for one in asked])
+    threes = zip(asked[::3], asked[1::3], asked[2::3], strict=True)
+    turns = [Dialogue([message for one in three for message in said(*one)]) for three in threes]
+    write(folder / "turns.jsonl", turns)
+    (folder / "attributes.toml").write_text(ATTRIBUTES)
+
+
+def every_stage(folder: Path, versions: int) -> list[dict[str, Any]]:
+    """The steps of V1 to the last version, with each stage in its place: pretraining and SFT; both
+    reward models anew before each version; context distillation before the first; students of
+    the first; a preference model, which judges the second batch; Ghost Attention after the third,
+    whose dialogues go into what follows; PPO on top of the last; both kinds of DPO beside it."""
+    pretrain = {
+        "init": str(folder / "init"), "data": [str(folder / "documents.jsonl")], "steps": 4,
+        "context": 64, "batch_tokens": 256, "held_out": 0.1, "train": {**LOW, "warmup_steps": 1},
+    }  # fmt: skip
+    chat = {
+        "init": "@base", "data": [str(folder / "dialogues.jsonl")], "held_out": 0.1,
+        "batch_size": 12, "epochs": 1, "train": LOW,
+    }  # fmt: skip
+    dpo = {"init": "@sft", "samples": 4, "iterations": 2, **SHORT}
+    offline = {"init": "@sft", "data": [FIRST], "held_out": 2, **SHORT}
+    curves = {"versions": ["SFT"], "prompts": 4, "samples": 3, "temperatures": [1.0]}
+    return [
+        step("pretrained", "pretrain", **pretrain),
+        step("chat", "sft", **chat),
+        *(one for version in range(1, versions + 1) for one in of_version(folder, version)),
+        step(f"RLHF-V{versions}-PPO", "ppo"),
+        step("online DPO", "dpo", **dpo),
+        step("offline DPO", "offline", **offline),
+        step("versions", "evaluate", curves=curves),
+    ]
+
+
+def of_version(folder: Path, version: int) -> list[dict[str, Any]]:
+    """A version's comparisons, reward models and rejection sampling, and what goes with it."""
+    dialogues = [str(folder / "dialogues.jsonl")]
+    name = f"RLHF-V{version}"
+    annotator = {"annotator": {"preference": "@preference"}} if version == 2 else {}
+    tuned = {"tune": {"temperatures": [0.9, 1.1], "prompts": 6}} if version == 1 else {}
+    mixed = {"dialogues": ["@RLHF-V3-GAtt/dialogues.jsonl"]} if version > 3 else {}
+    preference = {"init": "@sft", "data": [FIRST], "held_out": 2, "block_tokens": CONTEXT}
+    distilled = {
+        "data": [{"path": str(folder / "prompts.jsonl"), "kind": "safety"}], "samples": 3,
+        "mixed_in": dialogues, "mixed_in_share": 0.5,
+        "preprompts": {"templates": ["{adjective}"], "adjectives": ["no", "so"]},
+    }  # fmt: skip
+    ghost = {
+        "data": [str(folder / "turns.jsonl")], "held_out": 0.2, "dialogues": dialogues,
+        "attributes": str(folder / "attributes.toml"), "recall": {"turns": [1, 3], "limit": 3},
+    }  # fmt: skip
+    before, after = [], []
+    if version == 1:
+        before = [
+            step("preference", "preference", **preference, **{**SHORT, "batch_size": 2}),
+            step("SFT-distilled", "context-distillation", **distilled, **SHORT),
+        ]
+        after = [step("students", "distill", students={"small": {"init": "@base"}}, **SHORT)]
+    if version == 3:
+        after = [step("RLHF-V3-GAtt", "ghost-attention", **ghost, **SHORT)]
+    kinds = ("helpfulness", "safety")
+    return [
+        step(f"comparisons-{version}", "annotate", **annotator),
+        *(step(f"{kind}-{version}", "reward", kind=kind) for kind in kinds),
+        *before,
+        step(name, "rejection", **tuned, **mixed),
+        *after,
+    ]
+
+
+def step(name: str, stage: str, **keys: Any) -> dict[str, Any]:
+    return {"name": name, "stage": stage, **keys}
+
+
 def prepare(folder: Path) -> None:
     """Import what the command will: it is started 40 times, and importing takes longer than its
-    work."""
+    work. So does drawing, which is left out of the pages."""
+    Plot.svg = lambda plot, salt="": "<svg></svg>"  # type: ignore[method-assign]
     for stage in STAGES.values():
         _ = stage.module
     importlib.import_module("matplotlib.pyplot")
@@ -152,22 +271,32 @@ def whole_run(plan: Path, out: Path) -> tuple[float, float]:
     return ready, time.monotonic() - begin
 
 
-def killed_run(plan: Path, out: Path, moments: Sequence[float], ready: float) -> int:
+def killed_run(plan: Path, out: Path, moments: Sequence[float], ready: float) -> list[str]:
     """Carry the plan out, killed at each of `moments` (seconds of the whole run's time, ascending)
-    and resumed; returns how many kills met a running process.
+    and resumed; returns the step that each kill which met a running process was in.
 
     `ready`: how long a resumed command takes to begin, which is no progress.
     """
-    kills, reached = 0, 0.0
+    kills, reached = [], 0.0
     for moment in moments:
         process = start(plan, out)
         if not wait(process, moment - reached + (ready if reached else 0.0)):
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            kills += 1
+            kills.append(at_work(out))
         reached = moment
     wait(start(plan, out))
     return kills
+
+
+def at_work(out: Path) -> str:
+    """The stage of the step that is begun and not complete; "between steps" where none is."""
+    for path in out.glob("*/manifest.json"):
+        if not json.loads(path.read_text())["complete"]:
+            steps = tomllib.loads((out / "recipe.toml").read_text()).get("steps", [])
+            stages = {step["name"]: step["stage"] for step in steps}
+            return stages.get(path.parent.name, path.parent.name)
+    return "between steps"
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -211,26 +340,37 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--kills-a-run", type=int, default=10)
     parser.add_argument("--versions", type=int, default=5)
+    parser.add_argument("--course", choices=["all", "paper"], default="all")
+    parser.add_argument("--out", type=Path, help="where the record goes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args()
     moments = random.Random(given.seed)
+    met: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plan = world(folder, given.versions)
+        plan = world(folder, given.versions, given.course)
         prepare(folder)
         ready, seconds = whole_run(plan, folder / "whole")
         expected = results(folder / "whole")
         print(f"whole: {seconds:.0f} s ({ready:.1f} s to begin), {len(expected)} results")
-        kills, wrong = 0, 0
+        kills, wrong, runs = 0, 0, 0
         while kills < given.kills:
             count = min(given.kills_a_run, given.kills - kills)
             drawn = sorted(moments.uniform(0, seconds) for _ in range(count))
-            out = folder / f"killed-after-{kills}"
-            kills += killed_run(plan, out, drawn, ready)
+            runs += 1
+            out = folder / f"killed-{runs}"
+            met.update(killed_run(plan, out, drawn, ready))
+            kills = met.total()
             different = differences(expected, results(out))
             wrong += len(different)
+            shutil.rmtree(out)
             at = ", ".join(f"{moment:.1f}" for moment in drawn)
             print(f"{kills} kills (at {at} s): {len(different)} differ {different}", flush=True)
+            if given.out:
+                record = {"seed": given.seed, "kills": kills, "runs": runs, "wrong": wrong}
+                record |= {"results": len(expected), "whole_run_s": round(seconds, 1)}
+                record["kills_by_stage"] = dict(met.most_common())
+                given.out.write_text(json.dumps(record, indent=1) + "\n")
         print(f"{kills} kills: {wrong} of {len(expected)} results differ")
     return int(wrong > 0)
 

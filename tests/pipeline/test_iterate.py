@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from llama2rt import cli
 from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
-from llama2rt.data.records import Prompt
+from llama2rt.data.records import Dialogue, Prompt
 from llama2rt.errors import InputError
 from llama2rt.model import Llama, LlamaConfig
 from llama2rt.pipeline import iterate
 from llama2rt.pipeline.keys import table_type
-from llama2rt.pipeline.plan import resolve
-from llama2rt.run import Run
+from llama2rt.pipeline.plan import check, resolve
+from llama2rt.run import Run, hash_path
 from llama2rt.stages import STAGES, evaluate, loading
 from llama2rt.text import chat
 
@@ -401,10 +401,10 @@ def test_options_change_a_file(pocket, command, monkeypatch):
 
 
 def test_a_plan_killed_at_random_moments_comes_to_the_same():
-    """Two kills of V1 and V2; tests/helpers/kill_plan.py takes any number."""
+    """Two kills of V1 and V2; tests/helpers/kill_plan.py takes any number, and every stage."""
     script = Path(kill_plan.__file__)
     path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
-    options = ["--kills", 2, "--kills-a-run", 2, "--versions", 2]
+    options = ["--kills", 2, "--kills-a-run", 2, "--versions", 2, "--course", "paper"]
     done = run_python(script, *options, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     assert "2 kills: 0 of 28 results differ" in done.stdout
 
@@ -427,3 +427,59 @@ def test_a_wrong_further_step_leaves_a_complete_plan_as_it_was(pocket, tmp_path)
 def test_what_a_key_also_takes_it_takes_in_a_plan():
     keys = table_type("sft").model_validate({"train": {"activation_checkpointing": True}})
     assert keys.given() == {"train": {"activation_checkpointing": "full"}}
+
+
+def test_every_stage_can_be_killed_in_a_plan(tmp_path):
+    """The plan that tests/helpers/kill_plan.py takes holds them all, and all of it is readable."""
+    settings = tomllib.loads(kill_plan.world(tmp_path, 5, "all").read_text())
+    plan = resolve(iterate.Plan(iterate.IterateRecipe.model_validate(settings)).steps(), tmp_path)
+    assert {step.stage.name for step in plan} == set(STAGES)
+    check(plan)
+
+
+def test_steps_may_train_the_first_policy(pocket, tmp_path):
+    """Which is then that of every later step; the manifest says what each step read and left."""
+    spoken = tmp_path / "spoken.jsonl"
+    answer = {"role": "assistant", "content": "yes"}
+    write(spoken, [Dialogue([*p.messages, answer]) for p in problem.prompts(problem.TRAINING[:8])])
+    chat = {"name": "chat", "stage": "sft", "init": str(pocket.sft), "data": [str(spoken)]}
+    chat |= {"epochs": 1, "train": {"lr": 1e-5}}
+    steps = [chat, {"name": "V1", "stage": "rejection", **REJECTION, "samples": 1}]
+    given = recipe(pocket, sft="@chat", steps=steps)
+    plan = planned(given, tmp_path)
+    model = tmp_path / "chat" / "model"
+    assert (plan["V1"].policy, plan["V1"].init, plan["V1"].reference) == (model, model, model)
+    assert plan["versions at V1"].versions["SFT"] == model
+    early = [{"name": "V0", "stage": "dpo", "init": "@sft"}, *steps]
+    with pytest.raises(InputError, match="steps: V0: 'chat' is no earlier step"):
+        planned(recipe(pocket, sft="@chat", steps=early), tmp_path)
+    with pytest.raises(ValidationError, match="sft: no step is named 'chat'"):
+        recipe(pocket, sft="@chat", steps=steps[1:])
+    with pytest.raises(ValidationError, match="base: no step is named 'V9'"):
+        recipe(pocket, base="@V9")
+
+    root = tmp_path / "run"
+    assert iterate.run(given, root) == root / "V1" / "model"
+    kept = json.loads((root / "manifest.json").read_text())
+    assert set(kept["inputs"]) == {
+        "data.0",
+        "validation.0",
+        "rewards.helpfulness",
+        "rewards.safety",
+    }
+    first, second, _ = kept["steps"]
+    assert first["name"] == "chat" and first["read"]["data.0"] == hash_path(spoken)
+    hashes = {name: hash_path(root / name / "model") for name in ("chat", "V1")}
+    assert second["read"]["policy"] == first["left"]["model"] == hashes["chat"]
+    assert second["left"]["model"] == hashes["V1"] != hashes["chat"]
+    assert second["left"]["samples"] == hash_path(root / "V1" / "samples")
+    assert iterate.run(given, root, resume=True) == root / "V1" / "model"
+
+
+@pytest.mark.parametrize("stage", iterate.OTHER_DATA)
+def test_the_plans_prompts_are_no_data_of_stages_that_read_other_records(pocket, tmp_path, stage):
+    """Which would take prompts for dialogues or comparisons: a step names its own, or none."""
+    own = {"data": [str(tmp_path / "own.jsonl")]} | ({"steps": 1} if stage == "pretrain" else {})
+    found = planned(recipe(pocket, steps=[{"name": "S", "stage": stage, **own}]), tmp_path)["S"]
+    assert [getattr(one, "path", one) for one in found.data] == [tmp_path / "own.jsonl"]
+    assert not getattr(found, "validation", [])

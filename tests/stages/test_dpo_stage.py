@@ -260,20 +260,26 @@ def test_objective_equals_one_response_at_a_time(pocket, tmp_path, kind):
         torch.testing.assert_close(chosen, policy[0].sum(), rtol=1e-4, atol=1e-4)
 
 
+def short(pocket) -> dpo.DpoRecipe:
+    train = {"lr": 1e-3, "checkpoint_every": 2}
+    return recipe(pocket, prompts_per_iteration=20, batch_size=8, train=train)
+
+
+@pytest.fixture(scope="module")
+def whole(pocket, tmp_path_factory):
+    """A short run that nobody stopped."""
+    return dpo.run(short(pocket), tmp_path_factory.mktemp("whole") / "run").parent
+
+
 @pytest.mark.parametrize("calls", [3, 8])
-def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, calls):
-    settings = recipe(
-        pocket, prompts_per_iteration=20, batch_size=8, train={"lr": 1e-3, "checkpoint_every": 2}
-    )
-    whole = dpo.run(settings, tmp_path / "whole" / "run")
+def test_resumed_equals_uninterrupted(pocket, whole, tmp_path, monkeypatch, calls):
+    killed = tmp_path / "run"
     resumed = problem.killed_and_resumed(
-        monkeypatch, Run, "log", calls, dpo.run, settings, tmp_path / "killed" / "run"
+        monkeypatch, Run, "log", calls, dpo.run, short(pocket), killed
     )
-    assert problem.weights(whole) == problem.weights(resumed)
-    for folder in ("run", "run/iteration-1", "run/iteration-2"):
-        assert problem.metrics(tmp_path / "whole" / folder) == problem.metrics(
-            tmp_path / "killed" / folder
-        )
+    assert problem.weights(whole / "model") == problem.weights(resumed)
+    for folder in ("", "iteration-1", "iteration-2"):
+        assert problem.metrics(whole / folder) == problem.metrics(killed / folder)
 
 
 @pytest.mark.parametrize(

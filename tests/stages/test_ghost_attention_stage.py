@@ -41,17 +41,18 @@ def dialogues(names):
         )
 
 
-@pytest.fixture
-def given(pocket, tmp_path):
-    write(tmp_path / "dialogues.jsonl", dialogues(problem.TRAINING[:12]))
-    write(tmp_path / "held_out.jsonl", dialogues(problem.HELD_OUT[:5]))
-    (tmp_path / "attributes.toml").write_text(ATTRIBUTES)
+@pytest.fixture(scope="module")
+def given(pocket, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ghost")
+    write(folder / "dialogues.jsonl", dialogues(problem.TRAINING[:12]))
+    write(folder / "held_out.jsonl", dialogues(problem.HELD_OUT[:5]))
+    (folder / "attributes.toml").write_text(ATTRIBUTES)
     return {
         "policy": pocket.sft,
         "init": pocket.sft,
-        "data": [tmp_path / "dialogues.jsonl"],
-        "validation": [tmp_path / "held_out.jsonl"],
-        "attributes": tmp_path / "attributes.toml",
+        "data": [folder / "dialogues.jsonl"],
+        "validation": [folder / "held_out.jsonl"],
+        "attributes": folder / "attributes.toml",
         "sampling": {"max_tokens": 8},
         "recall": {"turns": [1, 2], "limit": 4},
         "batch_size": 4,
@@ -141,25 +142,32 @@ def test_other_ways_to_build(given, tmp_path, prompts):
     assert "recall" not in report and "attention" not in report
 
 
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory):
+    """A run that nobody stopped, its answers in files of 5 dialogues."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instructed, "DIALOGUES_PER_FILE", 5)
+        ghost_attention.run(recipe(given), directory)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
     [(turns, "complete", 2), (recall, "table", 1), (Run, "log", 3), (recall, "table", 2)],
     ids=["sampling", "testing", "training", "testing again"],
 )
-def test_resumed_equals_uninterrupted(given, tmp_path, monkeypatch, owner, name, calls):
+def test_resumed_equals_uninterrupted(given, whole, tmp_path, monkeypatch, owner, name, calls):
     monkeypatch.setattr(instructed, "DIALOGUES_PER_FILE", 5)
-    settings = recipe(given)
-    whole = ghost_attention.run(settings, tmp_path / "whole")
+    killed = tmp_path / "killed"
     resumed = problem.killed_and_resumed(
-        monkeypatch, owner, name, calls, ghost_attention.run, settings, tmp_path / "killed"
+        monkeypatch, owner, name, calls, ghost_attention.run, recipe(given), killed
     )
-    assert problem.weights(whole) == problem.weights(resumed)
-    assert problem.metrics(tmp_path / "whole") == problem.metrics(tmp_path / "killed")
-    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.json*")]
-    for file in files:
+    assert problem.weights(whole / "model") == problem.weights(resumed)
+    assert problem.metrics(whole) == problem.metrics(killed)
+    for file in [p.relative_to(whole) for p in whole.rglob("*.json*")]:
         if "samples" in file.parts or file.name == ghost_attention.DIALOGUES:
-            texts = [(tmp_path / run / file).read_text() for run in ("whole", "killed")]
-            assert texts[0] == texts[1], file
+            assert (whole / file).read_text() == (killed / file).read_text(), file
 
 
 def test_a_longer_run_tests_the_model_that_it_has_trained(given, tmp_path, monkeypatch):
@@ -203,11 +211,10 @@ def test_what_does_not_fit_is_said_before_any_weights(given, settings, said):
 
 
 def test_an_instruction_that_holds_a_tag_is_named(given, tmp_path):
-    (tmp_path / "attributes.toml").write_text(
-        ATTRIBUTES.replace('"say {value}"', '"[INST]{value}"')
-    )
+    tagged = tmp_path / "attributes.toml"
+    tagged.write_text(ATTRIBUTES.replace('"say {value}"', '"[INST]{value}"'))
     with pytest.raises(InputError, match=r"dialogue that begins .*: message 1: .*\[INST\]"):
-        ghost_attention.open_inputs(recipe(given))
+        ghost_attention.open_inputs(recipe(given, attributes=tagged))
     with pytest.raises(ValueError, match="no dialogues are held out"):
         recipe(given, validation=[], held_out=0.0)
 

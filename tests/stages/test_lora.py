@@ -34,10 +34,10 @@ OTHER = {"helpfulness": "safety", "safety": "helpfulness"}
 TRAIN = {"lr": 3e-2, "schedule": "constant", "checkpoint_every": 2, "log_every": 2}
 
 
-@pytest.fixture
-def talks(tmp_path):
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
     """Dialogues in which each kind of question gets the other kind's answers."""
-    path = tmp_path / "talks.jsonl"
+    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
     lines = [
         {"messages": [*problem.messages(kind, name), {"role": "assistant", "content": answer}]}
         for kind, other in OTHER.items()
@@ -51,6 +51,12 @@ def talks(tmp_path):
 def sft_recipe(pocket, talks, lora=LORA, **train) -> sft.SftRecipe:
     settings = {"init": pocket.sft, "data": [talks], "batch_size": 20, "epochs": 5}
     return sft.SftRecipe(**settings, held_out=0.1, lora=lora, train=TRAIN | train)
+
+
+@pytest.fixture(scope="module")
+def trained(pocket, talks, tmp_path_factory):
+    """The directory of a fine-tuning that nobody stopped."""
+    return sft.run(sft_recipe(pocket, talks), tmp_path_factory.mktemp("trained") / "run").parent
 
 
 def adapted(pocket, directory, lora, dtype=torch.float32) -> Llama:
@@ -130,16 +136,17 @@ def test_peft_puts_the_adapter_on_the_hugging_face_export(pocket, talks, tmp_pat
     [(LORA, {}), (LORA | {"dropout": 0.2}, {"activation_checkpointing": True})],
     ids=["plain", "dropout"],
 )
-def test_a_killed_run_goes_on_to_the_same_bits(pocket, talks, tmp_path, monkeypatch, lora, train):
+def test_a_killed_run_goes_on_to_the_same_bits(
+    pocket, talks, trained, tmp_path, monkeypatch, lora, train
+):
     recipe = sft_recipe(pocket, talks, lora, **train)
-    whole = sft.run(recipe, tmp_path / "whole")
+    whole = trained if lora == LORA else sft.run(recipe, tmp_path / "whole").parent
     # The 4th line is step 4's, written before checkpoint 4: steps 3 and 4 are taken again.
-    resumed = problem.killed_and_resumed(
-        monkeypatch, Run, "log", 4, sft.run, recipe, tmp_path / "killed"
-    )
-    assert problem.weights(whole) == problem.weights(resumed)
-    assert problem.metrics(tmp_path / "whole") == problem.metrics(tmp_path / "killed")
-    left = [(tmp_path / name / "adapter").iterdir() for name in ("whole", "killed")]
+    killed = tmp_path / "killed"
+    resumed = problem.killed_and_resumed(monkeypatch, Run, "log", 4, sft.run, recipe, killed)
+    assert problem.weights(whole / "model") == problem.weights(resumed)
+    assert problem.metrics(whole) == problem.metrics(killed)
+    left = [(directory / "adapter").iterdir() for directory in (whole, killed)]
     first, second = ({path.name: path.read_bytes() for path in paths} for paths in left)
     assert first == second and len(first) >= 2
 
@@ -186,11 +193,10 @@ def test_in_bf16_the_whole_model_keeps_the_bits_of_the_weights_it_was_not_rounde
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_engine_samples_with_the_adapter(pocket, talks, tmp_path, dtype):
+def test_the_engine_samples_with_the_adapter(pocket, trained, dtype):
     """Decoding takes few rows at a time, for which `ops.linear` has a product of its own."""
-    sft.run(sft_recipe(pocket, talks), tmp_path / "run")
     begun, tokenizer = llama2rt.load(pocket.sft, dtype=dtype)
-    under = adapted(pocket, tmp_path / "run", LORA, dtype).to(dtype)
+    under = adapted(pocket, trained, LORA, dtype).to(dtype)
     prompts = [problem.messages("safety", name) for name in ("baba", "kilu")]
     texts = {}
     for name, model in (("begun", begun), ("under", under)):
@@ -264,8 +270,8 @@ def test_a_table_that_says_nothing_is_refused(lora, message):
         LoraOptions(**lora)
 
 
-def test_a_damaged_adapter_is_named(pocket, talks, tmp_path):
-    sft.run(sft_recipe(pocket, talks), tmp_path / "run")
+def test_a_damaged_adapter_is_named(pocket, trained, tmp_path):
+    shutil.copytree(trained / "adapter", tmp_path / "run" / "adapter")
     with pytest.raises(InputError, match=r"adapter_model.safetensors: base_model.*q_proj.*lora_A"):
         adapted(pocket, tmp_path / "run", {"rank": 4})
     with pytest.raises(InputError, match=r"down_proj.*: not part of this adapter"):

@@ -263,6 +263,20 @@ def test_a_model_that_did_not_move_has_no_kl(pocket, tmp_path):
 TUNE = {"tune.temperatures": [3.0, 0.8], "tune.prompts": 30}
 
 
+def in_files_of_25(patch) -> None:
+    patch.setattr(sampling, "PROMPTS_PER_FILE", 25)
+
+
+@pytest.fixture(scope="module")
+def whole(pocket, tmp_path_factory):
+    """The directory of a run that nobody stopped."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        in_files_of_25(patch)
+        rejection.run(recipe(pocket, samples=2, epochs=1), directory)
+    return directory
+
+
 @pytest.mark.parametrize(
     "owner, name, calls, tune",
     [
@@ -273,23 +287,27 @@ TUNE = {"tune.temperatures": [3.0, 0.8], "tune.prompts": 30}
     ],
     ids=["tuning", "sampling", "selecting", "training"],
 )
-def test_resumed_equals_uninterrupted(pocket, tmp_path, monkeypatch, owner, name, calls, tune):
-    monkeypatch.setattr(sampling, "PROMPTS_PER_FILE", 25)
+def test_resumed_equals_uninterrupted(
+    pocket, whole, tmp_path, monkeypatch, owner, name, calls, tune
+):
+    in_files_of_25(monkeypatch)
     settings = recipe(pocket, samples=2, epochs=1, **tune)
-    whole = rejection.run(settings, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    if tune:
+        whole = rejection.run(settings, tmp_path / "whole").parent
     resumed = problem.killed_and_resumed(
-        monkeypatch, owner, name, calls, rejection.run, settings, tmp_path / "killed"
+        monkeypatch, owner, name, calls, rejection.run, settings, killed
     )
-    assert problem.weights(whole) == problem.weights(resumed)
-    assert problem.metrics(tmp_path / "whole") == problem.metrics(tmp_path / "killed")
-    for sample in (tmp_path / "whole" / "samples").glob("*.jsonl"):
-        other = tmp_path / "killed" / "samples" / sample.name
-        mine, theirs = (path.read_text() for path in (sample, other))
-        if sample.name == "held_out.jsonl":  # names the run
-            mine, theirs = mine.replace("whole", ""), theirs.replace("killed", "")
+    assert problem.weights(whole / "model") == problem.weights(resumed)
+    assert problem.metrics(whole) == problem.metrics(killed)
+    for sample in (whole / "samples").glob("*.jsonl"):
+        mine, theirs = (
+            (directory / "samples" / sample.name).read_text().replace(str(directory), "")
+            for directory in (whole, killed)
+        )  # those held out name the run
         assert mine == theirs
     if tune:
-        tuned(tmp_path / "whole", tmp_path / "killed")
+        tuned(whole, killed)
 
 
 def tuned(whole, killed):
