@@ -16,7 +16,6 @@ than others, LLaMA's vocabulary, and 512 tokens of context, which rolling window
 """
 
 import argparse
-import gzip
 import json
 import statistics
 import tempfile
@@ -26,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lm_eval.models.huggingface import HFLM
+from local_tasks import AGAINST_HF, write_tasks
 from records import commit, processor, versions
 
 from llama2rt.checkpoint import hf
@@ -37,123 +36,7 @@ from llama2rt.model import Llama, LlamaConfig
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.allocator import keep_freed_memory
 
-SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 CLOSE = 1e-4  # between log-likelihoods, or relative to a hundredth of one beyond -100
-
-
-def gsm8k(data: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows = [json.loads(line) for line in (data / "gsm8k_train.jsonl").open()]
-    return rows, {
-        "output_type": "generate_until",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["Question:", "\n\n", "</s>"], "max_gen_toks": 48},
-        "num_fewshot": 2,
-        "metric_list": [{"metric": "exact_match"}],
-    }
-
-
-def solutions(data: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows = []
-    for line in (data / "gsm8k_model_solutions.jsonl").open():
-        row = json.loads(line)
-        right = [row[name]["is_correct"] for name in SOLVERS]
-        if any(right):
-            choices = [row[name]["solution"] for name in SOLVERS]
-            rows.append(
-                {"question": row["question"], "choices": choices, "gold": right.index(True)}
-            )
-    return rows, {
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-
-
-def shakespeare(data: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    text = (data / "tinyshakespeare.txt").read_text()
-    rows = [{"text": text[i : i + 1800]} for i in range(0, len(text), 1800)]
-    return rows, {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}],
-    }
-
-
-def harmless(data: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows = []
-    with gzip.open(data / "hh_harmless_base_test.jsonl.gz", "rt") as file:
-        for line in file:
-            pair = json.loads(line)
-            turn = "\n\nAssistant:"
-            asked, chosen = pair["chosen"].rsplit(turn, 1)
-            other, rejected = pair["rejected"].rsplit(turn, 1)
-            if asked == other and chosen.strip() and rejected.strip():
-                rows.append({"asked": asked + turn, "choices": [chosen.strip(), rejected.strip()]})
-    return rows, {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{asked}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": 0,
-        "metric_list": [{"metric": "acc"}],
-    }
-
-
-def cloze(data: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows = []
-    for line in (data / "tinyshakespeare.txt").read_text().split("\n"):
-        before, _, word = line.rpartition(" ")
-        if len(before) > 20 and word.strip(".,:;!?"):
-            rows.append({"before": before, "word": word.strip(".,:;!?")})
-    return rows, {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{before}}",
-        "doc_to_target": "{{' ' + word}}",
-        "num_fewshot": 3,
-        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
-    }
-
-
-TASKS = {
-    "gsm8k_answers": gsm8k,
-    "gsm8k_solutions": solutions,
-    "shakespeare_rolling": shakespeare,
-    "hh_harmless": harmless,
-    "shakespeare_cloze": cloze,
-}
-
-
-def write_tasks(data: Path, folder: Path, documents: int) -> list[str]:
-    """Task files with their data: `documents` to be asked, 50 more to draw shots from."""
-    paths = []
-    for name, rows_of in TASKS.items():
-        rows, task = rows_of(data)
-        files = {"test": rows[:documents], "train": rows[documents : documents + 50]}
-        for split, part in files.items():
-            lines = "".join(json.dumps(row) + "\n" for row in part)
-            (folder / f"{name}-{split}.jsonl").write_text(lines)
-        task |= {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {
-                "data_files": {split: str(folder / f"{name}-{split}.jsonl") for split in files}
-            },
-            "test_split": "test",
-            "training_split": "train",
-            "fewshot_split": "train",
-        }
-        for metric in task["metric_list"]:
-            metric |= {"aggregation": "mean", "higher_is_better": True}
-            if "perplexity" in metric["metric"]:
-                metric["aggregation"] = (
-                    "perplexity" if metric["metric"] == "perplexity" else "weighted_perplexity"
-                )
-        paths.append(str(folder / f"{name}.yaml"))
-        Path(paths[-1]).write_text(yaml.safe_dump(task))
-    return paths
 
 
 def requests(paths: list[str]) -> dict[str, list[Any]]:
@@ -199,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--scale", type=float, default=3.0)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=AGAINST_HF, default=list(AGAINST_HF))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     keep_freed_memory()
@@ -218,7 +101,7 @@ def main() -> None:
             sides[f"hf, batches of {batch}"] = HFLM(
                 pretrained=str(folder / "model"), device="cpu", dtype="float32", batch_size=batch
             )
-        paths = write_tasks(options.data, folder, options.documents)
+        paths = write_tasks(AGAINST_HF, options.data, folder, options.documents)
         asked = {k: v for k, v in requests(paths).items() if k in options.tasks}
         rows = []
         for task, of_task in asked.items():
