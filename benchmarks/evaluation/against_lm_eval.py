@@ -4,9 +4,11 @@ Five tasks, of which the files are written from real data into a temporary folde
 the right one among four model solutions to GSM8K, TinyShakespeare's perplexity in rolling windows,
 the harmless one of two answers (HH), and the last word of lines of TinyShakespeare. Both sides get
 the same requests. Every log-likelihood, greedy flag and answer is compared before any time is
-reported, and one that differs by more than rounding ends the script. Rounds alternate; the backend
-has batches of each size in `--batches`, and its best time counts. Times are the process's CPU
-seconds, which other work on the machine changes least.
+reported. The backend reads in fp32, as ours does, and once more in fp64: ours may be no further
+than 1e-4 from that. From its fp32 results ours may be as far as these are from fp64 by themselves
+(it sums a continuation in fp32, whose steps are 2.4e-4 beyond -2048), and no flag or answer may
+differ. Rounds alternate; the backend has batches of each size in `--batches`, and its best time
+counts. Times are the process's CPU seconds, which other work on the machine changes least.
 
     pip install 'llama2rt[lm-eval]' transformers accelerate
     python benchmarks/evaluation/against_lm_eval.py --data ../shared/data --out build/lm-eval.json
@@ -18,14 +20,19 @@ than others, LLaMA's vocabulary, and 512 tokens of context, which rolling window
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
 from local_tasks import AGAINST_HF, write_tasks
 from records import commit, processor, versions
 
@@ -36,7 +43,7 @@ from llama2rt.model import Llama, LlamaConfig
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.allocator import keep_freed_memory
 
-CLOSE = 1e-4  # between log-likelihoods, or relative to a hundredth of one beyond -100
+CLOSE = 1e-4  # of ours to fp64
 
 
 def requests(paths: list[str]) -> dict[str, list[Any]]:
@@ -55,24 +62,43 @@ def answer(lm: Any, asked: list[Any]) -> tuple[list[Any], float]:
     return method(asked), time.process_time() - begin
 
 
-def differences(ours: Any, asked: list[Any], mine: list[Any], theirs: list[Any]) -> dict[str, Any]:
-    """How far two sides are apart on one task; SystemExit where it is more than rounding."""
-    kind = asked[0].request_type
-    if kind != "generate_until":
-        pairs = [(a if kind != "loglikelihood" else a[0], b if kind != "loglikelihood" else b[0])
-                 for a, b in zip(mine, theirs, strict=True)]  # fmt: skip
-        flags = sum(a[1] != b[1] for a, b in zip(mine, theirs, strict=True) if kind[13:] == "")
-        most = max(abs(a - b) / max(1.0, abs(b) / 100) for a, b in pairs)
-        found = {"requests": len(asked), "most": max(abs(a - b) for a, b in pairs), "flags": flags}
-        if most > CLOSE or flags:
-            raise SystemExit(f"{asked[0].task_name}: {found}")
-        return found
-    parted = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
-    for i in parted:
-        print(f"{asked[i].task_name} {i}: {mine[i]!r} against {theirs[i]!r}")
-    if parted:
-        raise SystemExit(f"{len(parted)} of {len(asked)} answers differ")
-    return {"requests": len(asked), "parted": 0}
+def values(answers: list[Any]) -> np.ndarray:
+    """Log-likelihoods fp64 [n]."""
+    return np.array([a[0] if isinstance(a, tuple) else a for a in answers], np.float64)
+
+
+def differences(
+    asked: list[Any], answers: dict[str, list[Any]], exact: Any | None
+) -> dict[str, Any]:
+    """How far the sides are apart on one task; SystemExit where it is more than rounding."""
+    mine = answers["ours"]
+    others = {side: given for side, given in answers.items() if side != "ours"}
+    found: dict[str, Any] = {"requests": len(asked)}
+    if asked[0].request_type == "generate_until":
+        for side, theirs in others.items():
+            parted = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
+            for i in parted:
+                print(f"{asked[i].task_name} {i}: {mine[i]!r} against {theirs[i]!r}")
+            if parted:
+                raise SystemExit(f"{side}: {len(parted)} of {len(asked)} answers differ")
+        return found | {"answers_that_differ": 0}
+    assert exact is not None
+    true = values(answer(exact, asked)[0])
+    from_exact = {s: float(np.abs(values(given) - true).max()) for s, given in answers.items()}
+    found["lowest"] = float(true.min())
+    found["from_fp64"] = from_exact
+    found["from_ours"] = {
+        side: float(np.abs(values(theirs) - values(mine)).max()) for side, theirs in others.items()
+    }
+    flags = sum(
+        a[1] != b[1]
+        for theirs in others.values()
+        for a, b in zip(mine, theirs, strict=True)
+        if isinstance(a, tuple)
+    )
+    if flags or from_exact["ours"] > CLOSE:
+        raise SystemExit(f"{asked[0].task_name}: {found}, {flags} flags differ")
+    return found | {"flags_that_differ": 0}
 
 
 def main() -> None:
@@ -101,11 +127,18 @@ def main() -> None:
             sides[f"hf, batches of {batch}"] = HFLM(
                 pretrained=str(folder / "model"), device="cpu", dtype="float32", batch_size=batch
             )
+        exact = HFLM(
+            pretrained=str(folder / "model"),
+            device="cpu",
+            dtype="float64",
+            softmax_dtype="float64",
+            batch_size=1,
+        )
         paths = write_tasks(AGAINST_HF, options.data, folder, options.documents)
         asked = {k: v for k, v in requests(paths).items() if k in options.tasks}
         rows = []
         for task, of_task in asked.items():
-            rows.append(measure(task, of_task, sides, options.rounds))
+            rows.append(measure(task, of_task, sides, options.rounds, exact))
             if options.out:
                 write(options, vars(config), rows)
 
@@ -131,7 +164,9 @@ def write(options: argparse.Namespace, shape: dict[str, Any], rows: list[dict[st
     options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def measure(task: str, asked: list[Any], sides: dict[str, Any], rounds: int) -> dict[str, Any]:
+def measure(
+    task: str, asked: list[Any], sides: dict[str, Any], rounds: int, exact: Any
+) -> dict[str, Any]:
     """A task's row: differences and seconds of each side, its median over the rounds."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     found: dict[str, Any] = {}
@@ -141,8 +176,7 @@ def measure(task: str, asked: list[Any], sides: dict[str, Any], rounds: int) -> 
             answers[side], taken = answer(lm, asked)
             seconds[side].append(taken)
         if number == 0:
-            for side in list(sides)[1:]:
-                found[side] = differences(sides["ours"], asked, answers["ours"], answers[side])
+            found = differences(asked, answers, exact)
     medians = {side: statistics.median(times) for side, times in seconds.items()}
     best = min(value for side, value in medians.items() if side != "ours")
     row = {
