@@ -4,11 +4,11 @@ Five tasks, of which the files are written from real data into a temporary folde
 the right one among four model solutions to GSM8K, TinyShakespeare's perplexity in rolling windows,
 the harmless one of two answers (HH), and the last word of lines of TinyShakespeare. Both sides get
 the same requests. Every log-likelihood, greedy flag and answer is compared before any time is
-reported. The backend reads in fp32, as ours does, and once more in fp64: ours may be no further
-than 1e-4 from that. From its fp32 results ours may be as far as these are from fp64 by themselves
-(it sums a continuation in fp32, whose steps are 2.4e-4 beyond -2048), and no flag or answer may
-differ. Rounds alternate; the backend has batches of each size in `--batches`, and its best time
-counts. Times are the process's CPU seconds, which other work on the machine changes least.
+reported. The backend reads in fp32, as ours does, and once more in fp64: a task's log-likelihoods of
+ours may be no further than 1e-4 from that, or than the backend's own fp32 results are (it sums a
+continuation in fp32, whose steps are 2.4e-4 beyond -2048), and no flag or answer may differ. Rounds
+alternate; the backend has batches of each size in `--batches`, and its best time counts. Times are
+the process's CPU seconds, which other work on the machine changes least.
 
     pip install 'llama2rt[lm-eval]' transformers accelerate
     python benchmarks/evaluation/against_lm_eval.py --data ../shared/data --out build/lm-eval.json
@@ -43,7 +43,7 @@ from llama2rt.model import Llama, LlamaConfig
 from llama2rt.text.tokenizer import Tokenizer
 from llama2rt.train.allocator import keep_freed_memory
 
-CLOSE = 1e-4  # of ours to fp64
+CLOSE = 1e-4  # of ours to fp64, where the backend's fp32 is no further from it
 
 
 def requests(paths: list[str]) -> dict[str, list[Any]]:
@@ -96,7 +96,8 @@ def differences(
         for a, b in zip(mine, theirs, strict=True)
         if isinstance(a, tuple)
     )
-    if flags or from_exact["ours"] > CLOSE:
+    by_itself = min(apart for side, apart in from_exact.items() if side != "ours")
+    if flags or from_exact["ours"] > max(CLOSE, by_itself):
         raise SystemExit(f"{asked[0].task_name}: {found}, {flags} flags differ")
     return found | {"flags_that_differ": 0}
 

@@ -174,7 +174,10 @@ def judged_by_server(model: Path, few: Any, out: Path) -> dict[str, Any]:
     assert took["unreadable"] == 0 and len(set(first.values())) > 2
     assert again == first and free["requests"] == free["asked"] == 0
     assert {(b, a, p): -m for (a, b, p), m in swapped.items()} == first
-    assert mirrored["requests"] == 0 and through == first
+    assert mirrored["requests"] == 0 and through.keys() == first.keys()
+    # Asked anew, a request may stand among others in the server's batch.
+    apart = max(abs(through[pair] - margin) for pair, margin in first.items())
+    assert apart < 1e-4
     return {
         "margins": first,
         "pairs": len(first),
@@ -185,7 +188,7 @@ def judged_by_server(model: Path, few: Any, out: Path) -> dict[str, Any]:
         "first_run": took,
         "second_run": free,
         "versions_swapped": mirrored,
-        "every_second_call_fails": lossy,
+        "every_second_call_fails": lossy | {"largest_difference_of_a_margin": apart},
     }
 
 

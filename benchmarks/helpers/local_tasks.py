@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+_FOR_SHOTS = 50
 Of = tuple[list[dict[str, Any]], dict[str, Any]]
 """documents, and what a task asks of them"""
 Rows = Callable[[Path], Of]
@@ -167,11 +168,13 @@ WITH_OPTIONS: dict[str, Rows] = {
 
 
 def write_tasks(tasks: Mapping[str, Rows], data: Path, folder: Path, documents: int) -> list[str]:
-    """Task files with their data: `documents` to be asked, 50 more to draw shots from."""
+    """Task files with their data: `documents` to be asked, or as many as leave 50 more to draw
+    shots from."""
     paths = []
     for name, rows_of in tasks.items():
         rows, task = rows_of(data)
-        files = {"test": rows[:documents], "train": rows[documents : documents + 50]}
+        asked = min(documents, len(rows) - _FOR_SHOTS)
+        files = {"test": rows[:asked], "train": rows[asked : asked + _FOR_SHOTS]}
         for split, part in files.items():
             lines = "".join(json.dumps(row) + "\n" for row in part)
             (folder / f"{name}-{split}.jsonl").write_text(lines)

@@ -65,11 +65,10 @@ def _count(where: str, about: Mapping[str, Any], name: str) -> float:
     """A number, or the sum of an object's."""
     value = about.get(name)
     parts = list(value.values()) if isinstance(value, Mapping) else [value]
-    if not all(
-        isinstance(part, int) and not isinstance(part, bool) and part >= 0 for part in parts
-    ):
+    counts = [p for p in parts if isinstance(p, int) and not isinstance(p, bool) and p >= 0]
+    if len(counts) < len(parts):
         raise InputError(f"{where}: {name}: expected counts from 0 on, got {value!r}")
-    return float(sum(parts))
+    return float(sum(counts))
 
 
 @dataclass(frozen=True)
