@@ -4,8 +4,8 @@ Five tasks, of which the files are written from real data into a temporary folde
 the right one among four model solutions to GSM8K, TinyShakespeare's perplexity in rolling windows,
 the harmless one of two answers (HH), and the last word of lines of TinyShakespeare. Both sides get
 the same requests. Every log-likelihood, greedy flag and answer is compared before any time is
-reported. The backend reads in fp32, as ours does, and once more in fp64: a task's log-likelihoods of
-ours may be no further than 1e-4 from that, or than the backend's own fp32 results are (it sums a
+reported. The backend reads in fp32, as ours does, and once more in fp64: a task's log-likelihoods
+of ours may be no further than 1e-4 from that, or than the backend's own fp32 results are (it sums a
 continuation in fp32, whose steps are 2.4e-4 beyond -2048), and no flag or answer may differ. Rounds
 alternate; the backend has batches of each size in `--batches`, and its best time counts. Times are
 the process's CPU seconds, which other work on the machine changes least.
