@@ -1,12 +1,15 @@
-"""A quickstart's versions judged from two sides, and by a server of ours that fails half the time.
+"""A quickstart's versions judged from two sides, and by a served judge of ours that fails half the
+time.
 
     python -P benchmarks/evaluation/quickstart_judges.py runs/quickstart --out FOLDER
 
 SFT, RLHF-V2 and RLHF-V2 + PPO, on the answers of the run's evaluate step: by the run's reward
 models, which PPO was trained on, and by the toy's own judge, which no model saw (Llama 2, Fig. 11).
-Then `llama2rt serve` serves the SFT model on loopback and judges the same pairs, fewer prompts of
-them, in both orders: as it is, once more from the cache, with the versions the other way round,
-and behind a proxy that answers every second call with 503. FOLDER gets judged.json, the page
+Then the chat model is taught by the annotators' comparisons to say A or B
+(`helpers/taught_judge.py`, or the model folder of `--judge`), `llama2rt serve` serves it on
+loopback, and it judges the same pairs, fewer prompts of them, in both orders: as it is, once more
+from the cache, with the versions the other way round, and behind a proxy that answers every second
+call with 503; what the toy's judge says of them stands beside it. FOLDER gets judged.json, the page
 that `llama2rt compare` makes of it, and record.json.
 """
 
@@ -26,8 +29,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 import records
+import taught_judge
 
 from llama2rt import atomic
+from llama2rt.evaluate.intervals import wilson
 from llama2rt.evaluate.judges import comparing
 from llama2rt.evaluate.judges.cache import Cache
 from llama2rt.evaluate.judges.commands import judged, read_versions
@@ -142,9 +147,9 @@ def written(run: Path, out: Path, each: int) -> list[Path]:
     return paths
 
 
-def by_server(url: str, versions: Any, cache: Path, graded: bool) -> tuple[Any, dict[str, int]]:
-    """(outcomes, what it took) of a served judge."""
-    judge = SpeakingJudge(Server(url, attempts=2), None, Asking(graded=graded))
+def by_server(url: str, versions: Any, cache: Path) -> tuple[Any, dict[str, int]]:
+    """((margins, results), what it took) of a served judge."""
+    judge = SpeakingJudge(Server(url, attempts=2), taught_judge.ASKED, Asking(graded=True))
     pairs = comparing.shown(versions)
     before = judge.requests
     with Cache(cache) as kept:
@@ -156,9 +161,55 @@ def by_server(url: str, versions: Any, cache: Path, graded: bool) -> tuple[Any, 
     return (margins, row), took | {"unreadable": unreadable}
 
 
+def judged_by_server(model: Path, few: Any, out: Path) -> dict[str, Any]:
+    """What a served judge says, four times; AssertionError where the order of versions, the cache
+    or failing calls change any of it, or where it does not answer."""
+    with served(model) as url:
+        (first, row), took = by_server(url, few, out / "said.jsonl")
+        (again, _), free = by_server(url, few, out / "said.jsonl")
+        backwards = dict(reversed(few.items()))
+        (swapped, _), mirrored = by_server(url, backwards, out / "said.jsonl")
+        with failing(url) as broken:
+            (through, _), lossy = by_server(broken, few, out / "failing.jsonl")
+    assert took["unreadable"] == 0 and len(set(first.values())) > 2
+    assert again == first and free["requests"] == free["asked"] == 0
+    assert {(b, a, p): -m for (a, b, p), m in swapped.items()} == first
+    assert mirrored["requests"] == 0 and through.keys() == first.keys()
+    # Asked anew, a request may stand among others in the server's batch.
+    apart = max(abs(through[pair] - margin) for pair, margin in first.items())
+    assert apart < 1e-4
+    return {
+        "margins": first,
+        "pairs": len(first),
+        "win_rates": [
+            {k: v for k, v in pair.items() if k != "unreadable"} for pair in row["pairs"]
+        ],
+        "position": row["position"],
+        "first_run": took,
+        "second_run": free,
+        "versions_swapped": mirrored,
+        "every_second_call_fails": lossy | {"largest_difference_of_a_margin": apart},
+    }
+
+
+def with_truth(margins: Any, few: Any, truth: TrueJudge) -> dict[str, Any]:
+    """How often the served judge names the winner of the toy's judge, of pairs that both decide."""
+    pairs = comparing.shown(few)
+    with Cache() as cache:
+        true = comparing.outcomes(truth, pairs, cache)
+    both = [
+        (margins[p.a, p.b, p.prompt], o.margin)
+        for p, o in zip(pairs, true, strict=True)
+        if margins[p.a, p.b, p.prompt] and o.margin
+    ]
+    same = wilson(sum((a > 0) == (b > 0) for a, b in both), len(both))
+    return {"decided": len(both), "same_winner": same._asdict()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
+    parser.add_argument("--judge", type=Path, help="its model folder, in place of training one")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=100, help="of each kind, for the models")
     parser.add_argument("--served", type=int, default=12, help="of each kind, for the server")
@@ -212,24 +263,11 @@ def main() -> None:
         "two_sides": {row["name"]: row["progress"] for row in found["judges"]}
     }
     record["agreement"] = found["agreement"]
-    with served(run / "sft" / "model") as url:
-        (first, row), took = by_server(url, few, out / "said.jsonl", graded=True)
-        (again, _), free = by_server(url, few, out / "said.jsonl", graded=True)
-        backwards = dict(reversed(few.items()))
-        (swapped, _), mirrored = by_server(url, backwards, out / "said.jsonl", graded=True)
-        with failing(url) as broken:
-            (through, _), lossy = by_server(broken, few, out / "failing.jsonl", graded=True)
-    assert again == first and free["requests"] == free["asked"] == 0
-    assert {(b, a, p): -m for (a, b, p), m in swapped.items()} == first
-    assert mirrored["requests"] == 0 and through == first
-    record["served"] = {
-        "pairs": len(first),
-        "position": row["position"],
-        "first_run": took,
-        "second_run": free,
-        "versions_swapped": mirrored,
-        "every_second_call_fails": lossy,
-    }
+    model = given.judge or taught_judge.train(run, out / "taught")
+    record["served"] = judged_by_server(model, few, out)
+    record["served"]["with_the_toy_judge"] = with_truth(
+        record["served"].pop("margins"), few, judges[1]
+    )
     record["cpu_s"] = round(time.process_time() - started, 1)
     atomic.write(out / "record.json", json.dumps(record, indent=2) + "\n")
     print(json.dumps(record["served"], indent=2))

@@ -119,6 +119,29 @@ def test_log_likelihoods_equal_those_of_single_requests(model, micro_tokens):
     assert seen == {i: (found[i], flags[i]) for i in range(len(requests))}
 
 
+@pytest.mark.parametrize("scale", [0.2, 2.0])
+def test_greedy_continuations_are_known_however_sure_the_model_is(scale, small_tokenizer):
+    config = LlamaConfig(32, 2, 2, 2, 64, vocab_size=small_tokenizer.vocab_size, context=CONTEXT)
+    model = Llama(config).initialize(seed=2).eval()
+    with torch.no_grad():
+        model.output.weight.mul_(scale * 20)
+    requests, wanted = [], []
+    for begin in range(3, 9):
+        greedy = np.array([1, begin])
+        for _ in range(6):
+            with torch.no_grad():
+                logits = model.logits(*packed(torch.from_numpy(greedy)))
+            greedy = np.r_[greedy, int(logits[-1].argmax())]
+        requests.append(Scored(greedy, 6))
+        for place in range(2, 8):
+            other = greedy.copy()
+            other[place] = 3 if greedy[place] != 3 else 4
+            requests.append(Scored(other, 6))
+        wanted += [True] + [False] * 6
+    _, flags = log_likelihoods(model, requests, 4000)
+    assert flags.tolist() == wanted
+
+
 def test_a_chat_is_scored_and_answered_in_the_tokens_of_training(encoder, small_tokenizer):
     messages = [{"role": "user", "content": "count sheep"}]
     text = encoder.render(messages)

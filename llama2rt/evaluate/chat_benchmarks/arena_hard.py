@@ -10,7 +10,8 @@ likelihood of each model's strength is that of a coin. Their bootstrap draws bat
 games of a question, and the three battles of one verdict, are one observation; the interval over
 questions is given beside it.
 
-Left out: style control, and asking a judge once more that gave no label.
+`style_control` has the score for answers of equal style. Left out: asking a judge once more that
+gave no label.
 """
 
 import json
@@ -254,25 +255,33 @@ def scores(
         mine = [j for j in judgments if j["model"] == model]
         if layout.version == "v2.0":
             mine = [j for j in mine if j.get("category", "") == category]
-        battles = [_battles(judgment, layout) for judgment in mine]
-        counted = [found for found in battles if found]
+        counted = [found for judgment in mine if (found := battles(judgment, layout))]
         if not counted:
             raise InputError(f"score: no judgement of {model} has a label")
         flat = np.array([won for found in counted for won in found])
-        lacking = sum(game is None or game["score"] is None for j in mine for game in j["games"])
         row = {"model": model, "category": category, "score": 100 * float(flat.mean())}
         row |= {"bounds": _of_battles(flat, layout, seed), "interval": _of_questions(counted, seed)}
-        rows.append(row | {"battles": len(flat), "questions": len(mine), "unreadable": lacking})
+        rows.append(
+            row | {"battles": len(flat), "questions": len(mine), "unreadable": unreadable(mine)}
+        )
     return sorted(rows, key=lambda row: (row["category"], -row["score"]))
 
 
-def _battles(judgment: Mapping[str, Any], layout: Layout) -> list[float]:
-    """What the model won of one question's battles: 1, 0.5 or 0 each."""
+def unreadable(judgments: Sequence[Mapping[str, Any]]) -> int:
+    """How many games have no label."""
+    return sum(game is None or game["score"] is None for j in judgments for game in j["games"])
+
+
+def battles(judgment: Mapping[str, Any], layout: Layout) -> list[float]:
+    """What the model won of one question's battles, 1, 0.5 or 0 each, in the order of its tools:
+    v2.0 has those of the second game first."""
     outcomes: list[float] = []
     labels = [None if game is None else game["score"] for game in judgment["games"]]
     if layout.version == "v2.0" and None in labels:
         return []
-    for swapped, given in enumerate(labels):
+    order = (0, 1) if layout.version == "v0.1" else (1, 0)
+    for swapped in order:
+        given = labels[swapped]
         if given is None:
             continue
         won, weight = _LABELS[_MIRRORED.get(given, given)]
@@ -280,15 +289,15 @@ def _battles(judgment: Mapping[str, Any], layout: Layout) -> list[float]:
     return outcomes
 
 
-def _of_battles(battles: np.ndarray, layout: Layout, seed: int) -> list[float]:
+def _of_battles(won: np.ndarray, layout: Layout, seed: int) -> list[float]:
     generator = np.random.RandomState(seed)  # the kind of generator that pandas draws from
-    drawn = [generator.choice(len(battles), len(battles)) for _ in range(ROUNDS)]
-    means = [100 * float(battles[rows].mean()) for rows in drawn]
+    drawn = [generator.choice(len(won), len(won)) for _ in range(ROUNDS)]
+    means = [100 * float(won[rows].mean()) for rows in drawn]
     return [float(end) for end in np.percentile(means, ENDS[layout.version])]
 
 
-def _of_questions(battles: Sequence[Sequence[float]], seed: int) -> list[float]:
-    sums = np.array([[sum(found), len(found)] for found in battles], dtype=np.float64)
+def _of_questions(outcomes: Sequence[Sequence[float]], seed: int) -> list[float]:
+    sums = np.array([[sum(found), len(found)] for found in outcomes], dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(0, len(sums), (_RESAMPLES, len(sums)))
     won, played = sums[drawn].sum(axis=1).T
     return [float(end) for end in np.percentile(100 * won / played, (2.5, 97.5))]

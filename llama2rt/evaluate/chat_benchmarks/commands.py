@@ -10,7 +10,14 @@ import tyro
 
 from llama2rt import atomic
 from llama2rt.errors import InputError
-from llama2rt.evaluate.chat_benchmarks import alpaca_eval, arena_hard, length_control, mt_bench
+from llama2rt.evaluate.chat_benchmarks import (
+    alpaca_eval,
+    arena_hard,
+    length_control,
+    mt_bench,
+    mt_bench_pairs,
+    style_control,
+)
 from llama2rt.evaluate.chat_benchmarks.answering import answer
 from llama2rt.evaluate.chat_benchmarks.arena_hard import LAYOUTS
 from llama2rt.evaluate.chat_benchmarks.records import Answers, Question
@@ -148,10 +155,11 @@ class Judge:
     answers: Path
     """The model's answers."""
     out: Path
-    """annotations.json, JUDGE_single.jsonl, or model_judgment/JUDGE/MODEL.jsonl."""
+    """annotations.json, JUDGE_single.jsonl or JUDGE_pair.jsonl, or
+    model_judgment/JUDGE/MODEL.jsonl."""
     speaking: Annotated[Speaking, tyro.conf.arg(name="")] = Speaking()
     baseline: Path | None = None
-    """Of AlpacaEval and Arena-Hard, the answers that they are compared with."""
+    """The answers that they are compared with; of MT-Bench, to judge pairs in place of grading."""
     reward: Path | None = None
     """Of AlpacaEval, a reward model that judges."""
     graded: bool = False
@@ -165,14 +173,14 @@ class Judge:
         """Read, ask, write."""
         questions = read_questions(self.benchmark, self.questions)
         answers = read_answers(self.benchmark, self.answers)
-        if (self.baseline is None) != (self.benchmark == "mt-bench"):
-            raise InputError("baseline: for alpaca-eval and arena-hard, and for them alone")
+        if self.baseline is None and self.benchmark != "mt-bench":
+            raise InputError(f"baseline: {self.benchmark} compares with one")
+        baseline = None if self.baseline is None else read_answers(self.benchmark, self.baseline)
         with _cache(self.out) as cache:
             if self.benchmark == "mt-bench":
-                records = self._grades(questions, answers, cache)
+                records = self._mt_bench(questions, baseline, answers, cache)
             else:
-                assert self.baseline is not None
-                baseline = read_answers(self.benchmark, self.baseline)
+                assert baseline is not None
                 records = self._battles(questions, baseline, answers, cache)
         whole = self.benchmark == "alpaca-eval"
         text = (
@@ -181,15 +189,26 @@ class Judge:
         atomic.write(self.out, text)
         print(f"{self.out}: {len(records)} judgements of {answers.model}")
 
-    def _grades(
-        self, questions: Sequence[Question], answers: Answers, cache: Cache
+    def _mt_bench(
+        self,
+        questions: Sequence[Question],
+        baseline: Answers | None,
+        answers: Answers,
+        cache: Cache,
     ) -> list[dict[str, Any]]:
-        prompts = mt_bench.OWN
-        if self.judge_prompts is not None:
-            prompts = mt_bench.read_prompts(self.judge_prompts)
+        file, by = self.judge_prompts, self.speaking.speaker()
         references = mt_bench.read_answers(self.references) if self.references else None
-        by = self.speaking.speaker()
-        return mt_bench.judge(by, questions, answers, cache, prompts=prompts, references=references)
+        if baseline is None:
+            prompts = mt_bench.read_prompts(file) if file else mt_bench.OWN
+            return mt_bench.judge(
+                by, questions, answers, cache, prompts=prompts, references=references
+            )
+        prompts = mt_bench_pairs.OWN
+        if file is not None:
+            prompts = mt_bench.read_prompts(file, mt_bench_pairs.NAMES, mt_bench_pairs.FORMAT)
+        return mt_bench_pairs.judge(
+            by, questions, answers, baseline, cache, prompts=prompts, references=references
+        )
 
     def _battles(
         self, questions: Sequence[Question], baseline: Answers, answers: Answers, cache: Cache
@@ -224,6 +243,13 @@ class Score:
     """Of AlpacaEval, its evaluation set, where not all of it was judged."""
     plain: bool = False
     """Of AlpacaEval, the win rate alone, which needs no scikit-learn."""
+    control: tuple[style_control.Control, ...] = ()
+    """Of Arena-Hard, score for answers of equal style: as long, with as much markdown, or both."""
+    answers: tuple[Path, ...] = ()
+    """For --control, model_answer/MODEL.jsonl of all models, the baseline among them."""
+    baseline: str | None = None
+    """Name of the model that others are held against: for --control, where judgements do not have
+    it; of MT-Bench's pairs, to count what is judged against it alone."""
     json: bool = False
     """Print one JSON object."""
 
@@ -240,14 +266,29 @@ class Score:
         """A row a model."""
         if not self.judgments:
             raise InputError("judgments: expected files")
+        if self.control and not self.benchmark.startswith("arena-hard"):
+            raise InputError(f"control: of arena-hard, got {self.benchmark}")
+        if bool(self.answers) != bool(self.control):
+            raise InputError("control and answers: expected both or neither")
+        if self.baseline is not None and not (self.control or self.benchmark == "mt-bench"):
+            raise InputError("baseline: expected with --control, or with mt-bench's pairs")
         if self.benchmark == "alpaca-eval":
             return [self._alpaca_eval(path) for path in self.judgments]
         if self.benchmark == "mt-bench":
-            judged = [j for path in self.judgments for j in mt_bench.read_judgments(path)]
-            return mt_bench.scores(judged)
+            return self._mt_bench()
         layout = _layout(self.benchmark)
         found = [j for p in self.judgments for j in arena_hard.read_judgments(p, layout)]
-        return arena_hard.scores(found, layout)
+        if not self.control:
+            return arena_hard.scores(found, layout)
+        styles = [style_control.read_styles(path, layout) for path in self.answers]
+        by_model = {style.model: style for style in styles}
+        return style_control.scores(found, layout, by_model, self.control, self.baseline)
+
+    def _mt_bench(self) -> list[dict[str, Any]]:
+        if mt_bench_pairs.holds_pairs(self.judgments[0]):
+            pairs = [j for path in self.judgments for j in mt_bench_pairs.read_judgments(path)]
+            return mt_bench_pairs.scores(pairs, self.baseline)
+        return mt_bench.scores([j for p in self.judgments for j in mt_bench.read_judgments(p)])
 
     def _alpaca_eval(self, path: Path) -> dict[str, Any]:
         annotations = alpaca_eval.read_annotations(path)

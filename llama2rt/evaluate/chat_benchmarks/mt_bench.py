@@ -2,7 +2,7 @@
 1 to 10 by a judge that sees one model's answers alone.
 
 question.jsonl, model_answer/MODEL.jsonl, reference_answer/JUDGE.jsonl, judge_prompts.jsonl and
-model_judgment/JUDGE_single.jsonl. Left out: its pairwise mode, for which `llama2rt judge` is there.
+model_judgment/JUDGE_single.jsonl. `mt_bench_pairs` is its pairwise mode.
 """
 
 import json
@@ -41,7 +41,7 @@ TURNS = 2
 UNREADABLE = -1
 """the score of a judgement without a grade, which averages leave out"""
 LOWEST, HIGHEST = 1, 10
-_REPLY_TOKENS = 2048
+REPLY_TOKENS = 2048
 _GRADES = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 _ANSWER_KEYS = ("question_id", "model_id", "choices")
 _JUDGED_KEYS = ("question_id", "model", "judge", "score", "turn")
@@ -141,23 +141,25 @@ def write_answers(path: Path, model: str, answered: Sequence[Answered]) -> None:
     atomic.write(path, "".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in records))
 
 
-def read_prompts(path: Path) -> dict[tuple[int, bool], Prompt]:
-    """FastChat's judge_prompts.jsonl: of its prompts the four that grade one model. InputError
-    where one of them is not there."""
+def read_prompts(
+    path: Path, names: Mapping[tuple[int, bool], str] = NAMES, output_format: str = "[[rating]]"
+) -> dict[tuple[int, bool], Prompt]:
+    """FastChat's judge_prompts.jsonl: of its prompts four, by default those that grade one model.
+    InputError where one of them is not there, or asks for another form of reply."""
     found: dict[str, Prompt] = {}
     keys = ("name", "type", "system_prompt", "prompt_template", "output_format")
     for where, row in objects(path, keys, ("description", "category")):
         name = text(where, "name", row["name"])
-        if name in NAMES.values() and row["output_format"] != "[[rating]]":
+        if name in names.values() and row["output_format"] != output_format:
             raise InputError(
-                f"{where}: output_format: expected '[[rating]]' for {name}, "
+                f"{where}: output_format: expected {output_format!r} for {name}, "
                 f"got {row['output_format']!r}"
             )
         user = text(where, "prompt_template", row["prompt_template"])
         found[name] = Prompt(name, text(where, "system_prompt", row["system_prompt"]), user)
-    if missing := set(NAMES.values()) - found.keys():
+    if missing := set(names.values()) - found.keys():
         raise InputError(f"{path}:1: lacks the prompt {min(missing)!r}")
-    return {key: found[name] for key, name in NAMES.items()}
+    return {key: found[name] for key, name in names.items()}
 
 
 def grade(judgment: str) -> int | float:
@@ -189,14 +191,14 @@ def judge(
             prompt = prompts[turn, shown]
             values = _values(question, required(model, question, model.model), turn)
             if shown:
-                right = _right(question, references)
+                right = right_answers(question, references)
                 values |= {f"ref_answer_{i}": said for i, said in enumerate(right, start=1)}
-            asked.append((question, turn, prompt, _filled(prompt, values)))
+            asked.append((question, turn, prompt, filled(prompt, values)))
     messages = [
         [{"role": "system", "content": prompt.system}, {"role": "user", "content": user}]
         for _, _, prompt, user in asked
     ]
-    said = replies(by, messages, Options(0.0, _REPLY_TOKENS), cache)
+    said = replies(by, messages, Options(0.0, REPLY_TOKENS), cache)
     return [
         {
             "question_id": question.id,
@@ -223,7 +225,8 @@ def _values(question: Question, answers: Sequence[str], turn: int) -> dict[str, 
     }
 
 
-def _right(question: Question, references: Answers | None) -> tuple[str, ...]:
+def right_answers(question: Question, references: Answers | None) -> tuple[str, ...]:
+    """Those to a question, of `references` or its own. InputError where there are none."""
     if references is not None:
         return required(references, question, references.model)
     if len(question.reference) < len(question.turns):
@@ -234,7 +237,8 @@ def _right(question: Question, references: Answers | None) -> tuple[str, ...]:
     return question.reference
 
 
-def _filled(prompt: Prompt, values: Mapping[str, str]) -> str:
+def filled(prompt: Prompt, values: Mapping[str, str]) -> str:
+    """What the judge is told. InputError where the prompt has a field without a value."""
     try:
         return prompt.user.format(**values)
     except (KeyError, IndexError, ValueError) as error:

@@ -2,8 +2,10 @@
 
 The options of a question, and questions behind the same shots, are neighbours once requests are
 sorted by their tokens, and `data.shared` leaves in a batch what they begin with a single time.
-Logits are held for the tokens that are scored alone, a few rows at a time, and for none where only
-their log-probability counts.
+Log-probabilities come from `ops.token_logprob`, which holds no logits. Whether greedy decoding
+would give a continuation is decided by few of its tokens: one that is given more than half is the
+likeliest, and where the least likely one is not, no other is asked. Only for those in doubt are
+logits made.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ from llama2rt.evaluate.harness.requests import Scored
 from llama2rt.model import Llama
 
 _ROWS = 128  # of logits at once: 16 MB of fp32 with a vocabulary of 32,000
+# Above it a token is the likeliest, whatever the others' rounding.
+_CERTAIN = float(np.log(0.5)) + 1e-2
 
 
 @torch.no_grad()
@@ -32,7 +36,7 @@ def log_likelihoods(
     flags: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(log-likelihood fp64 [n], whether greedy decoding would give the same bool [n]) of the scored
-    tokens of each of n requests. Without `flags` all of these are False, and no logits are held.
+    tokens of each of n requests. Without `flags` all of these are False.
 
     Requests longer than the model's context plus one are cut at the left. `on_done` is called with
     index, log-likelihood and flag of each request as batches of `micro_tokens` end.
@@ -45,11 +49,14 @@ def log_likelihoods(
     for group in groups([len(cut[i].tokens) - 1 for i in order], micro_tokens):
         members = [order[i] for i in group]
         batch = _batch([cut[i] for i in members]).to(device)
-        logprobs, likeliest = _scored_tokens(model, batch, flags)
-        counts = [cut[i].count for i in members]
-        begins = np.cumsum([0, *counts[:-1]])
+        hidden, targets = _scored_rows(model, batch)
+        found = ops.token_logprob(hidden, model.output.weight, targets)
+        assert isinstance(found, Tensor)  # a pair with entropy alone
+        logprobs = found.double().cpu().numpy()
+        begins = np.cumsum([0, *(cut[i].count for i in members[:-1])])
         total[members] = np.add.reduceat(logprobs, begins)
-        greedy[members] = np.logical_and.reduceat(likeliest, begins)
+        if flags:
+            greedy[members] = _greedy(model, hidden, targets, logprobs, begins)
         if on_done is not None:
             for i in members:
                 on_done(i, float(total[i]), bool(greedy[i]))
@@ -75,24 +82,34 @@ def _batch(requests: Sequence[Scored]) -> Batch:
     return replace(batch, targets=torch.from_numpy(np.concatenate(targets)))
 
 
-def _scored_tokens(model: Llama, batch: Batch, flags: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(log-probability fp64, whether it is the likeliest bool) of each target of a batch."""
+def _scored_rows(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(hidden states [rows, dim] that predict them, targets int64 [rows]) of a batch."""
     hidden = model.hidden(batch.tokens, batch.positions, batch.cu_seqlens, batch.keys)
     rows = (batch.targets >= 0).nonzero().squeeze(1)
-    logprobs: list[Tensor] = []
-    likeliest: list[Tensor] = []
-    for part in rows.split(_ROWS if flags else len(rows)):
-        targets = batch.targets[part]
-        if flags:
-            logits = model.output(hidden[part]).float()
-            of_targets = logits.gather(1, targets[:, None]).squeeze(1)
-            most, token = logits.max(1)
-            logits.sub_(most[:, None]).exp_()
-            logprobs.append(of_targets - most - logits.sum(1).log())
-            likeliest.append(token == targets)
-        else:
-            found = ops.token_logprob(hidden[part], model.output.weight, targets)
-            assert isinstance(found, Tensor)  # a pair with entropy alone
-            logprobs.append(found)
-            likeliest.append(torch.zeros_like(targets, dtype=torch.bool))
-    return torch.cat(logprobs).double().cpu().numpy(), torch.cat(likeliest).cpu().numpy()
+    return hidden[rows], batch.targets[rows]
+
+
+def _greedy(
+    model: Llama, hidden: Tensor, targets: Tensor, logprobs: np.ndarray, begins: np.ndarray
+) -> np.ndarray:
+    """Whether each target of a request is the likeliest token, bool [requests]; the rows of request
+    i are those from `begins[i]` on."""
+    request = np.repeat(np.arange(len(begins)), np.diff([*begins, len(logprobs)]))
+    doubt = ~(logprobs > _CERTAIN)
+    greedy = np.ones(len(begins), bool)
+    # Each request's least likely token first, then what is left of those that it leaves open.
+    least = np.lexsort((logprobs, request))[begins]
+    first = np.isin(np.arange(len(logprobs)), least) & doubt
+    for asked in (first, doubt & ~first):
+        rows = np.flatnonzero(asked & greedy[request])
+        greedy[request[rows[~_likeliest(model, hidden, targets, rows)]]] = False
+    return greedy
+
+
+def _likeliest(model: Llama, hidden: Tensor, targets: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Whether the target of each of `rows` is the token with the highest logit, bool [rows]."""
+    found = [np.zeros(0, bool)]
+    for part in torch.from_numpy(rows).to(hidden.device).split(_ROWS):
+        token = model.output(hidden[part]).argmax(1)
+        found.append((token == targets[part]).cpu().numpy())
+    return np.concatenate(found)
