@@ -164,7 +164,7 @@ class ShardLoader(_Loader[SourceBatch]):
         for at in range(0, len(own), self._micro_windows):
             rows = own[at : at + self._micro_windows]
             windows = [
-                self._sources[source].shards.stream(shard).window(first, length)
+                (self._sources[source].shards.stream(shard), first, length)
                 for source, shard, first, length in rows.tolist()
             ]
             sources = torch.from_numpy(np.repeat(rows[:, 0], rows[:, 3]))

@@ -82,7 +82,7 @@ class TokenLoader(_Loader[Batch]):
         result = []
         for at in range(0, len(own), self._micro_windows):
             windows = [
-                self._files[file].window(begin, length)
+                (self._files[file], begin, length)
                 for file, begin, length in own[at : at + self._micro_windows].tolist()
             ]
             result.append(pack_windows(windows))

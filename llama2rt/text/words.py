@@ -1,23 +1,36 @@
 """A SentencePiece BPE's ids of long texts, word by word with a memory of words.
 
-Where no piece reaches from one word into the next, a text's ids are those of its words one after
-another, and most words of a corpus have come before. What reads words this way is decided by the
-model's pieces and settings, once; for every other tokenizer the library is asked as ever.
+Merges make pieces of the vocabulary and nothing else, so that where two characters follow each
+other in no piece, no merge ever reaches from one to the other: a text's ids are those of its parts
+between such places, one after another. LLaMA's pieces, whose trainer split text at spaces, at
+digits and between scripts, have such places on both sides of each word, and most words of a corpus
+have come before. What reads words this way is decided by the model's pieces and settings, once;
+for every other tokenizer the library is asked as ever.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from llama2rt.text import backends, sentencepiece_model
 from llama2rt.text.tokenizer import Tokenizer
 
-# A word with the spaces before it, or a line break with what follows it at once.
-_WORD = re.compile(r" +[^ \n]*|\n[^ \n]*")
+_MARK = r"[^A-Za-z0-9 \n\x80-\U0010ffff]"
+_ALONE = r"(?![\x80-\U0010ffff])"  # letters and marks beyond ASCII are not told apart
+# Letters, a few digits, marks, or what goes on to the next space, line break or digit: each with
+# the spaces before it. Spaces before a line break; a line break.
+_WORD = re.compile(
+    rf" *+(?:[A-Za-z]++{_ALONE}|[0-9]{{1,3}}+|{_MARK}++{_ALONE}|[^ \n0-9]++)| ++|\n"
+)
+# Kinds of characters (`_kind`) that follow each other somewhere inside a word.
+_INSIDE = {"LL", "LU", "UL", "UU", "UP", "PU", "PP", "SS", "SL", "SU", "SP", "SD"}
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 MOST_WORDS = 1 << 18
-"""remembered at a time: about 50 MB"""
+"""remembered at a time: about 40 MB"""
+_LONGEST = 32  # characters of a word that is remembered: scripts without spaces have sentences
 
 
 class WordEncoder:
@@ -27,46 +40,49 @@ class WordEncoder:
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self.tokenizer, self.dtype = tokenizer, dtype
         self.by_words = separable(tokenizer)
-        self._words = _Words(tokenizer, dtype)
+        self._words: dict[str, bytes] = {}
+        """ids of words, as bytes of `dtype`"""
+        # Behind the space that the library puts before a text.
+        self._line_break = self._encode("\n")[1:] if self.by_words else np.empty(0, dtype)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         for text in texts:
             # The library takes the sign itself for a space.
             if not self.by_words or _SPACE in text or not text:
-                yield np.array(self.tokenizer.encode(text), self.dtype)
+                yield self._encode(text)
                 continue
             backends.require_unicode(text)
-            # The library puts a space before a text.
-            words = map(self._words.__getitem__, _WORD.findall(" " + text))
-            yield np.frombuffer(b"".join(words), self.dtype)
-            if len(self._words) > MOST_WORDS:
-                self._words.clear()
+            words = _WORD.findall(" " + text)
+            found: list[Any] = list(map(self._words.get, words))
+            if None in found:
+                pairs = list(zip(words, found, strict=True))
+                new = self._learned({word for word, ids in pairs if ids is None})
+                found = [new[word] if ids is None else ids for word, ids in pairs]
+            yield np.frombuffer(b"".join(found), self.dtype)
 
+    def _learned(self, words: set[str]) -> dict[str, bytes]:
+        """Ids of words that are not remembered, and will be. The library is asked once for all,
+        with a line break before and behind each."""
+        new = {"\n": self._line_break.tobytes()}
+        asked = list(words - {"\n"})
+        ids = self._encode("\n".join(["", *asked, ""]))
+        breaks = np.flatnonzero(ids == self._line_break).tolist()
+        data, size = ids.tobytes(), self.dtype.itemsize
+        for word, (begin, end) in zip(asked, itertools.pairwise(breaks), strict=True):
+            new[word] = data[(begin + 1) * size : end * size]
+        if len(self._words) + len(new) > MOST_WORDS:
+            self._words.clear()
+        self._words.update((w, ids) for w, ids in new.items() if len(w) <= _LONGEST)
+        return new
 
-class _Words(dict[str, bytes]):
-    """Ids of words, as bytes of `dtype`."""
-
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        super().__init__()
-        self._encode, self._dtype = tokenizer.encode, dtype
-
-    def __missing__(self, word: str) -> bytes:
-        if word == " ":
-            # Of an empty text the library makes nothing, not the space that it puts before others.
-            ids = self._encode("\n")[:1]
-        elif word.startswith(" "):
-            ids = self._encode(word[1:])
-        else:
-            ids = self._encode(word)[1:]
-        found = np.array(ids, self._dtype).tobytes()
-        self[word] = found
-        return found
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text), self.dtype)
 
 
 def separable(tokenizer: Tokenizer) -> bool:
     """Whether a text's ids are those of its words, one after another: a BPE without normalisation
-    that puts a space before a text, none of whose pieces holds a line break, or a space behind
-    another character."""
+    that puts a space before a text, in none of whose pieces two characters follow each other
+    between which a text is cut into words."""
     backend = tokenizer._backend
     if not isinstance(backend, backends.SentencePieceBackend):
         return False
@@ -86,5 +102,15 @@ def separable(tokenizer: Tokenizer) -> bool:
         and not model.of_type(sentencepiece_model.USER_DEFINED)
         and not model.of_type(sentencepiece_model.UNUSED)
         and _SPACE in texts
-        and not any("\n" in text or _SPACE in text.lstrip(_SPACE) for text in texts)
+        and not any("\n" in text for text in texts)
+        and {a + b for t in texts for a, b in itertools.pairwise(map(_kind, t))} <= _INSIDE
     )
+
+
+def _kind(character: str) -> str:
+    """Space, Digit, Letter or Punctuation of ASCII; Unicode beyond."""
+    if character == _SPACE:
+        return "S"
+    if not character.isascii():
+        return "U"
+    return "L" if character.isalpha() else "D" if character.isdigit() else "P"
