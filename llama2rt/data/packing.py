@@ -111,20 +111,14 @@ def pack_arrays(tokens: np.ndarray, targets: np.ndarray, lengths: np.ndarray) ->
     documents' `lengths` [B], which add up to T."""
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
+    positions = np.arange(len(tokens), dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
     return Batch(
         tokens=torch.from_numpy(tokens.astype(np.int64)),
-        positions=torch.from_numpy(positions_of(cu_seqlens)),
+        positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         targets=torch.from_numpy(targets.astype(np.int64, copy=False)),
         weight=int(np.count_nonzero(targets >= 0)),
     )
-
-
-def positions_of(cu_seqlens: np.ndarray) -> np.ndarray:
-    """int32 [T]: positions from 0 in each document, of where they begin and end, int32 [B+1]."""
-    positions = np.arange(cu_seqlens[-1], dtype=np.int32)
-    positions -= np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-    return positions
 
 
 def pack_pairs(

@@ -25,9 +25,7 @@ _MARK = r"[^A-Za-z0-9 \n\x80-\U0010ffff]"
 _ALONE = r"(?![\x80-\U0010ffff])"  # letters and marks beyond ASCII are not told apart
 # Letters, a few digits, marks, or what goes on to the next space, line break or digit: each with
 # the spaces before it. Spaces before a line break; a line break.
-_PART = re.compile(
-    rf" *+(?:[A-Za-z]++{_ALONE}|[0-9]{{1,3}}+|{_MARK}++{_ALONE}|[^ \n0-9]++)| ++|\n"
-)
+_PART = re.compile(rf" *+(?:[A-Za-z]++{_ALONE}|[0-9]{{1,3}}+|{_MARK}++{_ALONE}|[^ \n0-9]++)| ++|\n")
 # Kinds of characters (`_kind`) that follow each other somewhere inside a part.
 _INSIDE = {"LL", "LU", "UL", "UU", "UP", "PU", "PP", "SS", "SL", "SU", "SP", "SD"}
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
