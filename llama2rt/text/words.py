@@ -31,6 +31,7 @@ _INSIDE = {"LL", "LU", "UL", "UU", "UP", "PU", "PP", "SS", "SL", "SU", "SP", "SD
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 MOST_WORDS = 1 << 18
 """remembered at a time, and as many parts"""
+_TOGETHER = 1 << 18  # characters of texts that are read at once
 _LONGEST = 32  # characters of what is remembered: in scripts without spaces a sentence is a word
 
 
@@ -49,35 +50,49 @@ class WordEncoder:
         self._line_break = self._encode("\n")[1:] if self.by_words else np.empty(0, dtype)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        group: list[str] = []
+        size = 0
         for text in texts:
-            # The library takes the sign itself for a space.
-            if not self.by_words or _SPACE in text or not text:
-                yield self._encode(text)
-                continue
-            backends.require_unicode(text)
-            words = _words_of(text)
-            found: list[Any] = list(map(self._words.get, words))
-            if None in found:
-                pairs = list(zip(words, found, strict=True))
-                new = self._learned({word for word, ids in pairs if ids is None})
-                found = [new[word] if ids is None else ids for word, ids in pairs]
-            yield np.frombuffer(b"".join(found), self.dtype)
+            group.append(text)
+            size += len(text)
+            if size >= _TOGETHER:
+                yield from self._encode_group(group)
+                group, size = [], 0
+        yield from self._encode_group(group)
 
-    def _learned(self, words: set[str]) -> dict[str, bytes]:
-        """Ids of words that are not remembered, and will be."""
+    def _encode_group(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Ids of texts whose new words the library is asked for at once."""
+        for text in texts:
+            backends.require_unicode(text)
+        # The library takes the sign itself for a space.
+        asked = [not self.by_words or _SPACE in text or not text for text in texts]
+        words = [[] if whole else _words_of(text) for text, whole in zip(texts, asked, strict=True)]
+        found: list[list[Any]] = [list(map(self._words.get, of_text)) for of_text in words]
+        lacking = [index for index, ids in enumerate(found) if None in ids]
+        new = set().union(*(words[index] for index in lacking)).difference(self._words)
+        parts = self._learn(new)
+        for index in lacking:
+            found[index] = list(map(self._words.__getitem__, words[index]))
+        for text, whole, ids in zip(texts, asked, found, strict=True):
+            yield self._encode(text) if whole else np.frombuffer(b"".join(ids), self.dtype)
+        self._forget(new, parts)
+
+    def _learn(self, words: set[str]) -> set[str]:
+        """Take up ids of words; returns those of their parts that were not known either."""
         divided = {w: _PART.findall(w if w.startswith("\n") else " " + w) for w in words}
-        known = self._parts
-        unknown = {part for parts in divided.values() for part in parts if part not in known}
-        known.update(self._asked(list(unknown)))
-        new = {w: b"".join(map(known.__getitem__, parts)) for w, parts in divided.items()}
-        self._words.update((w, ids) for w, ids in new.items() if len(w) <= _LONGEST)
-        for part in unknown:
-            if len(part) > _LONGEST:
-                del known[part]
-        for memory in (self._words, known):
+        parts = set().union(*divided.values()).difference(self._parts)
+        self._parts.update(self._asked(list(parts)))
+        ids_of = self._parts.__getitem__
+        self._words.update((w, b"".join(map(ids_of, found))) for w, found in divided.items())
+        return parts
+
+    def _forget(self, words: set[str], parts: set[str]) -> None:
+        """Of what was learned last, what is too long; all, where it is too much."""
+        for memory, new in ((self._words, words), (self._parts, parts)):
             if len(memory) > MOST_WORDS:
                 memory.clear()
-        return new
+            for long in (one for one in new if len(one) > _LONGEST):
+                memory.pop(long, None)
 
     def _asked(self, parts: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """(part, its ids) of each. The library is asked once for all, with a line break before and
