@@ -73,9 +73,9 @@ class WordEncoder:
         parts = self._learn(new)
         for index in lacking:
             found[index] = list(map(self._words.__getitem__, words[index]))
+        self._forget(new, parts)
         for text, whole, ids in zip(texts, asked, found, strict=True):
             yield self._encode(text) if whole else np.frombuffer(b"".join(ids), self.dtype)
-        self._forget(new, parts)
 
     def _learn(self, words: set[str]) -> set[str]:
         """Take up ids of words; returns those of their parts that were not known either."""
