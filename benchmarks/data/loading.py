@@ -134,8 +134,8 @@ def packing(found: list[Shards], rounds: int) -> dict[str, Any]:
     stream = found[0].stream(0)
     speeds, whole = [], []
     for turn in range(_FIRST_STEPS + 3 * rounds):
-        begin = 128 * (turn % 7)  # the stream has 976 windows
-        rows = loader.rows(0, begin, begin + 128)
+        at = 128 * (turn % 7)  # the stream has 976 windows
+        rows = loader.rows(0, at, at + 128)
         begin = time.process_time()
         for pair in range(0, 128, 2):
             two = rows[pair : pair + 2].tolist()
