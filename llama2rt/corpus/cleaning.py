@@ -116,7 +116,9 @@ class _Cleaner:
             text, words = cleaned
             origin = self._count_origin(document.source)
             if self._recipe.personal_data or self._recipe.most_personal_data is not None:
-                text = self._without_personal_data(text, where, origin, len(words))
+                left = self._without_personal_data(text, where, origin, len(words))
+                if left != text:
+                    text, words = left, words_of(left)
             self._rows.append((self.offset, piece, line, self._number[origin]))
             self._digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
             if self._recipe.near_duplicates is not None:

@@ -3,8 +3,8 @@ their form and by what their form must satisfy, and replaced by their kind.
 
 A form that ordinary numbers share counts only where a check does not leave it to chance: a card
 number has an issuer's beginning and Luhn's checksum, an address is one that the internet routes, a
-phone number has its country's code or the groups of the North American plan. Names, places and
-national numbers are not found.
+phone number has its country's code, or an area and an exchange of the North American plan and
+nothing beside it that says what else it is. Names, places and national numbers are not found.
 """
 
 import ipaddress
@@ -35,11 +35,16 @@ _INTERNATIONAL = re.compile(
     r"(?![\w]|[.,]\d)",
     re.ASCII,
 )
-# The North American plan: area codes and exchanges begin with 2 to 9.
+# Three, three and four digits, with one kind of mark between them, or with a blank and a hyphen.
 _AMERICAN = re.compile(
-    r"(?<![\w.+$)-])(?:1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}([ .-]))[2-9]\d{2}(?:\1|[.-])\d{4}"
-    r"(?![\w-]|[.,]\d)"
+    r"(?<![\w.+$)-])(?<!\d,)(?:1[ .-])?"
+    r"(?:\(\d{3}\) ?\d{3}[.-]|\d{3}(?:([ .-])\d{3}\1| \d{3}-))\d{4}(?![\w-]|[.,]\d)",
+    re.ASCII,
 )
+# An area and an exchange begin with 2 to 9 and are no service code (N11). Of the areas N9X, 37X and
+# 96X are kept back, and those with two equal digits at their end are services, none of them from 2
+# to 4 (NANPA's rules for codes).
+_PLAN = re.compile(r"(?![2-4](\d)\1|37|96)[2-9](?!11)[0-8]\d(?!\d11)[2-9]\d{6}", re.ASCII)
 _DIGITS = re.compile(r"\D")
 _ISSUERS = re.compile(
     r"4\d{12}(?:\d{3}){0,2}$"  # Visa
@@ -54,6 +59,12 @@ _VERSION = re.compile(
     r"(?:\b(?:versions?|release|section|chapter|theorem|lemma|build|v|ver\.?)|\u00a7)\s*[:=]?\s*$",
     re.I,
 )
+_IDENTIFIER = re.compile(
+    r"\b(?:is[bs]n(?:-1[03])?|doi|sku|upc|(?:part|model|serial|item|order|invoice|case|ticket|"
+    r"catalog(?:ue)?|account|tracking|patent|document)\s*(?:no\.?|numbers?|id|#))\s*[:=]?\s*$",
+    re.I,
+)
+_OPERATOR_BEFORE, _OPERATOR_BEHIND = re.compile(r"[=*\xd7\xf7]\s*$"), re.compile(r"\s*[=*\xd7\xf7]")
 # Three groups with blanks between them are a row of numbers where nothing says that they are not.
 _CALL = re.compile(r"\b(?:tel|telephone|phone|call|fax|mobile|cell|text)\b\W*(?:\w+\W+)?$", re.I)
 
@@ -116,12 +127,19 @@ def _is_address(match: re.Match[str]) -> bool:
 
 def _is_international(match: re.Match[str]) -> bool:
     digits = _DIGITS.sub("", match[0])
-    if digits[0] == "1":  # the North American plan: ten digits, and none of its areas begins so
-        return len(digits) == 11 and digits[1] not in "01"
+    if digits[0] == "1":
+        return _PLAN.fullmatch(digits, 1) is not None
     return 8 <= len(digits) <= 15
 
 
 def _is_american(match: re.Match[str]) -> bool:
-    if any(mark in match[0] for mark in "(.-"):
+    if not _PLAN.fullmatch(_DIGITS.sub("", match[0])[-10:]):
+        return False
+    before = match.string[max(0, match.start() - 30) : match.start()]
+    if _CALL.search(before):
         return True
-    return _CALL.search(match.string[max(0, match.start() - 30) : match.start()]) is not None
+    if any(said.search(before) for said in (_VERSION, _IDENTIFIER, _OPERATOR_BEFORE)):
+        return False
+    if _OPERATOR_BEHIND.match(match.string, match.end()):
+        return False
+    return any(mark in match[0] for mark in "(.-")

@@ -16,7 +16,7 @@ from llama2rt.data.loader import WHOLE, Share, _Loader
 from llama2rt.data.order import Permutation, mixed, round_keys
 from llama2rt.data.packing import Batch, filler
 from llama2rt.data.shards import Shards
-from llama2rt.data.tokens import pack_windows, shares
+from llama2rt.data.tokens import pack_groups, shares
 from llama2rt.errors import InputError
 
 # What a key is for, so that no two orders are drawn from one.
@@ -37,7 +37,7 @@ class SourceBatch(Batch):
     """A batch whose tokens come from several sources."""
 
     sources: torch.Tensor | None = None
-    """int64 [T]: the source of each token, by its number"""
+    """int32 [T]: the source of each token, by its number"""
 
     def to(self, device: torch.device | str) -> "SourceBatch":
         moved = super().to(device)
@@ -160,18 +160,21 @@ class ShardLoader(_Loader[SourceBatch]):
     def _assemble(self, indices: np.ndarray) -> list[SourceBatch]:
         rank, ranks = self._share
         own = indices[rank::ranks]
-        result = []
-        for at in range(0, len(own), self._micro_windows):
-            rows = own[at : at + self._micro_windows]
-            windows = [
-                self._sources[source].shards.stream(shard).window(first, length)
-                for source, shard, first, length in rows.tolist()
-            ]
-            sources = torch.from_numpy(np.repeat(rows[:, 0], rows[:, 3]))
-            result.append(_of_sources(pack_windows(windows), sources))
+        windows = [
+            (self._sources[source].shards.stream(shard), first, length)
+            for source, shard, first, length in own.tolist()
+        ]
+        each = range(0, len(own), self._micro_windows)
+        packed = pack_groups([windows[at : at + self._micro_windows] for at in each])
+        sources = torch.from_numpy(np.repeat(own[:, 0].astype(np.int32), own[:, 3]))
+        sizes = [len(batch.tokens) for batch in packed]
+        result = [
+            _of_sources(batch, part)
+            for batch, part in zip(packed, sources.split(sizes), strict=True)
+        ]
         # Rank 0 has as many windows as any.
         most = -(-len(indices[::ranks]) // self._micro_windows)
-        nothing = _of_sources(filler(), torch.zeros(1, dtype=torch.int64))
+        nothing = _of_sources(filler(), torch.zeros(1, dtype=torch.int32))
         return result + [nothing] * (most - len(result))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from llama2rt.data.loader import WHOLE, Share, _Loader
 from llama2rt.data.packing import Batch, filler
-from llama2rt.data.tokens import TokenFile, pack_windows, shares
+from llama2rt.data.tokens import TokenFile, pack_groups, shares
 from llama2rt.errors import InputError
 
 
@@ -78,14 +78,9 @@ class TokenLoader(_Loader[Batch]):
 
     def _assemble(self, indices: np.ndarray) -> list[Batch]:
         rank, ranks = self._share
-        own = indices[rank::ranks]
-        result = []
-        for at in range(0, len(own), self._micro_windows):
-            windows = [
-                self._files[file].window(begin, length)
-                for file, begin, length in own[at : at + self._micro_windows].tolist()
-            ]
-            result.append(pack_windows(windows))
+        own = [(self._files[file], begin, n) for file, begin, n in indices[rank::ranks].tolist()]
+        each = range(0, len(own), self._micro_windows)
+        result = pack_groups([own[at : at + self._micro_windows] for at in each])
         # Rank 0 has as many windows as any.
         most = -(-len(indices[::ranks]) // self._micro_windows)
         return result + [filler()] * (most - len(result))

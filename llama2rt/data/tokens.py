@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from llama2rt import atomic
-from llama2rt.data.packing import Batch, pack_arrays
+from llama2rt.data.packing import Batch
 from llama2rt.data.records import Document
 from llama2rt.errors import InputError
 from llama2rt.text.tokenizer import Tokenizer
@@ -41,28 +42,14 @@ class TokenStream:
         """All ids, memory-mapped."""
         return self._ids
 
-    def window(self, begin: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`length` ids from `begin` on, the stream read as a ring that leaves out the last id
-        (which has no successor): (tokens, targets, lengths of the documents in it). Targets are
-        the successors, -1 where that is a BOS."""
-        ring = len(self._ids) - 1
-        if begin + length <= ring:
-            tokens = np.asarray(self._ids[begin : begin + length])
-            targets = self._ids[begin + 1 : begin + length + 1].astype(np.int64)
-        else:
-            index = np.arange(begin, begin + length) % ring
-            tokens, targets = self._ids[index], self._ids[index + 1].astype(np.int64)
-        starts = np.flatnonzero(tokens == self.bos)
-        first = int(not (len(starts) and starts[0] == 0))  # whether it begins inside a document
-        if begin + length <= ring:
-            targets[starts[1 - first :] - 1] = -1
-            if targets[-1] == self.bos:
-                targets[-1] = -1
-        else:  # before the ring's first BOS stands the last EOS, which is a target
-            targets[targets == self.bos] = -1
-        edges = np.zeros(len(starts) + first + 1, dtype=np.int64)
-        edges[first:-1], edges[-1] = starts, length
-        return tokens, targets, np.diff(edges)
+    def pieces(self, begin: int, length: int) -> list[np.ndarray]:
+        """The window of `length` ids from `begin` on, the stream read as a ring that leaves out the
+        last id (which has no successor): its ids and the one behind them, [n + 1] of a piece, two
+        pieces where it goes around the end. `begin` and `length` are at most the ring's."""
+        beyond = begin + length - (len(self._ids) - 1)
+        if beyond <= 0:
+            return [self._ids[begin : begin + length + 1]]
+        return [self._ids[begin:], self._ids[: beyond + 1]]
 
     def batches(self, context: int, micro_tokens: int) -> Iterator[Batch]:
         """The whole stream once, in order, in windows of `context`: for a held-out loss."""
@@ -70,7 +57,7 @@ class TokenStream:
         step = max(micro_tokens // context, 1) * context
         for at in range(0, size, step):
             begins = range(at, min(at + step, size), context)
-            yield pack_windows([self.window(b, min(context, size - b)) for b in begins])
+            yield pack_windows([(self, b, min(context, size - b)) for b in begins])
 
 
 class TokenFile(TokenStream):
@@ -98,7 +85,8 @@ class TokenFile(TokenStream):
                 f"{self.path}: damaged: {self.path.stat().st_size} bytes, expected {expected}"
             )
         ids = np.memmap(self.path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=length)
-        super().__init__(ids, bos, text_bytes)
+        # Slices of a memmap cost ten times those of an array.
+        super().__init__(np.asarray(ids), bos, text_bytes)
 
     def require(self, tokenizer: Tokenizer) -> None:
         """InputError unless `tokenizer` made this file."""
@@ -106,10 +94,63 @@ class TokenFile(TokenStream):
             raise InputError(f"{self.path}: was made with another tokenizer; build it again")
 
 
-def pack_windows(windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
-    """One batch of what `TokenStream.window` returned."""
-    tokens, targets, lengths = (np.concatenate(parts) for parts in zip(*windows, strict=True))
-    return pack_arrays(tokens, targets, lengths)
+Window = tuple[TokenStream, int, int]
+"""(stream, its first id, its length)"""
+
+
+def pack_windows(windows: Sequence[Window]) -> Batch:
+    """One batch of windows, of streams of one tokenizer. A document begins where a window does, and
+    at each BOS; nothing predicts a BOS."""
+    return pack_groups([windows])[0]
+
+
+def pack_groups(groups: Sequence[Sequence[Window]]) -> list[Batch]:
+    """`pack_windows` of each group, such as the micro-batches of a step. All lie in one allocation:
+    what is as large as a step comes from the system as new pages each time, and huge ones take a
+    fraction of the time that the same bytes in small ones do."""
+    totals = [sum(length for *_, length in windows) for windows in groups]
+    tokens, targets = (np.empty(sum(totals), np.int64) for _ in range(2))
+    positions = np.empty(sum(totals), np.int32)
+    count = np.arange(max(totals, default=0), dtype=np.int32)
+    batches, at = [], 0
+    for windows, total in zip(groups, totals, strict=True):
+        own = slice(at, at + total)
+        cu_seqlens = _read(windows, tokens[own], targets[own])
+        last = cu_seqlens[1:] - 1
+        unpredicted = last[targets[own][last] == windows[0][0].bos]
+        targets[own][unpredicted] = -1
+        begins = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+        np.subtract(count[:total], begins, out=positions[own])
+        batches.append(
+            Batch(
+                tokens=torch.from_numpy(tokens[own]),
+                positions=torch.from_numpy(positions[own]),
+                cu_seqlens=torch.from_numpy(cu_seqlens),
+                targets=torch.from_numpy(targets[own]),
+                weight=total - len(unpredicted),
+            )
+        )
+        at += total
+    return batches
+
+
+def _read(windows: Sequence[Window], tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Fill `tokens` and `targets` [T] with windows' ids and those behind them; returns where the
+    documents begin and end, int32 [B+1]."""
+    begins = np.empty(len(tokens), np.bool_)
+    at = 0
+    for stream, begin, length in windows:
+        first = at
+        for ids in stream.pieces(begin, length):
+            end = at + len(ids) - 1
+            tokens[at:end], targets[at:end] = ids[:-1], ids[1:]
+            np.equal(ids[:-1], stream.bos, out=begins[at:end])
+            at = end
+        begins[first] = True
+    starts = np.flatnonzero(begins)
+    cu_seqlens = np.empty(len(starts) + 1, np.int32)
+    cu_seqlens[:-1], cu_seqlens[-1] = starts, at
+    return cu_seqlens
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:

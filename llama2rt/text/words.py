@@ -1,23 +1,38 @@
 """A SentencePiece BPE's ids of long texts, word by word with a memory of words.
 
-Where no piece reaches from one word into the next, a text's ids are those of its words one after
-another, and most words of a corpus have come before. What reads words this way is decided by the
-model's pieces and settings, once; for every other tokenizer the library is asked as ever.
+Merges make pieces of the vocabulary and nothing else, so that where two characters follow each
+other in no piece, no merge ever reaches from one to the other: a text's ids are those of its parts
+between such places, one after another. LLaMA's pieces, whose trainer split text at spaces, at
+digits and between scripts, have such places on both sides of each word, and most words of a corpus
+have come before. What reads words this way is decided by the model's pieces and settings, once;
+for every other tokenizer the library is asked as ever.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from llama2rt.text import backends, sentencepiece_model
 from llama2rt.text.tokenizer import Tokenizer
 
-# A word with the spaces before it, or a line break with what follows it at once.
+# Texts are read in two steps, as most words have come before with the marks beside them: words with
+# the spaces before them, or lines' first words with the line break; and of those not known parts.
 _WORD = re.compile(r" +[^ \n]*|\n[^ \n]*")
+_MARK = r"[^A-Za-z0-9 \n\x80-\U0010ffff]"
+_ALONE = r"(?![\x80-\U0010ffff])"  # letters and marks beyond ASCII are not told apart
+# Letters, a few digits, marks, or what goes on to the next space, line break or digit: each with
+# the spaces before it. Spaces before a line break; a line break.
+_PART = re.compile(rf" *+(?:[A-Za-z]++{_ALONE}|[0-9]{{1,3}}+|{_MARK}++{_ALONE}|[^ \n0-9]++)| ++|\n")
+# Kinds of characters (`_kind`) that follow each other somewhere inside a part.
+_INSIDE = {"LL", "LU", "UL", "UU", "UP", "PU", "PP", "SS", "SL", "SU", "SP", "SD"}
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 MOST_WORDS = 1 << 18
-"""remembered at a time: about 50 MB"""
+"""remembered at a time, and as many parts"""
+_TOGETHER = 1 << 18  # characters of texts that are read at once
+_LONGEST = 32  # characters of what is remembered: in scripts without spaces a sentence is a word
 
 
 class WordEncoder:
@@ -27,46 +42,84 @@ class WordEncoder:
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self.tokenizer, self.dtype = tokenizer, dtype
         self.by_words = separable(tokenizer)
-        self._words = _Words(tokenizer, dtype)
+        # Ids as bytes of `dtype`. A word that begins with a line break stands for itself, any other
+        # has a space before it that is not written.
+        self._words: dict[str, bytes] = {}
+        self._parts: dict[str, bytes] = {}
+        # Behind the space that the library puts before a text.
+        self._line_break = self._encode("\n")[1:] if self.by_words else np.empty(0, dtype)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        group: list[str] = []
+        size = 0
         for text in texts:
-            # The library takes the sign itself for a space.
-            if not self.by_words or _SPACE in text or not text:
-                yield np.array(self.tokenizer.encode(text), self.dtype)
-                continue
+            group.append(text)
+            size += len(text)
+            if size >= _TOGETHER:
+                yield from self._encode_group(group)
+                group, size = [], 0
+        yield from self._encode_group(group)
+
+    def _encode_group(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Ids of texts whose new words the library is asked for at once."""
+        for text in texts:
             backends.require_unicode(text)
-            # The library puts a space before a text.
-            words = map(self._words.__getitem__, _WORD.findall(" " + text))
-            yield np.frombuffer(b"".join(words), self.dtype)
-            if len(self._words) > MOST_WORDS:
-                self._words.clear()
+        # The library takes the sign itself for a space.
+        asked = [not self.by_words or _SPACE in text or not text for text in texts]
+        words = [[] if whole else _words_of(text) for text, whole in zip(texts, asked, strict=True)]
+        found: list[list[Any]] = [list(map(self._words.get, of_text)) for of_text in words]
+        lacking = [index for index, ids in enumerate(found) if None in ids]
+        new = set().union(*(words[index] for index in lacking)).difference(self._words)
+        parts = self._learn(new)
+        for index in lacking:
+            found[index] = list(map(self._words.__getitem__, words[index]))
+        self._forget(new, parts)
+        for text, whole, ids in zip(texts, asked, found, strict=True):
+            yield self._encode(text) if whole else np.frombuffer(b"".join(ids), self.dtype)
+
+    def _learn(self, words: set[str]) -> set[str]:
+        """Take up ids of words; returns those of their parts that were not known either."""
+        divided = {w: _PART.findall(w if w.startswith("\n") else " " + w) for w in words}
+        parts = set().union(*divided.values()).difference(self._parts)
+        self._parts.update(self._asked(list(parts)))
+        ids_of = self._parts.__getitem__
+        self._words.update((w, b"".join(map(ids_of, found))) for w, found in divided.items())
+        return parts
+
+    def _forget(self, words: set[str], parts: set[str]) -> None:
+        """Of what was learned last, what is too long; all, where it is too much."""
+        for memory, new in ((self._words, words), (self._parts, parts)):
+            if len(memory) > MOST_WORDS:
+                memory.clear()
+            for long in (one for one in new if len(one) > _LONGEST):
+                memory.pop(long, None)
+
+    def _asked(self, parts: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """(part, its ids) of each. The library is asked once for all, with a line break before and
+        behind each part; one that is a line break stands between two with nothing between them."""
+        ids = self._encode("\n".join(["", *("" if p == "\n" else p for p in parts), ""]))
+        breaks = np.flatnonzero(ids == self._line_break).tolist()
+        data, size = ids.tobytes(), self.dtype.itemsize
+        for part, (begin, end) in zip(parts, itertools.pairwise(breaks), strict=True):
+            # Of a line break its own id.
+            yield part, data[(begin + (part != "\n")) * size : end * size]
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text), self.dtype)
 
 
-class _Words(dict[str, bytes]):
-    """Ids of words, as bytes of `dtype`."""
-
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        super().__init__()
-        self._encode, self._dtype = tokenizer.encode, dtype
-
-    def __missing__(self, word: str) -> bytes:
-        if word == " ":
-            # Of an empty text the library makes nothing, not the space that it puts before others.
-            ids = self._encode("\n")[:1]
-        elif word.startswith(" "):
-            ids = self._encode(word[1:])
-        else:
-            ids = self._encode(word)[1:]
-        found = np.array(ids, self._dtype).tobytes()
-        self[word] = found
-        return found
+def _words_of(text: str) -> list[str]:
+    """As `WordEncoder._words` has them, in order."""
+    if text.startswith(" ") or "  " in text:
+        # The library puts a space before a text.
+        return [w[1:] if w.startswith(" ") else w for w in _WORD.findall(" " + text)]
+    return text.replace("\n", " \n").split(" ")
 
 
 def separable(tokenizer: Tokenizer) -> bool:
     """Whether a text's ids are those of its words, one after another: a BPE without normalisation
-    that puts a space before a text, none of whose pieces holds a line break, or a space behind
-    another character."""
+    that puts a space before a text, in none of whose pieces two characters follow each other
+    between which a text is cut into words."""
     backend = tokenizer._backend
     if not isinstance(backend, backends.SentencePieceBackend):
         return False
@@ -86,5 +139,15 @@ def separable(tokenizer: Tokenizer) -> bool:
         and not model.of_type(sentencepiece_model.USER_DEFINED)
         and not model.of_type(sentencepiece_model.UNUSED)
         and _SPACE in texts
-        and not any("\n" in text or _SPACE in text.lstrip(_SPACE) for text in texts)
+        and not any("\n" in text for text in texts)
+        and {a + b for t in texts for a, b in itertools.pairwise(map(_kind, t))} <= _INSIDE
     )
+
+
+def _kind(character: str) -> str:
+    """Space, Digit, Letter or Punctuation of ASCII; Unicode beyond."""
+    if character == _SPACE:
+        return "S"
+    if not character.isascii():
+        return "U"
+    return "L" if character.isalpha() else "D" if character.isdigit() else "P"

@@ -235,6 +235,28 @@ def _interrupted(*_):
     raise KeyboardInterrupt
 
 
+def test_what_differs_in_personal_data_alone_is_alike(world, tmp_path):
+    """Documents are compared as they are written, with personal data replaced: two letters to
+    different people are one text to a model, and the shards hold it once."""
+    pytest.importorskip("datasketch", reason="datasketch is not installed (extra data)")
+    path = tmp_path / "letters.jsonl"
+
+    def letter(number, place):
+        people = " ".join(f"tell {number}{i}@example.org" for i in range(15))
+        return {"text": f"{prose(1)} {people} of {place}"}
+
+    json_lines.write(path, [letter("a", "Rome"), letter("b", "Bern"), {"text": prose(2)}])
+    given = recipe(world, sources=[{"path": path}], evaluation=[], languages=[], workers=1,
+                   most_personal_data=None, near_duplicates=0.8)  # fmt: skip
+    job.run(given, tmp_path / "out")
+    [said] = json.loads((tmp_path / "out" / "report.json").read_text())["sources"].values()
+    assert said["removed"]["near_duplicates"]["removed"] == 1 and said["kept"] == 2
+    kept = recipe(world, **{**given.model_dump(), "personal_data": False})
+    job.run(kept, tmp_path / "as-it-is")
+    [said] = json.loads((tmp_path / "as-it-is" / "report.json").read_text())["sources"].values()
+    assert said["kept"] == 3
+
+
 def test_a_changed_input_is_refused_by_name(world, tmp_path):
     data = tmp_path / "a.jsonl"
     json_lines.write(data, [{"text": prose(1)}, {"text": "x"}])

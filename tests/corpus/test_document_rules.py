@@ -108,6 +108,8 @@ PLANTED = {
         "+44 20 7946 0958",
         "(415) 555-2671",
         "415-555-2671",
+        "415 555-2671",
+        "1.800.555.2671",
         "+1 212.555.0187",
         "+33 6 12 34 56 78",
     ],
@@ -126,9 +128,21 @@ ORDINARY = [
     "On 2023-11-30 at 10:12:45, 100 200 3000 people",
     "Act 1. Scene 2. 1610",
     "Version: 8.8.8.8, theorem 12.1.1.3",
-    "Sold 300 400 5000",
+    "Sold 300 400 5000 and 415 555 2671",
     "gains of +100 200 300 400 and +12 34 56 78",
     "lodash@4.17.21.tgz",
+    # Three, three and four digits that no area and exchange of the North American plan are.
+    "115-555-2671 and 015.555.2671, 415-155-2671 and 415.055.2671",
+    "911-555-2671, 415-911-2671, 290-555-2671, 375-555-2671, 960-555-2671",
+    "300-555-2671, 255.200.3000",
+    "+1 300 400 5000",
+    # Those that are announced as something else, or reckoned with.
+    "driver version 452.389.1234, release: 530.204.1000 and section 415.555.2671",
+    "ISBN 978-030-6406 and ISBN: 415-555-2671, part no. 415-555-2671, order #415-555-2671",
+    "it leaves 800-300-2000=500 or 2 * 415-555-2671",
+    "415-555.2671, 415.555-2671, 1,415.555.2671, 415-555-2671-3",
+    "2023-11-30, 30-11-2023, 11.30.2023, 2023.11.3000",
+    "10.0.415.555 and 978-0-306-40615-7",
 ]
 
 
@@ -146,7 +160,8 @@ def test_personal_data_stands_beside_other_scripts_and_marks():
         ("_jane@163.com_", "_<EMAIL>_"),
         ("\u7535\u8bdd+8613800138000\u3002", "\u7535\u8bdd<PHONE_NUMBER>\u3002"),
         ("ssh srv 8.8.8.8", "ssh srv <IP_ADDRESS>"),
-        ("call me: 300 400 5000", "call me: <PHONE_NUMBER>"),
+        ("call me: 415 555 2671", "call me: <PHONE_NUMBER>"),
+        ("Part number on request: tel=415-555-2671", "Part number on request: tel=<PHONE_NUMBER>"),
         ("Tel +4915112345678.", "Tel <PHONE_NUMBER>."),
         ("+33 6 12 34 56 78 or later", "<PHONE_NUMBER> or later"),
     ):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,3 +167,37 @@ def test_shares():
         tokens.shares([3, 3], [1, 0])
     with pytest.raises(InputError, match="must be positive"):
         tokens.shares([3, 3], [1, float("nan")])
+
+
+def by_hand(stream, begin, length):
+    """(tokens, targets, positions) of a window, id by id."""
+    ids = stream.ids().tolist()
+    found, position = [], 0
+    for at in range(begin, begin + length):
+        token, target = ids[at % (len(ids) - 1)], ids[at % (len(ids) - 1) + 1]
+        position = 0 if token == stream.bos or at == begin else position + 1
+        found.append((token, -1 if target == stream.bos else target, position))
+    return found
+
+
+@given(st.data())
+def test_packed_windows_by_hand(data):
+    draw = data.draw
+    groups = []
+    for _ in range(draw(st.integers(1, 3))):
+        windows = []
+        for _ in range(draw(st.integers(1, 3))):
+            texts = draw(st.lists(st.lists(st.integers(3, 9), max_size=6), min_size=1, max_size=4))
+            ids = np.array([i for text in texts for i in (1, *text, 2)], np.uint16)
+            stream = tokens.TokenStream(ids, 1, 0)
+            begin = draw(st.integers(0, len(ids) - 2))
+            windows.append((stream, begin, draw(st.integers(1, len(ids) - 1))))
+        groups.append(windows)
+    for windows, batch in zip(groups, tokens.pack_groups(groups), strict=True):
+        expected = [row for window in windows for row in by_hand(*window)]
+        columns = (batch.tokens.tolist(), batch.targets.tolist(), batch.positions.tolist())
+        assert list(zip(*columns, strict=True)) == expected
+        starts = [i for i, (*_, position) in enumerate(expected) if position == 0]
+        assert batch.cu_seqlens.tolist() == [*starts, len(expected)]
+        assert batch.weight == sum(target >= 0 for _, target, _ in expected)
+        assert (batch.tokens.dtype, batch.positions.dtype) == (torch.int64, torch.int32)

@@ -1,5 +1,10 @@
 """Ids word by word are the library's, for every text; where they could not be, it is asked."""
 
+import gzip
+import io
+import itertools
+import json
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -9,7 +14,10 @@ from llama2rt.text import Tokenizer, words
 from llama2rt.text.words import WordEncoder
 
 DTYPE = np.dtype("<u2")
-texts = st.text(st.sampled_from("aeth \n\t.12é😀\u2581\u00a0\r\x00") | st.characters(codec="utf-8"))
+texts = st.text(
+    st.sampled_from("aeth TH \n\t.,'(12é\u00b2😀\u201d\u2581\u00a0\r\x00")
+    | st.characters(codec="utf-8")
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +34,70 @@ def test_the_ids_are_the_librarys(encoder, given_texts):
     assert found == [encoder.tokenizer.encode(text) for text in given_texts]
 
 
-def test_real_text_with_the_published_tokenizer(shared_data, monkeypatch):
-    encoder = WordEncoder(Tokenizer.load(shared_data("llama_tokenizer.model")), DTYPE)
-    assert encoder.by_words
-    text = shared_data("tinyshakespeare.txt").read_text()[:200_000]
-    pieces = [text[i : i + 5000] for i in range(0, len(text), 5000)]
+@pytest.fixture(scope="module")
+def published(shared_data):
+    found = WordEncoder(Tokenizer.load(shared_data("llama_tokenizer.model")), DTYPE)
+    assert found.by_words
+    return found
+
+
+@given(st.lists(texts, max_size=4))
+@example(["don't (stop)", "caf\u00e9s, 1,234.50!", "\u00abbon\u00bb.\u201d x\u00e9y ..\u00e9"])
+@example(["  12a\u00e93"])
+def test_the_ids_are_the_published_ones(published, given_texts):
+    found = [ids.tolist() for ids in published(given_texts)]
+    assert found == [published.tokenizer.encode(text) for text in given_texts]
+
+
+def real_texts(shared_data, name):
+    path = shared_data(name)
+    if name.endswith(".gz"):
+        rows = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
+        return [row["chosen"] for row in itertools.islice(rows, 500)]
+    if name.endswith(".jsonl"):
+        rows = map(json.loads, path.read_text().splitlines()[:2000])
+        return [f"{row['question']}\n{row['answer']}" for row in rows]
+    text = path.read_text()
+    return [text[i : i + 5000] for i in range(0, len(text), 5000)]
+
+
+@pytest.mark.parametrize(
+    "name", ["tinyshakespeare.txt", "gsm8k_train.jsonl", "hh_harmless_base_test.jsonl.gz"]
+)
+def test_real_text_with_the_published_tokenizer(published, shared_data, monkeypatch, name):
+    texts = real_texts(shared_data, name)
+    monkeypatch.setattr(words, "_TOGETHER", 20_000)
     monkeypatch.setattr(words, "MOST_WORDS", 3000)  # it forgets, and learns again
-    for piece, ids in zip(pieces, encoder(pieces), strict=True):
-        assert ids.tolist() == encoder.tokenizer.encode(piece)
-    assert 0 < len(encoder._words) < 6000
+    expected = published.tokenizer.encode_batch(texts)
+    assert [ids.tolist() for ids in published(texts)] == expected
+    assert len(published._words) <= 3000 and len(published._parts) <= 3000
+
+
+def test_sentences_without_spaces_are_not_remembered(encoder):
+    text = "\u6cb3\u6c34" * 30
+    assert next(encoder([text])).tolist() == encoder.tokenizer.encode(text)
+    assert not any(len(word) > 32 for word in [*encoder._words, *encoder._parts])
+
+
+@pytest.mark.parametrize("crossing", [{"split_by_unicode_script": False}, {"split_digits": False}])
+def test_pieces_across_a_place_where_text_is_cut_are_noticed(crossing):
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["don't can't won't 1984 1984 1990"] * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        **{"split_digits": True, "byte_fallback": True, "remove_extra_whitespaces": False}
+        | {"normalization_rule_name": "identity", "minloglevel": 2}
+        | crossing,
+    )
+    found = WordEncoder(Tokenizer(model.getvalue()), DTYPE)
+    text = "won't 19841990 can'te"
+    assert not found.by_words
+    assert next(found([text])).tolist() == found.tokenizer.encode(text)
 
 
 def test_other_tokenizers_are_asked(small_tokenizer, tmp_path):
