@@ -43,6 +43,9 @@ import records
 CONTEXT = 1024
 """the quickstart's 256 hold about five turns"""
 MAX_TOKENS = 40
+BATCH = 4
+"""demonstrations in a step of SFT: about as many tokens as in a step of the quickstart's
+pretraining; with 16 the model has too few steps to learn what an instruction is"""
 
 
 def options(lr: float) -> TrainOptions:
@@ -76,7 +79,7 @@ def write_data(work: Path, seed: int, sizes: argparse.Namespace) -> None:
 def fine_tuned(work: Path, name: str, init: Path, data: Path, **settings: Any) -> Path:
     """SFT; the model folder."""
     recipe = SftRecipe(
-        init=init, data=[data], batch_size=16, epochs=1, train=options(1e-3), **settings
+        init=init, data=[data], batch_size=BATCH, epochs=1, train=options(1e-3), **settings
     )
     return sft.run(recipe, work / name, resume=(work / name / "manifest.json").exists())
 
@@ -132,7 +135,13 @@ def of_folder(folder: Path, seed: int, given: argparse.Namespace) -> dict[str, A
     if given.control:
         steps = found["steps"]
         more = fine_tuned(
-            work, "control", policy, work / "more.jsonl", seed=seed, limit=16 * steps, held_out=0.0
+            work,
+            "control",
+            policy,
+            work / "more.jsonl",
+            seed=seed,
+            limit=BATCH * steps,
+            held_out=0.0,
         )
         row["recall"]["control"] = of_control(work, more, recipe)
     logged = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
