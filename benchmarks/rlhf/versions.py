@@ -50,7 +50,9 @@ def main() -> None:
     seeds = [of_run(folder) for folder in given.folders]
     differences = {
         what: {
-            f"{later} - {earlier}": runs.over_seeds([row[what] for row in seeds], later, earlier)
+            f"{later} - {earlier}": runs.over_seeds(
+                [row[what] for row in seeds], given.folders, later, earlier
+            )
             for earlier, later in itertools.pairwise(VERSIONS)
         }
         for what in seeds[0]
