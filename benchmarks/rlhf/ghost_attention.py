@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="quickstart runs, seeds from 0")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--demonstrations", type=int, default=2400)
-    parser.add_argument("--dialogues", type=int, default=384)
+    parser.add_argument("--dialogues", type=int, default=256)
     parser.add_argument("--tested", type=int, default=60)
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 6, 10, 15, 20])
     parser.add_argument("--epochs", type=int, default=4)
