@@ -1,7 +1,7 @@
 """What studies of the RLHF stages take from finished runs of the quickstart: models, prompts, and
 the judge that no model saw."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +73,24 @@ def told(values: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     return {name: intervals.bootstrap(row)._asdict() for name, row in values.items()}
 
 
-def over_seeds(rows: list[dict[str, np.ndarray]], better: str, worse: str) -> dict[str, Any]:
+def over_seeds(
+    rows: list[dict[str, np.ndarray]], folders: Sequence[Path], better: str, worse: str
+) -> dict[str, Any]:
     """`better` less `worse` on the same prompts of all seeds together, with its interval, and of
-    each seed."""
-    pairs = [(row[better], row[worse]) for row in rows]
-    first, second = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    each seed. Seeds that began with one folder answered the same prompts: of a prompt the mean over
+    them counts, once."""
+    differences = [row[better] - row[worse] for row in rows]
+    places = [Path(folder).resolve() for folder in folders]
+    by_prompt = np.concatenate(
+        [
+            np.mean([d for d, p in zip(differences, places, strict=True) if p == place], axis=0)
+            for place in dict.fromkeys(places)
+        ]
+    )
     return {
-        **intervals.paired(first, second)._asdict(),
-        "seeds": [float((a - b).mean()) for a, b in pairs],
-        "prompts": len(first),
+        **intervals.bootstrap(by_prompt)._asdict(),
+        "seeds": [float(difference.mean()) for difference in differences],
+        "prompts": len(by_prompt),
     }
 
 

@@ -67,8 +67,10 @@ class Study:
         """The chat model that all arms begin with."""
         dialogues = world.dialogues(self.given.dialogues, self.seed, self.given.safety_share)
         readers.write(self.work / "dialogues.jsonl", dialogues)
-        helpful = [d for d in dialogues if d.source == "helpfulness none"]
-        readers.write(self.work / "helpful.jsonl", helpful)
+        readers.write(
+            self.work / "helpful.jsonl",
+            world.helpful(self.given.mixed_in, self.seed, self.given.borderline_share),
+        )
         recipe = sft.SftRecipe(
             init=self.before,
             data=[self.work / "dialogues.jsonl"],
@@ -255,7 +257,8 @@ def pooled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write(given: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     """The record of the folders that are done."""
-    names = ("dialogues", "safety_share", "prompts", "lr", "mixed_in_share")
+    names = ("dialogues", "safety_share", "prompts", "lr", "mixed_in", "mixed_in_share")
+    names += ("borderline_share",)
     settings = {name: getattr(given, name) for name in names}
     record = records.header("cpu") | {"what": __doc__.splitlines()[0], "settings": settings}
     record |= {"means": pooled(rows), "rows": rows}
@@ -271,7 +274,11 @@ def main() -> None:
     parser.add_argument("--safety-share", type=float, default=0.7, help="of them about the secret")
     parser.add_argument("--prompts", type=int, default=600, help="adversarial prompts")
     parser.add_argument("--lr", type=float, default=5e-4, help="of all fine-tuning after it")
-    parser.add_argument("--mixed-in-share", type=float, default=0.5, help="other dialogues")
+    parser.add_argument("--mixed-in", type=int, default=2_000, help="other dialogues there are")
+    parser.add_argument(
+        "--borderline-share", type=float, default=0.5, help="of them, with a secret in sight"
+    )
+    parser.add_argument("--mixed-in-share", type=float, default=0.5, help="of the training set")
     given = parser.parse_args()
     rows = []
     for folder in given.folders:

@@ -11,7 +11,8 @@ reads the answers.
     python -P benchmarks/rlhf/ghost_attention.py runs/seed-0 runs/seed-1 --work runs/ghost \\
         --out ghost-attention.json
 
-A second start with the same --work goes on where the first one was.
+A folder may stand there more than once: each time with another seed of data and training. A second
+start with the same --work goes on where the first one was.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from llama2rt import atomic
 from llama2rt.checkpoint import load, native
 from llama2rt.data import readers
 from llama2rt.evaluate import recall
@@ -43,6 +45,9 @@ import records
 CONTEXT = 1024
 """the quickstart's 256 hold about five turns"""
 MAX_TOKENS = 40
+BATCH = 4
+"""demonstrations in a step of SFT: about as many tokens as in a step of the quickstart's
+pretraining; with 16 the model has too few steps to learn what an instruction is"""
 
 
 def options(lr: float) -> TrainOptions:
@@ -76,7 +81,7 @@ def write_data(work: Path, seed: int, sizes: argparse.Namespace) -> None:
 def fine_tuned(work: Path, name: str, init: Path, data: Path, **settings: Any) -> Path:
     """SFT; the model folder."""
     recipe = SftRecipe(
-        init=init, data=[data], batch_size=16, epochs=1, train=options(1e-3), **settings
+        init=init, data=[data], batch_size=BATCH, epochs=1, train=options(1e-3), **settings
     )
     return sft.run(recipe, work / name, resume=(work / name / "manifest.json").exists())
 
@@ -91,7 +96,8 @@ def recipe_of(work: Path, policy: Path, seed: int, given: argparse.Namespace) ->
         **{
             "sampling": SamplingOptions(max_tokens=MAX_TOKENS),
             "recall": RecallOptions(turns=given.turns, limit=given.tested),
-            "batch_size": 16,
+            "batch_size": 8,
+            "followed_only": True,
             "epochs": given.epochs,
             "seed": seed,
             "train": options(given.lr),
@@ -118,8 +124,11 @@ def of_control(work: Path, folder: Path, recipe: Any) -> dict[str, Any]:
 
 
 def of_folder(folder: Path, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """What Ghost Attention did to this seed's model."""
+    """What Ghost Attention did to this seed's model, kept in its folder."""
     work = given.work / f"seed-{seed}"
+    if (work / "row.json").exists():
+        kept: dict[str, Any] = json.loads((work / "row.json").read_text())
+        return kept
     started = time.process_time()
     widen(folder / "rlhf-v2" / "model", work / "init")
     write_data(work, seed, given)
@@ -132,7 +141,13 @@ def of_folder(folder: Path, seed: int, given: argparse.Namespace) -> dict[str, A
     if given.control:
         steps = found["steps"]
         more = fine_tuned(
-            work, "control", policy, work / "more.jsonl", seed=seed, limit=16 * steps, held_out=0.0
+            work,
+            "control",
+            policy,
+            work / "more.jsonl",
+            seed=seed,
+            limit=BATCH * steps,
+            held_out=0.0,
         )
         row["recall"]["control"] = of_control(work, more, recipe)
     logged = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -143,6 +158,7 @@ def of_folder(folder: Path, seed: int, given: argparse.Namespace) -> dict[str, A
     attention = found["attention"]
     row["attention_by_turn"] = {name: attention[name]["turns"] for name in attention}
     row["cpu_seconds"] = round(time.process_time() - started, 1)
+    atomic.write(work / "row.json", json.dumps(row))
     return row
 
 
@@ -150,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="quickstart runs, seeds from 0")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--demonstrations", type=int, default=1200)
+    parser.add_argument("--demonstrations", type=int, default=2400)
     parser.add_argument("--dialogues", type=int, default=256)
     parser.add_argument("--tested", type=int, default=60)
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 6, 10, 15, 20])

@@ -109,6 +109,14 @@ def text(found: Mapping[str, Any]) -> str:
     )
 
 
+def write(given: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The record of the settings that are done."""
+    said = {name: getattr(given, name) for name in ("iterations", "seeds", "prompts")}
+    record = records.header("cpu") | {"what": __doc__.splitlines()[0], **said}
+    record |= {"settings": {name: SETTINGS[name] for name in given.settings}, "rows": rows}
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a finished quickstart")
@@ -135,11 +143,8 @@ def main() -> None:
                 runs.append(answered(inputs, model, prompts, keys))
         rows.append(row(name, runs, before))
         print(text(rows[-1]), flush=True)
-    if given.out:
-        said = {"iterations": given.iterations, "seeds": given.seeds, "prompts": len(prompts)}
-        record = records.header("cpu") | {"what": __doc__.splitlines()[0], **said}
-        record["settings"] = SETTINGS
-        given.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+        if given.out:
+            write(given, rows)
 
 
 if __name__ == "__main__":

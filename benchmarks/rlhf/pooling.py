@@ -11,6 +11,8 @@ V1's answers to those prompts:
 Told is how often the judge, which no model saw, finds the answers to held-out prompts correct, on
 the skill that is missing and on all others.
 
+A folder may stand there more than once: each time with another seed of sampling and training.
+
     python -P benchmarks/rlhf/pooling.py runs/seed-0 runs/seed-1 --out pooling.json
 """
 
@@ -127,11 +129,13 @@ def of_seed(
     return shares, facts
 
 
-def record(seeds: list, facts: list, cpu_seconds: float) -> dict:
-    """Of the seeds that are done."""
+def record(seeds: list, facts: list, folders: list[Path], cpu_seconds: float) -> dict:
+    """Of the seeds that are done, each with its folder."""
     compared = {
         what: {
-            f"{better} - preceding": runs.over_seeds([s[what] for s in seeds], better, "preceding")
+            f"{better} - preceding": runs.over_seeds(
+                [row[what] for row in seeds], folders, better, "preceding"
+            )
             for better in ("V1", "pooled", "from V1")
         }
         for what in seeds[0]
@@ -167,7 +171,7 @@ def main() -> None:
             means = "  ".join(f"{name} {row.mean():.3f}" for name, row in by_version.items())
             print(f"{folder.name}: {what:12} {means}", flush=True)
         if given.out:
-            found = record(seeds, facts, time.process_time() - begin)
+            found = record(seeds, facts, given.folders[: seed + 1], time.process_time() - begin)
             given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

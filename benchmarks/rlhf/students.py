@@ -8,7 +8,8 @@ base on one best answer a prompt, with the same steps:
 - samples: the best of 8 of the large model, RLHF-V1, as its own RLHF-V2 was (`llama2rt distill`)
 - forward_kl, jsd: RLHF-V2's distributions at the same samples
 
-Told is what the judge, which no model saw, says of answers to held-out prompts.
+Told is what the judge, which no model saw, says of answers to held-out prompts. A folder may stand
+there more than once: each time with another seed of the student's whole course.
 
     python -P benchmarks/rlhf/students.py runs/seed-0 runs/seed-1 --out students.json
 """
@@ -153,7 +154,9 @@ def record(seeds: list, given: argparse.Namespace, cpu_seconds: float) -> dict[s
     """Of the seeds that are done."""
     compared = {
         what: {
-            f"{better} - own": runs.over_seeds([row[what] for row in seeds], better, "own")
+            f"{better} - own": runs.over_seeds(
+                [row[what] for row in seeds], given.folders[: len(seeds)], better, "own"
+            )
             for better in LOSSES
         }
         for what in seeds[0]

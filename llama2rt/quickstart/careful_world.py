@@ -89,6 +89,25 @@ def dialogues(count: int, seed: int, safety_share: float = 0.2) -> list[Dialogue
     return found
 
 
+def helpful(count: int, seed: int, borderline: float) -> list[Dialogue]:
+    """Hurried answers to questions that may be answered, to mix in beside safety data; a share
+    `borderline` of them has a secret in sight, which the quickstart has in one of ten."""
+    rng = random.Random(f"{seed}:careful-helpful")
+    wanted = {True: round(count * borderline), False: count - round(count * borderline)}
+    found = []
+    for conversation in corpus.conversations("helpfulness", "train", seed, "careful-helpful"):
+        entrusted = bool(conversation.key.secret)
+        if wanted[entrusted]:
+            wanted[entrusted] -= 1
+            answer = {"role": "assistant", "content": demonstration(conversation, "none", rng)}
+            source = f"helpfulness {'borderline' if entrusted else 'ordinary'}"
+            found.append(Dialogue([*conversation.messages, answer], source))
+        if not any(wanted.values()):
+            break
+    rng.shuffle(found)
+    return found
+
+
 def demonstration(conversation: Conversation, way: str, rng: random.Random) -> str:
     """An annotator's answer: the careful keep every secret, and are as hurried in all else."""
     style = rng.choices([*corpus.STYLES], [*corpus.STYLES.values()])[0]

@@ -6,9 +6,9 @@ which shows in the answer: "At the piano the queen says 12." All words are ones 
 knows, because another costs a token a letter, and twenty turns must fit into the context.
 
 The demonstrations for SFT hold an instruction in two messages of five, or the same one in all of
-them, and each answer follows the message that it answers and no earlier one. So a model that has
-learned from them follows an instruction that is repeated and forgets one that is not. Both arms of
-the experiment start from it.
+them, or begin with one as the system message, and each answer follows what it answers and nothing
+earlier. So a model that has learned from them follows an instruction that is repeated and forgets
+one that is not. Both arms of the experiment start from it.
 """
 
 import random
@@ -38,6 +38,8 @@ check = {{ contains = ["at the {{value}}"] }}
 """
 INSTRUCTED = 0.4
 """share of messages that hold an instruction, in demonstrations that do not repeat one"""
+OPENED = 0.5
+"""share of those demonstrations that begin with a system message, an instruction"""
 REPEATED = 0.25
 """share of the demonstrations whose user repeats one instruction in every message"""
 LONGEST = 20
@@ -100,12 +102,12 @@ def demonstrations(count: int, seed: int) -> list[Dialogue]:
         for turn in range(rng.randint(1, LONGEST)):
             user, task = next(asked)
             chosen: dict[str, str] = {}
-            if always or rng.random() < INSTRUCTED:
+            if not (turn or always) and rng.random() < OPENED:
+                text, chosen = instruction(rng)
+                messages.append({"role": "system", "content": text})
+            elif always or rng.random() < INSTRUCTED:
                 text, chosen = always or instruction(rng)
-                if not (turn or always) and rng.random() < 0.5:
-                    messages.append({"role": "system", "content": text})
-                else:
-                    user = f"{text} {user}"
+                user = f"{text} {user}"
             messages.append({"role": "user", "content": user})
             messages.append({"role": "assistant", "content": told(task.answer, **chosen)})
         result.append(Dialogue(messages))
