@@ -11,7 +11,6 @@ for every other tokenizer the library is asked as ever.
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ _INSIDE = {"LL", "LU", "UL", "UU", "UP", "PU", "PP", "SS", "SL", "SU", "SP", "SD
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 MOST_WORDS = 1 << 18
 """remembered at a time, and as many parts"""
-_TOGETHER = 1 << 18  # characters of texts that are read at once
+_TOGETHER = 1 << 14  # characters of texts that are read at once
 _LONGEST = 32  # characters of what is remembered: in scripts without spaces a sentence is a word
 
 
@@ -60,22 +59,30 @@ class WordEncoder:
                 group, size = [], 0
         yield from self._encode_group(group)
 
-    def _encode_group(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+    def _encode_group(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of texts whose new words the library is asked for at once."""
-        for text in texts:
+        found: list[bytes] = []
+        lacking: dict[int, list[str]] = {}
+        ids_of = self._words.__getitem__
+        for index, text in enumerate(texts):
             backends.require_unicode(text)
-        # The library takes the sign itself for a space.
-        asked = [not self.by_words or _SPACE in text or not text for text in texts]
-        words = [[] if whole else _words_of(text) for text, whole in zip(texts, asked, strict=True)]
-        found: list[list[Any]] = [list(map(self._words.get, of_text)) for of_text in words]
-        lacking = [index for index, ids in enumerate(found) if None in ids]
-        new = set().union(*(words[index] for index in lacking)).difference(self._words)
-        parts = self._learn(new)
-        for index in lacking:
-            found[index] = list(map(self._words.__getitem__, words[index]))
-        self._forget(new, parts)
-        for text, whole, ids in zip(texts, asked, found, strict=True):
-            yield self._encode(text) if whole else np.frombuffer(b"".join(ids), self.dtype)
+            # The library takes the sign itself for a space.
+            if not self.by_words or _SPACE in text or not text:
+                found.append(self._encode(text).tobytes())
+                continue
+            words = _words_of(text)
+            try:
+                found.append(b"".join(map(ids_of, words)))
+            except KeyError:
+                found.append(b"")
+                lacking[index] = words
+        if lacking:
+            new = set().union(*lacking.values()).difference(self._words)
+            parts = self._learn(new)
+            for index, words in lacking.items():
+                found[index] = b"".join(map(ids_of, words))
+            self._forget(new, parts)
+        return [np.frombuffer(ids, self.dtype) for ids in found]
 
     def _learn(self, words: set[str]) -> set[str]:
         """Take up ids of words; returns those of their parts that were not known either."""

@@ -66,7 +66,6 @@ def real_texts(shared_data, name):
 )
 def test_real_text_with_the_published_tokenizer(published, shared_data, monkeypatch, name):
     texts = real_texts(shared_data, name)
-    monkeypatch.setattr(words, "_TOGETHER", 20_000)
     monkeypatch.setattr(words, "MOST_WORDS", 3000)  # it forgets, and learns again
     expected = published.tokenizer.encode_batch(texts)
     assert [ids.tolist() for ids in published(texts)] == expected
