@@ -211,6 +211,11 @@ class Plan:
                 "rewards: no helpfulness model is named under [rewards], and no step before trains "
                 "one (with [defaults.annotate], which says who compares, the default steps do)"
             )
+        later = step_name(self._recipe.sft)
+        if later and "reference" in recipe_class.model_fields and "reference" not in given:
+            raise InputError(
+                f"reference: sft is {later!r}, which a later step trains; name another"
+            )
         try:
             return recipe_class.model_validate(given)
         except ValidationError as error:
@@ -313,9 +318,9 @@ class Plan:
         name, _, rest = value[1:].partition("/")
         if name in ("sft", "base"):
             folder = (self._recipe.base if name == "base" else None) or self._recipe.sft
-            if (step := step_name(folder)) is None:
-                return str(folder / rest)
-            name = step
+            if (step := step_name(folder)) is not None:
+                folder = outputs.model(step)
+            return str(folder / rest)
         return str(outputs.directory(name) / rest if rest else outputs.model(name))
 
 

@@ -1,7 +1,8 @@
 """What each step of a plan read and left, by its SHA-256: a version's data and its model.
 
 A step's own manifest hashes what it reads; what it leaves is hashed here, so that the plan's
-manifest alone says which data made which model, and whether two runs of a plan came to the same.
+manifest alone says which data made which model, and whether two runs of a plan came to the same
+models. Their samples' hashes differ by folder: a sample names its policy by path.
 Left out: logs, reports and checkpoints, which hold times.
 """
 

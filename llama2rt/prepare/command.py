@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from llama2rt import atomic
 from llama2rt.errors import InputError
 from llama2rt.prepare import gsm8k, toy
 from llama2rt.run import hash_path
@@ -39,7 +40,11 @@ def prepare(
         raise InputError(f"seed: expected at least 0, got {seed}")
     if (plan == "v1-v3-gsm8k") == (source is None):
         raise InputError("source: the folder of GSM8K's files, for v1-v3-gsm8k and no other")
-    asked = {"plan": plan, "seed": seed, "smoke_test": smoke_test}
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: expected a folder, or nothing yet")
+    asked: dict[str, object] = {"plan": plan, "seed": seed, "smoke_test": smoke_test}
+    if source is not None:
+        asked["source"] = gsm8k.source_hashes(source)
     if begun := _begun(out):
         if any(begun.get(key) != value for key, value in asked.items()):
             raise InputError(f"{out}: was prepared otherwise, {begun}; choose another folder")
@@ -47,7 +52,7 @@ def prepare(
         raise InputError(f"{out}: not empty, and not of this command; choose another folder")
     if not begun:
         out.mkdir(parents=True, exist_ok=True)
-        (out / MARK).write_text(json.dumps(asked))
+        atomic.write(out / MARK, json.dumps(asked))
     try:
         if source is None:
             toy.write(out, toy.smoke(seed) if smoke_test else toy.sizes(seed))
@@ -63,7 +68,12 @@ def prepare(
 
 def _begun(out: Path) -> dict[str, object]:
     path = out / MARK
-    found: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, object] = json.loads(path.read_text())
+    except ValueError:
+        raise InputError(f"{path}: not JSON; choose another folder") from None
     return found
 
 

@@ -34,6 +34,7 @@ from llama2rt.data.records import Comparison, Dialogue, Document, Prompt
 from llama2rt.errors import InputError
 from llama2rt.model import LlamaConfig
 from llama2rt.quickstart import data
+from llama2rt.run import hash_path
 from llama2rt.text.tokenizer import Tokenizer
 
 TRAINING, SOLUTIONS = "gsm8k_train.jsonl", "gsm8k_model_solutions.jsonl"
@@ -118,12 +119,25 @@ def write(directory: Path, source: Path, wanted: Sizes) -> None:
     atomic.write(answers, json.dumps(known, indent=1))
 
 
+def source_hashes(source: Path) -> list[str]:
+    """SHA-256 of both of GSM8K's files in a folder; InputError naming one that is not there."""
+    for name in (TRAINING, SOLUTIONS):
+        if not (source / name).is_file():
+            raise InputError(f"{source / name}: no such file")
+    return [hash_path(source / name) for name in (TRAINING, SOLUTIONS)]
+
+
 def final_answers(path: Path) -> dict[str, str]:
     """By question of the file of model solutions, the final answer of its ground truth. InputError
     naming the line of one without."""
     found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        row = without_nulls(json.loads(line))
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = without_nulls(json.loads(line))
+        except ValueError:
+            raise InputError(f"{path}:{number}: not JSON") from None
         final = final_answer(_ENDED.sub(f"\n{ANSWER} ", str(row.get("ground_truth", ""))))
         if "question" not in row or final is None:
             raise InputError(f"{path}:{number}: expected question, and ground_truth with an answer")
@@ -146,6 +160,8 @@ def exact(answers: Path) -> Callable[[Prompt, str], float]:
     known = {name: Decimal(final) for name, final in json.loads(answers.read_text()).items()}
 
     def worth(prompt: Prompt, text: str) -> float:
+        if prompt.id not in known:
+            raise InputError(f"{answers}: has no answer to the prompt {prompt.id!r}")
         return float(final_answer(text) == known[prompt.id])
 
     return worth

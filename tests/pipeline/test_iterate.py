@@ -453,6 +453,16 @@ def test_steps_may_train_the_first_policy(pocket, tmp_path):
     early = [{"name": "V0", "stage": "dpo", "init": "@sft"}, *steps]
     with pytest.raises(InputError, match="steps: V0: 'chat' is no earlier step"):
         planned(recipe(pocket, sft="@chat", steps=early), tmp_path)
+    early[0]["init"] = str(pocket.sft)
+    with pytest.raises(InputError, match="V0: reference: sft is 'chat', which a later step trains"):
+        planned(recipe(pocket, sft="@chat", steps=early), tmp_path)
+    steps[1]["tokenizer"] = "@sft/tok"
+    for sft, folder in (("@chat", model), (str(pocket.sft), pocket.sft)):
+        assert (
+            planned(recipe(pocket, sft=sft, steps=steps), tmp_path)["V1"].tokenizer
+            == folder / "tok"
+        )
+    del steps[1]["tokenizer"]
     with pytest.raises(ValidationError, match="sft: no step is named 'chat'"):
         recipe(pocket, sft="@chat", steps=steps[1:])
     with pytest.raises(ValidationError, match="base: no step is named 'V9'"):

@@ -185,3 +185,40 @@ def test_files_that_are_not_gsm8ks_are_refused(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         gsm8k.write(tmp_path / "out", tmp_path / "nowhere", gsm8k.smoke(0))
     assert not (tmp_path / "out").exists()
+
+
+def test_another_source_or_a_broken_mark_is_refused(tmp_path):
+    first, second = problems(tmp_path / "first"), problems(tmp_path / "second", 91)
+    out = tmp_path / "out"
+    command.prepare(GSM8K, out=out, source=first, smoke_test=True)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="out: was prepared otherwise"):
+        command.prepare(GSM8K, out=out, source=second, smoke_test=True)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / command.MARK).write_text("")
+    with pytest.raises(InputError, match=r"prepared\.json: not JSON"):
+        command.prepare(GSM8K, out=out, source=first, smoke_test=True)
+    with pytest.raises(InputError, match="expected a folder"):
+        command.prepare(GSM8K, out=first / gsm8k.TRAINING, source=first)
+    with pytest.raises(InputError, match=f"{gsm8k.TRAINING}: no such file"):
+        command.prepare(GSM8K, out=tmp_path / "other", source=tmp_path / "nowhere")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_last_problem_counts_without_a_newline_behind_it(tmp_path):
+    path = problems(tmp_path / "source", 3) / gsm8k.SOLUTIONS
+    whole = gsm8k.final_answers(path)
+    path.write_text(path.read_text().removesuffix("\n"))
+    assert gsm8k.final_answers(path) == whole and len(whole) == 3
+    path.write_text("{\n")
+    with pytest.raises(InputError, match=r":1: not JSON"):
+        gsm8k.final_answers(path)
+
+
+def test_a_prompt_without_a_known_answer_is_named(tmp_path):
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps({"a": "7"}))
+    worth = gsm8k.exact(answers)
+    assert worth(Prompt("a", []), "#### 7") == 1
+    with pytest.raises(InputError, match="no answer to the prompt 'b'"):
+        worth(Prompt("b", []), "#### 7")
