@@ -363,9 +363,7 @@ def main() -> int:
         prepare(folder)
         ready, seconds = whole_run(plan, folder / "whole")
         expected = results(folder / "whole")
-        print(
-            f"whole: {seconds:.0f} s of CPU ({ready:.1f} s when it is done), {len(expected)} results"
-        )
+        print(f"whole: {seconds:.0f} s of CPU, {ready:.1f} s when done; {len(expected)} results")
         kills, wrong, runs = 0, 0, 0
         while kills < given.kills:
             count = min(given.kills_a_run, given.kills - kills)
