@@ -47,7 +47,7 @@ CONTEXT = 1024
 MAX_TOKENS = 40
 BATCH = 4
 """demonstrations in a step of SFT: about as many tokens as in a step of the quickstart's
-pretraining; with 16 the model has too few steps to learn what an instruction is"""
+pretraining"""
 
 
 def options(lr: float) -> TrainOptions:
