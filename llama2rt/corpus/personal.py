@@ -37,8 +37,8 @@ _INTERNATIONAL = re.compile(
 )
 # Three, three and four digits, with one kind of mark between them, or with a blank and a hyphen.
 _AMERICAN = re.compile(
-    r"(?<![\w.+$)-])(?<!\d,)(?:1[ .-])?"
-    r"(?:\(\d{3}\) ?\d{3}[.-]|\d{3}(?:([ .-])\d{3}\1| \d{3}-))\d{4}(?![\w-]|[.,]\d)",
+    r"(?<![\w.+$)-])(?:1[ .-])?"
+    r"(?:\(\d{3}\) ?\d{3}[.-]|\d{3}(?:([ .-])\d{3}\1| \d{3}-))\d{4}(?![\w-]|\.\d)",
     re.ASCII,
 )
 # An area and an exchange begin with 2 to 9 and are no service code (N11). Of the areas N9X, 37X and
@@ -56,17 +56,24 @@ _ISSUERS = re.compile(
 )
 # What announces numbers of another kind that have the form of an address.
 _VERSION = re.compile(
-    r"(?:\b(?:versions?|release|section|chapter|theorem|lemma|build|v|ver\.?)|\u00a7)\s*[:=]?\s*$",
+    r"(?:\b(?:versions?|release|section|chapter|theorem|lemma|build|v|ver\.?)|\u00a7)"
+    r"[ \t]*[:=]?[ \t]*$",
     re.I,
 )
 _IDENTIFIER = re.compile(
     r"\b(?:is[bs]n(?:-1[03])?|doi|sku|upc|(?:part|model|serial|item|order|invoice|case|ticket|"
-    r"catalog(?:ue)?|account|tracking|patent|document)\s*(?:no\.?|numbers?|id|#))\s*[:=]?\s*$",
+    r"catalog(?:ue)?|account|tracking|patent|document)\s*(?:no\.?|numbers?|id|#))"
+    r"[ \t]*[:=]?[ \t]*$",
     re.I,
 )
-_OPERATOR_BEFORE, _OPERATOR_BEHIND = re.compile(r"[=*\xd7\xf7]\s*$"), re.compile(r"\s*[=*\xd7\xf7]")
+# Between numbers: `key=` says whose number it is, and an asterisk or a row of = may be Markdown's.
+_OPERATOR_BEFORE = re.compile(r"\d[ \t]*[=*\xd7\xf7][ \t]*$")
+_OPERATOR_BEHIND = re.compile(r"[ \t]*(?:=(?!=)|[*\xd7\xf7](?=[ \t]*\d))")
+_THOUSANDS_BEFORE, _DECIMALS_BEHIND = re.compile(r"\d,$"), re.compile(r",\d")
 # Three groups with blanks between them are a row of numbers where nothing says that they are not.
-_CALL = re.compile(r"\b(?:tel|telephone|phone|call|fax|mobile|cell|text)\b\W*(?:\w+\W+)?$", re.I)
+_CALL = re.compile(
+    r"(?<![a-z])(?:tel|telephone|phone|call|fax|mobile|cell|text)(?![a-z])\W*(?:\w+\W+)?$", re.I
+)
 
 
 def replace(text: str) -> tuple[str, Counter[str], list[str]]:
@@ -135,11 +142,18 @@ def _is_international(match: re.Match[str]) -> bool:
 def _is_american(match: re.Match[str]) -> bool:
     if not _PLAN.fullmatch(_DIGITS.sub("", match[0])[-10:]):
         return False
-    before = match.string[max(0, match.start() - 30) : match.start()]
+    text, end = match.string, match.end()
+    before = text[max(0, match.start() - 30) : match.start()]
+    if _IDENTIFIER.search(before):
+        return False
+    # Groups with hyphens are a number of their own in a row with commas, and no version.
+    if not any(mark in match[0] for mark in "(-"):
+        if _THOUSANDS_BEFORE.search(before) or _DECIMALS_BEHIND.match(text, end):
+            return False
+        if _VERSION.search(before):
+            return False
     if _CALL.search(before):
         return True
-    if any(said.search(before) for said in (_VERSION, _IDENTIFIER, _OPERATOR_BEFORE)):
-        return False
-    if _OPERATOR_BEHIND.match(match.string, match.end()):
+    if _OPERATOR_BEFORE.search(before) or _OPERATOR_BEHIND.match(text, end):
         return False
     return any(mark in match[0] for mark in "(.-")

@@ -138,6 +138,7 @@ ORDINARY = [
     "+1 300 400 5000",
     # Those that are announced as something else, or reckoned with.
     "driver version 452.389.1234, release: 530.204.1000 and section 415.555.2671",
+    "mobile version 452.389.1234, phone build 530.204.1000, text ISBN 415-555-2671",
     "ISBN 978-030-6406 and ISBN: 415-555-2671, part no. 415-555-2671, order #415-555-2671",
     "it leaves 800-300-2000=500 or 2 * 415-555-2671",
     "415-555.2671, 415.555-2671, 1,415.555.2671, 415-555-2671-3",
@@ -166,6 +167,29 @@ def test_personal_data_stands_beside_other_scripts_and_marks():
         ("+33 6 12 34 56 78 or later", "<PHONE_NUMBER> or later"),
     ):
         assert personal.replace(text)[0] == found
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("Contact:\n* 415-555-2671\n* 415-555-2672", 2),
+        ("reach **(415) 555-2671**", 1),
+        ("Reach us: 415-555-2671\n* next item", 1),
+        ("Our desk 415-555-2671\n=====\nx", 1),
+        ("ext (415) 555-2671*", 1),
+        ("phone_number=415-555-2671&mobile_phone=415-555-2672&phone1=415-555-2673", 3),
+        ("contact=(415) 555-2671&x", 1),
+        ("John,42,415-555-2671,NY", 1),
+        ("a,415-555-2671,94103\n415-555-2671,415-555-2672", 3),
+        ("V: (415) 555-2671 F: (415) 555-2672", 2),
+        ("press release: 415-555-2671 and See Section: (415) 555-2671", 2),
+        ("FOR IMMEDIATE RELEASE\n(415) 555-2671", 1),
+        ("order number\n\n415-555-2671", 1),
+    ],
+)
+def test_phone_numbers_of_lists_tables_forms_and_letterheads(text, count):
+    replaced, counts, _ = personal.replace(text)
+    assert counts == {"PHONE_NUMBER": count} and "555" not in replaced
 
 
 @pytest.mark.parametrize("text", ORDINARY)

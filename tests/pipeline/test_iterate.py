@@ -429,7 +429,7 @@ def test_what_a_key_also_takes_it_takes_in_a_plan():
     assert keys.given() == {"train": {"activation_checkpointing": "full"}}
 
 
-def test_every_stage_can_be_killed_in_a_plan(tmp_path):
+def test_the_plan_that_is_killed_holds_every_stage(tmp_path):
     """The plan that tests/helpers/kill_plan.py takes holds them all, and all of it is readable."""
     settings = tomllib.loads(kill_plan.world(tmp_path, 5, "all").read_text())
     plan = resolve(iterate.Plan(iterate.IterateRecipe.model_validate(settings)).steps(), tmp_path)
