@@ -181,6 +181,10 @@ def test_mt_bench_from_questions_to_scores(tmp_path, capsys):
     mean = np.mean([v["score"] for v in verdicts])
     assert row["model"] == "toy" and row["average"]["mean"] == pytest.approx(mean)
     assert row["first_turn"]["mean"] == pytest.approx(np.mean([v["score"] for v in verdicts[:3]]))
+    with pytest.raises(SystemExit) as left:
+        run(capsys, "score", "mt-bench", judged, "--baseline", "toy")
+    said = "baseline: these judgements are of single answers"
+    assert left.value.code == 2 and said in capsys.readouterr().err
     rows[1].pop("reference")
     json_lines.write(questions, rows)
     with pytest.raises(SystemExit) as left:

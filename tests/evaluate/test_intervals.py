@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llama2rt.evaluate.intervals import bootstrap, bootstrap_columns, paired, wilson
+from llama2rt.evaluate.intervals import (
+    bootstrap,
+    bootstrap_columns,
+    bootstrap_ratio,
+    paired,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 10), (10, 10), (1, 1), (7, 20), (912, 1000)])
@@ -81,3 +87,17 @@ def test_columns_are_bootstraps_of_their_own():
         bootstrap_columns([1.0, 2.0])
     with pytest.raises(ValueError, match="finite"):
         bootstrap_columns([[1.0, np.nan]])
+
+
+def test_units_of_unequal_size_weigh_as_much_as_they_hold():
+    sums, counts = [2.0] * 40 + [0.0] * 40, [2] * 40 + [1] * 40
+    got = bootstrap_ratio(sums, counts)
+    assert got.mean == pytest.approx(2 / 3)
+    ratios = np.random.default_rng(5).integers(0, 80, (20_000, 80))
+    ratios = np.array(sums)[ratios].sum(axis=1) / np.array(counts)[ratios].sum(axis=1)
+    assert got[1:] == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.01)
+    values = np.random.default_rng(0).normal(size=40)
+    assert bootstrap_ratio(2 * values, [2] * 40) == pytest.approx(bootstrap(values), abs=1e-12)
+    for bad in (([], []), ([1.0], [0]), ([np.nan], [1]), ([1.0], [-1])):
+        with pytest.raises(ValueError, match="sums"):
+            bootstrap_ratio(*bad)

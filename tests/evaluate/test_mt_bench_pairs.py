@@ -56,6 +56,23 @@ def test_counts():
         mt_bench_pairs.scores([judged[6]])
 
 
+def test_intervals_hold_their_mean_where_questions_have_one_turn_or_two():
+    won, lost = ("model_1", "model_1"), ("model_2", "model_2")
+    pairs = [{**record(*won, question=q), "turn": t} for q in range(40) for t in (1, 2)]
+    pairs += [{**record(*lost, question=q), "turn": 1} for q in range(40, 80)]
+    found = mt_bench_pairs.scores(pairs, "base")[0]["win_rate_adjusted"]
+    assert found["mean"] == pytest.approx(2 / 3)
+    assert found["low"] < 0.6 < found["mean"] < 0.72 < found["high"]
+    grades = [
+        {"question_id": p["question_id"], "model": "m", "turn": p["turn"]}
+        | {"score": 10 if p["g1_winner"] == "model_1" else 1}
+        for p in pairs
+    ]
+    average = mt_bench.scores(grades)[0]["average"]
+    assert average["mean"] == pytest.approx(7)
+    assert average["low"] < 6.5 < average["mean"] < 7.4 < average["high"]
+
+
 def run(capsys, *arguments):
     cli.main(["benchmark", *map(str, arguments)])
     return capsys.readouterr().out

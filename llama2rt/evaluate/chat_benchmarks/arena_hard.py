@@ -37,6 +37,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     required,
     text,
 )
+from llama2rt.evaluate.intervals import bootstrap_ratio
 from llama2rt.evaluate.judges.cache import Cache, key_of
 from llama2rt.evaluate.judges.speakers import Options, Reply, Speaker, replies
 
@@ -297,10 +298,9 @@ def _of_battles(won: np.ndarray, layout: Layout, seed: int) -> list[float]:
 
 
 def _of_questions(outcomes: Sequence[Sequence[float]], seed: int) -> list[float]:
-    sums = np.array([[sum(found), len(found)] for found in outcomes], dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (_RESAMPLES, len(sums)))
-    won, played = sums[drawn].sum(axis=1).T
-    return [float(end) for end in np.percentile(100 * won / played, (2.5, 97.5))]
+    parts = [(sum(found), len(found)) for found in outcomes]
+    found = bootstrap_ratio(*zip(*parts, strict=True), resamples=_RESAMPLES, seed=seed)
+    return [100 * found.low, 100 * found.high]
 
 
 def _contents(where: str, key: str, value: Any) -> tuple[str, ...]:

@@ -288,6 +288,11 @@ class Score:
         if mt_bench_pairs.holds_pairs(self.judgments[0]):
             pairs = [j for path in self.judgments for j in mt_bench_pairs.read_judgments(path)]
             return mt_bench_pairs.scores(pairs, self.baseline)
+        if self.baseline is not None:
+            raise InputError(
+                f"baseline: these judgements are of single answers ({self.judgments[0]}), which "
+                "nothing is held against"
+            )
         return mt_bench.scores([j for p in self.judgments for j in mt_bench.read_judgments(p)])
 
     def _alpaca_eval(self, path: Path) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llama2rt import atomic
 from llama2rt.errors import InputError
 from llama2rt.evaluate.chat_benchmarks.records import (
@@ -29,7 +27,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     text,
     texts,
 )
-from llama2rt.evaluate.intervals import bootstrap
+from llama2rt.evaluate.intervals import bootstrap_ratio
 from llama2rt.evaluate.judges.cache import Cache, key_of
 from llama2rt.evaluate.judges.speakers import Options, Speaker, replies
 
@@ -287,6 +285,5 @@ def _mean(graded: Sequence[Mapping[str, Any]], seed: int) -> dict[str, float] | 
     by_question: dict[Any, list[float]] = {}
     for judgment in graded:
         by_question.setdefault(judgment["question_id"], []).append(judgment["score"])
-    interval = bootstrap([np.mean(found) for found in by_question.values()], seed=seed)
-    mean = float(np.mean([judgment["score"] for judgment in graded]))
-    return {"mean": mean, "low": interval.low, "high": interval.high}
+    parts = [(sum(found), len(found)) for found in by_question.values()]
+    return bootstrap_ratio(*zip(*parts, strict=True), seed=seed)._asdict()

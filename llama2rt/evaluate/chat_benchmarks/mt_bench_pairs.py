@@ -33,7 +33,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     required,
     text,
 )
-from llama2rt.evaluate.intervals import bootstrap
+from llama2rt.evaluate.intervals import bootstrap_ratio
 from llama2rt.evaluate.judges.cache import Cache
 from llama2rt.evaluate.judges.speakers import Options, Speaker, replies
 
@@ -224,18 +224,15 @@ def _row(model: str, judgments: Sequence[Mapping[str, Any]], seed: int) -> dict[
         ]
         flipped += set(games) == {"model_1", "model_2"}
     values = np.concatenate(list(won.values()))
-    interval = bootstrap([np.mean(found) for found in won.values()], seed=seed)
+    parts = [(sum(found), len(found)) for found in won.values()]
+    interval = bootstrap_ratio(*zip(*parts, strict=True), seed=seed)
     return {
         "win": int((values == 1).sum()),
         "loss": int((values == 0).sum()),
         "tie": int((values == 0.5).sum()),
         "win_rate": float((values == 1).mean()),
         "loss_rate": float((values == 0).mean()),
-        "win_rate_adjusted": {
-            "mean": float(values.mean()),
-            "low": interval.low,
-            "high": interval.high,
-        },
+        "win_rate_adjusted": interval._asdict(),
         "first": float(np.mean(first)),
         "flipped": flipped / len(counted),
         "errors": len(judgments) - len(counted),
