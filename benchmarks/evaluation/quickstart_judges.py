@@ -193,8 +193,10 @@ def judged_by_server(model: Path, few: Any, out: Path) -> dict[str, Any]:
 
 
 def with_truth(margins: Any, few: Any, truth: TrueJudge) -> dict[str, Any]:
-    """How often the served judge names the winner of the toy's judge, of pairs that both decide."""
+    """How often the served judge names the winner of the toy's judge, of pairs that both decide,
+    each two answers once."""
     pairs = comparing.shown(few)
+    pairs = [pairs[i] for i in comparing.distinct(pairs)]
     with Cache() as cache:
         true = comparing.outcomes(truth, pairs, cache)
     both = [

@@ -256,6 +256,46 @@ def test_alpaca_eval_from_outputs_to_a_win_rate(tmp_path, capsys):
     assert alpaca_eval.read_annotations(judged)[3]["instruction"] == "q3"
 
 
+def test_a_judgement_read_twice_is_refused(tmp_path, capsys):
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    grade = {"question_id": 81, "model": "m", "judge": ["j", "single-v1"], "score": 5, "turn": 1}
+    won = {"g1_winner": "model_1", "g2_winner": "model_1", "judge": ["j", "pair-v2"], "turn": 1}
+    pair = {"question_id": 81, "model_1": "m", "model_2": "n", **won}
+    turned = {**pair, "model_1": "n", "model_2": "m"}
+    game = battle("A>B", "B>A", judge="j")
+    cases = [
+        ("mt-bench", grade, grade, {**grade, "turn": 2}, "question 81, turn 1 of m"),
+        ("mt-bench", pair, turned, {**pair, "turn": 2}, "question 81, turn 1 of n and m"),
+        ("arena-hard-v0.1", game, game, {**game, "question_id": "w"}, "question 'u' of m"),
+        ("arena-hard-v2.0", {**game, "uid": "u"}, {**game, "uid": "u"}, {**game, "uid": "w"},
+         "question 'u' of m"),
+    ]  # fmt: skip
+    for benchmark, row, again, fresh, said in cases:
+        judges = {**again, "judge": ["k"] if isinstance(again["judge"], list) else "k"}
+        json_lines.write(path, [row, fresh, judges])
+        run(capsys, "score", benchmark, path)
+        json_lines.write(other, [again])
+        for given in ((path, path), (path, other)):
+            with pytest.raises(SystemExit) as left:
+                run(capsys, "score", benchmark, *given)
+            error = capsys.readouterr().err
+            assert left.value.code == 2 and f"{given[1]}:1: {said}" in error
+            assert f"judged in {path}:1 too" in error
+    # Two files of one model's answers: neither counts silently.
+    counts = {"header_count": {"h1": 0}, "list_count": {"ordered": 0}, "bold_count": {"**": 0}}
+    answer = {"question_id": "u", "model_id": "m", "conv_metadata": {"token_len": 1, **counts}}
+    files = [tmp_path / folder / "m.jsonl" for folder in "xy"]
+    for file in files:
+        file.parent.mkdir()
+        json_lines.write(file, [answer])
+    json_lines.write(path, [game])
+    given = ("--control", "length", "--baseline", "n", "--answers", *files)
+    with pytest.raises(SystemExit) as left:
+        run(capsys, "score", "arena-hard-v0.1", path, *given)
+    said = f"answers: {files[1]}: another file has answers of 'm' too"
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_faults_are_named_by_their_line(tmp_path):
     path = tmp_path / "file.jsonl"
     good = {"question_id": 1, "turns": ["a"]}

@@ -355,5 +355,16 @@ def test_agreement_counts_only_what_both_decide():
         return Outcome(Verdict(0.5 + margin / 2), Verdict(0.5 - margin / 2))
 
     ours, theirs = ([outcome(m) for m in ms] for ms in ((1, 1, 0, -1), (1, -1, 1, -1)))
-    (row,) = comparing.agreement({"a": ours, "b": theirs})
+    asked = [Answered([{"role": "user", "content": f"q{i}"}], "x") for i in range(4)]
+    early = {f"p{i}": one for i, one in enumerate(asked)}
+    late = {prompt: Answered(one.messages, "y") for prompt, one in early.items()}
+    pairs = comparing.shown({"v1": early, "v2": late})
+    (row,) = comparing.agreement(pairs, {"a": ours, "b": theirs})
     assert row["decided"] == 3 and row["same_winner"]["mean"] == pytest.approx(2 / 3)
+
+    # A version that answers as another one does tells nothing new, on either side.
+    more = comparing.shown({"v1": early, "v2": late, "v2 again": late}, "v1")
+    more += comparing.shown({"v2": late, "v1": early})
+    turned = [outcome(-o.margin) for o in ours], [outcome(-o.margin) for o in theirs]
+    found = {"a": ours * 2 + turned[0], "b": theirs * 2 + turned[1]}
+    assert comparing.agreement(more, found) == [row] and row["pairs"] == 4

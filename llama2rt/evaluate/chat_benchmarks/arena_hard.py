@@ -32,6 +32,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     Id,
     Question,
     identifier,
+    judged_once,
     new,
     objects,
     required,
@@ -216,8 +217,15 @@ def _game(messages: list[dict[str, str]], reply: Reply, layout: Layout) -> dict[
     return {"score": score, "judgment": {"answer": reply.text}, "prompt": messages}
 
 
-def read_judgments(path: Path, layout: Layout) -> list[Mapping[str, Any]]:
-    """model_judgment/JUDGE/MODEL.jsonl."""
+def read_judgments(
+    path: Path, layout: Layout, seen: dict[Any, str] | None = None
+) -> list[Mapping[str, Any]]:
+    """model_judgment/JUDGE/MODEL.jsonl.
+
+    A judgement that stands twice, in this file or one of `seen`, is an InputError, since it would
+    count as two: their tool skips what is judged, and has both games in one record.
+    """
+    seen = {} if seen is None else seen
     found = []
     about = ("judge", "category", "baseline")
     for where, row in objects(path, (layout.id, "model", "games"), about):
@@ -238,6 +246,7 @@ def read_judgments(path: Path, layout: Layout) -> list[Mapping[str, Any]]:
                 not isinstance(score, str) or _MIRRORED.get(score, score) not in _LABELS
             ):
                 raise InputError(f"{where}: score: expected a label such as A>B, got {score!r}")
+        judged_once(where, row, [row["model"]], row[layout.id], seen)
         found.append(row)
     return found
 

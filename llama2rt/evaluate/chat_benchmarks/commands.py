@@ -277,23 +277,33 @@ class Score:
         if self.benchmark == "mt-bench":
             return self._mt_bench()
         layout = _layout(self.benchmark)
-        found = [j for p in self.judgments for j in arena_hard.read_judgments(p, layout)]
+        seen: dict[Any, str] = {}
+        found = [j for p in self.judgments for j in arena_hard.read_judgments(p, layout, seen)]
         if not self.control:
             return arena_hard.scores(found, layout)
-        styles = [style_control.read_styles(path, layout) for path in self.answers]
-        by_model = {style.model: style for style in styles}
+        by_model: dict[str, style_control.Styles] = {}
+        for path in self.answers:
+            style = style_control.read_styles(path, layout)
+            if style.model in by_model:
+                raise InputError(
+                    f"answers: {path}: another file has answers of {style.model!r} too; a model's "
+                    "name is its file's"
+                )
+            by_model[style.model] = style
         return style_control.scores(found, layout, by_model, self.control, self.baseline)
 
     def _mt_bench(self) -> list[dict[str, Any]]:
+        seen: dict[Any, str] = {}
         if mt_bench_pairs.holds_pairs(self.judgments[0]):
-            pairs = [j for path in self.judgments for j in mt_bench_pairs.read_judgments(path)]
+            pairs = [j for p in self.judgments for j in mt_bench_pairs.read_judgments(p, seen)]
             return mt_bench_pairs.scores(pairs, self.baseline)
         if self.baseline is not None:
             raise InputError(
                 f"baseline: these judgements are of single answers ({self.judgments[0]}), which "
                 "nothing is held against"
             )
-        return mt_bench.scores([j for p in self.judgments for j in mt_bench.read_judgments(p)])
+        read = mt_bench.read_judgments
+        return mt_bench.scores([j for p in self.judgments for j in read(p, seen)])
 
     def _alpaca_eval(self, path: Path) -> dict[str, Any]:
         annotations = alpaca_eval.read_annotations(path)

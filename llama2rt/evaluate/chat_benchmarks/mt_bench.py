@@ -21,6 +21,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     Id,
     Question,
     identifier,
+    judged_once,
     new,
     objects,
     required,
@@ -243,8 +244,14 @@ def filled(prompt: Prompt, values: Mapping[str, str]) -> str:
         raise InputError(f"the judge's prompt {prompt.name}: {error!r} is no field of it") from None
 
 
-def read_judgments(path: Path) -> list[Mapping[str, Any]]:
-    """model_judgment/JUDGE_single.jsonl."""
+def read_judgments(path: Path, seen: dict[Any, str] | None = None) -> list[Mapping[str, Any]]:
+    """model_judgment/JUDGE_single.jsonl.
+
+    A judgement that stands twice, in this file or one of `seen`, is an InputError, since it would
+    count as two: FastChat appends when it judges again, its show_result.py counts both, and its
+    clean_judgment.py keeps the first where its browser shows the last.
+    """
+    seen = {} if seen is None else seen
     found = []
     for where, row in objects(path, _JUDGED_KEYS, _JUDGED_ABOUT):
         identifier(where, "question_id", row["question_id"])
@@ -256,6 +263,7 @@ def read_judgments(path: Path) -> list[Mapping[str, Any]]:
             raise InputError(f"{where}: score: expected 1 to 10, or -1 for none, got {score!r}")
         if row["turn"] not in range(1, TURNS + 1):
             raise InputError(f"{where}: turn: expected 1 or 2, got {row['turn']!r}")
+        judged_once(where, row, [row["model"]], row["question_id"], seen)
         found.append(row)
     return found
 

@@ -29,6 +29,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     Answers,
     Question,
     identifier,
+    judged_once,
     objects,
     required,
     text,
@@ -164,8 +165,14 @@ def holds_pairs(path: Path) -> bool:
     return "g1_winner" in first
 
 
-def read_judgments(path: Path) -> list[Mapping[str, Any]]:
-    """model_judgment/JUDGE_pair.jsonl."""
+def read_judgments(path: Path, seen: dict[Any, str] | None = None) -> list[Mapping[str, Any]]:
+    """model_judgment/JUDGE_pair.jsonl.
+
+    A judgement that stands twice, in this file or one of `seen`, is an InputError, since it would
+    count as two: FastChat appends when it judges again, its show_result.py counts both, and its
+    clean_judgment.py keeps the first where its browser shows the last.
+    """
+    seen = {} if seen is None else seen
     found = []
     for where, row in objects(path, _KEYS, _ABOUT):
         identifier(where, "question_id", row["question_id"])
@@ -177,6 +184,7 @@ def read_judgments(path: Path) -> list[Mapping[str, Any]]:
                 raise InputError(
                     f"{where}: {key}: expected {', '.join(_WINNERS)}, got {row[key]!r}"
                 )
+        judged_once(where, row, names, row["question_id"], seen)
         found.append(row)
     return found
 

@@ -1,5 +1,6 @@
 """What the three benchmarks share: questions, answers, and rows of files, checked."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -99,6 +100,23 @@ def new(where: str, key: str, value: Any, seen: dict[Any, str]) -> None:
     if value in seen:
         raise InputError(f"{where}: {key}: {value!r} is that of {seen[value]} too")
     seen[value] = where
+
+
+def judged_once(
+    where: str, row: Mapping[str, Any], models: Collection[str], question: Id, seen: dict[Any, str]
+) -> None:
+    """InputError where the same judge has judged the same question and turn of `models`, in either
+    order of the two, before; `seen` has FILE:LINE of what was read so far, of all files."""
+    judge = json.dumps(row.get("judge"), sort_keys=True, ensure_ascii=False)
+    turn = row.get("turn")
+    key = (judge, frozenset(models), question, turn)
+    if key in seen:
+        of_turn = "" if turn is None else f", turn {turn}"
+        raise InputError(
+            f"{where}: question {question!r}{of_turn} of {' and '.join(models)}: judged in "
+            f"{seen[key]} too, by the same judge; keep one"
+        )
+    seen[key] = where
 
 
 def required(answers: Answers, question: Question, path: Path | str) -> tuple[str, ...]:

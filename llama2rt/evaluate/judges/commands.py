@@ -60,7 +60,7 @@ def judged(
         "versions": [{"name": name, **_lengths(versions[name], seed)} for name in versions],
         "against": against,
         "judges": rows,
-        "agreement": comparing.agreement(found),
+        "agreement": comparing.agreement(pairs, found),
     }
 
 

@@ -5,6 +5,7 @@ is the mean of the two verdicts (Llama 2, section 3.4: judges favour a position)
 unit of every interval. Equal answers are a tie that nobody is asked about.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -156,12 +157,26 @@ def progress(rows: Sequence[Mapping[str, Any]], against: str) -> dict[str, dict[
     }
 
 
-def agreement(found: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
-    """How far every two judges name the same winner of the same pairs: the share of those that both
-    decide, and Gwet's AC1 over win, tie and loss."""
-    rows = []
+def distinct(pairs: Sequence[Shown]) -> list[int]:
+    """Indices of pairs, one of each two answers to a conversation in either order: versions with
+    equal answers give the same pair again, which is no other observation of a judge."""
+    first: dict[Any, int] = {}
+    for i, pair in enumerate(pairs):
+        asked = pair.question
+        key = (json.dumps(asked.messages, sort_keys=True), frozenset((asked.first, asked.second)))
+        first.setdefault(key, i)
+    return list(first.values())
+
+
+def agreement(
+    pairs: Sequence[Shown], found: Mapping[str, Sequence[Outcome]]
+) -> list[dict[str, Any]]:
+    """How far every two judges name the same winner of the same pairs, `found` by judge and in the
+    order of `pairs`, each of them once (`distinct`): the share of those that both decide, and
+    Gwet's AC1 over win, tie and loss."""
+    rows, kept = [], distinct(pairs)
     for one, other in combinations(found, 2):
-        ours, theirs = (np.sign([o.margin for o in found[name]]) for name in (one, other))
+        ours, theirs = (np.sign([found[name][i].margin for i in kept]) for name in (one, other))
         both = (ours != 0) & (theirs != 0)
         row: dict[str, Any] = {
             "judges": [one, other],
