@@ -388,8 +388,8 @@ def torchrun(ranks, *arguments):
 
 
 def test_a_plan_whose_mesh_does_not_fit_the_ranks(on_ranks, pocket, tmp_path):
-    steps = [{"name": "V1", "stage": "rejection", "parallel": {"tensor": 3}}]
-    settings = plan(pocket, tmp_path, steps, {"lr": 1e-4})
+    steps = [{"name": "V1", "stage": "rejection"}]
+    settings = plan(pocket, tmp_path, steps, {"lr": 1e-4}) | {"parallel": {"tensor": 3}}
     for said in on_ranks(2, refused_plan, settings, tmp_path / "run"):
         assert "steps: V1: parallel: tensor 3 needs a multiple of 3 processes" in said
     assert not (tmp_path / "run").exists()

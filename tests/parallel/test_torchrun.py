@@ -42,9 +42,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     write_data(folder / "data")
     parallel = ParallelOptions()
-    base = recipe("pretrain", folder / "data", folder, parallel)
+    base = recipe("pretrain", folder / "data", folder, parallel, 1)
     pretrain.run(base, folder / "pretrain")
-    tuned = recipe("sft", folder / "data", folder / "pretrain" / "model", parallel)
+    tuned = recipe("sft", folder / "data", folder / "pretrain" / "model", parallel, 1)
     sft.run(tuned, folder / "sft")
     return folder
 
