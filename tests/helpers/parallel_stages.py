@@ -58,9 +58,7 @@ def write_data(folder: Path) -> None:
     )
 
 
-def recipe(
-    stage: str, folder: Path, init: Path, parallel: ParallelOptions, epochs: int = 2
-) -> Any:
+def recipe(stage: str, folder: Path, init: Path, parallel: ParallelOptions, epochs: int = 2) -> Any:
     """10 steps an epoch of `stage` (27 of a preference model's) on the files of `write_data`."""
     if stage == "pretrain":
         return PretrainRecipe(
