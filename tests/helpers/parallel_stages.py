@@ -59,7 +59,7 @@ def write_data(folder: Path) -> None:
 
 
 def recipe(stage: str, folder: Path, init: Path, parallel: ParallelOptions, epochs: int = 2) -> Any:
-    """10 steps an epoch of `stage` (27 of a preference model's) on the files of `write_data`."""
+    """`epochs` of `stage`, of 10 steps each but for preference models, on those files."""
     if stage == "pretrain":
         return PretrainRecipe(
             data=[folder / "text.txt"],
