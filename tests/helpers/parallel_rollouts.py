@@ -218,6 +218,15 @@ def run_plan(settings: dict[str, Any], directory: Path) -> str:
         return str(iterate.run(recipe, directory, resume=True))
 
 
+def refused_plan(settings: dict[str, Any], directory: Path) -> str:
+    """What a rank says of a plan that cannot be."""
+    try:
+        run_plan(settings, directory)
+    except InputError as error:
+        return str(error)
+    raise AssertionError("it was carried out")
+
+
 def ppo_parts(recipe: ppo.PpoRecipe) -> dict[str, Any]:
     """The first iteration of PPO, in parts: its rollout, and one round of mini-batches."""
     inputs = ppo.open_inputs(recipe)

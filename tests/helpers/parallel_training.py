@@ -24,7 +24,7 @@ from llama2rt.train import TrainOptions, fit
 from llama2rt.train.optimizer import Optimizer, placed
 
 CONFIG = LlamaConfig(32, 2, 4, 2, 64, vocab_size=53, context=64)
-STEPS = 20
+STEPS = 6  # every document once, and into the second epoch
 
 
 class Notes:

@@ -30,6 +30,7 @@ PRELOAD = [
     "llama2rt.cli",
     "llama2rt.parallel.command",
     "llama2rt.train.loop",
+    "rank_imports",
 ]
 
 

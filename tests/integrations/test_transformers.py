@@ -496,9 +496,12 @@ def test_what_cannot_be_patched_is_refused_and_left_as_it_is(settings, change, m
 
 
 def test_without_transformers_the_error_says_what_is_needed():
-    program = "import sys; sys.modules['transformers'] = None; import llama2rt.integrations"
-    run_python("-c", program)
-    failed = run_python("-c", f"{program}.transformers", status=1)
+    program = (
+        "import sys; sys.modules['transformers'] = None; import llama2rt.integrations\n"
+        "print('the package itself is there'); import llama2rt.integrations.transformers"
+    )
+    failed = run_python("-c", program, status=1)
+    assert failed.stdout == "the package itself is there\n"
     assert "ImportError: llama2rt.integrations.transformers needs transformers 5" in failed.stderr
 
 

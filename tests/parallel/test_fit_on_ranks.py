@@ -37,7 +37,7 @@ def alone(kind: str, tied: bool = False) -> dict:
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
-def test_twenty_steps(kind, mesh, on_ranks):
+def test_six_steps(kind, mesh, on_ranks):
     ranks, parallel = MESHES[mesh]
     agree(on_ranks(ranks, train, kind, parallel), alone(kind))
 

@@ -223,8 +223,9 @@ def test_kto_does_not_depend_on_micro_batches(pocket, tmp_path, kind):
     for micro_tokens in (40, 4096):
         train = TRAIN | {"lr": 2e-3, "micro_tokens": micro_tokens, "checkpoint_every": 0}
         said = tmp_path / "said.jsonl"
-        write(said, problem.comparisons("helpfulness", problem.TRAINING[:20], 0))
-        settings = from_files(pocket, data=[said], held_out=0, kind=kind, beta=1.0, train=train)
+        write(said, problem.comparisons("helpfulness", problem.TRAINING[:12], 0))
+        sizes = {"held_out": 0, "batch_size": 8, "epochs": 3}
+        settings = from_files(pocket, data=[said], kind=kind, beta=1.0, train=train, **sizes)
         offline.run(settings, tmp_path / str(micro_tokens))
         logged.append(json_lines.read(tmp_path / str(micro_tokens) / "metrics.jsonl"))
     assert len(logged[0]) == len(logged[1]) > 8
