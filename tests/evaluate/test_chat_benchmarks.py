@@ -265,7 +265,7 @@ def test_a_judgement_read_twice_is_refused(tmp_path, capsys):
     game = battle("A>B", "B>A", judge="j")
     cases = [
         ("mt-bench", grade, grade, {**grade, "turn": 2}, "question 81, turn 1 of m"),
-        ("mt-bench", pair, turned, {**pair, "turn": 2}, "question 81, turn 1 of n and m"),
+        ("mt-bench", pair, turned, {**pair, "turn": 2}, "question 81, turn 1 of "),
         ("arena-hard-v0.1", game, game, {**game, "question_id": "w"}, "question 'u' of m"),
         ("arena-hard-v2.0", {**game, "uid": "u"}, {**game, "uid": "u"}, {**game, "uid": "w"},
          "question 'u' of m"),
