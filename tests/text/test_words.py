@@ -72,6 +72,31 @@ def test_real_text_with_the_published_tokenizer(published, shared_data, monkeypa
     assert len(published._words) <= 3000 and len(published._parts) <= 3000
 
 
+@pytest.fixture
+def asked(small_tokenizer, monkeypatch):
+    """(texts that the library is asked for, the new encoder that asks it)."""
+    found, texts, encode = WordEncoder(small_tokenizer, DTYPE), [], small_tokenizer.encode
+
+    def spy(text):
+        texts.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(small_tokenizer, "encode", spy)
+    return texts, found
+
+
+PROSE = "the fox jumps over the lazy dog, and the dog counts the sheep again\n" * 3
+
+
+def test_words_are_remembered(asked):
+    texts, encoder = asked
+    [first] = encoder([PROSE])
+    assert len(texts) == 1 and PROSE not in texts  # all new words at once
+    [second] = encoder([PROSE])
+    assert len(texts) == 1
+    assert first.tolist() == second.tolist() == encoder.tokenizer.encode(PROSE)
+
+
 def test_sentences_without_spaces_are_not_remembered(encoder):
     text = "\u6cb3\u6c34" * 30
     assert next(encoder([text])).tolist() == encoder.tokenizer.encode(text)
