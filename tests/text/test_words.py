@@ -97,6 +97,21 @@ def test_words_are_remembered(asked):
     assert first.tolist() == second.tolist() == encoder.tokenizer.encode(PROSE)
 
 
+def test_texts_of_mostly_new_words_are_the_librarys_own(asked):
+    """But for one group in so many, so that words that come again are noticed."""
+    texts, encoder = asked
+    given_texts = [" ".join(f"{n:x}q" for n in range(20 * i, 20 * i + 20)) for i in range(40)]
+    found = [next(encoder([text])).tolist() for text in given_texts]
+    every = words._LEARNED_OF_NEW
+    expected = [text for i, text in enumerate(given_texts) if i % every]
+    assert [text for text in texts if text in given_texts] == expected
+    assert found == [encoder.tokenizer.encode(text) for text in given_texts]
+    # Most of the words of this one are known or come again.
+    texts.clear()
+    list(encoder([given_texts[0] + " " + PROSE]))
+    assert len(texts) == 1 and PROSE not in texts[0]
+
+
 def test_sentences_without_spaces_are_not_remembered(encoder):
     text = "\u6cb3\u6c34" * 30
     assert next(encoder([text])).tolist() == encoder.tokenizer.encode(text)
