@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from llama2rt.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 _FORMAT = "llama2rt-shards-1"
-_OPEN = 64
-"""files mapped at a time: an epoch's windows come from all shards in turn"""
+_OPEN = 256
+"""files mapped at a time, of all sources together: a step's windows may come from any number of
+shards, each map keeps a descriptor, and a process has 1,024 of them where nobody asked for more"""
 _SCANNED = 1 << 20  # ids read at once in search of a document's beginning
 
 
@@ -83,7 +84,6 @@ class Shards:
                 )
         self.digest = hashlib.sha256(text).hexdigest()
         self.lengths = [shard.tokens for shard in self.shards]
-        self._stream = functools.lru_cache(maxsize=_OPEN)(self._opened)
 
     @property
     def tokens(self) -> int:
@@ -103,18 +103,11 @@ class Shards:
             raise InputError(f"{self.folder}: was made with another tokenizer; build it again")
 
     def stream(self, index: int) -> TokenStream:
-        """The ids of shard `index`, as many as `lengths` says."""
-        return self._stream(index)
-
-    def _opened(self, index: int) -> TokenStream:
+        """The ids of shard `index`, as many as `lengths` says. They can be held in any number: the
+        file is opened when ids are read, which raises InputError where it is damaged."""
         shard = self.shards[index]
-        file = TokenFile(self.folder / shard.file)
-        if len(file) != shard.tokens:
-            raise InputError(f"{file.path}: damaged: {len(file)} ids, expected {shard.tokens}")
-        length = self.lengths[index]
-        if length == len(file):
-            return file
-        return TokenStream(file.ids()[:length], self.bos, file.text_bytes)
+        opened = functools.partial(_mapped, self.folder / shard.file, shard)
+        return _ShardStream(opened, self.lengths[index], self.bos, shard.text_bytes)
 
     def verify(self, known: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Read every shard and compare its hash with the manifest's; returns what `known` has to be
@@ -161,6 +154,31 @@ class Shards:
         kept = Shards(self.folder)
         kept.lengths = self.lengths[:first] + ([cut] if cut else [])
         return kept, HeldOut(streams, text_bytes)
+
+
+class _ShardStream(TokenStream):
+    """The first `length` of the ids that `opened` gives, which are not kept."""
+
+    def __init__(
+        self, opened: Callable[[], np.ndarray], length: int, bos: int, text_bytes: int
+    ) -> None:
+        self._opened, self._length = opened, length
+        self.bos, self.text_bytes = bos, text_bytes
+
+    def __len__(self) -> int:
+        return self._length
+
+    def ids(self) -> np.ndarray:
+        return self._opened()[: self._length]
+
+
+@functools.lru_cache(maxsize=_OPEN)
+def _mapped(path: Path, shard: Shard) -> np.ndarray:
+    """All ids of a token file that has to be as its row says."""
+    file = TokenFile(path)
+    if len(file) != shard.tokens:
+        raise InputError(f"{path}: damaged: {len(file)} ids, expected {shard.tokens}")
+    return file.ids()
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,15 @@ class TokenStream:
         """The window of `length` ids from `begin` on, the stream read as a ring that leaves out the
         last id (which has no successor): its ids and the one behind them, [n + 1] of a piece, two
         pieces where it goes around the end. `begin` and `length` are at most the ring's."""
-        beyond = begin + length - (len(self._ids) - 1)
+        ids = self.ids()
+        beyond = begin + length - (len(ids) - 1)
         if beyond <= 0:
-            return [self._ids[begin : begin + length + 1]]
-        return [self._ids[begin:], self._ids[: beyond + 1]]
+            return [ids[begin : begin + length + 1]]
+        return [ids[begin:], ids[: beyond + 1]]
 
     def batches(self, context: int, micro_tokens: int) -> Iterator[Batch]:
         """The whole stream once, in order, in windows of `context`: for a held-out loss."""
-        size = len(self._ids) - 1
+        size = len(self) - 1
         step = max(micro_tokens // context, 1) * context
         for at in range(0, size, step):
             begins = range(at, min(at + step, size), context)

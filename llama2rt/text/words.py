@@ -31,6 +31,10 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 MOST_WORDS = 1 << 18
 """remembered at a time, and as many parts"""
 _TOGETHER = 1 << 14  # characters of texts that are read at once
+# To learn a word takes up to four times as long as the library takes for it, in vain where it never
+# comes again. Of groups with mostly new words (random names, log lines) one in so many is learned,
+# beginning with the first: where words do come again, the next groups have fewer new ones.
+_LEARNED_OF_NEW = 16
 _LONGEST = 32  # characters of what is remembered: in scripts without spaces a sentence is a word
 
 
@@ -45,6 +49,8 @@ class WordEncoder:
         # has a space before it that is not written.
         self._words: dict[str, bytes] = {}
         self._parts: dict[str, bytes] = {}
+        self._mostly_new = 0
+        """groups so far most of whose words were new"""
         # Behind the space that the library puts before a text.
         self._line_break = self._encode("\n")[1:] if self.by_words else np.empty(0, dtype)
 
@@ -78,6 +84,12 @@ class WordEncoder:
                 lacking[index] = words
         if lacking:
             new = set().union(*lacking.values()).difference(self._words)
+            if 2 * len(new) > sum(map(len, lacking.values())):
+                self._mostly_new += 1
+                if self._mostly_new % _LEARNED_OF_NEW != 1:
+                    for index in lacking:
+                        found[index] = self._encode(texts[index]).tobytes()
+                    return [np.frombuffer(ids, self.dtype) for ids in found]
             parts = self._learn(new)
             for index, words in lacking.items():
                 found[index] = b"".join(map(ids_of, words))

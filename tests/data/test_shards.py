@@ -1,7 +1,10 @@
 """Folders of token shards, and the loader that mixes them."""
 
 import json
+import os
+import resource
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,3 +191,40 @@ def test_the_end_is_held_out_in_whole_documents(sources, small_tokenizer, fracti
 def test_one_document_is_not_cut(small_tokenizer, tmp_path):
     made = folder_of(tmp_path, small_tokenizer, ["one fox jumps over"], 1)
     assert made.hold_out(0.5, small_tokenizer) is None
+
+
+@pytest.fixture
+def few_files():
+    """A process that may open 16 files more than are mapped at a time."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = len(os.listdir("/proc/self/fd")) + shards._OPEN + 16
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    yield shards._OPEN + 16
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_step_and_a_held_out_end_may_have_more_shards_than_files_can_be_open(
+    few_files, small_tokenizer, tmp_path
+):
+    """Of two sources together: each alone has fewer than that."""
+    count = few_files // 2 + 20
+    tokens.build(["the fox jumps"], small_tokenizer, tmp_path / "one")
+    content = (tmp_path / "one").read_bytes()
+    made = {}
+    for name in ("foxes", "sheep"):
+        row = None
+        for index in range(count):
+            path = tmp_path / name / f"{index:05}.tokens"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            row = row or shards.Shard.of(path)
+        rows = [replace(row, file=f"{index:05}.tokens") for index in range(count)]
+        made[name] = shards.write_manifest(tmp_path / name, rows, small_tokenizer)
+    # A window is a shard.
+    step = make(made, batch_tokens=2 * count * CONTEXT).next()
+    _, *ids, _ = tokens.TokenFile(tmp_path / "one").ids().tolist()
+    assert sum(len(micro.cu_seqlens) - 1 for micro in step) >= 2 * count
+    assert sum(micro.weight for micro in step) == 2 * count * (len(ids) + 1)
+    ends = [one.hold_out(0.99, small_tokenizer)[1] for one in made.values()]
+    predicted = sum(batch.weight for end in ends for batch in end.batches(16, 64))
+    assert predicted == sum(len(end.streams) for end in ends) * (len(ids) + 1)

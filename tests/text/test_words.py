@@ -72,6 +72,46 @@ def test_real_text_with_the_published_tokenizer(published, shared_data, monkeypa
     assert len(published._words) <= 3000 and len(published._parts) <= 3000
 
 
+@pytest.fixture
+def asked(small_tokenizer, monkeypatch):
+    """(texts that the library is asked for, the new encoder that asks it)."""
+    found, texts, encode = WordEncoder(small_tokenizer, DTYPE), [], small_tokenizer.encode
+
+    def spy(text):
+        texts.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(small_tokenizer, "encode", spy)
+    return texts, found
+
+
+PROSE = "the fox jumps over the lazy dog, and the dog counts the sheep again\n" * 3
+
+
+def test_words_are_remembered(asked):
+    texts, encoder = asked
+    [first] = encoder([PROSE])
+    assert len(texts) == 1 and PROSE not in texts  # all new words at once
+    [second] = encoder([PROSE])
+    assert len(texts) == 1
+    assert first.tolist() == second.tolist() == encoder.tokenizer.encode(PROSE)
+
+
+def test_texts_of_mostly_new_words_are_the_librarys_own(asked):
+    """But for one group in so many, so that words that come again are noticed."""
+    texts, encoder = asked
+    given_texts = [" ".join(f"{n:x}q" for n in range(20 * i, 20 * i + 20)) for i in range(40)]
+    found = [next(encoder([text])).tolist() for text in given_texts]
+    every = words._LEARNED_OF_NEW
+    expected = [text for i, text in enumerate(given_texts) if i % every]
+    assert [text for text in texts if text in given_texts] == expected
+    assert found == [encoder.tokenizer.encode(text) for text in given_texts]
+    # Most of the words of this one are known or come again.
+    texts.clear()
+    list(encoder([given_texts[0] + " " + PROSE]))
+    assert len(texts) == 1 and PROSE not in texts[0]
+
+
 def test_sentences_without_spaces_are_not_remembered(encoder):
     text = "\u6cb3\u6c34" * 30
     assert next(encoder([text])).tolist() == encoder.tokenizer.encode(text)
