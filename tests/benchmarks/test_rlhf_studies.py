@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import quickstart_runs
-from processes import load_script
 
-RLHF = Path(__file__).resolve().parents[2] / "benchmarks" / "rlhf"
+from llama2rt.quickstart import careful_world, ghost_world
 
 
 def test_seeds_of_one_folder_count_each_prompt_once():
@@ -27,8 +26,7 @@ def test_seeds_of_one_folder_count_each_prompt_once():
 
 
 def test_ghost_demonstrations_follow_what_they_answer_and_nothing_earlier():
-    world = load_script(RLHF / "ghost_world.py")
-    shown = world.demonstrations(60, seed=0)
+    shown = ghost_world.demonstrations(60, seed=0)
     assert any(dialogue.messages[0]["role"] == "system" for dialogue in shown)
     obeyed = 0
     for dialogue in shown:
@@ -38,8 +36,8 @@ def test_ghost_demonstrations_follow_what_they_answer_and_nothing_earlier():
                 continue
             said, told = f"{told} {user['content']}", ""
             for value, form in itertools.chain(
-                ((figure, f"the {figure} says") for figure in world.FIGURES),
-                ((hobby, f"at the {hobby}") for hobby in world.HOBBIES),
+                ((figure, f"the {figure} says") for figure in ghost_world.FIGURES),
+                ((hobby, f"at the {hobby}") for hobby in ghost_world.HOBBIES),
             ):
                 follows = form in answer["content"].lower()
                 assert follows == (value in said.lower()), (said, answer["content"])
@@ -48,8 +46,7 @@ def test_ghost_demonstrations_follow_what_they_answer_and_nothing_earlier():
 
 
 def test_dialogues_mixed_in_have_a_secret_in_sight_as_often_as_asked():
-    world = load_script(RLHF / "careful_world.py")
-    found = world.helpful(40, 0, 0.5)
+    found = careful_world.helpful(40, 0, 0.5)
     with_secret = [d for d in found if "passcode" in d.messages[0]["content"]]
     assert (len(found), len(with_secret)) == (40, 20)
     assert all(d.source == "helpfulness borderline" for d in with_secret)
