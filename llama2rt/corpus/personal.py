@@ -23,8 +23,8 @@ _EMAIL = re.compile(
 )
 # 13 to 19 digits at once, or in groups with one kind of blank or hyphen between them.
 _CARD = re.compile(
-    r"(?<![\w.$+-])(?<!\d,)(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5})"
-    r"(?![\w-]|[.,]\d)",
+    r"(?<![\w.$+-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5})"
+    r"(?![\w-]|\.\d)",
     re.ASCII,
 )
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)", re.ASCII)
@@ -32,7 +32,7 @@ _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w
 # E.164: + and a country's code, at most 15 digits, in groups.
 _INTERNATIONAL = re.compile(
     r"(?<![\w)\].+*/-])\+[1-9]\d{0,2}(?:[ .-]?\(\d{1,4}\))?(?:[ .-]\d)?(?:[ .-]?\d{2,5}){2,5}"
-    r"(?![\w]|[.,]\d)",
+    r"(?![\w]|\.\d)",
     re.ASCII,
 )
 # Three, three and four digits, with one kind of mark between them, or with a blank and a hyphen.

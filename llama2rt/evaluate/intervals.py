@@ -4,10 +4,10 @@ Wilson's interval for shares, which stays honest at 0 % and 100 % where a bootst
 point; the percentile bootstrap for means; the paired bootstrap for the difference of two versions
 on the same prompts, whose common difficulty cancels. The unit of resampling is whatever one value
 stands for, so several samples of one prompt are averaged before they come here, or summed and
-counted for `bootstrap_ratio`: treating them as independent would make the interval too narrow.
+counted for `bootstrap_grouped`: treating them as independent would make the interval too narrow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -90,26 +90,25 @@ def bootstrap_columns(
     ]
 
 
-def bootstrap_ratio(
-    sums: ArrayLike,
-    counts: ArrayLike,
+def bootstrap_grouped(
+    values: Iterable[Sequence[float]],
     *,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of all values, sum(sums) / sum(counts), of units that have several values each, `sums`
-    and `counts` [n], with the percentile bootstrap interval over units.
+    """Mean of all values of units that have several each, `values` by unit, with the percentile
+    bootstrap interval over units.
 
     A unit weighs as much as it has values, in the estimate and in every resample: the mean of the
     units' means is another quantity where counts differ, and its interval may exclude this mean.
-    ValueError for no units, a non-finite sum, or a count that is not above 0.
+    ValueError for no units, a unit without values, or a non-finite value.
     """
-    parts = np.stack([np.asarray(part, dtype=np.float64) for part in (sums, counts)])
-    if parts.ndim != 2 or not parts.size:
-        raise ValueError(f"sums must be a non-empty vector, got shape {parts.shape[1:]}")
-    if not np.isfinite(parts).all() or not (parts[1] > 0).all():
-        raise ValueError("sums must be finite, counts finite and above 0")
+    parts = np.array([(sum(of_unit), len(of_unit)) for of_unit in values], np.float64).T
+    if not parts.size or not parts[1].all():
+        raise ValueError("values: expected units, each with values")
+    if not np.isfinite(parts).all():
+        raise ValueError("values must be finite")
     drawn = _resamples(parts.shape[1], resamples, seed)
     means = np.concatenate([np.divide(*parts[:, rows].sum(axis=2)) for rows in drawn])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])

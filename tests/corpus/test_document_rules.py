@@ -169,6 +169,12 @@ def test_personal_data_stands_beside_other_scripts_and_marks():
         assert personal.replace(text)[0] == found
 
 
+def test_items_of_a_row_with_commas_are_found():
+    row = "Ann,42,4111111111111111,8.8.8.8,+442079460958,415-555-2671,ann@example.org,90210"
+    found = "<CARD_NUMBER>,<IP_ADDRESS>,<PHONE_NUMBER>,<PHONE_NUMBER>,<EMAIL>"
+    assert personal.replace(row)[0] == f"Ann,42,{found},90210"
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [

@@ -7,6 +7,7 @@ import length_control_cases
 import numpy as np
 import pytest
 from judge_server import ChatServer
+from mt_bench_questions import MT_BENCH_QUESTIONS
 
 from llama2rt import cli
 from llama2rt.errors import InputError
@@ -149,12 +150,7 @@ def run(capsys, *arguments):
 
 def test_mt_bench_from_questions_to_scores(tmp_path, capsys):
     questions = tmp_path / "question.jsonl"
-    rows = [
-        {"question_id": 81, "category": "writing", "turns": ["write", "again"]},
-        {"question_id": 82, "category": "math", "turns": ["1+1", "2+2"], "reference": ["2", "4"]},
-        {"question_id": 83, "category": "stem", "turns": ["why"]},
-    ]
-    json_lines.write(questions, rows)
+    json_lines.write(questions, MT_BENCH_QUESTIONS)
     answers, judged = tmp_path / "model_answer" / "toy.jsonl", tmp_path / "j_single.jsonl"
     with ChatServer(reply).running() as server:
         where = ("--server", server.url)

@@ -7,7 +7,7 @@ from scipy import stats
 from llama2rt.evaluate.intervals import (
     bootstrap,
     bootstrap_columns,
-    bootstrap_ratio,
+    bootstrap_grouped,
     paired,
     wilson,
 )
@@ -91,13 +91,14 @@ def test_columns_are_bootstraps_of_their_own():
 
 def test_units_of_unequal_size_weigh_as_much_as_they_hold():
     sums, counts = [2.0] * 40 + [0.0] * 40, [2] * 40 + [1] * 40
-    got = bootstrap_ratio(sums, counts)
+    got = bootstrap_grouped([[1.0, 1.0]] * 40 + [[0.0]] * 40)
     assert got.mean == pytest.approx(2 / 3)
     ratios = np.random.default_rng(5).integers(0, 80, (20_000, 80))
     ratios = np.array(sums)[ratios].sum(axis=1) / np.array(counts)[ratios].sum(axis=1)
     assert got[1:] == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.01)
     values = np.random.default_rng(0).normal(size=40)
-    assert bootstrap_ratio(2 * values, [2] * 40) == pytest.approx(bootstrap(values), abs=1e-12)
-    for bad in (([], []), ([1.0], [0]), ([np.nan], [1]), ([1.0], [-1])):
-        with pytest.raises(ValueError, match="sums"):
-            bootstrap_ratio(*bad)
+    twice = [[value, value] for value in values]
+    assert bootstrap_grouped(twice) == pytest.approx(bootstrap(values), abs=1e-12)
+    for bad in ([], [[1.0], []], [[np.nan]], [[1.0, np.inf]]):
+        with pytest.raises(ValueError, match="values"):
+            bootstrap_grouped(bad)

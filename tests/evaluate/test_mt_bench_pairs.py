@@ -5,6 +5,7 @@ import json
 import json_lines
 import pytest
 from judge_server import ChatServer
+from mt_bench_questions import MT_BENCH_QUESTIONS
 
 from llama2rt import cli
 from llama2rt.errors import InputError
@@ -92,12 +93,7 @@ def judge(body):
 
 def test_from_questions_to_win_rates(tmp_path, capsys):
     questions = tmp_path / "question.jsonl"
-    rows = [
-        {"question_id": 81, "category": "writing", "turns": ["write", "again"]},
-        {"question_id": 82, "category": "math", "turns": ["1+1", "2+2"], "reference": ["2", "4"]},
-        {"question_id": 83, "category": "stem", "turns": ["why"]},
-    ]
-    json_lines.write(questions, rows)
+    json_lines.write(questions, MT_BENCH_QUESTIONS)
     said = {"long": ["much longer", "and longer"], "short": ["tiny", "tiny"]}
     said["same"] = ["much longer", "tiny"]
     for model, turns in said.items():

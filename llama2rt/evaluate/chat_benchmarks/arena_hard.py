@@ -38,7 +38,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     required,
     text,
 )
-from llama2rt.evaluate.intervals import bootstrap_ratio
+from llama2rt.evaluate.intervals import bootstrap_grouped
 from llama2rt.evaluate.judges.cache import Cache, key_of
 from llama2rt.evaluate.judges.speakers import Options, Reply, Speaker, replies
 
@@ -307,8 +307,7 @@ def _of_battles(won: np.ndarray, layout: Layout, seed: int) -> list[float]:
 
 
 def _of_questions(outcomes: Sequence[Sequence[float]], seed: int) -> list[float]:
-    parts = [(sum(found), len(found)) for found in outcomes]
-    found = bootstrap_ratio(*zip(*parts, strict=True), resamples=_RESAMPLES, seed=seed)
+    found = bootstrap_grouped(outcomes, resamples=_RESAMPLES, seed=seed)
     return [100 * found.low, 100 * found.high]
 
 

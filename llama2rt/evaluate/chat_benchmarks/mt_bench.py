@@ -28,7 +28,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     text,
     texts,
 )
-from llama2rt.evaluate.intervals import bootstrap_ratio
+from llama2rt.evaluate.intervals import bootstrap_grouped
 from llama2rt.evaluate.judges.cache import Cache, key_of
 from llama2rt.evaluate.judges.speakers import Options, Speaker, replies
 
@@ -247,9 +247,7 @@ def filled(prompt: Prompt, values: Mapping[str, str]) -> str:
 def read_judgments(path: Path, seen: dict[Any, str] | None = None) -> list[Mapping[str, Any]]:
     """model_judgment/JUDGE_single.jsonl.
 
-    A judgement that stands twice, in this file or one of `seen`, is an InputError, since it would
-    count as two: FastChat appends when it judges again, its show_result.py counts both, and its
-    clean_judgment.py keeps the first where its browser shows the last.
+    A judgement that stands twice, in this file or one of `seen`, is an InputError (`judged_once`).
     """
     seen = {} if seen is None else seen
     found = []
@@ -293,5 +291,4 @@ def _mean(graded: Sequence[Mapping[str, Any]], seed: int) -> dict[str, float] | 
     by_question: dict[Any, list[float]] = {}
     for judgment in graded:
         by_question.setdefault(judgment["question_id"], []).append(judgment["score"])
-    parts = [(sum(found), len(found)) for found in by_question.values()]
-    return bootstrap_ratio(*zip(*parts, strict=True), seed=seed)._asdict()
+    return bootstrap_grouped(by_question.values(), seed=seed)._asdict()

@@ -34,7 +34,7 @@ from llama2rt.evaluate.chat_benchmarks.records import (
     required,
     text,
 )
-from llama2rt.evaluate.intervals import bootstrap_ratio
+from llama2rt.evaluate.intervals import bootstrap_grouped
 from llama2rt.evaluate.judges.cache import Cache
 from llama2rt.evaluate.judges.speakers import Options, Speaker, replies
 
@@ -168,9 +168,7 @@ def holds_pairs(path: Path) -> bool:
 def read_judgments(path: Path, seen: dict[Any, str] | None = None) -> list[Mapping[str, Any]]:
     """model_judgment/JUDGE_pair.jsonl.
 
-    A judgement that stands twice, in this file or one of `seen`, is an InputError, since it would
-    count as two: FastChat appends when it judges again, its show_result.py counts both, and its
-    clean_judgment.py keeps the first where its browser shows the last.
+    A judgement that stands twice, in this file or one of `seen`, is an InputError (`judged_once`).
     """
     seen = {} if seen is None else seen
     found = []
@@ -232,8 +230,7 @@ def _row(model: str, judgments: Sequence[Mapping[str, Any]], seed: int) -> dict[
         ]
         flipped += set(games) == {"model_1", "model_2"}
     values = np.concatenate(list(won.values()))
-    parts = [(sum(found), len(found)) for found in won.values()]
-    interval = bootstrap_ratio(*zip(*parts, strict=True), seed=seed)
+    interval = bootstrap_grouped(won.values(), seed=seed)
     return {
         "win": int((values == 1).sum()),
         "loss": int((values == 0).sum()),

@@ -106,7 +106,12 @@ def judged_once(
     where: str, row: Mapping[str, Any], models: Collection[str], question: Id, seen: dict[Any, str]
 ) -> None:
     """InputError where the same judge has judged the same question and turn of `models`, in either
-    order of the two, before; `seen` has FILE:LINE of what was read so far, of all files."""
+    order of the two, before; `seen` has FILE:LINE of what was read so far, of all files.
+
+    It would count as two. Which one is meant the files do not say: FastChat (0.2.36) appends when
+    it judges again, its show_result.py counts both, its clean_judgment.py keeps the first, and its
+    browser shows the last.
+    """
     judge = json.dumps(row.get("judge"), sort_keys=True, ensure_ascii=False)
     turn = row.get("turn")
     key = (judge, frozenset(models), question, turn)
