@@ -181,8 +181,8 @@ def test_mt_bench_from_questions_to_scores(tmp_path, capsys):
         run(capsys, "score", "mt-bench", judged, "--baseline", "toy")
     said = "baseline: these judgements are of single answers"
     assert left.value.code == 2 and said in capsys.readouterr().err
-    rows[1].pop("reference")
-    json_lines.write(questions, rows)
+    bare = [{k: v for k, v in row.items() if k != "reference"} for row in MT_BENCH_QUESTIONS]
+    json_lines.write(questions, bare)
     with pytest.raises(SystemExit) as left:
         run(capsys, *given, "--server-model", "any")
     assert (

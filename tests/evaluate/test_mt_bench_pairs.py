@@ -103,7 +103,7 @@ def test_from_questions_to_win_rates(tmp_path, capsys):
                 "model_id": model,
                 "choices": [{"index": 0, "turns": turns[: len(row["turns"])]}],
             }
-            for row in rows
+            for row in MT_BENCH_QUESTIONS
         ]
         json_lines.write(tmp_path / f"{model}.jsonl", answers)
     judged = [tmp_path / f"{model}_pair.jsonl" for model in ("long", "same")]
