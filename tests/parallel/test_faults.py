@@ -11,7 +11,8 @@ from rank_groups import Group
 
 from llama2rt.parallel.faults import Beat, Heard, missing
 
-LIMIT = 3.0
+# Of shared machines: a rank there was once not heard of for three seconds.
+LIMIT = 5.0
 
 
 def reach(out, ranks=2, seconds=60):
@@ -81,10 +82,11 @@ def test_a_stopped_rank_is_named_and_ends_the_group(tmp_path, rank):
 def test_a_hanging_rank_is_named_with_what_it_does(tmp_path):
     group = Group(3, tmp_path / "said", command_of_a_stage, tmp_path / "out", "sleep", 1, LIMIT)
     statuses = group.wait()
-    assert statuses[0] == statuses[2] == 1 and statuses[1] in (1, -signal.SIGKILL)
+    assert statuses[0] == statuses[2] == 1, (statuses, group.said())
+    assert statuses[1] in (1, -signal.SIGKILL)
     (line,) = group.said()
     assert line == (
-        "llama2rt: rank 1 (in step 6) has been waited for by the others for 3 seconds; the group "
+        "llama2rt: rank 1 (in step 6) has been waited for by the others for 5 seconds; the group "
         "ends"
     )
     goes_on(tmp_path / "out", 3)
@@ -93,10 +95,11 @@ def test_a_hanging_rank_is_named_with_what_it_does(tmp_path):
 def test_a_rank_that_hangs_in_its_share_of_a_rollout_is_named(tmp_path):
     group = Group(3, tmp_path / "said", command_of_a_stage, tmp_path / "out", "share", 1, LIMIT)
     statuses = group.wait()
-    assert statuses[0] == statuses[2] == 1 and statuses[1] in (1, -signal.SIGKILL)
+    assert statuses[0] == statuses[2] == 1, (statuses, group.said())
+    assert statuses[1] in (1, -signal.SIGKILL)
     (line,) = group.said()
     assert line == (
-        "llama2rt: rank 1 (in step 6) has stood still in a share of the work for 3 seconds; the "
+        "llama2rt: rank 1 (in step 6) has stood still in a share of the work for 5 seconds; the "
         "group ends"
     )
 
