@@ -1,10 +1,15 @@
 """Files that appear whole or not at all, since a half-written one might be read as complete."""
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+PARTIAL = ".partial"
+_OURS = re.compile(rf"\..+\.[a-z0-9_]+{re.escape(PARTIAL)}")
 
 
 @contextmanager
@@ -16,7 +21,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -37,6 +42,20 @@ def write(path: str | Path, content: bytes | str) -> None:
     """Replace the file `path` by `content` (text as UTF-8)."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sweep(directory: Path, keep_out: str) -> None:
+    """Remove what killed processes left half-written in `directory`, which this one must have to
+    itself. Folders inside that hold a file of the name `keep_out` are left alone."""
+    for folder, folders, names in os.walk(directory):
+        if keep_out in names and Path(folder) != directory:
+            folders.clear()
+            continue
+        for name in filter(_OURS.fullmatch, names):
+            (Path(folder) / name).unlink()
+        for name in filter(_OURS.fullmatch, folders.copy()):
+            folders.remove(name)
+            shutil.rmtree(Path(folder) / name)
 
 
 def sync(path: Path) -> None:

@@ -54,7 +54,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not _replaceable(folder):
         raise InputError(f"{folder}: exists and is not a model folder; choose another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(atomic.PARTIAL, f".{folder.name}.", folder.parent))
     fresh = scratch / "new"
     fresh.mkdir()
     try:

@@ -37,8 +37,6 @@ def run(recipe: CorpusRecipe, directory: Path, *, resume: bool = False) -> Path:
         return leaves
     work = directory / output.WORK
     work.mkdir(exist_ok=True)
-    for partial in directory.rglob(".*.partial"):  # of a run that was killed
-        partial.unlink()
     parts = chunks.divide(recipe)
     sizes = [chunk.size for chunk in parts]
     with Workers(recipe, directory) as group:

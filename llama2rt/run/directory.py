@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
+from llama2rt import atomic
 from llama2rt.errors import InputError
 from llama2rt.parallel import by_main, is_main, on_main
 from llama2rt.parallel.checkpoint import open_store
@@ -135,6 +136,7 @@ def _begin_or_continue(
         found, changes, longer = manifest.resume(directory, recipe, hashes)
         if longer or not found["complete"]:
             lock.lock(directory)
+            atomic.sweep(directory, keep_out=manifest.FILE)  # runs inside see to themselves
             if changes:
                 found = manifest.changed(found, resolved, changes)
                 manifest.write_with_recipe(directory, found)

@@ -36,16 +36,11 @@ from llama2rt import cli
 from llama2rt.annotate import AnswerPair, Judgement
 from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
-from llama2rt.data.records import KINDS, Dialogue, Document
+from llama2rt.data.records import Dialogue, Document
 from llama2rt.model import Llama
 from llama2rt.report.plot import Plot
 from llama2rt.stages import STAGES, loading
-from llama2rt.stages.annotate import PARTS, file_name
 
-# What a run leaves that must be the same to the bit.
-FILES = {"pairs.jsonl", "best.jsonl", "dialogues.jsonl", "model.safetensors"} | {
-    file_name(kind, part) for kind in KINDS for part in PARTS
-}
 TRAIN = {"log_every": 2, "checkpoint_every": 2, "validate_every": 0}
 # Rates so low that the policy stays undecided: it must give annotators two answers to the end.
 DEFAULTS: dict[str, Any] = {
@@ -311,14 +306,18 @@ def at_work(out: Path) -> str:
 
 
 def results(out: Path) -> dict[str, Any]:
-    """What must be the same: hashes of models and comparisons, numbers of reports."""
+    """What must be the same: hashes of models and records, numbers of reports. What is left half-
+    written is in only one of the two."""
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.name in FILES:
+        if path.suffix == ".partial":
+            found[name] = "half-written"
+        elif path.name == "model.safetensors" or path.suffix == ".jsonl":
             # Pairs name the policy that answered, an earlier iteration's folder.
             content = path.read_bytes().replace(str(out).encode(), b"OUT")
-            found[name] = hashlib.sha256(content).hexdigest()
+            if path.name != "metrics.jsonl":  # which holds times
+                found[name] = hashlib.sha256(content).hexdigest()
         elif path.name == "report.json":
             found[name] = without_times(json.loads(path.read_text()), str(out))
     return found

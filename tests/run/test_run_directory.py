@@ -243,6 +243,34 @@ sys.stdin.read()
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path):
+    script = """
+import contextlib, os, sys
+from pathlib import Path
+from llama2rt import atomic
+from llama2rt.checkpoint.files import new_folder
+from llama2rt.run import Recipe, Run
+with contextlib.ExitStack() as halves:
+    for path in map(Path, sys.argv[1:]):
+        run = Run.open(path, Recipe())
+        folder = halves.enter_context(new_folder(run.model_directory))
+        (folder / "config.json").write_text("half")
+        file = halves.enter_context(atomic.replacing(run.samples_directory / "best.jsonl"))
+        file.write(b"half")
+    os._exit(9)
+"""
+    outer, inner = tmp_path / "run", tmp_path / "run" / "V1"
+    command = [sys.executable, "-P", "-c", script, str(outer), str(inner)]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert len(list(tmp_path.rglob("*.partial"))) == 4
+    (outer / ".notes.partial").write_text("somebody's")
+    for opened in (outer, inner):
+        Run.open(opened, Recipe(), resume=True)
+        # A run inside may be another process's, and is swept when it is opened itself.
+        assert (len(list(tmp_path.rglob("*.partial"))) == 3) == (opened == outer)
+    assert list(tmp_path.rglob("*.partial")) == [outer / ".notes.partial"]
+
+
 def test_an_abandoned_run_leaves_its_place_free(tmp_path):
     Run.open(tmp_path / "run", Tiny())
     Run.open(tmp_path / "run" / "V1", Tiny()).log(1, loss=1.0)
