@@ -1,6 +1,7 @@
 """One step of reward modelling, ours and TRL's: what `reward_step.py` measures.
 
-Same weights, same pairs, same margins, one batch a step, fp32. Each side is what its users run:
+Same weights, same pairs, same margins, one batch a step, in fp32 or with products in bf16 and
+fp32 weights (ours `train.precision`, TRL's `bf16`, its default). Each side is what its users run:
 ours the loader, objective and optimizer of `llama2rt reward` (a pair's prompt computed once, or
 "whole", once a side), TRL's a RewardTrainer with its own collator, loop, fused AdamW and clipping.
 Two settings:
@@ -12,7 +13,7 @@ Two settings:
 Run as a script it is one side alone in its own process, allocator as shipped. A line on stdin asks
 for a step; its seconds, CPU seconds and loss come back on stdout, with the peak memory so far.
 
-    python benchmarks/training/reward_sides.py ours kept WEIGHTS_FOLDER 16
+    python benchmarks/training/reward_sides.py ours kept WEIGHTS_FOLDER 16 fp32
 """
 
 import contextlib
@@ -33,12 +34,14 @@ sys.path.append(str(Path(__file__).parent))
 from step import SMOKE, VOCABULARY, peak_bytes
 
 PAIRS = 2 if SMOKE else 16
-"""in a batch; as a script, the last argument"""
+"""in a batch; as a script, the last argument but one"""
 PROMPT = 24 if SMOKE else 256
 RESPONSES = (2, 8) if SMOKE else (16, 128)
 """fewest and most tokens of a response, drawn evenly"""
 PAD, LR = 0, 1e-5
 SETTINGS = ("kept", "recomputed")
+PRECISION = "fp32"
+"""as a script, the last argument"""
 
 Pair = tuple[list[int], list[int], float]
 
@@ -79,7 +82,7 @@ def ours(folder: str, setting: str, share: bool | None = None) -> None:
     tokens = sum(len(side.tokens) for pair in examples for side in pair)
     loader = PairLoader(examples, margins, PAIRS, tokens, 0, packed=packing(share))
     objective = reward.objective(reward.RewardRecipe(init=folder, data=["pairs.jsonl"]))
-    optimizer = Optimizer(model, TrainOptions(lr=LR))
+    optimizer = Optimizer(model, TrainOptions(lr=LR, precision=PRECISION))
     with recompute_blocks(model, {"kept": "none", "recomputed": "full"}[setting]):
         for _ in sys.stdin:
             with measured() as result:
@@ -141,6 +144,7 @@ def trl(folder: str, setting: str) -> None:
                 directory,
                 per_device_train_batch_size=PAIRS,
                 gradient_checkpointing=setting == "recomputed",
+                bf16=PRECISION == "bf16",
                 **TRL,
             ),
             train_dataset=Dataset.from_list(
@@ -154,7 +158,6 @@ def trl(folder: str, setting: str) -> None:
 
 TRL = {
     # As ours.
-    "bf16": False,
     "use_cpu": True,
     "learning_rate": LR,
     "lr_scheduler_type": "constant",
@@ -191,8 +194,8 @@ ANSWERS = sys.stdout
 
 
 def main() -> None:
-    global PAIRS
-    side, setting, folder, PAIRS = *sys.argv[1:4], int(sys.argv[4])
+    global PAIRS, PRECISION
+    side, setting, folder, PAIRS, PRECISION = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5]
     if side != "trl":
         from llama2rt.train.allocator import keep_freed_memory
 

@@ -29,6 +29,8 @@ from llama2rt.checkpoint import hf
 from llama2rt.model import LlamaConfig, ScalarModel
 
 ROUNDS, WARM_UP = (1, 1) if step.SMOKE else (5, 2)
+CLOSE = {"fp32": 1e-4, "bf16": 2e-2}
+"""how far losses of the first step may be apart"""
 
 
 def weights(shape: str, folder: Path) -> str:
@@ -38,13 +40,13 @@ def weights(shape: str, folder: Path) -> str:
     return str(folder)
 
 
-def compare(folder: str, setting: str, pairs: int, rounds: int) -> dict[str, Any]:
+def compare(folder: str, setting: str, pairs: int, rounds: int, precision: str) -> dict[str, Any]:
     """Medians, ratios to ours, peaks and all that was measured, by side."""
     script = str(Path(reward_sides.__file__))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     workers = {
         side: subprocess.Popen(
-            [sys.executable, "-P", script, side, setting, folder, str(pairs)],
+            [sys.executable, "-P", script, side, setting, folder, str(pairs), precision],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -62,7 +64,7 @@ def compare(folder: str, setting: str, pairs: int, rounds: int) -> dict[str, Any
         for worker in workers.values():
             worker.kill()
             worker.communicate()
-    return summary(taken)
+    return summary(taken, CLOSE[precision])
 
 
 def take_step(side: str, worker: subprocess.Popen) -> dict[str, float]:
@@ -76,10 +78,10 @@ def take_step(side: str, worker: subprocess.Popen) -> dict[str, float]:
     return result
 
 
-def summary(taken: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def summary(taken: dict[str, list[dict[str, float]]], close: float) -> dict[str, Any]:
     # Before the first update all sides are the same function of the same numbers.
     first = {side: results[0]["loss"] for side, results in taken.items()}
-    if max(first.values()) - min(first.values()) > 1e-4:
+    if max(first.values()) - min(first.values()) > close:
         raise AssertionError(f"not the same model and pairs: losses {first}")
     measured: dict[str, Any] = {"steps": taken}
     for key in ("seconds", "cpu_seconds"):
@@ -115,21 +117,23 @@ def main() -> None:
     parser.add_argument("--setting", choices=reward_sides.SETTINGS, help="one setting alone")
     parser.add_argument("--pairs", type=int, default=reward_sides.PAIRS, help="in a batch")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps counted")
+    parser.add_argument("--precision", choices=CLOSE, default="fp32")
     options = parser.parse_args()
     measured: dict[str, Any] = records.header("cpu") | {
         "what": f"reward step, {options.shape} shape, {options.pairs} pairs, prompts of "
-        f"{reward_sides.PROMPT} tokens, responses of {reward_sides.RESPONSES}, fp32",
+        f"{reward_sides.PROMPT} tokens, responses of {reward_sides.RESPONSES}, {options.precision}",
         "versions": records.versions(("torch", "transformers", "trl")),
     }
     with TemporaryDirectory() as temporary:
         folder = weights(options.shape, Path(temporary))
         for setting in [options.setting] if options.setting else reward_sides.SETTINGS:
-            result = compare(folder, setting, options.pairs, options.rounds)
+            result = compare(folder, setting, options.pairs, options.rounds, options.precision)
             measured[setting] = result
             print(row(options.shape, setting, result), flush=True)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"reward-step-{options.shape}.json"
+        suffix = "" if options.precision == "fp32" else f"-{options.precision}"
+        path = options.out / f"reward-step-{options.shape}{suffix}.json"
         path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 

@@ -75,9 +75,9 @@ def test_reward_steps_of_other_losses_are_noticed(monkeypatch):
         return [{"loss": loss, "seconds": s, "cpu_seconds": 2 * s, "peak": 8 * s} for s in seconds]
 
     steps = {"trl": taken(0.7, 9, 6, 5, 7), "whole": taken(0.7, 9, 4, 4), "ours": taken(0.7, 9, 1)}
-    found = benchmark.summary(steps)
+    found = benchmark.summary(steps, 1e-4)
     assert found["trl_over_seconds"] == {"whole": 1.5, "ours": 6.0} == found["trl_over_cpu_seconds"]
     assert found["peak_of_trl"] == {"whole": 4 / 7, "ours": 1 / 7}
     assert "ours: 6.00x (6.00x in CPU time), memory 0.14" in benchmark.row("24M", "kept", found)
     with pytest.raises(AssertionError, match="not the same model"):
-        benchmark.summary(steps | {"ours": taken(0.71, 9, 1)})
+        benchmark.summary(steps | {"ours": taken(0.71, 9, 1)}, 1e-4)
