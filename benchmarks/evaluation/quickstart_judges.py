@@ -3,8 +3,9 @@ time.
 
     python -P benchmarks/evaluation/quickstart_judges.py runs/quickstart --out FOLDER
 
-SFT, RLHF-V2 and RLHF-V2 + PPO, on the answers of the run's evaluate step: by the run's reward
-models, which PPO was trained on, and by the toy's own judge, which no model saw (Llama 2, Fig. 11).
+SFT, RLHF-V1 and RLHF-V2, on the answers of the run's evaluate step: by the run's reward models, which
+chose the answers that V2 was trained on, and by the toy's own judge, which no model saw (Llama 2,
+Fig. 11). (PPO may keep the weights that it began with, and be no version of its own.)
 Then the chat model is taught by the annotators' comparisons to say A or B
 (`helpers/taught_judge.py`, or the model folder of `--judge`), `llama2rt serve` serves it on
 loopback, and it judges the same pairs, fewer prompts of them, in both orders: as it is, once more
@@ -44,7 +45,7 @@ from llama2rt.pipeline.comparison import page
 from llama2rt.quickstart.data import read_keys
 from llama2rt.quickstart.judge import judge as verdict_of
 
-VERSIONS = {"SFT": "sft", "RLHF-V2": "rlhf-v2", "RLHF-V2 + PPO": "rlhf-v2-+-ppo"}
+VERSIONS = {"SFT": "sft", "RLHF-V1": "rlhf-v1", "RLHF-V2": "rlhf-v2"}
 
 
 class TrueJudge:
