@@ -3,9 +3,9 @@ time.
 
     python -P benchmarks/evaluation/quickstart_judges.py runs/quickstart --out FOLDER
 
-SFT, RLHF-V1 and RLHF-V2, on the answers of the run's evaluate step: by the run's reward models, which
-chose the answers that V2 was trained on, and by the toy's own judge, which no model saw (Llama 2,
-Fig. 11). (PPO may keep the weights that it began with, and be no version of its own.)
+SFT, RLHF-V1 and RLHF-V2, on the answers of the run's evaluate step: by the run's reward models,
+which chose the answers that V2 was trained on, and by the toy's own judge, which no model saw
+(Llama 2, Fig. 11). (PPO may keep the weights it began with, and be no version of its own.)
 Then the chat model is taught by the annotators' comparisons to say A or B
 (`helpers/taught_judge.py`, or the model folder of `--judge`), `llama2rt serve` serves it on
 loopback, and it judges the same pairs, fewer prompts of them, in both orders: as it is, once more
