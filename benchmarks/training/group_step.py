@@ -7,10 +7,12 @@ What a round is: `group_sides.py`. TRL's PPOTrainer is of 1.12, the last release
     pip install --target trl-1.12 --no-deps trl==1.12.0
     python -P benchmarks/training/group_step.py --ppo-trl trl-1.12 --out benchmarks/results/MACHINE
 
-Shapes: that of the quickstart, whose time is mostly overhead, and 24M (`step.SHAPES`).
+Shapes: that of the quickstart, whose time is mostly overhead, and 24M (`step.SHAPES`). Prompts of
+--prompt-tokens are made of several of the toy's; 0: the toy's own, a line each.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -31,6 +33,7 @@ from reward_step import take_step
 
 from llama2rt.checkpoint import hf
 from llama2rt.data import readers
+from llama2rt.data.records import Prompt
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
 from llama2rt.quickstart import data
 from llama2rt.quickstart.recipe import QuickstartRecipe, smoke
@@ -42,22 +45,37 @@ QUICKSTART = "quickstart"
 SHAPES = ("smoke",) if step.SMOKE else (QUICKSTART, "24M")
 
 
-def inputs(shape: str, prompts: int, folder: Path) -> None:
-    """Prompts of the toy world, a tokenizer, and both models with fixed random weights."""
+def inputs(shape: str, prompts: int, tokens: int, folder: Path) -> None:
+    """Prompts of at least `tokens`, a tokenizer, and both models with fixed random weights."""
     small = smoke() if step.SMOKE else smoke().model_copy(update={"vocab_size": 1024})
-    paths = data.write(small.model_copy(update={"training_prompts": max(24, prompts)}), folder)
+    lines = prompts * (1 + tokens // 8)
+    paths = data.write(small.model_copy(update={"training_prompts": max(24, lines)}), folder)
     data.initialise(small, paths["documents"], paths["dialogues"], folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     config = QuickstartRecipe().shape
     if shape != QUICKSTART:
         config = LlamaConfig(**step.SHAPES[shape], vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, context=1024)
     hf.save(Llama(config, dtype=torch.float32).initialize(0), tokenizer, folder / "policy")
     hf.save(ScalarModel(config, dtype=torch.float32).initialize(1), tokenizer, folder / "reward")
-    drawn = readers.read(paths["training"], "prompt")[:prompts]
+    drawn = long_prompts(readers.read(paths["training"], "prompt"), tokens, tokenizer)[:prompts]
     readers.write(folder / "prompts.jsonl", drawn)
     ids = [chat.encode_prompt(tokenizer, prompt.messages) for prompt in drawn]
     told = {"vocabulary": tokenizer.vocab_size, "eos": tokenizer.eos, "prompts": ids}
     (folder / "ids.json").write_text(json.dumps(told))
+
+
+def long_prompts(lines: list[Prompt], tokens: int, tokenizer: Tokenizer) -> list[Prompt]:
+    """Prompts of the texts of several, each of as many as make at least `tokens`."""
+    found: list[Prompt] = []
+    text = ""
+    for line in lines:
+        text = f"{text} {line.messages[-1]['content']}".strip()
+        messages = [{"role": "user", "content": text}]
+        if len(chat.encode_prompt(tokenizer, messages)) >= tokens:
+            found.append(dataclasses.replace(line, messages=messages))
+            text = ""
+    return found
 
 
 def compare(setting: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -130,13 +148,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="one shape alone")
     parser.add_argument("--ppo-trl", type=Path, help="folder with TRL 1.12; without it, no PPO")
     parser.add_argument("--prompts", type=int, default=4, help="of GRPO, 8 responses each")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of a prompt at least")
     parser.add_argument("--tokens", type=int, default=64, help="of a response at most")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="counted")
     options = parser.parse_args()
     measured: dict[str, Any] = records.header("cpu") | {
         "threads": 1,
         "what": f"a round of GRPO ({options.prompts} prompts, {group_sides.GROUP} responses each) "
-        f"and of PPO (as many responses) of at most {options.tokens} tokens, fp32",
+        f"and of PPO (as many responses) of at most {options.tokens} tokens, prompts of at least "
+        f"{options.prompt_tokens}, fp32",
         "versions": records.versions(("torch", "transformers", "trl"))
         | {"trl of PPO": "1.12.0" if options.ppo_trl else "not measured"},
     }
@@ -144,7 +164,8 @@ def main() -> None:
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
             responses = options.prompts * group_sides.GROUP
-            inputs(shape, responses if options.ppo_trl else options.prompts, folder)
+            prompts = responses if options.ppo_trl else options.prompts
+            inputs(shape, prompts, options.prompt_tokens, folder)
             for setting in group_sides.SETTINGS if options.ppo_trl else ("grpo",):
                 result = compare(setting, folder, options)
                 measured.setdefault(shape, {})[setting] = result
