@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llama2rt.checkpoint import files
-from llama2rt.checkpoint.native import find_tokenizer, parse_config, parse_normalization
+from llama2rt.checkpoint.native import find_tokenizer, parse_config, parse_id, parse_normalization
 from llama2rt.checkpoint.tokenizer_json import write_tokenizer
 from llama2rt.checkpoint.weight import Weight, of_tensor
 from llama2rt.errors import InputError
@@ -153,10 +153,14 @@ def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dic
         several = eos_ids(tokenizer.generation, GENERATION)
         listed = len(several) > 1 and tokenizer.eos in several
         described["eos_token_id"] = list(tokenizer.stop_ids) if listed else tokenizer.eos
-        if scalar:
+        if isinstance(model, ScalarModel):
             # transformers reads a score at the last token that is not this one.
-            described["pad_token_id"] = tokenizer.pad_candidate()
+            described["pad_token_id"] = _pad_of(model, tokenizer)
     return described
+
+
+def _pad_of(model: ScalarModel, tokenizer: Tokenizer) -> int:
+    return tokenizer.pad_candidate() if model.unread is None else model.unread
 
 
 def save(
@@ -179,9 +183,8 @@ def save(
     def write_others(fresh: Path) -> None:
         files.write_json(fresh / "config.json", write_config(model, tokenizer))
         if tokenizer is not None:
-            write_tokenizer(
-                tokenizer, fresh, model.config.context, pad=isinstance(model, ScalarModel)
-            )
+            pad = _pad_of(model, tokenizer) if isinstance(model, ScalarModel) else None
+            write_tokenizer(tokenizer, fresh, model.config.context, pad=pad)
             if isinstance(model, Llama):
                 first, *others = tokenizer.stop_ids
                 eos = [first, *others] if others else first
@@ -209,6 +212,7 @@ def read(
         if architectures[0] == SCALAR:
             model = ScalarModel(config)
             model.normalization = parse_normalization(path, files.read_json(path), NORMALIZATION)
+            model.unread = parse_id(path, files.read_json(path), "pad_token_id", config)
         else:
             model = Llama(config)
 
@@ -216,6 +220,15 @@ def read(
     stored = (x for x in files.stored_weights(folder) if not x[1].endswith("rotary_emb.inv_freq"))
     weights = files.match(model, stored, dtype, hf_name)
     tokenizer = find_tokenizer(folder)
+    if tokenizer is not None and isinstance(model, ScalarModel):
+        if model.unread not in tokenizer.stop_ids:
+            model.unread = None  # it ends no text
+        else:
+            logger.info(
+                "%s: pad_token_id %d also ends answers: scores are read at the token before it",
+                folder,
+                model.unread,
+            )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         logger.warning(
             "%s: the tokenizer has %d ids, the model only %d embeddings: it cannot read the others",

@@ -21,6 +21,7 @@ from llama2rt.model.heads import Normalization
 from llama2rt.text.tokenizer import Tokenizer
 
 FORMAT = "llama2rt"
+UNREAD = "unread"
 KINDS: dict[str, type[Llama] | type[ScalarModel]] = {"llama": Llama, "scalar": ScalarModel}
 
 
@@ -45,6 +46,8 @@ def save(
     description: dict[str, Any] = {"format": FORMAT, "kind": kind, "config": shape}
     if isinstance(model, ScalarModel) and model.normalization != Normalization():
         description["normalization"] = dataclasses.asdict(model.normalization)
+    if isinstance(model, ScalarModel) and model.unread is not None:
+        description[UNREAD] = model.unread
 
     def write_others(fresh: Path) -> None:
         files.write_json(fresh / "config.json", description)
@@ -100,6 +103,7 @@ def read(
         model = KINDS[description["kind"]](config)
     if isinstance(model, ScalarModel):
         model.normalization = parse_normalization(path, description, "normalization")
+        model.unread = parse_id(path, description, UNREAD, config)
     named = functools.partial(stored_name, model)
     weights = files.match(model, files.stored_weights(folder), dtype, named)
     return model, find_tokenizer(folder), weights
@@ -120,6 +124,17 @@ def parse_normalization(path: Path, description: Mapping[str, Any], key: str) ->
         return Normalization(**description.get(key, {}))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {key}: {error}") from None
+
+
+def parse_id(
+    path: Path, description: Mapping[str, Any], key: str, config: LlamaConfig
+) -> int | None:
+    """A token id of the model from a JSON field, None where there is none; InputError naming `path`
+    and key for anything else."""
+    found = description.get(key)
+    if found is None or (type(found) is int and found < config.vocab_size):
+        return None if found is None or found < 0 else found  # -1: LLaMA 1's folders
+    raise InputError(f"{path}: {key}: expected an id below {config.vocab_size}, got {found!r}")
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:

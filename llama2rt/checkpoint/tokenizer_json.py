@@ -9,12 +9,14 @@ from llama2rt.text.folder import CONFIG
 from llama2rt.text.tokenizer import Tokenizer
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int, *, pad: bool = False) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, context: int, *, pad: int | None = None
+) -> None:
     """Write the tokenizer's own files into `folder`, and of tokenizer.json and
     tokenizer_config.json what they lack, so that AutoTokenizer gives equal ids and the chat format
     that we train with. InputError for a tokenizer.model of which there is no equal tokenizer.json.
 
-    `pad`: the pad token must never be a text's last one (reward models), whatever the folder says.
+    `pad`: the pad token, whatever the folder says (reward models' scores are read in front of it).
     """
     complete = tokenizer.as_json()  # before anything is written
     tokenizer.save(folder)
@@ -46,8 +48,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int, *, pad: bo
         config = {**defaults, **config}
     elif config != tokenizer.config:
         config = {**defaults, **config, **names}
-    if pad:
-        config["pad_token"] = tokenizer.piece(tokenizer.pad_candidate())
+    if pad is not None:
+        config["pad_token"] = tokenizer.piece(pad)
     if tokenizer.template is None:
         config["chat_template"] = chat.HUGGING_FACE_TEMPLATE
     elif not (

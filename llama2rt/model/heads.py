@@ -65,6 +65,9 @@ class ScalarModel(nn.Module):
     """
 
     normalization: Normalization
+    unread: int | None
+    """a token that scores are not read at where texts end with it, as of a model of transformers
+    whose pad token ends answers too: that one was trained to be read at the token before"""
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class ScalarModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.normalization = Normalization()
+        self.normalization, self.unread = Normalization(), None
         self.transformer = Transformer(config, device, dtype)
         self.head = Head(config.dim, 1, bias=False, device=device, dtype=dtype)
 

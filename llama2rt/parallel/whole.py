@@ -48,7 +48,7 @@ def whole(model: Model, dtype: torch.dtype | None = None) -> Iterator[Model]:
         weight = nn.Parameter(tensor, requires_grad=False)
         setattr(plain.get_submodule(owner), attribute, weight)
     if isinstance(plain, ScalarModel) and isinstance(model, ScalarModel):
-        plain.normalization = model.normalization
+        plain.normalization, plain.unread = model.normalization, model.unread
     if isinstance(plain, Llama) and plain.config.tied:
         plain.output.weight = plain.transformer.embedding.weight
     plain.train(model.training)

@@ -40,6 +40,12 @@ def score(
     return score_tokens(model, sequences, micro_tokens=micro_tokens)
 
 
+def _as_read(sequence: Sequence[int] | np.ndarray, unread: int) -> Sequence[int] | np.ndarray:
+    """`sequence` up to the last token that is not `unread`; its first one where all are."""
+    (read,) = np.nonzero(np.asarray(sequence) != unread)
+    return sequence[: read[-1] + 1 if len(read) else 1]
+
+
 @phase
 def score_tokens(
     model: ScalarModel,
@@ -48,7 +54,8 @@ def score_tokens(
     micro_tokens: int = 16384,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Score token sequences (prompt + response as sampled) at their last token -> fp32 [B].
+    """Score token sequences (prompt + response as sampled) at their last token, or the last that is
+    not the model's `unread` -> fp32 [B].
 
     Sequences share a micro-batch of at most `micro_tokens` tokens in the order given (a longer
     sequence gets one of its own). What neighbours begin with alike, such as the prompt of several
@@ -71,6 +78,8 @@ def score_tokens(
             f"the reward model's context is {model.config.context}"
         )
 
+    if model.unread is not None:
+        sequences = [_as_read(sequence, model.unread) for sequence in sequences]
     # Nothing is predicted: whatever is alike may be shared, up to the last token.
     examples = [Example.of(sequence, np.zeros(len(sequence), bool)) for sequence in sequences]
     device = next(model.parameters()).device

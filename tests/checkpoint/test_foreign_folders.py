@@ -12,7 +12,7 @@ import llama2rt
 from llama2rt import LlamaConfig, Tokenizer
 from llama2rt.checkpoint import convert, files, hf, native
 from llama2rt.generate import Engine
-from llama2rt.model import Llama, ScalarModel
+from llama2rt.model import Llama
 from llama2rt.text import chat
 
 transformers = pytest.importorskip("transformers")
@@ -338,34 +338,6 @@ def test_a_tokenizer_larger_than_the_model_is_named(tmp_path, small_tokenizer, c
 
 
 # --- what others do with our exports ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("pad", [None, "</s>"])
-def test_exported_reward_models_score_batches(tmp_path, small_tokenizer, side, pad):
-    model = ScalarModel.from_llama(make(), seed=4)
-    hf.save(model, small_tokenizer, tmp_path / "m")
-    if pad is not None:  # a folder that pads with EOS: its scores would be read a token early
-        rewrite(tmp_path / "m" / "tokenizer_config.json", pad_token=pad)
-        convert(tmp_path / "m", tmp_path / "again", "hf")
-    folder = tmp_path / ("m" if pad is None else "again")
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side=side)
-    assert theirs.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
-    texts = ["the fox </s>", "a quick brown fox jumps over lazy dogs </s>", "what </s>"]
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    assert (batch["attention_mask"] == 0).any()
-    with torch.no_grad():
-        together = theirs(**batch).logits[:, 0]
-        for i, text in enumerate(texts):
-            ids = tokenizer(text, return_tensors="pt")
-            assert ids["input_ids"][0, -1] == small_tokenizer.eos
-            alone = theirs(**ids).logits[0, 0]
-            n = ids["input_ids"].shape[1]
-            cu_seqlens = torch.tensor([0, n], dtype=torch.int32)
-            ours = model(ids["input_ids"][0], torch.arange(n), cu_seqlens)[-1]
-            torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(alone, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_the_usual_snippet_runs_on_an_export(tmp_path, small_tokenizer):
