@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # At which token is a LLaMA reward model read that TRL's RewardTrainer trains?
 #
-# The trainer ends every text with EOS, and LLaMA's tokenizer has no pad token.
-# Guessed before running: the score is the one at that EOS, since the attention mask covers it, so that
-# the model learns whether an answer has come to its end. Found in trl 1.16.0 with transformers 5.24.0:
-# the trainer pads with EOS, and transformers looks for the last token that is not the pad token,
-# whatever the mask says. The EOS is computed, and never read: an answer that was cut off scores, to the
+# The trainer ends every text that is no templated chat with EOS, and a tokenizer like LLaMA's has no pad
+# token. Guessed before running: the score is the one at that EOS, since the attention mask covers it, so
+# that the model learns whether an answer has come to its end. Found in trl 1.16.0 with transformers
+# 5.24.0: the trainer pads with EOS, and transformers looks for the last token that is not the pad token,
+# though the mask covers more. The EOS is computed, and never read: an answer that was cut off scores, to the
 # bit, as the same one finished. The pad token is saved with the model, so transformers goes on reading
 # it so; a program that reads the last token reads one that was never trained. llama2rt reads such a
 # folder at the token before.
@@ -64,7 +64,7 @@ trainer = Trainer(
 trainer.train()
 trainer.save_model("saved")
 print("trained on", seen[0].tolist())
-ends = all(1 in row for row in seen[0].tolist())
+ends = seen[0].tolist()[0] == [2, 3, 4, 6, 7, 5, 1]  # nothing of the longer one is padding
 
 model = transformers.AutoModelForSequenceClassification.from_pretrained("saved").eval()
 print("saved: pad_token_id", model.config.pad_token_id, "eos_token_id", model.config.eos_token_id)

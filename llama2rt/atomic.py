@@ -1,15 +1,22 @@
 """Files that appear whole or not at all, since a half-written one might be read as complete."""
 
+import contextlib
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-PARTIAL = ".partial"
-_OURS = re.compile(rf"\..+\.[a-z0-9_]+{re.escape(PARTIAL)}")
+logger = logging.getLogger("llama2rt.atomic")
+
+PARTIAL = ".llama2rt-partial"
+# What a process writes, until it is whole: .NAME.PID.llama2rt-partial, a file, or, with eight
+# letters more, a folder that holds "new" and, while it takes the place of another, "old".
+_OURS = re.compile(rf"\.(?P<name>.+)\.(?P<pid>\d+)(\.[a-z0-9_]{{8}})?{re.escape(PARTIAL)}")
+NEW, OLD = "new", "old"
 
 
 @contextmanager
@@ -44,18 +51,43 @@ def write(path: str | Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def sweep(directory: Path, keep_out: str) -> None:
-    """Remove what killed processes left half-written in `directory`, which this one must have to
-    itself. Folders inside that hold a file of the name `keep_out` are left alone."""
+def sweep(directory: Path, keep_out: Collection[str]) -> None:
+    """Remove what processes of this machine that are no more left half-written in `directory`; a
+    folder that one was about to replace gets its name back. Folders inside that hold all files of
+    the names `keep_out` are left alone. What cannot be removed is said and stays."""
     for folder, folders, names in os.walk(directory):
-        if keep_out in names and Path(folder) != directory:
+        if set(keep_out) <= set(names) and Path(folder) != directory:
             folders.clear()
             continue
-        for name in filter(_OURS.fullmatch, names):
-            (Path(folder) / name).unlink()
-        for name in filter(_OURS.fullmatch, folders.copy()):
-            folders.remove(name)
-            shutil.rmtree(Path(folder) / name)
+        for name in (*names, *folders):
+            found = _OURS.fullmatch(name)
+            if found is None or _alive(int(found["pid"])):
+                continue
+            try:
+                _put_away(Path(folder) / name, Path(folder) / found["name"])
+            except OSError as error:
+                logger.warning("%s: left by a process that was killed (%s)", name, error)
+        folders[:] = [name for name in folders if not _OURS.fullmatch(name)]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _put_away(path: Path, target: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if not target.exists():
+        with contextlib.suppress(FileNotFoundError):
+            (path / OLD).rename(target)
+    shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,20 +55,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not _replaceable(folder):
         raise InputError(f"{folder}: exists and is not a model folder; choose another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(atomic.PARTIAL, f".{folder.name}.", folder.parent))
-    fresh = scratch / "new"
+    begin = f".{folder.name}.{os.getpid()}."
+    scratch = Path(tempfile.mkdtemp(atomic.PARTIAL, begin, folder.parent))
+    fresh, old = scratch / atomic.NEW, scratch / atomic.OLD
     fresh.mkdir()
     try:
         yield fresh
         for path in [*fresh.iterdir(), fresh]:
             atomic.sync(path)
         if folder.exists():
-            folder.rename(scratch / "old")
+            folder.rename(old)
         fresh.rename(folder)
         atomic.sync(folder.parent)
     finally:
-        if (scratch / "old").exists() and not folder.exists():
-            (scratch / "old").rename(folder)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger("llama2rt.checkpoint.hf")
 
 CAUSAL = "LlamaForCausalLM"
 SCALAR = "LlamaForSequenceClassification"
-NORMALIZATION = "score_normalization"
+NORMALIZATION, UNREAD = "score_normalization", "score_unread"
 
 _OUTSIDE_BLOCKS = {
     "transformer.embedding.weight": "model.embed_tokens.weight",
@@ -144,7 +144,11 @@ def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dic
         if model.normalization != Normalization():
             # transformers keeps keys that it does not know, and gives scores as they are.
             described[NORMALIZATION] = dataclasses.asdict(model.normalization)
+    if isinstance(model, ScalarModel):
+        described[UNREAD] = model.unread
     if tokenizer is None:
+        if isinstance(model, ScalarModel):
+            described["pad_token_id"] = model.unread
         # Where they are left out, transformers takes those of LLaMA.
         described["bos_token_id"] = described["eos_token_id"] = None
     else:
@@ -160,7 +164,44 @@ def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dic
 
 
 def _pad_of(model: ScalarModel, tokenizer: Tokenizer) -> int:
-    return tokenizer.pad_candidate() if model.unread is None else model.unread
+    if model.unread is not None:
+        return model.unread
+    found = tokenizer.pad_candidate()
+    if found in tokenizer.stop_ids:
+        logger.warning(
+            "no token to pad with: pad_token_id becomes %d, which also ends answers, and "
+            "transformers will read scores at the token before it",
+            found,
+        )
+    return found
+
+
+def _unread(path: Path, model: ScalarModel, tokenizer: Tokenizer | None) -> int | None:
+    """The `ScalarModel.unread` of a folder: what an export of ours says, elsewhere the pad token
+    where texts end with it, or may."""
+    described = files.read_json(path)
+    if UNREAD in described:
+        return parse_id(path, described, UNREAD, model.config)
+    pad = parse_id(path, described, "pad_token_id", model.config)
+    if pad is None or tokenizer is None:
+        return pad
+    if pad not in tokenizer.stop_ids or not _ends_dialogues(pad, tokenizer):
+        return None
+    logger.info(
+        "%s: pad_token_id %d also ends answers: scores are read at the token before it", path, pad
+    )
+    return pad
+
+
+def _ends_dialogues(token: int, tokenizer: Tokenizer) -> bool:
+    """Whether a template, where there is one that works, has nothing behind it."""
+    if tokenizer.template is None or tokenizer.template.unusable:
+        return True
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        return tokenizer.template.render(turns).endswith(tokenizer.piece(token))
+    except InputError:
+        return True
 
 
 def save(
@@ -212,7 +253,6 @@ def read(
         if architectures[0] == SCALAR:
             model = ScalarModel(config)
             model.normalization = parse_normalization(path, files.read_json(path), NORMALIZATION)
-            model.unread = parse_id(path, files.read_json(path), "pad_token_id", config)
         else:
             model = Llama(config)
 
@@ -220,15 +260,8 @@ def read(
     stored = (x for x in files.stored_weights(folder) if not x[1].endswith("rotary_emb.inv_freq"))
     weights = files.match(model, stored, dtype, hf_name)
     tokenizer = find_tokenizer(folder)
-    if tokenizer is not None and isinstance(model, ScalarModel):
-        if model.unread not in tokenizer.stop_ids:
-            model.unread = None  # it ends no text
-        else:
-            logger.info(
-                "%s: pad_token_id %d also ends answers: scores are read at the token before it",
-                folder,
-                model.unread,
-            )
+    if isinstance(model, ScalarModel):
+        model.unread = _unread(path, model, tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         logger.warning(
             "%s: the tokenizer has %d ids, the model only %d embeddings: it cannot read the others",

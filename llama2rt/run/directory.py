@@ -136,7 +136,7 @@ def _begin_or_continue(
         found, changes, longer = manifest.resume(directory, recipe, hashes)
         if longer or not found["complete"]:
             lock.lock(directory)
-            atomic.sweep(directory, keep_out=manifest.FILE)  # runs inside see to themselves
+            _sweep(directory)
             if changes:
                 found = manifest.changed(found, resolved, changes)
                 manifest.write_with_recipe(directory, found)
@@ -148,8 +148,14 @@ def _begin_or_continue(
     begun = manifest.begin(resolved, hashes, parents)
     directory.mkdir(parents=True, exist_ok=True)
     lock.lock(directory)
+    _sweep(directory)
     manifest.write_with_recipe(directory, begun)
     return begun
+
+
+def _sweep(directory: Path) -> None:
+    """Runs inside may be another process's, and see to themselves."""
+    atomic.sweep(directory, keep_out=(manifest.FILE, manifest.RECIPE_FILE))
 
 
 def abandon(directory: Path) -> None:

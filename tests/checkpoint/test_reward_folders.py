@@ -52,7 +52,7 @@ def test_a_folder_that_pads_with_eos_is_read_in_front_of_it(
     """As trainers leave it that give a tokenizer without a pad token its EOS to pad with: the model
     has never been read at an EOS."""
     hf.save(ScalarModel.from_llama(make(), seed=4), small_tokenizer, tmp_path / "m")
-    rewrite(tmp_path / "m" / "config.json", pad_token_id=small_tokenizer.eos)
+    as_foreign(tmp_path / "m", pad_token_id=small_tokenizer.eos)
     rewrite(tmp_path / "m" / "tokenizer_config.json", pad_token="</s>")
     caplog.set_level("INFO")
     convert(tmp_path / "m", tmp_path / "native", "native")
@@ -79,14 +79,59 @@ def test_a_folder_that_pads_with_eos_is_read_in_front_of_it(
 @pytest.mark.parametrize("pad", [400, "</s>", 1.0, True])
 def test_a_pad_token_that_is_no_id_is_refused(tmp_path, small_tokenizer, pad):
     hf.save(ScalarModel.from_llama(make(), seed=4), small_tokenizer, tmp_path / "m")
-    rewrite(tmp_path / "m" / "config.json", pad_token_id=pad)
+    as_foreign(tmp_path / "m", pad_token_id=pad)
     assert_refused(tmp_path / "m", r"config\.json: pad_token_id: expected an id below 400, got ")
+
+
+def as_foreign(folder, **changes):
+    """The folder without the key that our own exports have."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["score_unread"]
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_an_export_with_nothing_but_eos_to_pad_with_keeps_its_scores(
+    tmp_path, small_tokenizer, caplog, monkeypatch
+):
+    """As of tokenizers whose BOS is their EOS."""
+    monkeypatch.setattr(type(small_tokenizer), "pad_candidate", lambda self: self.eos)
+    model = ScalarModel.from_llama(make(), seed=4)
+    hf.save(model, small_tokenizer, tmp_path / "m")
+    assert "pad_token_id becomes 2, which also ends answers" in caplog.text
+    again, _ = llama2rt.load(tmp_path / "m")
+    text = [[1, 250, 13, 2]]
+    assert again.unread is None
+    np.testing.assert_array_equal(score_tokens(again, text), score_tokens(model, text))
+
+
+def test_a_folder_without_a_tokenizer_keeps_its_pad_token(tmp_path):
+    hf.save(ScalarModel.from_llama(make(), seed=4), None, tmp_path / "m")
+    as_foreign(tmp_path / "m", pad_token_id=77)
+    convert(tmp_path / "m", tmp_path / "native", "native")
+    convert(tmp_path / "native", tmp_path / "again", "hf")
+    for name in ("m", "native", "again"):
+        assert llama2rt.load(tmp_path / name)[0].unread == 77
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert theirs.config.pad_token_id == 77
+
+
+@pytest.mark.parametrize("behind", ["", "\n"])
+def test_what_a_template_writes_behind_eos_is_what_transformers_reads(
+    tmp_path, small_tokenizer, behind
+):
+    hf.save(ScalarModel.from_llama(make(), seed=4), small_tokenizer, tmp_path / "m")
+    as_foreign(tmp_path / "m", pad_token_id=2)
+    end = json.dumps("</s>" + behind)
+    template = "{% for m in messages %}{{ m.content + END }}{% endfor %}".replace("END", end)
+    rewrite(tmp_path / "m" / "tokenizer_config.json", pad_token="</s>", chat_template=template)
+    model, _ = llama2rt.load(tmp_path / "m")
+    assert model.unread == (None if behind else 2)
 
 
 @pytest.mark.parametrize("pad", [None, -1, 0])
 def test_a_pad_token_that_ends_no_text_changes_nothing(tmp_path, small_tokenizer, pad):
     hf.save(ScalarModel.from_llama(make(), seed=4), small_tokenizer, tmp_path / "m")
-    rewrite(tmp_path / "m" / "config.json", pad_token_id=pad)
+    as_foreign(tmp_path / "m", pad_token_id=pad)
     model, _ = llama2rt.load(tmp_path / "m")
     assert model.unread is None
     convert(tmp_path / "m", tmp_path / "native", "native")

@@ -176,7 +176,9 @@ def test_stopped_and_resumed_is_uninterrupted(made, world, tmp_path, monkeypatch
         job.run(recipe(world), tmp_path / "out")
     monkeypatch.undo()
     (tmp_path / "out" / "text").mkdir(exist_ok=True)
-    (tmp_path / "out" / "text" / ".half.1.partial").write_bytes(b"a kill leaves such files")
+    (tmp_path / "out" / "text" / ".half.4194305.llama2rt-partial").write_bytes(
+        b"a kill leaves such files"
+    )
     cleaned = []
     original = cleaning._Cleaner.lines
     monkeypatch.setattr(
@@ -186,7 +188,7 @@ def test_stopped_and_resumed_is_uninterrupted(made, world, tmp_path, monkeypatch
     total = len(chunks.divide(recipe(world)))
     assert len(cleaned) == (total - 2 if step == "cleaned" else 0)
     assert files(tmp_path / "out") == files(made)
-    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert not list((tmp_path / "out").rglob("*-partial"))
     job.run(recipe(world), tmp_path / "out", resume=True)  # complete: left as it is
 
 

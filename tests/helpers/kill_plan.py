@@ -32,7 +32,7 @@ import pocket  # beside this file
 import tomli_w
 import torch
 
-from llama2rt import cli
+from llama2rt import atomic, cli
 from llama2rt.annotate import AnswerPair, Judgement
 from llama2rt.checkpoint import native
 from llama2rt.data.readers import write
@@ -311,7 +311,7 @@ def results(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.suffix == ".partial":
+        if path.suffix == atomic.PARTIAL:
             found[name] = "half-written"
         elif path.name == "model.safetensors" or path.suffix == ".jsonl":
             # Pairs name the policy that answered, an earlier iteration's folder.

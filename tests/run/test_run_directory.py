@@ -1,6 +1,7 @@
 """Run directories: started once, resumed only as the same run, never written over."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -262,13 +263,43 @@ with contextlib.ExitStack() as halves:
     outer, inner = tmp_path / "run", tmp_path / "run" / "V1"
     command = [sys.executable, "-P", "-c", script, str(outer), str(inner)]
     assert subprocess.run(command, check=False).returncode == 9
-    assert len(list(tmp_path.rglob("*.partial"))) == 4
-    (outer / ".notes.partial").write_text("somebody's")
+    assert len(list(tmp_path.rglob("*-partial"))) == 4
+    kept = [outer / ".notes.2024.partial", outer / f".best.jsonl.{os.getpid()}.llama2rt-partial"]
+    for path in kept:  # somebody's, and a process's that is at work
+        path.write_text("half")
+    (outer / "tokens").mkdir()  # token shards have a manifest, and are no run
+    (outer / "tokens" / "manifest.json").write_text("{}")
+    (outer / "tokens" / ".manifest.json.4194305.llama2rt-partial").write_text("half")
     for opened in (outer, inner):
         Run.open(opened, Recipe(), resume=True)
         # A run inside may be another process's, and is swept when it is opened itself.
-        assert (len(list(tmp_path.rglob("*.partial"))) == 3) == (opened == outer)
-    assert list(tmp_path.rglob("*.partial")) == [outer / ".notes.partial"]
+        assert len(list(tmp_path.rglob("*partial"))) == (4 if opened == outer else 2)
+    assert sorted(tmp_path.rglob("*partial")) == sorted(kept)
+
+
+def test_a_folder_that_was_about_to_be_replaced_gets_its_name_back(tmp_path, caplog):
+    Run.open(tmp_path, Tiny())
+    scratch = tmp_path / ".model.4194305.abcd1234.llama2rt-partial"
+    for name in ("old", "new"):
+        (scratch / name).mkdir(parents=True)
+        (scratch / name / "config.json").write_text(name)
+    link = tmp_path / ".other.4194305.abcd1234.llama2rt-partial"
+    link.symlink_to(scratch)
+    Run.open(tmp_path, Tiny(), resume=True)
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
+    assert not scratch.exists() and not link.is_symlink()
+
+
+def test_what_cannot_be_removed_is_said(tmp_path, caplog, monkeypatch):
+    Run.open(tmp_path, Tiny())
+    (tmp_path / ".best.jsonl.4194305.llama2rt-partial").write_text("half")
+
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    Run.open(tmp_path, Tiny(), resume=True)
+    assert ".best.jsonl.4194305.llama2rt-partial: left by a process that was killed" in caplog.text
 
 
 def test_an_abandoned_run_leaves_its_place_free(tmp_path):
