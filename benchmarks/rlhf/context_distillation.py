@@ -113,7 +113,7 @@ class Study:
         lines = (self.work / "distilled" / "samples" / "pairs.jsonl").read_text().splitlines()
         pairs = [json.loads(line) for line in lines]
         kept = sum(pair["kept"] for pair in pairs)
-        own = [pair for pair in pairs if pair["original"].strip()]
+        own = [pair for pair in pairs if pair.get("original", "").strip()]
         helpful = readers.read(self.work / "helpful.jsonl", "dialogue")
         rng = random.Random(f"{self.seed}:mixed in")
         share = self.given.mixed_in_share
