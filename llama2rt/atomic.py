@@ -71,11 +71,15 @@ def sweep(directory: Path, keep_out: Collection[str]) -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Whether another process has that number. In a container the next one often has the dead one's
+    own, and has nothing half-written where it only begins."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError):
+    except PermissionError:
         return True
     return True
 

@@ -264,9 +264,10 @@ with contextlib.ExitStack() as halves:
     command = [sys.executable, "-P", "-c", script, str(outer), str(inner)]
     assert subprocess.run(command, check=False).returncode == 9
     assert len(list(tmp_path.rglob("*-partial"))) == 4
-    kept = [outer / ".notes.2024.partial", outer / f".best.jsonl.{os.getpid()}.llama2rt-partial"]
+    kept = [outer / ".notes.2024.partial", outer / f".best.jsonl.{os.getppid()}.llama2rt-partial"]
     for path in kept:  # somebody's, and a process's that is at work
         path.write_text("half")
+    (outer / f".best.jsonl.{os.getpid()}.llama2rt-partial").write_text("of a dead one")
     (outer / "tokens").mkdir()  # token shards have a manifest, and are no run
     (outer / "tokens" / "manifest.json").write_text("{}")
     (outer / "tokens" / ".manifest.json.4194305.llama2rt-partial").write_text("half")
