@@ -144,11 +144,10 @@ def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dic
         if model.normalization != Normalization():
             # transformers keeps keys that it does not know, and gives scores as they are.
             described[NORMALIZATION] = dataclasses.asdict(model.normalization)
-    if isinstance(model, ScalarModel):
         described[UNREAD] = model.unread
+        # transformers reads a score at the last token that is not this one.
+        described["pad_token_id"] = _pad_of(model, tokenizer)
     if tokenizer is None:
-        if isinstance(model, ScalarModel):
-            described["pad_token_id"] = model.unread
         # Where they are left out, transformers takes those of LLaMA.
         described["bos_token_id"] = described["eos_token_id"] = None
     else:
@@ -157,14 +156,11 @@ def write_config(model: Llama | ScalarModel, tokenizer: Tokenizer | None) -> dic
         several = eos_ids(tokenizer.generation, GENERATION)
         listed = len(several) > 1 and tokenizer.eos in several
         described["eos_token_id"] = list(tokenizer.stop_ids) if listed else tokenizer.eos
-        if isinstance(model, ScalarModel):
-            # transformers reads a score at the last token that is not this one.
-            described["pad_token_id"] = _pad_of(model, tokenizer)
     return described
 
 
-def _pad_of(model: ScalarModel, tokenizer: Tokenizer) -> int:
-    if model.unread is not None:
+def _pad_of(model: ScalarModel, tokenizer: Tokenizer | None) -> int | None:
+    if model.unread is not None or tokenizer is None:
         return model.unread
     found = tokenizer.pad_candidate()
     if found in tokenizer.stop_ids:
@@ -176,13 +172,14 @@ def _pad_of(model: ScalarModel, tokenizer: Tokenizer) -> int:
     return found
 
 
-def _unread(path: Path, model: ScalarModel, tokenizer: Tokenizer | None) -> int | None:
+def _unread(
+    path: Path, described: Mapping[str, Any], config: LlamaConfig, tokenizer: Tokenizer | None
+) -> int | None:
     """The `ScalarModel.unread` of a folder: what an export of ours says, elsewhere the pad token
     where texts end with it, or may."""
-    described = files.read_json(path)
     if UNREAD in described:
-        return parse_id(path, described, UNREAD, model.config)
-    pad = parse_id(path, described, "pad_token_id", model.config)
+        return parse_id(path, described, UNREAD, config)
+    pad = parse_id(path, described, "pad_token_id", config)
     if pad is None or tokenizer is None:
         return pad
     if pad not in tokenizer.stop_ids or not _ends_dialogues(pad, tokenizer):
@@ -222,9 +219,10 @@ def save(
         weights = {name: of_tensor(parameter) for name, parameter in files.weights(model).items()}
 
     def write_others(fresh: Path) -> None:
-        files.write_json(fresh / "config.json", write_config(model, tokenizer))
+        described = write_config(model, tokenizer)
+        files.write_json(fresh / "config.json", described)
         if tokenizer is not None:
-            pad = _pad_of(model, tokenizer) if isinstance(model, ScalarModel) else None
+            pad = described.get("pad_token_id")
             write_tokenizer(tokenizer, fresh, model.config.context, pad=pad)
             if isinstance(model, Llama):
                 first, *others = tokenizer.stop_ids
@@ -243,7 +241,8 @@ def read(
     classifier with one label becomes a ScalarModel. InputError names file and key."""
     path = folder / "config.json"
     config = read_config(path)
-    architectures = files.read_json(path).get("architectures") or [CAUSAL]
+    described = files.read_json(path)
+    architectures = described.get("architectures") or [CAUSAL]
     if architectures[0] not in (CAUSAL, SCALAR):
         raise InputError(
             f"{path}: architectures: expected {CAUSAL} or {SCALAR}, got {architectures[0]!r}"
@@ -252,7 +251,7 @@ def read(
     with torch.device("meta"):
         if architectures[0] == SCALAR:
             model = ScalarModel(config)
-            model.normalization = parse_normalization(path, files.read_json(path), NORMALIZATION)
+            model.normalization = parse_normalization(path, described, NORMALIZATION)
         else:
             model = Llama(config)
 
@@ -261,7 +260,7 @@ def read(
     weights = files.match(model, stored, dtype, hf_name)
     tokenizer = find_tokenizer(folder)
     if isinstance(model, ScalarModel):
-        model.unread = _unread(path, model, tokenizer)
+        model.unread = _unread(path, described, config, tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         logger.warning(
             "%s: the tokenizer has %d ids, the model only %d embeddings: it cannot read the others",
