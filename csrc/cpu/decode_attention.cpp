@@ -5,8 +5,9 @@
 // cache lies. The processor does not guess well enough what comes next in it, so each step asks,
 // between its products, for the same heads of tokens further on. A tile of tokens has its scores,
 // their softmax (online, arXiv:1805.02867) and then its values; a key or value serves several rows
-// at once, query heads of one query or of several. Everything but the products of bf16 with bf16 is
-// fp32.
+// at once, query heads of one query or of several. Neighbours whose pages are the same, answers to one
+// prompt, read them together as if they were several queries of one sequence. Everything but the
+// products of bf16 with bf16 is fp32.
 #include "decode_attention.h"
 
 namespace LLAMA2RT_ISA {
@@ -20,8 +21,12 @@ constexpr int64_t TILE = 32, AHEAD = 8;
 static_assert(TILE % TOKENS == 0);
 // Tokens of a work item. Longer sequences are divided, whatever the number of threads, so that a few
 // long ones of few KV heads still feed them all; a long chain of sums also loses more to rounding.
-constexpr int64_t SPLIT = 512;
+// Divided alike whether neighbours have the same tokens or not, a query has the same bits in any company.
+constexpr int64_t SPLIT = 128;
 static_assert(SPLIT % TILE == 0);
+// Sequences that read a split together, and their rows of all the KV heads that a thread takes at once:
+// more would not stay in the first caches beside the tile.
+constexpr int64_t MEMBERS = 16, TOGETHER_ROWS = 64;
 
 inline int64_t splits_of(const Sequence& of) {
   return of.length <= SPLIT ? 1 : (of.length + SPLIT - 1) / SPLIT;
@@ -29,9 +34,18 @@ inline int64_t splits_of(const Sequence& of) {
 
 // Rows of a KV head: its query heads, of one query after the other. Those of several queries are
 // filled up to whole steps, so that the rows of a step share their keys.
-inline int64_t rows_of(const Sequence& of, int64_t group) {
-  const int64_t count = of.queries * group;
-  return of.queries == 1 || count <= 2 ? count : round_up(count, QUERIES);
+inline int64_t rows_of(int64_t queries, int64_t group) {
+  const int64_t count = queries * group;
+  return queries == 1 || count <= 2 ? count : round_up(count, QUERIES);
+}
+
+// Whether the sequence and the one before it, one query each, have the same pages from token `first`
+// to `last`, which both see.
+inline bool same_pages(const DecodeAttention& a, int64_t i, int64_t first, int64_t last) {
+  const Sequence one(a, i - 1), other(a, i);
+  if (one.queries != 1 || other.queries != 1 || one.length < last || other.length < last) return false;
+  const int64_t begin = first / a.page_size, end = (last + a.page_size - 1) / a.page_size;
+  return memcmp(one.pages + begin, other.pages + begin, (end - begin) * sizeof(int32_t)) == 0;
 }
 
 // What a thread keeps of the query rows it works on, `count` of one sequence, `per_head` of a KV
@@ -195,11 +209,21 @@ inline void softmax(const QueryRows& rows, int64_t first, int64_t tokens, float 
     }
 }
 
-// KV heads [begin, end) of tokens [first, last) of a sequence. Where these are not all of its
-// tokens, what each row has summed goes to `partial`, [queries, heads, n + 2]: acc, row_max, row_sum.
+// KV heads [begin, end) of tokens [first, last) of a sequence, or of several `members` that have them
+// in common. Where these are not all of a sequence's tokens, what each row has summed goes to
+// partials[sequence], [splits, queries, heads, n + 2]: acc, row_max, row_sum.
 struct Part {
-  int64_t sequence, begin, end, first, last;
-  float* partial;
+  int64_t sequence, members, begin, end, first, last;
+  float* const* partials;
+
+  bool divided() const { return partials[sequence] != nullptr; }
+  int64_t queries(const Sequence& of) const { return members > 1 ? members : of.queries; }
+  // Of a query and a head.
+  float* sums(const DecodeAttention& a, const Sequence& of, int64_t query, int64_t head) const {
+    const int64_t split = first / SPLIT, row = members > 1 ? 0 : query;
+    float* from = partials[members > 1 ? sequence + query : sequence];
+    return from + ((split * of.queries + row) * a.heads + head) * (a.head_dim + 2);
+  }
 };
 
 // SHARE divides the sequence's rows of a KV head.
@@ -207,20 +231,22 @@ template <int SHARE, typename T>
 void attend(const DecodeAttention& a, const Part& part, float* scratch) {
   const Sequence sequence(a, part.sequence);
   const int64_t n = a.head_dim, group = a.heads / a.kv_heads, length = sequence.length;
-  const int64_t per_head = rows_of(sequence, group), begin = part.begin, end = part.end;
+  const int64_t queries = part.queries(sequence), per_head = rows_of(queries, group);
+  const int64_t begin = part.begin, end = part.end;
   const QueryRows rows(scratch, (end - begin) * per_head, per_head, n);
   memset(scratch, 0, QueryRows::floats(rows.count, n) * sizeof(float));
   // Calls body(row, token, head) for `group` rows of a KV head and a query, from that head on.
   auto for_each_query = [&](auto body) {
     for (int64_t kv_head = begin; kv_head < end; ++kv_head)
-      for (int64_t i = 0; i < sequence.queries; ++i)
+      for (int64_t i = 0; i < queries; ++i)
         body((kv_head - begin) * per_head + i * group, i, kv_head * group);
   };
   for_each_query([&](int64_t row, int64_t i, int64_t head) {
     const T* q = (const T*)a.q.data + (sequence.first + i) * a.q.token_stride;
     pack_rows(q + head * a.q.head_stride, a.q.head_stride, group, group, n,
               rows.queries + row * rows.stride, rows.stride);
-    for (int64_t j = 0; j < group; ++j) rows.seen[row + j] = (int32_t)sequence.seen(i);
+    const int64_t seen = part.members > 1 ? part.last : sequence.seen(i);
+    for (int64_t j = 0; j < group; ++j) rows.seen[row + j] = (int32_t)seen;
   });
   for (int64_t row = 0; row < rows.lanes; ++row) rows.row_max[row] = -INFINITY;
 
@@ -232,7 +258,7 @@ void attend(const DecodeAttention& a, const Part& part, float* scratch) {
     const Rows<T> values(v_cache, a.v_cache, a.page_size, sequence.pages, first, length);
     for (int64_t t = 0; t < tokens; t += TOKENS)
       score<SHARE>(a, rows, keys.at + t, rows.scores + t * lanes);
-    if (first + tokens > sequence.seen(0))
+    if (part.members == 1 && first + tokens > sequence.seen(0))
       softmax<true>(rows, first, tokens, a.scale);
     else
       softmax<false>(rows, first, tokens, a.scale);
@@ -245,8 +271,8 @@ void attend(const DecodeAttention& a, const Part& part, float* scratch) {
   for_each_query([&](int64_t row, int64_t i, int64_t head) {
     for (int64_t j = 0; j < group; ++j) {
       const float* acc = rows.acc + (row + j) * rows.stride;
-      if (part.partial) {
-        float* to = part.partial + (i * a.heads + head + j) * (n + 2);
+      if (part.divided()) {
+        float* to = part.sums(a, sequence, i, head + j);
         memcpy(to, acc, n * sizeof(float));
         to[n] = rows.row_max[row + j], to[n + 1] = rows.row_sum[row + j];
         continue;
@@ -260,16 +286,13 @@ void attend(const DecodeAttention& a, const Part& part, float* scratch) {
   });
 }
 
-// The results of the KV heads of a sequence's first part, from the sums of all splits, in order.
+// The results of a sequence from the sums of all its splits, in order.
 template <typename T>
-void combine(const DecodeAttention& a, const Part& part) {
-  const Sequence sequence(a, part.sequence);
+void combine(const DecodeAttention& a, int64_t i, float* partials) {
+  const Sequence sequence(a, i);
   const int64_t n = a.head_dim, count = sequence.queries * a.heads, splits = splits_of(sequence);
-  const int64_t group = a.heads / a.kv_heads;
   for (int64_t row = 0; row < count; ++row) {
-    const int64_t kv_head = row % a.heads / group;
-    if (kv_head < part.begin || kv_head >= part.end) continue;
-    auto at = [&](int64_t split) { return part.partial + (split * count + row) * (n + 2); };
+    auto at = [&](int64_t split) { return partials + (split * count + row) * (n + 2); };
     float row_max = -INFINITY, row_sum = 0.0f;
     for (int64_t s = 0; s < splits; ++s) row_max = maximum(row_max, at(s)[n]);
     for (int64_t s = 0; s < splits; ++s) {
@@ -287,54 +310,94 @@ void combine(const DecodeAttention& a, const Part& part) {
   }
 }
 
-// Sequences of few queries.
+// The work of sequences of few queries: parts, and the memory of their sums.
+struct Few {
+  explicit Few(const DecodeAttention& a)
+      : a(a), group(a.heads / a.kv_heads), partials(a.sequences), memory(count()), parts(most_parts) {
+    float* next = memory.data;
+    for (int64_t i = 0; i < a.sequences; ++i) {
+      partials.data[i] = is_divided(i) ? next : nullptr;
+      next += floats_of(i);
+    }
+    // All KV heads of a split together read memory best; fewer, where a thread would wait for another
+    // that has the split of most work.
+    int64_t together = a.kv_heads;
+    while (together > 1 && most * together * a.threads > pairs * a.kv_heads)
+      together = (together + 1) / 2;
+    // Up to which sequence a split is read by those before.
+    Workspace<int64_t> read(most_splits);
+    for (int64_t s = 0; s < most_splits; ++s) read.data[s] = 0;
+    for (int64_t i = 0; i < a.sequences; ++i) {
+      if (!is_few(i)) continue;
+      const Sequence of(a, i);
+      for (int64_t s = 0; s < splits_of(of); ++s) {
+        if (i < read.data[s]) continue;
+        const int64_t first = s * SPLIT, last = s + 1 < splits_of(of) ? first + SPLIT : of.length;
+        int64_t members = 1;
+        if (is_divided(i) && last == first + SPLIT)
+          while (members < MEMBERS && i + members < a.sequences && is_divided(i + members) &&
+                 same_pages(a, i + members, first, last))
+            ++members;
+        read.data[s] = i + members;
+        add({i, members, 0, 0, first, last, partials.data}, together);
+      }
+    }
+  }
+
+  bool is_few(int64_t i) const {
+    const Sequence of(a, i);
+    return of.few() && of.queries > 0;
+  }
+  bool is_divided(int64_t i) const { return is_few(i) && splits_of(Sequence(a, i)) > 1; }
+  int64_t floats_of(int64_t i) const {
+    const Sequence of(a, i);
+    return is_divided(i) ? splits_of(of) * of.queries * a.heads * (a.head_dim + 2) : 0;
+  }
+
+  int64_t count() {
+    int64_t floats = 0;
+    for (int64_t i = 0; i < a.sequences; ++i) {
+      if (!is_few(i)) continue;
+      const Sequence of(a, i);
+      const int64_t its_most = of.queries * (of.length < SPLIT ? of.length : SPLIT);
+      pairs += of.queries * of.length;
+      most_parts += splits_of(of) * a.kv_heads;
+      floats += floats_of(i);
+      if (its_most > most) most = its_most;
+      if (splits_of(of) > most_splits) most_splits = splits_of(of);
+    }
+    return floats;
+  }
+
+  void add(Part part, int64_t together) {
+    const int64_t rows = rows_of(part.queries(Sequence(a, part.sequence)), group);
+    if (part.members > 1 && together * rows > TOGETHER_ROWS)
+      together = rows < TOGETHER_ROWS ? TOGETHER_ROWS / rows : 1;
+    for (part.begin = 0; part.begin < a.kv_heads; part.begin = part.end) {
+      part.end = part.begin + together < a.kv_heads ? part.begin + together : a.kv_heads;
+      parts.data[items++] = part;
+      const int64_t floats = QueryRows::floats((part.end - part.begin) * rows, a.head_dim);
+      if (floats > scratch) scratch = floats;
+    }
+  }
+
+  const DecodeAttention& a;
+  const int64_t group;
+  // Pairs of a query and a cached token, of all and of the split that has most.
+  int64_t pairs = 0, most = 0, most_splits = 0, most_parts = 0;
+  int64_t items = 0, scratch = 0;  // floats of a thread
+  Workspace<float*> partials;      // [sequences]
+  Workspace<> memory;
+  Workspace<Part> parts;
+};
+
 template <typename T>
 void decode_few(const DecodeAttention& a) {
-  const int64_t group = a.heads / a.kv_heads;
-  // Pairs of a query and a cached token, of all and of the split that has most.
-  int64_t pairs = 0, most = 0, rows = 0, splits = 0, divided = 0;
-  auto partial_floats = [&](const Sequence& of) {
-    return splits_of(of) == 1 ? 0 : splits_of(of) * of.queries * a.heads * (a.head_dim + 2);
-  };
-  auto for_each_sequence = [&](auto body) {
-    for (int64_t i = 0; i < a.sequences; ++i) {
-      const Sequence sequence(a, i);
-      if (sequence.few() && sequence.queries > 0) body(i, sequence);
-    }
-  };
-  for_each_sequence([&](int64_t, const Sequence& of) {
-    const int64_t its_most = of.queries * (of.length < SPLIT ? of.length : SPLIT);
-    pairs += of.queries * of.length;
-    splits += splits_of(of);
-    divided += partial_floats(of);
-    if (its_most > most) most = its_most;
-    if (rows_of(of, group) > rows) rows = rows_of(of, group);
-  });
-  // All KV heads of a split together read memory best; fewer, where a thread would wait for another
-  // that has the split of most work.
-  int64_t together = a.kv_heads;
-  while (together > 1 && most * together * a.threads > pairs * a.kv_heads)
-    together = (together + 1) / 2;
-  Workspace<Part> parts((a.kv_heads + together - 1) / together * splits);
-  Workspace<> partials(divided);
-  Part* next = parts.data;
-  float* partial = partials.data;
-  for_each_sequence([&](int64_t i, const Sequence& of) {
-    for (int64_t s = 0; s < splits_of(of); ++s) {
-      const int64_t first = s * SPLIT, last = s + 1 < splits_of(of) ? first + SPLIT : of.length;
-      for (int64_t begin = 0; begin < a.kv_heads; begin += together) {
-        const int64_t end = begin + together < a.kv_heads ? begin + together : a.kv_heads;
-        *next++ = {i, begin, end, first, last, splits_of(of) == 1 ? nullptr : partial};
-      }
-      partial += partial_floats(of) / splits_of(of);
-    }
-  });
-  const int64_t items = next - parts.data;
-  const int64_t floats = QueryRows::floats(together * rows, a.head_dim);
-  const int threads = useful_threads(items, pairs * a.heads * a.head_dim, a.threads);
-  share(items, threads, floats, [&](int64_t item, float* scratch) {
-    const Part& part = parts.data[item];
-    const int64_t shared = rows_of(Sequence(a, part.sequence), group);
+  const Few few(a);
+  const int threads = useful_threads(few.items, few.pairs * a.heads * a.head_dim, a.threads);
+  share(few.items, threads, few.scratch, [&](int64_t item, float* scratch) {
+    const Part& part = few.parts.data[item];
+    const int64_t shared = rows_of(part.queries(Sequence(a, part.sequence)), few.group);
     if (shared % 4 == 0)
       attend<4, T>(a, part, scratch);
     else if (shared % 2 == 0)
@@ -342,10 +405,9 @@ void decode_few(const DecodeAttention& a) {
     else
       attend<1, T>(a, part, scratch);
   });
-  if (divided == 0) return;
-  share(items, threads, 0, [&](int64_t item, float*) {
-    const Part& part = parts.data[item];
-    if (part.partial && part.first == 0) combine<T>(a, part);
+  if (few.most_splits <= 1) return;
+  share(a.sequences, threads, 0, [&](int64_t i, float*) {
+    if (few.is_divided(i)) combine<T>(a, i, few.partials.data[i]);
   });
 }
 

@@ -133,12 +133,9 @@ template <typename T>
 inline f32v load_units(const T* x, int64_t count) {
   constexpr int64_t COUNT = unit<T>() * W;
   if constexpr (unit<T>() == 1) return count < COUNT ? load(x, Part{count}) : load(x);
-  T numbers[COUNT];
-  if (count < COUNT) {
-    memset(numbers, 0, sizeof numbers);
-    memcpy(numbers, x, count * sizeof(T));
-    x = numbers;
-  }
+#if defined(__AVX512BF16__)
+  if (count < COUNT) return (f32v)_mm512_maskz_loadu_epi16((1u << count) - 1, x);
+#endif
   f32v v;
   memcpy(&v, x, sizeof v);
   return v;

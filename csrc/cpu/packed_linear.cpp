@@ -18,7 +18,7 @@ constexpr int MOST_ROWS = W == 16 ? 12 : 6;   // of a block, with two vectors of
 constexpr int DIRECT_ROWS = 4;                // up to which a weight is widened in registers
 constexpr int64_t SLAB = 512;                 // rows of x that are widened at a time
 constexpr int64_t TILE = 64;                  // rows that use a block of a panel together
-constexpr int64_t AHEAD = 1024;               // bytes of a panel from the lanes in use to prefetched ones
+constexpr int64_t AHEAD = 1024;               // bytes, in a walk through a panel
 
 // Vectors of a panel that a pass over a block takes, and panels that it walks at once: a sum must not
 // be waited for.
@@ -43,6 +43,7 @@ template <typename P>
 struct Run {
   const typename P::Lane* lanes;
   int64_t panel_lanes, steps;
+  int64_t ahead = AHEAD;  // bytes from the lanes in use to prefetched ones
 };
 
 template <int N>
@@ -75,7 +76,7 @@ inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first)
       for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 2
         for (int64_t byte = 0; byte < (int64_t)sizeof(*step) * PANEL_COLUMNS; byte += 64)
-          __builtin_prefetch((const char*)(step + p * run.panel_lanes) + AHEAD + byte);
+          __builtin_prefetch((const char*)(step + p * run.panel_lanes) + run.ahead + byte);
 #pragma GCC unroll 4
     for (int i = 0; i < P::NUMBERS; ++i)
 #pragma GCC unroll 4
@@ -108,7 +109,7 @@ template <typename P, int64_t UNIT, int ROWS, int PANELS, bool PREFETCH>
 inline void multiply_panels(Left x, Run<P> run, float* c, int64_t c_stride, bool first) {
   constexpr int VECTORS = vectors_for(ROWS);
   for (int v = 0; v < PANEL_VECTORS; v += VECTORS) {
-    const Run<P> part = {run.lanes + v * W, run.panel_lanes, run.steps};
+    const Run<P> part = {run.lanes + v * W, run.panel_lanes, run.steps, run.ahead};
     multiply<P, UNIT, ROWS, VECTORS, PANELS, PREFETCH>(x, part, c + v * W, c_stride, first);
   }
 }
@@ -157,13 +158,20 @@ __attribute__((noinline)) void many_rows(const PackedWeight& weight, int64_t pan
   for (int64_t s = 0; s < steps; s += chain) {
     const int64_t count = s + chain < steps ? chain : steps - s;
     const float* lanes = as_lanes(P{}, from + s * PANEL_COLUMNS, count, scratch);
-    const Run<Fp32Panel> run = {lanes, 0, count * P::NUMBERS};
+    Run<Fp32Panel> run = {lanes, 0, count * P::NUMBERS};
+    run.ahead = count * PANEL_COLUMNS * (int64_t)sizeof(float);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
       const Left part = {x.data + row * x.stride + s * P::NUMBERS, x.stride};
+      float* sums = c + row * PANEL_COLUMNS;
       with_rows<MOST_ROWS>(end - row, [&](auto n) {
-        multiply_panels<Fp32Panel, UNIT, decltype(n)::VALUE, 1, false>(
-            part, run, c + row * PANEL_COLUMNS, PANEL_COLUMNS, s == 0);
+        constexpr int ROWS = decltype(n)::VALUE;
+        // The last rows that use this block of the panel ask for the next one, which lies behind it.
+        // The only ones are too fast for that: what comes from memory then is what they wait for.
+        if ((const void*)lanes != scratch && 0 < block && block == blocks - 1)
+          multiply_panels<Fp32Panel, UNIT, ROWS, 1, true>(part, run, sums, PANEL_COLUMNS, s == 0);
+        else
+          multiply_panels<Fp32Panel, UNIT, ROWS, 1, false>(part, run, sums, PANEL_COLUMNS, s == 0);
       });
     }
   }
@@ -229,21 +237,23 @@ inline f32v load_left(const T* x, int64_t count) {
   return load_units(x, count);
 }
 
-// Rows a multiple of 4 KiB apart would evict each other from the first cache.
-inline bool usable_as_it_is(const PackedLinear& a, float) {
-  return a.x.stride % 1024 != 0 && steps_of(a.weight) * numbers_of(a.weight.storage) == a.weight.inner;
-}
-template <typename T>
-inline bool usable_as_it_is(const PackedLinear&, T) {
-  return false;
+// Whether rows of x are rows of units already: fp32, or whole pairs of bf16. Rows a multiple of 4 KiB
+// apart would evict each other from the first cache.
+template <int64_t UNIT, typename T>
+inline bool usable_as_it_is(const PackedLinear& a) {
+  const int64_t numbers = numbers_of(a.weight.storage);
+  if (UNIT * sizeof(T) != sizeof(float)) return false;
+  return a.x.stride % UNIT == 0 && a.x.stride / UNIT % 1024 != 0 &&
+         steps_of(a.weight) * numbers == a.weight.inner;
 }
 
 template <typename P, int64_t UNIT, typename T, typename Y>
 void product(const PackedLinear& a) {
-  if (usable_as_it_is(a, T{})) {
+  if (usable_as_it_is<UNIT, T>(a)) {
+    const int64_t stride = a.x.stride / UNIT;
     for (int64_t row = 0; row < a.rows; row += SLAB) {
       const int64_t rows = a.rows - row < SLAB ? a.rows - row : SLAB;
-      slab<P, UNIT, Y>(a, Left{(const float*)a.x.data + row * a.x.stride, a.x.stride}, row, rows);
+      slab<P, UNIT, Y>(a, Left{(const float*)a.x.data + row * stride, stride}, row, rows);
     }
     return;
   }

@@ -35,9 +35,11 @@ def make(
     *,
     key_kind: str | None = None,
     queries: Sequence[int] | None = None,
+    common: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """(q, k_cache, v_cache, block_table, lengths), the pages in a random order; `queries` of each
-    sequence, one if None.
+    sequence, one if None; `common`: how many first tokens, a multiple of `page`, each has in common
+    with the sequence before it.
 
     `kind` is that of v, and of k where `key_kind` names no other. What must not be read is poison:
     a page number far outside, and pages of NaN, rows past the end of a sequence's last page among
@@ -54,6 +56,9 @@ def make(
     for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
         table[row, :count] = order[first : first + count]
         first += count
+        if common is not None and common[row]:
+            assert common[row] <= min(lengths[row - 1 : row + 1]) and common[row] % page == 0
+            table[row, : common[row] // page] = table[row - 1, : common[row] // page]
         if length % page:
             for cache in (k, v):
                 cache[table[row, count - 1], length % page :] = torch.nan

@@ -184,7 +184,7 @@ def test_decode_attention_of_several_queries(heads, kv_heads, dim, page, dtype, 
 
 
 def test_decode_attention_in_parts(dtype, seed):
-    """Sequences of more than the 1024 tokens of a work item; threads do not change the sums."""
+    """Sequences of more tokens than a work item has; threads do not change the sums."""
     case = {"queries": [1, 3, 8, 1], "lengths": [1025, 2050, 1028, 1024]}
     arguments = decode_cases.make(4, 2, 24, 16, dtype, "tail", seed, key_kind="normal", **case)
     run = (cpu.decode_attention, arguments, 0.2, decode_cases.sdpa)
@@ -194,6 +194,38 @@ def test_decode_attention_in_parts(dtype, seed):
         torch.set_num_threads(threads)
         results.append(cpu.decode_attention(*arguments, 0.2, offsets(case["queries"])))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page"),
+    [(6, 6, 48, 16), (8, 2, 64, 16), (6, 2, 40, 5), (8, 1, 128, 128), (40, 40, 24, 32)],
+)
+def test_decode_attention_of_answers_to_one_prompt(heads, kv_heads, dim, page, dtype, seed):
+    """Pages that neighbours have in common are read together: the bits are those of each sequence
+    alone. Some have only one page in common, or leave the others before the prompt ends, or have
+    several queries, and one has another prompt; more than read a part together."""
+    prompt = 640
+    lengths = [prompt, *range(prompt + 1, prompt + 20), 17, 300, prompt, 645, 649, 642]
+    common = [0, *[prompt] * 19, 0, 0, 0, 640, 640, 0]
+    common[5] = round_down(130, page)
+    queries = [1] * len(lengths)
+    queries[9] = 3
+    case = {"key_kind": "normal", "queries": queries, "common": common}
+    arguments = decode_cases.make(heads, kv_heads, dim, page, dtype, "tail", seed, lengths, **case)
+    scale = dim**-0.5
+    decode_cases.check(cpu.decode_attention, arguments, scale, decode_cases.sdpa, queries=queries)
+    cu_q = offsets(queries)
+    torch.set_num_threads(2)
+    out = cpu.decode_attention(*arguments, scale, cu_q)
+    q, k, v, table, seen = arguments
+    for i, count in enumerate(queries):
+        rows, one = slice(cu_q[i], cu_q[i + 1]), slice(i, i + 1)
+        alone = cpu.decode_attention(q[rows], k, v, table[one], seen[one], scale, offsets([count]))
+        assert torch.equal(out[rows], alone)
+
+
+def round_down(n: int, step: int) -> int:
+    return n // step * step
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
