@@ -67,7 +67,7 @@ def ours(folder: str, setting: str, share: bool | None = None) -> None:
     """Steps of `llama2rt reward`."""
     from llama2rt.checkpoint import load
     from llama2rt.data.loader import PairLoader
-    from llama2rt.data.packing import Example
+    from llama2rt.data.packing import Example, at_ends
     from llama2rt.data.shared import packing
     from llama2rt.stages import reward
     from llama2rt.train import Optimizer, TrainOptions
@@ -80,7 +80,7 @@ def ours(folder: str, setting: str, share: bool | None = None) -> None:
     ]
     margins = {"margin": [margin for *_, margin in pairs()]}
     tokens = sum(len(side.tokens) for pair in examples for side in pair)
-    loader = PairLoader(examples, margins, PAIRS, tokens, 0, packed=packing(share))
+    loader = PairLoader(examples, margins, PAIRS, tokens, 0, packed=at_ends(packing(share)))
     objective = reward.objective(reward.RewardRecipe(init=folder, data=["pairs.jsonl"]))
     optimizer = Optimizer(model, TrainOptions(lr=LR, precision=PRECISION))
     with recompute_blocks(model, {"kept": "none", "recomputed": "full"}[setting]):

@@ -15,6 +15,10 @@ import torch
 from numpy.typing import ArrayLike
 
 from llama2rt.model.shared_prefix import SharedKeys
+from llama2rt.model.tails import Tails
+
+UNREAD = 0.1
+"""least share of a batch's tokens that is worth leaving out of the last block"""
 
 
 class Example(NamedTuple):
@@ -56,6 +60,8 @@ class Batch:
     """what the documents attend to where they share tokens (`data.shared`): the tokens and
     `cu_seqlens` are then those that a document has for itself, and positions go on behind what it
     shares. None where each document is whole"""
+    tails: Tails | None = None
+    """the documents' ends from their first target on; None where that is nearly all of them"""
 
     def to(self, device: torch.device | str) -> "Batch":
         return replace(
@@ -65,6 +71,7 @@ class Batch:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             keys=None if self.keys is None else self.keys.to(device),
+            tails=None if self.tails is None else self.tails.to(device),
         )
 
     @property
@@ -106,6 +113,16 @@ def pack(examples: Sequence[Example]) -> Batch:
     return pack_arrays(tokens, targets, lengths)
 
 
+def at_ends(packed: Callable[[Sequence[Example]], Batch]) -> Callable[[Sequence[Example]], Batch]:
+    """`packed`, where only the last token of each document is read, none of which is empty."""
+
+    def pack_to_the_ends(examples: Sequence[Example]) -> Batch:
+        batch = packed(examples)
+        return replace(batch, tails=Tails.of_last_tokens(batch.cu_seqlens))
+
+    return pack_to_the_ends
+
+
 def pack_arrays(tokens: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> Batch:
     """The batch of documents that lie end to end already: `tokens` and `targets` [T] and the
     documents' `lengths` [B], which add up to T."""
@@ -118,7 +135,26 @@ def pack_arrays(tokens: np.ndarray, targets: np.ndarray, lengths: np.ndarray) ->
         cu_seqlens=torch.from_numpy(cu_seqlens),
         targets=torch.from_numpy(targets.astype(np.int64, copy=False)),
         weight=int(np.count_nonzero(targets >= 0)),
+        tails=tails(targets, cu_seqlens),
     )
+
+
+def tails(targets: np.ndarray, cu_seqlens: np.ndarray) -> Tails | None:
+    """Of each document the tokens from its first target on, where that leaves out at least
+    `UNREAD` of all; `targets` [T], `cu_seqlens` int32 [B+1]."""
+    wanted = np.flatnonzero(targets >= 0)
+    ends, least = cu_seqlens[1:].astype(np.int64), UNREAD * len(targets)
+    if len(wanted) == 0 or len(targets) - len(wanted) < least:
+        return None
+    begins = ends.copy()
+    # The first of a document's targets is written last.
+    begins[np.searchsorted(ends, wanted[::-1], side="right")] = wanted[::-1]
+    offsets = np.zeros(len(cu_seqlens), np.int32)
+    np.cumsum(ends - begins, out=offsets[1:])
+    if len(targets) - offsets[-1] < least:
+        return None
+    rows = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], ends - begins)
+    return Tails(torch.from_numpy(rows), torch.from_numpy(offsets))
 
 
 def pack_pairs(

@@ -192,6 +192,5 @@ class _Epoch:
 
 
 def _of_sources(batch: Batch, sources: torch.Tensor) -> SourceBatch:
-    return SourceBatch(
-        batch.tokens, batch.positions, batch.cu_seqlens, batch.targets, batch.weight, None, sources
-    )
+    packed = batch.tokens, batch.positions, batch.cu_seqlens, batch.targets
+    return SourceBatch(*packed, batch.weight, sources=sources)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.llama import Llama
 from llama2rt.model.shared_prefix import SharedKeys, documents
+from llama2rt.model.tails import Tails, last_rows
 from llama2rt.model.transformer import Transformer, fill, fresh_weights
 
 
@@ -119,7 +120,7 @@ class ScalarModel(nn.Module):
         keys: SharedKeys | None = None,
     ) -> Tensor:
         """[T, dim] after the final norm."""
-        return self.transformer(tokens, positions, documents(cu_seqlens, keys))
+        return self.transformer(tokens, positions, *documents(cu_seqlens, keys))
 
     def forward(
         self,
@@ -127,14 +128,15 @@ class ScalarModel(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor,
         keys: SharedKeys | None = None,
+        *,
+        tails: Tails | None = None,
     ) -> Tensor:
-        """fp32 [T]: the value at every token; a response's score is the one at its last token."""
-        return self.head(self.transformer(tokens, positions, documents(cu_seqlens, keys)))
+        """fp32 [T]: the value at every token, or those of `tails`, where others may be 0; a
+        response's score is the one at its last token."""
+        values = self.head(self.transformer(tokens, positions, *documents(cu_seqlens, keys, tails)))
+        return values if tails is None else tails.spread(values, len(tokens))
 
 
 def last_token(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[B]: the value at each document's last token; ValueError for an empty document (on CPU)."""
-    ends = cu_seqlens[1:].long()
-    if cu_seqlens.device.type == "cpu" and bool((ends <= cu_seqlens[:-1]).any()):
-        raise ValueError("cu_seqlens: expected documents with at least one token, got an empty one")
-    return values.index_select(0, ends - 1)
+    return values.index_select(0, last_rows(cu_seqlens))

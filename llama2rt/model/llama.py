@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llama2rt import ops
 from llama2rt.model.config import LlamaConfig
 from llama2rt.model.shared_prefix import SharedKeys, documents
+from llama2rt.model.tails import Tails
 from llama2rt.model.transformer import Linear, Transformer, fill, fresh_weights
 
 
@@ -66,7 +67,7 @@ class Llama(nn.Module):
         keys: SharedKeys | None = None,
     ) -> Tensor:
         """[T, dim] after the final norm."""
-        return self.transformer(tokens, positions, documents(cu_seqlens, keys))
+        return self.transformer(tokens, positions, *documents(cu_seqlens, keys))
 
     def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[T, V] logits: for tests and small uses; training never holds them."""
@@ -80,6 +81,7 @@ class Llama(nn.Module):
         targets: Tensor,
         *,
         keys: SharedKeys | None = None,
+        tails: Tails | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
         teacher: tuple[Tensor, Tensor] | None = None,
@@ -87,25 +89,41 @@ class Llama(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probability fp32 [T] of each target (0 where targets < 0), and entropy [T] if asked.
 
-        targets [T]: the token that each position must predict. See `ops.token_logprob`. teacher:
-        hidden states [T, dim'] of another model that has read the same tokens, and its output
-        weight [V, dim']: then the result is how far this model's distributions are from its, see
-        `ops.divergence`.
+        targets [T]: the token that each position must predict. See `ops.token_logprob`. tails: the
+        ends of documents that hold all of these positions; no others are computed in the last
+        block. teacher: hidden states [T, dim'] of another model that has read the same tokens, and
+        its output weight [V, dim']: then the result is how far this model's distributions are from
+        its, see `ops.divergence`.
         """
+        count = len(tokens)
+        layout = documents(cu_seqlens, keys, tails)
+        if tails is not None:
+            targets = tails.take(targets)
         if teacher is not None:
-            return ops.divergence(
-                self.transformer(tokens, positions, documents(cu_seqlens, keys)),
+            hidden, weight = teacher
+            if tails is not None:
+                hidden = tails.take(hidden)
+            apart = ops.divergence(
+                self.transformer(tokens, positions, *layout),
                 self.output.weight,
-                *teacher,
+                hidden,
+                weight,
                 targets,
                 beta=beta,
                 temperature=temperature,
             )
+            return apart if tails is None else tails.spread(apart, count)
         # Not named here: the op drops prompt tokens' rows, and with them the hidden states.
-        return ops.token_logprob(
-            self.transformer(tokens, positions, documents(cu_seqlens, keys)),
+        found = ops.token_logprob(
+            self.transformer(tokens, positions, *layout),
             self.output.weight,
             targets,
             temperature=temperature,
             entropy=entropy,
         )
+        if tails is None:
+            return found
+        if isinstance(found, Tensor):
+            return tails.spread(found, count)
+        logprob, entropies = found
+        return tails.spread(logprob, count), tails.spread(entropies, count)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llama2rt import ops
-from llama2rt.model.transformer import Attention, PackedAttention
+from llama2rt.model.tails import Tails
+from llama2rt.model.transformer import Attention, Ending, PackedAttention
 from llama2rt.ops.embedding import embedding
 
 
@@ -34,7 +35,8 @@ class SharedKeys:
 @dataclass(frozen=True)
 class SharedPrefixAttention:
     """Each token attends to its own document's keys up to itself, where `cu_seqlens` int32 [B+1]
-    holds the offsets of the documents' own tokens, which are the last of their keys."""
+    holds the offsets of the documents' own tokens, or of their last ones: the last of their keys.
+    """
 
     cu_seqlens: Tensor
     keys: SharedKeys
@@ -55,8 +57,16 @@ class SharedPrefixAttention:
         return embedding(self.keys.rows, x.flatten(1)).view(-1, *x.shape[1:])
 
 
-def documents(cu_seqlens: Tensor, keys: SharedKeys | None) -> Attention:
-    """What the tokens of a packed batch attend to."""
-    if keys is None:
-        return PackedAttention(cu_seqlens)
-    return SharedPrefixAttention(cu_seqlens, keys)
+def documents(
+    cu_seqlens: Tensor, keys: SharedKeys | None, tails: Tails | None = None
+) -> tuple[Attention, Ending | None]:
+    """What the tokens of a packed batch attend to, and what their `tails` do in the last block."""
+
+    def attention(queries: Tensor) -> Attention:
+        if keys is not None:
+            return SharedPrefixAttention(queries, keys)
+        return PackedAttention(queries, None if queries is cu_seqlens else cu_seqlens)
+
+    if tails is None:
+        return attention(cu_seqlens), None
+    return attention(cu_seqlens), Ending(tails.rows, attention(tails.cu_seqlens))

@@ -25,18 +25,32 @@ class Attention(Protocol):
     """What the tokens of one forward pass attend to."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D] after rotary embedding -> [T, Hq, D]."""
+        """q [T, Hq, D], or of an `Ending` [R, Hq, D], k and v [T, Hkv, D], after rotary embedding
+        -> as q."""
         ...
 
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Each token attends to its own document's tokens up to itself; `cu_seqlens` int32 [B+1]."""
+    """Each token attends to its own document's tokens up to itself."""
 
     cu_seqlens: Tensor
+    """int32 [B+1], offsets of the documents' queries"""
+    cu_seqlens_k: Tensor | None = None
+    """int32 [B+1], of their keys, of which the queries' are the last; None for the same"""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attention(q, k, v, self.cu_seqlens)
+        return ops.attention(q, k, v, self.cu_seqlens, cu_seqlens_k=self.cu_seqlens_k)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the last block computes where not all hidden states are read (`model.tails`)."""
+
+    rows: Tensor
+    """int64 [R], of the tokens that queries and all that follows are computed of"""
+    attention: Attention
+    """what these attend to"""
 
 
 @dataclass(frozen=True)
@@ -110,14 +124,24 @@ class Block(nn.Module):
         self.down = Linear(hidden, dim, bias=False, **factory)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotary: Rotary, attention: Attention
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotary: Rotary,
+        attention: Attention,
+        ending: Ending | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The feed-forward output and the residual stream that the next norm adds it to."""
+        """The feed-forward output and the residual stream that the next norm adds it to: [T, dim],
+        or [R, dim] of an `ending`."""
         x, residual = self.attention_norm(x, residual)
         # Counted after the norm, which may have gathered tokens that the residual stream shards.
         heads = (x.shape[0], -1, self.head_dim)
         q, k = rotary.rotate(self.query(x).view(heads), self.key(x).view(heads))
-        x = attention.attend(self.layer, q, k, self.value(x).view(heads))
+        v = self.value(x).view(heads)
+        if ending is not None:
+            attention = ending.attention
+            q, residual = q.index_select(0, ending.rows), residual.index_select(0, ending.rows)
+        x = attention.attend(self.layer, q, k, v)
         x, residual = self.ffn_norm(self.attention_output(x.flatten(1)), residual)
         return self.down(ops.swiglu(self.gate(x), self.up(x))), residual
 
@@ -168,12 +192,21 @@ class Transformer(nn.Module):
             angle = torch.outer(position, frequency)
             return angle.cos(), angle.sin()
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """tokens [T] int64, positions [T] -> [T, dim] after the final norm."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        ending: Ending | None = None,
+    ) -> Tensor:
+        """tokens [T] int64, positions [T] -> [T, dim] after the final norm, or [R, dim] of an
+        `ending`."""
         rotary = Rotary(*self.rotary(tokens.device), positions)
         x, residual = self.embedding(tokens), None
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x, residual = self.run_block(block, x, residual, rotary, attention)
+        x, residual = self.run_block(last, x, residual, rotary, attention, ending)
         return self.norm(x, residual)[0]
 
 

@@ -93,7 +93,7 @@ class Part:
     def attention(self) -> Attention:
         """What this rank's tokens attend to."""
         if self.context is None:
-            return documents(self.cu_seqlens, self.keys)
+            return documents(self.cu_seqlens, self.keys)[0]
         return ContextAttention.of(self)
 
 
@@ -183,7 +183,7 @@ def split_micro_batches(model: Llama | ScalarModel, mesh: Mesh) -> None:
         if rest and not isinstance(rest[0], Tensor):  # a scalar model has no targets
             keys = rest.pop(0)
         part = Part.of(len(tokens), cu_seqlens, keys, mesh)
-        kwargs = {**kwargs, "keys": None}
+        kwargs = {**kwargs, "keys": None, "tails": None}  # a rank has others' tails
         if "targets" in kwargs:
             kwargs["targets"] = part.take(kwargs["targets"], -1)
         inputs = part.take(tokens, 0), part.take(positions, 0), part
@@ -196,7 +196,7 @@ def split_micro_batches(model: Llama | ScalarModel, mesh: Mesh) -> None:
         return tuple(part.whole(x) for x in output)
 
     def attend_to_part(_: nn.Module, args: tuple) -> tuple:
-        tokens, positions, attention = args
+        tokens, positions, attention = args[:3]  # `split` has left out tails
         if isinstance(attention, PackedAttention | SharedPrefixAttention):
             part: Any = attention.cu_seqlens
             if isinstance(part, Part):

@@ -112,6 +112,7 @@ class PipelinedLlama(Llama):
             chunk = (x[0] for x in (tokens, positions, cu_seqlens, targets))
             return self._run(*chunk)
         plain = {"keys": None, "temperature": 1.0, "entropy": False}
+        options.pop("tails", None)  # all tokens are computed
         asked = {name: value for name, value in options.items() if value != plain[name]}
         if asked:
             raise NotImplementedError(f"a pipeline takes whole documents and targets, got {asked}")
@@ -136,7 +137,7 @@ class PipelinedLlama(Llama):
         def loss_of(output: Tensor, number: Tensor) -> Tensor:
             micro = micros[int(number)]
             logprob = output[0, : len(micro.tokens)]
-            loss, metrics = objective(lambda *_: logprob, micro)
+            loss, metrics = objective(lambda *_, **__: logprob, micro)
             if micro.weight == 0:  # fills up a share
                 return loss * 0
             for name, value in {"loss": loss, **metrics}.items():

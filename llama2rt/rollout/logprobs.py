@@ -60,6 +60,7 @@ def response_logprobs(
             batch.cu_seqlens,
             batch.targets,
             keys=batch.keys,
+            tails=batch.tails,
             temperature=temperature,
             entropy=True,
         )
@@ -106,7 +107,8 @@ def response_values(critic: ScalarModel, examples: Sequence[Example], micro_toke
     parts = []
     for batch in inference_batches(examples, micro_tokens, critic.head.weight.device):
         faults.moved()
-        values = critic(batch.tokens, batch.positions, batch.cu_seqlens)
+        layout = batch.tokens, batch.positions, batch.cu_seqlens
+        values = critic(*layout, tails=batch.tails)
         parts.append(values[batch.targets >= 0])
     return torch.cat(parts)
 

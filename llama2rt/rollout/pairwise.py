@@ -136,9 +136,8 @@ def probability_of_first(
         for begin, micro in dealt(numbered, mesh.share, (len(examples), filler())):
             faults.moved()
             batch = micro.to(device)
-            logprob = model(
-                batch.tokens, batch.positions, batch.cu_seqlens, batch.targets, keys=batch.keys
-            )
+            layout = batch.tokens, batch.positions, batch.cu_seqlens, batch.targets
+            logprob = model(*layout, keys=batch.keys, tails=batch.tails)
             found[begin : begin + micro.weight] = logprob[batch.targets >= 0].float()
     finally:
         model.train(training)

@@ -19,6 +19,7 @@ from llama2rt.data.packing import Example, filler, micro_batches
 from llama2rt.data.shared import pack_shared
 from llama2rt.errors import InputError
 from llama2rt.model.heads import ScalarModel, last_token
+from llama2rt.model.tails import Tails
 from llama2rt.parallel import Mesh, faults
 from llama2rt.rollout.frozen import phase
 from llama2rt.text import chat
@@ -93,7 +94,9 @@ def score_tokens(
             for begin, micro in dealt(numbered, mesh.share, (len(scores), filler())):
                 faults.moved()
                 batch = micro.to(device)
-                values = model(batch.tokens, batch.positions, batch.cu_seqlens, keys=batch.keys)
+                packed = batch.tokens, batch.positions, batch.cu_seqlens
+                ends = Tails.of_last_tokens(batch.cu_seqlens)
+                values = model(*packed, keys=batch.keys, tails=ends)
                 read = last_token(values, batch.cu_seqlens).float().cpu().numpy()
                 scores[begin : begin + len(read)] = read[: len(scores) - begin]
     finally:

@@ -231,7 +231,8 @@ class AnswerLoss:
 
 def document_logprobs(model: nn.Module, batch: Batch, averaged: bool = False) -> Tensor:
     """Log-probability of each document's targets, summed, or averaged over them: fp32 [B]."""
-    logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets, keys=batch.keys)
+    packed = batch.tokens, batch.positions, batch.cu_seqlens, batch.targets
+    logprob = model(*packed, keys=batch.keys, tails=batch.tails)
     lengths = batch.cu_seqlens.diff().long()
     values = segment_sums(logprob, lengths)
     if averaged:

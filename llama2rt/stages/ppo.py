@@ -299,6 +299,7 @@ def accumulate(
         micro.cu_seqlens,
         micro.targets,
         keys=micro.keys,
+        tails=micro.tails,
         temperature=recipe.temperature,
     )[predicts]
     beta = recipe.beta * actors.adaptive.beta_factor
@@ -309,7 +310,8 @@ def accumulate(
     if actors.critic is not None and actors.critic_optimizer is not None:
         assert rollout.values is not None and rollout.returns is not None
         rows = token_rows(rollout.cu_responses, index)
-        values = actors.critic(micro.tokens, micro.positions, micro.cu_seqlens)[predicts]
+        layout = micro.tokens, micro.positions, micro.cu_seqlens
+        values = actors.critic(*layout, tails=micro.tails)[predicts]
         value_loss, _ = losses.value_clip(
             values, rollout.values[rows], rollout.returns[rows], recipe.value_clip
         )

@@ -334,7 +334,8 @@ def _require_context(recipe: PretrainRecipe, config: LlamaConfig) -> None:
 def next_token(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats summed over all targets: every token of a window, or, in fine-tuning,
     those of the answers."""
-    logprob = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets)
+    packed = batch.tokens, batch.positions, batch.cu_seqlens, batch.targets
+    logprob = model(*packed, tails=batch.tails)
     return -logprob.sum(), {}
 
 

@@ -22,7 +22,7 @@ from llama2rt.algorithms import losses, rewards
 from llama2rt.data.filters import NO_FILTERS, Filters
 from llama2rt.data.loader import PairLoader
 from llama2rt.data.mixture import Account
-from llama2rt.data.packing import Example, PairBatch
+from llama2rt.data.packing import Example, PairBatch, at_ends
 from llama2rt.data.records import Comparison
 from llama2rt.data.shared import packing
 from llama2rt.data.sources import MixSource, Source
@@ -30,6 +30,7 @@ from llama2rt.errors import InputError
 from llama2rt.evaluate import diagnostics, preference
 from llama2rt.model import LlamaConfig, ScalarModel
 from llama2rt.model.heads import Normalization, last_token
+from llama2rt.model.tails import Tails
 from llama2rt.parallel import Mesh, ParallelOptions
 from llama2rt.planning import Batch, Count, Model, Phase, Work
 from llama2rt.rollout.scoring import score_tokens
@@ -166,7 +167,7 @@ def run(recipe: RewardRecipe, directory: Path, *, resume: bool = False) -> Path:
         options.micro_tokens,
         recipe.seed,
         share=mesh.share,
-        packed=packing(recipe.share_prompts),
+        packed=at_ends(packing(recipe.share_prompts)),
     )
     model = initial_model(recipe, inputs.result.config, mesh)
 
@@ -317,7 +318,9 @@ def objective(recipe: RewardRecipe) -> Objective:
 
     def loss(model: ScalarModel, pairs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         batch, extras = pairs.batch, pairs.extras
-        values = model(batch.tokens, batch.positions, batch.cu_seqlens, keys=batch.keys)
+        packed = batch.tokens, batch.positions, batch.cu_seqlens
+        ends = Tails.of_last_tokens(batch.cu_seqlens)  # however the pairs have been packed
+        values = model(*packed, keys=batch.keys, tails=ends)
         chosen, rejected = last_token(values, batch.cu_seqlens).view(-1, 2).unbind(1)
         total = losses.ranking(chosen, rejected, extras["margin"]).sum()
         metrics = {

@@ -161,7 +161,11 @@ class Teacher:
                 hidden = teacher.hidden(*layout)
             distributions = hidden, teacher.output.weight
             value = model(
-                *layout, batch.targets, teacher=distributions, beta=beta, temperature=temperature
+                *(*layout, batch.targets),
+                tails=batch.tails,
+                teacher=distributions,
+                beta=beta,
+                temperature=temperature,
             )
             return value.sum(), {}
 

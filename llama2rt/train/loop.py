@@ -219,8 +219,7 @@ def _cost(model: nn.Module, micro: Any) -> tuple[int, int]:
     """(tokens, FLOPs) of a Batch or of the Batch inside a PairBatch."""
     batch = getattr(micro, "batch", micro)
     whole = getattr(model, "shape", model)  # a stage of a pipeline has a part
-    flops = training_flops(whole, batch.tokens, batch.cu_seqlens, batch.weight, batch.keys)
-    return batch.tokens.numel(), flops
+    return batch.tokens.numel(), training_flops(whole, batch)
 
 
 def _generator_tensors() -> dict[str, Tensor]:

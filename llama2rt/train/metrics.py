@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama2rt.data.packing import Batch
 from llama2rt.energy import Energy, EnergyMeter
 from llama2rt.model.llama import Llama
-from llama2rt.model.shared_prefix import SharedKeys
 from llama2rt.parallel import gather
 
 
@@ -50,32 +50,36 @@ def gemm_ceiling(device_type: str, dtype: torch.dtype) -> float:
     return 4 * 2 * size**3 / min(seconds(*operands) for _ in range(5))
 
 
-def training_flops(
-    model: nn.Module,
-    tokens: Tensor,
-    cu_seqlens: Tensor,
-    predicted: int,
-    keys: SharedKeys | None = None,
-) -> int:
+def training_flops(model: nn.Module, batch: Batch) -> int:
     """FLOPs of one forward and backward pass over a packed batch: 3 x 2 per weight and token, 2 x 2
     for a frozen one, of which no gradient is taken.
 
-    The output matrix counts for the `predicted` rows only (the others never reach it), the
-    embedding not at all, causal attention over each document by itself, and what documents share
-    once. `model` is a Llama, or a transformer under another head.
+    The output matrix counts for the rows that predict something only (the others never reach it),
+    what follows the last block's keys for the batch's tails, the embedding not at all, causal
+    attention over each document by itself, and what documents share once. `model` is a Llama, or a
+    transformer under another head.
     """
     transformer: Any = model.transformer
-    config = transformer.config
-    blocks = sum(_products(p) * p.numel() for p in transformer.blocks.parameters() if p.ndim == 2)
-    output = 0
+    config, last = transformer.config, transformer.blocks[-1]
+    own = batch.cu_seqlens.diff().to(torch.int64)
+    seen = own if batch.keys is None else batch.keys.cu_seqlens.diff().to(torch.int64)
+    ending = own if batch.tails is None else batch.tails.cu_seqlens.diff().to(torch.int64)
+    left_out = int((own - ending).sum())
+    behind = _weights(last.attention_output, last.gate, last.up, last.down)
+    products = _weights(transformer.blocks) * batch.tokens.numel() - behind * left_out
     if isinstance(model, Llama):
-        output = _products(model.output.weight) * config.vocab_size * config.dim
-    own = cu_seqlens.diff().to(torch.int64)
-    seen = own if keys is None else keys.cu_seqlens.diff().to(torch.int64)
+        output = model.output.weight
+        products += _products(output) * config.vocab_size * config.dim * batch.weight
     # The last `own` rows of a causal triangle of `seen`; length^2 / 2 where a document is whole.
-    pairs = int((own * (2 * seen - own)).sum())
-    attention = config.layers * config.dim * pairs  # q.k and p.v: 2 x 2 x dim, half of them masked
-    return 2 * (blocks * tokens.numel() + output * predicted + 3 * attention)
+    pairs = (config.layers - 1) * own * (2 * seen - own) + ending * (2 * seen - ending)
+    attention = config.dim * int(pairs.sum())  # q.k and p.v: 2 x 2 x dim, half of them masked
+    return 2 * (products + 3 * attention)
+
+
+def _weights(*modules: nn.Module) -> int:
+    """Products a token of all their matrices' numbers."""
+    matrices = (p for module in modules for p in module.parameters() if p.ndim == 2)
+    return sum(_products(p) * p.numel() for p in matrices)
 
 
 def _products(weight: Tensor) -> int:

@@ -115,9 +115,9 @@ def test_a_long_sequence_passes_alone_and_leaves_the_others_their_size(model, mo
     sizes = []
     forward = ScalarModel.forward
 
-    def spy(self, tokens, positions, cu_seqlens, keys):
+    def spy(self, tokens, positions, cu_seqlens, keys, **more):
         sizes.append(len(tokens))
-        return forward(self, tokens, positions, cu_seqlens, keys)
+        return forward(self, tokens, positions, cu_seqlens, keys, **more)
 
     monkeypatch.setattr(ScalarModel, "forward", spy)
     sequences = [[1, 2, 3], [4, 5, 6], [7, 8, 9], list(range(1, 13))]

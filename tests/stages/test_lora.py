@@ -14,6 +14,7 @@ from small_models import far_from_flat, packed
 
 import llama2rt
 from llama2rt.checkpoint import adapter, hf
+from llama2rt.data.packing import Example, pack
 from llama2rt.errors import InputError
 from llama2rt.generate import Engine
 from llama2rt.model import Llama, LlamaConfig, ScalarModel
@@ -217,13 +218,14 @@ def test_the_engine_samples_with_the_adapter(pocket, trained, dtype):
 
 def test_frozen_weights_take_no_product_for_their_gradient():
     model = far_from_flat()
-    tokens, _, cu_seqlens = batch(400)
-    config = model.config
-    whole = training_flops(model, tokens, cu_seqlens, 30)
+    documents = [Example.of(range(1, n)) for n in (10, 24)]
+    layout, config = pack(documents), model.config
+    assert (len(layout.tokens), layout.weight) == (32, 30)
+    whole = training_flops(model, layout)
     adapt(model, rank=2, alpha=4.0)
     blocks = config.parameters - 2 * 400 * 64 - (2 * config.layers + 1) * config.dim
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = training_flops(model, tokens, cu_seqlens, 30)
+    frozen = training_flops(model, layout)
     assert whole - frozen == 2 * (32 * blocks + 30 * 400 * 64) - 6 * 32 * adapters
 
 
