@@ -9,44 +9,16 @@
 // prompt, read them together as if they were several queries of one sequence. Everything but the
 // products of bf16 with bf16 is fp32.
 #include "decode_attention.h"
+#include "decode_pieces.h"
 
 namespace LLAMA2RT_ISA {
 namespace {
 
-constexpr int QUERIES = 4;           // query rows of a step
 constexpr int TOKENS = W / QUERIES;  // cached tokens of a step: its scores fill a vector
 // Chosen by trials on Zen 5: tokens of one softmax, and from the tokens in use to those that are
 // asked for.
 constexpr int64_t TILE = 32, AHEAD = 8;
-static_assert(TILE % TOKENS == 0);
-// Tokens of a work item. Longer sequences are divided, whatever the number of threads, so that a few
-// long ones of few KV heads still feed them all; a long chain of sums also loses more to rounding.
-// Divided alike whether neighbours have the same tokens or not, a query has the same bits in any company.
-constexpr int64_t SPLIT = 128;
-static_assert(SPLIT % TILE == 0);
-// Sequences that read a split together, and their rows of all the KV heads that a thread takes at once:
-// more would not stay in the first caches beside the tile.
-constexpr int64_t MEMBERS = 16, TOGETHER_ROWS = 64;
-
-inline int64_t splits_of(const Sequence& of) {
-  return of.length <= SPLIT ? 1 : (of.length + SPLIT - 1) / SPLIT;
-}
-
-// Rows of a KV head: its query heads, of one query after the other. Those of several queries are
-// filled up to whole steps, so that the rows of a step share their keys.
-inline int64_t rows_of(int64_t queries, int64_t group) {
-  const int64_t count = queries * group;
-  return queries == 1 || count <= 2 ? count : round_up(count, QUERIES);
-}
-
-// Whether the sequence and the one before it, one query each, have the same pages from token `first`
-// to `last`, which both see.
-inline bool same_pages(const DecodeAttention& a, int64_t i, int64_t first, int64_t last) {
-  const Sequence one(a, i - 1), other(a, i);
-  if (one.queries != 1 || other.queries != 1 || one.length < last || other.length < last) return false;
-  const int64_t begin = first / a.page_size, end = (last + a.page_size - 1) / a.page_size;
-  return memcmp(one.pages + begin, other.pages + begin, (end - begin) * sizeof(int32_t)) == 0;
-}
+static_assert(TILE % TOKENS == 0 && SPLIT % TILE == 0);
 
 // What a thread keeps of the query rows it works on, `count` of one sequence, `per_head` of a KV
 // head. They are padded to whole vectors, their number to whole steps and, as they are lanes of the
@@ -209,30 +181,13 @@ inline void softmax(const QueryRows& rows, int64_t first, int64_t tokens, float 
     }
 }
 
-// KV heads [begin, end) of tokens [first, last) of a sequence, or of several `members` that have them
-// in common. Where these are not all of a sequence's tokens, what each row has summed goes to
-// partials[sequence], [splits, queries, heads, n + 2]: acc, row_max, row_sum.
-struct Part {
-  int64_t sequence, members, begin, end, first, last;
-  float* const* partials;
-
-  bool divided() const { return partials[sequence] != nullptr; }
-  int64_t queries(const Sequence& of) const { return members > 1 ? members : of.queries; }
-  // Of a query and a head.
-  float* sums(const DecodeAttention& a, const Sequence& of, int64_t query, int64_t head) const {
-    const int64_t split = first / SPLIT, row = members > 1 ? 0 : query;
-    float* from = partials[members > 1 ? sequence + query : sequence];
-    return from + ((split * of.queries + row) * a.heads + head) * (a.head_dim + 2);
-  }
-};
-
 // SHARE divides the sequence's rows of a KV head.
 template <int SHARE, typename T>
-void attend(const DecodeAttention& a, const Part& part, float* scratch) {
-  const Sequence sequence(a, part.sequence);
+void attend(const DecodeAttention& a, const Piece& piece, float* scratch) {
+  const Sequence sequence(a, piece.sequence);
   const int64_t n = a.head_dim, group = a.heads / a.kv_heads, length = sequence.length;
-  const int64_t queries = part.queries(sequence), per_head = rows_of(queries, group);
-  const int64_t begin = part.begin, end = part.end;
+  const int64_t queries = piece.queries(sequence), per_head = rows_of(queries, group);
+  const int64_t begin = piece.begin, end = piece.end;
   const QueryRows rows(scratch, (end - begin) * per_head, per_head, n);
   memset(scratch, 0, QueryRows::floats(rows.count, n) * sizeof(float));
   // Calls body(row, token, head) for `group` rows of a KV head and a query, from that head on.
@@ -245,20 +200,20 @@ void attend(const DecodeAttention& a, const Part& part, float* scratch) {
     const T* q = (const T*)a.q.data + (sequence.first + i) * a.q.token_stride;
     pack_rows(q + head * a.q.head_stride, a.q.head_stride, group, group, n,
               rows.queries + row * rows.stride, rows.stride);
-    const int64_t seen = part.members > 1 ? part.last : sequence.seen(i);
+    const int64_t seen = piece.members > 1 ? piece.last : sequence.seen(i);
     for (int64_t j = 0; j < group; ++j) rows.seen[row + j] = (int32_t)seen;
   });
   for (int64_t row = 0; row < rows.lanes; ++row) rows.row_max[row] = -INFINITY;
 
   const T* k_cache = (const T*)a.k_cache.data + begin * a.k_cache.head_stride;
   const T* v_cache = (const T*)a.v_cache.data + begin * a.v_cache.head_stride;
-  for (int64_t first = part.first; first < part.last; first += TILE) {
-    const int64_t left = part.last - first, tokens = left < TILE ? left : TILE, lanes = rows.lanes;
+  for (int64_t first = piece.first; first < piece.last; first += TILE) {
+    const int64_t left = piece.last - first, tokens = left < TILE ? left : TILE, lanes = rows.lanes;
     const Rows<T> keys(k_cache, a.k_cache, a.page_size, sequence.pages, first, length);
     const Rows<T> values(v_cache, a.v_cache, a.page_size, sequence.pages, first, length);
     for (int64_t t = 0; t < tokens; t += TOKENS)
       score<SHARE>(a, rows, keys.at + t, rows.scores + t * lanes);
-    if (part.members == 1 && first + tokens > sequence.seen(0))
+    if (piece.members == 1 && first + tokens > sequence.seen(0))
       softmax<true>(rows, first, tokens, a.scale);
     else
       softmax<false>(rows, first, tokens, a.scale);
@@ -271,8 +226,8 @@ void attend(const DecodeAttention& a, const Part& part, float* scratch) {
   for_each_query([&](int64_t row, int64_t i, int64_t head) {
     for (int64_t j = 0; j < group; ++j) {
       const float* acc = rows.acc + (row + j) * rows.stride;
-      if (part.divided()) {
-        float* to = part.sums(a, sequence, i, head + j);
+      if (piece.divided()) {
+        float* to = piece.sums(a, sequence, i, head + j);
         memcpy(to, acc, n * sizeof(float));
         to[n] = rows.row_max[row + j], to[n + 1] = rows.row_sum[row + j];
         continue;
@@ -310,104 +265,24 @@ void combine(const DecodeAttention& a, int64_t i, float* partials) {
   }
 }
 
-// The work of sequences of few queries: parts, and the memory of their sums.
-struct Few {
-  explicit Few(const DecodeAttention& a)
-      : a(a), group(a.heads / a.kv_heads), partials(a.sequences), memory(count()), parts(most_parts) {
-    float* next = memory.data;
-    for (int64_t i = 0; i < a.sequences; ++i) {
-      partials.data[i] = is_divided(i) ? next : nullptr;
-      next += floats_of(i);
-    }
-    // All KV heads of a split together read memory best; fewer, where a thread would wait for another
-    // that has the split of most work.
-    int64_t together = a.kv_heads;
-    while (together > 1 && most * together * a.threads > pairs * a.kv_heads)
-      together = (together + 1) / 2;
-    // Up to which sequence a split is read by those before.
-    Workspace<int64_t> read(most_splits);
-    for (int64_t s = 0; s < most_splits; ++s) read.data[s] = 0;
-    for (int64_t i = 0; i < a.sequences; ++i) {
-      if (!is_few(i)) continue;
-      const Sequence of(a, i);
-      for (int64_t s = 0; s < splits_of(of); ++s) {
-        if (i < read.data[s]) continue;
-        const int64_t first = s * SPLIT, last = s + 1 < splits_of(of) ? first + SPLIT : of.length;
-        int64_t members = 1;
-        if (is_divided(i) && last == first + SPLIT)
-          while (members < MEMBERS && i + members < a.sequences && is_divided(i + members) &&
-                 same_pages(a, i + members, first, last))
-            ++members;
-        read.data[s] = i + members;
-        add({i, members, 0, 0, first, last, partials.data}, together);
-      }
-    }
-  }
-
-  bool is_few(int64_t i) const {
-    const Sequence of(a, i);
-    return of.few() && of.queries > 0;
-  }
-  bool is_divided(int64_t i) const { return is_few(i) && splits_of(Sequence(a, i)) > 1; }
-  int64_t floats_of(int64_t i) const {
-    const Sequence of(a, i);
-    return is_divided(i) ? splits_of(of) * of.queries * a.heads * (a.head_dim + 2) : 0;
-  }
-
-  int64_t count() {
-    int64_t floats = 0;
-    for (int64_t i = 0; i < a.sequences; ++i) {
-      if (!is_few(i)) continue;
-      const Sequence of(a, i);
-      const int64_t its_most = of.queries * (of.length < SPLIT ? of.length : SPLIT);
-      pairs += of.queries * of.length;
-      most_parts += splits_of(of) * a.kv_heads;
-      floats += floats_of(i);
-      if (its_most > most) most = its_most;
-      if (splits_of(of) > most_splits) most_splits = splits_of(of);
-    }
-    return floats;
-  }
-
-  void add(Part part, int64_t together) {
-    const int64_t rows = rows_of(part.queries(Sequence(a, part.sequence)), group);
-    if (part.members > 1 && together * rows > TOGETHER_ROWS)
-      together = rows < TOGETHER_ROWS ? TOGETHER_ROWS / rows : 1;
-    for (part.begin = 0; part.begin < a.kv_heads; part.begin = part.end) {
-      part.end = part.begin + together < a.kv_heads ? part.begin + together : a.kv_heads;
-      parts.data[items++] = part;
-      const int64_t floats = QueryRows::floats((part.end - part.begin) * rows, a.head_dim);
-      if (floats > scratch) scratch = floats;
-    }
-  }
-
-  const DecodeAttention& a;
-  const int64_t group;
-  // Pairs of a query and a cached token, of all and of the split that has most.
-  int64_t pairs = 0, most = 0, most_splits = 0, most_parts = 0;
-  int64_t items = 0, scratch = 0;  // floats of a thread
-  Workspace<float*> partials;      // [sequences]
-  Workspace<> memory;
-  Workspace<Part> parts;
-};
-
 template <typename T>
 void decode_few(const DecodeAttention& a) {
-  const Few few(a);
-  const int threads = useful_threads(few.items, few.pairs * a.heads * a.head_dim, a.threads);
-  share(few.items, threads, few.scratch, [&](int64_t item, float* scratch) {
-    const Part& part = few.parts.data[item];
-    const int64_t shared = rows_of(part.queries(Sequence(a, part.sequence)), few.group);
+  const Pieces work(a);
+  const int threads = useful_threads(work.items, work.pairs * a.heads * a.head_dim, a.threads);
+  const int64_t floats = QueryRows::floats(work.most_rows, a.head_dim);
+  share(work.items, threads, floats, [&](int64_t item, float* scratch) {
+    const Piece& piece = work.pieces.data[item];
+    const int64_t shared = rows_of(piece.queries(Sequence(a, piece.sequence)), work.group);
     if (shared % 4 == 0)
-      attend<4, T>(a, part, scratch);
+      attend<4, T>(a, piece, scratch);
     else if (shared % 2 == 0)
-      attend<2, T>(a, part, scratch);
+      attend<2, T>(a, piece, scratch);
     else
-      attend<1, T>(a, part, scratch);
+      attend<1, T>(a, piece, scratch);
   });
-  if (few.most_splits <= 1) return;
+  if (work.most_splits <= 1) return;
   share(a.sequences, threads, 0, [&](int64_t i, float*) {
-    if (few.is_divided(i)) combine<T>(a, i, few.partials.data[i]);
+    if (work.is_divided(i)) combine<T>(a, i, work.partials.data[i]);
   });
 }
 
