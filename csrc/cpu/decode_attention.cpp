@@ -20,8 +20,8 @@ constexpr int TOKENS = W / QUERIES;  // cached tokens of a step: its scores fill
 constexpr int64_t TILE = 32, AHEAD = 8;
 static_assert(TILE % TOKENS == 0 && SPLIT % TILE == 0);
 
-// What a thread keeps of the query rows it works on, `count` of one sequence, `per_head` of a KV
-// head. They are padded to whole vectors, their number to whole steps and, as they are lanes of the
+// What a thread keeps of the query rows it works on, `count` of a sequence or of several that are
+// read together, `per_head` of a KV head. They are padded to whole vectors, their number to whole steps and, as they are lanes of the
 // softmax, to vectors.
 struct QueryRows {
   QueryRows(float* scratch, int64_t count, int64_t per_head, int64_t n)
@@ -241,12 +241,14 @@ void attend(const DecodeAttention& a, const Piece& piece, float* scratch) {
   });
 }
 
-// The results of a sequence from the sums of all its splits, in order.
+// The results of a KV head of a sequence from the sums of all its splits, in order.
 template <typename T>
-void combine(const DecodeAttention& a, int64_t i, float* partials) {
+void combine(const DecodeAttention& a, int64_t i, int64_t kv_head, float* partials) {
   const Sequence sequence(a, i);
   const int64_t n = a.head_dim, count = sequence.queries * a.heads, splits = splits_of(sequence);
+  const int64_t group = a.heads / a.kv_heads;
   for (int64_t row = 0; row < count; ++row) {
+    if (row % a.heads / group != kv_head) continue;
     auto at = [&](int64_t split) { return partials + (split * count + row) * (n + 2); };
     float row_max = -INFINITY, row_sum = 0.0f;
     for (int64_t s = 0; s < splits; ++s) row_max = maximum(row_max, at(s)[n]);
@@ -281,8 +283,9 @@ void decode_few(const DecodeAttention& a) {
       attend<1, T>(a, piece, scratch);
   });
   if (work.most_splits <= 1) return;
-  share(a.sequences, threads, 0, [&](int64_t i, float*) {
-    if (work.is_divided(i)) combine<T>(a, i, work.partials.data[i]);
+  share(a.sequences * a.kv_heads, threads, 0, [&](int64_t item, float*) {
+    const int64_t i = item / a.kv_heads;
+    if (work.is_divided(i)) combine<T>(a, i, item % a.kv_heads, work.partials.data[i]);
   });
 }
 

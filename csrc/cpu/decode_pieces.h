@@ -114,6 +114,8 @@ struct Pieces {
     const int64_t rows = rows_of(piece.queries(Sequence(a, piece.sequence)), group);
     if (piece.members > 1 && together * rows > TOGETHER_ROWS)
       together = rows < TOGETHER_ROWS ? TOGETHER_ROWS / rows : 1;
+    while (together > 1 && piece.members * SPLIT * together * a.threads > pairs * a.kv_heads)
+      together = (together + 1) / 2;
     for (piece.begin = 0; piece.begin < a.kv_heads; piece.begin = piece.end) {
       piece.end = piece.begin + together < a.kv_heads ? piece.begin + together : a.kv_heads;
       pieces.data[items++] = piece;

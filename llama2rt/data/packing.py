@@ -61,7 +61,8 @@ class Batch:
     `cu_seqlens` are then those that a document has for itself, and positions go on behind what it
     shares. None where each document is whole"""
     tails: Tails | None = None
-    """the documents' ends from their first target on; None where that is nearly all of them"""
+    """the documents' ends from their first target on, or, of `at_ends`, their last tokens: nothing
+    else is read of them. None where that is nearly all"""
 
     def to(self, device: torch.device | str) -> "Batch":
         return replace(

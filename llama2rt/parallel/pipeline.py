@@ -137,7 +137,7 @@ class PipelinedLlama(Llama):
         def loss_of(output: Tensor, number: Tensor) -> Tensor:
             micro = micros[int(number)]
             logprob = output[0, : len(micro.tokens)]
-            loss, metrics = objective(lambda *_, **__: logprob, micro)
+            loss, metrics = objective(lambda *_, tails=None: logprob, micro)
             if micro.weight == 0:  # fills up a share
                 return loss * 0
             for name, value in {"loss": loss, **metrics}.items():

@@ -56,8 +56,9 @@ def training_flops(model: nn.Module, batch: Batch) -> int:
 
     The output matrix counts for the rows that predict something only (the others never reach it),
     what follows the last block's keys for the batch's tails, the embedding not at all, causal
-    attention over each document by itself, and what documents share once. `model` is a Llama, or a
-    transformer under another head.
+    attention over each document by itself, and what documents share once: what is needed, where
+    ranks that share a micro-batch, and pipelines, compute the last block at all tokens. `model` is
+    a Llama, or a transformer under another head.
     """
     transformer: Any = model.transformer
     config, last = transformer.config, transformer.blocks[-1]

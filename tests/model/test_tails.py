@@ -113,6 +113,15 @@ def test_tails_begin_at_the_first_target(documents):
     assert (found.rows.dtype, found.cu_seqlens.dtype) == (torch.int64, torch.int32)
 
 
+def test_one_layer_in_bf16_beside_an_empty_document():
+    batch = pack([*examples()[:6], Example.of([], [])])
+    built = model(Llama, layers=1).to(torch.bfloat16)
+    found = logprobs(built, batch), logprobs(built, replace(batch, tails=None))
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+    whole = torch.compile(built, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logprobs(whole, batch), found[0], rtol=0.02, atol=0.02)
+
+
 def test_documents_without_a_target_are_read_nowhere():
     batch = pack(
         [Example.of([5, 6, 7], [False] * 3), Example.of(range(9), [False] * 5 + [True] * 4)]

@@ -38,6 +38,15 @@ def test_a_row_has_the_same_bits_beside_any_others(isa, dtype):
         assert same_bits(taken.linear(x.T.contiguous().T), everything)
 
 
+@pytest.mark.parametrize("offset, stride", [(0, 96), (1, 97), (1, 96), (2, 2048), (0, 0)])
+def test_rows_of_a_larger_matrix(offset, stride, isa, dtype):
+    """Whole pairs of bf16 or not, at any address, 4 KiB apart, or one row again and again."""
+    memory = torch.randn(5 * 2048 + 100).to(dtype)
+    x = memory.as_strided((5, 70), (stride, 1), offset)
+    taken = packed.pack([torch.randn(45, 70).to(dtype)])
+    assert same_bits(taken.linear(x), taken.linear(x.clone(memory_format=torch.contiguous_format)))
+
+
 def test_several_weights_stand_one_below_another(isa, dtype):
     weights = [torch.randn(rows, 36).to(dtype) for rows in (40, 8, 24)]
     x = torch.randn(6, 36).to(dtype)

@@ -79,7 +79,8 @@ def _batch(requests: Sequence[Scored]) -> Batch:
         row = np.full(len(example.tokens), -1, np.int64)
         row[-request.count :] = request.tokens[-request.count :]
         targets.append(row[begin:])
-    return replace(batch, targets=torch.from_numpy(np.concatenate(targets)))
+    # Its tails are those of the targets that it was packed with.
+    return replace(batch, targets=torch.from_numpy(np.concatenate(targets)), tails=None)
 
 
 def _scored_rows(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
