@@ -130,29 +130,31 @@ def pack_arrays(tokens: np.ndarray, targets: np.ndarray, lengths: np.ndarray) ->
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     positions = np.arange(len(tokens), dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+    predicting = targets >= 0
     return Batch(
         tokens=torch.from_numpy(tokens.astype(np.int64)),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         targets=torch.from_numpy(targets.astype(np.int64, copy=False)),
-        weight=int(np.count_nonzero(targets >= 0)),
-        tails=tails(targets, cu_seqlens),
+        weight=int(np.count_nonzero(predicting)),
+        tails=tails(predicting, cu_seqlens),
     )
 
 
-def tails(targets: np.ndarray, cu_seqlens: np.ndarray) -> Tails | None:
-    """Of each document the tokens from its first target on, where that leaves out at least
-    `UNREAD` of all; `targets` [T], `cu_seqlens` int32 [B+1]."""
-    wanted = np.flatnonzero(targets >= 0)
-    ends, least = cu_seqlens[1:].astype(np.int64), UNREAD * len(targets)
-    if len(wanted) == 0 or len(targets) - len(wanted) < least:
+def tails(predicting: np.ndarray, cu_seqlens: np.ndarray) -> Tails | None:
+    """Of each document the tokens from the first one on that predicts something, where that leaves
+    out at least `UNREAD` of all; `predicting` bool [T], `cu_seqlens` int32 [B+1]."""
+    count, least = len(predicting), UNREAD * len(predicting)
+    if count - np.count_nonzero(predicting) < least:
         return None
+    backwards = np.flatnonzero(predicting)[::-1]
+    ends = cu_seqlens[1:].astype(np.int64)
     begins = ends.copy()
-    # The first of a document's targets is written last.
-    begins[np.searchsorted(ends, wanted[::-1], side="right")] = wanted[::-1]
+    # A document's first is written last.
+    begins[np.searchsorted(ends, backwards, side="right")] = backwards
     offsets = np.zeros(len(cu_seqlens), np.int32)
     np.cumsum(ends - begins, out=offsets[1:])
-    if len(targets) - offsets[-1] < least:
+    if offsets[-1] == 0 or count - offsets[-1] < least:
         return None
     rows = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], ends - begins)
     return Tails(torch.from_numpy(rows), torch.from_numpy(offsets))

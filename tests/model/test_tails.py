@@ -97,15 +97,15 @@ def test_nothing_changes_but_the_work(kind, read, packed, recompute):
 @given(st.lists(st.lists(st.booleans(), max_size=9), min_size=1, max_size=6))
 def test_tails_begin_at_the_first_target(documents):
     """Also of empty documents, and of those without a target, which have none."""
-    targets = np.array([1 if wanted else -1 for d in documents for wanted in d], np.int64)
+    predicting = np.array([wanted for d in documents for wanted in d], np.bool_)
     cu_seqlens = np.cumsum([0, *map(len, documents)]).astype(np.int32)
     rows = [
         [begin + i for i in range(len(d)) if any(d[: i + 1])]
         for begin, d in zip(cu_seqlens.tolist(), documents, strict=False)
     ]
     count = sum(map(len, rows))
-    found = tails(targets, cu_seqlens)
-    if count == 0 or len(targets) - count < UNREAD * len(targets):
+    found = tails(predicting, cu_seqlens)
+    if count == 0 or len(predicting) - count < UNREAD * len(predicting):
         assert found is None
         return
     assert found.rows.tolist() == [row for d in rows for row in d]
