@@ -20,9 +20,9 @@ constexpr int TOKENS = W / QUERIES;  // cached tokens of a step: its scores fill
 constexpr int64_t TILE = 32, AHEAD = 8;
 static_assert(TILE % TOKENS == 0 && SPLIT % TILE == 0);
 
-// What a thread keeps of the query rows it works on, `count` of a sequence or of several that are
-// read together, `per_head` of a KV head. They are padded to whole vectors, their number to whole steps and, as they are lanes of the
-// softmax, to vectors.
+// What a thread keeps of the query rows it works on, `count` of a sequence or of several that are read
+// together, `per_head` of a KV head. They are padded to whole vectors, their number to whole steps and,
+// as they are lanes of the softmax, to vectors.
 struct QueryRows {
   QueryRows(float* scratch, int64_t count, int64_t per_head, int64_t n)
       : count(count),

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -160,13 +160,8 @@ class Teacher:
             with torch.no_grad():
                 hidden = teacher.hidden(*layout)
             distributions = hidden, teacher.output.weight
-            value = model(
-                *(*layout, batch.targets),
-                tails=batch.tails,
-                teacher=distributions,
-                beta=beta,
-                temperature=temperature,
-            )
+            at: dict[str, Any] = {"beta": beta, "temperature": temperature}
+            value = model(*layout, batch.targets, tails=batch.tails, teacher=distributions, **at)
             return value.sum(), {}
 
         return loss
