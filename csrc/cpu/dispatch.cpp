@@ -41,7 +41,9 @@ const Kernels* find_kernels(const char* isa) {
   bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq");
-  bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  // Every processor with the one has the other.
+  bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") &&
+                  __builtin_cpu_supports("avx512vnni");
   if (has_avx2 && !strcmp(isa, "avx2")) return &avx2::table;
   if (has_avx512 && !strcmp(isa, "avx512")) return &avx512::table;
   if (has_bf16 && !strcmp(isa, "avx512bf16")) return &avx512bf16::table;

@@ -58,9 +58,9 @@ f32v int8_lanes(const T* row, int64_t i, int64_t n, float inverse) {
       store_bytes(numbers + j,
                   (left < W ? load(row + i + j, Part{left}) : load(row + i + j)) * inverse);
     }
-  f32v v;
-  memcpy(&v, numbers, sizeof v);
-  return v;
+  u32v lanes;
+  memcpy(&lanes, numbers, sizeof lanes);
+  return (f32v)((lanes & 0xff0000ff) | (lanes & 0xff00) << 8 | (lanes & 0xff0000) >> 8);
 }
 
 // One panel in lanes of 32 bits, of NUMBERS numbers each.

@@ -5,8 +5,13 @@
 // by all rows while it is in the first cache. Sums are fp32, in chains of CHAIN numbers that are then
 // added in order: the same bits for a row whatever rows stand beside it, and for any number of threads.
 //
-// Left out: activations in int8. Where the weights come from memory, arithmetic on them is not what
-// a few rows wait for, and activations have outliers that a scale for each row does not hold.
+// With int8 weights, x of 16 bits becomes int16: each CHAIN of a row in steps of its largest absolute
+// value / 32767. That is finer than x itself by 8 bits (bf16) or 5 (fp16) where numbers are alike, and an
+// outlier costs its own chain alone. Products and sums of a chain are then exact in int32, twice as many
+// at once as in fp32. An x of fp32 is multiplied in fp32.
+//
+// Left out: activations in int8, which would be as much faster again and cost as much accuracy as the
+// weights in int8 do.
 #include "panels.h"
 #include "parallel.h"
 
@@ -32,10 +37,18 @@ constexpr int panels_for(int rows) {
   return sums >= 8 ? 1 : sums > 3 ? 2 : 4;
 }
 
-// x widened: rows of 32-bit units, `stride` apart.
+// x widened: rows of 32-bit units, `stride` apart; of int16 also a scale for each chain of a row.
 struct Left {
   const float* data;
   int64_t stride;
+  const float* scales = nullptr;
+  int64_t scales_stride = 0;
+
+  // From that row, unit and chain on.
+  Left at(int64_t row, int64_t unit, int64_t chain) const {
+    return {data + row * stride + unit, stride,
+            scales ? scales + row * scales_stride + chain : nullptr, scales_stride};
+  }
 };
 
 // A run of steps of one panel, or of several panels that lie `panel_lanes` apart.
@@ -60,15 +73,15 @@ inline void with_rows(int64_t rows, Body body) {
 }
 
 // ROWS of x times VECTORS of PANELS panels, added to c [rows, PANELS * 32] or, at `first`, put there.
-template <typename P, int64_t UNIT, int ROWS, int VECTORS, int PANELS, bool PREFETCH>
+template <typename P, typename A, int ROWS, int VECTORS, int PANELS, bool PREFETCH>
 inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first) {
-  f32v sums[PANELS][ROWS][VECTORS];
+  typename A::Sum sums[PANELS][ROWS][VECTORS];
 #pragma GCC unroll 4
   for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) sums[p][r][v] = f32v{};
+      for (int v = 0; v < VECTORS; ++v) sums[p][r][v] = typename A::Sum{};
   for (int64_t s = 0; s < run.steps; ++s) {
     const typename P::Lane* step = run.lanes + s * PANEL_COLUMNS;
     if (PREFETCH)
@@ -89,7 +102,7 @@ inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first)
           const f32v left = repeat(x.data + r * x.stride + s * P::NUMBERS + i);
 #pragma GCC unroll 8
           for (int v = 0; v < VECTORS; ++v)
-            sums[p][r][v] = multiply_add<UNIT>(left, w[v], sums[p][r][v]);
+            sums[p][r][v] = A::multiply_add(left, w[v], sums[p][r][v]);
         }
       }
   }
@@ -100,30 +113,31 @@ inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first)
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
         float* to = c + r * c_stride + p * PANEL_COLUMNS + v * W;
-        store(to, first ? sums[p][r][v] : load(to) + sums[p][r][v]);
+        const f32v total = A::total(sums[p][r][v], x.scales + r * x.scales_stride);
+        store(to, first ? total : load(to) + total);
       }
 }
 
 // All columns of PANELS panels.
-template <typename P, int64_t UNIT, int ROWS, int PANELS, bool PREFETCH>
+template <typename P, typename A, int ROWS, int PANELS, bool PREFETCH>
 inline void multiply_panels(Left x, Run<P> run, float* c, int64_t c_stride, bool first) {
   constexpr int VECTORS = vectors_for(ROWS);
   for (int v = 0; v < PANEL_VECTORS; v += VECTORS) {
     const Run<P> part = {run.lanes + v * W, run.panel_lanes, run.steps, run.ahead};
-    multiply<P, UNIT, ROWS, VECTORS, PANELS, PREFETCH>(x, part, c + v * W, c_stride, first);
+    multiply<P, A, ROWS, VECTORS, PANELS, PREFETCH>(x, part, c + v * W, c_stride, first);
   }
 }
 
 // The sums of so many panels from `panel`, in c [rows, 32 each].
-template <typename P, int64_t UNIT, int ROWS, int PANELS>
+template <typename P, typename A, int ROWS, int PANELS>
 __attribute__((noinline)) void few_rows(const PackedWeight& weight, int64_t panel, Left x, float* c) {
   const int64_t steps = steps_of(weight), lanes = steps * PANEL_COLUMNS;
   const typename P::Lane* from = (const typename P::Lane*)weight.data + panel * lanes;
-  const int64_t chain = CHAIN / (UNIT * P::NUMBERS);
+  const int64_t chain = CHAIN / (A::UNIT * P::NUMBERS);
   for (int64_t s = 0; s < steps; s += chain) {
     const Run<P> run = {from + s * PANEL_COLUMNS, lanes, s + chain < steps ? chain : steps - s};
-    const Left part = {x.data + s * P::NUMBERS, x.stride};
-    multiply_panels<P, UNIT, ROWS, PANELS, true>(part, run, c, PANELS * PANEL_COLUMNS, s == 0);
+    const Left part = x.at(0, s * P::NUMBERS, s / chain);
+    multiply_panels<P, A, ROWS, PANELS, true>(part, run, c, PANELS * PANEL_COLUMNS, s == 0);
   }
 }
 
@@ -138,47 +152,59 @@ inline const float* widened(const typename P::Lane* from, int64_t steps, float* 
               P::number(from + s * PANEL_COLUMNS, v, i));
   return scratch;
 }
-inline const float* as_lanes(Fp32Panel, const float* from, int64_t, float*) { return from; }
-inline const float* as_lanes(Bf16PairPanel, const uint32_t* from, int64_t, float*) {
-  return (const float*)from;
-}
-template <typename P>
-inline const float* as_lanes(P, const typename P::Lane* from, int64_t steps, float* scratch) {
-  return widened<P>(from, steps, scratch);
+
+// A block of a panel times any number of rows, in blocks of about one size; c [rows, 32].
+template <typename P, typename A>
+inline void multiply_rows(Left x, int64_t rows, Run<P> run, float* c, bool first, bool prefetch) {
+  const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
+    const Left part = x.at(row, 0, 0);
+    float* sums = c + row * PANEL_COLUMNS;
+    with_rows<MOST_ROWS>(end - row, [&](auto n) {
+      constexpr int ROWS = decltype(n)::VALUE;
+      // The last rows that use this block of the panel ask for the next one, which lies behind it.
+      if (prefetch && block == blocks - 1)
+        multiply_panels<P, A, ROWS, 1, true>(part, run, sums, PANEL_COLUMNS, first);
+      else
+        multiply_panels<P, A, ROWS, 1, false>(part, run, sums, PANEL_COLUMNS, first);
+    });
+  }
 }
 
 // The same for one panel and any number of rows; scratch: CHAIN * 32 floats.
-template <typename P, int64_t UNIT>
-__attribute__((noinline)) void many_rows(const PackedWeight& weight, int64_t panel, Left x, int64_t rows, float* c,
-                      float* scratch) {
-  const int64_t steps = steps_of(weight);
+template <typename P, typename A>
+__attribute__((noinline)) void many_rows(const PackedWeight& weight, int64_t panel, Left x,
+                                         int64_t rows, float* c, float* scratch) {
+  const int64_t steps = steps_of(weight), chain = CHAIN / (A::UNIT * P::NUMBERS);
   const typename P::Lane* from =
       (const typename P::Lane*)weight.data + panel * steps * PANEL_COLUMNS;
-  const int64_t chain = CHAIN / (UNIT * P::NUMBERS), blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
   for (int64_t s = 0; s < steps; s += chain) {
     const int64_t count = s + chain < steps ? chain : steps - s;
-    const float* lanes = as_lanes(P{}, from + s * PANEL_COLUMNS, count, scratch);
-    Run<Fp32Panel> run = {lanes, 0, count * P::NUMBERS};
-    run.ahead = count * PANEL_COLUMNS * (int64_t)sizeof(float);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
-      const Left part = {x.data + row * x.stride + s * P::NUMBERS, x.stride};
-      float* sums = c + row * PANEL_COLUMNS;
-      with_rows<MOST_ROWS>(end - row, [&](auto n) {
-        constexpr int ROWS = decltype(n)::VALUE;
-        // The last rows that use this block of the panel ask for the next one, which lies behind it.
-        // The only ones are too fast for that: what comes from memory then is what they wait for.
-        if ((const void*)lanes != scratch && 0 < block && block == blocks - 1)
-          multiply_panels<Fp32Panel, UNIT, ROWS, 1, true>(part, run, sums, PANEL_COLUMNS, s == 0);
-        else
-          multiply_panels<Fp32Panel, UNIT, ROWS, 1, false>(part, run, sums, PANEL_COLUMNS, s == 0);
-      });
+    const typename P::Lane* block = from + s * PANEL_COLUMNS;
+    const Left part = x.at(0, s * P::NUMBERS, s / chain);
+    if constexpr (P::READY) {
+      // Few rows are too fast for asking: what comes from memory then is what they wait for. With two
+      // units to a lane there is half as much to wait for.
+      const bool prefetch = rows > MOST_ROWS || P::NUMBERS > 1;
+      const int64_t bytes = count * PANEL_COLUMNS * (int64_t)sizeof(*block);
+      multiply_rows<P, A>(part, rows, {block, 0, count, bytes}, c, s == 0, prefetch);
+    } else {
+      const Run<Fp32Panel> run = {widened<P>(block, count, scratch), 0, count * P::NUMBERS};
+      multiply_rows<Fp32Panel, A>(part, rows, run, c, s == 0, false);
     }
   }
 }
 
+// By which a panel's numbers are too large.
+template <typename P>
+constexpr float scale_of(P) {
+  return 1;
+}
+constexpr float scale_of(Int8Panel) { return Int8Panel::SCALE; }
+
 // The sums c [rows, count * 32] of `count` panels, times their columns' scales -> y.
-template <typename Y>
+template <typename P, typename Y>
 void finish(const PackedLinear& a, int64_t panel, int64_t count, const float* c, int64_t row,
             int64_t rows) {
   const int64_t first = panel * PANEL_COLUMNS;
@@ -188,13 +214,13 @@ void finish(const PackedLinear& a, int64_t panel, int64_t count, const float* c,
     Y* y = (Y*)a.y + (row + r) * a.y_stride + first;
     for_each_vector(columns, [&](int64_t i, auto lanes) {
       f32v sum = load(c + r * width + i);
-      if (a.weight.scales) sum *= load(a.weight.scales + first + i) * INT8_SCALE;
+      if (a.weight.scales) sum *= load(a.weight.scales + first + i) * scale_of(P{});
       store(y + i, sum, lanes);
     });
   }
 }
 
-template <typename P, int64_t UNIT, typename Y>
+template <typename P, typename A, typename Y>
 void slab(const PackedLinear& a, Left x, int64_t row, int64_t rows) {
   const int64_t panels = (a.weight.columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
   const int64_t elements = rows * a.weight.columns * a.weight.inner;
@@ -207,10 +233,10 @@ void slab(const PackedLinear& a, Left x, int64_t row, int64_t rows) {
         for (int64_t panel = begin * PANELS; panel < panels && panel < end * PANELS;) {
           const int64_t count = panel + PANELS <= panels ? PANELS : 1;
           if (count == PANELS)
-            few_rows<P, UNIT, ROWS, PANELS>(a.weight, panel, x, c);
+            few_rows<P, A, ROWS, PANELS>(a.weight, panel, x, c);
           else
-            few_rows<P, UNIT, ROWS, 1>(a.weight, panel, x, c);
-          finish<Y>(a, panel, count, c, row, rows);
+            few_rows<P, A, ROWS, 1>(a.weight, panel, x, c);
+          finish<P, Y>(a, panel, count, c, row, rows);
           panel += count;
         }
       });
@@ -223,66 +249,101 @@ void slab(const PackedLinear& a, Left x, int64_t row, int64_t rows) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t tile = item / panels, panel = item % panels;
       const int64_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
-      many_rows<P, UNIT>(a.weight, panel, Left{x.data + first * x.stride, x.stride}, last - first,
-                         c, scratch);
-      finish<Y>(a, panel, 1, c, row + first, last - first);
+      many_rows<P, A>(a.weight, panel, x.at(first, 0, 0), last - first, c, scratch);
+      finish<P, Y>(a, panel, 1, c, row + first, last - first);
     }
   });
 }
 
-// W units of a row of x; numbers past `count` are zero.
-template <int64_t UNIT, typename T>
-inline f32v load_left(const T* x, int64_t count) {
-  if constexpr (UNIT == 1) return count < W ? load(x, Part{count}) : load(x);
-  return load_units(x, count);
-}
-
 // Whether rows of x are rows of units already: fp32, or whole pairs of bf16. Rows a multiple of 4 KiB
 // apart would evict each other from the first cache.
-template <int64_t UNIT, typename T>
+template <typename A, typename T>
 inline bool usable_as_it_is(const PackedLinear& a) {
   const int64_t numbers = numbers_of(a.weight.storage);
-  if (UNIT * sizeof(T) != sizeof(float)) return false;
-  return a.x.stride % UNIT == 0 && a.x.stride / UNIT % 1024 != 0 &&
+  if (A::SCALED || A::UNIT * sizeof(T) != sizeof(float)) return false;
+  return a.x.stride % A::UNIT == 0 && a.x.stride / A::UNIT % 1024 != 0 &&
          steps_of(a.weight) * numbers == a.weight.inner;
 }
 
-template <typename P, int64_t UNIT, typename T, typename Y>
+// A row of n numbers -> units.
+template <int64_t UNIT, typename T>
+inline void widen_row(Floats<UNIT>, const T* x, int64_t n, float* to, float*) {
+  for (int64_t i = 0; i < n; i += UNIT * W)
+    if constexpr (UNIT == 1)
+      store(to + i, n - i < W ? load(x + i, Part{n - i}) : load(x + i));
+    else
+      store(to + i / UNIT, load_units(x + i, n - i));
+}
+template <typename T>
+inline void widen_row(Int16Pairs, const T* x, int64_t n, float* to, float* scales) {
+  typedef int16_t halves __attribute__((vector_size(2 * W)));
+  for (int64_t begin = 0; begin < n; begin += CHAIN) {
+    const int64_t count = n - begin < CHAIN ? n - begin : CHAIN;
+    f32v numbers[CHAIN / W], most = {}, not_finite = {};
+    int64_t vectors = 0;
+    for_each_vector(count, [&](int64_t i, auto lanes) {
+      const f32v v = load(x + begin + i, lanes), positive = v < 0.0f ? -v : v;
+      most = positive > most ? positive : most;
+      not_finite += v - v;  // 0, or NaN of an infinity and of NaN
+      numbers[vectors++] = v;
+    });
+    float lanes[W], wrong[W], largest = 0, nan = 0;
+    store(lanes, most);
+    store(wrong, not_finite);
+    for (int i = 0; i < W; ++i) largest = maximum(largest, lanes[i]), nan += wrong[i];
+    // What is so small that its inverse is no number counts as nothing.
+    const float inverse = largest > 1e-30f ? 32767 / largest : 0;
+    scales[begin / CHAIN] = largest / 32767 + nan;
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
+    const f32v magic = broadcast(12582912.0f);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const halves rounded = __builtin_convertvector(
+          (i32v)(numbers[v] * inverse + magic) - (i32v)magic, halves);
+      memcpy((int16_t*)to + begin + v * W, &rounded, sizeof rounded);
+    }
+  }
+}
+
+template <typename P, typename A, typename T, typename Y>
 void product(const PackedLinear& a) {
-  if (usable_as_it_is<UNIT, T>(a)) {
-    const int64_t stride = a.x.stride / UNIT;
+  if (usable_as_it_is<A, T>(a)) {
+    const int64_t stride = a.x.stride / A::UNIT;
     for (int64_t row = 0; row < a.rows; row += SLAB) {
       const int64_t rows = a.rows - row < SLAB ? a.rows - row : SLAB;
-      slab<P, UNIT, Y>(a, Left{(const float*)a.x.data + row * stride, stride}, row, rows);
+      slab<P, A, Y>(a, Left{(const float*)a.x.data + row * stride, stride}, row, rows);
     }
     return;
   }
-  const int64_t n = a.weight.inner, stride = round_up(n / UNIT + 1, 64) + 16;
-  Workspace<> wide((a.rows < SLAB ? a.rows : SLAB) * stride);
+  const int64_t n = a.weight.inner, stride = round_up(n / A::UNIT + 1, 64) + 16;
+  const int64_t most = a.rows < SLAB ? a.rows : SLAB, chains = (n + CHAIN - 1) / CHAIN;
+  Workspace<> wide(most * stride), scales(A::SCALED ? most * chains : 0);
   for (int64_t row = 0; row < a.rows; row += SLAB) {
     const int64_t rows = a.rows - row < SLAB ? a.rows - row : SLAB;
     parallel(rows, rows * n, a.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const T* from = (const T*)a.x.data + (row + r) * a.x.stride;
-        for (int64_t i = 0; i < n; i += UNIT * W)
-          store(wide.data + r * stride + i / UNIT, load_left<UNIT>(from + i, n - i));
-      }
+      for (int64_t r = begin; r < end; ++r)
+        widen_row(A{}, (const T*)a.x.data + (row + r) * a.x.stride, n, wide.data + r * stride,
+                  scales.data + (A::SCALED ? r * chains : 0));
     });
-    slab<P, UNIT, Y>(a, Left{wide.data, stride}, row, rows);
+    slab<P, A, Y>(a, Left{wide.data, stride, scales.data, A::SCALED ? chains : 0}, row, rows);
   }
 }
 
 template <typename T, typename Y>
 void by_storage(const PackedLinear& a) {
-  if (a.weight.storage == Storage::int8) return product<Int8Panel, 1, T, Y>(a);
-  if constexpr (unit<T>() == 2)
-    product<Bf16PairPanel, 2, T, Y>(a);
-  else if constexpr (is_bf16(T{}))
-    product<Bf16Panel, 1, T, Y>(a);
-  else if constexpr (sizeof(T) == 2)
-    product<Fp16Panel, 1, T, Y>(a);
-  else
-    product<Fp32Panel, 1, T, Y>(a);
+  if (a.weight.storage == Storage::int8) {
+    if constexpr (sizeof(T) == 2)
+      product<Int8PairPanel, Int16Pairs, T, Y>(a);
+    else
+      product<Int8Panel, Floats<1>, T, Y>(a);
+  } else if constexpr (unit<T>() == 2) {
+    product<Bf16PairPanel, Floats<2>, T, Y>(a);
+  } else if constexpr (is_bf16(T{})) {
+    product<Bf16Panel, Floats<1>, T, Y>(a);
+  } else if constexpr (sizeof(T) == 2) {
+    product<Fp16Panel, Floats<1>, T, Y>(a);
+  } else {
+    product<Fp32Panel, Floats<1>, T, Y>(a);
+  }
 }
 
 }  // namespace

@@ -76,6 +76,51 @@ def test_int8_keeps_a_row_to_half_a_step(inner, isa, dtype):
     )
 
 
+def as_int16(x):
+    """x [T, K] as the kernel takes it beside int8 weights, and its scales [T, chains]."""
+    chains = F.pad(x.double(), (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
+    scales = chains.abs().amax(-1).float() / 32767
+    return (chains / scales.clamp(min=1e-38)[..., None]).round(), scales
+
+
+@pytest.mark.parametrize("dtype16", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("inner", [5, 128, 300, 515])
+def test_int8_sums_of_16_bit_rows_are_exact_within_a_chain(inner, dtype16, isa):
+    """int16 of a chain's own scale times int8, summed as integers; fp32 from there on."""
+    weight, x = torch.randn(45, inner).to(dtype16), torch.randn(40, inner).to(dtype16)
+    x[:, 0] *= 1000  # whose chain alone gets coarser
+    x[3], x[4, 1:] = 0, 0
+    taken = packed.pack([weight], "int8")
+    step = weight.float().abs().amax(1) / 127
+    exact = taken.linear(torch.eye(inner)).T  # fp32 rows are multiplied as they are
+    small = F.pad((exact.double() / step[:, None]).round(), (0, -inner % 128))
+    integers, scales = as_int16(x)
+    sums = torch.einsum("tck,nck->tcn", integers, small.unflatten(1, (-1, 128)))
+    expected = (sums * scales.double()[..., None]).sum(1) * step
+    size = (sums.abs() * scales.double()[..., None]).sum(1) * step
+    for rows in (1, 3, 5, 12, 40):
+        got = taken.linear(x[:rows], torch.float32)
+        # A number in the middle of two steps may go to either.
+        tie = scales[:rows].sum(1, keepdim=True) * 127 * step
+        assert ((got - expected[:rows]).abs() <= 4e-7 * size[:rows] + tie).all()
+    assert not got[3].any()
+
+
+def test_int8_shows_what_is_no_number_and_survives_what_is_small(isa, dtype):
+    taken = packed.pack([torch.randn(40, 260).to(dtype)], "int8")
+    x = torch.randn(7, 260).to(dtype)
+    clean = taken.linear(x)
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        for at in (0, 127, 128, 259):
+            bad = x.clone()
+            bad[2, at] = wrong
+            got = taken.linear(bad)
+            assert not got[2].isfinite().any(), (wrong, at)
+            assert same_bits(got[:2], clean[:2]) and same_bits(got[3:], clean[3:])
+    tiny = torch.finfo(dtype).smallest_normal / 8
+    assert taken.linear(torch.full_like(x, tiny)).isfinite().all()
+
+
 def test_what_does_not_fit_is_refused():
     weight = torch.randn(8, 16)
     with pytest.raises(ValueError, match=r"x: expected shape \[T, 16\], got \[3, 15\]"):
