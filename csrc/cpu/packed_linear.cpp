@@ -113,8 +113,10 @@ inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first)
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
         float* to = c + r * c_stride + p * PANEL_COLUMNS + v * W;
-        const f32v total = A::total(sums[p][r][v], x.scales + r * x.scales_stride);
-        store(to, first ? total : load(to) + total);
+        // One expression: were a scaled sum stored in one case and added in the other, compilers would
+        // fuse scaling and adding for some numbers of rows and not for others.
+        const f32v before = first ? f32v{} : load(to);
+        store(to, before + A::total(sums[p][r][v], x.scales + r * x.scales_stride));
       }
 }
 
