@@ -64,7 +64,7 @@ CLUSTER = {
 # Verb -> (module in llama2rt, function, what it does). A stage's verb is in `stages.STAGES`.
 COMMANDS = {
     "quickstart": ("quickstart.command", "quickstart", "the whole pipeline on a toy, reported"),
-    "prepare": ("prepare.command", "prepare", "data that the plans v1-v5-toy, v1-v3-gsm8k read"),
+    "prepare": ("prepare.command", "prepare", "data that the plans v1-v5-toy, v1-v5-gsm8k read"),
     "generate": ("generate.commands", "generate", "sample answers to prompts"),
     "chat": ("generate.commands", "chat", "talk to a model"),
     "serve": ("serve.commands", "serve", "a model behind OpenAI's API, and a page to talk to it"),

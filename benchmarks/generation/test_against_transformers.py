@@ -33,16 +33,25 @@ SHAPES = {
 TOKENIZER = SimpleNamespace(bos=1, eos=-1, stop_ids=(-1,), vocab_size=32000, decode=lambda ids: "")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+# int8: our weights alone; theirs are bf16 then.
+KINDS = {
+    "bf16": (torch.bfloat16, "same"),
+    "fp32": (torch.float32, "same"),
+    "int8": (torch.bfloat16, "int8"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sampling_32_prompts(benchmark, capsys, tmp_path, shape, dtype):
+def test_sampling_32_prompts(benchmark, capsys, tmp_path, shape, kind):
+    dtype, weights = KINDS[kind]
     config, new_tokens = SHAPES[shape]
     ours = Llama(config, dtype=dtype).initialize(seed=0)
     hf.save(ours, None, tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     theirs.generation_config.eos_token_id = None
     prompts = torch.randint(3, config.vocab_size, (PROMPTS, PROMPT_TOKENS))
-    engine = Engine(ours, TOKENIZER)
+    engine = Engine(ours, TOKENIZER, weights=weights)
     their_seconds = []
     used = []
     meter = energy.of_device(torch.device("cpu"))
@@ -84,7 +93,7 @@ def test_sampling_32_prompts(benchmark, capsys, tmp_path, shape, dtype):
     benchmark.extra_info.update(row)
     with capsys.disabled():
         print(
-            f"\nsampling 32 prompts, {shape} {str(dtype)[6:]}: {row['tokens_per_s']:.0f} tokens/s, "
+            f"\nsampling 32 prompts, {shape} {kind}: {row['tokens_per_s']:.0f} tokens/s, "
             f"transformers {row['transformers_tokens_per_s']:.0f}, ratio {row['ratio']:.2f} "
             f"({row['threads']} threads), "
             + (drawn.describe() if joules is None else f"{joules:.3g} J/token")

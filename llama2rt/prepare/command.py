@@ -17,7 +17,7 @@ MARK = "prepared.json"
 
 
 def prepare(
-    plan: tyro.conf.Positional[Literal["v1-v5-toy", "v1-v3-gsm8k"]],
+    plan: tyro.conf.Positional[Literal["v1-v5-toy", "v1-v5-gsm8k"]],
     *,
     out: Path,
     source: Path | None = None,
@@ -30,7 +30,7 @@ def prepare(
     Args:
         plan: The plan's name.
         out: Folder that receives it; the plans look into runs/toy and runs/gsm8k.
-        source: Of v1-v3-gsm8k, the folder that holds gsm8k_train.jsonl and
+        source: Of v1-v5-gsm8k, the folder that holds gsm8k_train.jsonl and
             gsm8k_model_solutions.jsonl (openai/grade-school-math).
         seed: Of the data, the division and the random weights.
         smoke_test: Next to nothing, to see whether all is in place.
@@ -38,8 +38,8 @@ def prepare(
     """
     if seed < 0:
         raise InputError(f"seed: expected at least 0, got {seed}")
-    if (plan == "v1-v3-gsm8k") == (source is None):
-        raise InputError("source: the folder of GSM8K's files, for v1-v3-gsm8k and no other")
+    if (plan == "v1-v5-gsm8k") == (source is None):
+        raise InputError("source: the folder of GSM8K's files, for v1-v5-gsm8k and no other")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: expected a folder, or nothing yet")
     asked: dict[str, object] = {"plan": plan, "seed": seed, "smoke_test": smoke_test}

@@ -1,4 +1,4 @@
-"""GSM8K as the plan `v1-v3-gsm8k` reads it: openai/grade-school-math's two files, divided.
+"""GSM8K as the plan `v1-v5-gsm8k` reads it: openai/grade-school-math's two files, divided.
 
     data/documents.jsonl        training problems with their solutions, as text
     data/dialogues.jsonl        the same as dialogues

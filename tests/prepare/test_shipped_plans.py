@@ -1,4 +1,4 @@
-"""The shipped plans, V1 to V5 on the toy and V1 to V3 on GSM8K: their data and their course."""
+"""The shipped plans, V1 to V5 on the toy and on GSM8K: their data and their course."""
 
 import json
 from decimal import Decimal
@@ -16,7 +16,7 @@ from llama2rt.pipeline.plan import resolve
 from llama2rt.prepare import command, gsm8k
 from llama2rt.stages import STAGES
 
-TOY, GSM8K = "v1-v5-toy", "v1-v3-gsm8k"
+TOY, GSM8K = "v1-v5-toy", "v1-v5-gsm8k"
 
 
 def planned(name: str, directory: Path) -> dict:
@@ -134,10 +134,13 @@ def test_gsm8k_is_divided_by_question(tmp_path, monkeypatch, capsys):
         assert worth(prompt, str(right)) == 0.0
     assert "steps, " in dry_run(GSM8K, capsys)
     plan = planned(GSM8K, tmp_path)
-    assert [n for n, r in plan.items() if isinstance(r, STAGES["rejection"].recipe)] == [
-        "RLHF-V1", "RLHF-V2", "RLHF-V3",
-    ]  # fmt: skip
+    sampled = [n for n, r in plan.items() if isinstance(r, STAGES["rejection"].recipe)]
+    assert sampled == ["RLHF-V1", "RLHF-V2", "RLHF-V3", "RLHF-V4", "RLHF-V5-rejection"]
+    assert [len(plan[name].earlier) for name in sampled] == [0, 0, 0, 3, 4]
     assert plan["RLHF-V1"].rewards.safety is None
+    final = plan["RLHF-V5"]
+    assert final.init == tmp_path / "RLHF-V5-rejection" / "model"
+    assert final.reference == tmp_path / "chat" / "model" and final.rewards.safety is None
 
 
 @pytest.mark.parametrize(
