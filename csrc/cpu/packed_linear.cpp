@@ -56,8 +56,12 @@ template <typename P>
 struct Run {
   const typename P::Lane* lanes;
   int64_t panel_lanes, steps;
-  int64_t ahead = AHEAD;  // bytes from the lanes in use to prefetched ones
+  const char* next = nullptr;  // asked for meanwhile, `pace` bytes a step
+  int64_t pace = 0;
 };
+
+// What a run asks memory for: nothing, its own lanes AHEAD of their use, or what `next` says.
+enum class Prefetch { none, own, next };
 
 template <int N>
 struct Constant {
@@ -73,7 +77,7 @@ inline void with_rows(int64_t rows, Body body) {
 }
 
 // ROWS of x times VECTORS of PANELS panels, added to c [rows, PANELS * 32] or, at `first`, put there.
-template <typename P, typename A, int ROWS, int VECTORS, int PANELS, bool PREFETCH>
+template <typename P, typename A, int ROWS, int VECTORS, int PANELS, Prefetch PREFETCH>
 inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first) {
   typename A::Sum sums[PANELS][ROWS][VECTORS];
 #pragma GCC unroll 4
@@ -84,12 +88,13 @@ inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first)
       for (int v = 0; v < VECTORS; ++v) sums[p][r][v] = typename A::Sum{};
   for (int64_t s = 0; s < run.steps; ++s) {
     const typename P::Lane* step = run.lanes + s * PANEL_COLUMNS;
-    if (PREFETCH)
+    if (PREFETCH == Prefetch::next) __builtin_prefetch(run.next + s * run.pace);
+    if (PREFETCH == Prefetch::own)
 #pragma GCC unroll 4
       for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 2
         for (int64_t byte = 0; byte < (int64_t)sizeof(*step) * PANEL_COLUMNS; byte += 64)
-          __builtin_prefetch((const char*)(step + p * run.panel_lanes) + run.ahead + byte);
+          __builtin_prefetch((const char*)(step + p * run.panel_lanes) + AHEAD + byte);
 #pragma GCC unroll 4
     for (int i = 0; i < P::NUMBERS; ++i)
 #pragma GCC unroll 4
@@ -121,11 +126,11 @@ inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first)
 }
 
 // All columns of PANELS panels.
-template <typename P, typename A, int ROWS, int PANELS, bool PREFETCH>
+template <typename P, typename A, int ROWS, int PANELS, Prefetch PREFETCH>
 inline void multiply_panels(Left x, Run<P> run, float* c, int64_t c_stride, bool first) {
   constexpr int VECTORS = vectors_for(ROWS);
   for (int v = 0; v < PANEL_VECTORS; v += VECTORS) {
-    const Run<P> part = {run.lanes + v * W, run.panel_lanes, run.steps, run.ahead};
+    const Run<P> part = {run.lanes + v * W, run.panel_lanes, run.steps, run.next, run.pace};
     multiply<P, A, ROWS, VECTORS, PANELS, PREFETCH>(x, part, c + v * W, c_stride, first);
   }
 }
@@ -139,7 +144,7 @@ __attribute__((noinline)) void few_rows(const PackedWeight& weight, int64_t pane
   for (int64_t s = 0; s < steps; s += chain) {
     const Run<P> run = {from + s * PANEL_COLUMNS, lanes, s + chain < steps ? chain : steps - s};
     const Left part = x.at(0, s * P::NUMBERS, s / chain);
-    multiply_panels<P, A, ROWS, PANELS, true>(part, run, c, PANELS * PANEL_COLUMNS, s == 0);
+    multiply_panels<P, A, ROWS, PANELS, Prefetch::own>(part, run, c, PANELS * PANEL_COLUMNS, s == 0);
   }
 }
 
@@ -155,21 +160,21 @@ inline const float* widened(const typename P::Lane* from, int64_t steps, float* 
   return scratch;
 }
 
-// A block of a panel times any number of rows, in blocks of about one size; c [rows, 32].
-template <typename P, typename A>
-inline void multiply_rows(Left x, int64_t rows, Run<P> run, float* c, bool first, bool prefetch) {
+// A block of a panel times any number of rows, in blocks of about one size; c [rows, 32]. Each of them
+// asks for its share of what lies behind: memory is read while there is something to compute, and not
+// faster than it can be.
+template <typename P, typename A, Prefetch PREFETCH>
+inline void multiply_rows(Left x, int64_t rows, Run<P> run, float* c, bool first) {
   const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  const int64_t bytes = run.steps * PANEL_COLUMNS * (int64_t)sizeof(*run.lanes);
+  run.pace = bytes / run.steps / blocks;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
-    const Left part = x.at(row, 0, 0);
-    float* sums = c + row * PANEL_COLUMNS;
+    run.next = (const char*)run.lanes + bytes + bytes * block / blocks;
     with_rows<MOST_ROWS>(end - row, [&](auto n) {
-      constexpr int ROWS = decltype(n)::VALUE;
-      // The last rows that use this block of the panel ask for the next one, which lies behind it.
-      if (prefetch && block == blocks - 1)
-        multiply_panels<P, A, ROWS, 1, true>(part, run, sums, PANEL_COLUMNS, first);
-      else
-        multiply_panels<P, A, ROWS, 1, false>(part, run, sums, PANEL_COLUMNS, first);
+      multiply_panels<P, A, decltype(n)::VALUE, 1, PREFETCH>(x.at(row, 0, 0), run,
+                                                             c + row * PANEL_COLUMNS,
+                                                             PANEL_COLUMNS, first);
     });
   }
 }
@@ -186,14 +191,17 @@ __attribute__((noinline)) void many_rows(const PackedWeight& weight, int64_t pan
     const typename P::Lane* block = from + s * PANEL_COLUMNS;
     const Left part = x.at(0, s * P::NUMBERS, s / chain);
     if constexpr (P::READY) {
-      // Few rows are too fast for asking: what comes from memory then is what they wait for. With two
-      // units to a lane there is half as much to wait for.
-      const bool prefetch = rows > MOST_ROWS || P::NUMBERS > 1;
-      const int64_t bytes = count * PANEL_COLUMNS * (int64_t)sizeof(*block);
-      multiply_rows<P, A>(part, rows, {block, 0, count, bytes}, c, s == 0, prefetch);
+      // One block of rows is too fast for asking: what comes from memory then is what it waits for.
+      // With two units to a lane there is half as much to wait for.
+      constexpr Prefetch ALONE = P::NUMBERS > 1 ? Prefetch::own : Prefetch::none;
+      const Run<P> run = {block, 0, count};
+      if (rows <= MOST_ROWS)
+        multiply_rows<P, A, ALONE>(part, rows, run, c, s == 0);
+      else
+        multiply_rows<P, A, Prefetch::next>(part, rows, run, c, s == 0);
     } else {
       const Run<Fp32Panel> run = {widened<P>(block, count, scratch), 0, count * P::NUMBERS};
-      multiply_rows<Fp32Panel, A>(part, rows, run, c, s == 0, false);
+      multiply_rows<Fp32Panel, A, Prefetch::none>(part, rows, run, c, s == 0);
     }
   }
 }
