@@ -1,7 +1,8 @@
 """One round of sampling, scoring and training, ours and TRL's: what `group_step.py` measures.
 
 Same weights, same prompts by token ids, the same most tokens of a response, temperature 1, one
-gradient step a round on everything sampled, fp32, activations kept. Two settings:
+gradient step a round on everything sampled, activations kept, in fp32 or with products in bf16 and
+fp32 weights (ours `train.precision`, TRL's `bf16`, its default). Two settings:
 
     grpo     8 responses a prompt, a reward model, a reference policy for the k3 KL in the loss.
              TRL's is GRPOTrainer with its own generation (transformers), scoring and loss.
@@ -14,7 +15,7 @@ work. Random weights end a response at the same rate on both sides; their mean l
 Run as a script it is one side alone in its own process, allocator as shipped. A line on stdin asks
 for a round; its seconds, CPU seconds and mean length come back on stdout, with the peak memory.
 
-    python benchmarks/training/group_sides.py ours grpo FOLDER PROMPTS TOKENS
+    BENCH_PRECISION=bf16 python benchmarks/training/group_sides.py ours grpo FOLDER PROMPTS TOKENS
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from reward_sides import measured
 GROUP = 8
 BETA, LR = 0.04, 1e-6
 SETTINGS = ("grpo", "ppo")
+PRECISION: Any = os.environ.get("BENCH_PRECISION", "fp32")
 
 
 class NoMore(Exception):
@@ -54,7 +56,7 @@ def ours(setting: str, folder: Path, prompts: int, tokens: int) -> None:
         mini_batch_size=responses,
         beta=BETA,
         sampling={"max_tokens": tokens},
-        train={"lr": LR},
+        train={"lr": LR, "precision": PRECISION},
         **(changes if setting == "grpo" else {}),
     )
     inputs = ppo.open_inputs(recipe)
@@ -89,7 +91,7 @@ def words(folder: Path) -> tuple[Any, list[list[int]]]:
 
 
 COMMON: dict[str, Any] = {
-    "bf16": False,
+    "bf16": PRECISION == "bf16",
     "use_cpu": True,
     "gradient_checkpointing": False,
     "learning_rate": LR,

@@ -7,6 +7,8 @@ What a round is: `group_sides.py`. TRL's PPOTrainer is of 1.12, the last release
     pip install --target trl-1.12 --no-deps trl==1.12.0
     python -P benchmarks/training/group_step.py --ppo-trl trl-1.12 --out benchmarks/results/MACHINE
 
+`--precision bf16`: products in bf16 on both sides, which is TRL's default.
+
 Shapes: that of the quickstart, whose time is mostly overhead, and 24M (`step.SHAPES`). Prompts of
 --prompt-tokens are made of several of the toy's; 0: the toy's own, a line each.
 """
@@ -82,7 +84,7 @@ def compare(setting: str, folder: Path, options: argparse.Namespace) -> dict[str
     """Medians, TRL's over ours, peaks and all that was measured."""
     script = str(Path(group_sides.__file__))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "BENCH_PRECISION": options.precision}
     older = environment | {
         "PYTHONPATH": os.pathsep.join([str(options.ppo_trl), environment.get("PYTHONPATH", "")])
     }
@@ -144,19 +146,20 @@ def row(shape: str, setting: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder that receives group-step.json")
+    parser.add_argument("--out", type=Path, help="folder for group-step.json, or group-step-bf16")
     parser.add_argument("--shape", choices=SHAPES, help="one shape alone")
     parser.add_argument("--ppo-trl", type=Path, help="folder with TRL 1.12; without it, no PPO")
     parser.add_argument("--prompts", type=int, default=4, help="of GRPO, 8 responses each")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="of a prompt at least")
     parser.add_argument("--tokens", type=int, default=64, help="of a response at most")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="counted")
     options = parser.parse_args()
     measured: dict[str, Any] = records.header("cpu") | {
         "threads": 1,
         "what": f"a round of GRPO ({options.prompts} prompts, {group_sides.GROUP} responses each) "
         f"and of PPO (as many responses) of at most {options.tokens} tokens, prompts of at least "
-        f"{options.prompt_tokens}, fp32",
+        f"{options.prompt_tokens}, {options.precision}",
         "versions": records.versions(("torch", "transformers", "trl"))
         | {"trl of PPO": "1.12.0" if options.ppo_trl else "not measured"},
     }
@@ -172,7 +175,8 @@ def main() -> None:
                 print(row(shape, setting, result), flush=True)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / "group-step.json"
+        ending = "" if options.precision == "fp32" else f"-{options.precision}"
+        path = options.out / f"group-step{ending}.json"
         path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,6 @@ from llama2rt.algorithms import advantages
 from llama2rt.algorithms.rewards import length_penalty
 from llama2rt.data.packing import Example
 from llama2rt.data.shared import pack_shared
-from llama2rt.generate import Completion
 from llama2rt.model import Llama, ScalarModel
 from llama2rt.parallel import Mesh
 from llama2rt.parallel.tensor_group import gathered
@@ -87,20 +86,27 @@ class Actors:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rollout:
     """One iteration's experience. Token vectors are fp32 [R]: all response tokens, end to end."""
 
     examples: list[Example]
     cu_responses: Tensor  # int64 [B+1], over response tokens
     rewards: Tensor
+    sampled: Tensor
+    """log-probability as the sampler saw it"""
     logprob: Tensor
+    """by the policy that sampled; 0 until it is `read`"""
+    entropy: Tensor
+    """of that policy, as logprob"""
     reference: Tensor
     """log-probability by the reference policy"""
     advantages: Tensor
     values: Tensor | None = None
     returns: Tensor | None = None
     """of the critic, as values"""
+    read: bool = True
+    """whether logprob and entropy are known, or the gradient step is still to find them"""
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ class Sampled:
     """What was drawn and read, before it is worth anything."""
 
     responses: list[Response]
-    completions: list[Completion]
     examples: list[Example]
+    sampled: Tensor
     logprob: Tensor
     entropy: Tensor
     reference: Tensor
@@ -122,7 +128,7 @@ def collect(
     """Sample `group_size` responses a prompt and work out what each of their tokens was worth. The
     critic's warm-up answers the first iteration's prompts, with random numbers of its own."""
     drawn = _sample(recipe, inputs, actors, iteration)
-    device = drawn.logprob.device
+    device = drawn.reference.device
     values = None
     if actors.critic is not None:
         with gathered(actors.critic, actors.mesh, recipe.train.dtype) as value_model:
@@ -132,25 +138,29 @@ def collect(
     final = final_rewards(recipe, actors.adaptive, drawn.responses, device)
     rollout = estimate(recipe, actors.adaptive, drawn, final, cu_responses, values)
 
-    sampled = torch.tensor([p for c in drawn.completions for p in c.logprobs], device=device)
-    count = len(drawn.responses)
-    numbers = {
-        **metrics.summary(drawn.responses),
-        **metrics.kl_per_response(drawn.logprob, drawn.reference, count),
-        "entropy": float(drawn.entropy.mean()),
-        **_explained(rollout),
-        # Sampler and trainer must agree on what was sampled: more than rounding here is a bug.
-        "sampler_gap": float((sampled - drawn.logprob).abs().max()),
-    }
+    numbers = {**metrics.summary(drawn.responses), **_explained(rollout)}
+    if rollout.read:
+        numbers |= policy_measures(rollout)
     if drawn.exact_kl is not None:
-        numbers["kl_exact"] = float(drawn.exact_kl.sum() / count)
+        numbers["kl_exact"] = float(drawn.exact_kl.sum() / len(drawn.responses))
     return rollout, numbers
+
+
+def policy_measures(rollout: Rollout) -> dict[str, float]:
+    """What its policy's log-probabilities say of a rollout."""
+    return {
+        **metrics.kl_per_response(rollout.logprob, rollout.reference, len(rollout.examples)),
+        "entropy": float(rollout.entropy.mean()),
+        # Sampler and trainer must agree on what was sampled: more than rounding here is a bug.
+        "sampler_gap": float((rollout.sampled - rollout.logprob).abs().max()),
+    }
 
 
 def _sample(
     recipe: PpoRecipe, inputs: RolloutInputs, actors: Actors, iteration: int | Literal["warm-up"]
 ) -> Sampled:
-    """Sample, score (logit(Rc)), and recompute the log-probabilities of both policies."""
+    """Sample, score (logit(Rc)), and recompute the log-probabilities of both policies: the newer
+    one's where its gradient step does not."""
     micro_tokens, size = recipe.train.micro_tokens, recipe.group_size
     number = 0 if iteration == "warm-up" else iteration
     prompts = draw(inputs.prompts, recipe.batch_size // size, recipe.seed, number)
@@ -166,11 +176,15 @@ def _sample(
         if size > 1:  # a group's prompt is computed once
             read = {"together": [c.prompt_index for c in completions], "packed": pack_shared}
         reading = (examples, recipe.temperature, micro_tokens)
-        logprob, entropy = balance.logprobs(policy, *reading, **read)
+        if not recipe.reads_while_training:
+            logprob, entropy = balance.logprobs(policy, *reading, **read)
         if recipe.exact_kl:
             exact = balance.exact_kl(inputs.reference, policy, *reading)
     reference, _ = balance.logprobs(inputs.reference, *reading, **read)
-    return Sampled(responses, completions, examples, logprob, entropy, reference, exact)
+    if recipe.reads_while_training:
+        logprob, entropy = torch.zeros_like(reference), torch.zeros_like(reference)
+    sampled = torch.tensor([p for c in completions for p in c.logprobs], device=reference.device)
+    return Sampled(responses, examples, sampled, logprob, entropy, reference, exact)
 
 
 def final_rewards(
@@ -204,10 +218,11 @@ def estimate(
     """The rollout with its advantages, by the recipe's algorithm. `final` [B]: what responses earn
     at their ends."""
     beta = recipe.beta * adaptive.beta_factor
-    token_kl = advantages.kl(drawn.logprob, drawn.reference, "k1")
     ends, lengths = cu_responses[1:] - 1, cu_responses.diff()
-    # GRPO's KL is in the loss.
-    rewards = torch.zeros_like(token_kl) if recipe.algorithm == "grpo" else -beta * token_kl
+    if recipe.algorithm == "grpo":  # its KL is in the loss
+        rewards = torch.zeros_like(drawn.reference)
+    else:
+        rewards = -beta * advantages.kl(drawn.logprob, drawn.reference, "k1")
     rewards = rewards.index_add(0, ends, final)
     returns = None
     if recipe.algorithm == "grpo":
@@ -227,8 +242,10 @@ def estimate(
         # Whitened over all response tokens (Ziegler et al. 2019).
         advantage, returns = advantages.gae(rewards, values, cu_responses, recipe.gamma, recipe.lam)
         advantage = advantages.whiten(advantage)
-    logprobs = drawn.logprob, drawn.reference
-    return Rollout(drawn.examples, cu_responses, rewards, *logprobs, advantage, values, returns)
+    logprobs = drawn.sampled, drawn.logprob, drawn.entropy, drawn.reference
+    worth = advantage, values, returns
+    read = not recipe.reads_while_training
+    return Rollout(drawn.examples, cu_responses, rewards, *logprobs, *worth, read)
 
 
 def _explained(rollout: Rollout) -> dict[str, float]:

@@ -33,7 +33,7 @@ from llama2rt.rollout.logprobs import segment_sums, token_rows
 from llama2rt.rollout.sampling import derived_seed
 from llama2rt.run import Run
 from llama2rt.stages import adapters, critic, loading, mixing, plans, spread
-from llama2rt.stages.experience import Actors, Rollout, collect
+from llama2rt.stages.experience import Actors, Rollout, collect, policy_measures
 from llama2rt.stages.inputs import RolloutInputs, open_rollout
 from llama2rt.stages.loading import Future
 from llama2rt.stages.ppo_recipe import EXACT_KL_VOCABULARY, PpoRecipe
@@ -126,15 +126,15 @@ class Iterations:
     def step(self, index: int) -> Step:
         recipe, adaptive = self.recipe, self.actors.adaptive
         rollout, measured = collect(recipe, self.inputs, self.actors, index)
-        tokens, kl = len(rollout.logprob), measured["kl_k1"]
-        if recipe.max_kl is not None and kl > recipe.max_kl:
+        tokens = len(rollout.reference)
+        if recipe.max_kl is not None and (kl := measured["kl_k1"]) > recipe.max_kl:
             adaptive.ended = f"kl_k1 {kl:.4g} is more than max_kl {recipe.max_kl:g}"
             return Step(measured, tokens)
         measured |= improve(recipe, self.actors, rollout, index)
         if recipe.kl_target is not None:
             measured["beta"] = recipe.beta * adaptive.beta_factor
             adaptive.beta_factor *= advantages.kl_adjustment(
-                kl, recipe.kl_target, recipe.batch_size, recipe.kl_horizon
+                measured["kl_k1"], recipe.kl_target, recipe.batch_size, recipe.kl_horizon
             )
         return Step(measured, tokens)
 
@@ -240,7 +240,8 @@ def improve(
     recipe: PpoRecipe, actors: Actors, rollout: Rollout, iteration: int
 ) -> dict[str, float]:
     """One gradient step of policy and critic per mini-batch. Ranks share a mini-batch; what is
-    averaged is averaged over all of its tokens, or responses."""
+    averaged is averaged over all of its tokens, or responses. With one that also reads the policy's
+    log-probabilities, what they say is measured here."""
     lengths = np.array([len(example.tokens) for example in rollout.examples])
     sums: dict[str, float] = {}
     norms: list[list[float]] = []
@@ -266,6 +267,11 @@ def improve(
     measured = {
         name: total / (tokens if name in PER_TOKEN else actions) for name, total in totals.items()
     }
+    if not rollout.read:
+        for found in (rollout.logprob, rollout.entropy):
+            actors.mesh.sum(found)  # each rank has zeros where others have read
+        rollout.read = True
+        measured |= policy_measures(rollout)
     if recipe.max_epoch_kl is not None:
         measured["updates"] = len(norms)
     names = {"policy": "", "critic": "critic_"}
@@ -293,7 +299,7 @@ def accumulate(
     index = torch.from_numpy(members).to(device)
     predicts = micro.targets >= 0
 
-    logprob = actors.policy(
+    found = actors.policy(
         micro.tokens,
         micro.positions,
         micro.cu_seqlens,
@@ -301,7 +307,14 @@ def accumulate(
         keys=micro.keys,
         tails=micro.tails,
         temperature=recipe.temperature,
-    )[predicts]
+        entropy=not rollout.read,
+    )
+    if not rollout.read:
+        found, entropy = found
+        rows = token_rows(rollout.cu_responses, index)
+        rollout.logprob[rows] = found.detach()[predicts]
+        rollout.entropy[rows] = entropy.detach()[predicts]
+    logprob = found[predicts]
     beta = recipe.beta * actors.adaptive.beta_factor
     loss, sums = policy_loss(recipe, rollout, logprob, index, beta, batch)
     loss.backward()

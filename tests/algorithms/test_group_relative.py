@@ -63,7 +63,8 @@ def flat(x: torch.Tensor) -> torch.Tensor:
 def rollout(padded: SimpleNamespace, **settings: Any) -> Rollout:
     """With advantages, as PPO's stage estimates them."""
     old, reference = flat(padded.old), flat(padded.reference)
-    drawn = Sampled([], [], [None] * COUNT, old, torch.zeros_like(old), reference)  # type: ignore[list-item]
+    read = old, old, torch.zeros_like(old), reference
+    drawn = Sampled([], [None] * COUNT, *read)  # type: ignore[list-item]
     cu_responses = torch.tensor([0, *np.cumsum(LENGTHS).tolist()])
     return estimate(recipe(**settings), Adaptive(), drawn, padded.rewards, cu_responses, None)
 

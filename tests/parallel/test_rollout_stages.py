@@ -327,6 +327,17 @@ def test_ppos_relatives(on_ranks, pocket, tmp_path, algorithm):
     assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
 
 
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=["sharded", "cut"])
+def test_grpos_only_gradient_step_reads_for_all_ranks(on_ranks, pocket, tmp_path, parallel):
+    changes = {"algorithm": "grpo", "group_size": 3, "mini_batch_size": 9, "kl_target": 0.1}
+    given = few(pocket, tmp_path) | {"batch_size": 9} | changes
+    recipe = ppo_recipe(pocket, **given, critic_lr=9e-6, parallel=parallel)
+    assert recipe.reads_while_training
+    run_stage("ppo", ppo_recipe(pocket, **given, critic_lr=9e-6), tmp_path / "alone")
+    on_ranks(2, run_stage, "ppo", recipe, tmp_path / "ranks")
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone", 1e-3)
+
+
 def plan(pocket, folder, steps, train):
     """What `llama2rt iterate` reads."""
     stages = {step["stage"] for step in steps} - {"annotate"}

@@ -47,15 +47,54 @@ def test_the_first_mini_batch_is_the_rollouts_policy(pocket, algorithm):
     assert (actors.critic is None) == (algorithm != "ppo") == (len(actors.optimizers) == 1)
     before = [p.clone() for p in actors.policy.parameters()]
     rollout, numbers = ppo.collect(settings, inputs, actors, 0)
-    assert numbers["kl_k1"] == numbers["kl_k3"] == 0.0
+    assert rollout.read == ("kl_k1" in numbers) == (algorithm != "grpo")
     assert ("value_explained_variance" in numbers) == (algorithm == "ppo")
     improved = ppo.improve(settings, actors, rollout, 0)
+    read = numbers | improved
+    assert read["kl_k1"] == pytest.approx(0, abs=1e-5) and read["kl_k3"] < 1e-8
     assert improved["clip_fraction"] == 0.0
     assert improved["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert improved["update_kl"] == pytest.approx(0.0, abs=1e-8)
     assert not any(map(torch.equal, before, actors.policy.parameters()))
     # A second pass over the same rollout is not by its policy any more.
     assert ppo.improve(settings, actors, rollout, 0)["update_kl"] > 1e-6
+
+
+def test_a_gradient_step_that_reads_what_was_sampled(pocket, monkeypatch):
+    """GRPO's only step of a rollout leaves what a step after a reading of its own does, and says
+    the same; what needs the reading first has it."""
+    found = []
+    for once in (True, False):
+        settings = recipe(
+            pocket, algorithm="grpo", group_size=4, mini_batch_size=16, train={"micro_tokens": 64}
+        )
+        assert settings.reads_while_training
+        inputs = opened(settings, 6)
+        actors = ppo.load_actors(settings, inputs)
+        perturb(actors.policy)
+        with monkeypatch.context() as patch:
+            patch.setattr(PpoRecipe, "reads_while_training", once)
+            rollout, numbers = ppo.collect(settings, inputs, actors, 0)
+            assert rollout.read != once and ("entropy" in numbers) != once
+            numbers |= ppo.improve(settings, actors, rollout, 0)
+        assert rollout.read and numbers["kl_k1"] != 0
+        found.append((rollout, numbers, [p.detach().clone() for p in actors.policy.parameters()]))
+    (one, numbers, weights), (two, expected, others) = found
+    assert numbers.keys() == expected.keys() and numbers["sampler_gap"] < 1e-5
+    assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for name in ("logprob", "entropy", "sampled", "advantages"):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-6)
+    for a, b in zip(weights, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for changes in (
+        {"mini_batch_size": 8},
+        {"epochs": 2},
+        {"max_kl": 1.0},
+        {"exact_kl": True},
+        {"algorithm": "rloo"},
+    ):
+        given = {"algorithm": "grpo", "group_size": 4, "mini_batch_size": 16} | changes
+        assert not recipe(pocket, **given).reads_while_training, changes
 
 
 def test_groups_answer_one_prompt_and_share_its_computation(pocket, monkeypatch):
