@@ -17,7 +17,7 @@ from llama2rt.errors import InputError
 from llama2rt.generate.kv_cache import KVCache
 from llama2rt.model.llama import Llama
 from llama2rt.model.transformer import Block, Embedding, Linear, Norm, Transformer, run_plainly
-from llama2rt.ops import packed
+from llama2rt.ops import linear, packed
 
 Weights = Literal["same", "int8"]
 
@@ -141,9 +141,9 @@ class Runner:
     """Forward passes of `model` for an engine.
 
     weights: "same" as the model's, or "int8" (ops.packed), for which InputError says why a model
-    cannot be had. as_trained: 16-bit models take their own modules, which round as training does,
-    so that what is sampled is from the distribution that training sees. Threads may share a runner,
-    each with a cache of its own, as long as the model's weights stay what they are.
+    cannot be had. as_trained: 16-bit models take their own modules where these round as training
+    does, so that what is sampled is from the distribution that training sees. Threads may share a
+    runner, each with a cache of its own, as long as the model's weights stay what they are.
     """
 
     def __init__(
@@ -175,7 +175,8 @@ class Runner:
 
     def _why_not_native(self) -> str:
         dtype = self.model.output.weight.dtype
-        if self.as_trained and dtype != torch.float32:
+        # Where a row's bits hang on its company, modules are as far from training as packed passes.
+        if self.as_trained and dtype != torch.float32 and linear.rounds_alike(dtype):
             return f"{dtype} is to be rounded as in training"
         return why_not_native(self.model)
 

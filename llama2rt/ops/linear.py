@@ -73,6 +73,12 @@ class _InFp32(torch.autograd.Function):
         return dx, dw.to(dy.dtype)
 
 
+def rounds_alike(dtype: torch.dtype) -> bool:
+    """Whether rows of this dtype, on this CPU, have the same bits whatever rows stand beside them.
+    Those of oneDNN's 16-bit products do not."""
+    return not _BLOCKED.get(dtype, False)
+
+
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     if (
         x.device.type != "cpu"
