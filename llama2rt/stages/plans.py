@@ -120,7 +120,7 @@ def of_ppo(recipe: "PpoRecipe", inputs: RolloutInputs | None, shape: Shape) -> W
     answers = recipe.iterations * recipe.batch_size
     lent = replace(policy, lent=True)
     # Policy and reference read each answer again for its log-probabilities, the critic for values.
-    readers = [*frozen, *reversed(trained)]
+    readers = frozen if recipe.reads_while_training else [*frozen, *reversed(trained)]
     sampling = sampling_of(lent, recipe.sampling, lengths, answers, readers)
     updates = -(-recipe.batch_size // recipe.mini_batch_size) * recipe.epochs
     return Work(

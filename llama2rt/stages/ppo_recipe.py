@@ -170,7 +170,7 @@ class PpoRecipe(RolloutRecipe):
         """Whether the log-probabilities of what was sampled are those of the gradient step itself:
         it is the only one of a rollout, and nothing asks for them before it. Only GRPO's KL is no
         part of the rewards."""
-        once = self.epochs == 1 and self.mini_batch_size == self.batch_size
+        once = self.epochs == 1 and self.mini_batch_size >= self.batch_size
         return self.algorithm == "grpo" and once and self.max_kl is None and not self.exact_kl
 
     @property

@@ -78,6 +78,7 @@ def test_a_gradient_step_that_reads_what_was_sampled(pocket, monkeypatch):
             assert rollout.read != once and ("entropy" in numbers) != once
             numbers |= ppo.improve(settings, actors, rollout, 0)
         assert rollout.read and numbers["kl_k1"] != 0
+        assert numbers["clip_fraction"] == 0 and (numbers["ratio"] == 1 or not once)
         found.append((rollout, numbers, [p.detach().clone() for p in actors.policy.parameters()]))
     (one, numbers, weights), (two, expected, others) = found
     assert numbers.keys() == expected.keys() and numbers["sampler_gap"] < 1e-5
@@ -86,15 +87,29 @@ def test_a_gradient_step_that_reads_what_was_sampled(pocket, monkeypatch):
         torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-6)
     for a, b in zip(weights, others, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    for changes in (
-        {"mini_batch_size": 8},
-        {"epochs": 2},
-        {"max_kl": 1.0},
-        {"exact_kl": True},
-        {"algorithm": "rloo"},
-    ):
-        given = {"algorithm": "grpo", "group_size": 4, "mini_batch_size": 16} | changes
-        assert not recipe(pocket, **given).reads_while_training, changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "once"),
+    [
+        ({}, True),
+        ({"mini_batch_size": 64}, True),  # of which a rollout is a part
+        ({"kl_target": 0.1, "kl_horizon": 64}, True),
+        ({"mini_batch_size": 8}, False),
+        ({"epochs": 2}, False),
+        ({"max_kl": 1.0}, False),
+        ({"exact_kl": True}, False),
+        *(({"algorithm": algorithm}, False) for algorithm in ("ppo", "rloo", "reinforce++")),
+    ],
+)
+def test_who_reads_what_was_sampled_once(pocket, changes, once):
+    """And a dry run counts what reads it before training."""
+    given = {"algorithm": "grpo", "group_size": 4, "mini_batch_size": 16} | changes
+    settings = recipe(pocket, **given)
+    assert settings.reads_while_training == once
+    config = loading.load_llama(pocket.sft, device="meta")[0].config
+    readers = ppo.plan(settings, None, lambda _: config).phases[0].sampling.readers
+    assert ("policy" in {model.name for model in readers}) != once
 
 
 def test_groups_answer_one_prompt_and_share_its_computation(pocket, monkeypatch):
