@@ -65,6 +65,20 @@ def test_the_embedding_is_measured(tmp_path):
         assert row["rows"].keys() >= {"ours", "embedding", "index_select"}
 
 
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+def test_rounds_of_grpo_are_taken_beside_trl_and_recorded(tmp_path):
+    """In bf16, in a record of its own; fp32 differs by an argument."""
+    size = "--prompts", "2", "--prompt-tokens", "16", "--tokens", "16"
+    run = FOLDER / "group_step.py", "--precision", "bf16", *size, "--out", tmp_path
+    run_python(*run, env={"BENCH_SMOKE": "1"})
+    (record,) = tmp_path.iterdir()
+    found = json.loads(record.read_text())
+    assert record.name == "group-step-bf16.json" and found["what"].endswith("bf16")
+    measured = found["smoke"]["grpo"]
+    assert measured["rounds"].keys() == {"trl", "ours"} and "ppo" not in found["smoke"]
+    assert all(seconds > 0 for seconds in measured["seconds"].values())
+
+
 def test_reward_steps_of_other_losses_are_noticed(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import reward_step as benchmark
