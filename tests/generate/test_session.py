@@ -2,9 +2,10 @@
 
 import re
 
-import many_requests
 import numpy as np
 import pytest
+import random_requests
+import request_checks
 import torch
 from small_models import Ids, far_from_flat
 
@@ -29,17 +30,20 @@ def _answers(session):
 
 @pytest.mark.parametrize("speculate", [0, 3])
 def test_every_answer_as_if_alone(tmp_path, speculate):
-    """The small one of tests/helpers/many_requests.py, which runs ten thousand."""
-    tight = many_requests.engine(many_requests.FewPages, tmp_path, speculate=speculate)
-    asked = many_requests.draw(60, tight.model.config.vocab_size, seed=3)
-    result = many_requests.run(tight, asked, most_waiting=20)
+    """The small one of benchmarks/generation/many_requests.py, which runs ten thousand."""
+    model, tokenizer = random_requests.model_and_tokenizer(tmp_path)
+    tight = random_requests.FewPages(model, tokenizer, page_size=4, speculate=speculate)
+    asked = random_requests.draw(60, model.config.vocab_size, seed=3)
+    result = random_requests.run(tight, asked, most_waiting=20)
     assert result["preemptions"] > 0 and result["prefix_hits"] > 0
+    assert result["pages_leaked"] == 0
     assert (result["accepted"] > 0) == (speculate > 0)
-    checked = many_requests.verify(tight, asked)
+    checked = request_checks.verify(tight, asked)
     assert checked["drawn"] == sum(len(one.tokens) for one in asked) - checked["ties"]
     assert checked["ties"] <= 2
-    found = many_requests.compare(many_requests.engine(Engine, tmp_path), asked[::4])
-    assert found["equal"] > 8 and found["tied"] <= 1
+    found, parted = request_checks.compare(Engine(model, tokenizer), asked[::4])
+    assert found["equal"] > 8 and found["logprobs_apart"] < 1e-4
+    assert len(parted) <= 1
 
 
 def test_answers_are_those_of_generate(tokenizer):
