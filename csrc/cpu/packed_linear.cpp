@@ -118,10 +118,8 @@ inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first)
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
         float* to = c + r * c_stride + p * PANEL_COLUMNS + v * W;
-        // One expression: were a scaled sum stored in one case and added in the other, compilers would
-        // fuse scaling and adding for some numbers of rows and not for others.
         const f32v before = first ? f32v{} : load(to);
-        store(to, before + A::total(sums[p][r][v], x.scales + r * x.scales_stride));
+        store(to, A::add(before, sums[p][r][v], x.scales + r * x.scales_stride));
       }
 }
 
@@ -301,7 +299,7 @@ inline void widen_row(Int16Pairs, const T* x, int64_t n, float* to, float* scale
     store(lanes, most);
     store(wrong, not_finite);
     for (int i = 0; i < W; ++i) largest = maximum(largest, lanes[i]), nan += wrong[i];
-    // What is so small that its inverse is no number counts as nothing.
+    // What is so small that scaling it could overflow counts as nothing.
     const float inverse = largest > 1e-30f ? 32767 / largest : 0;
     scales[begin / CHAIN] = largest / 32767 + nan;
     // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.

@@ -88,8 +88,24 @@ struct Int8PairPanel {
   }
 };
 
-// How units of 32 bits are multiplied and summed: a unit is UNIT numbers. `total`: what the lanes of a
-// sum are in fp32; `scale` is of the numbers of x that went into it.
+// a * b + c, rounded once on every processor that can. Compilers fuse what is written as two operations
+// in some copies of a loop and not in others, and a row's bits would hang on which one it meets.
+inline f32v fused(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__SSE2__)
+  return a * b + c;  // there is nothing to fuse with
+#else
+  f32v result;
+  for (int i = 0; i < W; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return result;
+#endif
+}
+
+// How units of 32 bits are multiplied and summed: a unit is UNIT numbers. `add`: a sum, of numbers of x
+// of that scale, to fp32 ones.
 template <int64_t SIZE>
 struct Floats {  // one fp32 number, or a pair of bf16
   typedef f32v Sum;
@@ -98,7 +114,7 @@ struct Floats {  // one fp32 number, or a pair of bf16
   static f32v multiply_add(f32v a, f32v b, f32v sum) {
     return LLAMA2RT_ISA::multiply_add<UNIT>(a, b, sum);
   }
-  static f32v total(f32v sum, const float*) { return sum; }
+  static f32v add(f32v before, f32v sum, const float*) { return before + sum; }
 };
 
 struct Int16Pairs {  // sums are int32, and exact
@@ -119,8 +135,8 @@ struct Int16Pairs {  // sums are int32, and exact
     return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16) + sum;
 #endif
   }
-  static f32v total(i32v sum, const float* scale) {
-    return __builtin_convertvector(sum, f32v) * *scale;
+  static f32v add(f32v before, i32v sum, const float* scale) {
+    return fused(__builtin_convertvector(sum, f32v), repeat(scale), before);
   }
 };
 

@@ -30,11 +30,13 @@ def test_a_row_has_the_same_bits_beside_any_others(isa, dtype):
     for storage in (None, "int8"):
         taken = packed.pack([weight], storage)
         torch.set_num_threads(3)
-        everything = taken.linear(x)
+        everything, wide = taken.linear(x), taken.linear(x, torch.float32)
         torch.set_num_threads(1)
         for first, rows in [(64, 70), (200, 100), *((31 * rows, rows) for rows in range(1, 17))]:
             part = slice(first, first + rows)
             assert same_bits(taken.linear(x[part]), everything[part]), (storage, rows)
+            # 16 bits round away what a sum's last bit shows.
+            assert same_bits(taken.linear(x[part], torch.float32), wide[part]), (storage, rows)
         assert same_bits(taken.linear(x.T.contiguous().T), everything)
 
 
