@@ -3,9 +3,12 @@
 import pytest
 import torch
 from numerics import judge, same_bits
+from small_models import Ids
 from torch.nn import functional as F
 
 from llama2rt import _cpu
+from llama2rt.generate import Engine
+from llama2rt.model import Llama, LlamaConfig
 from llama2rt.ops import packed, sample
 
 SHAPES = [(1, 1), (3, 5), (31, 130), (32, 128), (70, 257), (130, 515)]
@@ -76,6 +79,21 @@ def test_int8_keeps_a_row_to_half_a_step(inner, isa, dtype):
         F.linear(x.double(), got.double()),
         F.linear(x, got.to(dtype)),
     )
+
+
+def test_an_int8_answer_is_the_same_in_any_company(isa, dtype):
+    """Of prompts that are computed and decoded together, log-probabilities included."""
+    model = Llama(LlamaConfig(192, 2, 4, 4, 300, vocab_size=64, context=64)).initialize(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() == 2 else 1)
+    engine = Engine(model.to(dtype), Ids(), weights="int8")
+    prompts = [[3 + (7 * i + j) % 20 for j in range(1 + i)] for i in range(13)]
+    together = engine.generate(prompts, max_tokens=6, temperature=0)
+    for prompt, found in zip(prompts, together, strict=True):
+        (alone,) = engine.generate([prompt], max_tokens=6, temperature=0)
+        assert list(alone.tokens) == list(found.tokens), len(prompt)
+        assert list(alone.logprobs) == list(found.logprobs), len(prompt)
 
 
 def as_int16(x):

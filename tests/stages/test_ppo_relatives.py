@@ -51,7 +51,10 @@ def test_the_first_mini_batch_is_the_rollouts_policy(pocket, algorithm):
     assert ("value_explained_variance" in numbers) == (algorithm == "ppo")
     improved = ppo.improve(settings, actors, rollout, 0)
     read = numbers | improved
-    assert read["kl_k1"] == pytest.approx(0, abs=1e-5) and read["kl_k3"] < 1e-8
+    if algorithm == "grpo":  # training packs what it reads otherwise than the reference did
+        assert read["kl_k1"] == pytest.approx(0, abs=1e-5) and read["kl_k3"] < 1e-8
+    else:
+        assert read["kl_k1"] == read["kl_k3"] == 0.0
     assert improved["clip_fraction"] == 0.0
     assert improved["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert improved["update_kl"] == pytest.approx(0.0, abs=1e-8)
