@@ -18,24 +18,9 @@ const T* row_of(const PackWeight& a, int64_t column) {
   return nullptr;
 }
 
-template <typename T>
-float largest(const T* row, int64_t n) {
-  f32v most = {};
-  for_each_vector(n, [&](int64_t i, auto lanes) {
-    const f32v v = load(row + i, lanes), positive = v < 0.0f ? -v : v;
-    most = positive > most ? positive : most;
-  });
-  float lanes[W], result = 0;
-  store(lanes, most);
-  for (float lane : lanes) result = maximum(result, lane);
-  return result;
-}
-
 inline void store_bytes(uint8_t* to, f32v x) {
   typedef int8_t bytes __attribute__((vector_size(W)));
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
-  const f32v magic = broadcast(12582912.0f);
-  const bytes result = __builtin_convertvector((i32v)(x + magic) - (i32v)magic, bytes);
+  const bytes result = __builtin_convertvector(nearest(x), bytes);
   memcpy(to, &result, sizeof result);
 }
 

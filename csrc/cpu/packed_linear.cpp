@@ -165,7 +165,7 @@ template <typename P, typename A, Prefetch PREFETCH>
 inline void multiply_rows(Left x, int64_t rows, Run<P> run, float* c, bool first) {
   const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
   const int64_t bytes = run.steps * PANEL_COLUMNS * (int64_t)sizeof(*run.lanes);
-  run.pace = bytes / run.steps / blocks;
+  run.pace = PANEL_COLUMNS * (int64_t)sizeof(*run.lanes) / blocks;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
     run.next = (const char*)run.lanes + bytes + bytes * block / blocks;
@@ -177,7 +177,7 @@ inline void multiply_rows(Left x, int64_t rows, Run<P> run, float* c, bool first
   }
 }
 
-// The same for one panel and any number of rows; scratch: CHAIN * 32 floats.
+// As few_rows, for one panel and any number of rows; scratch: CHAIN * 32 floats.
 template <typename P, typename A>
 __attribute__((noinline)) void many_rows(const PackedWeight& weight, int64_t panel, Left x,
                                          int64_t rows, float* c, float* scratch) {
@@ -287,28 +287,17 @@ inline void widen_row(Int16Pairs, const T* x, int64_t n, float* to, float* scale
   typedef int16_t halves __attribute__((vector_size(2 * W)));
   for (int64_t begin = 0; begin < n; begin += CHAIN) {
     const int64_t count = n - begin < CHAIN ? n - begin : CHAIN;
-    f32v numbers[CHAIN / W], most = {}, not_finite = {};
-    int64_t vectors = 0;
-    for_each_vector(count, [&](int64_t i, auto lanes) {
-      const f32v v = load(x + begin + i, lanes), positive = v < 0.0f ? -v : v;
-      most = positive > most ? positive : most;
-      not_finite += v - v;  // 0, or NaN of an infinity and of NaN
-      numbers[vectors++] = v;
-    });
-    float lanes[W], wrong[W], largest = 0, nan = 0;
-    store(lanes, most);
-    store(wrong, not_finite);
-    for (int i = 0; i < W; ++i) largest = maximum(largest, lanes[i]), nan += wrong[i];
+    const float most = largest(x + begin, count);
     // What is so small that scaling it could overflow counts as nothing.
-    const float inverse = largest > 1e-30f ? 32767 / largest : 0;
-    scales[begin / CHAIN] = largest / 32767 + nan;
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
-    const f32v magic = broadcast(12582912.0f);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const halves rounded = __builtin_convertvector(
-          (i32v)(numbers[v] * inverse + magic) - (i32v)magic, halves);
-      memcpy((int16_t*)to + begin + v * W, &rounded, sizeof rounded);
-    }
+    const float inverse = most > 1e-30f ? 32767 / most : 0;
+    f32v not_finite = {};
+    for_each_vector(count, [&](int64_t i, auto lanes) {
+      const f32v v = load(x + begin + i, lanes);
+      not_finite += v - v;  // 0, or NaN of an infinity and of NaN
+      const halves rounded = __builtin_convertvector(nearest(v * inverse), halves);
+      memcpy((int16_t*)to + begin + i, &rounded, sizeof rounded);
+    });
+    scales[begin / CHAIN] = most / 32767 + sum(not_finite);
   }
 }
 

@@ -88,6 +88,27 @@ struct Int8PairPanel {
   }
 };
 
+// The largest absolute value of a row; NaNs do not count.
+template <typename T>
+inline float largest(const T* row, int64_t n) {
+  f32v most = {};
+  for_each_vector(n, [&](int64_t i, auto lanes) {
+    const f32v v = load(row + i, lanes), positive = v < 0.0f ? -v : v;
+    most = positive > most ? positive : most;
+  });
+  float lanes[W], result = 0;
+  store(lanes, most);
+  for (float lane : lanes) result = maximum(result, lane);
+  return result;
+}
+
+// The nearest integers of numbers below 2^22: adding 1.5 * 2^23 leaves them in the low bits of the
+// mantissa.
+inline i32v nearest(f32v x) {
+  const f32v magic = broadcast(12582912.0f);
+  return (i32v)(x + magic) - (i32v)magic;
+}
+
 // a * b + c, rounded once on every processor that can. Compilers fuse what is written as two operations
 // in some copies of a loop and not in others, and a row's bits would hang on which one it meets.
 inline f32v fused(f32v a, f32v b, f32v c) {

@@ -63,8 +63,8 @@ class Engine:
     `as_trained`: log-probabilities are rounded as in training where that can be. Packed weights of
     16 bits are not: their passes round less often (0.015 nats a token apart in bf16), so they are
     not used then. Where the CPU multiplies bf16 (AVX-512, oneDNN), torch's products round by the
-    number of rows, and modules and packed passes are equally far from training (0.0085 nats a
-    token): there the faster ones are used.
+    number of rows, and modules and packed passes are equally far from training: there the faster
+    ones are used.
     """
 
     def __init__(
