@@ -174,6 +174,10 @@ struct Linear : Where {  // y = x weight^T
   void* y;           // [rows, columns]
 };
 
+struct BlockedLinear : Linear {
+  bool transposed;  // the weight is [inner, columns]: y = x weight
+};
+
 struct WeightGradient : Where {  // of that layer: dy^T x
   DType dtype;
   int64_t rows, columns, inner;
@@ -207,6 +211,7 @@ struct WeightPart {  // [columns, inner]
 struct PackWeight : Where {
   DType dtype;
   WeightPart parts[3];  // one below another, those that there are first
+  bool transposed;      // the first, alone, is [inner, columns] as it lies
   PackedWeight to;
 };
 

@@ -31,19 +31,18 @@ import group_sides
 import records
 import step
 import torch
-from reward_step import take_step
+from reward_step import QUICKSTART, config, take_step
 
 from llama2rt.checkpoint import hf
 from llama2rt.data import readers
 from llama2rt.data.records import Prompt
-from llama2rt.model import Llama, LlamaConfig, ScalarModel
+from llama2rt.model import Llama, ScalarModel
 from llama2rt.quickstart import data
-from llama2rt.quickstart.recipe import QuickstartRecipe, smoke
+from llama2rt.quickstart.recipe import smoke
 from llama2rt.text import chat
 from llama2rt.text.tokenizer import Tokenizer
 
 ROUNDS, WARM_UP = (1, 1) if step.SMOKE else (5, 1)
-QUICKSTART = "quickstart"
 SHAPES = ("smoke",) if step.SMOKE else (QUICKSTART, "24M")
 
 
@@ -54,12 +53,9 @@ def inputs(shape: str, prompts: int, tokens: int, folder: Path) -> None:
     paths = data.write(small.model_copy(update={"training_prompts": max(24, lines)}), folder)
     data.initialise(small, paths["documents"], paths["dialogues"], folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    config = QuickstartRecipe().shape
-    if shape != QUICKSTART:
-        config = LlamaConfig(**step.SHAPES[shape], vocab_size=tokenizer.vocab_size)
-    config = dataclasses.replace(config, context=1024)
-    hf.save(Llama(config, dtype=torch.float32).initialize(0), tokenizer, folder / "policy")
-    hf.save(ScalarModel(config, dtype=torch.float32).initialize(1), tokenizer, folder / "reward")
+    of_shape = dataclasses.replace(config(shape, tokenizer.vocab_size), context=1024)
+    hf.save(Llama(of_shape, dtype=torch.float32).initialize(0), tokenizer, folder / "policy")
+    hf.save(ScalarModel(of_shape, dtype=torch.float32).initialize(1), tokenizer, folder / "reward")
     drawn = long_prompts(readers.read(paths["training"], "prompt"), tokens, tokenizer)[:prompts]
     readers.write(folder / "prompts.jsonl", drawn)
     ids = [chat.encode_prompt(tokenizer, prompt.messages) for prompt in drawn]

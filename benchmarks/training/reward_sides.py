@@ -4,16 +4,16 @@ Same weights, same pairs, same margins, one batch a step, in fp32 or with produc
 fp32 weights (ours `train.precision`, TRL's `bf16`, its default). Each side is what its users run:
 ours the loader, objective and optimizer of `llama2rt reward` (a pair's prompt computed once, or
 "whole", once a side), TRL's a RewardTrainer with its own collator, loop, fused AdamW and clipping.
-Two settings:
+Three settings:
 
-    kept          activations are kept: ours by default, TRL's with gradient_checkpointing=False
-    recomputed    each block's are computed again: TRL's by default, ours with
-                  train.activation_checkpointing = "full"
+    default       as shipped: ours keeps activations, TRL computes each block's again
+    kept          both keep them: TRL with gradient_checkpointing=False
+    recomputed    both compute them again: ours with train.activation_checkpointing = "full"
 
 Run as a script it is one side alone in its own process, allocator as shipped. A line on stdin asks
 for a step; its seconds, CPU seconds and loss come back on stdout, with the peak memory so far.
 
-    python benchmarks/training/reward_sides.py ours kept WEIGHTS_FOLDER 16 fp32
+    python benchmarks/training/reward_sides.py ours default WEIGHTS_FOLDER 16 fp32
 """
 
 import contextlib
@@ -39,7 +39,7 @@ PROMPT = 24 if SMOKE else 256
 RESPONSES = (2, 8) if SMOKE else (16, 128)
 """fewest and most tokens of a response, drawn evenly"""
 PAD, LR = 0, 1e-5
-SETTINGS = ("kept", "recomputed")
+SETTINGS = ("default", "kept", "recomputed")
 PRECISION = "fp32"
 """as a script, the last argument"""
 
@@ -83,7 +83,7 @@ def ours(folder: str, setting: str, share: bool | None = None) -> None:
     loader = PairLoader(examples, margins, PAIRS, tokens, 0, packed=at_ends(packing(share)))
     objective = reward.objective(reward.RewardRecipe(init=folder, data=["pairs.jsonl"]))
     optimizer = Optimizer(model, TrainOptions(lr=LR, precision=PRECISION))
-    with recompute_blocks(model, {"kept": "none", "recomputed": "full"}[setting]):
+    with recompute_blocks(model, "full" if setting == "recomputed" else "none"):
         for _ in sys.stdin:
             with measured() as result:
                 (micro,) = loader.next()
@@ -143,9 +143,9 @@ def trl(folder: str, setting: str) -> None:
             args=RewardConfig(
                 directory,
                 per_device_train_batch_size=PAIRS,
-                gradient_checkpointing=setting == "recomputed",
                 bf16=PRECISION == "bf16",
                 **TRL,
+                **({"gradient_checkpointing": False} if setting == "kept" else {}),
             ),
             train_dataset=Dataset.from_list(
                 [dict(zip(names, pair, strict=True)) for pair in pairs()]
@@ -194,8 +194,9 @@ ANSWERS = sys.stdout
 
 
 def main() -> None:
-    global PAIRS, PRECISION
+    global PAIRS, PRECISION, VOCABULARY
     side, setting, folder, PAIRS, PRECISION = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5]
+    VOCABULARY = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     if side != "trl":
         from llama2rt.train.allocator import keep_freed_memory
 

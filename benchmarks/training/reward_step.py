@@ -1,14 +1,16 @@
 """A reward step against TRL's RewardTrainer, on pairs whose sides share a prompt of 256 tokens.
 
 Each side works in a process of its own, as shipped, with its own peak memory; steps alternate
-between them, and the losses of their first step must agree. Two settings (`reward_sides.py`): all
-keep their activations, or all compute them again, as TRL does by default. A figure is the ratio of
-medians, in wall time and in CPU time, which counts where the machine is not quiet.
+between them, and the losses of their first step must agree. Settings (`reward_sides.py`): each as
+shipped, all keep their activations, or all compute them again. A figure is the ratio of medians, in
+wall time and in CPU time, which counts where the machine is not quiet. Shapes: those of `step.py`,
+with its vocabulary, and the quickstart's.
 
     python -P benchmarks/training/reward_step.py --out benchmarks/results/MACHINE
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -27,16 +29,25 @@ import step
 
 from llama2rt.checkpoint import hf
 from llama2rt.model import LlamaConfig, ScalarModel
+from llama2rt.quickstart.recipe import QuickstartRecipe
 
+QUICKSTART = "quickstart"
+SHAPES = ("smoke",) if step.SMOKE else (QUICKSTART, "134M", "24M")
 ROUNDS, WARM_UP = (1, 1) if step.SMOKE else (5, 2)
 CLOSE = {"fp32": 1e-4, "bf16": 2e-2}
 """how far losses of the first step may be apart"""
 
 
+def config(shape: str, vocabulary: int) -> LlamaConfig:
+    """That of the quickstart, or one of `step.SHAPES` with such a vocabulary."""
+    if shape == QUICKSTART:
+        return dataclasses.replace(QuickstartRecipe().shape, context=1024)
+    return LlamaConfig(**step.SHAPES[shape], vocab_size=vocabulary)
+
+
 def weights(shape: str, folder: Path) -> str:
     """The reward model with fixed random weights, as a folder that every side reads."""
-    config = LlamaConfig(**step.SHAPES[shape], vocab_size=step.VOCABULARY)
-    hf.save(ScalarModel(config).initialize(0), None, folder)
+    hf.save(ScalarModel(config(shape, step.VOCABULARY)).initialize(0), None, folder)
     return str(folder)
 
 
@@ -113,7 +124,7 @@ def row(shape: str, setting: str, result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder that receives reward-step-SHAPE.json")
-    parser.add_argument("--shape", choices=step.SHAPES, default=list(step.SHAPES)[-1])
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[-1])
     parser.add_argument("--setting", choices=reward_sides.SETTINGS, help="one setting alone")
     parser.add_argument("--pairs", type=int, default=reward_sides.PAIRS, help="in a batch")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps counted")

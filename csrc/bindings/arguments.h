@@ -150,6 +150,15 @@ inline Linear linear(const Tensor& x, const Tensor& weight, const Tensor& y) {
   return a;
 }
 
+inline BlockedLinear blocked_linear(const Tensor& x, const Tensor& weight, bool transposed,
+                                    const Tensor& y) {
+  BlockedLinear a{};
+  static_cast<Linear&>(a) = linear(x, weight, y);
+  a.columns = weight.size(transposed ? 1 : 0);
+  a.transposed = transposed;
+  return a;
+}
+
 inline WeightGradient weight_gradient(const Tensor& dy, const Tensor& x, const Optional& dweight,
                                       const Optional& sum) {
   WeightGradient a{};
@@ -169,9 +178,10 @@ inline AddTo add_to(const Tensor& x, const Tensor& sum) {
 }
 
 inline PackWeight pack_weight(const Tensor& first, const Optional& second, const Optional& third,
-                              const PackedWeight& to) {
+                              bool transposed, const PackedWeight& to) {
   PackWeight a{};
   a.dtype = first.dtype();
+  a.transposed = transposed;
   a.parts[0] = {first.matrix(), first.size(0)};
   if (second.of.data) a.parts[1] = {second.matrix(), second.size(0)};
   if (third.of.data) a.parts[2] = {third.matrix(), third.size(0)};

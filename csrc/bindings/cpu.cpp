@@ -67,6 +67,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind(m, "token_logprob_backward", arguments::token_logprob_backward,
        &Kernels::token_logprob_backward);
   bind(m, "linear", arguments::linear, &Kernels::linear);
+  bind(m, "blocked_linear", arguments::blocked_linear, &Kernels::blocked_linear);
   bind(m, "weight_gradient", arguments::weight_gradient, &Kernels::weight_gradient);
   bind(m, "add_to", arguments::add_to, &Kernels::add_to);
   bind(m, "sample", arguments::sample, &Kernels::sample);

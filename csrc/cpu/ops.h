@@ -20,6 +20,7 @@ struct Kernels {
   void (*token_logprob_backward)(const TokenLogprobBackward&);
   void (*add_to)(const AddTo&);
   void (*linear)(const Linear&);
+  void (*blocked_linear)(const BlockedLinear&);
   void (*weight_gradient)(const WeightGradient&);
   void (*pack_weight)(const PackWeight&);
   void (*packed_linear)(const PackedLinear&);
@@ -59,6 +60,7 @@ void token_logprob(const TokenLogprob&);
 void token_logprob_backward(const TokenLogprobBackward&);
 void add_to(const AddTo&);
 void linear(const Linear&);
+void blocked_linear(const BlockedLinear&);
 void weight_gradient(const WeightGradient&);
 void pack_weight(const PackWeight&);
 void packed_linear(const PackedLinear&);

@@ -82,12 +82,49 @@ void pack_panel_of_halves(const PackWeight& a, int64_t panel) {
   }
 }
 
+// W numbers of a row from `column` on; what the row does not have is zero.
+template <typename V, typename T>
+V some_of(const T* row, int64_t column, int64_t columns) {
+  V v = {};
+  const int64_t left = columns - column;
+  if (row && left >= W)
+    memcpy(&v, row + column, sizeof v);
+  else if (row && left > 0)
+    memcpy(&v, row + column, left * sizeof(T));
+  return v;
+}
+
+// One panel of a weight [inner, columns]: columns lie beside one another as they are to lie here.
+template <typename T>
+void pack_panel_of_rows(const PackWeight& a, int64_t panel) {
+  constexpr int64_t NUMBERS = is_bf16(T{}) ? 2 : 1;
+  const int64_t n = a.to.inner, steps = steps_of(a.to), begin = panel * PANEL_COLUMNS;
+  const Matrix& weight = a.parts[0].weight;
+  auto row = [&](int64_t i) { return i < n ? (const T*)weight.data + i * weight.stride : nullptr; };
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t first = 0; first < PANEL_COLUMNS; first += W) {
+      const int64_t at = (panel * steps + s) * PANEL_COLUMNS + first;
+      if constexpr (NUMBERS == 2) {
+        const u16v low = some_of<u16v>(row(2 * s), begin + first, a.to.columns);
+        const u16v high = some_of<u16v>(row(2 * s + 1), begin + first, a.to.columns);
+        store((float*)a.to.data + at, interleave(low, high));
+      } else if constexpr (sizeof(T) == 2) {
+        const u16v numbers = some_of<u16v>(row(s), begin + first, a.to.columns);
+        memcpy((T*)a.to.data + at, &numbers, sizeof numbers);
+      } else {
+        store((float*)a.to.data + at, some_of<f32v>(row(s), begin + first, a.to.columns));
+      }
+    }
+}
+
 template <typename T>
 void pack(const PackWeight& a) {
   const int64_t panels = (a.to.columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
   parallel(panels, a.to.columns * a.to.inner, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      if (a.to.storage == Storage::int8)
+      if (a.transposed)
+        pack_panel_of_rows<T>(a, panel);
+      else if (a.to.storage == Storage::int8)
         pack_panel_of_lanes<4, T>(a, panel, int8_lanes<T>);
       else if (a.to.storage == Storage::fp16)
         pack_panel_of_halves(a, panel);
@@ -102,6 +139,7 @@ void pack(const PackWeight& a) {
 void pack_weight(const PackWeight& a) {
   require(a.to.storage == Storage::int8 || a.to.storage == (Storage)a.dtype,
           "a weight is packed in its own dtype or as int8");
+  require(!a.transposed || a.to.storage != Storage::int8, "an int8 weight is packed as it lies");
   by_dtype(a.dtype, [&](auto t) { pack<decltype(t)>(a); });
 }
 

@@ -1,9 +1,10 @@
 // y = x weight^T for a weight in panels (panels.h), and the packing of a weight.
 //
 // With few rows the product is a walk through the weight, whose panels lie one after another; with
-// more, a block of a panel (CHAIN numbers deep, 16 KiB of fp32 at most) is widened once and multiplied
-// by all rows while it is in the first cache. Sums are fp32, in chains of CHAIN numbers that are then
-// added in order: the same bits for a row whatever rows stand beside it, and for any number of threads.
+// more, a block of a panel (a chain deep, 16 KiB of fp32 or of pairs at most) is widened once and
+// multiplied by all rows while it is in the first cache. Sums are fp32, in chains of CHAIN units that are
+// then added in order: the same bits for a row whatever rows stand beside it, and for any number of
+// threads.
 //
 // With int8 weights, x of 16 bits becomes int16: each CHAIN of a row in steps of its largest absolute
 // value / 32767. That is finer than x itself by 8 bits (bf16) or 5 (fp16) where numbers are alike, and an
@@ -76,10 +77,60 @@ inline void with_rows(int64_t rows, Body body) {
   body(Constant<MOST>{});
 }
 
-// ROWS of x times VECTORS of PANELS panels, added to c [rows, PANELS * 32] or, at `first`, put there.
-template <typename P, typename A, int ROWS, int VECTORS, int PANELS, Prefetch PREFETCH>
-inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first) {
+// By which a panel's numbers are too large.
+template <typename P>
+constexpr float scale_of(P) {
+  return 1;
+}
+constexpr float scale_of(Int8Panel) { return Int8Panel::SCALE; }
+
+// Where sums go between the chains of a row, and whence they come: c [rows, stride].
+struct Kept {
+  float* c;
+  int64_t stride;
+  bool first;  // there are none yet
+
+  f32v before(int64_t row, int64_t lane) const {
+    return first ? f32v{} : load(c + row * stride + lane);
+  }
+  void finish(int64_t row, int64_t lane, f32v sum) const { store(c + row * stride + lane, sum); }
+  void prepare(int64_t) const {}
+  Kept at(int64_t row, int64_t lane) const { return {c + row * stride + lane, stride, first}; }
+};
+
+// Where they go after the last chain: times their columns' scales, to y, which has so many columns left.
+template <typename P, typename Y>
+struct Result {
+  Kept kept;
+  Y* y;
+  int64_t stride, columns;
+  const float* scales;  // none, or one for each column
+
+  f32v before(int64_t row, int64_t lane) const { return kept.before(row, lane); }
+  void finish(int64_t row, int64_t lane, f32v sum) const {
+    if (scales) sum *= load(scales + lane) * scale_of(P{});
+    Y* to = y + row * stride + lane;
+    if (columns - lane >= W)
+      store(to, sum);
+    else if (columns - lane > 0)
+      store(to, sum, Part{columns - lane});
+  }
+  // A line that is to be written has to be here first, and comes while there is something to compute.
+  void prepare(int64_t row) const { __builtin_prefetch(y + row * stride, 1); }
+  Result at(int64_t row, int64_t lane) const {
+    return {kept.at(row, lane), y + row * stride + lane, stride, columns - lane,
+            scales ? scales + lane : nullptr};
+  }
+};
+
+// ROWS of x times VECTORS of PANELS panels; what becomes of the sums [rows, PANELS * 32] is for `out`.
+// By reference here and below: copied a vector at a time, just after fields of it were written, arguments
+// cost a tenth of a large product (the processor forwards a store to a load of its own size only).
+template <typename P, typename A, int ROWS, int VECTORS, int PANELS, Prefetch PREFETCH, typename Out>
+inline void multiply(const Left& x, const Run<P>& run, const Out& out) {
   typename A::Sum sums[PANELS][ROWS][VECTORS];
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) out.prepare(r);
 #pragma GCC unroll 4
   for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 12
@@ -117,19 +168,27 @@ inline void multiply(Left x, Run<P> run, float* c, int64_t c_stride, bool first)
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
-        float* to = c + r * c_stride + p * PANEL_COLUMNS + v * W;
-        const f32v before = first ? f32v{} : load(to);
-        store(to, A::add(before, sums[p][r][v], x.scales + r * x.scales_stride));
+        const int64_t lane = p * PANEL_COLUMNS + v * W;
+        out.finish(r, lane, A::add(out.before(r, lane), sums[p][r][v],
+                                   x.scales + r * x.scales_stride));
       }
 }
 
+// Part `part` of `parts` of rows [begin, end) of x, into the second cache.
+inline void ask_for_rows(Left x, int64_t begin, int64_t end, int64_t part, int64_t parts) {
+  const char* from = (const char*)(x.data + begin * x.stride);
+  const int64_t lines = (end - begin) * x.stride * (int64_t)sizeof(float) / 64;
+  for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; ++line)
+    __builtin_prefetch(from + 64 * line, 0, 2);
+}
+
 // All columns of PANELS panels.
-template <typename P, typename A, int ROWS, int PANELS, Prefetch PREFETCH>
-inline void multiply_panels(Left x, Run<P> run, float* c, int64_t c_stride, bool first) {
+template <typename P, typename A, int ROWS, int PANELS, Prefetch PREFETCH, typename Out>
+inline void multiply_panels(const Left& x, const Run<P>& run, const Out& out) {
   constexpr int VECTORS = vectors_for(ROWS);
   for (int v = 0; v < PANEL_VECTORS; v += VECTORS) {
     const Run<P> part = {run.lanes + v * W, run.panel_lanes, run.steps, run.next, run.pace};
-    multiply<P, A, ROWS, VECTORS, PANELS, PREFETCH>(x, part, c + v * W, c_stride, first);
+    multiply<P, A, ROWS, VECTORS, PANELS, PREFETCH>(x, part, out.at(0, v * W));
   }
 }
 
@@ -138,11 +197,12 @@ template <typename P, typename A, int ROWS, int PANELS>
 __attribute__((noinline)) void few_rows(const PackedWeight& weight, int64_t panel, Left x, float* c) {
   const int64_t steps = steps_of(weight), lanes = steps * PANEL_COLUMNS;
   const typename P::Lane* from = (const typename P::Lane*)weight.data + panel * lanes;
-  const int64_t chain = CHAIN / (A::UNIT * P::NUMBERS);
+  const int64_t chain = A::LENGTH / (A::UNIT * P::NUMBERS);
   for (int64_t s = 0; s < steps; s += chain) {
     const Run<P> run = {from + s * PANEL_COLUMNS, lanes, s + chain < steps ? chain : steps - s};
     const Left part = x.at(0, s * P::NUMBERS, s / chain);
-    multiply_panels<P, A, ROWS, PANELS, Prefetch::own>(part, run, c, PANELS * PANEL_COLUMNS, s == 0);
+    multiply_panels<P, A, ROWS, PANELS, Prefetch::own>(part, run,
+                                                       Kept{c, PANELS * PANEL_COLUMNS, s == 0});
   }
 }
 
@@ -158,11 +218,11 @@ inline const float* widened(const typename P::Lane* from, int64_t steps, float* 
   return scratch;
 }
 
-// A block of a panel times any number of rows, in blocks of about one size; c [rows, 32]. Each of them
-// asks for its share of what lies behind: memory is read while there is something to compute, and not
-// faster than it can be.
-template <typename P, typename A, Prefetch PREFETCH>
-inline void multiply_rows(Left x, int64_t rows, Run<P> run, float* c, bool first) {
+// A block of a panel times any number of rows, in blocks of about one size. Each of them asks for its
+// share of what lies behind: memory is read while there is something to compute, and not faster than it
+// can be.
+template <typename P, typename A, Prefetch PREFETCH, typename Out>
+inline void multiply_rows(const Left& x, int64_t rows, Run<P> run, const Out& out) {
   const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
   const int64_t bytes = run.steps * PANEL_COLUMNS * (int64_t)sizeof(*run.lanes);
   run.pace = PANEL_COLUMNS * (int64_t)sizeof(*run.lanes) / blocks;
@@ -170,46 +230,47 @@ inline void multiply_rows(Left x, int64_t rows, Run<P> run, float* c, bool first
     const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
     run.next = (const char*)run.lanes + bytes + bytes * block / blocks;
     with_rows<MOST_ROWS>(end - row, [&](auto n) {
-      multiply_panels<P, A, decltype(n)::VALUE, 1, PREFETCH>(x.at(row, 0, 0), run,
-                                                             c + row * PANEL_COLUMNS,
-                                                             PANEL_COLUMNS, first);
+      multiply_panels<P, A, decltype(n)::VALUE, 1, PREFETCH>(x.at(row, 0, 0), run, out.at(row, 0));
     });
   }
 }
 
-// As few_rows, for one panel and any number of rows; scratch: CHAIN * 32 floats.
-template <typename P, typename A>
-__attribute__((noinline)) void many_rows(const PackedWeight& weight, int64_t panel, Left x,
-                                         int64_t rows, float* c, float* scratch) {
-  const int64_t steps = steps_of(weight), chain = CHAIN / (A::UNIT * P::NUMBERS);
-  const typename P::Lane* from =
-      (const typename P::Lane*)weight.data + panel * steps * PANEL_COLUMNS;
-  for (int64_t s = 0; s < steps; s += chain) {
-    const int64_t count = s + chain < steps ? chain : steps - s;
-    const typename P::Lane* block = from + s * PANEL_COLUMNS;
-    const Left part = x.at(0, s * P::NUMBERS, s / chain);
-    if constexpr (P::READY) {
-      // One block of rows is too fast for asking: what comes from memory then is what it waits for.
-      // With two units to a lane there is half as much to wait for.
-      constexpr Prefetch ALONE = P::NUMBERS > 1 ? Prefetch::own : Prefetch::none;
-      const Run<P> run = {block, 0, count};
-      if (rows <= MOST_ROWS)
-        multiply_rows<P, A, ALONE>(part, rows, run, c, s == 0);
-      else
-        multiply_rows<P, A, Prefetch::next>(part, rows, run, c, s == 0);
-    } else {
-      const Run<Fp32Panel> run = {widened<P>(block, count, scratch), 0, count * P::NUMBERS};
-      multiply_rows<Fp32Panel, A, Prefetch::none>(part, rows, run, c, s == 0);
-    }
+// A block of a panel, of P's lanes, times rows of x.
+template <typename P, typename A, typename Out>
+inline void multiply_block(const Left& x, int64_t rows, const Run<P>& run, const Out& out,
+                           float* scratch) {
+  if constexpr (P::READY) {
+    // One block of rows is too fast for asking: what comes from memory then is what it waits for.
+    // With two units to a lane there is half as much to wait for.
+    constexpr Prefetch ALONE = P::NUMBERS > 1 ? Prefetch::own : Prefetch::none;
+    if (rows <= MOST_ROWS)
+      multiply_rows<P, A, ALONE>(x, rows, run, out);
+    else
+      multiply_rows<P, A, Prefetch::next>(x, rows, run, out);
+  } else {
+    const Run<Fp32Panel> wide = {widened<P>(run.lanes, run.steps, scratch), 0,
+                                 run.steps * P::NUMBERS};
+    multiply_rows<Fp32Panel, A, Prefetch::none>(x, rows, wide, out);
   }
 }
 
-// By which a panel's numbers are too large.
-template <typename P>
-constexpr float scale_of(P) {
-  return 1;
+// As few_rows, for one panel and any number of rows, to y; scratch: CHAIN * 32 floats.
+template <typename P, typename A, typename Y>
+__attribute__((noinline)) void many_rows(const PackedWeight& weight, int64_t panel, Left x,
+                                         int64_t rows, Result<P, Y> y, float* scratch) {
+  const int64_t steps = steps_of(weight), chain = A::LENGTH / (A::UNIT * P::NUMBERS);
+  const typename P::Lane* from =
+      (const typename P::Lane*)weight.data + panel * steps * PANEL_COLUMNS;
+  for (int64_t s = 0; s < steps; s += chain) {
+    const Run<P> run = {from + s * PANEL_COLUMNS, 0, s + chain < steps ? chain : steps - s};
+    const Left part = x.at(0, s * P::NUMBERS, s / chain);
+    y.kept.first = s == 0;
+    if (s + chain < steps)
+      multiply_block<P, A>(part, rows, run, y.kept, scratch);
+    else
+      multiply_block<P, A>(part, rows, run, y, scratch);
+  }
 }
-constexpr float scale_of(Int8Panel) { return Int8Panel::SCALE; }
 
 // The sums c [rows, count * 32] of `count` panels, times their columns' scales -> y.
 template <typename P, typename Y>
@@ -252,13 +313,18 @@ void slab(const PackedLinear& a, Left x, int64_t row, int64_t rows) {
     return;
   }
   const int64_t tiles = (rows + TILE - 1) / TILE;
-  parallel(tiles * panels, elements, a.threads, [&](int64_t begin, int64_t end) {
+  // In fewer parts than by products alone: of few microseconds each, taking them would count.
+  parallel(tiles * panels, elements / 16, a.threads, [&](int64_t begin, int64_t end) {
     alignas(64) float c[TILE * PANEL_COLUMNS], scratch[CHAIN * PANEL_COLUMNS];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t tile = item / panels, panel = item % panels;
+      const int64_t tile = item / panels, panel = item % panels, column = panel * PANEL_COLUMNS;
       const int64_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
-      many_rows<P, A>(a.weight, panel, x.at(first, 0, 0), last - first, c, scratch);
-      finish<P, Y>(a, panel, 1, c, row + first, last - first);
+      const Result<P, Y> y = {Kept{c, PANEL_COLUMNS, true},
+                              (Y*)a.y + (row + first) * a.y_stride + column, a.y_stride,
+                              a.weight.columns - column,
+                              a.weight.scales ? a.weight.scales + column : nullptr};
+      if (last < rows) ask_for_rows(x, last, rows * (tile + 2) / tiles, panel, panels);
+      many_rows<P, A>(a.weight, panel, x.at(first, 0, 0), last - first, y, scratch);
     }
   });
 }
@@ -304,11 +370,7 @@ inline void widen_row(Int16Pairs, const T* x, int64_t n, float* to, float* scale
 template <typename P, typename A, typename T, typename Y>
 void product(const PackedLinear& a) {
   if (usable_as_it_is<A, T>(a)) {
-    const int64_t stride = a.x.stride / A::UNIT;
-    for (int64_t row = 0; row < a.rows; row += SLAB) {
-      const int64_t rows = a.rows - row < SLAB ? a.rows - row : SLAB;
-      slab<P, A, Y>(a, Left{(const float*)a.x.data + row * stride, stride}, row, rows);
-    }
+    slab<P, A, Y>(a, Left{(const float*)a.x.data, a.x.stride / A::UNIT}, 0, a.rows);
     return;
   }
   const int64_t n = a.weight.inner, stride = round_up(n / A::UNIT + 1, 64) + 16;

@@ -125,12 +125,12 @@ inline f32v fused(f32v a, f32v b, f32v c) {
 #endif
 }
 
-// How units of 32 bits are multiplied and summed: a unit is UNIT numbers. `add`: a sum, of numbers of x
-// of that scale, to fp32 ones.
+// How units of 32 bits are multiplied and summed: a unit is UNIT numbers, a chain LENGTH. `add`: a sum, of
+// numbers of x of that scale, to fp32 ones.
 template <int64_t SIZE>
 struct Floats {  // one fp32 number, or a pair of bf16
   typedef f32v Sum;
-  static constexpr int64_t UNIT = SIZE;
+  static constexpr int64_t UNIT = SIZE, LENGTH = SIZE * CHAIN;
   static constexpr bool SCALED = false;
   static f32v multiply_add(f32v a, f32v b, f32v sum) {
     return LLAMA2RT_ISA::multiply_add<UNIT>(a, b, sum);
@@ -140,7 +140,7 @@ struct Floats {  // one fp32 number, or a pair of bf16
 
 struct Int16Pairs {  // sums are int32, and exact
   typedef i32v Sum;
-  static constexpr int64_t UNIT = 2;
+  static constexpr int64_t UNIT = 2, LENGTH = CHAIN;
   static constexpr bool SCALED = true;
   static i32v multiply_add(f32v a, f32v b, i32v sum) {
 #if defined(__AVX512VNNI__)

@@ -160,12 +160,24 @@ template <typename T>
 inline f32v load(const T* p, Streamed) {
   return load(p);
 }
+#if defined(__AVX512F__)
+// A copy of a number of bytes that the compiler does not know is a call.
+inline __mmask16 mask_of(Part part) { return (__mmask16)((1u << part.count) - 1); }
+inline f32v load(const float* p, Part part) {
+  return (f32v)_mm512_maskz_loadu_ps(mask_of(part), p);
+}
+template <typename T>
+inline f32v load(const T* p, Part part) {
+  return widen((u16v)_mm256_maskz_loadu_epi16(mask_of(part), p), T{});
+}
+#else
 template <typename T>
 inline f32v load(const T* p, Part part) {
   T lanes[W] = {};
   memcpy(lanes, p, part.count * sizeof(T));
   return load(lanes);
 }
+#endif
 template <typename T>
 inline void store(T* p, f32v x, Whole) {
   store(p, x);
@@ -188,12 +200,22 @@ template <typename T>
 inline void store(T* p, f32v x, Streamed) {
   stream(p, narrow(x, T{}));
 }
+#if defined(__AVX512F__)
+inline void store(float* p, f32v x, Part part) {
+  _mm512_mask_storeu_ps(p, mask_of(part), (__m512)x);
+}
+template <typename T>
+inline void store(T* p, f32v x, Part part) {
+  _mm256_mask_storeu_epi16(p, mask_of(part), (__m256i)narrow(x, T{}));
+}
+#else
 template <typename T>
 inline void store(T* p, f32v x, Part part) {
   T lanes[W];
   store(lanes, x);
   memcpy(p, lanes, part.count * sizeof(T));
 }
+#endif
 
 template <typename Body>
 inline void for_each_vector(int64_t n, Body body) {

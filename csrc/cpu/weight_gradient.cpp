@@ -15,8 +15,8 @@ namespace LLAMA2RT_ISA {
 namespace {
 
 constexpr int64_t DEPTH = 256;   // units of a sum at a time: 32 KB of a panel with 16 lanes
-constexpr int64_t HEIGHT = 128;  // columns of dy for one set of sums
-constexpr int64_t WIDTH = 512;   // columns of x for one: 256 KB of sums
+constexpr int64_t HEIGHT = 128;  // columns of dy for one set of sums, at most
+constexpr int64_t WIDTH = 512;   // columns of x for one, at most: 256 KB of sums
 // From one block of BLOCK columns to the next; a power of two apart they would evict each other.
 constexpr int64_t BLOCK_STRIDE = DEPTH * BLOCK + 16;
 
@@ -115,11 +115,16 @@ void product_of(const WeightGradient& a) {
   });
 
   const int64_t across = round_up(a.inner, WIDTH) / WIDTH;
-  const int64_t down = round_up(a.columns, HEIGHT) / HEIGHT;
-  share(across * down, threads, HEIGHT / BLOCK * BLOCK_STRIDE + HEIGHT * WIDTH, [&](int64_t item, float* scratch) {
-    const int64_t column = item / across * HEIGHT, begin = item % across * WIDTH;
-    const int64_t n = a.columns - column < HEIGHT ? a.columns - column : HEIGHT;
-    const int64_t end = a.inner - begin < WIDTH ? a.inner : begin + WIDTH;
+  if (across == 0 || a.columns == 0) return;
+  const int64_t width = round_up((a.inner + across - 1) / across, PANEL);
+  // So many that threads have as much to do as each other.
+  const int64_t down = round_up(round_up(a.columns, HEIGHT) / HEIGHT * across, threads) / across;
+  const int64_t height = round_up((a.columns + down - 1) / down, BLOCK);
+  const int64_t items = across * (round_up(a.columns, height) / height);
+  share(items, threads, HEIGHT / BLOCK * BLOCK_STRIDE + HEIGHT * WIDTH, [&](int64_t item, float* scratch) {
+    const int64_t column = item / across * height, begin = item % across * width;
+    const int64_t n = a.columns - column < height ? a.columns - column : height;
+    const int64_t end = a.inner - begin < width ? a.inner : begin + width;
     float *blocks = scratch, *sums = scratch + HEIGHT / BLOCK * BLOCK_STRIDE;
     // Once even without rows: an empty sum is zero.
     for (int64_t depth = 0; depth == 0 || depth < depths; ++depth) {

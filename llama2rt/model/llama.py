@@ -35,15 +35,12 @@ class Llama(nn.Module):
         here = torch.get_default_device() if device is None else device
         # Before the transformer: a seed's weights, and the order in which an optimizer sums the
         # gradient norm, follow the order of the parameters. And without torch's own random weights,
-        # which would move its global generator.
-        self.output = nn.utils.skip_init(
-            Linear,
-            config.dim,
-            config.vocab_size,
-            bias=False,
-            device="meta" if config.tied else here,
-            dtype=dtype,
-        )
+        # which would move its global generator. (`skip_init` does that too, by a call that imports
+        # torch's compiler.)
+        self.output = Linear(config.dim, config.vocab_size, bias=False, device="meta", dtype=dtype)
+        if not config.tied:
+            empty = torch.empty(self.output.weight.shape, device=here, dtype=dtype)
+            self.output.weight = nn.Parameter(empty)
         self.transformer = Transformer(config, device, dtype)
         if config.tied:
             self.output.weight = self.transformer.embedding.weight

@@ -70,9 +70,20 @@ class Rotary:
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return ops.rope(q, k, self.cos, self.sin, self.positions)
 
+    def rotate_rows(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x [R, H, D] of the tokens `rows` [R], None for all."""
+        positions = self.positions if rows is None else self.positions.index_select(0, rows)
+        nothing = x.detach()[:, :0]  # no keys beside these queries, or no queries beside these keys
+        return ops.rope(x, nothing, self.cos, self.sin, positions)[0]
+
 
 class Embedding(nn.Embedding):
     """torch's, with the lookup of `ops.embedding`, whose gradient is summed in fp32."""
+
+    def reset_parameters(self) -> None:
+        # Random numbers on the meta device cost 1.6 s: torch imports its compiler for them.
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:
         return embedding(tokens, self.weight)
@@ -136,11 +147,14 @@ class Block(nn.Module):
         x, residual = self.attention_norm(x, residual)
         # Counted after the norm, which may have gathered tokens that the residual stream shards.
         heads = (x.shape[0], -1, self.head_dim)
-        q, k = rotary.rotate(self.query(x).view(heads), self.key(x).view(heads))
-        v = self.value(x).view(heads)
-        if ending is not None:
-            attention = ending.attention
-            q, residual = q.index_select(0, ending.rows), residual.index_select(0, ending.rows)
+        k, v = self.key(x).view(heads), self.value(x).view(heads)
+        if ending is None:
+            q, k = rotary.rotate(self.query(x).view(heads), k)
+        else:
+            attention, rows = ending.attention, ending.rows
+            q = self.query(x.index_select(0, rows)).view(rows.shape[0], *heads[1:])
+            q, k = rotary.rotate_rows(q, rows), rotary.rotate_rows(k)
+            residual = residual.index_select(0, rows)
         x = attention.attend(self.layer, q, k, v)
         x, residual = self.ffn_norm(self.attention_output(x.flatten(1)), residual)
         return self.down(ops.swiglu(self.gate(x), self.up(x))), residual

@@ -16,7 +16,12 @@ from llama2rt.ops.cpu_kernels.elementwise import (
     swiglu,
     swiglu_backward,
 )
-from llama2rt.ops.cpu_kernels.linear import add_weight_gradient, linear, weight_gradient
+from llama2rt.ops.cpu_kernels.linear import (
+    add_weight_gradient,
+    blocked_linear,
+    linear,
+    weight_gradient,
+)
 from llama2rt.ops.cpu_kernels.token_logprob import (
     token_logprob,
     token_logprob_backward,
@@ -24,7 +29,14 @@ from llama2rt.ops.cpu_kernels.token_logprob import (
     token_logprob_stashed_backward,
 )
 
-__all__ = ["DEVICES", "NATIVE", "add_weight_gradient", "linear", "weight_gradient"]
+__all__ = [
+    "DEVICES",
+    "NATIVE",
+    "add_weight_gradient",
+    "blocked_linear",
+    "linear",
+    "weight_gradient",
+]
 
 DEVICES = ("cpu",)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2rt.ops.linear import FEW_ROWS
+from llama2rt.ops.linear import BLOCKED, FEW_ROWS, GRADIENT
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -109,8 +109,12 @@ def _divergence_backward(
     return 2 * hidden.shape[0] * (3 * weight.numel() + teacher_weight.numel())
 
 
-def _few_rows_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * x.shape[0] * weight.numel()
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * dy.numel() * x.shape[1]
 
 
 def _elementwise(*_: Any, **__: Any) -> int:
@@ -130,7 +134,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "token_logprob_stashed_backward": _token_logprob_stashed_backward,
     "divergence": _divergence,
     "divergence_backward": _divergence_backward,
-    FEW_ROWS: _few_rows_linear,
+    **dict.fromkeys((FEW_ROWS, BLOCKED), _linear),
+    GRADIENT: _weight_gradient,
 }
 
 

@@ -4,6 +4,11 @@ A step of decoding, of a few rows, is a walk through the weights, and torch's pr
 fp16 takes several times what reading them takes. `_cpu` has a kernel for it, which has no gradient
 and is used only where none is recorded.
 
+Of hundreds of rows torch's product of bf16 is oneDNN's, which compiles itself for each number of
+rows that it has not met: a millisecond and half a megabyte each time (torch 2.13, AVX-512), and
+batches of documents rarely have a number of tokens twice. Where the processor multiplies bf16 and
+has no AMX, of which oneDNN makes more, all three products are `_cpu`'s.
+
 On CPUs without AVX-512 torch has no blocked product of 16-bit numbers at all, but a plain loop: the
 gradient of a layer's input is thirty times slower than in fp32 (torch 2.13, Zen 3). There all three
 products of a layer, forward and backward, run in fp32 and are rounded once, which is what a 16-bit
@@ -20,12 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama2rt.ops import backend
+from llama2rt.ops.registration import refuse_second_derivative
 
 FEW_ROWS = "few_rows_linear"  # the kernel's name as an operator
 MOST_ROWS = 4  # beyond, the library's blocked product is as fast or faster
+BLOCKED, GRADIENT = "blocked_linear", "weight_gradient"  # operators of many rows
+MANY_ROWS = 256  # that repay arranging the weight anew
 _DTYPES = (torch.bfloat16, torch.float16)
 # Those that oneDNN multiplies on this CPU.
-_BLOCKED = {
+_BY_ONEDNN = {
     torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
@@ -33,23 +41,72 @@ _LIB = torch.library.Library("llama2rt", "FRAGMENT")
 
 
 @functools.cache
-def _kernel() -> Callable[[Tensor, Tensor], Tensor]:
+def _native() -> Any:
     # Not at the top: without `_cpu` the module does not import, and nothing gets here.
-    return importlib.import_module("llama2rt.ops.cpu").linear
+    return importlib.import_module("llama2rt.ops.cpu")
 
 
-def _run(x: Tensor, weight: Tensor) -> Tensor:
-    return _kernel()(x, weight)
+def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    return _native().linear(x, weight)
 
 
-def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _blocked(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return _native().blocked_linear(x, weight, transposed)
 
 
-_LIB.define(f"{FEW_ROWS}(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIB.impl(FEW_ROWS, _run, "CPU")
-torch.library.register_fake(f"llama2rt::{FEW_ROWS}", _fake, lib=_LIB)
-_few_rows_linear = torch.ops.llama2rt.few_rows_linear.default
+def _gradient(dy: Tensor, x: Tensor) -> Tensor:
+    return _native().weight_gradient(dy, x)
+
+
+def _operator(schema: str, run: Callable, fake: Callable) -> Callable[..., Tensor]:
+    """`run` as an operator where something wants to see it, and directly, which is cheaper, where
+    nothing does."""
+    name = schema.partition("(")[0]
+    _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIB.impl(name, run, "CPU")
+    torch.library.register_fake(f"llama2rt::{name}", fake, lib=_LIB)
+    overload = getattr(torch.ops.llama2rt, name).default
+
+    def call(x: Tensor, y: Tensor, *settings: bool) -> Tensor:
+        seen = backend.needs_dispatcher(x, y)
+        return overload(x, y, *settings) if seen else run(x, y, *settings)
+
+    return call
+
+
+_few_rows_linear = _operator(
+    f"{FEW_ROWS}(Tensor x, Tensor weight) -> Tensor",
+    _few_rows,
+    lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
+)
+_blocked_linear = _operator(
+    f"{BLOCKED}(Tensor x, Tensor weight, bool transposed) -> Tensor",
+    _blocked,
+    lambda x, weight, transposed: x.new_empty(x.shape[0], weight.shape[int(transposed)]),
+)
+_weight_gradient = _operator(
+    f"{GRADIENT}(Tensor dy, Tensor x) -> Tensor",
+    _gradient,
+    lambda dy, x: x.new_empty(dy.shape[1], x.shape[1]),
+)
+
+
+class _Blocked(torch.autograd.Function):
+    """x weight^T of bf16 matrices of many rows and its gradients, for which is kept what `F.linear`
+    keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return _blocked_linear(x, weight, False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        refuse_second_derivative(BLOCKED)
+        x, weight = ctx.saved_tensors
+        dx = None if weight is None else _blocked_linear(dy, weight, True)
+        return dx, None if x is None else _weight_gradient(dy, x)
 
 
 class _InFp32(torch.autograd.Function):
@@ -76,13 +133,19 @@ class _InFp32(torch.autograd.Function):
 def rounds_alike(dtype: torch.dtype) -> bool:
     """Whether rows of this dtype, on this CPU, have the same bits whatever rows stand beside them.
     Those of oneDNN's 16-bit products do not."""
-    return not _BLOCKED.get(dtype, False)
+    return not _BY_ONEDNN.get(dtype, False)
+
+
+def _own_blocked() -> bool:
+    """Whether `_cpu` multiplies bf16 in pairs, and torch not in tiles."""
+    native = importlib.import_module("llama2rt._cpu")
+    return native.isa() == "avx512bf16" and not native.has_amx()
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     if (
         x.device.type != "cpu"
-        or _BLOCKED.get(x.dtype, True)
+        or x.dtype not in _DTYPES
         or weight.dtype != x.dtype
         or x.dim() < 2
         or type(x) not in backend.PLAIN_TENSORS
@@ -90,8 +153,22 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         or torch.is_autocast_enabled("cpu")
     ):
         return F.linear(x, weight)
-    product: Tensor = _InFp32.apply(x, weight)
-    return product
+    if not _BY_ONEDNN[x.dtype]:
+        product: Tensor = _InFp32.apply(x, weight)
+        return product
+    if (
+        x.dtype == torch.bfloat16
+        and x.dim() == weight.dim() == 2
+        and x.shape[0] >= MANY_ROWS
+        and x.shape[1] == weight.shape[1] > 0
+        and weight.device == x.device
+        and not torch.compiler.is_compiling()
+        and backend.resolve(x) == "cpu"
+        and _own_blocked()
+    ):
+        blocked: Tensor = _Blocked.apply(x, weight)
+        return blocked
+    return F.linear(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -116,6 +193,4 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         or backend.resolve(x) != "cpu"
     ):
         return _product(x, weight)
-    if backend.needs_dispatcher(x, weight):
-        return _few_rows_linear(x, weight)
-    return _run(x, weight)
+    return _few_rows_linear(x, weight)

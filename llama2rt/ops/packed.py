@@ -87,7 +87,7 @@ class PackedWeight:
         assert sum(len(weight) for weight in weights) == self.shape[0]
         assert all(weight.shape[1:] == self.shape[1:] for weight in weights)
         parts = [*weights, None, None][:3]
-        native().pack_weight(*parts, self.native, torch.get_num_threads())
+        native().pack_weight(*parts, False, self.native, torch.get_num_threads())
 
     def linear(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, K] -> x weight^T [T, N], summed in fp32, in x's dtype or fp32. A row's bits do not

@@ -42,14 +42,19 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Give op `name` its gradient, once: a second derivative is refused."""
 
     def differentiate_once(ctx: Any, *upstream: Tensor | None) -> tuple:
-        # The kernels' own gradients would be missing from a second derivative, without an error.
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"llama2rt::{name}: expected a backward without create_graph, got one with it;"
-                " the ops have no second derivatives"
-            )
+        refuse_second_derivative(name)
         return backward(ctx, *upstream)
 
     torch.library.register_autograd(
         f"llama2rt::{name}", differentiate_once, setup_context=setup_context, lib=_LIB
     )
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Called in the backward of op `name`: its own gradient would be missing from a second
+    derivative, without an error."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"llama2rt::{name}: expected a backward without create_graph, got one with it;"
+            " the ops have no second derivatives"
+        )

@@ -55,10 +55,10 @@ def training_flops(model: nn.Module, batch: Batch) -> int:
     for a frozen one, of which no gradient is taken.
 
     The output matrix counts for the rows that predict something only (the others never reach it),
-    what follows the last block's keys for the batch's tails, the embedding not at all, causal
-    attention over each document by itself, and what documents share once: what is needed, where
-    ranks that share a micro-batch, and pipelines, compute the last block at all tokens. `model` is
-    a Llama, or a transformer under another head.
+    the last block's queries and what follows for the batch's tails, the embedding not at all,
+    causal attention over each document by itself, and what documents share once: what is needed,
+    where ranks that share a micro-batch, and pipelines, compute the last block at all tokens.
+    `model` is a Llama, or a transformer under another head.
     """
     transformer: Any = model.transformer
     config, last = transformer.config, transformer.blocks[-1]
@@ -66,7 +66,7 @@ def training_flops(model: nn.Module, batch: Batch) -> int:
     seen = own if batch.keys is None else batch.keys.cu_seqlens.diff().to(torch.int64)
     ending = own if batch.tails is None else batch.tails.cu_seqlens.diff().to(torch.int64)
     left_out = int((own - ending).sum())
-    behind = _weights(last.attention_output, last.gate, last.up, last.down)
+    behind = _weights(last.query, last.attention_output, last.gate, last.up, last.down)
     products = _weights(transformer.blocks) * batch.tokens.numel() - behind * left_out
     if isinstance(model, Llama):
         output = model.output.weight

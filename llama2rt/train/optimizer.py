@@ -7,9 +7,11 @@ fused AdamW.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from llama2rt.checkpoint.native import stored_name
 from llama2rt.parallel.mesh import DIMENSIONS, Mesh
@@ -46,22 +48,23 @@ class Optimizer:
         self.master = dict(zip(self.names, masters, strict=True))
         self._gradients: list[Tensor | None] = [None] * len(masters)
         self.outliers = Outliers(options)
-        decayed = [m for m in masters if m.ndim >= 2]
-        plain = [m for m in masters if m.ndim < 2]
-        groups = [(decayed, options.weight_decay), (plain, 0.0)]
-        self._adamw = torch.optim.AdamW(
-            [{"params": params, "weight_decay": decay} for params, decay in groups if params],
-            lr=options.lr,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            fused=True,
-        )
-        for master in masters:
-            self._adamw.state[master] = {
+        self._settings: dict[str, Any] = {
+            "beta1": options.beta1,
+            "beta2": options.beta2,
+            "eps": options.eps,
+            "fused": True,
+            "amsgrad": False,
+            "maximize": False,
+        }
+        dtype = moment_dtype(options.moments)
+        self._states = [
+            {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master, dtype=moment_dtype(options.moments)),
-                "exp_avg_sq": torch.zeros_like(master, dtype=moment_dtype(options.moments)),
+                "exp_avg": torch.zeros_like(master, dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(master, dtype=dtype),
             }
+            for master in masters
+        ]
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -102,20 +105,39 @@ class Optimizer:
                 raise Diverged(self.outliers.too_many)
             return norm
         scale = min(1.0, self.options.clip / (norm + 1e-6))
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
         for chunk in self._chunks():
+            gradients: dict[int, Tensor] = {}
             for i in chunk:
                 gradient, self._gradients[i] = self._gradients[i], None
                 if gradient is not None:
                     gradient = gradient.to(torch.float32)
-                    self._masters[i].grad = gradient.mul_(scale) if scale < 1.0 else gradient
-            with in_fp32({i: self._adamw.state[self._masters[i]] for i in chunk}):
-                self._adamw.step()
+                    gradients[i] = gradient.mul_(scale) if scale < 1.0 else gradient
+            with in_fp32({i: self._states[i] for i in gradients}):
+                self._update(gradients, lr)
+            del gradients
             for i in chunk:
-                self._masters[i].grad = None
                 self._weights.publish(i)
         return norm
+
+    def _update(self, gradients: dict[int, Tensor], lr: float) -> None:
+        """One update of the masters by their fp32 gradients. Norms do not decay."""
+        for matrices, decay in ((True, self.options.weight_decay), (False, 0.0)):
+            some = [i for i in gradients if (self._masters[i].ndim >= 2) == matrices]
+            if not some:
+                continue
+            states = [self._states[i] for i in some]
+            # The function, not the class, whose constructor imports torch's compiler with all that
+            # it stands on (sympy, Triton): 1.6 s and 125 MiB that no run has any use for.
+            adamw(
+                [self._masters[i] for i in some],
+                [gradients[i] for i in some],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                lr=lr,
+                **self._settings | {"weight_decay": decay},
+            )
 
     def zero_grad(self) -> None:
         """Drop what has been accumulated."""
@@ -130,10 +152,9 @@ class Optimizer:
         is sharded is a DTensor.
         """
         state = {}
-        for name, parameter, master in zip(
-            self._stored_names, self.parameters, self._masters, strict=True
+        for name, parameter, master, moments in zip(
+            self._stored_names, self.parameters, self._masters, self._states, strict=True
         ):
-            moments = self._adamw.state[master]
             state[f"master.{name}"] = placed(master, parameter)
             state[f"exp_avg.{name}"] = placed(moments["exp_avg"], parameter)
             state[f"exp_avg_sq.{name}"] = placed(moments["exp_avg_sq"], parameter)

@@ -56,7 +56,8 @@ def _run(block: Block, inputs: tuple, contexts: Callable[[], tuple]) -> tuple[Te
 def _selective() -> tuple:
     """Contexts of the forward pass and of the recomputation: in the second the operations below
     return what they returned in the first."""
-    dear = [torch.ops.aten.mm.default, torch.ops.llama2rt.attention.default]
+    own = torch.ops.llama2rt
+    dear = [torch.ops.aten.mm.default, own.blocked_linear.default, own.attention.default]
     keep, give_back = create_selective_checkpoint_contexts(dear)
     first, again = ops.checkpoint_context()
     return _both(first, keep), _both(again, give_back)

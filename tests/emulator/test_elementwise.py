@@ -52,7 +52,10 @@ def test_gates_far_from_zero(emulated, dtype):
 @pytest.mark.parametrize("kind", ["normal", "tail", "offset"])
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "dim"),
-    [(1, 8, 8, 128), (113, 8, 2, 16), (7, 52, 1, 48), (3, 1, 3, 2), (2, 2, 1, 256), (3, 1, 1, 298)],
+    [
+        *[(1, 8, 8, 128), (113, 8, 2, 16), (7, 52, 1, 48), (3, 1, 3, 2), (2, 2, 1, 256)],
+        *[(3, 1, 1, 298), (5, 3, 0, 32)],
+    ],
 )
 def test_rope(emulated, tokens, heads, kv_heads, dim, kind, index, dtype, seed):
     check_rope(

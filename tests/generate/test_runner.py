@@ -240,12 +240,12 @@ def test_what_is_to_be_trained_on_is_rounded_as_in_training(monkeypatch):
             trained.append(logprobs[len(PROMPTS[i // 2]) - 1 : -1].float().numpy())
         return np.abs(found - np.concatenate(trained)), tokens, found
 
-    blocked = linear._BLOCKED[torch.bfloat16]
+    blocked = linear._BY_ONEDNN[torch.bfloat16]
     engine = Engine(model, Ids(), as_trained=True)
     gap, *_ = apart(engine)
     if blocked:
         assert engine.runner.path == "packed bf16"
-        monkeypatch.setitem(linear._BLOCKED, torch.bfloat16, False)
+        monkeypatch.setitem(linear._BY_ONEDNN, torch.bfloat16, False)
     else:
         assert gap.max() < 1e-4
     exact, fast = Engine(model, Ids(), as_trained=True), Engine(model, Ids())

@@ -40,8 +40,8 @@ def test_swiglu(shape, kind, dtype, seed):
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 1), (52, 52)])
-@pytest.mark.parametrize("dim", [2, 24, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 1), (52, 52), (5, 0)])
+@pytest.mark.parametrize("dim", [2, 24, 48, 128, 256])
 def test_rope(dim, heads, kv_heads, index, dtype, seed):
     kinds = ("tail", "tail")
     check_rope(cpu, 7, heads, kv_heads, dim, dtype, seed, kinds=kinds, index=index, rows=1024)
@@ -83,6 +83,21 @@ def test_weight_gradient(rows, columns, inner, kind, dtype, seed):
     dy *= 0.02
     exact = dy.double().T @ x.double()
     judge("dweight", cpu.weight_gradient(dy, x), exact, dy.T @ x)
+
+
+@pytest.mark.parametrize(("columns", "inner"), [(128, 128), (290, 70), (40, 1100), (1, 513)])
+def test_threads_share_a_weight_gradient_to_the_bit(columns, inner, dtype, seed):
+    """However they divide its rows and columns, none is left out."""
+    dy, x = torch.randn(600, columns).to(dtype), torch.randn(600, inner).to(dtype)
+    torch.set_num_threads(1)
+    alone, total = cpu.weight_gradient(dy, x), torch.zeros(columns, inner)
+    judge("dweight", alone, dy.double().T @ x.double(), dy.T @ x)
+    for threads in (2, 3, 7, 64):
+        torch.set_num_threads(threads)
+        out = torch.full_like(alone, torch.nan)
+        assert torch.equal(cpu.weight_gradient(dy, x, out), alone), threads
+        cpu.add_weight_gradient(total, dy, x)
+    torch.testing.assert_close(total / 4, dy.float().T @ x.float(), rtol=1e-4, atol=1e-3)
 
 
 def test_weight_gradient_may_be_added_to_a_total(dtype, seed):

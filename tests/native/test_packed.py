@@ -43,6 +43,20 @@ def test_a_row_has_the_same_bits_beside_any_others(isa, dtype):
         assert same_bits(taken.linear(x.T.contiguous().T), everything)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_weight_packed_on_the_spot_or_from_its_transposed(shape, isa, dtype):
+    columns, inner = shape
+    weight, x = torch.randn(columns, inner).to(dtype), torch.randn(67, inner).to(dtype)
+    wanted, threads = packed.pack([weight]).linear(x), torch.get_num_threads()
+    for transposed, given in ((False, weight), (True, weight.T.contiguous())):
+        # Beyond it lies what must not be read: NaN would show.
+        wide = torch.full((given.shape[0], given.shape[1] + 9), torch.nan, dtype=dtype)
+        wide[:, : given.shape[1]] = given
+        y = torch.full((67, columns), torch.nan, dtype=dtype)
+        _cpu.blocked_linear(x, wide[:, : given.shape[1]], transposed, y, threads)
+        assert same_bits(y, wanted), transposed
+
+
 @pytest.mark.parametrize("offset, stride", [(0, 96), (1, 97), (1, 96), (2, 2048), (0, 0)])
 def test_rows_of_a_larger_matrix(offset, stride, isa, dtype):
     """Whole pairs of bf16 or not, at any address, 4 KiB apart, or one row again and again."""

@@ -108,13 +108,16 @@ def test_token_logprob_counts_the_rows_with_a_target():
     }
 
 
-@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("rows", [2, 9, 300])
 def test_a_linear_layer_counts_whichever_product_runs(rows):
-    """A few rows of 16 bits have a kernel of their own on a CPU, where it is built."""
+    """Few and many rows of 16 bits have kernels of their own on some CPUs, where they are built."""
     x, weight = torch.ones(rows, 16).bfloat16(), torch.ones(8, 16).bfloat16()
     with torch.no_grad():
         found = counted(lambda: linear(x, weight))
     assert sum(found.values()) == 2 * rows * 16 * 8
+    x.requires_grad_(), weight.requires_grad_()
+    found = counted(lambda: linear(x, weight).sum().backward())
+    assert sum(found.values()) == 3 * 2 * rows * 16 * 8
 
 
 def test_elementwise_ops_count_nothing_as_torchs_do():

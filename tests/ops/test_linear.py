@@ -1,4 +1,5 @@
-"""The linear layer: where it runs the kernel for few rows, where fp32, and where torch's own."""
+"""The linear layer: where it runs our kernels of few and of many rows, where fp32, and where
+torch's own."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch.nn import functional as F
 
 from llama2rt import ops
 from llama2rt.ops import linear as module
-from llama2rt.ops.linear import MOST_ROWS, linear
+from llama2rt.ops.linear import MANY_ROWS, MOST_ROWS, linear
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in ops.backends("cpu")["swiglu"]["native"], reason="_cpu is not built"
@@ -16,9 +17,21 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def calls(monkeypatch):
     """How often the kernel ran."""
+    return recorded(monkeypatch, "linear")
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """How often the kernel of many rows ran, on a processor that it is for."""
+    monkeypatch.setattr(module, "_own_blocked", lambda: True)
+    monkeypatch.setitem(module._BY_ONEDNN, torch.bfloat16, True)
+    return recorded(monkeypatch, "blocked_linear")
+
+
+def recorded(monkeypatch, name):
     found = []
-    kernel = module._kernel()
-    monkeypatch.setattr(module, "_run", lambda *xs: found.append(xs) or kernel(*xs))
+    kernel = getattr(module._native(), name)
+    monkeypatch.setattr(module._native(), name, lambda *xs: found.append(xs) or kernel(*xs))
     return found
 
 
@@ -42,7 +55,7 @@ def test_few_rows_of_16_bits_without_a_gradient_take_the_kernel(calls, rows, dty
 @pytest.mark.parametrize("shape", [(64, 40), (3, 50, 40)])
 def test_16_bits_that_torch_has_no_blocked_product_for_run_in_fp32(monkeypatch, dtype, shape):
     """Forward and both gradients are fp32's, rounded once; what is kept for them is 16-bit."""
-    monkeypatch.setitem(module._BLOCKED, dtype, False)
+    monkeypatch.setitem(module._BY_ONEDNN, dtype, False)
     x = torch.randn(shape).to(dtype).requires_grad_()
     weight = torch.randn(30, 40).to(dtype).requires_grad_()
     exact = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
@@ -67,7 +80,7 @@ def test_16_bits_that_torch_has_no_blocked_product_for_run_in_fp32(monkeypatch, 
 
 
 def test_all_else_is_torchs_product_to_the_bit(calls, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCKED", {})
+    monkeypatch.setattr(module, "_own_blocked", lambda: False)
     x, weight = inputs()
     y = linear(x, weight)
     assert torch.equal(y, F.linear(x, weight))
@@ -111,7 +124,7 @@ def test_strides_and_no_rows(calls):
         assert torch.equal(linear(x[:, :0], weight[:, :0]), torch.zeros(3, 30).bfloat16())
         by_row = torch.func.vmap(lambda row: linear(row[None], weight)[0])(x)
     torch.testing.assert_close(by_row, expected)
-    assert len(calls) == 6, "all but the rows of vmap, which torch calls by the op"
+    assert len(calls) == 6 + 3, "the rows of vmap too, by the op"
 
 
 def test_compile_and_fake_tensors_see_an_op():
@@ -120,4 +133,77 @@ def test_compile_and_fake_tensors_see_an_op():
         expected = linear(x, weight)
         compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x, weight), expected)
-    torch.library.opcheck(module._few_rows_linear, (x, weight.detach()))
+    torch.library.opcheck(torch.ops.llama2rt.few_rows_linear.default, (x, weight.detach()))
+
+
+def large(rows=MANY_ROWS + 3, columns=70, inner=45):
+    x = torch.randn(rows, inner).bfloat16().requires_grad_()
+    return x, torch.randn(columns, inner).bfloat16().requires_grad_()
+
+
+def test_many_rows_of_bf16_take_the_kernel_forward_and_backward(many):
+    """Values and both gradients are those of sums in fp32, rounded once."""
+    x, weight = large()
+    exact = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = linear(x, weight)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr(), weight.data_ptr()], "nothing new is kept"
+    dy = torch.randn(y.shape).bfloat16()
+    y.backward(dy)
+    wanted = F.linear(*exact)
+    wanted.backward(dy.float())
+    for got, value in ((y, wanted), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, value.bfloat16(), rtol=2**-7, atol=1e-4)
+    assert len(many) == 2, "forward, and the gradient of x"
+
+
+def test_many_rows_round_alike_in_any_number(many):
+    x, weight = large()
+    with torch.no_grad():
+        longer = linear(torch.cat((x, x, x)), weight)
+        assert torch.equal(linear(x, weight), longer[-len(x) :])
+        assert torch.equal(linear(x.T.contiguous().T, weight.T.contiguous().T), longer[: len(x)])
+    assert len(many) == 3
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_only_the_gradient_that_is_asked_for_is_computed(many, frozen):
+    operands = list(large())
+    operands[frozen] = operands[frozen].detach()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = linear(*operands)
+    assert [t.data_ptr() for t in kept] == [operands[frozen].data_ptr()]
+    y.sum().backward()
+    assert operands[1 - frozen].grad is not None and len(many) == (1 if frozen == 0 else 2)
+
+
+def test_a_second_derivative_of_many_rows_is_refused(many):
+    x, weight = large()
+    with pytest.raises(NotImplementedError, match="without create_graph"):
+        torch.autograd.grad(linear(x, weight).sum(), x, create_graph=True)
+
+
+def test_what_is_not_for_the_kernel_of_many_rows_is_torchs(many):
+    x, weight = (tensor.detach() for tensor in large())
+    less, single = x[: MANY_ROWS - 1], (x.float(), weight.float())
+    for odd in ((less, weight), single, (x[None], weight), (x, weight[0])):
+        assert torch.equal(linear(*odd), F.linear(*odd))
+    for odd in (weight[:, :20], weight[None], weight.float()):
+        with pytest.raises(RuntimeError):
+            linear(x, odd)
+    with ops.use("reference"):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    with torch.autocast("cpu", torch.float16):
+        assert linear(x, weight).dtype == torch.float16
+    assert not many
+
+
+def test_operators_of_many_rows(many):
+    x, weight = (tensor.detach() for tensor in large())
+    own, dy = torch.ops.llama2rt, torch.randn(len(x), 70).bfloat16()
+    torch.library.opcheck(own.blocked_linear.default, (x, weight, False))
+    torch.library.opcheck(own.blocked_linear.default, (dy, weight, True))
+    torch.library.opcheck(own.weight_gradient.default, (dy, x))

@@ -180,7 +180,8 @@ def rope(
 
     q [T, Hq, D] and k [T, Hkv, D], one floating dtype; cos and sin [P, D/2], fp32 (or fp64);
     positions [T], int32 or int64, 0 <= position < P. Element i is paired with i + D/2:
-    (a, b) -> (a cos - b sin, b cos + a sin), in fp32. Returns new tensors of q's and k's shapes.
+    (a, b) -> (a cos - b sin, b cos + a sin), in fp32. Returns new tensors of q's and k's shapes;
+    one of them may have no heads.
     Source: Su et al. 2021. ValueError on a mismatch, and (reference, CPU) on a position outside.
     """
     check_floating("q", q)

@@ -15,6 +15,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def blocked_linear(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
+    """x [T, K], weight [N, K], or `transposed` [K, N], one dtype -> x weight^T [T, N], summed in
+    fp32; made for hundreds of rows. A row's bits do not depend on the other rows."""
+    x, weight = last_contiguous(x), last_contiguous(weight)
+    y = x.new_empty(x.shape[0], weight.shape[int(transposed)])
+    _cpu.blocked_linear(x, weight, transposed, y, torch.get_num_threads())
+    return y
+
+
 def weight_gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """dy [T, N], x [T, K], one dtype -> dy^T x [N, K], summed in fp32: the gradient of `linear`'s
     weight. out: contiguous."""
