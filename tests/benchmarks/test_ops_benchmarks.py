@@ -205,3 +205,13 @@ def test_another_apex_is_no_peer(monkeypatch):
         assert "apex" not in peers.functions("rms_norm", "cuda")
     finally:
         peers._why_not.cache_clear()
+
+
+def test_products_of_many_rows_are_measured_beside_torchs(tmp_path):
+    run_python(ROOT / "benchmarks/ops/many_rows.py", "--out", tmp_path, env={"BENCH_SMOKE": "1"})
+    found = json.loads((tmp_path / "many-rows.json").read_text())
+    for shape in ("quickstart", "24M"):
+        for setting in ("same", "another"):
+            measured = found[shape][setting]
+            torchs, ours = (measured[f"{side}_microseconds_a_row"] for side in ("torch", "ours"))
+            assert measured["ratio"] == torchs / ours > 0
