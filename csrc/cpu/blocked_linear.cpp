@@ -9,6 +9,11 @@
 namespace LLAMA2RT_ISA {
 
 void blocked_linear(const BlockedLinear& a) {
+  if (a.inner == 0) {  // empty sums
+    memset(a.y, 0, a.rows * a.columns * (a.dtype == DType::fp32 ? 4 : 2));
+    return;
+  }
+  if (a.rows == 0 || a.columns == 0) return;
   PackWeight pack{};
   pack.threads = a.threads;
   pack.dtype = a.dtype;

@@ -1,4 +1,4 @@
-// y = x weight^T for a weight in panels (panels.h), and the packing of a weight.
+// y = x weight^T for a weight in panels (panels.h).
 //
 // With few rows the product is a walk through the weight, whose panels lie one after another; with
 // more, a block of a panel (a chain deep, 16 KiB of fp32 or of pairs at most) is widened once and
@@ -174,12 +174,13 @@ inline void multiply(const Left& x, const Run<P>& run, const Out& out) {
       }
 }
 
-// Part `part` of `parts` of rows [begin, end) of x, into the second cache.
-inline void ask_for_rows(Left x, int64_t begin, int64_t end, int64_t part, int64_t parts) {
-  const char* from = (const char*)(x.data + begin * x.stride);
-  const int64_t lines = (end - begin) * x.stride * (int64_t)sizeof(float) / 64;
-  for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; ++line)
-    __builtin_prefetch(from + 64 * line, 0, 2);
+// Part `part` of `parts` of rows [begin, end) of x, of so many units, into the second cache.
+inline void ask_for_rows(const Left& x, int64_t begin, int64_t end, int64_t units, int64_t part,
+                         int64_t parts) {
+  const int64_t rows = end - begin;
+  for (int64_t r = begin + rows * part / parts; r < begin + rows * (part + 1) / parts; ++r)
+    for (int64_t unit = 0; unit < units; unit += 16)
+      __builtin_prefetch(x.data + r * x.stride + unit, 0, 2);
 }
 
 // All columns of PANELS panels.
@@ -312,7 +313,7 @@ void slab(const PackedLinear& a, Left x, int64_t row, int64_t rows) {
     });
     return;
   }
-  const int64_t tiles = (rows + TILE - 1) / TILE;
+  const int64_t tiles = (rows + TILE - 1) / TILE, units = steps_of(a.weight) * P::NUMBERS;
   // In fewer parts than by products alone: of few microseconds each, taking them would count.
   parallel(tiles * panels, elements / 16, a.threads, [&](int64_t begin, int64_t end) {
     alignas(64) float c[TILE * PANEL_COLUMNS], scratch[CHAIN * PANEL_COLUMNS];
@@ -323,7 +324,7 @@ void slab(const PackedLinear& a, Left x, int64_t row, int64_t rows) {
                               (Y*)a.y + (row + first) * a.y_stride + column, a.y_stride,
                               a.weight.columns - column,
                               a.weight.scales ? a.weight.scales + column : nullptr};
-      if (last < rows) ask_for_rows(x, last, rows * (tile + 2) / tiles, panel, panels);
+      if (last < rows) ask_for_rows(x, last, rows * (tile + 2) / tiles, units, panel, panels);
       many_rows<P, A>(a.weight, panel, x.at(first, 0, 0), last - first, y, scratch);
     }
   });
@@ -369,6 +370,7 @@ inline void widen_row(Int16Pairs, const T* x, int64_t n, float* to, float* scale
 
 template <typename P, typename A, typename T, typename Y>
 void product(const PackedLinear& a) {
+  if (a.rows == 0) return;
   if (usable_as_it_is<A, T>(a)) {
     slab<P, A, Y>(a, Left{(const float*)a.x.data, a.x.stride / A::UNIT}, 0, a.rows);
     return;

@@ -152,7 +152,8 @@ class Block(nn.Module):
             q, k = rotary.rotate(self.query(x).view(heads), k)
         else:
             attention, rows = ending.attention, ending.rows
-            q = self.query(x.index_select(0, rows)).view(rows.shape[0], *heads[1:])
+            # Not `view`: there may be no rows.
+            q = self.query(x.index_select(0, rows)).unflatten(1, (-1, self.head_dim))
             q, k = rotary.rotate_rows(q, rows), rotary.rotate_rows(k)
             residual = residual.index_select(0, rows)
         x = attention.attend(self.layer, q, k, v)

@@ -1,4 +1,5 @@
-"""The linear layer: torch's product, except where 16-bit rows meet a CPU that torch is slow on.
+"""The linear layer: torch's product, except of 16-bit rows where torch's is slow, or is compiled
+for each number of rows.
 
 A step of decoding, of a few rows, is a walk through the weights, and torch's product of bf16 or
 fp16 takes several times what reading them takes. `_cpu` has a kernel for it, which has no gradient
@@ -12,7 +13,7 @@ has no AMX, of which oneDNN makes more, all three products are `_cpu`'s.
 On CPUs without AVX-512 torch has no blocked product of 16-bit numbers at all, but a plain loop: the
 gradient of a layer's input is thirty times slower than in fp32 (torch 2.13, Zen 3). There all three
 products of a layer, forward and backward, run in fp32 and are rounded once, which is what a 16-bit
-product is. Neither is an op of the public contract.
+product is. None of these is an op of the public contract.
 """
 
 import functools
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from llama2rt.ops import backend
@@ -30,7 +32,9 @@ from llama2rt.ops.registration import refuse_second_derivative
 FEW_ROWS = "few_rows_linear"  # the kernel's name as an operator
 MOST_ROWS = 4  # beyond, the library's blocked product is as fast or faster
 BLOCKED, GRADIENT = "blocked_linear", "weight_gradient"  # operators of many rows
-MANY_ROWS = 256  # that repay arranging the weight anew
+# Those that repay arranging the weight anew: of a weight of SMALL numbers, which caches hold, and of
+# a larger one.
+MANY_ROWS, SMALL, MORE_ROWS = 256, 1 << 20, 1024
 _DTYPES = (torch.bfloat16, torch.float16)
 # Those that oneDNN multiplies on this CPU.
 _BY_ONEDNN = {
@@ -105,6 +109,8 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         refuse_second_derivative(BLOCKED)
         x, weight = ctx.saved_tensors
+        if torch._C._functorch.is_legacy_batchedtensor(dy):  # is_grads_batched: several at once
+            return None if weight is None else dy @ weight, None if x is None else dy.T @ x
         dx = None if weight is None else _blocked_linear(dy, weight, True)
         return dx, None if x is None else _weight_gradient(dy, x)
 
@@ -142,33 +148,48 @@ def _own_blocked() -> bool:
     return native.isa() == "avx512bf16" and not native.has_amx()
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    if (
-        x.device.type != "cpu"
-        or x.dtype not in _DTYPES
-        or weight.dtype != x.dtype
-        or x.dim() < 2
-        or type(x) not in backend.PLAIN_TENSORS
-        or type(weight) not in backend.PLAIN_TENSORS
-        or torch.is_autocast_enabled("cpu")
-    ):
-        return F.linear(x, weight)
-    if not _BY_ONEDNN[x.dtype]:
-        product: Tensor = _InFp32.apply(x, weight)
-        return product
-    if (
-        x.dtype == torch.bfloat16
-        and x.dim() == weight.dim() == 2
-        and x.shape[0] >= MANY_ROWS
-        and x.shape[1] == weight.shape[1] > 0
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is one product of matrices as they lie in memory, and nothing but its result and
+    gradients is asked for."""
+    return (
+        weight.dtype == x.dtype
         and weight.device == x.device
+        and x.layout == weight.layout == torch.strided
+        and type(x) in backend.PLAIN_TENSORS
+        and type(weight) in backend.PLAIN_TENSORS
+        and not torch.is_autocast_enabled("cpu")
+        # vmap, forward mode and traces go through torch's own product.
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def _is_for_panels(x: Tensor, weight: Tensor) -> bool:
+    if not (x.dtype == torch.bfloat16 and x.dim() == weight.dim() == 2):
+        return False
+    most = weight.numel()
+    return (
+        x.shape[0] >= (MANY_ROWS if most <= SMALL else MORE_ROWS)
+        and x.shape[1] == weight.shape[1]
+        and most > 0
         and not torch.compiler.is_compiling()
         and backend.resolve(x) == "cpu"
         and _own_blocked()
-    ):
-        blocked: Tensor = _Blocked.apply(x, weight)
-        return blocked
-    return F.linear(x, weight)
+    )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or x.dim() < 2 or not _is_plain(x, weight):
+        return F.linear(x, weight)
+    product: Tensor
+    if not _BY_ONEDNN[x.dtype]:
+        product = _InFp32.apply(x, weight)
+    elif _is_for_panels(x, weight):
+        product = _Blocked.apply(x, weight)
+    else:
+        product = F.linear(x, weight)
+    return product
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -154,3 +154,13 @@ def test_a_step_counts_the_products_it_computes(kind, read):
         pairs = own * (2 * seen - own) + ending * (2 * seen - ending)
         found.append(training_flops(built, one) - 6 * 32 * int(pairs.sum()))
     assert products[1] - products[0] == found[1] - found[0] > 0
+
+
+def test_tails_may_have_no_rows():
+    batch, built = pack(examples()), model(Llama)
+    none = Tails(torch.empty(0, dtype=torch.int64), torch.zeros_like(batch.cu_seqlens))
+    layout = batch.tokens, batch.positions, batch.cu_seqlens
+    found = built(*layout, torch.full_like(batch.targets, -1), tails=none)
+    assert torch.equal(found, torch.zeros(len(batch.tokens)))
+    found.sum().backward()
+    assert not built.transformer.blocks[-1].query.weight.grad.any()

@@ -201,6 +201,49 @@ def test_what_is_not_for_the_kernel_of_many_rows_is_torchs(many):
     assert not many
 
 
+def test_transforms_and_several_gradients_at_once_go_through_torchs_product(many):
+    x, weight = (tensor.detach() for tensor in large())
+    wanted, stack = F.linear(x, weight), torch.stack((x, -x))
+    assert torch.equal(torch.func.vmap(lambda a: linear(a, weight))(stack)[0], wanted)
+    tangent = torch.func.jvp(lambda a: linear(a, weight), (x,), (x,))[1]
+    assert torch.equal(tangent, wanted)
+    gradient = torch.func.grad(lambda w: linear(x, w).float().sum())(weight)
+    torch.testing.assert_close(gradient[0], x.float().sum(0).bfloat16(), rtol=2**-6, atol=1e-2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(linear(dual, weight))[1], wanted)
+    assert not many
+    operands = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    dy = torch.randn(3, len(x), len(weight)).bfloat16()
+    y = linear(*operands)
+    at_once = torch.autograd.grad(y, operands, dy, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        apart = torch.autograd.grad(y, operands, dy[i], retain_graph=True)
+        for one, several in zip(apart, at_once, strict=True):
+            torch.testing.assert_close(several[i], one, rtol=2**-6, atol=1e-2)
+
+
+def test_a_large_weight_wants_more_rows(many):
+    weight = torch.randn(1025, 1024).bfloat16()
+    with torch.no_grad():
+        for rows, calls in ((module.MORE_ROWS - 1, 0), (module.MORE_ROWS, 1)):
+            linear(torch.randn(rows, 1024).bfloat16(), weight)
+            assert len(many) == calls
+
+
+@pytest.mark.parametrize("rows, columns, inner", [(300, 0, 32), (300, 24, 0), (0, 24, 32)])
+def test_sums_of_nothing(many, rows, columns, inner):
+    x = torch.randn(rows, inner).bfloat16().requires_grad_()
+    weight = torch.randn(columns, inner).bfloat16().requires_grad_()
+    y = linear(x, weight)
+    y.sum().backward()
+    assert not y.detach().any() or inner
+    assert not x.grad.any() or columns
+    assert not weight.grad.any() or rows
+    native = module._native()
+    assert torch.equal(native.blocked_linear(x.detach(), weight.detach()), F.linear(x, weight))
+
+
 def test_operators_of_many_rows(many):
     x, weight = (tensor.detach() for tensor in large())
     own, dy = torch.ops.llama2rt, torch.randn(len(x), 70).bfloat16()
