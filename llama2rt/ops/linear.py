@@ -32,8 +32,8 @@ from llama2rt.ops.registration import refuse_second_derivative
 FEW_ROWS = "few_rows_linear"  # the kernel's name as an operator
 MOST_ROWS = 4  # beyond, the library's blocked product is as fast or faster
 BLOCKED, GRADIENT = "blocked_linear", "weight_gradient"  # operators of many rows
-# Those that repay arranging the weight anew: of a weight of SMALL numbers, which caches hold, and of
-# a larger one.
+# Those that repay arranging the weight anew: of a weight of SMALL numbers, which caches hold, and
+# of a larger one.
 MANY_ROWS, SMALL, MORE_ROWS = 256, 1 << 20, 1024
 _DTYPES = (torch.bfloat16, torch.float16)
 # Those that oneDNN multiplies on this CPU.
