@@ -3,7 +3,7 @@
 #
 # Guessed before running: what the last one cost, as in fp32; a first call may warm something up, once
 # for a shape of weight. Found: each number of rows is compiled for by oneDNN, which takes most of a
-# millisecond, more than a small product itself, and leaves some two thirds of a MiB; a thousand such
+# millisecond, several times a small product itself, and leaves half a MiB or more; a thousand such
 # are kept, for each shape of weight and each of forward, gradient of the input and of the weight. A
 # process that trains on packed documents, whose batches hardly have a number of tokens twice, grows
 # by hundreds of MiB and is never warm. Batches padded to a multiple do not show it, nor does fp32,
@@ -17,7 +17,6 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy
 cat > "$folder/lengths.py" <<'PYTHON'
-import statistics
 import subprocess
 import sys
 import time
@@ -33,18 +32,19 @@ def resident():
 
 
 def measure(dtype, new):
-    """Median milliseconds of a product, and MiB that each leaves."""
+    """Least milliseconds of a product, on one thread, and MiB that each leaves."""
+    torch.set_num_threads(1)
     weight = torch.randn(128, 128).to(dtype)
-    x = torch.randn(4096, 128).to(dtype)
-    for rows in (4096, 4095):
+    x = torch.randn(1000, 128).to(dtype)
+    for rows in (1000, 999):
         torch.nn.functional.linear(x[:rows], weight)
     before, taken = resident(), []
     for i in range(COUNT):
-        rows = 3000 + (7 * i if new else 0)
+        rows = 300 + (7 * i if new else 0)
         start = time.perf_counter()
         torch.nn.functional.linear(x[:rows], weight)
         taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(taken), (resident() - before) / COUNT
+    return min(taken[1:]), (resident() - before) / COUNT
 
 
 if len(sys.argv) > 1:
@@ -69,9 +69,9 @@ new, grown = run("bfloat16", "new")
 single, single_kept = run("float32", "same")
 single_new, single_grown = run("float32", "new")
 expected = {
-    "a new number takes longer in bf16": new > 1.3 * same,
+    "a new number takes longer in bf16": new > 3 * same,
     "and stays in memory": grown > kept + 0.3,
-    "not so in fp32": single_new < 1.5 * single and single_grown < single_kept + 0.1,
+    "not so in fp32": single_new < 3 * single and single_grown < single_kept + 0.1,
 }
 for what, holds in expected.items():
     print(what, "" if holds else "CHANGED")

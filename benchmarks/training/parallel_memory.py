@@ -13,6 +13,7 @@ yet, and the heap is in its final shape in the second.
 
 import argparse
 import ctypes
+import importlib
 import json
 import os
 import subprocess
@@ -45,6 +46,8 @@ def train(settings: dict[str, Any]) -> None:
 
     tiny = LlamaConfig(**dict(settings["shape"], dim=64, layers=2, ffn_hidden=128, context=64))
     steps(tiny, Mesh.single(), settings | {"tokens": 32}, 1)
+    if max(settings[name] for name in DEGREES) > 1:
+        importlib.import_module("torch._dynamo")  # a library too: DTensor's first use imports it
     ctypes.CDLL(None).malloc_trim(0)
     if settings["allocator"] == "kept":
         keep_freed_memory()

@@ -1,5 +1,6 @@
 """What a run of one process does not import: torch's compiler, with sympy and Triton, takes 1.6 s
-and 125 MiB, and comes with the first call of some innocent functions."""
+and 125 MiB, and comes with the first call of some innocent functions
+(findings/meta_embedding_imports_the_compiler.sh)."""
 
 import json
 
