@@ -228,7 +228,7 @@ def test_critic_explains_returns_from_the_first_iteration_on(pocket, tmp_path, p
     )
     ppo.run(settings, tmp_path / "run")
     lines = [line for line in logged(tmp_path / "run") if "policy_loss" in line]
-    # Of 96 responses it scatters by a tenth; in single iterations it is near 0 on two seeds of eight.
+    # Of 96 responses it scatters by a tenth: near 0 in single iterations of two seeds of eight.
     assert sum(line["value_explained_variance"] for line in lines) > 0.1 * len(lines)
     assert logged(tmp_path / "run")[0]["critic_warm_up"] > 0.1
 
